@@ -1,0 +1,273 @@
+"""TrainConfig and GenerateConfig: the flat YAML that users write, checked once, frozen after.
+
+The keys are the described lora-scripts' own. `level`, `unit` and range live on each field, so
+that the window's form and the documentation are built from here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from core import words
+from core.faults import Fault
+
+Precision = Literal["auto", "fp32", "fp16", "bf16"]
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+def _field(default: Any, level: str, help_: str, unit: str = "", **limits: Any) -> Any:
+    return Field(default, description=help_, json_schema_extra={"level": level, "unit": unit},
+                 **limits)
+
+
+class TrainConfig(BaseModel):
+    """One training run. Relative paths are taken from the YAML's folder, then from the
+    working folder (see `resolve`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # basic
+    train_data_dir: str = _field("", "basic", "folder of pictures")
+    base_model: str = _field("", "basic", "model folder or .safetensors file")
+    output_dir: str = _field("./output", "basic", "where the LoRA goes")
+    output_name: str = _field("", "basic", "file name of the LoRA; empty: the output folder's")
+    trigger_word: str = _field("", "basic", "put first in every caption that lacks it")
+    lora_rank: int = _field(8, "basic", "size of the LoRA", ge=1, le=1024)
+    batch_size: int = _field(1, "basic", "pictures at once", "pictures", ge=1, le=256)
+    epochs: int = _field(10, "basic", "rounds over all pictures", ge=1, le=100_000)
+    learning_rate: float = _field(1e-4, "basic", "size of the update", gt=0, le=10)
+    max_resolution: str = _field("", "basic", "area cap 'W,H'; empty: the base's own", "px")
+
+    # advanced
+    family: str = _field("auto", "advanced", "model family; auto: told from the base")
+    metadata_path: str = _field("", "advanced", "captions as .csv or .jsonl")
+    max_train_steps: int = _field(0, "advanced", "steps instead of epochs; 0: epochs", ge=0)
+    lora_alpha: float | None = _field(None, "advanced", "scale = alpha / rank; empty: rank", gt=0)
+    lora_dropout: float = _field(0.0, "advanced", "dropout before the LoRA", ge=0, lt=1)
+    target_modules: list[str] | str = _field(
+        "attention", "advanced",
+        "layers by name, or a preset: attention | attention+ff | all-linear")
+    gradient_accumulation_steps: int = _field(1, "advanced", "batches per update", ge=1, le=4096)
+    precision: Precision = _field("auto", "advanced", "number format of the base")
+    gradient_checkpointing: bool = _field(False, "advanced", "less memory, slower steps")
+    optimizer: Literal["adamw"] = _field("adamw", "advanced", "update rule")
+    lr_scheduler: Schedule = _field("constant", "advanced", "course of the learning rate")
+    lr_warmup_steps: int = _field(0, "advanced", "steps until the full rate", "steps", ge=0)
+    save_steps: int = _field(0, "advanced", "checkpoint every N steps; 0: at the end", ge=0)
+    keep_checkpoints: int = _field(3, "advanced", "newest kept; 0: all", ge=0)
+    resume: bool = _field(False, "advanced", "go on from the newest checkpoint")
+    sample_prompts: list[str] = _field([], "advanced", "prompts of the previews")
+    sample_every: int = _field(0, "advanced", "preview every N steps; 0: none", "steps", ge=0)
+    caption_dropout: float = _field(0.0, "advanced", "share of empty captions", ge=0, le=1)
+    shuffle_tags: bool = _field(False, "advanced", "shuffle comma-separated tags")
+    keep_tokens: int = _field(0, "advanced", "leading tags never shuffled", ge=0)
+    flip: bool = _field(False, "advanced", "mirror pictures at random")
+    validation_split: float = _field(0.0, "advanced", "share of pictures held out", ge=0, lt=1)
+    seed: int = _field(42, "advanced", "same seed, same LoRA", ge=0, lt=2**63)
+    min_snr_gamma: float = _field(0.0, "advanced", "min-SNR weighting; 5 is usual, 0: off", ge=0)
+    noise_offset: float = _field(0.0, "advanced", "helps dark and bright pictures", ge=0, le=1)
+
+    # expert
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = _field(
+        "auto", "expert", "what the base predicts")
+    weight_decay: float = _field(0.01, "expert", "AdamW weight decay", ge=0)
+    max_grad_norm: float = _field(1.0, "expert", "gradient clipping; 0: off", ge=0)
+    adam_beta1: float = _field(0.9, "expert", "AdamW beta 1", ge=0, lt=1)
+    adam_beta2: float = _field(0.999, "expert", "AdamW beta 2", ge=0, lt=1)
+    bucket_no_upscale: bool = _field(False, "expert", "never enlarge a picture")
+    min_bucket_side: int = _field(0, "expert", "px; 0: the family's", "px", ge=0)
+    max_bucket_side: int = _field(0, "expert", "px; 0: the family's", "px", ge=0)
+    alpha_background: str = _field("white", "expert", "colour behind transparent pictures")
+    cache_batch_size: int = _field(4, "expert", "pictures at once while caching", ge=1, le=64)
+    cache_to_disk: bool = _field(True, "expert", "keep latents and embeddings for the next run")
+    sample_size: str = _field("", "expert", "'W,H' of previews; empty: the base's own", "px")
+    sample_cfg: float = _field(7.0, "expert", "guidance of previews", ge=0, le=50)
+    sample_inference_steps: int = _field(20, "expert", "denoising steps of previews", ge=1)
+    sample_sampler: str = _field("auto", "expert", "sampler of previews")
+    sample_weight: float = _field(0.8, "expert", "LoRA weight of previews", ge=-4, le=4)
+    validation_steps: int = _field(0, "expert", "validate every N steps; 0: per checkpoint", ge=0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = _field("auto", "expert", "where to train")
+    task_type: Literal["text-to-image"] = _field("text-to-image", "expert", "kind of task")
+
+    @field_validator("sample_prompts", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("max_resolution", "sample_size", mode="before")
+    @classmethod
+    def _plain_size(cls, value: Any) -> Any:
+        """512, [512, 768], "512,768", "512x768" -> "512,768"."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if isinstance(value, list):
+            value = ",".join(map(str, value))
+        if not isinstance(value, str) or not value.strip():
+            return value or ""
+        numbers = re.fullmatch(r"\s*(\d+)\s*(?:[,x×*]\s*(\d+)\s*)?", value)
+        if not numbers or not all(8 <= int(n) <= 16384 for n in numbers.groups() if n):
+            raise ValueError("expected 'width,height' in pixels, such as 512,512")
+        return f"{int(numbers[1])},{int(numbers[2] or numbers[1])}"
+
+    @property
+    def name(self) -> str:
+        """The LoRA's file name without suffix."""
+        return self.output_name or Path(self.output_dir).name or "lora"
+
+    @property
+    def alpha(self) -> float:
+        return self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+    def with_changes(self, **changes: Any) -> Self:
+        return type(self).model_validate(self.model_dump() | changes)
+
+
+class GenerateConfig(BaseModel):
+    """One `generate` call."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: str
+    prompt: str = ""
+    negative: str = ""
+    loras: list[str] = []                  # "file-or-name[:weight]"
+    seed: int = Field(42, ge=0, lt=2**63)
+    steps: int = Field(25, ge=1, le=1000)
+    cfg: float = Field(7.0, ge=0, le=50)
+    size: str = ""                         # "W,H"; empty: the base's own
+    sampler: str = "auto"
+    count: int = Field(1, ge=1, le=1000)
+    sheet: str = ""                        # weights=0,0.8 | checkpoints=100,200
+    out: str = "./output/generate"
+    precision: Precision = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _plain_size(cls, value: Any) -> Any:
+        return TrainConfig._plain_size(value)
+
+
+def size_of(text: str) -> tuple[int, int] | None:
+    """'512,768' -> (512, 768); '' -> None. The text has passed validation."""
+    if not text:
+        return None
+    width, height = text.split(",")
+    return int(width), int(height)
+
+
+def load_train_config(path: Path, overrides: Mapping[str, str] | None = None) -> TrainConfig:
+    """Reads a YAML config, or the config inside a LoRA file's metadata, and checks it.
+
+    Raises Fault with the file, the line and the nearest key where something is wrong.
+    """
+    if path.suffix.lower() == ".safetensors":
+        from core.lora_file import read_config
+        return parse_train_config(read_config(path), str(path), overrides)
+    try:
+        text = path.read_text("utf-8-sig")
+    except FileNotFoundError:
+        raise Fault("config.missing", file=path, folder=Path.cwd()) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Fault("config.unreadable", file=path, reason=error) from None
+    return parse_train_config(text, str(path), overrides)
+
+
+def parse_train_config(text: str, source: str,
+                       overrides: Mapping[str, str] | None = None) -> TrainConfig:
+    data, lines = read_flat_yaml(text, source)
+    for key, value in (overrides or {}).items():
+        data[key] = _scalar(value)
+        lines.pop(key, None)
+    _refuse_unknown(data, lines, source)
+    try:
+        return TrainConfig.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        raise Fault("config.bad_value", file=source, line=lines.get(key, "--set"), key=key,
+                    value=data.get(key), problem=first["msg"].removeprefix("Value error, ")
+                    ) from None
+
+
+def read_flat_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """-> values and line numbers by key. Aliases are refused, numbers such as 2e-4 are numbers."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise Fault("config.bad_yaml", file=source, line=mark.line + 1 if mark else 1,
+                    reason=getattr(error, "problem", None) or error) from None
+    if node is None:
+        return {}, {}
+    if not isinstance(node, yaml.MappingNode):
+        raise Fault("config.not_a_mapping", file=source)
+    lines: dict[str, int] = {}
+    for key_node, _ in node.value:
+        key = str(key_node.value)
+        if key in lines:
+            raise Fault("config.twice", file=source, line=key_node.start_mark.line + 1, key=key,
+                        first=lines[key])
+        lines[key] = key_node.start_mark.line + 1
+    loader = _Loader("")
+    try:
+        data = loader.construct_document(node)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise Fault("config.bad_yaml", file=source, line=node.start_mark.line + 1,
+                    reason=error) from None
+    return {str(k): v for k, v in data.items() if v is not None}, lines
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The config as YAML: only what differs from the defaults, so that it stays readable."""
+    return yaml.safe_dump(config.model_dump(exclude_defaults=True), allow_unicode=True,
+                          sort_keys=False)
+
+
+def resolve(path: str, beside: Path | None) -> Path:
+    """A user's path: absolute as it is; relative from the config's folder if something is
+    there, else from the working folder."""
+    plain = Path(path).expanduser()
+    if plain.is_absolute() or beside is None:
+        return plain.absolute()
+    near = beside / plain
+    return (near if near.exists() else plain).absolute()
+
+
+def _refuse_unknown(data: Mapping[str, Any], lines: Mapping[str, int], source: str) -> None:
+    for key in data:
+        if key not in TrainConfig.model_fields:
+            close = words.nearest(key, TrainConfig.model_fields, 1)
+            raise Fault("config.unknown_key" if close else "config.unknown_key_plain",
+                        file=source, line=lines.get(key, "--set"), key=key,
+                        nearest=close[0] if close else "")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 2e-4 as a number (YAML 1.2) and refuses aliases (YAML bombs)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed here",
+                                              event.start_mark)
+        return super().compose_node(parent, index)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+0123456789."))
+
+
+def _scalar(text: str) -> Any:
+    """A --set value, read as YAML: 4, 2e-4, true, [a, b], plain text."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError:
+        return text

@@ -1,0 +1,86 @@
+"""What a family hands over to the engine: a small spec and a few callables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Objective = Literal["epsilon", "v_prediction", "flow"]
+
+
+@dataclass(frozen=True, slots=True)
+class FamilySpec:
+    id: str
+    title: str
+    native_size: int                        # px a side
+    bucket_step: int                        # px; sides of buckets are multiples of it
+    lora_presets: dict[str, tuple[str, ...]]   # preset -> module-name suffixes for peft
+    lora_aliases: dict[str, str]            # names that users know -> suffixes here
+    kohya_prefix: str                       # "lora_unet"
+    base_version: str                       # ss_base_model_version
+    architecture: str                       # modelspec.architecture without "/lora"
+    implementation: str                     # modelspec.implementation
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Where the base lives and in which numbers it computes. LoRA weights are always fp32."""
+
+    device: torch.device
+    weights: torch.dtype                    # of the frozen base
+    compute: torch.dtype                    # of autocast; float32: no autocast
+    vae: torch.dtype
+
+
+@dataclass(slots=True)
+class Parts:
+    """A loaded base. A part that is no longer needed is dropped and leaves memory."""
+
+    source: Path
+    scheduler: dict[str, Any]               # diffusers scheduler config of the base
+    objective: Objective
+    native_size: int                        # px; this base's own
+    bucket_step: int                        # px; this base's own
+    denoiser: Any = None                    # UNet or transformer
+    vae: Any = None
+    text: dict[str, Any] = field(default_factory=dict)  # tokenizers, encoders by pipeline name
+
+
+Part = Literal["denoiser", "vae", "text"]
+ALL_PARTS: frozenset[Part] = frozenset({"denoiser", "vae", "text"})
+Cond = dict[str, Tensor]                    # name -> (B, ...)
+
+
+class Family(Protocol):
+    spec: ClassVar[FamilySpec]
+
+    def load(self, source: Path, precision: Precision,
+             only: frozenset[Part] = ALL_PARTS) -> Parts:
+        """Reads a diffusers folder or a single .safetensors file; frozen, eval mode.
+
+        Raises Fault where the source is missing, is no such base or can't be read."""
+
+    def encode_text(self, parts: Parts, prompts: Sequence[str]) -> Cond:
+        """Embeddings of B prompts, on the base's device."""
+
+    def count_tokens(self, parts: Parts, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt without start and end."""
+
+    def token_limit(self, parts: Parts) -> int: ...
+
+    def encode_image(self, parts: Parts, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), the posterior's mean."""
+
+    def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The denoiser's output for noisy latents (B, C, h, w) at timesteps (B,)."""
+
+    def pipeline(self, parts: Parts) -> Any:
+        """A diffusers text-to-image pipeline that shares the weights; missing parts are None."""
+
+    def prompt_arguments(self, cond: Cond, negative: Cond) -> dict[str, Tensor]:
+        """The pipeline's arguments for embeddings made by `encode_text`."""

@@ -1,0 +1,77 @@
+"""Where things live, in a source checkout and in a frozen app alike; and atomic writes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import platformdirs
+
+APP = "LoRA Darkroom"
+ROOT = Path(getattr(sys, "_MEIPASS", Path(__file__).resolve().parent.parent))
+PRESETS = ROOT / "presets"
+DEMO = PRESETS / "demo"
+FAMILY_CONFIGS = ROOT / "core" / "families" / "configs"
+
+
+def data_dir() -> Path:
+    """Runs and settings. DARKROOM_HOME moves everything (tests, portable installs)."""
+    home = os.environ.get("DARKROOM_HOME")
+    return Path(home) if home else Path(platformdirs.user_data_dir(APP, appauthor=False))
+
+
+def cache_dir() -> Path:
+    home = os.environ.get("DARKROOM_HOME")
+    return (Path(home) / "cache" if home
+            else Path(platformdirs.user_cache_dir(APP, appauthor=False)))
+
+
+def runs_dir() -> Path:
+    return data_dir() / "runs"
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is synced and renamed over `path`.
+
+    After a crash at any moment `path` holds either its old content or its whole new content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    with atomic(path) as temporary:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":         # Windows has no fsync for folders
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

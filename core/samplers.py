@@ -1,0 +1,55 @@
+"""Samplers by the names that users know from A1111 and ComfyUI, as diffusers schedulers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+
+from core import words
+from core.families.base import Parts
+from core.faults import Fault
+
+# name -> (label in A1111, diffusers class, options)
+SAMPLERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "ddim": ("DDIM", "DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    "euler": ("Euler", "EulerDiscreteScheduler", {}),
+    "euler_a": ("Euler a", "EulerAncestralDiscreteScheduler", {}),
+    "heun": ("Heun", "HeunDiscreteScheduler", {}),
+    "lms": ("LMS", "LMSDiscreteScheduler", {}),
+    "dpm++2m": ("DPM++ 2M", "DPMSolverMultistepScheduler", {}),
+    "dpm++2m_karras": ("DPM++ 2M Karras", "DPMSolverMultistepScheduler",
+                       {"use_karras_sigmas": True}),
+    "dpm++2m_sde": ("DPM++ 2M SDE", "DPMSolverMultistepScheduler",
+                    {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPC", "UniPCMultistepScheduler", {}),
+    "pndm": ("PLMS", "PNDMScheduler", {"skip_prk_steps": True}),
+}
+FALLBACK = "dpm++2m"
+
+
+def create(name: str, parts: Parts) -> Any:
+    """A scheduler with the base's noise schedule. auto: the base's own sampler, except that
+    PNDM, the old default, gives way to DPM++ 2M. Raises Fault for an unknown name."""
+    if name == "auto":
+        own = parts.scheduler.get("_class_name", "")
+        name = next((n for n, (_, cls, _) in SAMPLERS.items()
+                     if cls == own and n != "pndm"), FALLBACK)
+    if name not in SAMPLERS:
+        close = words.nearest(name, SAMPLERS, 1)
+        raise Fault("generate.unknown_sampler", name=name, known=", ".join(SAMPLERS),
+                    nearest=close[0] if close else FALLBACK)
+    _, cls, options = SAMPLERS[name]
+    config = {k: v for k, v in parts.scheduler.items() if not k.startswith("_")}
+    config |= {"prediction_type": parts.objective}
+    return getattr(diffusers, cls).from_config(config, **options)
+
+
+def label(scheduler: Any) -> str:
+    """The A1111 name of a scheduler, for the parameters inside a PNG."""
+    matches = [(label, options) for label, cls, options in SAMPLERS.values()
+               if cls == type(scheduler).__name__]
+    for text, options in reversed(matches):     # the most particular options stand last
+        if all(scheduler.config.get(k) == v for k, v in options.items()):
+            return text
+    return matches[0][0] if matches else type(scheduler).__name__

@@ -1,0 +1,53 @@
+"""Sentences for people, by key and language: core/strings/<language>/<subject>.yaml."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import locale
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+STRINGS = Path(__file__).parent / "strings"
+LANGUAGES = ("en", "zh-CN")
+
+
+@functools.cache
+def catalogue(language: str) -> dict[str, str]:
+    """All sentences of a language; key `subject.what`, placeholders in braces."""
+    sentences: dict[str, str] = {}
+    for path in sorted((STRINGS / language).glob("*.yaml")):
+        entries = yaml.safe_load(path.read_text("utf-8")) or {}
+        sentences |= {f"{path.stem}.{key}": text for key, text in entries.items()}
+    return sentences
+
+
+@functools.cache
+def language() -> str:
+    """DARKROOM_LANG, else the system's language where we have it, else English."""
+    wanted = os.environ.get("DARKROOM_LANG") or locale.getlocale()[0] or ""
+    return "zh-CN" if wanted.lower().startswith(("zh", "chinese")) else "en"
+
+
+def say(key: str, params: Mapping[str, Any] | None = None, lang: str | None = None) -> str:
+    """The sentence for a key, its placeholders filled; the bare key where no sentence exists."""
+    text = catalogue(lang or language()).get(key) or catalogue("en").get(key)
+    if text is None:
+        return f"{key} {dict(params)}" if params else key
+    return text.format_map(_Kept(params or {}))
+
+
+def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """Known words that look like `word`, best first: for "did you mean"."""
+    return difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+
+
+class _Kept(dict[str, Any]):
+    """A missing parameter stays visible as its placeholder: a fault must not fail."""
+
+    def __missing__(self, key: str) -> str:
+        return "{" + key + "}"
