@@ -86,6 +86,8 @@ class TrainConfig(BaseModel):
     alpha_background: str = _field("white", "expert", "colour behind transparent pictures")
     cache_batch_size: int = _field(4, "expert", "pictures at once while caching", ge=1, le=64)
     cache_to_disk: bool = _field(True, "expert", "keep latents and embeddings for the next run")
+    save_precision: Literal["fp16", "fp32", "bf16"] = _field(
+        "fp16", "expert", "number format in the LoRA file")
     sample_size: str = _field("", "expert", "'W,H' of previews; empty: the base's own", "px")
     sample_cfg: float = _field(7.0, "expert", "guidance of previews", ge=0, le=50)
     sample_inference_steps: int = _field(20, "expert", "denoising steps of previews", ge=1)
@@ -254,7 +256,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed here",
                                               event.start_mark)
         return super().compose_node(parent, index)

@@ -49,7 +49,7 @@ def attach(model: Any, config: TrainConfig, spec: FamilySpec) -> list[nn.Paramet
     with torch.random.fork_rng():       # the start of the LoRA depends on the seed alone
         torch.manual_seed(config.seed)
         model.add_adapter(LoraConfig(
-            r=config.lora_rank, lora_alpha=config.alpha,  # type: ignore[arg-type]
+            r=config.lora_rank, lora_alpha=config.alpha,
             lora_dropout=config.lora_dropout, target_modules=targets, init_lora_weights=True))
     for parameter in trainable(model):
         parameter.data = parameter.data.float()

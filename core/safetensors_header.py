@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from core.faults import Fault
 
@@ -50,14 +52,14 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Reads and checks the header alone. Raises Fault with the file and what is wrong in it."""
-    with _opened(path) as file:
+    with opened(path) as file:
         return _read(file, path)
 
 
 def read_scalars(path: Path, header: Header, names: list[str]) -> dict[str, float]:
     """Values of one-element tensors; names of other shapes or types are left out."""
     values: dict[str, float] = {}
-    with _opened(path) as file:
+    with opened(path) as file:
         for name in names:
             info = header.tensors[name]
             if all(side == 1 for side in info.shape) and info.dtype in {*SCALARS, "BF16"}:
@@ -68,14 +70,14 @@ def read_scalars(path: Path, header: Header, names: list[str]) -> dict[str, floa
 
 def data_hash(path: Path) -> str:
     """SHA-256 of the tensors' bytes: does not change when metadata is edited."""
-    with _opened(path) as file:
+    with opened(path) as file:
         header = _read(file, path)
         file.seek(header.data_start)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(file: BinaryIO, path: Path) -> Header:
-    size = path.stat().st_size
+def _read(file: BufferedReader, path: Path) -> Header:
+    size = os.fstat(file.fileno()).st_size
     head = file.read(9)
     length = int.from_bytes(head[:8], "little")
     if len(head) < 9 or head[8:] != b"{" or length > MAX_HEADER:
@@ -89,7 +91,7 @@ def _read(file: BinaryIO, path: Path) -> Header:
     return Header(metadata, tensors, 8 + length, size)
 
 
-def _opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BufferedReader:
     try:
         return open(path, "rb")
     except FileNotFoundError:
@@ -182,7 +184,7 @@ def _is_natural(value: Any) -> bool:
 
 def _check_layout(tensors: Mapping[str, TensorInfo], size: int, path: Path) -> None:
     """The tensors must fill the rest of the file without gap or overlap."""
-    reached = 0
+    reached, name = 0, ""
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin < reached:
             raise Fault("lora_file.overlap", file=path, key=name)
@@ -190,22 +192,12 @@ def _check_layout(tensors: Mapping[str, TensorInfo], size: int, path: Path) -> N
             raise Fault("lora_file.gap", file=path, begin=reached, end=info.begin)
         reached = info.end
     if reached > size:
-        raise Fault("lora_file.outside", file=path, key=_last(tensors), missing=reached - size)
+        raise Fault("lora_file.outside", file=path, key=name, missing=reached - size)
     if reached < size:
         raise Fault("lora_file.gap", file=path, begin=reached, end=size)
-
-
-def _last(tensors: Mapping[str, TensorInfo]) -> str:
-    return max(tensors, key=lambda name: tensors[name].end)
 
 
 def _number(dtype: str, content: bytes) -> float:
     if dtype == "BF16":                    # the upper half of a float32
         dtype, content = "F32", b"\0\0" + content
     return float(struct.unpack(SCALARS[dtype], content)[0])
-
-
-def chunks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
-    with _opened(path) as file:
-        while chunk := file.read(size):
-            yield chunk

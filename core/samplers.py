@@ -47,9 +47,9 @@ def create(name: str, parts: Parts) -> Any:
 
 def label(scheduler: Any) -> str:
     """The A1111 name of a scheduler, for the parameters inside a PNG."""
-    matches = [(label, options) for label, cls, options in SAMPLERS.values()
-               if cls == type(scheduler).__name__]
+    cls = type(scheduler).__name__
+    matches = [(text, options) for text, name, options in SAMPLERS.values() if name == cls]
     for text, options in reversed(matches):     # the most particular options stand last
         if all(scheduler.config.get(k) == v for k, v in options.items()):
             return text
-    return matches[0][0] if matches else type(scheduler).__name__
+    return matches[0][0] if matches else cls

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core import words
@@ -22,6 +23,23 @@ def get(family_id: str) -> Family:
         close = words.nearest(family_id, MODULES, 1)
         raise Fault("families.unknown", family=family_id, known=", ".join(MODULES),
                     nearest=close[0] if close else next(iter(MODULES)))
+    _quiet()
     module, name = MODULES[family_id].split(":")
     family: Family = getattr(importlib.import_module(module), name)()
     return family
+
+
+def detect(source: Path) -> str:
+    """The family of a base, told from what it is. Raises Fault where nothing is there."""
+    if not source.exists():
+        raise Fault("families.missing", path=source, folder=source.parent)
+    return "sd15"                       # its loader says what a file is that isn't one
+
+
+def _quiet() -> None:
+    """The libraries' own bars and hints would tear our progress display."""
+    import diffusers.utils.logging as diffusers_log
+    import transformers.utils.logging as transformers_log
+    for log in (diffusers_log, transformers_log):
+        log.disable_progress_bar()
+        log.set_verbosity_error()

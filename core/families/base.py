@@ -65,6 +65,9 @@ class Family(Protocol):
 
         Raises Fault where the source is missing, is no such base or can't be read."""
 
+    def weight_files(self, source: Path, part: Part) -> list[tuple[Path, str]]:
+        """Where a part's weights lie: (file, prefix of its tensors' names)."""
+
     def encode_text(self, parts: Parts, prompts: Sequence[str]) -> Cond:
         """Embeddings of B prompts, on the base's device."""
 

@@ -44,6 +44,15 @@ class StableDiffusion1:
              only: frozenset[Part] = ALL_PARTS) -> Parts:
         return (_load_folder if source.is_dir() else _load_file)(source, precision, only)
 
+    def weight_files(self, source: Path, part: Part) -> list[tuple[Path, str]]:
+        folder, prefix = {"denoiser": ("unet", "model.diffusion_model."),
+                          "vae": ("vae", "first_stage_model."),
+                          "text": ("text_encoder", "cond_stage_model.")}[part]
+        if not source.is_dir():
+            return [(source, prefix)]
+        return [(p, "") for p in sorted((source / folder).iterdir())
+                if p.suffix in (".safetensors", ".json")]
+
     def encode_text(self, parts: Parts, prompts: Sequence[str]) -> Cond:
         tokenizer, encoder = parts.text["tokenizer"], parts.text["text_encoder"]
         ids = tokenizer(list(prompts), padding="max_length", truncation=True,
@@ -60,11 +69,13 @@ class StableDiffusion1:
 
     def encode_image(self, parts: Parts, pixels: Tensor) -> Tensor:
         with torch.no_grad():
-            latents = parts.vae.encode(pixels.to(parts.vae.device, parts.vae.dtype)).latent_dist
-            return latents.mode() * parts.vae.config.scaling_factor
+            vae = parts.vae
+            latents: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+            return latents * vae.config.scaling_factor
 
     def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return denoiser(noisy, t, cond["text"], return_dict=False)[0]
+        predicted: Tensor = denoiser(noisy, t, cond["text"], return_dict=False)[0]
+        return predicted
 
     def pipeline(self, parts: Parts) -> StableDiffusionPipeline:
         pipeline = StableDiffusionPipeline(

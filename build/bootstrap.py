@@ -1,0 +1,312 @@
+"""Makes `.venv` beside the launcher and fills it, so that a bare Python is all that is needed.
+
+Standard library only, and readable by Python 3.8: too old a Python must get a sentence, not a
+traceback. Texts: core/strings/<language>/bootstrap.yaml, one `key: "JSON string"` a line.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import hashlib
+import importlib.util
+import json
+import locale
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from environment import (
+    OLDEST,
+    dotted,
+    drop_half_installed,
+    is_current,
+    missing,
+    numbers,
+    nvidia_cards,
+    python_of,
+    read_stamp,
+    same,
+    site_packages,
+    torch_index,
+    torch_lines,
+    version_of,
+    write_stamp,
+)
+
+RESTARTED = "DARKROOM_RESTARTED"        # tells the second start that the first prepared it
+
+
+class Stop(Exception):
+    """A sentence for the user, and the exit code."""
+
+    def __init__(self, key: str, exit_code: int = 1, **params: object) -> None:
+        super().__init__(say(key, **params))
+        self.exit_code = exit_code
+
+
+# What the launcher calls
+
+
+def prepare(root: Path, extra: str = "") -> Path | None:
+    """The Python to start again with, its packages installed; None: this one will do."""
+    venv = root / ".venv"
+    if os.environ.pop(RESTARTED, "") == str(venv):
+        return None
+    if same(sys.prefix, venv):
+        if is_current(root, extra) or not (read_stamp(root) or missing(root, extra)):
+            return None
+    elif not missing(root):
+        lacking = missing(root, extra) if extra else []
+        if not lacking:
+            return None
+        if not venv.exists():           # an environment of the user's own: not ours to fill
+            raise Stop("no_test_extra", 2, missing=", ".join(lacking), python=sys.executable)
+    with _alone(root):
+        return make(root, extra)
+
+
+def make(root: Path, extra: str = "") -> Path:
+    """Creates, repairs or completes .venv; does nothing where it is current."""
+    venv = root / ".venv"
+    if (venv.exists() or venv.is_symlink()) and not venv.is_dir():
+        raise Stop("not_a_folder", 2, path=venv)
+    why = _why_anew(root)
+    if why:
+        tell(why, path=venv)
+        _remove(venv)
+    if not venv.exists():
+        _create(root)
+    if not is_current(root, extra) and not _complete_without_us(root, extra):
+        _install(root, extra)
+    return python_of(venv)
+
+
+def restart(python: Path, script: Path, argv: list[str]) -> int:
+    """Starts `script` again with `python`. On POSIX this process becomes the new one."""
+    os.environ[RESTARTED] = str(script.parent / ".venv")
+    command = [str(python), str(script), *argv]
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+    try:
+        if os.name != "nt":
+            os.execv(command[0], command)
+        os.environ.setdefault("PYTHONUTF8", "1")
+        child = subprocess.Popen(command)
+    except OSError as error:
+        raise Stop("cant_start", python=python, reason=error, path=python.parent.parent) from None
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:       # the child gets Ctrl+C too, and decides
+            continue
+
+
+# Making and filling one
+
+
+def _why_anew(root: Path) -> str:
+    """The reason for a new .venv, as a text's key; empty: the old one is sound or not there."""
+    venv = root / ".venv"
+    if not venv.exists():
+        return ""
+    stamp = read_stamp(root)
+    if stamp.get("root", os.path.realpath(root)) != os.path.realpath(root):
+        return "moved"
+    version = version_of(python_of(venv))
+    if not version or numbers(version) < OLDEST or stamp.get("state") == "making":
+        return "broken"
+    return "" if stamp.get("python", version) == version else "broken"
+
+
+def _complete_without_us(root: Path, extra: str) -> bool:
+    """A .venv that someone filled by hand, offline perhaps: use it as it is."""
+    if read_stamp(root):
+        return False
+    check = [str(python_of(root / ".venv")), str(Path(__file__)), "complete", str(root), extra]
+    return subprocess.run(check, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL).returncode == 0
+
+
+def _create(root: Path) -> None:
+    venv, uv = root / ".venv", shutil.which("uv")
+    found = sys.version_info[:2]
+    if found < OLDEST:
+        raise Stop("python_too_old", 2, needed=dotted(OLDEST), found=dotted(found))
+    needed = ("venv",) if uv else ("venv", "ensurepip")     # Debian ships both apart
+    if not all(map(importlib.util.find_spec, needed)):
+        raise Stop("no_venv_module", 2, package=f"python{dotted(found)}-venv")
+    tell("making", path=venv)
+    try:
+        venv.mkdir()
+        write_stamp(root, "making", dotted(found), [])
+    except OSError as error:
+        raise Stop("cant_make", path=venv, reason=error) from None
+    python = getattr(sys, "_base_executable", "") or sys.executable     # .venv's own may be gone
+    command = [python, "-m", "venv", *(["--without-pip"] if uv else []), str(venv)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        lines = done.stdout.decode("utf-8", "replace").strip().splitlines() or ["?"]
+        raise Stop("cant_make", path=venv, reason=lines[-1])
+    write_stamp(root, "made", dotted(found), [])
+
+
+def _remove(venv: Path) -> None:
+    if venv.is_symlink():
+        venv.unlink()
+        return
+    old = venv.with_name(f".venv-old-{os.getpid()}")        # half deleted it would look sound
+    try:
+        os.replace(venv, old)
+    except OSError as error:
+        raise Stop("cant_remove", path=venv, reason=error) from None
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _install(root: Path, extra: str) -> None:
+    stamp, started = read_stamp(root), time.monotonic()
+    python = python_of(root / ".venv")
+    extras = sorted({*filter(None, [extra]), *(stamp.get("extras") or [])})
+    if stamp.get("state") == "installing":
+        tell("continuing")
+        drop_half_installed(root / ".venv")
+    tool = "uv" if shutil.which("uv") else "pip"
+    if tool == "pip" and not any(s.joinpath("pip").exists() for s in site_packages(root / ".venv")):
+        subprocess.run([str(python), "-m", "ensurepip"], stdout=_stderr())
+    tell("installing", tool=tool)
+    write_stamp(root, "installing", version_of(python), extras)
+    torch_first = torch_lines(root)
+    index = torch_index(nvidia_cards()) if torch_first else ""
+    try:
+        if index:
+            tell("torch_for_card", index=index)
+            _installer(root, tool, ["--index-url", index, *torch_first])
+        _installer(root, tool, ["-e", f".[{','.join(extras)}]" if extras else "."])
+    except KeyboardInterrupt:
+        raise Stop("interrupted", 130) from None
+    write_stamp(root, "ready", version_of(python), extras)
+    tell("ready", minutes="%.1f" % ((time.monotonic() - started) / 60))
+
+
+def _installer(root: Path, tool: str, what: list[str]) -> None:
+    """Runs pip or uv in `root`, its progress visible; Stop with the reason where it fails."""
+    python = str(python_of(root / ".venv"))
+    command = ([python, "-m", "pip", "install", "--disable-pip-version-check", *what]
+               if tool == "pip" else ["uv", "pip", "install", "--python", python, *what])
+    environment = {**os.environ, "PIP_USER": "0", "PYTHONUTF8": "1"}
+    # pip draws its bar on stdout and complains on stderr: the bar stays a bar (on our stderr, our
+    # stdout is for answers), the complaints pass through here. uv draws and complains on stderr.
+    catch = tool == "pip" or not _is_terminal(sys.stderr)
+    process = subprocess.Popen(command, cwd=str(root), env=environment, stdout=_stderr(),
+                               stderr=subprocess.PIPE if catch else None)
+    last: collections.deque[str] = collections.deque(maxlen=12)
+    try:
+        for raw in process.stderr or ():
+            line = raw.decode("utf-8", "replace").rstrip()
+            last.append(line)
+            print(line, file=sys.stderr, flush=True)
+        code = process.wait()
+    except KeyboardInterrupt:
+        with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
+            process.wait(20)            # it got Ctrl+C too
+        raise
+    finally:
+        if process.poll() is None:
+            process.kill()
+    if code in (130, -signal.SIGINT):
+        raise KeyboardInterrupt
+    if code:
+        raise _why_failed(root, tool, code, list(last))
+
+
+def _why_failed(root: Path, tool: str, code: int, last: list[str]) -> Stop:
+    key = next((key for key, signs in FAILURES.items()
+                if re.search(signs, "\n".join(last), re.IGNORECASE)), "failed")
+    if last:
+        print("\n".join([say("said_last", tool=tool), *("  " + line for line in last)]),
+              file=sys.stderr)
+    return Stop(key, tool=tool, code=code, path=root)
+
+
+FAILURES = {
+    "failed_disk": r"no space left|disk full|not enough space|Errno 28\b",
+    "failed_rights": r"permission denied|access is denied|Errno 13\b|WinError 5\b",
+    "failed_network": r"connection (broken|refused|reset|error)|failed to establish|getaddrinfo|"
+                      r"name resolution|name or service|timed? ?out|proxyerror|SSLError|"
+                      r"network is unreachable|dns error|error sending request|from versions: none",
+}
+
+
+# Words and small things
+
+
+def say(key: str, **params: object) -> str:
+    return texts(language())[key].format(**params)
+
+
+def tell(key: str, **params: object) -> None:
+    print(say(key, **params), file=sys.stderr, flush=True)
+
+
+def texts(lang: str) -> dict[str, str]:
+    """bootstrap.yaml without a YAML library: that comes with the packages."""
+    path = Path(__file__).resolve().parent.parent / "core" / "strings" / lang / "bootstrap.yaml"
+    lines = (line.split(": ", 1) for line in path.read_text("utf-8").splitlines() if line)
+    return {key: json.loads(text) for key, text in lines}
+
+
+def language() -> str:
+    """As core.words.language, which needs a package."""
+    wanted = os.environ.get("DARKROOM_LANG") or locale.getlocale()[0] or ""
+    return "zh-CN" if wanted.lower().startswith(("zh", "chinese")) else "en"
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """One start at a time works on one .venv. The system frees the lock of a dead process."""
+    user = os.getuid() if hasattr(os, "getuid") else ""
+    name = hashlib.sha256(os.path.realpath(root).encode("utf-8", "replace")).hexdigest()[:16]
+    with open(Path(tempfile.gettempdir()) / f"darkroom-{user}-{name}.lock", "a+b") as file:
+        if not _try_lock(file):
+            tell("waiting")
+            while not _try_lock(file):
+                time.sleep(0.5)
+        yield
+
+
+def _try_lock(file: IO[bytes]) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_terminal(stream: object) -> bool:
+    return bool(getattr(stream, "isatty", lambda: False)())
+
+
+def _stderr() -> int:
+    """A file number for a child's output, also where sys.stderr isn't a real file."""
+    try:
+        return sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):
+        return 2
+
+
+if __name__ == "__main__":              # `python bootstrap.py complete ROOT EXTRA`: see above
+    sys.exit(1 if missing(Path(sys.argv[2]), sys.argv[3]) else 0)

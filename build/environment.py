@@ -1,0 +1,175 @@
+"""Facts about Python environments and cards, for bootstrap.py: asked, never changed by themselves.
+
+Standard library only, and readable by Python 3.8.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+OLDEST = (3, 11)
+STAMP = "darkroom.json"                 # in .venv: whose environment, for what, how far
+# PyPI's torch is CPU-only on Windows, and its CUDA 13 leaves out cards before Turing and
+# drivers before 580 on every system.
+TORCH_CUDA = "https://download.pytorch.org/whl/cu130"
+TORCH_CUDA_OLD = "https://download.pytorch.org/whl/cu126"
+
+
+# Environments
+
+
+def python_of(venv: Path) -> Path:
+    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def is_current(root: Path, extra: str = "") -> bool:
+    """The stamp says: finished, from this pyproject.toml, with this extra."""
+    stamp = read_stamp(root)
+    return (stamp.get("state") == "ready" and stamp.get("pyproject") == fingerprint(root)
+            and (not extra or extra in stamp.get("extras", [])))
+
+
+def read_stamp(root: Path) -> dict[str, Any]:
+    try:
+        stamp = json.loads((root / ".venv" / STAMP).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
+
+
+def write_stamp(root: Path, state: str, python: str, extras: list[str]) -> None:
+    path = root / ".venv" / STAMP
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({
+        "state": state, "pyproject": fingerprint(root), "python": python, "extras": extras,
+        "root": os.path.realpath(root)}, indent=1), "utf-8")
+    os.replace(temporary, path)
+
+
+def missing(root: Path, extra: str = "") -> list[str]:
+    """Requirements of pyproject.toml that this interpreter lacks or has too old."""
+    if sys.version_info < OLDEST:
+        return [f"python>={dotted(OLDEST)}"]
+    import tomllib
+    from importlib.metadata import PackageNotFoundError, version
+    project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
+    lacking = []
+    for line in (*project.get("dependencies", []),
+                 *project.get("optional-dependencies", {}).get(extra, [])):
+        name, limits = parsed(line)
+        try:
+            if not within(version(name), limits):
+                lacking.append(line)
+        except PackageNotFoundError:
+            lacking.append(line)
+    return lacking
+
+
+def parsed(requirement: str) -> tuple[str, list[tuple[str, tuple[int, ...]]]]:
+    """'torch[x]>=2.7,<3 ; marker' -> ('torch', [('>=', (2, 7)), ('<', (3,))])"""
+    name = re.match(r"[\w.-]+", requirement)
+    limits = re.findall(r"(>=|<=|==|!=|<|>|~=)\s*([\d.]+)", requirement.split(";")[0])
+    return (name.group() if name else requirement), [(op, numbers(n)) for op, n in limits]
+
+
+def within(version: str, limits: list[tuple[str, tuple[int, ...]]]) -> bool:
+    """Lower and upper bounds; the installer itself judges everything finer."""
+    found = numbers(version)
+    return all({">=": found >= bound, ">": found > bound, "<": found < bound,
+                "<=": found <= bound, "==": found == bound, "!=": found != bound,
+                "~=": found >= bound}[op] for op, bound in limits)
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """'2.10.0+cu130' -> (2, 10): the release, without the zeros that mean nothing."""
+    release = re.match(r"\d+(\.\d+)*?(?=(\.0+)*(?![.\d]))", version)
+    return tuple(map(int, release.group().split("."))) if release else ()
+
+
+def version_of(python: Path) -> str:
+    """'3.11' of an interpreter that runs; '' of one that doesn't."""
+    ask = "import sys; print('%d.%d' % sys.version_info[:2])"
+    try:
+        return subprocess.run([str(python), "-I", "-c", ask], stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, timeout=60,
+                              check=True).stdout.decode().strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def drop_half_installed(venv: Path) -> None:
+    """Installers write INSTALLER last; without it a package only looks installed."""
+    for info in (info for site in site_packages(venv) for info in site.glob("*.dist-info")):
+        if not (info / "INSTALLER").exists():
+            shutil.rmtree(str(info), ignore_errors=True)
+
+
+def site_packages(venv: Path) -> list[Path]:
+    return [*venv.glob("lib/python*/site-packages"), *venv.glob("Lib/site-packages")]
+
+
+def fingerprint(root: Path) -> str:
+    content = (root / "pyproject.toml").read_bytes().replace(b"\r\n", b"\n")
+    return hashlib.sha256(content).hexdigest()
+
+
+def dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def same(one: str, other: Path) -> bool:
+    return os.path.normcase(os.path.realpath(one)) == os.path.normcase(os.path.realpath(other))
+
+
+# Which torch
+
+
+def torch_index(cards: list[tuple[float, float]], system: str = os.name) -> str:
+    """The index that torch comes from before the rest; '': the user's own.
+
+    `cards`: (compute capability, driver) each; capability 0 where it is unknown.
+    """
+    chosen = os.environ.get("DARKROOM_TORCH_INDEX")
+    if chosen is not None:
+        return chosen
+    if not cards or sys.platform == "darwin":
+        return ""
+    if any(0 < capability < 7.5 or (0 < driver < 580 and capability < 10)
+           for capability, driver in cards):
+        return TORCH_CUDA_OLD
+    return TORCH_CUDA if system == "nt" else ""
+
+
+def nvidia_cards() -> list[tuple[float, float]]:
+    """(compute capability, driver) of each NVIDIA card; (0, 0) where only the driver is seen."""
+    command = shutil.which("nvidia-smi")
+    cards = _asked(command) if command else []
+    system32 = Path(os.environ.get("SYSTEMROOT", "C:/Windows")) / "System32"
+    if not cards and os.name == "nt" and (system32 / "nvcuda.dll").exists():
+        return [(0.0, 0.0)]
+    return cards
+
+
+def _asked(nvidia_smi: str) -> list[tuple[float, float]]:
+    query = [nvidia_smi, "--query-gpu=compute_cap,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              stdin=subprocess.DEVNULL, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = re.findall(r"^\s*(\d+\.\d+)\s*,\s*(\d+\.\d+)",
+                       done.stdout.decode("utf-8", "replace"), re.MULTILINE)
+    return [(float(capability), float(driver)) for capability, driver in found]
+
+
+def torch_lines(root: Path) -> list[str]:
+    return re.findall(r'^\s*"((?:torch|torchvision)\b[^"]*)"',
+                      (root / "pyproject.toml").read_text("utf-8"), re.MULTILINE)

@@ -1,0 +1,274 @@
+"""train(): the one loop, for every family.
+
+    scan -> buckets -> cache latents and embeddings -> attach LoRA
+         -> noise -> predict -> weighted loss -> accumulate -> clip -> step
+         -> checkpoint, preview, validate -> save -> prove that the file works
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core import checkpoint, families, lora, optim
+from core.config import TrainConfig, resolve
+from core.control import Control
+from core.course import Batch, Course
+from core.events import Event, Note, Phase
+from core.examples import Encoder, Examples, Stopped, find
+from core.families.base import Cond, Family, Parts, Precision
+from core.faults import Fault
+from core.meter import Meter
+from core.objective import Diffusion, Draw
+from core.precision import autocast, choose, free_memory
+from core.preview import Previewer
+from core.saving import Keeper
+from core.verify import verify_run
+
+VALIDATION_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)      # of the noise schedule
+_FIXED_SEED = 20_240_607                           # validation noise, the same in every run
+
+Emit = Callable[[Event], None]
+
+
+def train(config: TrainConfig, emit: Emit, control: Control,
+          beside: Path | None = None) -> dict[str, Any]:
+    """Runs a training from a folder of pictures to a proven LoRA file.
+
+    `beside` is the folder that relative paths are looked up in first (the config's own).
+    Returns the facts for the summary. Raises Fault for whatever a user can mend.
+    """
+    began = time.time()
+    torch.manual_seed(config.seed)
+    source = _source(config, beside)
+    family = families.get(families.detect(source) if config.family == "auto" else config.family)
+    precision = choose(config.precision, config.device)
+    parts = family.load(source, precision, frozenset())
+    if config.prediction_type != "auto":
+        parts.objective = config.prediction_type
+    examples = find(config, *_picture_paths(config, beside), parts.native_size,
+                    parts.bucket_step, emit)
+    try:
+        Encoder(family, source, precision, config, emit, control).fill(
+            examples, config.sample_prompts)
+    except Stopped:
+        return {"state": "stopped", "steps": 0, "seconds": time.time() - began}
+    emit(Phase(name="load"))
+    parts.denoiser = family.load(source, precision, frozenset({"denoiser"})).denoiser
+    trainer = Trainer(config, family, parts, precision, examples, emit, control)
+    keeper = Keeper(trainer, _output(config), began)
+    return Session(trainer, keeper, began).run()
+
+
+class Trainer:
+    """The step: everything that touches weights, and nothing else."""
+
+    def __init__(self, config: TrainConfig, family: Family, parts: Parts, precision: Precision,
+                 examples: Examples, emit: Emit, control: Control) -> None:
+        self.config, self.family, self.parts, self.precision = config, family, parts, precision
+        self.examples, self.emit, self.control = examples, emit, control
+        self.denoiser = parts.denoiser
+        self.parameters = lora.attach(self.denoiser, config, family.spec)
+        if config.gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
+        self.denoiser.train()
+        self.optimizer = optim.create(config, self.parameters)
+        self.scaler = torch.amp.GradScaler(
+            precision.device.type, enabled=precision.compute == torch.float16)
+        self.diffusion = Diffusion(parts, config.min_snr_gamma, config.noise_offset,
+                                   precision.device)
+        chosen = examples.trained()
+        self.course = Course(
+            chosen, [examples.items[i].bucket for i in chosen],
+            [examples.items[i].picture.repeats for i in chosen],
+            config.batch_size, config.gradient_accumulation_steps, config.seed)
+        self.total = config.max_train_steps or config.epochs * self.course.updates_per_epoch
+        self.loss_sum = torch.zeros((), device=precision.device)
+
+    def update(self, number: int) -> None:
+        """One optimizer step on the batches of update `number`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = optim.rate(self.config, number, self.total)
+        if self.config.lora_dropout:        # the mask is the only use of torch's own generator
+            torch.manual_seed(self.config.seed + number)
+        self.accumulate(self.course.update(number))
+        if self.config.max_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm,
+                                           foreach=True)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def accumulate(self, batches: Sequence[Batch]) -> None:
+        """Adds the gradient of the mean loss over all samples of all batches."""
+        samples = sum(len(b.indices) for b in batches)
+        for batch in batches:
+            latents = self._latents(batch)
+            draw = self.diffusion.draw(self.config.seed, batch.numbers, latents.shape[1:])
+            losses = self.losses(latents, draw, self._cond(batch))
+            loss = losses.sum() / samples
+            self.loss_sum += loss.detach()
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def losses(self, latents: Tensor, draw: Draw, cond: Cond) -> Tensor:
+        """Loss of each sample (B,), fp32."""
+        device = self.precision.device
+        latents = latents.to(device, non_blocking=True)
+        noise = draw.noise.to(device, non_blocking=True)
+        t = draw.timesteps.to(device, non_blocking=True)
+        noisy, target = self.diffusion.noisy_and_target(latents, noise, t)
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
+        with autocast(self.precision):
+            predicted = self.family.predict(self.denoiser, noisy, t, cond)
+        return self.diffusion.loss(predicted, target, t)
+
+    @torch.no_grad()
+    def validate(self) -> float | None:
+        """Mean loss over the held-out pictures at fixed timesteps and noise: comparable between
+        steps and runs. None without held-out pictures."""
+        held_out = sorted(self.examples.held_out)
+        if not held_out:
+            return None
+        self.denoiser.eval()
+        total = 0.0
+        for i in held_out:
+            latents = self._view(i, False)[None]
+            cond = self.examples.cond([self.examples.items[i].captions[0]],
+                                      self.precision.device)
+            for share in VALIDATION_SHARES:
+                draw = self.diffusion.draw_fixed(_FIXED_SEED, [i], latents.shape[1:], share)
+                total += float(self.losses(latents, draw, cond))
+        self.denoiser.train()
+        return total / (len(held_out) * len(VALIDATION_SHARES))
+
+    def mean_loss(self, updates: int) -> float:
+        """Mean since the last call. Waits for the device, so it is asked for seldom."""
+        value = float(self.loss_sum) / max(1, updates)
+        self.loss_sum.zero_()
+        return value
+
+    def _latents(self, batch: Batch) -> Tensor:
+        flips = ([self._dice(n, "flip") < 0.5 for n in batch.numbers] if self.config.flip
+                 else [False] * len(batch.numbers))
+        return torch.stack([self._view(i, f) for i, f in zip(batch.indices, flips, strict=True)])
+
+    def _view(self, index: int, flipped: bool) -> Tensor:
+        latents = self.examples.latents[index]
+        return latents[int(flipped)] if self.config.flip else latents
+
+    def _cond(self, batch: Batch) -> Cond:
+        texts = []
+        for index, number in zip(batch.indices, batch.numbers, strict=True):
+            variants = self.examples.items[index].captions
+            dropped = (self.config.caption_dropout > 0
+                       and self._dice(number, "drop") < self.config.caption_dropout)
+            choice = (int(self._dice(number, "caption") * len(variants)) if len(variants) > 1
+                      else 0)
+            texts.append("" if dropped else variants[choice])
+        return self.examples.cond(texts, self.precision.device)
+
+    def _dice(self, number: int, use: str) -> float:
+        return random.Random(f"{self.config.seed}-{use}-{number}").random()
+
+
+class Session:
+    """A run around the step: progress, requests, checkpoints, previews, the end."""
+
+    def __init__(self, trainer: Trainer, keeper: Keeper, began: float) -> None:
+        self.trainer, self.keeper, self.began = trainer, keeper, began
+        self.config, self.emit, self.control = trainer.config, trainer.emit, trainer.control
+        self.previewer = Previewer(trainer.family, trainer.parts, trainer.precision, self.config,
+                                   trainer.examples, keeper.output / "samples", self.emit)
+        self.samples: list[str] = []
+        self.first_step_s = 0.0
+
+    def run(self) -> dict[str, Any]:
+        start = self.keeper.resume() if self.config.resume else 0
+        meter = Meter(self.trainer, start)
+        self.emit(Phase(name="train", done=start, total=self.trainer.total))
+        if not start:
+            self._preview(0)
+        for update in range(start, self.trainer.total):
+            if self._asked_to_stop(update):
+                return self._stopped(update, meter)
+            self.trainer.update(update)
+            meter.tick(update + 1)
+            self._after(update + 1, meter)
+        return self._finish(meter)
+
+    def _after(self, done: int, meter: Meter) -> None:
+        config, last = self.config, done == self.trainer.total
+        saves = bool(config.save_steps) and done % config.save_steps == 0
+        validates = done % config.validation_steps == 0 if config.validation_steps else saves
+        if validates or last:
+            meter.show(done, self._validate(done))
+        if saves or last or self.control.take("save"):
+            with meter.paused():
+                self.keeper.checkpoint(done)
+        draws = bool(config.sample_every) and (done % config.sample_every == 0 or last)
+        if draws or self.control.take("sample"):
+            with meter.paused():
+                self._preview(done)
+
+    def _validate(self, done: int) -> float | None:
+        loss = self.trainer.validate()
+        if loss is not None:
+            self.keeper.remember(done, loss)
+        return loss
+
+    def _preview(self, step: int) -> None:
+        if self.config.sample_prompts:
+            self.samples += self.previewer.draw(step, self.keeper.name)
+
+    def _asked_to_stop(self, update: int) -> bool:
+        self.control.wait_while_paused()
+        return self.control.stopping
+
+    def _stopped(self, update: int, meter: Meter) -> dict[str, Any]:
+        if update:
+            self.keeper.checkpoint(update)
+        return {"state": "stopped", "steps": update, "seconds": time.time() - self.began,
+                "checkpoint": str(self.keeper.last) if self.keeper.last else None}
+
+    def _finish(self, meter: Meter) -> dict[str, Any]:
+        trainer, keeper = self.trainer, self.keeper
+        self.emit(Phase(name="save"))
+        final = keeper.final()
+        trainer.optimizer.zero_grad(set_to_none=True)
+        self.emit(Phase(name="verify"))
+        proof = verify_run(trainer, final)
+        free_memory()
+        self.emit(Note(key="engine.proof" if proof["ok"] else "engine.proof_failed",
+                       params=proof))
+        return {"state": "done", "lora": str(final), "name": keeper.name,
+                "steps": trainer.total, "seconds": time.time() - self.began,
+                "best": keeper.best(), "samples": self.samples, "proof": proof,
+                "checkpoints": keeper.kept(), "parameters": sum(
+                    p.numel() for p in trainer.parameters), **meter.facts()}
+
+
+def _source(config: TrainConfig, beside: Path | None) -> Path:
+    if not config.base_model:
+        raise Fault("engine.key_missing", key="base_model")
+    if config.base_model == "demo":
+        from core import paths
+        return paths.DEMO / "base"
+    return resolve(config.base_model, beside)
+
+
+def _picture_paths(config: TrainConfig, beside: Path | None) -> tuple[Path, Path | None]:
+    if not config.train_data_dir:
+        raise Fault("engine.key_missing", key="train_data_dir")
+    metadata = resolve(config.metadata_path, beside) if config.metadata_path else None
+    return resolve(config.train_data_dir, beside), metadata
+
+
+def _output(config: TrainConfig) -> Path:
+    return Path(config.output_dir).expanduser().absolute()

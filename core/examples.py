@@ -1,0 +1,202 @@
+"""From a folder of pictures to tensors: scan, buckets, latents and text embeddings.
+
+Latents and embeddings are computed once, in batches, and kept on disk; the encoders are loaded
+only if something is missing there, and leave memory before the training begins.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core import buckets, captions, dataset, pictures
+from core.cache import Cache, file_digest, fingerprint, key
+from core.config import TrainConfig, size_of
+from core.control import Control
+from core.events import Event, Note, Phase
+from core.families.base import Cond, Family, Parts, Precision
+from core.faults import Fault
+from core.precision import autocast, free_memory
+
+MOST_SHUFFLES = 8           # caption variants kept for each picture when tags are shuffled
+_DECODERS = 4               # threads; Pillow decodes outside the interpreter's lock
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One picture, ready to be cached."""
+
+    picture: dataset.Picture
+    bucket: tuple[int, int]                 # px, width and height
+    captions: tuple[str, ...]               # variants; one unless tags are shuffled
+
+
+@dataclass(slots=True)
+class Examples:
+    """Everything the loop needs, in memory. `latents[i]` is (C, h, w), or (2, C, h, w) with the
+    mirrored picture second."""
+
+    items: list[Example]
+    data: dataset.Dataset
+    held_out: frozenset[int]                # indices used for validation only
+    latents: list[Tensor] = field(default_factory=list)
+    texts: dict[str, Cond] = field(default_factory=dict)      # caption -> (1, ...) each
+
+    def trained(self) -> list[int]:
+        return [i for i in range(len(self.items)) if i not in self.held_out]
+
+    def cond(self, texts: Sequence[str], device: torch.device) -> Cond:
+        """Embeddings of a batch of captions, (B, ...)."""
+        rows = [self.texts[t] for t in texts]
+        return {k: torch.cat([r[k] for r in rows]).to(device, non_blocking=True)
+                for k in rows[0]}
+
+
+def find(config: TrainConfig, folder: Path, metadata: Path | None, native: int, step: int,
+         emit: Callable[[Event], None]) -> Examples:
+    """Scans the folder and plans buckets. Pictures that can't be read are named and skipped."""
+    emit(Phase(name="scan"))
+    data = dataset.scan(folder, metadata)
+    for problem in data.problems:
+        emit(Note(key=problem.code, params=dict(problem.params)))
+    area = size_of(config.max_resolution) or (native, native)
+    shortest = config.min_bucket_side or min(native // 2, *area)
+    longest = config.max_bucket_side or max(native * 2, *area)
+    sizes = buckets.assign_buckets([p.size for p in data.pictures], area, step, shortest, longest,
+                                   config.bucket_no_upscale)
+    items = [Example(p, bucket, _captions(p, config, i))
+             for i, (p, bucket) in enumerate(zip(data.pictures, sizes, strict=True))]
+    _, held_out = dataset.split_validation(data.pictures, config.validation_split, config.seed)
+    emit(Note(key="engine.found", params={
+        "pictures": len(items), "captioned": data.captioned, "held_out": len(held_out),
+        "buckets": len(set(sizes)), "skipped": data.skipped}))
+    return Examples(items, data, frozenset(held_out))
+
+
+def _captions(picture: dataset.Picture, config: TrainConfig, index: int) -> tuple[str, ...]:
+    text = captions.with_trigger(picture.caption, config.trigger_word)
+    if not config.shuffle_tags:
+        return (text,)
+    rng = random.Random(f"{config.seed}-{index}")
+    variants = (captions.shuffle_tags(text, config.keep_tokens, rng)
+                for _ in range(min(MOST_SHUFFLES, config.epochs * picture.repeats)))
+    return tuple(dict.fromkeys(variants))
+
+
+class Encoder:
+    """Fills `Examples` from the cache, and the cache from the base's encoders."""
+
+    def __init__(self, family: Family, source: Path, precision: Precision, config: TrainConfig,
+                 emit: Callable[[Event], None], control: Control) -> None:
+        self.family, self.source, self.precision = family, source, precision
+        self.config, self.emit, self.control = config, emit, control
+
+    def fill(self, examples: Examples, more_texts: Iterable[str] = ()) -> None:
+        """`more_texts`: prompts of previews, encoded along with the captions."""
+        captions_used = (c for item in examples.items for c in item.captions)
+        texts = dict.fromkeys(["", *captions_used, *more_texts])
+        self._fill_texts(examples, list(texts))
+        free_memory()
+        self._fill_latents(examples)
+        free_memory()
+
+    def _fill_texts(self, examples: Examples, texts: list[str]) -> None:
+        cache = self._cache("text")
+        names = {t: key("text", t, str(self.precision.compute)) for t in texts}
+        examples.texts = {t: found for t in texts if (found := cache.get(names[t])) is not None}
+        missing = [t for t in texts if t not in examples.texts]
+        if not missing:
+            return
+        parts = self.family.load(self.source, self.precision, frozenset({"text"}))
+        self._say_too_long(parts, missing)
+        size = self.config.cache_batch_size * 2
+        for start in range(0, len(missing), size):
+            chunk = missing[start:start + size]
+            with autocast(self.precision):
+                cond = self.family.encode_text(parts, chunk)
+            for i, text in enumerate(chunk):
+                one = {k: v[i:i + 1].to("cpu", self.precision.compute) for k, v in cond.items()}
+                examples.texts[text] = one
+                cache.put(names[text], one)
+            self.emit(Phase(name="texts", done=start + len(chunk), total=len(missing)))
+
+    def _say_too_long(self, parts: Parts, texts: list[str]) -> None:
+        limit = self.family.token_limit(parts)
+        counts = self.family.count_tokens(parts, texts)
+        long = [(t, n) for t, n in zip(texts, counts, strict=True) if n > limit]
+        if long:
+            self.emit(Note(key="engine.caption_too_long", params={
+                "count": len(long), "limit": limit, "tokens": long[0][1],
+                "example": long[0][0][:80]}))
+
+    def _fill_latents(self, examples: Examples) -> None:
+        cache = self._cache("vae")
+        flips = (False, True) if self.config.flip else (False,)
+        names = [[self._latent_key(item, flip) for flip in flips] for item in examples.items]
+        found = [[cache.get(n) for n in row] for row in names]
+        examples.latents = [torch.stack([f["latents"] for f in row if f]) if all(row)
+                            else torch.empty(0) for row in found]
+        missing = [i for i, row in enumerate(found) if not all(row)]
+        if missing:
+            self._encode_pictures(examples, missing, names, cache)
+        if not self.config.flip:
+            examples.latents = [x[0] for x in examples.latents]
+
+    def _encode_pictures(self, examples: Examples, missing: list[int], names: list[list[str]],
+                         cache: Cache) -> None:
+        """Decoding in threads, a batch ahead of the encoder; each batch is of one bucket."""
+        parts = self.family.load(self.source, self.precision, frozenset({"vae"}))
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i in missing:
+            groups.setdefault(examples.items[i].bucket, []).append(i)
+        size = self.config.cache_batch_size
+        batches = [g[s:s + size] for g in groups.values() for s in range(0, len(g), size)]
+        done = 0
+        with ThreadPoolExecutor(_DECODERS) as pool:
+            def decode(batch: list[int]) -> list[object]:
+                return [pool.submit(self._pixels, examples.items[i]) for i in batch]
+            ahead = decode(batches[0])
+            for n, batch in enumerate(batches):
+                pixels = np.stack([f.result() for f in ahead])  # type: ignore[attr-defined]
+                ahead = decode(batches[n + 1]) if n + 1 < len(batches) else []
+                self._encode_batch(parts, examples, batch, pixels, names, cache)
+                done += len(batch)
+                self.emit(Phase(name="cache", done=done, total=len(missing)))
+                if self.control.stopping:
+                    raise Stopped
+
+    def _encode_batch(self, parts: Parts, examples: Examples, batch: list[int],
+                      pixels: np.ndarray, names: list[list[str]], cache: Cache) -> None:
+        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        views = [x, x.flip(3)] if self.config.flip else [x]
+        latents = torch.stack([self.family.encode_image(parts, v).float().cpu() for v in views], 1)
+        if not torch.isfinite(latents).all():
+            raise Fault("engine.bad_latents", path=examples.items[batch[0]].picture.path)
+        for i, rows in zip(batch, latents, strict=True):
+            examples.latents[i] = rows.clone()
+            for name, one in zip(names[i], rows, strict=True):
+                cache.put(name, {"latents": one})
+
+    def _pixels(self, item: Example) -> np.ndarray:
+        image = pictures.open_picture(item.picture.path, self.config.alpha_background)
+        return buckets.fit_picture(image, item.bucket)
+
+    def _latent_key(self, item: Example, flip: bool) -> str:
+        background = self.config.alpha_background if item.picture.has_alpha else ""
+        return key("latents", file_digest(item.picture.path), item.bucket, background, flip,
+                   str(self.precision.vae))
+
+    def _cache(self, part: str) -> Cache:
+        files = self.family.weight_files(self.source, "vae" if part == "vae" else "text")
+        return Cache(part, fingerprint(files), self.config.cache_to_disk)
+
+
+class Stopped(Exception):
+    """The user stopped the job before there was anything to save."""

@@ -1,0 +1,254 @@
+"""Pictures from a base with any number of LoRAs; `<lora:name:0.8>` prompts; labelled sheets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from core import families, paths, samplers, words
+from core.config import GenerateConfig, size_of
+from core.events import Event, Phase, Sample
+from core.families.base import ALL_PARTS, Family, Parts
+from core.faults import Fault
+from core.precision import autocast, choose
+from core.sheet import draw_sheet
+
+DEFAULT_WEIGHT = 0.8
+_TAG = re.compile(r"<lora:([^:<>]+?)(?::([-+]?\d*\.?\d+))?>")
+_NUMBERED = re.compile(r"-(\d{6,})$")
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    path: Path
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """Everything that decides one picture, besides base and LoRAs."""
+
+    prompt: str
+    negative: str
+    seed: int
+    steps: int
+    cfg: float
+    size: tuple[int, int]                  # px, width and height
+    sampler: str = "auto"
+
+
+def generate(config: GenerateConfig, emit: Callable[[Event], None],
+             lora_folders: Sequence[Path] = ()) -> list[Path]:
+    """Draws `count` pictures, or a sheet, into `config.out`; returns the files."""
+    prompt, tagged = split_prompt(config.prompt)
+    loras = [find_lora(name, weight, lora_folders)
+             for name, weight in [*tagged, *map(parse_lora, config.loras)]]
+    studio = Studio(Path(config.base).expanduser(), config)
+    emit(Phase(name="load"))
+    studio.load()
+    side = studio.parts.native_size
+    shot = Shot(prompt, config.negative, config.seed, config.steps, config.cfg,
+                size_of(config.size) or (side, side), config.sampler)
+    if config.sheet:
+        return _draw_sheet(studio, config, shot, loras, emit)
+    studio.use(loras)
+    saved = []
+    for i in range(config.count):
+        one = replace(shot, seed=shot.seed + i)
+        path = save_numbered(studio.draw(one), Path(config.out), studio.describe(one, loras))
+        emit(Sample(step=0, path=str(path), prompt=prompt, seed=one.seed))
+        saved.append(path)
+    return saved
+
+
+class Studio:
+    """A loaded base that draws; LoRA files are read once and switched by weight."""
+
+    def __init__(self, source: Path, config: GenerateConfig,
+                 family: Family | None = None) -> None:
+        self.source = source
+        self.family = family or families.get(families.detect(source))
+        self.precision = choose(config.precision, config.device)
+        self._adapters: dict[Path, str] = {}
+
+    def load(self) -> None:
+        self.parts: Parts = self.family.load(self.source, self.precision, ALL_PARTS)
+        self.pipeline: Any = self.family.pipeline(self.parts)
+
+    def use(self, loras: Sequence[Lora]) -> None:
+        """Switches LoRAs. Weight 0 switches a file off: the base's own picture, to the bit."""
+        active = [lora for lora in loras if lora.weight != 0]
+        for lora in active:
+            if lora.path not in self._adapters:
+                self._adapters[lora.path] = load_adapter(self.pipeline, lora.path,
+                                                         f"lora{len(self._adapters)}")
+        if not self._adapters:
+            return
+        if not active:
+            self.pipeline.disable_lora()
+            return
+        self.pipeline.enable_lora()
+        self.pipeline.set_adapters([self._adapters[lora.path] for lora in active],
+                                   [lora.weight for lora in active])
+
+    def draw(self, shot: Shot) -> Image.Image:
+        arguments = {"prompt": shot.prompt, "negative_prompt": shot.negative}
+        return draw(self.pipeline, self.parts, shot, arguments, self.precision)
+
+    def describe(self, shot: Shot, loras: Iterable[Lora]) -> str:
+        """The parameters in A1111's form, as other programs read them from the PNG."""
+        from core.lora_metadata import model_hash
+        tags = "".join(f" <lora:{lora.path.stem}:{lora.weight:g}>" for lora in loras)
+        sampler = samplers.label(self.pipeline.scheduler)
+        lines = [shot.prompt + tags]
+        if shot.negative:
+            lines.append(f"Negative prompt: {shot.negative}")
+        facts = [f"Steps: {shot.steps}", f"Sampler: {sampler}", f"CFG scale: {shot.cfg:g}",
+                 f"Seed: {shot.seed}", f"Size: {shot.size[0]}x{shot.size[1]}",
+                 f"Model: {self.source.stem}"]
+        hashes = ", ".join(f"{x.path.stem}: {model_hash(x.path)[:12]}" for x in loras)
+        if hashes:
+            facts.append(f'Lora hashes: "{hashes}"')
+        return "\n".join([*lines, ", ".join(facts)])
+
+
+def draw(pipeline: Any, parts: Parts, shot: Shot, arguments: dict[str, Any],
+         precision: Any) -> Image.Image:
+    """One picture. Noise comes from a CPU generator of its own, so that neither the device's
+    generator nor the number of pictures changes it."""
+    pipeline.scheduler = samplers.create(shot.sampler, parts)
+    with torch.no_grad(), autocast(precision):
+        image: Image.Image = pipeline(
+            **arguments, width=shot.size[0], height=shot.size[1], num_inference_steps=shot.steps,
+            guidance_scale=shot.cfg, generator=torch.Generator().manual_seed(shot.seed),
+        ).images[0]
+    return image
+
+
+def load_adapter(pipeline: Any, path: Path, name: str) -> str:
+    """Loads a LoRA file by diffusers' own reader. Raises Fault where none of it fits the base."""
+    from core.safetensors_header import read_header
+    keys = read_header(path).tensors
+    try:
+        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name,
+                                   local_files_only=True)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or ["?"])[0][:200]
+        raise Fault("generate.lora_refused", file=path, keys=len(keys), reason=reason) from error
+    return name
+
+
+def split_prompt(prompt: str) -> tuple[str, list[tuple[str, float]]]:
+    """'a cat <lora:ink:0.5>' -> ('a cat', [('ink', 0.5)]); the weight's default is 0.8."""
+    found = [(m[1].strip(), float(m[2]) if m[2] else DEFAULT_WEIGHT)
+             for m in _TAG.finditer(prompt)]
+    return re.sub(r"\s{2,}", " ", _TAG.sub("", prompt)).strip(), found
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """'ink.safetensors:0.5' -> (name, weight). A colon of a Windows drive is no weight."""
+    name, colon, weight = text.rpartition(":")
+    try:
+        return (name, float(weight)) if colon and name else (text, DEFAULT_WEIGHT)
+    except ValueError:
+        return text, DEFAULT_WEIGHT
+
+
+def find_lora(name: str, weight: float, folders: Sequence[Path] = ()) -> Lora:
+    """A path, or a name looked up in `folders`, ./output and the finished runs' folders.
+
+    Raises Fault `generate.unknown_lora` with the nearest names.
+    """
+    direct = Path(name).expanduser()
+    for path in (direct, direct.with_name(f"{direct.name}.safetensors")):
+        if path.is_file():
+            return Lora(path.absolute(), weight)
+    known: dict[str, Path] = {}
+    for folder in [*folders, Path("output"), *_run_folders()]:
+        for path in sorted(folder.glob("**/*.safetensors")) if folder.is_dir() else ():
+            if path.name != "state.safetensors":
+                known.setdefault(path.stem, path.absolute())
+    if name in known:
+        return Lora(known[name], weight)
+    close = words.nearest(name, known)
+    raise Fault("generate.unknown_lora", name=name,
+                nearest=", ".join(close) or ", ".join(list(known)[:5]) or "-")
+
+
+def _run_folders() -> list[Path]:
+    from core import jobs
+    folders = [Path(view.output_dir) for view in jobs.list_runs() if view.output_dir]
+    return list(dict.fromkeys(folders))
+
+
+def save_png(image: Image.Image, path: Path, parameters: str) -> Path:
+    """PNG with its parameters in the A1111 text chunk."""
+    info = PngInfo()
+    info.add_itxt("parameters", parameters) if not parameters.isascii() else info.add_text(
+        "parameters", parameters)
+    with paths.atomic(path) as temporary:
+        image.save(temporary, "PNG", pnginfo=info)
+    return path
+
+
+def save_numbered(image: Image.Image, folder: Path, parameters: str, stem: str = "") -> Path:
+    """Saves under the next free number: nothing is overwritten."""
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = [int(m[1]) for p in folder.glob("*.png") if (m := re.search(r"(\d+)$", p.stem))]
+    number = max(taken, default=0) + 1
+    return save_png(image, folder / f"{stem}{number:05d}.png", parameters)
+
+
+def _draw_sheet(studio: Studio, config: GenerateConfig, shot: Shot, loras: list[Lora],
+                emit: Callable[[Event], None]) -> list[Path]:
+    """weights=… varies the first LoRA's weight, checkpoints=… its training step; one seed a row."""
+    axis, _, listed = config.sheet.partition("=")
+    values = [v.strip() for v in listed.split(",") if v.strip()]
+    if axis not in ("weights", "checkpoints") or not values or not loras:
+        raise Fault("generate.bad_sheet", sheet=config.sheet)
+    columns = [(v, [_vary(loras[0], axis, v), *loras[1:]]) for v in values]
+    rows = []
+    for i in range(config.count):
+        one = replace(shot, seed=shot.seed + i)
+        row = []
+        for n, (_, chosen) in enumerate(columns):
+            studio.use(chosen)
+            row.append(studio.draw(one))
+            emit(Phase(name="draw", done=i * len(columns) + n + 1,
+                       total=config.count * len(columns)))
+        rows.append((f"seed {one.seed}", row))
+    title = "weight" if axis == "weights" else "step"
+    sheet = draw_sheet([f"{title} {label}" for label, _ in columns], rows, caption=shot.prompt)
+    path = save_numbered(sheet, Path(config.out), studio.describe(shot, loras), "sheet-")
+    emit(Sample(step=0, path=str(path), prompt=shot.prompt, seed=shot.seed))
+    return [path]
+
+
+def _vary(lora: Lora, axis: str, value: str) -> Lora:
+    try:
+        if axis == "weights":
+            return Lora(lora.path, float(value))
+        return Lora(checkpoint_file(lora.path, int(value)), lora.weight)
+    except ValueError:
+        raise Fault("generate.bad_sheet", sheet=f"{axis}={value}") from None
+
+
+def checkpoint_file(final: Path, step: int) -> Path:
+    """The LoRA of a training step, beside the final one or in its checkpoints folder."""
+    stem = _NUMBERED.sub("", final.stem)
+    folder = final.parent if final.parent.name != f"{stem}-{final.stem[-6:]}" else (
+        final.parent.parent)
+    name = f"{stem}-{step:06d}"
+    for path in (folder / "checkpoints" / name / f"{name}.safetensors",
+                 folder / name / f"{name}.safetensors", folder / f"{name}.safetensors"):
+        if path.is_file():
+            return path
+    known = sorted(p.name for p in folder.glob(f"**/{stem}-*.safetensors"))
+    raise Fault("generate.no_checkpoint", step=step, file=final, known=", ".join(known) or "-")

@@ -1,0 +1,88 @@
+"""Progress of a run: speed, time left, memory; shown often enough to watch, never every step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from core.events import Step
+from core.faults import Fault, Fix
+
+if TYPE_CHECKING:
+    from core.engine import Trainer
+
+SHOW_EVERY_S = 0.5          # asking for the loss waits for the GPU, so not at every step
+_SMOOTH = 0.7               # of the speed shown
+
+
+class Meter:
+    def __init__(self, trainer: Trainer, start: int) -> None:
+        self.trainer, self.start = trainer, start
+        self.shown = self.began = time.perf_counter()
+        self.shown_step = self.done = start
+        self.speed = 0.0                    # steps/s, smoothed
+        self.training_s = 0.0
+        self.losses: list[float] = []
+        self.peak_mb = 0.0
+
+    def tick(self, done: int) -> None:
+        self.done = done
+        if time.perf_counter() - self.shown >= SHOW_EVERY_S or done == self.start + 1:
+            self.show(done)
+
+    def show(self, done: int, validation: float | None = None) -> None:
+        """Emits a Step. Raises Fault where the loss isn't a number any more."""
+        trainer, updates = self.trainer, done - self.shown_step
+        if updates:
+            loss = trainer.mean_loss(updates)
+            if not math.isfinite(loss):
+                raise _not_finite(trainer, done)
+            self.losses.append(loss)
+            now = time.perf_counter()
+            fresh = updates / max(1e-9, now - self.shown)
+            self.speed = fresh if not self.speed else _SMOOTH * self.speed + (1 - _SMOOTH) * fresh
+            self.training_s += now - self.shown
+            self.shown, self.shown_step = now, done
+        elif validation is None:
+            return
+        self.peak_mb = max(self.peak_mb, memory_mb(trainer.precision.device))
+        trainer.emit(Step(
+            step=done, total=trainer.total, epoch=trainer.course.epoch_of(done),
+            loss=self.losses[-1] if self.losses else None,
+            lr=float(trainer.optimizer.param_groups[0]["lr"]), steps_per_s=self.speed,
+            eta_s=(trainer.total - done) / max(self.speed, 1e-9),
+            memory_mb=memory_mb(trainer.precision.device), validation=validation))
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time for previews and checkpoints is not the step's."""
+        self.show(self.done)
+        yield
+        self.shown = time.perf_counter()
+
+    def facts(self) -> dict[str, Any]:
+        steps = self.shown_step - self.start
+        return {"steps_per_second": steps / self.training_s if self.training_s else 0.0,
+                "loss": self.losses[-1] if self.losses else None, "peak_memory_mb": self.peak_mb}
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak reserved CUDA memory, or resident memory of this process, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**20
+    return float(psutil.Process().memory_info().rss) / 2**20
+
+
+def _not_finite(trainer: Trainer, step: int) -> Fault:
+    config = trainer.config
+    fixes = [Fix("fixes.half_rate", {"learning_rate": config.learning_rate / 2})]
+    if trainer.precision.compute != torch.float32:
+        fixes.insert(0, Fix("fixes.fp32", {"precision": "fp32"}))
+    return Fault("engine.not_finite", step=step, rate=config.learning_rate,
+                 precision=str(trainer.precision.compute).removeprefix("torch."), fixes=fixes)

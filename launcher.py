@@ -1,0 +1,159 @@
+"""LoRA Darkroom's one door: double-click it, or `python3 launcher.py COMMAND`.
+
+Standard library only until the packages are there; build/bootstrap.py puts them there. The
+commands themselves belong to the rooms (core, later captioner and gui); this file composes them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+ROOMS = ("core.commands",)              # each has add_commands(subparsers)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 fine, 1 a run failed, 2 bad input,
+    130 Ctrl+C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _forgiving_streams()
+    code = _prepared(arguments)
+    if code is None:
+        code = _run(arguments)
+    _hold_window(code, arguments)
+    return code
+
+
+def _prepared(argv: list[str]) -> int | None:
+    """None where the packages are here; else the exit code of what was done about it."""
+    if getattr(sys, "frozen", False) or not (ROOT / "build" / "bootstrap.py").exists():
+        return None                     # a built app and a wheel bring their packages
+    bootstrap = _bootstrap()
+    extra = "test" if _command(argv) == "test" or "--test" in argv else ""
+    try:
+        if _wants_help(argv) and not (ROOT / ".venv").exists() and bootstrap.missing(ROOT):
+            print(f"LoRA Darkroom {_version()}\n\n{bootstrap.say('help')}")
+            return 0
+        python = bootstrap.prepare(ROOT, extra)
+        return None if python is None else bootstrap.restart(python, Path(__file__).resolve(), argv)
+    except bootstrap.Stop as stop:
+        print(stop, file=sys.stderr)
+        return int(stop.exit_code)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    from core.console import guarded
+    at = _index_of_command(argv)
+    own, rest = (argv[:at + 1], argv[at + 1:]) if _command(argv) == "test" else (argv, [])
+    if rest[:1] in (["-h"], ["--help"]):
+        own, rest = [*own, "--help"], []
+    return guarded(lambda: _dispatch(own, rest), own)
+
+
+def _dispatch(argv: list[str], pytest_arguments: list[str]) -> int:
+    options = _parser().parse_args(argv)
+    if options.command is None:
+        return _window()
+    if options.command == "test":
+        return _test(pytest_arguments)
+    if options.command == "setup":
+        print(_say("commands.setup_done", {"python": sys.executable}))
+        return 0
+    return int(options.run(options))
+
+
+def _parser() -> Any:
+    from core.console import add_command, new_parser
+    parser = new_parser(_version())
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for room in ROOMS:
+        importlib.import_module(room).add_commands(commands)
+    add_command(commands, "test", line="test tests/test_config.py -q",
+                usage=_say("commands.usage_test"))
+    setup = add_command(commands, "setup", line="setup --test")
+    setup.add_argument("--test", action="store_true", help=_say("commands.arg_setup_test"))
+    return parser
+
+
+def _test(arguments: list[str]) -> int:
+    """The project's own tests, run from the project's folder in a process of their own."""
+    if not (ROOT / "tests").is_dir():
+        from core.faults import Fault
+        raise Fault("commands.no_tests", folder=ROOT)
+    child = subprocess.Popen([sys.executable, "-m", "pytest", *arguments], cwd=ROOT)
+    while True:
+        try:
+            code = child.wait()
+            return 130 if code < 0 else code
+        except KeyboardInterrupt:       # pytest gets Ctrl+C too, and ends in its own way
+            continue
+
+
+def _window() -> int:
+    print(_say("commands.no_window"))
+    return 0
+
+
+def _say(key: str, params: dict[str, Any] | None = None) -> str:
+    from core import words
+    return words.say(key, params)
+
+
+def _index_of_command(argv: list[str]) -> int:
+    return next((i for i, word in enumerate(argv) if not word.startswith("-")), len(argv))
+
+
+def _command(argv: list[str]) -> str:
+    return "".join(argv[_index_of_command(argv):][:1])
+
+
+def _wants_help(argv: list[str]) -> bool:
+    return any(word in ("-h", "--help", "--version") for word in argv)
+
+
+def _version() -> str:
+    """Read, not imported: this must also work before the packages are there."""
+    text = (ROOT / "core" / "__init__.py").read_text("utf-8")
+    found = re.search(r'__version__ = "([^"]+)"', text)
+    return found.group(1) if found else "?"
+
+
+def _bootstrap() -> Any:
+    """build/ is no package, and a package named `build` exists: import from the folder itself."""
+    sys.path.insert(0, str(ROOT / "build"))
+    try:
+        return importlib.import_module("bootstrap")
+    finally:
+        sys.path.remove(str(ROOT / "build"))
+
+
+def _forgiving_streams() -> None:
+    """A terminal that lacks a character shows its code instead of failing; pipes get UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        change = getattr(stream, "reconfigure", None)
+        if change is not None and stream.isatty():
+            change(errors="backslashreplace")
+        elif change is not None:
+            change(encoding="utf-8", errors="backslashreplace")
+
+
+def _hold_window(code: int, argv: list[str]) -> None:
+    """On Windows a double-clicked program's window closes before its words are read."""
+    if os.name == "nt" and not argv and sys.stdin is not None and sys.stdin.isatty():
+        import contextlib
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
+            input("Enter ⏎ ")
+
+
+if __name__ == "__main__":
+    import multiprocessing
+    multiprocessing.freeze_support()
+    sys.exit(main())

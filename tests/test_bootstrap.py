@@ -1,0 +1,589 @@
+"""build/bootstrap.py on fake checkouts: real interpreters, real venvs, real pip, no network.
+
+A fake checkout has the real launcher and bootstrap, a core/ that only tells how it was started,
+and requirements that a folder of two hand-made wheels fulfils.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+REAL = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REAL / "build"))
+bootstrap = importlib.import_module("bootstrap")
+environment = importlib.import_module("environment")
+sys.path.remove(str(REAL / "build"))
+
+HERE_PYTHON = environment.dotted(sys.version_info[:2])
+
+CONSOLE = """
+import json, sys
+def guarded(call, argv):
+    import darkroom_dep
+    print(json.dumps({"prefix": sys.prefix, "argv": sys.argv[1:], "dep": darkroom_dep.VERSION}))
+    return int(argv[-1]) if argv and argv[-1].isdigit() else 0
+"""
+
+BACKEND = """
+import os, time, zipfile
+def get_requires_for_build_editable(settings=None): return []
+def build_editable(folder, settings=None, metadata=None):
+    if os.environ.get("SLOW_BUILD"):
+        time.sleep(60)
+    name, info = "fake_darkroom-1.0-py3-none-any.whl", "fake_darkroom-1.0.dist-info"
+    with zipfile.ZipFile(os.path.join(folder, name), "w") as wheel:
+        wheel.writestr(info + "/METADATA", "Metadata-Version: 2.1\\nName: fake-darkroom\\n"
+                       "Version: 1.0\\nProvides-Extra: test\\nRequires-Dist: darkroom-dep>=1.2\\n"
+                       "Requires-Dist: darkroom-extra; extra == 'test'\\n")
+        wheel.writestr(info + "/WHEEL", "Wheel-Version: 1.0\\nGenerator: fake\\n"
+                       "Root-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr(info + "/RECORD", "")
+    return name
+"""
+
+PYPROJECT = """
+[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["backend"]
+
+[project]
+name = "fake-darkroom"
+version = "1.0"
+dependencies = [
+    "darkroom-dep>=1.2",
+]
+
+[project.optional-dependencies]
+test = [
+    "darkroom-extra",
+]
+"""
+
+
+def make_checkout(root: Path) -> Path:
+    files = {"pyproject.toml": PYPROJECT, "backend/backend.py": BACKEND,
+             "core/__init__.py": '__version__ = "1.0"\n', "core/console.py": CONSOLE}
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, "utf-8")
+    (root / "build").mkdir()
+    for name in ("launcher.py", "build/bootstrap.py", "build/environment.py",
+                 "core/strings/en/bootstrap.yaml", "core/strings/zh-CN/bootstrap.yaml"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REAL / name, root / name)
+    return root
+
+
+def make_wheel(folder: Path, name: str, version: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", f'VERSION = "{version}"\n')
+        wheel.writestr(f"{info}/METADATA",
+                       f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: fake\n"
+                                        "Root-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheels")
+    make_wheel(folder, "darkroom_dep", "1.5")
+    make_wheel(folder, "darkroom_extra", "2.0")
+    return folder
+
+
+def surroundings(wheels: Path, **more: str) -> dict[str, str]:
+    """A user whose own pip configuration, by environment variables, knows one place only."""
+    kept = {k: v for k, v in os.environ.items()
+            if not k.startswith(("PIP_", "DARKROOM_", "UV_", "PYTHON"))}
+    paths = [p for p in kept.get("PATH", "").split(os.pathsep)
+             if not any((Path(p) / tool).exists() for tool in ("uv", "uv.exe", "nvidia-smi"))]
+    return kept | {"PATH": os.pathsep.join(paths), "PIP_CONFIG_FILE": os.devnull,
+                   "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "DARKROOM_LANG": "en",
+                   **more}
+
+
+def start(root: Path, env: dict[str, str], *argv: str, before: str = ""
+          ) -> subprocess.CompletedProcess[str]:
+    """The launcher as a user starts it, from another folder; `before`: Python run first."""
+    script = str(root / "launcher.py")
+    command = [sys.executable, script, *argv]
+    if before:
+        code = (f"import sys, runpy; sys.argv = {[script, *argv]!r}; {before}; "
+                f"runpy.run_path({script!r}, run_name='__main__')")
+        command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=env, cwd=root.parent, capture_output=True, text=True,
+                          encoding="utf-8", timeout=200, stdin=subprocess.DEVNULL)
+
+
+def answer(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    lines = done.stdout.strip().splitlines()
+    assert lines, done.stderr
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def stamp(root: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((root / ".venv" / "darkroom.json").read_text("utf-8"))
+    return found
+
+
+def site(root: Path) -> Path:
+    return Path(environment.site_packages(root / ".venv")[0])
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory, wheels: Path
+              ) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A checkout after its first start, and what that start said."""
+    root = make_checkout(tmp_path_factory.mktemp("home") / "my pictures 图片 é" / "darkroom")
+    return root, start(root, surroundings(wheels), "echo", "two words", "学习", "--x=*", "7")
+
+
+@pytest.fixture
+def checkout(installed: tuple[Path, Any], wheels: Path) -> Iterator[Path]:
+    """The installed checkout, whose .venv a test may spoil: it is complete again after."""
+    root = installed[0]
+    yield root
+    if (root / "pyproject.toml").read_text("utf-8") != PYPROJECT:
+        (root / "pyproject.toml").write_text(PYPROJECT, "utf-8")
+    if not environment.is_current(root):
+        assert start(root, surroundings(wheels), "0").returncode == 0
+
+
+# --- the first start, and the next ones ---
+
+def test_first_start_makes_the_environment_and_passes_all_on(installed: Any) -> None:
+    root, first = installed
+    assert first.returncode == 7, first.stderr
+    told = answer(first)
+    assert Path(told["prefix"]) == root / ".venv"
+    assert told["argv"] == ["echo", "two words", "学习", "--x=*", "7"]
+    assert told["dep"] == "1.5"
+    assert "Making the environment" in first.stderr
+    assert "darkroom" in first.stderr.split("Installing what")[1]        # pip's own progress
+    assert len(first.stdout.splitlines()) == 1                          # stdout is for answers
+    assert stamp(root) | {"pyproject": ""} == {
+        "state": "ready", "pyproject": "", "python": HERE_PYTHON,
+        "extras": [], "root": os.path.realpath(root)}
+
+
+def test_second_start_only_starts(checkout: Path, wheels: Path) -> None:
+    done = start(checkout, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "3")
+    assert (done.returncode, done.stderr) == (3, "")
+    inside = subprocess.run([environment.python_of(checkout / ".venv"), "launcher.py", "4"],
+                            env=surroundings(wheels), cwd=checkout, capture_output=True)
+    assert (inside.returncode, inside.stderr) == (4, b"")
+
+
+def test_extras_add_up(checkout: Path, wheels: Path) -> None:
+    done = start(checkout, surroundings(wheels), "setup", "--test")
+    assert done.returncode == 0, done.stderr
+    assert (site(checkout) / "darkroom_extra.py").exists()
+    assert stamp(checkout)["extras"] == ["test"]
+    again = start(checkout, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "test", "5")
+    assert (again.returncode, again.stderr) == (0, "")                  # 5 is for pytest
+    plain = start(checkout, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "0")
+    assert (plain.returncode, plain.stderr) == (0, "")
+
+
+def test_changed_requirements_are_installed(checkout: Path, wheels: Path) -> None:
+    extras = stamp(checkout)["extras"]
+    text = PYPROJECT.replace("[project.optional", "[tool.x]\n[project.optional")
+    (checkout / "pyproject.toml").write_text(text.replace("\n", "\r\n"), "utf-8", newline="")
+    done = start(checkout, surroundings(wheels), "0")
+    assert done.returncode == 0
+    assert "Installed in" in done.stderr
+    assert stamp(checkout)["extras"] == extras
+    (checkout / "pyproject.toml").write_text(text, "utf-8")             # line ends are no change
+    assert start(checkout, surroundings(wheels), "0").stderr == ""
+
+
+# --- interrupted, broken, moved ---
+
+def test_interrupted_install_goes_on_and_repairs(checkout: Path, wheels: Path) -> None:
+    """As a kill between unpacking a package and finishing it leaves things."""
+    path = checkout / ".venv" / "darkroom.json"
+    path.write_text(json.dumps(stamp(checkout) | {"state": "installing"}), "utf-8")
+    (site(checkout) / "darkroom_dep.py").unlink()
+    (site(checkout) / "darkroom_dep-1.5.dist-info" / "INSTALLER").unlink()
+    done = start(checkout, surroundings(wheels), "0")
+    assert done.returncode == 0, done.stderr
+    assert "it goes on now" in done.stderr
+    assert answer(done)["dep"] == "1.5"
+    assert stamp(checkout)["state"] == "ready"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl+C of a process group needs POSIX")
+def test_ctrl_c_while_installing(checkout: Path, wheels: Path) -> None:
+    path = checkout / ".venv" / "darkroom.json"
+    path.write_text(json.dumps(stamp(checkout) | {"pyproject": "old"}), "utf-8")
+    process = subprocess.Popen(
+        [sys.executable, checkout / "launcher.py", "0"], start_new_session=True, text=True,
+        env=surroundings(wheels, SLOW_BUILD="1"), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    wait_until(lambda: stamp(checkout)["state"] == "installing")
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.strip().endswith("and the installation goes on.")
+    assert "Traceback" not in said.split("Interrupted.")[1]
+    assert stamp(checkout)["state"] == "installing"
+
+
+def wait_until(happened: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_lost_interpreter_is_rebuilt_once_by_two_starts(checkout: Path, wheels: Path) -> None:
+    python = environment.python_of(checkout / ".venv")
+    python.unlink()
+    python.symlink_to(checkout / "gone")
+    both = [subprocess.Popen([sys.executable, checkout / "launcher.py", "0"], text=True,
+                             env=surroundings(wheels), stderr=subprocess.PIPE,
+                             stdout=subprocess.PIPE) for _ in range(2)]
+    said = [process.communicate(timeout=200)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sum("no longer runs" in text for text in said) == 1
+    assert sum("Making the environment" in text for text in said) == 1
+    assert sum("waiting for it" in text for text in said) == 1
+    assert not list(checkout.glob(".venv-old*"))
+
+
+def test_copied_checkout_gets_its_own(checkout: Path, tmp_path: Path, wheels: Path) -> None:
+    copy = tmp_path / "copy 副本"
+    shutil.copytree(checkout, copy, symlinks=True)
+    done = start(copy, surroundings(wheels), "0")
+    assert done.returncode == 0, done.stderr
+    assert "was made at another place" in done.stderr
+    assert Path(answer(done)["prefix"]) == copy / ".venv"
+
+
+def test_half_made_environment_is_rebuilt(tmp_path: Path) -> None:
+    root = make_checkout(tmp_path / "c")
+    venv(root)
+    environment.write_stamp(root, "making", HERE_PYTHON, [])
+    assert bootstrap._why_anew(root) == "broken"
+    environment.write_stamp(root, "made", HERE_PYTHON, [])
+    assert bootstrap._why_anew(root) == ""
+    environment.write_stamp(root, "ready", "3.0", [])                   # Python was exchanged
+    assert bootstrap._why_anew(root) == "broken"
+
+
+def test_file_in_the_way(tmp_path: Path, wheels: Path) -> None:
+    root = make_checkout(tmp_path / "c")
+    (root / ".venv").write_text("mine")
+    done = start(root, surroundings(wheels), "0")
+    assert done.returncode == 2
+    assert one_sentence(done) == (f"{root / '.venv'} is in the way: it should be a folder; "
+                                  "move or delete it, then start again.")
+    assert (root / ".venv").read_text() == "mine"
+
+
+# --- environments of the user's own ---
+
+def venv(root: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", root / ".venv"], check=True)
+
+
+def own_dependencies(root: Path, base: str, extra: str) -> None:
+    text = PYPROJECT.replace("darkroom-dep>=1.2", base).replace("darkroom-extra", extra)
+    (root / "pyproject.toml").write_text(text, "utf-8")
+    (root / "core/console.py").write_text(CONSOLE.replace("import darkroom_dep", "").replace(
+        "darkroom_dep.VERSION", "'none'"), "utf-8")
+
+
+def test_active_environment_that_has_all_is_used(tmp_path: Path, wheels: Path) -> None:
+    root = make_checkout(tmp_path / "c")
+    own_dependencies(root, "pytest>=8", "PyYAML>=6.0.2,<7")
+    for command in ("6", "test"):
+        done = start(root, surroundings(wheels), command)
+        assert done.stderr == ""
+        assert Path(answer(done)["prefix"]) == Path(sys.prefix)
+    assert not (root / ".venv").exists()
+
+
+def test_active_environment_without_the_tests_packages(tmp_path: Path, wheels: Path) -> None:
+    root = make_checkout(tmp_path / "c")
+    own_dependencies(root, "pytest>=8", "darkroom-extra")
+    assert start(root, surroundings(wheels), "0").returncode == 0
+    done = start(root, surroundings(wheels), "test")
+    assert done.returncode == 2
+    assert "(darkroom-extra)" in one_sentence(done)
+    assert not (root / ".venv").exists()
+
+
+def test_environment_made_by_hand_is_used_offline(tmp_path: Path, wheels: Path) -> None:
+    root = make_checkout(tmp_path / "c")
+    venv(root)
+    environment.write_stamp(root, "ready", "3.0", [])
+    (root / ".venv/darkroom.json").unlink()
+    with zipfile.ZipFile(next(wheels.glob("darkroom_dep*"))) as wheel:
+        wheel.extractall(site(root))
+    done = start(root, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path(answer(done)["prefix"]) == root / ".venv"
+    inside = subprocess.run([environment.python_of(root / ".venv"), root / "launcher.py", "4"],
+                            env=surroundings(wheels), capture_output=True)
+    assert (inside.returncode, inside.stderr) == (4, b"")
+
+
+def test_missing_sees_names_and_versions(tmp_path: Path) -> None:
+    root = make_checkout(tmp_path / "c")
+    own_dependencies(root, 'pytest>=999", "no-such-thing", "PyYAML<1", "pytest>8,<999', "x-y-z")
+    assert environment.missing(root) == ["pytest>=999", "no-such-thing", "PyYAML<1"]
+    assert environment.missing(root, "test")[-1] == "x-y-z"
+
+
+# --- sentences ---
+
+def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert done.stdout == ""
+    return lines[0]
+
+
+def test_python_without_ensurepip(tmp_path: Path, wheels: Path) -> None:
+    """Debian's Python without its python3.X-venv package."""
+    root = make_checkout(tmp_path / "c")
+    done = start(root, surroundings(wheels), "0", before="sys.modules['ensurepip'] = None")
+    package = f"python{HERE_PYTHON}-venv"
+    assert done.returncode == 2
+    assert f"sudo apt install {package}" in one_sentence(done)
+    assert not (root / ".venv").exists()
+
+
+def old_pythons() -> list[str]:
+    """Interpreters before 3.11 that are installed here and run."""
+    found = []
+    for minor in range(8, 11):
+        name = f"python3.{minor}"
+        for path in [shutil.which(name), *map(str, Path.home().glob(
+                f".pyenv/versions/3.{minor}.*/bin/{name}"))]:
+            if path and environment.version_of(path):
+                found.append(path)
+                break
+    return found
+
+
+@pytest.mark.parametrize("lang", ["en", "zh-CN"])
+def test_too_old_python(tmp_path: Path, wheels: Path, lang: str) -> None:
+    root = make_checkout(tmp_path / "c")
+    env = surroundings(wheels, DARKROOM_LANG=lang)
+    told = start(root, env, "0", before="sys.version_info = (3, 9, 1)")
+    assert told.returncode == 2
+    wanted = {"en": "needs Python 3.11 or newer, and this is Python 3.9",
+              "zh-CN": "需要 Python 3.11"}
+    assert wanted[lang] in one_sentence(told)
+    for python in old_pythons():
+        done = subprocess.run([python, root / "launcher.py", "demo"], env=env, text=True,
+                              encoding="utf-8", capture_output=True)
+        assert done.returncode == 2
+        assert wanted[lang].split(",")[0] in one_sentence(done)
+        helped = subprocess.run([python, root / "launcher.py", "--help"], env=env, text=True,
+                                encoding="utf-8", capture_output=True)
+        assert helped.returncode == 0
+        assert "launcher.py demo" in helped.stdout
+    assert not (root / ".venv").exists()
+
+
+def test_old_python_uses_an_environment_that_is_there(checkout: Path, wheels: Path) -> None:
+    for python in old_pythons():
+        done = subprocess.run([python, checkout / "launcher.py", "4"], env=surroundings(wheels),
+                              capture_output=True)
+        assert (done.returncode, done.stderr) == (4, b"")
+
+
+@pytest.mark.parametrize("name", ["launcher.py", "build/bootstrap.py", "build/environment.py"])
+def test_old_pythons_can_read_it(name: str) -> None:
+    tree = ast.parse((REAL / name).read_text("utf-8"), feature_version=(3, 8))
+    assert not [node for node in ast.walk(tree) if type(node).__name__ == "Match"]
+    top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {str(node.module) for node in top if isinstance(node, ast.ImportFrom)}
+    allowed = sys.stdlib_module_names | {"environment"}
+    assert not {module.split(".")[0] for module in modules} - allowed
+    assert "tomllib" not in modules
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "--version"])
+def test_help_before_the_install_installs_nothing(tmp_path: Path, wheels: Path, flag: str) -> None:
+    root = make_checkout(tmp_path / "c")
+    done = start(root, surroundings(wheels), flag)
+    assert done.returncode == 0
+    assert "LoRA Darkroom 1.0" in done.stdout
+    assert not (root / ".venv").exists()
+
+
+def test_failed_install_says_why_and_goes_on_later(checkout: Path, tmp_path: Path,
+                                                   wheels: Path) -> None:
+    path = checkout / ".venv" / "darkroom.json"
+    path.write_text(json.dumps(stamp(checkout) | {"pyproject": "old"}), "utf-8")
+    text = PYPROJECT.replace("darkroom-dep>=1.2", "darkroom-dep>=1.2\", \"darkroom-later")
+    (checkout / "pyproject.toml").write_text(text, "utf-8")
+    backend = checkout / "backend/backend.py"
+    backend.write_text(BACKEND.replace("Requires-Dist: darkroom-dep>=1.2",
+                                       "Requires-Dist: darkroom-later"), "utf-8")
+    try:
+        done = start(checkout, surroundings(wheels), "0")
+        assert done.returncode == 1
+        assert "What pip said last:" in done.stderr
+        assert "  ERROR: No matching distribution found for darkroom-later" in done.stderr
+        assert done.stderr.strip().splitlines()[-1] == bootstrap.say("failed_network")
+        assert stamp(checkout)["state"] == "installing"
+        make_wheel(tmp_path / "more", "darkroom_later", "1.0")
+        both = f"{wheels} {tmp_path / 'more'}"
+        again = start(checkout, surroundings(wheels, PIP_FIND_LINKS=both), "0")
+        assert again.returncode == 0, again.stderr
+    finally:
+        backend.write_text(BACKEND, "utf-8")
+
+
+@pytest.mark.parametrize(("said", "key"), [
+    ("OSError: [Errno 28] No space left on device", "failed_disk"),
+    ("ERROR: Could not install packages due to an OSError: [Errno 13] Permission denied: '/x'",
+     "failed_rights"),
+    ("[WinError 5] Access is denied: 'C:\\\\x'", "failed_rights"),
+    ("Failed to establish a new connection: [Errno -2] Name or service not known",
+     "failed_network"),
+    ("error: Request failed after 3 retries: dns error", "failed_network"),
+    ("ReadTimeoutError: Read timed out.", "failed_network"),
+    ("error: subprocess-exited-with-error", "failed"),
+])
+def test_reasons_are_recognised(said: str, key: str, tmp_path: Path,
+                                capsys: pytest.CaptureFixture[str]) -> None:
+    stop = bootstrap._why_failed(tmp_path, "pip", 1, ["line before", said])
+    assert str(stop) == bootstrap.say(key, tool="pip", code=1, path=tmp_path)
+    assert stop.exit_code == 1
+    assert f"  {said}" in capsys.readouterr().err
+
+
+def test_texts_are_yaml_and_the_same_in_both_languages() -> None:
+    english, chinese = (bootstrap.texts(lang) for lang in ("en", "zh-CN"))
+    assert english.keys() == chinese.keys()
+    for lang, texts in (("en", english), ("zh-CN", chinese)):
+        path = REAL / "core/strings" / lang / "bootstrap.yaml"
+        assert yaml.safe_load(path.read_text("utf-8")) == texts
+
+
+def test_every_text_is_there_and_used() -> None:
+    source = "".join((REAL / name).read_text("utf-8") for name in ("launcher.py",
+                                                                   "build/bootstrap.py"))
+    assert not [key for key in bootstrap.texts("en") if f'"{key}"' not in source
+                and f"'{key}'" not in source]
+
+
+# --- which torch ---
+
+@pytest.mark.parametrize(("cards", "system", "index"), [
+    ([], "nt", ""),
+    ([], "posix", ""),
+    ([(8.6, 591.44)], "nt", environment.TORCH_CUDA),
+    ([(0.0, 0.0)], "nt", environment.TORCH_CUDA),               # nvcuda.dll, but no nvidia-smi
+    ([(8.6, 591.44)], "posix", ""),                             # PyPI's has CUDA 13 there
+    ([(6.1, 591.44)], "nt", environment.TORCH_CUDA_OLD),        # Pascal
+    ([(6.1, 580.65)], "posix", environment.TORCH_CUDA_OLD),
+    ([(8.9, 551.86)], "posix", environment.TORCH_CUDA_OLD),     # driver before CUDA 13
+    ([(12.0, 572.16)], "nt", environment.TORCH_CUDA),           # Blackwell needs CUDA 12.8 on
+])
+def test_torch_for_the_card(monkeypatch: pytest.MonkeyPatch, cards: list[tuple[float, float]],
+                            system: str, index: str) -> None:
+    monkeypatch.delenv("DARKROOM_TORCH_INDEX", raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert environment.torch_index(cards, system) == index
+    monkeypatch.setenv("DARKROOM_TORCH_INDEX", "")
+    assert environment.torch_index(cards, system) == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script stands in for nvidia-smi")
+def test_cards_are_asked_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '8.6, 580.65.06'\necho '12.0, 580.65.06'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment.nvidia_cards() == [(8.6, 580.65), (12.0, 580.65)]
+    tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    assert environment.nvidia_cards() == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shell scripts stand in for nvidia-smi and uv")
+def test_old_card_gets_its_torch_first_and_uv_is_used(tmp_path: Path, wheels: Path) -> None:
+    """The card's index is asked for torch, and only for torch, before the rest."""
+    root = make_checkout(tmp_path / "c")
+    own_dependencies(root, 'torch>=2.7,<3",   # heavy\n    "nothing-yet', "darkroom-extra")
+    tools, log = tmp_path / "bin", tmp_path / "uv.log"
+    tools.mkdir()
+    for name, line in (("nvidia-smi", "echo '6.1, 580.65.06'"), ("uv", f'echo "$@" >> "{log}"')):
+        (tools / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tools / name).chmod(0o755)
+    env = surroundings(wheels)
+    env["PATH"] = f"{tools}{os.pathsep}{env['PATH']}"
+    done = start(root, env, "0", before="sys.modules['ensurepip'] = None")  # uv needs no pip
+    assert done.returncode == 0, done.stderr
+    assert f"PyTorch comes from {environment.TORCH_CUDA_OLD}" in done.stderr
+    install = f"pip install --python {environment.python_of(root / '.venv')}"
+    assert log.read_text().splitlines() == [
+        f"{install} --index-url {environment.TORCH_CUDA_OLD} torch>=2.7,<3", f"{install} -e ."]
+
+
+def test_torch_lines_of_the_project() -> None:
+    names = [line.split(">")[0] for line in environment.torch_lines(REAL)]
+    assert names == ["torch", "torchvision"]
+
+
+@pytest.mark.skipif(not shutil.which("uv"), reason="uv is not installed here")
+def test_real_uv(tmp_path: Path, wheels: Path) -> None:
+    root = make_checkout(tmp_path / "c 学")
+    env = surroundings(wheels, UV_NO_INDEX="1", UV_FIND_LINKS=str(wheels), UV_OFFLINE="1")
+    env["PATH"] = os.environ["PATH"]
+    done = start(root, env, "3")
+    assert done.returncode == 3, done.stderr
+    assert answer(done)["dep"] == "1.5"
+    assert not (site(root) / "pip").exists()
+    assert stamp(root)["state"] == "ready"
+
+
+# --- versions ---
+
+releases = st.lists(st.integers(0, 30), min_size=1, max_size=4).map(
+    lambda parts: ".".join(map(str, parts)))
+
+
+@given(found=releases, local=st.sampled_from(["", "+cu130", "+cpu"]),
+       low=releases, high=releases)
+def test_bounds_agree_with_packaging(found: str, local: str, low: str, high: str) -> None:
+    name, limits = environment.parsed(f"some-thing[x]>={low},<{high} ; python_version > '3'")
+    assert name == "some-thing"
+    assert environment.within(found + local, limits) == SpecifierSet(
+        f">={low},<{high}").contains(Version(found + local))
+
+
+@given(st.text(max_size=20))
+def test_numbers_never_fail(text: str) -> None:
+    assert all(isinstance(n, int) for n in environment.numbers(text))
