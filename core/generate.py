@@ -104,7 +104,7 @@ class Studio:
 
     def describe(self, shot: Shot, loras: Iterable[Lora]) -> str:
         """The parameters in A1111's form, as other programs read them from the PNG."""
-        from core.lora_metadata import model_hash
+        from core.safetensors_header import data_hash
         tags = "".join(f" <lora:{lora.path.stem}:{lora.weight:g}>" for lora in loras)
         sampler = samplers.label(self.pipeline.scheduler)
         lines = [shot.prompt + tags]
@@ -113,7 +113,7 @@ class Studio:
         facts = [f"Steps: {shot.steps}", f"Sampler: {sampler}", f"CFG scale: {shot.cfg:g}",
                  f"Seed: {shot.seed}", f"Size: {shot.size[0]}x{shot.size[1]}",
                  f"Model: {self.source.stem}"]
-        hashes = ", ".join(f"{x.path.stem}: {model_hash(x.path)[:12]}" for x in loras)
+        hashes = ", ".join(f"{x.path.stem}: {data_hash(x.path)[:12]}" for x in loras)
         if hashes:
             facts.append(f'Lora hashes: "{hashes}"')
         return "\n".join([*lines, ", ".join(facts)])
