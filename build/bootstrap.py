@@ -178,22 +178,36 @@ def _install(root: Path, extra: str) -> None:
     if stamp.get("state") == "installing":
         tell("continuing")
         drop_half_installed(root / ".venv")
-    tool = "uv" if shutil.which("uv") else "pip"
-    if tool == "pip" and not any(s.joinpath("pip").exists() for s in site_packages(root / ".venv")):
-        subprocess.run([str(python), "-m", "ensurepip"], stdout=_stderr())
-    tell("installing", tool=tool)
     write_stamp(root, "installing", version_of(python), extras)
-    torch_first = torch_lines(root)
-    index = torch_index(nvidia_cards()) if torch_first else ""
     try:
-        if index:
-            tell("torch_for_card", index=index)
-            _installer(root, tool, ["--index-url", index, *torch_first])
-        _installer(root, tool, ["-e", f".[{','.join(extras)}]" if extras else "."])
+        _with_one_of(["uv", "pip"] if shutil.which("uv") else ["pip"], root, extras)
     except KeyboardInterrupt:
         raise Stop("interrupted", 130) from None
     write_stamp(root, "ready", version_of(python), extras)
-    tell("ready", minutes="%.1f" % ((time.monotonic() - started) / 60))
+    tell("ready", minutes=f"{(time.monotonic() - started) / 60:.1f}")
+
+
+def _with_one_of(tools: list[str], root: Path, extras: list[str]) -> None:
+    """uv is quick, but pip may know a mirror or proxy that uv wasn't told of."""
+    for tool in tools:
+        tell("installing", tool=tool)
+        try:
+            return _install_with(tool, root, extras)
+        except Stop:
+            if tool == "pip" or not importlib.util.find_spec("ensurepip"):
+                raise
+            tell("uv_failed")
+
+
+def _install_with(tool: str, root: Path, extras: list[str]) -> None:
+    if tool == "pip" and not any((s / "pip").exists() for s in site_packages(root / ".venv")):
+        subprocess.run([str(python_of(root / ".venv")), "-m", "ensurepip"], stdout=_stderr())
+    torch_first = torch_lines(root)
+    index = torch_index(nvidia_cards()) if torch_first else ""
+    if index:
+        tell("torch_for_card", index=index)
+        _installer(root, tool, ["--index-url", index, *torch_first])
+    _installer(root, tool, ["-e", f".[{','.join(extras)}]" if extras else "."])
 
 
 def _installer(root: Path, tool: str, what: list[str]) -> None:

@@ -356,6 +356,7 @@ def train_base(args: argparse.Namespace) -> None:
         ema, step = saved["ema"], saved["step"]
         rng.seed(step)
         torch.manual_seed(step)
+    predict = torch.compile(unet) if args.compile else unet     # 1.4x after minutes of compiling
     saved_at = shown_at = time.time()
     running = torch.zeros(())
     shown_step = step
@@ -375,7 +376,7 @@ def train_base(args: argparse.Namespace) -> None:
         noise = torch.randn_like(x)
         a, b = signal[t].view(-1, 1, 1, 1), noise_level[t].view(-1, 1, 1, 1)
         noisy = (a * x + b * noise).contiguous(memory_format=torch.channels_last)
-        loss = F.mse_loss(unet(noisy, t, words).sample, a * noise - b * x)
+        loss = F.mse_loss(predict(noisy, t, words, return_dict=False)[0], a * noise - b * x)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -590,6 +591,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=400_000, help="for the base")
     parser.add_argument("--judge-steps", type=int, default=1500)
     parser.add_argument("--rate", type=float, help="learning rate instead of the stage's own")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet")
     parser.add_argument("--save-minutes", type=float, default=4)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,19 @@ def _is_chinese_misread(text: str, data: bytes) -> bool:
         return False
 
 
+def readable_name(name: str) -> str:
+    """A file name as text, also where it isn't UTF-8: Chinese archives unpacked on Linux."""
+    try:
+        name.encode()
+        return name
+    except UnicodeEncodeError:
+        pass
+    try:
+        return decode_text(os.fsencode(name))
+    except ValueError:
+        return name.encode("utf-8", "replace").decode()
+
+
 def one_line(text: str) -> str:
     """A caption file's whole text as one line. Lines of tags (with a comma, or all of at most
     four words, and none a sentence) are joined with commas, prose with spaces."""
@@ -116,7 +130,7 @@ def tag_frequency(pictures: Iterable[Picture]) -> dict[str, dict[str, int]]:
     """ss_tag_frequency: folder name -> tag in lower case -> number of pictures."""
     counts: dict[str, dict[str, int]] = {}
     for picture in pictures:
-        tags = counts.setdefault(picture.path.parent.name, {})
+        tags = counts.setdefault(readable_name(picture.path.parent.name), {})
         for tag in map(str.lower, split_tags(picture.caption)):
             tags[tag] = tags.get(tag, 0) + 1
     return counts

@@ -120,7 +120,7 @@ class _Tree:
     def name(self, path: Path) -> str:
         """Relative to the folder, with slashes; the folder itself and strangers in full."""
         inside = path != self.folder and path.is_relative_to(self.folder)
-        return path.relative_to(self.folder).as_posix() if inside else str(path)
+        return captions.readable_name(path.relative_to(self.folder).as_posix() if inside else str(path))
 
 
 def _plain(value: Any) -> Any:
@@ -180,7 +180,7 @@ def _rule(tree: _Tree, folder: Path, repeats: int, token: str) -> tuple[int, str
         return repeats, token
     if int(match[1]) == 0:
         tree.report(folder, "zero_repeats")
-    return int(match[1]), match[2].strip()
+    return int(match[1]), captions.readable_name(match[2]).strip()
 
 
 def _add_file(tree: _Tree, path: Path, repeats: int) -> None:
@@ -271,13 +271,14 @@ def _told_by(tree: _Tree, index: _Index, file: Path, explicit: bool = False) -> 
     for row in rows:
         found = _find(tree, index, file, row)
         found_any |= bool(found)
-        if told.keys() & found:
+        if not told.keys().isdisjoint(found):
             tree.report(file, "row_twice", line=row.line, name=row.name)
-        told = dict.fromkeys(found, row.caption) | told
+        for path in found if row.caption else ():
+            told.setdefault(path, row.caption)
     if explicit and not found_any:
         raise Fault("dataset.metadata_no_match", file=file, folder=tree.folder, count=len(rows),
                     name=rows[0].name if rows else "-")
-    return {path: caption for path, caption in told.items() if caption}
+    return told
 
 
 def _find(tree: _Tree, index: _Index, file: Path, row: captions.Row) -> list[Path]:
@@ -337,7 +338,7 @@ def split_validation(pictures: Sequence[Picture], share: float,
 
     def lot(index: int) -> bytes:
         path = pictures[index].path
-        return sha256(f"{seed}/{path.parent.name}/{path.name}".encode()).digest()
+        return sha256(os.fsencode(f"{seed}/{path.parent.name}/{path.name}")).digest()
 
     held_out = set(sorted(range(len(pictures)), key=lot)[:count])
     return [i for i in range(len(pictures)) if i not in held_out], sorted(held_out)

@@ -552,6 +552,20 @@ def test_old_card_gets_its_torch_first_and_uv_is_used(tmp_path: Path, wheels: Pa
         f"{install} --index-url {environment.TORCH_CUDA_OLD} torch>=2.7,<3", f"{install} -e ."]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a shell script stands in for uv")
+def test_pip_steps_in_where_uv_fails(checkout: Path, tmp_path: Path, wheels: Path) -> None:
+    path = checkout / ".venv" / "darkroom.json"
+    path.write_text(json.dumps(stamp(checkout) | {"pyproject": "old"}), "utf-8")
+    (tmp_path / "uv").write_text("#!/bin/sh\necho 'error: no mirror known' >&2\nexit 2\n")
+    (tmp_path / "uv").chmod(0o755)
+    env = surroundings(wheels)
+    env["PATH"] = f"{tmp_path}{os.pathsep}{env['PATH']}"
+    done = start(checkout, env, "0")
+    assert done.returncode == 0, done.stderr
+    assert "  error: no mirror known" in done.stderr
+    assert "pip tries now" in done.stderr
+
+
 def test_torch_lines_of_the_project() -> None:
     names = [line.split(">")[0] for line in environment.torch_lines(REAL)]
     assert names == ["torch", "torchvision"]

@@ -157,10 +157,10 @@ def test_the_crop_covers_and_squashes_nothing(
     (width, height), (wide, high) = crop.resized, bucket
     assert width >= wide
     assert height >= high
-    assert width == wide or height == high                  # no larger than covering needs
-    # The aspect is right to half a pixel of the side that was rounded.
-    assert (abs(height - wide * size[1] / size[0]) <= 0.5 + 1e-6 if width == wide
-            else abs(width - high * size[0] / size[1]) <= 0.5 + 1e-6)
+    # One side fits exactly, so it is no larger than covering needs; the other is right to half
+    # a pixel, so nothing is squashed.
+    assert ((width == wide and abs(height - wide * size[1] / size[0]) <= 0.5 + 1e-6)
+            or (height == high and abs(width - high * size[0] / size[1]) <= 0.5 + 1e-6))
     left, top, right, bottom = crop.box
     assert (right - left, bottom - top) == bucket
     assert 0 <= left <= width - right <= left + 1           # centred to a pixel

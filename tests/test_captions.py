@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import sys
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -19,6 +21,7 @@ from core.captions import (
     one_line,
     read_caption,
     read_metadata,
+    readable_name,
     shuffle_tags,
     split_tags,
     tag_frequency,
@@ -79,6 +82,14 @@ def test_a_byte_order_mark_decides(text: str, encoding: str) -> None:
                                                        max_codepoint=0x9fa5)))
 def test_chinese_of_any_length_in_utf_8(text: str) -> None:
     assert decode_text(text.encode("utf-8")) == text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode elsewhere")
+@pytest.mark.parametrize(("raw", "name"), [
+    (b"cat.png", "cat.png"), ("猫.png".encode(), "猫.png"), ("红猫.png".encode("gb18030"), "红猫.png"),
+    (b"\x81\xff", "??")])
+def test_file_names_are_readable(raw: bytes, name: str) -> None:
+    assert readable_name(os.fsdecode(raw)) == name
 
 
 @pytest.mark.parametrize(("text", "line"), [

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def codes(data: Dataset) -> dict[str, list[str]]:
             sentence = say(problem.code, problem.params, language)
             assert not re.search(r"\{\w+\}|^dataset\.", sentence), sentence
         said.setdefault(problem.params["file"], []).append(problem.code.removeprefix("dataset."))
-    json.dumps([problem.params for problem in data.problems])       # events carry them
+    json.dumps([p.params for p in data.problems], ensure_ascii=False).encode()   # for events
     return said
 
 
@@ -122,6 +123,19 @@ def test_chinese_and_spaces_in_paths(tmp_path: Path) -> None:
     draw(folder / "水墨 画" / "猫 1.png")
     write(folder / "水墨 画" / "猫 1.txt", "一只猫".encode("gb18030"))
     assert found(scan(folder)) == {"水墨 画/猫 1.png": "一只猫"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode elsewhere")
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode("5_水墨画".encode("gb18030"))
+    draw(folder / os.fsdecode("红猫.png".encode("gb18030")))
+    draw(folder / "2.png")
+    write(folder / os.fsdecode("坏.png".encode("gb18030")), b"")
+    write(tmp_path / "metadata.csv", "5_水墨画/红猫,猫\n")
+    data = scan(tmp_path)
+    assert [p.caption for p in data.pictures] == ["水墨画", "猫"]
+    assert codes(data) == {"5_水墨画/坏.png": ["empty"]}
+    assert len(split_validation(data.pictures, 0.5, 0)[1]) == 1
 
 
 def test_a_relative_folder_becomes_absolute(tmp_path: Path,
