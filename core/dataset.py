@@ -120,7 +120,8 @@ class _Tree:
     def name(self, path: Path) -> str:
         """Relative to the folder, with slashes; the folder itself and strangers in full."""
         inside = path != self.folder and path.is_relative_to(self.folder)
-        return captions.readable_name(path.relative_to(self.folder).as_posix() if inside else str(path))
+        name = path.relative_to(self.folder).as_posix() if inside else str(path)
+        return captions.readable_name(name)
 
 
 def _plain(value: Any) -> Any:

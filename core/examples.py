@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -67,8 +68,8 @@ def find(config: TrainConfig, folder: Path, metadata: Path | None, native: int, 
     for problem in data.problems:
         emit(Note(key=problem.code, params=dict(problem.params)))
     area = size_of(config.max_resolution) or (native, native)
-    shortest = config.min_bucket_side or min(native // 2, *area)
-    longest = config.max_bucket_side or max(native * 2, *area)
+    side = isqrt(area[0] * area[1])
+    shortest, longest = config.min_bucket_side or side // 2, config.max_bucket_side or side * 2
     sizes = buckets.assign_buckets([p.size for p in data.pictures], area, step, shortest, longest,
                                    config.bucket_no_upscale)
     items = [Example(p, bucket, _captions(p, config, i))
@@ -81,13 +82,13 @@ def find(config: TrainConfig, folder: Path, metadata: Path | None, native: int, 
 
 
 def _captions(picture: dataset.Picture, config: TrainConfig, index: int) -> tuple[str, ...]:
-    text = captions.with_trigger(picture.caption, config.trigger_word)
-    if not config.shuffle_tags:
-        return (text,)
-    rng = random.Random(f"{config.seed}-{index}")
-    variants = (captions.shuffle_tags(text, config.keep_tokens, rng)
-                for _ in range(min(MOST_SHUFFLES, config.epochs * picture.repeats)))
-    return tuple(dict.fromkeys(variants))
+    """The caption, or its shuffles; the trigger word goes in front after shuffling."""
+    texts = [picture.caption]
+    if config.shuffle_tags:
+        rng = random.Random(f"{config.seed}-{index}")
+        texts = [captions.shuffle_tags(picture.caption, config.keep_tokens, rng)
+                 for _ in range(MOST_SHUFFLES)]
+    return tuple(dict.fromkeys(captions.with_trigger(t, config.trigger_word) for t in texts))
 
 
 class Encoder:

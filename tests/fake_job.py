@@ -38,9 +38,9 @@ def train(config, emit, control):
         control.wait_while_paused(0.02)
         if control.stopping and what != "deaf":
             emit(Checkpoint(step=step, path="last.ckpt"))
-            return {"state": "stopped", "step": step}
+            return {"state": "stopped", "cwd": os.getcwd()}
     emit(Checkpoint(step=total, path="final.safetensors", final=True))
-    return {"lora": "final.safetensors", "resume": config.resume, "cwd": os.getcwd()}
+    return {"lora": "final.safetensors", "cwd": os.getcwd()}
 
 
 def _misbehave(what, config):

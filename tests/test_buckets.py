@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -51,6 +51,7 @@ def test_sizes_of_the_demo_base() -> None:
     assert all(32 <= side <= 128 and side % 8 == 0 for size in sizes for side in size)
 
 
+@settings(deadline=None)
 @given(rules())
 def test_sizes_stay_within_area_sides_and_step(
         rule: tuple[tuple[int, int], int, int, int]) -> None:
@@ -97,6 +98,7 @@ def test_choice_at_512(size: tuple[int, int], bucket: tuple[int, int]) -> None:
     assert choose_bucket(size, bucket_sizes((512, 512), 64, 256, 1024)) == bucket
 
 
+@settings(deadline=None)
 @given(SIZES, st.sampled_from(FAMILIES))
 def test_the_chosen_bucket_has_the_nearest_aspect(
         size: tuple[int, int], family: tuple[int, int, int, int]) -> None:
@@ -108,6 +110,7 @@ def test_the_chosen_bucket_has_the_nearest_aspect(
     assert choose_bucket(chosen, sizes) == chosen
 
 
+@settings(deadline=None)
 @given(SIZES, st.tuples(st.integers(64, 2048), st.integers(64, 2048)),
        st.sampled_from((8, 16, 32, 64)))
 def test_no_upscale_needs_no_enlarging(
@@ -148,6 +151,7 @@ def test_assign_keeps_the_order() -> None:
 
 # --- the crop ---------------------------------------------------------------------------------
 
+@settings(deadline=None)
 @given(SIZES, st.sampled_from(FAMILIES), st.booleans())
 def test_the_crop_covers_and_squashes_nothing(
         size: tuple[int, int], family: tuple[int, int, int, int], no_upscale: bool) -> None:
@@ -236,6 +240,7 @@ BUCKETS = st.sampled_from(((64, 64), (48, 80), (80, 48), (32, 128)))
 ITEMS = st.lists(st.tuples(BUCKETS, st.integers(1, 5)), max_size=60)
 
 
+@settings(deadline=None)
 @given(ITEMS, st.integers(1, 9), st.integers(0, 2**63))
 def test_every_picture_appears_as_often_as_it_repeats(
         items: list[tuple[tuple[int, int], int]], batch_size: int, seed: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.captions import (
@@ -72,12 +72,14 @@ def test_other_languages_stay_what_they_are(caption: str) -> None:
     assert decode_text(caption.encode("utf-8")) == caption
 
 
+@settings(deadline=None)
 @given(st.text().filter(lambda t: "\0" not in t and not t.startswith("\ufeff")),
        st.sampled_from(("utf-8-sig", "utf-16", "utf-32")))
 def test_a_byte_order_mark_decides(text: str, encoding: str) -> None:
     assert decode_text(text.encode(encoding)) == text
 
 
+@settings(deadline=None)
 @given(st.text(st.sampled_from("a, ，") | st.characters(min_codepoint=0x4e00,
                                                        max_codepoint=0x9fa5)))
 def test_chinese_of_any_length_in_utf_8(text: str) -> None:
@@ -86,8 +88,8 @@ def test_chinese_of_any_length_in_utf_8(text: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode elsewhere")
 @pytest.mark.parametrize(("raw", "name"), [
-    (b"cat.png", "cat.png"), ("猫.png".encode(), "猫.png"), ("红猫.png".encode("gb18030"), "红猫.png"),
-    (b"\x81\xff", "??")])
+    (b"cat.png", "cat.png"), ("猫.png".encode(), "猫.png"),
+    ("红猫.png".encode("gb18030"), "红猫.png"), (b"\x81\xff", "??")])
 def test_file_names_are_readable(raw: bytes, name: str) -> None:
     assert readable_name(os.fsdecode(raw)) == name
 
@@ -110,6 +112,7 @@ def test_one_line(text: str, line: str) -> None:
     assert one_line(text) == line
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_one_line_is_one_line_and_stays(text: str) -> None:
     line = one_line(text)
@@ -153,18 +156,21 @@ def test_trigger(caption: str, trigger: str, expected: str) -> None:
     assert with_trigger(caption, trigger) == expected
 
 
+@settings(deadline=None)
 @given(st.text(), st.text())
 def test_a_trigger_is_put_in_once(caption: str, trigger: str) -> None:
     once = with_trigger(caption, trigger)
     assert once in (caption, trigger.strip(), f"{trigger.strip()}, {caption.strip()}")
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab ,", max_size=30), st.sampled_from(("sks", "水墨", "my style")))
 def test_a_second_time_changes_nothing(caption: str, trigger: str) -> None:
     once = with_trigger(caption, trigger)
     assert with_trigger(once, trigger) == once
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from("abcdefgh"), max_size=12), st.integers(0, 15), st.integers())
 def test_shuffling_keeps_the_tags_and_the_leading_ones(
         tags: list[str], keep: int, seed: int) -> None:
@@ -296,6 +302,7 @@ def as_csv(rows: list[tuple[str, str]], delimiter: str = ",", **options: int) ->
     return file.getvalue().encode()
 
 
+@settings(deadline=None)
 @given(ROWS, st.booleans(), st.sampled_from((csv.QUOTE_MINIMAL, csv.QUOTE_ALL)))
 def test_csv_rows_come_back(tmp_path_factory: pytest.TempPathFactory,
                             rows: list[tuple[str, str]], header: bool, quoting: int) -> None:
@@ -307,6 +314,7 @@ def test_csv_rows_come_back(tmp_path_factory: pytest.TempPathFactory,
         (name, one_line(caption)) for name, caption in rows]
 
 
+@settings(deadline=None)
 @given(ROWS, st.sampled_from(",;\t"))
 def test_every_delimiter_comes_back(tmp_path_factory: pytest.TempPathFactory,
                                     rows: list[tuple[str, str]], delimiter: str) -> None:
@@ -317,6 +325,7 @@ def test_every_delimiter_comes_back(tmp_path_factory: pytest.TempPathFactory,
         (name, one_line(caption)) for name, caption in rows]
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300), st.sampled_from((".csv", ".jsonl")))
 def test_any_bytes_give_rows_or_a_fault(tmp_path_factory: pytest.TempPathFactory,
                                         data: bytes, suffix: str) -> None:
@@ -356,6 +365,7 @@ def test_bad_jsonl_lines_are_named_and_the_rest_is_read(tmp_path: Path, bad: str
     assert say(faults[0].code, faults[0].params, "en").startswith("metadata.jsonl, line 2:")
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(NAMES, st.text(max_size=30)), max_size=6))
 def test_jsonl_rows_come_back(tmp_path_factory: pytest.TempPathFactory,
                               rows: list[tuple[str, str]]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -442,6 +442,7 @@ def made_up(count: int, root: str = "/data") -> list[Picture]:
             for i in range(count)]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 60), st.floats(0, 0.999), st.integers(0, 2**63))
 def test_held_out_pictures(count: int, share: float, seed: int) -> None:
     pictures = made_up(count)

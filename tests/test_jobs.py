@@ -275,7 +275,8 @@ def test_resume_is_a_new_run_that_knows_the_old_one(manager, tmp_path, monkeypat
     assert view.config == load_run(old).config | {"resume": True}
     assert view.output_dir == load_run(old).output_dir == str(tmp_path / "out")
     manager.stop(new)
-    assert manager.wait(new, 10).state == "stopped"
+    view = manager.wait(new, 10)
+    assert (view.state, view.result["cwd"]) == ("stopped", str(tmp_path))
 
 
 # --- the queue ---
@@ -325,6 +326,22 @@ def test_two_managers_start_each_run_once(make):
     assert all(first[1] <= then[0] for first, then in itertools.pairwise(spans))
 
 
+def test_a_run_that_another_app_takes_at_the_last_moment_is_left_to_it(make):
+    watcher = make(dispatch=False)
+    run_id = watcher.start(config(steps=1))
+
+    class Late(JobManager):
+        def _queue_lock(self):
+            runs.claim(load_run(run_id).folder)
+            return super()._queue_lock()
+
+    with Late(command=COMMAND, poll_s=0.05) as manager:
+        until(lambda: manager.view(run_id).state == "starting")
+        time.sleep(0.3)
+        assert runs.owner_of(manager.view(run_id).folder).pid == os.getpid()
+        assert not (manager.view(run_id).folder / LOG).exists()
+
+
 def test_a_watching_manager_starts_nothing(make):
     watcher = make(dispatch=False)
     run_id = watcher.start(config())
@@ -354,7 +371,7 @@ if __name__ == "__main__":
 
 def start_app(steps):
     app = subprocess.Popen([sys.executable, "-c", APP, str(steps)], stdout=subprocess.PIPE,
-                           text=True, cwd=ROOT)
+                           text=True, cwd=ROOT, start_new_session=True)
     return app, app.stdout.readline().strip()
 
 
@@ -362,7 +379,7 @@ def start_app(steps):
 def test_the_worker_outlives_a_killed_app_and_is_found_again(make):
     app, run_id = start_app(steps=2000)
     until(lambda: load_run(run_id).step >= 3)
-    app.kill()
+    os.killpg(app.pid, signal.SIGKILL)                    # as when its terminal goes
     app.communicate()
     before = load_run(run_id)
     manager = make()

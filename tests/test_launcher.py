@@ -1,0 +1,129 @@
+"""launcher.py as a user starts it: a process of its own, from another folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import launcher
+from core import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("demo", "train", "generate", "lora", "lora info", "lora verify", "runs", "runs list",
+            "runs show", "runs resume", "runs stop", "doctor", "test", "setup")
+
+
+def start(*argv: str, cwd: Path = ROOT.parent, **more: str) -> subprocess.CompletedProcess[str]:
+    # as after the restart: this environment is good enough, whatever its stamp says
+    env = os.environ | {"DARKROOM_RESTARTED": str(ROOT / ".venv"), **more}
+    return subprocess.run([sys.executable, ROOT / "launcher.py", *argv], env=env, cwd=cwd,
+                          capture_output=True, encoding="utf-8", stdin=subprocess.DEVNULL,
+                          timeout=120)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("lang", ["en", "zh-CN"])
+def test_every_command_has_help_with_an_example(command: str, lang: str) -> None:
+    done = start(*command.split(), "--help", DARKROOM_LANG=lang)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"darkroom {command}".strip() in done.stdout
+    line = done.stdout.split("example: " if lang == "en" else "示例：")[1].splitlines()[0]
+    assert line.startswith(f"darkroom {command.split(' ')[0]}")
+    assert "commands." not in done.stdout               # a key without its sentence
+
+
+def test_examples_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command's example passes its own parser."""
+    import shlex
+    parser = launcher._parser()
+    for command in COMMANDS:
+        line = start(*command.split(), "--help").stdout.split("example: darkroom ")[1]
+        words = shlex.split(line.splitlines()[0])
+        if words[0] != "test":
+            assert parser.parse_args(words).command == command.split()[0]
+
+
+def test_train_help_lists_every_key() -> None:
+    from core.config import TrainConfig
+    told = start("train", "--help").stdout
+    assert all(f"    {key} " in told for key in TrainConfig.model_fields)
+
+
+def test_help_answers_at_once_and_without_torch() -> None:
+    code = ("import sys, launcher\n"
+            "try: launcher._parser().parse_args(['--help'])\n"
+            "except SystemExit: pass\n"
+            "print(sorted({'torch', 'diffusers', 'pydantic', 'numpy'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        start("--help")
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 1.5           # 0.2 s on an idle machine; torch alone would take longer
+
+
+def test_version() -> None:
+    assert start("--version").stdout == f"LoRA Darkroom {__version__}\n"
+
+
+@pytest.mark.parametrize(("lang", "said"), [("en", "--help` lists all"), ("zh-CN", "列出全部命令")])
+def test_without_a_command(lang: str, said: str) -> None:
+    done = start(DARKROOM_LANG=lang)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert said in done.stdout
+    assert done.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [["bogus"], ["train"], ["lora"], ["lora", "info"], ["--bogus"],
+                                  ["runs", "show"], ["doctor", "--bogus"]])
+def test_wrong_arguments(argv: list[str]) -> None:
+    done = start(*argv)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "usage: darkroom" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("before", [[], ["--debug"]])
+def test_test_hands_all_arguments_to_pytest(before: list[str], tmp_path: Path) -> None:
+    done = start(*before, "test", "-q", "--collect-only", "-k", "test_version or bogus",
+                 "tests/test_launcher.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "tests/test_launcher.py::test_version" in done.stdout
+    assert start("test", "tests/no_such_file.py", cwd=tmp_path).returncode == 4     # pytest's own
+
+
+def test_characters_that_the_pipe_lacks_do_no_harm() -> None:
+    """A Windows pipe in code page 1252, told in Chinese: pipes get UTF-8."""
+    done = start(PYTHONIOENCODING="latin-1", DARKROOM_LANG="zh-CN", PYTHONUTF8="0", LC_ALL="C")
+    assert done.returncode == 0
+    assert "图形界面" in done.stdout
+
+
+def test_closed_pipe_is_no_error() -> None:
+    command = f'"{sys.executable}" "{ROOT / "launcher.py"}" train --help | head -1'
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True,
+                          env=os.environ | {"DARKROOM_RESTARTED": str(ROOT / ".venv")})
+    assert b"Traceback" not in done.stderr
+    assert b"BrokenPipe" not in done.stderr
+
+
+@pytest.mark.parametrize(("argv", "command"), [
+    ([], ""), (["test"], "test"), (["--debug", "test", "x"], "test"), (["-h"], ""),
+    (["train", "test"], "train")])
+def test_the_command_is_found(argv: list[str], command: str) -> None:
+    assert launcher._command(argv) == command
+
+
+def test_console_script_is_this_function() -> None:
+    import tomllib
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert project["scripts"] == {"darkroom": "launcher:main"}
+    assert callable(launcher.main)
