@@ -92,7 +92,7 @@ def _test(arguments: list[str]) -> int:
     while True:
         try:
             code = child.wait()
-            return 130 if code < 0 else code
+            return 128 - code if code < 0 else code     # as a shell tells a signal
         except KeyboardInterrupt:       # pytest gets Ctrl+C too, and ends in its own way
             continue
 

@@ -124,7 +124,7 @@ def _demo(options: argparse.Namespace) -> int:
     from core.demo import run_demo
     from core.terminal import Terminal
     control = Control()
-    with Terminal() as terminal, stop_on_ctrl_c(control, terminal.say):
+    with Terminal() as terminal, stop_on_ctrl_c(control, terminal.stopping):
         result = run_demo(options.out.expanduser().absolute(), terminal, control)
     return _finish(result, control, options)
 
@@ -145,7 +145,7 @@ def _run(job: str, config: TrainConfig, options: argparse.Namespace,
     folder = runs.create_run(job, dump_yaml(config), config.name, resumed_from=resumed_from,
                              queued=False)
     control = Control()
-    with Terminal() as terminal, stop_on_ctrl_c(control, terminal.say):
+    with Terminal() as terminal, stop_on_ctrl_c(control, terminal.stopping):
         end = worker.run_job(job, config, folder, control, terminal)
     result = {"run": folder.name, "state": end.state, **end.result}
     return (_failed(result, terminal, options) if end.state == "failed"

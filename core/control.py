@@ -13,7 +13,7 @@ class Control:
     """The job polls; a window, a signal handler or a pipe asks. `stop` stays, and wakes a pause."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()      # a signal handler may ask while ask() runs
         self._once: set[Request] = set()
         self._stopping = False
         self._paused = False

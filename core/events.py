@@ -99,6 +99,8 @@ class JobEnded(Event):
 KINDS: dict[str, type[Event]] = {c.kind: c for c in (
     JobStarted, Phase, Step, Sample, Checkpoint, Captioned, Note, Faulted, JobEnded)}
 
+_SHAPES = {kind: (cls, frozenset(f.name for f in fields(cls))) for kind, cls in KINDS.items()}
+
 
 def to_line(event: Event) -> str:
     """One line of JSON without its line break. Paths and the like become strings."""
@@ -109,8 +111,7 @@ def from_line(line: str) -> Event | None:
     """The event of a line; None for a torn line or a kind this version doesn't know."""
     try:
         data = json.loads(line)
-        cls = KINDS[data.pop("kind")]
-        known = {f.name for f in fields(cls)}
+        cls, known = _SHAPES[data.pop("kind")]
         return cls(**{k: v for k, v in data.items() if k in known})
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -37,6 +37,7 @@ class Terminal:
         self.loss = Smooth()
         self.fault: Faulted | None = None               # told by the caller, as the last line
         self.stepped = False
+        self.hushed: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -52,7 +53,7 @@ class Terminal:
                 self.stepped = True
                 facts = step_facts(event, self.loss.add(event.loss))
                 self.screen.show(phase_name("train"), event.step, event.total, facts)
-            case Note():
+            case Note() if event.key not in self.hushed:
                 self.screen.say(words.say(event.key, event.params))
             case Faulted():
                 self.fault = event
@@ -64,6 +65,11 @@ class Terminal:
                 self.screen.close()
 
     def say(self, text: str) -> None:
+        self.screen.say(text)
+
+    def stopping(self, text: str) -> None:
+        """Ctrl+C was heard, and the journal's own note of it needn't be told again."""
+        self.hushed.add("jobs.stopping")
         self.screen.say(text)
 
 

@@ -197,4 +197,6 @@ def _guess(keys: set[str]) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    if "meta tensor" in str(error):         # what a missing weight looks like to torch
+        return "some of its weights are missing"
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,1 @@
+"""The window. Still empty: the command line does everything so far."""

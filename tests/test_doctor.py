@@ -1,0 +1,192 @@
+"""Findings on this machine, and on machines made up from facts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core import doctor, paths, words
+from core.doctor import Finding
+from core.gpu import GpuInfo, GpuReport, GpuUser
+
+CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+
+
+def card(capability: tuple[int, int] = (8, 6), **more: Any) -> GpuReport:
+    facts = {"name": "GeForce RTX", "uuid": "GPU-1", "total_mb": 8192.0, "free_mb": 7000.0,
+             "driver": "580.65.06"} | more
+    return GpuReport((GpuInfo(index=0, capability=capability, **facts),))
+
+
+def build(**more: Any) -> dict[str, Any]:
+    return {"version": "2.14.0+cu130", "cuda": "13.0", "hip": "", "available": True,
+            "archs": CU130, "mps": False} | more
+
+
+def only(findings: Iterator[Finding]) -> Finding:
+    (finding,) = findings
+    return finding
+
+
+@pytest.fixture(scope="module")
+def this_torch() -> dict[str, Any]:
+    return doctor.torch_facts()         # once: importing torch takes its time
+
+
+def test_this_machine_is_examined_without_a_traceback(
+        this_torch: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "torch_facts", lambda: this_torch)
+    findings = doctor.examine()
+    keys = [finding.key for finding in findings]
+    assert "python" in keys
+    assert "packages" in keys
+    assert "unknown" not in keys
+    assert "torch_broken" not in keys
+    assert {"memory", "memory_low"} & set(keys)
+    assert {"folder", "disk_low"} & set(keys)
+    for finding in findings:
+        assert "{" not in finding.text + finding.mend
+        assert not finding.text.startswith("doctor.")
+
+
+def test_torch_is_asked_elsewhere(this_torch: dict[str, Any]) -> None:
+    import torch
+    assert this_torch["version"] == torch.__version__
+    assert this_torch["available"] == torch.cuda.is_available()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script stands in for Python")
+@pytest.mark.parametrize(("script", "reason"), [
+    ("echo 'OSError: libcudart.so: bad' >&2; exit 1", "OSError: libcudart.so: bad"),
+    ("kill -SEGV $$", "exit code -11"), ("exit 3", "exit code 3")])
+def test_a_torch_that_takes_its_process_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                             script: str, reason: str) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    finding = only(doctor.torch(doctor.torch_facts(), GpuReport()))
+    assert (finding.key, finding.level) == ("torch_broken", "error")
+    assert reason in finding.text
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "gone"))
+    assert "FileNotFoundError" in doctor.torch_facts()["error"]
+
+
+@pytest.mark.parametrize(("facts", "report", "key"), [
+    (build(available=False), GpuReport(), "torch_cpu"),
+    (build(cuda="", available=False, mps=True, archs=[]), GpuReport(), "torch_mps"),
+    (build(), card(), "torch_cuda"),
+    (build(cuda="", available=False, archs=[]), card(), "torch_without_cuda"),
+    (build(available=False), card(driver="551.86"), "torch_no_contact"),
+    (build(), card((6, 1)), "torch_too_new"),
+    (build(archs=CU126, cuda="12.6"), card((12, 0)), "torch_too_old"),
+    (build(cuda="", hip="7.0"), card(), "torch_cuda"),
+    (build(), card((0, 0)), "torch_cuda"),
+])
+def test_torch_and_card(facts: dict[str, Any], report: GpuReport, key: str) -> None:
+    finding = only(doctor.torch(facts, report))
+    assert finding.key == key
+    assert (finding.level == "error") == (finding.mend != "")
+    for lang in words.LANGUAGES:
+        for text in (f"doctor.{key}", f"doctor.{key}_mend")[:1 + (finding.level == "error")]:
+            assert "{" not in words.say(text, finding.params, lang)
+
+
+def test_old_card_is_sent_to_an_old_cuda() -> None:
+    finding = only(doctor.torch(build(cuda="", archs=[]), card((6, 1))))
+    assert finding.mend.endswith(doctor.TORCH_INDEX_OLD)
+    assert only(doctor.torch(build(), card((6, 1)))).mend.endswith(doctor.TORCH_INDEX_OLD)
+
+
+@pytest.mark.parametrize(("capability", "archs", "runs"), [
+    ((8, 6), CU130, True), ((8, 9), CU130, True),        # sm_86 code runs on 8.9
+    ((7, 0), CU130, False), ((12, 1), CU130, True), ((13, 0), CU130, True),     # by PTX
+    ((12, 0), CU126, False), ((9, 0), ["sm_90a"], True), ((8, 0), ["sm_86"], False),
+    ((8, 6), [], True), ((8, 6), ["gfx90a"], False)])
+def test_which_code_runs_where(capability: tuple[int, int], archs: list[str], runs: bool) -> None:
+    assert doctor.runs_on(capability, archs) == runs
+
+
+@given(st.tuples(st.integers(3, 13), st.integers(0, 9)), st.lists(st.text(max_size=9)))
+def test_arch_lists_never_fail(capability: tuple[int, int], archs: list[str]) -> None:
+    assert doctor.runs_on(capability, archs) in (True, False)
+
+
+def test_constants_are_those_of_the_bootstrap() -> None:
+    text = (paths.ROOT / "build" / "environment.py").read_text("utf-8")
+    assert f'TORCH_CUDA = "{doctor.TORCH_INDEX}"' in text
+    assert f'TORCH_CUDA_OLD = "{doctor.TORCH_INDEX_OLD}"' in text
+
+
+def test_a_card_in_use() -> None:
+    users = (GpuUser(os.getpid(), 4000.0), GpuUser(os.getppid(), 600.0), GpuUser(1, None))
+    told = list(doctor.cards(card(users=users)))
+    assert [finding.key for finding in told] == ["card", "card_busy"]
+    assert "(600 MB)" in told[1].text
+    assert "4000" not in told[1].text
+    assert "5.9" not in told[0].text
+    assert "6.8 of 8.0 GB free" in told[0].text
+
+
+def test_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\ndependencies = ["pytest>=8", "no-such-thing>=2", "PyYAML<1", '
+        '"gone; python_version < \'3\'"]\n')
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    found, unfit = doctor.packages()
+    assert found.text.startswith("Packages: pytest ")
+    assert unfit.level == "error"
+    assert unfit.mend == f'Run: {sys.executable} -m pip install "no-such-thing>=2" "PyYAML<1"'
+
+
+def test_folders(tmp_path: Path) -> None:
+    good, blocked = tmp_path / "a" / "数据", tmp_path / "file" / "b"
+    (tmp_path / "file").write_text("x")
+    first, second = doctor.folders([good, blocked])
+    assert first.key in ("folder", "disk_low")
+    assert str(good) in first.text
+    assert (second.key, second.level) == ("folder_locked", "error")
+    assert list(good.iterdir()) == []
+
+
+def test_a_check_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Iterator[Finding]:
+        raise RuntimeError("no /proc")
+    monkeypatch.setattr(doctor, "memory", fail)
+    monkeypatch.setattr(doctor, "torch_facts", lambda: {"error": "x"})
+    findings = doctor.examine()
+    assert "A check failed: RuntimeError: no /proc." in [finding.text for finding in findings]
+    assert findings[-1].key != "unknown"
+
+
+def test_trouble_with_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(doctor.encoding()) == []
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "cp1252")
+    monkeypatch.setattr(paths, "ROOT", Path("/x/caf\udce9"))
+    assert [finding.key for finding in doctor.encoding()] == ["encoding", "path_broken"]
+    for finding in doctor.encoding():
+        assert "\n".join(doctor.lines(finding)).encode("utf-8")
+
+
+def test_every_finding_has_its_words() -> None:
+    source = Path(doctor.__file__).read_text("utf-8")
+    known = words.catalogue("en")
+    for key in (key.removeprefix("doctor.") for key in known if key.startswith("doctor.")):
+        name = key.removesuffix("_mend")
+        assert f'"{name}"' in source, name
+        assert f"doctor.{name}" in known
+
+
+def test_lines() -> None:
+    assert doctor.lines(Finding("torch_cpu", params={"version": "2"})) == ["[ok] PyTorch 2"]
+    told = doctor.lines(Finding("unknown", "warning", {"reason": "x"}))
+    assert told[0].startswith("[ !] ")
+    assert told[1].startswith("     -> ")

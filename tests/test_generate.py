@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from core import generate, samplers
+from core.config import GenerateConfig, TrainConfig
+from core.control import Control
+from core.engine import train
+from core.families.sd15 import StableDiffusion1
+from core.faults import Fault
+from core.precision import choose
+from core.verify import verify
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def lora(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short, strong training: the picture must change visibly."""
+    folder = tmp_path_factory.mktemp("lora")
+    config = TrainConfig(
+        base_model=str(base), train_data_dir=str(tiny.pictures(folder / "p", 4)), lora_rank=4,
+        output_dir=str(folder / "out"), output_name="ink", max_train_steps=12, batch_size=2,
+        learning_rate=0.05, save_steps=6, target_modules="all-linear", cache_to_disk=False)
+    return Path(train(config, lambda event: None, Control())["lora"])
+
+
+def draw(base: Path, out: Path, **changes: Any) -> list[np.ndarray]:
+    config = GenerateConfig(**{"base": str(base), "prompt": "red disc", "steps": 3, "cfg": 2.0,
+                               "out": str(out)} | changes)
+    return [np.asarray(Image.open(p).convert("RGB")) for p in generate.generate(
+        config, lambda event: None)]
+
+
+def test_weight_zero_is_the_base_to_the_bit(base: Path, lora: Path, tmp_path: Path) -> None:
+    plain = draw(base, tmp_path)[0]
+    zero = draw(base, tmp_path, loras=[f"{lora}:0"])[0]
+    tagged = draw(base, tmp_path, prompt=f"red disc <lora:{lora}:0>")[0]
+    strong = draw(base, tmp_path, loras=[f"{lora}:1"])[0]
+    default = draw(base, tmp_path, loras=[str(lora)])[0]
+    half = draw(base, tmp_path, loras=[f"{lora}:0.8"])[0]
+    assert np.array_equal(plain, zero)
+    assert np.array_equal(plain, tagged)
+    assert not np.array_equal(plain, strong)
+    assert np.array_equal(default, half)
+
+
+def test_two_loras_add_up(base: Path, lora: Path, tmp_path: Path) -> None:
+    """The same file twice at 0.4 is the file at 0.8; 8-bit rounding apart."""
+    twin = tmp_path / "twin.safetensors"
+    twin.write_bytes(lora.read_bytes())
+    both = draw(base, tmp_path, loras=[f"{lora}:0.4", f"{twin}:0.4"])[0].astype(int)
+    one = draw(base, tmp_path, loras=[f"{lora}:0.8"])[0].astype(int)
+    assert np.abs(both - one).max() <= 1
+
+
+def test_pictures_carry_their_parameters(base: Path, lora: Path, tmp_path: Path) -> None:
+    config = GenerateConfig(base=str(base), prompt="红色 disc", negative="blur", steps=2, seed=9,
+                            loras=[f"{lora}:0.5"], count=2, out=str(tmp_path), sampler="euler")
+    paths = generate.generate(config, lambda event: None)
+    texts = [Image.open(p).info["parameters"] for p in paths]   # type: ignore[index]
+    assert [f"Seed: {s}" in t for s, t in zip((9, 10), texts, strict=True)] == [True, True]
+    for part in ("红色 disc <lora:ink:0.5>", "Negative prompt: blur", "Steps: 2",
+                 "Sampler: Euler,", "CFG scale: 7", "Size: 32x32", 'Lora hashes: "ink: '):
+        assert part in texts[0]
+    more = generate.generate(config, lambda event: None)
+    assert not set(more) & set(paths)                            # nothing is overwritten
+
+
+def test_count_doesn_t_change_a_picture(base: Path, tmp_path: Path) -> None:
+    many = draw(base, tmp_path, count=2, seed=4)
+    assert np.array_equal(many[1], draw(base, tmp_path, seed=5)[0])
+
+
+def test_sheets(base: Path, lora: Path, tmp_path: Path) -> None:
+    weights = draw(base, tmp_path, loras=[str(lora)], sheet="weights=0,0.8,1", count=2)[0]
+    steps = draw(base, tmp_path, loras=[str(lora)], sheet="checkpoints=6,12")[0]
+    assert weights.shape[1] > steps.shape[1]
+    for sheet, loras, code in (("weights=0,x", [str(lora)], "generate.bad_sheet"),
+                               ("weights=", [str(lora)], "generate.bad_sheet"),
+                               ("weights=1", [], "generate.bad_sheet"),
+                               ("checkpoints=7", [str(lora)], "generate.no_checkpoint")):
+        with pytest.raises(Fault) as caught:
+            draw(base, tmp_path, loras=loras, sheet=sheet)
+        assert caught.value.code == code
+
+
+def test_unknown_names_get_the_nearest(base: Path, lora: Path, tmp_path: Path) -> None:
+    with pytest.raises(Fault, match="ink"):
+        generate.find_lora("inkk", 0.8, [lora.parent])
+    assert generate.find_lora("ink", 0.8, [lora.parent]).path == lora
+    with pytest.raises(Fault, match="euler"):
+        draw(base, tmp_path, sampler="eulr")
+
+
+@pytest.mark.parametrize(("prompt", "clean", "found"), [
+    ("a <lora:ink:0.5> b", "a b", [("ink", 0.5)]),
+    ("<lora:ink>", "", [("ink", 0.8)]),
+    ("x <lora:a:1><lora:b:-0.25> y", "x y", [("a", 1.0), ("b", -0.25)]),
+    ("<lora:中文 名:.7> cat", "cat", [("中文 名", 0.7)]),
+    ("a <lora:> b <lorax:y>", "a <lora:> b <lorax:y>", []),
+])
+def test_prompt_tags(prompt: str, clean: str, found: list[tuple[str, float]]) -> None:
+    assert generate.split_prompt(prompt) == (clean, found)
+
+
+@given(st.text(max_size=60))
+def test_any_prompt_is_read(prompt: str) -> None:
+    clean, found = generate.split_prompt(prompt)
+    assert all(name for name, _ in found)
+    assert len(clean) <= len(prompt)
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("ink:0.5", ("ink", 0.5)), ("ink", ("ink", 0.8)), ("C:\\x\\ink.safetensors:1",
+     ("C:\\x\\ink.safetensors", 1.0)), ("C:\\x\\ink.safetensors", ("C:\\x\\ink.safetensors", 0.8)),
+])
+def test_lora_arguments(text: str, expected: tuple[str, float]) -> None:
+    assert generate.parse_lora(text) == expected
+
+
+def test_every_sampler_draws(base: Path) -> None:
+    family, precision = StableDiffusion1(), choose("fp32", "cpu")
+    parts = family.load(base, precision)
+    pipeline = family.pipeline(parts)
+    for name, (label, _, _) in samplers.SAMPLERS.items():
+        shot = generate.Shot("red disc", "", 1, 3, 2.0, (32, 32), name)
+        image = generate.draw(pipeline, parts, shot, {"prompt": "red disc"}, precision)
+        assert np.asarray(image).std() > 0, name
+        assert samplers.label(pipeline.scheduler) == label
+
+
+def test_verify_tells_good_from_bad(base: Path, lora: Path, tmp_path: Path) -> None:
+    report = verify(lora, base, lambda event: None)
+    assert report["ok"]
+    assert report["matched"] == report["modules"] > 0
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(lora)
+    nothing = tmp_path / "nothing.safetensors"
+    save_file({k: torch.zeros_like(v) if "lora_up" in k else v for k, v in tensors.items()},
+              nothing)
+    assert not verify(nothing, base, lambda event: None)["ok"]
+    half = {k: v for k, v in tensors.items() if "mid_block" not in k}
+    foreign = {k.replace("mid_block", "mid_block_gone"): v for k, v in tensors.items()
+               if "mid_block" in k}
+    other = tmp_path / "other.safetensors"
+    save_file(half | foreign, other)
+    try:
+        assert not verify(other, base, lambda event: None)["ok"]
+    except Fault as fault:
+        assert fault.code == "generate.lora_refused"      # diffusers refuses it outright
