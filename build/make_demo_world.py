@@ -40,6 +40,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import demo_pictures as pictures
+
 from core.judge import Judge, JudgeNet
 
 SCALING = 0.18215
@@ -579,8 +580,8 @@ def _export_pictures(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    stages = {"vae": train_vae, "latents": make_latents, "base": train_base, "grid": draw_grid, "export": export, "judge": train_judge,
-              "measure": measure}
+    stages = {"vae": train_vae, "latents": make_latents, "base": train_base, "grid": draw_grid,
+              "judge": train_judge, "export": export, "measure": measure}
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=stages, nargs="+")

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from core import words
+from core import captions, words
 from core.faults import Fault
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
@@ -139,12 +139,12 @@ class GenerateConfig(BaseModel):
     prompt: str = ""
     negative: str = ""
     loras: list[str] = []                  # "file-or-name[:weight]"
-    seed: int = Field(42, ge=0, lt=2**63)
-    steps: int = Field(25, ge=1, le=1000)
-    cfg: float = Field(7.0, ge=0, le=50)
+    seed: int = Field(default=42, ge=0, lt=2**63)
+    steps: int = Field(default=25, ge=1, le=1000)
+    cfg: float = Field(default=7.0, ge=0, le=50)
     size: str = ""                         # "W,H"; empty: the base's own
     sampler: str = "auto"
-    count: int = Field(1, ge=1, le=1000)
+    count: int = Field(default=1, ge=1, le=1000)
     sheet: str = ""                        # weights=0,0.8 | checkpoints=100,200
     out: str = "./output/generate"
     precision: Precision = "auto"
@@ -173,10 +173,10 @@ def load_train_config(path: Path, overrides: Mapping[str, str] | None = None) ->
         from core.lora_file import read_config
         return parse_train_config(read_config(path), str(path), overrides)
     try:
-        text = path.read_text("utf-8-sig")
+        text = captions.decode_text(path.read_bytes())
     except FileNotFoundError:
         raise Fault("config.missing", file=path, folder=Path.cwd()) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise Fault("config.unreadable", file=path, reason=error) from None
     return parse_train_config(text, str(path), overrides)
 
@@ -270,6 +270,6 @@ _Loader.add_implicit_resolver(
 def _scalar(text: str) -> Any:
     """A --set value, read as YAML: 4, 2e-4, true, [a, b], plain text."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         return text

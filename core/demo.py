@@ -60,13 +60,13 @@ def run_demo(out: Path, emit: Emit, control: Control) -> dict[str, Any]:
     return result
 
 
-def draw_subjects(lora: Path, seed: int, emit: Emit) -> dict[float, list[Image.Image]]:
+def draw_subjects(file: Path, seed: int, emit: Emit) -> dict[float, list[Image.Image]]:
     """Every subject at every weight, the same seed across a row."""
-    studio = Studio(paths.DEMO / "base", GenerateConfig(base=str(paths.DEMO / "base")))
+    studio = Studio(paths.DEMO / "base", GenerateConfig(base=str(paths.DEMO / "base")), emit)
     studio.load()
     drawn: dict[float, list[Image.Image]] = {}
     for weight in WEIGHTS:
-        studio.use([Lora(lora, weight)])
+        studio.use([Lora(file, weight)])
         drawn[weight] = []
         for i, subject in enumerate(SUBJECTS):
             shot = Shot(prompt(subject), "", seed + i, STEPS, CFG, (64, 64))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core import checkpoint, families, lora, optim
+from core import families, lora, optim
 from core.config import TrainConfig, resolve
 from core.control import Control
 from core.course import Batch, Course

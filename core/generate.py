@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from core import families, paths, samplers, words
+from core import families, lora, paths, samplers, words
 from core.config import GenerateConfig, size_of
-from core.events import Event, Phase, Sample
+from core.events import Event, Note, Phase, Sample
 from core.families.base import ALL_PARTS, Family, Parts
 from core.faults import Fault
 from core.precision import autocast, choose
+from core.safetensors_header import data_hash, read_header
 from core.sheet import draw_sheet
 
 DEFAULT_WEIGHT = 0.8
@@ -50,7 +51,7 @@ def generate(config: GenerateConfig, emit: Callable[[Event], None],
     prompt, tagged = split_prompt(config.prompt)
     loras = [find_lora(name, weight, lora_folders)
              for name, weight in [*tagged, *map(parse_lora, config.loras)]]
-    studio = Studio(Path(config.base).expanduser(), config)
+    studio = Studio(Path(config.base).expanduser(), config, emit)
     emit(Phase(name="load"))
     studio.load()
     side = studio.parts.native_size
@@ -72,9 +73,9 @@ class Studio:
     """A loaded base that draws; LoRA files are read once and switched by weight."""
 
     def __init__(self, source: Path, config: GenerateConfig,
-                 family: Family | None = None) -> None:
-        self.source = source
-        self.family = family or families.get(families.detect(source))
+                 emit: Callable[[Event], None]) -> None:
+        self.source, self.emit = source, emit
+        self.family: Family = families.get(families.detect(source))
         self.precision = choose(config.precision, config.device)
         self._adapters: dict[Path, str] = {}
 
@@ -84,19 +85,26 @@ class Studio:
 
     def use(self, loras: Sequence[Lora]) -> None:
         """Switches LoRAs. Weight 0 switches a file off: the base's own picture, to the bit."""
-        active = [lora for lora in loras if lora.weight != 0]
-        for lora in active:
-            if lora.path not in self._adapters:
-                self._adapters[lora.path] = load_adapter(self.pipeline, lora.path,
-                                                         f"lora{len(self._adapters)}")
+        active = [item for item in loras if item.weight != 0]
+        for item in active:
+            if item.path not in self._adapters:
+                self._adapters[item.path] = self._load(item.path)
         if not self._adapters:
             return
         if not active:
             self.pipeline.disable_lora()
             return
         self.pipeline.enable_lora()
-        self.pipeline.set_adapters([self._adapters[lora.path] for lora in active],
-                                   [lora.weight for lora in active])
+        self.pipeline.set_adapters([self._adapters[item.path] for item in active],
+                                   [item.weight for item in active])
+
+    def _load(self, path: Path) -> str:
+        name = load_adapter(self.pipeline, path, f"lora{len(self._adapters)}")
+        found, expected = lora.count(self.pipeline.components.values(), name), modules_in(path)
+        if found < expected:
+            self.emit(Note(key="generate.lora_partly", params={
+                "file": str(path), "found": found, "expected": expected}))
+        return name
 
     def draw(self, shot: Shot) -> Image.Image:
         arguments = {"prompt": shot.prompt, "negative_prompt": shot.negative}
@@ -104,8 +112,7 @@ class Studio:
 
     def describe(self, shot: Shot, loras: Iterable[Lora]) -> str:
         """The parameters in A1111's form, as other programs read them from the PNG."""
-        from core.safetensors_header import data_hash
-        tags = "".join(f" <lora:{lora.path.stem}:{lora.weight:g}>" for lora in loras)
+        tags = "".join(f" <lora:{x.path.stem}:{x.weight:g}>" for x in loras)
         sampler = samplers.label(self.pipeline.scheduler)
         lines = [shot.prompt + tags]
         if shot.negative:
@@ -134,7 +141,6 @@ def draw(pipeline: Any, parts: Parts, shot: Shot, arguments: dict[str, Any],
 
 def load_adapter(pipeline: Any, path: Path, name: str) -> str:
     """Loads a LoRA file by diffusers' own reader. Raises Fault where none of it fits the base."""
-    from core.safetensors_header import read_header
     keys = read_header(path).tensors
     try:
         pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name,
@@ -142,7 +148,16 @@ def load_adapter(pipeline: Any, path: Path, name: str) -> str:
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = (str(error).strip().splitlines() or ["?"])[0][:200]
         raise Fault("generate.lora_refused", file=path, keys=len(keys), reason=reason) from error
+    if not lora.count(pipeline.components.values(), name):
+        raise Fault("generate.lora_refused", file=path, keys=len(keys),
+                    reason=words.say("generate.no_key_fits"))
     return name
+
+
+def modules_in(path: Path) -> int:
+    """LoRA modules of a file: one down (or A) matrix each."""
+    return sum(k.endswith((".lora_down.weight", ".lora_A.weight"))
+               for k in read_header(path).tensors)
 
 
 def split_prompt(prompt: str) -> tuple[str, list[tuple[str, float]]]:
@@ -231,11 +246,11 @@ def _draw_sheet(studio: Studio, config: GenerateConfig, shot: Shot, loras: list[
     return [path]
 
 
-def _vary(lora: Lora, axis: str, value: str) -> Lora:
+def _vary(first: Lora, axis: str, value: str) -> Lora:
     try:
         if axis == "weights":
-            return Lora(lora.path, float(value))
-        return Lora(checkpoint_file(lora.path, int(value)), lora.weight)
+            return Lora(first.path, float(value))
+        return Lora(checkpoint_file(first.path, int(value)), first.weight)
     except ValueError:
         raise Fault("generate.bad_sheet", sheet=f"{axis}={value}") from None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -64,6 +64,12 @@ def layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield name, module
+
+
+def count(models: Iterable[object], adapter: str) -> int:
+    """Layers of a pipeline's models that hold the adapter."""
+    return sum(adapter in layer.lora_A for model in models if isinstance(model, nn.Module)
+               for _, layer in layers(model))
 
 
 def set_weight(model: nn.Module, weight: float) -> None:

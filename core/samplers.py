@@ -16,7 +16,6 @@ SAMPLERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "euler": ("Euler", "EulerDiscreteScheduler", {}),
     "euler_a": ("Euler a", "EulerAncestralDiscreteScheduler", {}),
     "heun": ("Heun", "HeunDiscreteScheduler", {}),
-    "lms": ("LMS", "LMSDiscreteScheduler", {}),
     "dpm++2m": ("DPM++ 2M", "DPMSolverMultistepScheduler", {}),
     "dpm++2m_karras": ("DPM++ 2M Karras", "DPMSolverMultistepScheduler",
                        {"use_karras_sigmas": True}),
@@ -47,9 +46,9 @@ def create(name: str, parts: Parts) -> Any:
 
 def label(scheduler: Any) -> str:
     """The A1111 name of a scheduler, for the parameters inside a PNG."""
-    cls = type(scheduler).__name__
+    cls: str = type(scheduler).__name__
     matches = [(text, options) for text, name, options in SAMPLERS.values() if name == cls]
     for text, options in reversed(matches):     # the most particular options stand last
         if all(scheduler.config.get(k) == v for k, v in options.items()):
-            return text
+            return str(text)
     return matches[0][0] if matches else cls

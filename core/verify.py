@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from core import families, generate, lora
@@ -70,7 +69,8 @@ def _draw_and_compare(family: Family, parts: Parts, precision: Precision, path: 
     arguments = prompt if isinstance(prompt, dict) else {"prompt": prompt}
     plain = _picture(pipeline, parts, arguments, precision)
     generate.load_adapter(pipeline, path, "proof")
-    modules, matched = _modules(path), _loaded(pipeline)
+    modules = generate.modules_in(path)
+    matched = lora.count(pipeline.components.values(), "proof")
     drawn = _picture(pipeline, parts, arguments, precision)
     report = {"modules": modules, "matched": matched, "drawn": True,
               "change": _difference(plain, drawn)}
@@ -91,18 +91,6 @@ def _picture(pipeline: Any, parts: Parts, arguments: dict[str, Any],
     shot = generate.Shot("", "", _SEED, _STEPS, 1.0, (side, side))
     image: Image.Image = generate.draw(pipeline, parts, shot, arguments, precision)
     return np.asarray(image, dtype=np.float32)
-
-
-def _modules(path: Path) -> int:
-    """LoRA modules in a file: one down (or A) matrix each."""
-    return sum(k.endswith((".lora_down.weight", ".lora_A.weight"))
-               for k in read_header(path).tensors)
-
-
-def _loaded(pipeline: Any) -> int:
-    """LoRA modules that diffusers attached."""
-    models = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
-    return sum(sum(1 for _ in lora.layers(m)) for m in models)
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> float:

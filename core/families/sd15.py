@@ -71,7 +71,7 @@ class StableDiffusion1:
         with torch.no_grad():
             vae = parts.vae
             latents: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
-            return latents * vae.config.scaling_factor
+            return latents * float(vae.config.scaling_factor)
 
     def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
         predicted: Tensor = denoiser(noisy, t, cond["text"], return_dict=False)[0]
