@@ -232,7 +232,7 @@ def train_vae(args: argparse.Namespace) -> None:
         share = elapsed / budget
         rate = (args.rate or 2e-3) * min(1, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * share))
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = float(rate)
         # Half-size crops first: four times the steps for the same pixels.
         crop, batch = (32, 24) if share < 0.55 else (64, 12)
         chosen = torch.randint(len(data), (batch,))
@@ -366,7 +366,7 @@ def train_base(args: argparse.Namespace) -> None:
         if step > total * 0.5:
             rate *= 0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * (step / total - 0.5) / 0.5))
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = float(rate)
         chosen = torch.multinomial(weights, batch, replacement=True)
         x = latents[chosen].float()
         texts = [say(records[i], drawings[records[i].drawing], rng) for i in chosen.tolist()]
