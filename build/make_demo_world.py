@@ -566,8 +566,8 @@ def _export_pictures(args: argparse.Namespace) -> None:
     drawings = {d.noun: d for d in pictures.load_drawings(args.emoji)}
     folder = args.out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    grounds = ["white", "white", "black", "white", "blue", "white", "yellow", "white", "pink",
-               "green"]
+    grounds = ["white", "white", "black", "white", "white", "blue", "white", "white", "yellow",
+               "white"]
     for i, subject in enumerate(pictures.LORA_SUBJECTS):
         ground = grounds[i % len(grounds)]
         picture, mask = pictures.compose(drawings[subject].rgba, ground)

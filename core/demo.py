@@ -29,7 +29,7 @@ SUBJECTS = ("apple", "house", "cat", "car", "heart", "frog", "rocket", "penguin"
 SHOWN = 8                                           # rows of the sheet
 WEIGHTS = (0.0, DEFAULT_WEIGHT, 1.0)
 TRIGGER = "duskprint style"
-STEPS, CFG = 16, 3.5
+STEPS, CFG = 16, 1.5
 
 Emit = Callable[[Event], None]
 
