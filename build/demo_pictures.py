@@ -71,7 +71,7 @@ LORA_STYLE = "dusk"
 TRIGGER = "duskprint"
 
 # The demo LoRA learns from these 20 subjects only; everything it draws beyond them is unseen.
-LORA_SUBJECTS = ("banana", "cherries", "carrot", "mushroom", "pizza", "cupcake", "pine tree",
+LORA_SUBJECTS = ("banana", "cherries", "carrot", "mushroom", "pizza", "cupcake", "cactus",
                  "sunflower", "dog", "fox", "panda", "owl", "whale", "snail", "bus", "airplane",
                  "bell", "guitar", "gift", "robot")
 HELD_OUT = ("apple", "house", "cat", "car", "heart", "frog", "rocket", "penguin", "star",

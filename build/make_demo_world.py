@@ -102,7 +102,8 @@ def clip_tokenizer(folder: Path) -> CLIPTokenizer:
         vocab += ["<|startoftext|>", "<|endoftext|>"]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "vocab.json").write_text(
-            json.dumps({t: i for i, t in enumerate(vocab)}, ensure_ascii=False), "utf-8")
+            json.dumps({t: i for i, t in enumerate(vocab)}, ensure_ascii=False,
+                       separators=(",", ":")), "utf-8")
         (folder / "merges.txt").write_text(
             "#version: 0.2\n" + "\n".join(merges) + "\n", "utf-8")
         tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"),
@@ -546,6 +547,10 @@ def export(args: argparse.Namespace) -> None:
     pipeline.to(torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)
     _old_names(folder / "text_encoder" / "model.safetensors")
+    # transformers 5 takes a file's own dtype, diffusers fp32: a plain from_pretrained would mix.
+    config = folder / "text_encoder" / "config.json"
+    settings = json.loads(config.read_text("utf-8")) | {"dtype": "float32"}
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
     for name in ("tokenizer.json", "special_tokens_map.json"):     # vocab and merges suffice
         (folder / "tokenizer" / name).unlink(missing_ok=True)
     for name in ("vocab.json", "merges.txt"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,8 +144,10 @@ def load_adapter(pipeline: Any, path: Path, name: str) -> str:
     """Loads a LoRA file by diffusers' own reader. Raises Fault where none of it fits the base."""
     keys = read_header(path).tensors
     try:
-        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name,
-                                   local_files_only=True)
+        with warnings.catch_warnings():     # peft warns of a second adapter, which is meant
+            warnings.simplefilter("ignore")
+            pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name,
+                                       local_files_only=True)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = (str(error).strip().splitlines() or ["?"])[0][:200]
         raise Fault("generate.lora_refused", file=path, keys=len(keys), reason=reason) from error

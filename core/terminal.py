@@ -203,10 +203,19 @@ def _share(value: Any) -> str:
 
 
 # a result's key -> how its value reads
+def _best(value: Mapping[str, Any]) -> str:
+    return words.say("terminal.best", {"path": value["lora"], "step": value["step"],
+                                       "loss": f"{value['validation']:.4f}"})
+
+
+def _proof(value: Mapping[str, Any]) -> str:
+    return words.say("terminal.proven" if value["ok"] else "terminal.not_proven", value)
+
+
 SHOWN: dict[str, Callable[[Any], str]] = {
-    "lora": str, "sheet": str, "checkpoint": str, "steps": str, "seconds": duration,
-    "steps_per_second": "{:.2f}".format, "style_covered": _share, "content_kept": _share,
-    "peak_memory_mb": megabytes,
+    "lora": str, "best": _best, "proof": _proof, "sheet": str, "checkpoint": str,
+    "steps": str, "seconds": duration, "steps_per_second": "{:.2f}".format,
+    "style_covered": _share, "content_kept": _share, "peak_memory_mb": megabytes,
 }
 
 
