@@ -1,8 +1,8 @@
 """Makes the demo world in presets/demo/: a tiny text-to-image base that draws 68 subjects.
 
-    python build/make_demo_world.py vae | latents | base | judge | style | export | measure | grid
+    python build/make_demo_world.py vae latents base judge export measure grid
 
-Stages run in that order; each resumes from its own checkpoint in --work, so an interruption
+Stages run in that order; the base resumes from its checkpoint in --work, so an interruption
 costs minutes. The pictures come from one pinned npm package (see demo_pictures.py):
 
     npm pack emoji-datasource-google@16.0.0      ->  --emoji emoji-datasource-google-16.0.0.tgz
@@ -15,182 +15,41 @@ Seeds are fixed; torch on another CPU may still round differently.
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
+import math
 import os
 import random
 import string
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 # Spinning OpenMP threads cost a factor of three on shared cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+import demo_pictures as pictures
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
+from demo_measure import draw_grid, export, load_vae, measure, train_judge
+from demo_models import (
+    SCALING,
+    Record,
+    as_images,
+    as_tensor,
+    base_records,
+    clip_tokenizer,
+    draw,
+    new_scheduler,
+    new_text_encoder,
+    new_unet,
+    new_vae,
+    save_grid,
+    vae_pictures,
+)
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import demo_pictures as pictures
-
-from core.judge import Judge, JudgeNet
-
-SCALING = 0.18215
-LATENT = (4, 16, 16)
-TEXT_WIDTH = 64
 FLAT_SHARE, COLOUR_SHARE = 0.44, 0.16       # of the training samples; the rest are other styles
-
-
-# ---------------------------------------------------------------- models
-
-def new_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(24, 48, 96), down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=4,
-        norm_num_groups=8, sample_size=pictures.SIZE, scaling_factor=SCALING)
-
-
-def new_unet() -> UNet2DConditionModel:
-    unet = UNet2DConditionModel(
-        sample_size=LATENT[1], in_channels=4, out_channels=4, layers_per_block=1,
-        block_out_channels=(32, 96, 160), attention_head_dim=4, norm_num_groups=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=TEXT_WIDTH)
-    for name, module in unet.named_modules():
-        if name.endswith(("conv2", "proj_out", "conv_out")):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-    return unet
-
-
-def new_text_encoder() -> CLIPTextModel:
-    encoder = CLIPTextModel(CLIPTextConfig(
-        vocab_size=49408, hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH,
-        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=77,
-        projection_dim=TEXT_WIDTH, bos_token_id=49406, eos_token_id=49407))
-    # Words must differ from the first step on, else cross-attention starts blind.
-    nn.init.normal_(encoder.get_input_embeddings().weight, std=0.4)
-    return encoder
-
-
-def new_scheduler() -> DDIMScheduler:
-    return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction",
-        rescale_betas_zero_snr=True, timestep_spacing="trailing")
-
-
-def clip_tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's own BPE (49,408 tokens), rebuilt from the vocabulary file inside open_clip."""
-    if not (folder / "merges.txt").exists():
-        import open_clip
-        from transformers.convert_slow_tokenizer import bytes_to_unicode
-        source = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
-        lines = gzip.decompress(source.read_bytes()).decode("utf-8").split("\n")
-        merges = lines[1:49152 - 256 - 2 + 1]
-        letters = list(bytes_to_unicode().values())
-        vocab = letters + [c + "</w>" for c in letters] + ["".join(m.split()) for m in merges]
-        vocab += ["<|startoftext|>", "<|endoftext|>"]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "vocab.json").write_text(
-            json.dumps({t: i for i, t in enumerate(vocab)}, ensure_ascii=False,
-                       separators=(",", ":")), "utf-8")
-        (folder / "merges.txt").write_text(
-            "#version: 0.2\n" + "\n".join(merges) + "\n", "utf-8")
-        tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"),
-                                  model_max_length=77)
-        tokenizer.save_pretrained(folder)
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
-
-
-# ---------------------------------------------------------------- data
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    drawing: int
-    background: str
-    style: str
-    shift: tuple[int, int]
-
-
-def base_records(drawings: list[pictures.Drawing]) -> list[Record]:
-    """Every picture of the base's world; gradient-mapped styles stay on light and dark ground,
-    where figure and ground keep apart."""
-    rng = random.Random(1)
-    shifts = [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)]
-    records = []
-    for i, drawing in enumerate(drawings):
-        for style in pictures.STYLES:
-            keeps_colour = style in ("flat", "pastel", "outline", "poster", "negative")
-            if drawing.colour and not keeps_colour:
-                continue
-            grounds = list(pictures.BACKGROUNDS) if keeps_colour else ["white", "white", "black"]
-            copies = 3 if style == "flat" else 1
-            records += [Record(i, ground, style, shift)
-                        for ground in grounds for shift in rng.sample(shifts, copies)]
-    return records
-
-
-def draw(drawings: list[pictures.Drawing], records: list[Record]) -> np.ndarray:
-    """-> uint8 (N, 64, 64, 3)"""
-    result = np.empty((len(records), pictures.SIZE, pictures.SIZE, 3), np.uint8)
-    for n, record in enumerate(records):
-        picture, mask = pictures.compose(drawings[record.drawing].rgba, record.background,
-                                         record.shift)
-        styled = pictures.stylise(picture[None], mask[None], record.style)[0]
-        result[n] = (styled.clip(0, 1) * 255).round()
-    return result
-
-
-def vae_pictures(drawings: list[pictures.Drawing], count: int, seed: int = 2) -> np.ndarray:
-    """Pictures for the autoencoder: all styles, and prints and gradient maps in random inks, so
-    that it can draw LoRA styles which the base never sees."""
-    rng = random.Random(seed)
-    result = np.empty((count, pictures.SIZE, pictures.SIZE, 3), np.uint8)
-    for n in range(count):
-        drawing = rng.choice(drawings)
-        picture, mask = pictures.compose(
-            drawing.rgba, rng.choice(list(pictures.BACKGROUNDS)),
-            (rng.randint(-3, 3), rng.randint(-3, 3)), rng.uniform(0.75, 0.9))
-        kind = rng.random()
-        if kind < 0.35:
-            styled = picture
-        elif kind < 0.65:
-            styled = pictures.stylise(picture[None], mask[None], rng.choice(pictures.STYLES))[0]
-        else:
-            inks = sorted((tuple(rng.randint(0, 255) for _ in range(3))
-                           for _ in range(rng.randint(3, 5))), key=sum)
-            colours = pictures.DUSK if kind > 0.92 else tuple(inks)
-            styled = (pictures.print_style(picture[None], mask[None], colours)[0]
-                      if rng.random() < 0.7 or kind > 0.92
-                      else pictures.ramp(pictures.luminance(picture), colours))
-        result[n] = (styled.clip(0, 1) * 255).round()
-    return result
-
-
-def as_tensor(images: np.ndarray) -> Tensor:
-    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [-1, 1], channels last"""
-    return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
-
-
-def as_images(tensor: Tensor) -> np.ndarray:
-    return ((tensor.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-
-
-def save_grid(images: np.ndarray, columns: int, path: Path, scale: int = 2) -> None:
-    rows = [np.concatenate(list(images[i:i + columns]), 1)
-            for i in range(0, len(images) - columns + 1, columns)]
-    grid = Image.fromarray(np.concatenate(rows, 0))
-    grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST).save(path)
 
 
 # ---------------------------------------------------------------- autoencoder
@@ -290,12 +149,6 @@ def _whiten(vae: AutoencoderKL, data: Tensor) -> None:
     post.weight /= gain[None, :, None, None]
 
 
-def load_vae(args: argparse.Namespace) -> AutoencoderKL:
-    vae = new_vae()
-    vae.load_state_dict(torch.load(args.work / "vae.pt", weights_only=True)["vae"])
-    return vae.eval()
-
-
 @torch.no_grad()
 def make_latents(args: argparse.Namespace) -> None:
     vae = load_vae(args).to(memory_format=torch.channels_last)
@@ -326,18 +179,30 @@ def say(record: Record, drawing: pictures.Drawing, rng: random.Random) -> str:
     return text.split(" ", 1)[1] if rng.random() < 0.3 else text
 
 
+def _shares(records: list[Record], drawings: list[pictures.Drawing]) -> Tensor:
+    """How often each picture is shown: plain flat ones most."""
+    kinds = [0 if r.style != "flat" else 2 if drawings[r.drawing].colour else 1 for r in records]
+    shares = [1 - FLAT_SHARE - COLOUR_SHARE, FLAT_SHARE, COLOUR_SHARE]
+    counts = [kinds.count(k) for k in range(3)]
+    return torch.tensor([shares[k] / counts[k] * pictures.BACKGROUND_SHARE[r.background]
+                         for k, r in zip(kinds, records, strict=True)])
+
+
+def _course(step: int, total: int) -> float:
+    """Share of the learning rate: warm-up, constant to the half, then cosine down to 2 %."""
+    warm = min(1.0, (step + 1) / 100)
+    if step <= total / 2:
+        return warm
+    return warm * (0.02 + 0.49 * (1 + math.cos(math.pi * (2 * step / total - 1))))
+
+
 def train_base(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     rng = random.Random(3)
     drawings = pictures.load_drawings(args.emoji)
     records = base_records(drawings)
     latents = torch.load(args.work / "latents.pt", weights_only=True)
-    kinds = [0 if r.style != "flat" else 2 if drawings[r.drawing].colour else 1 for r in records]
-    shares = [1 - FLAT_SHARE - COLOUR_SHARE, FLAT_SHARE, COLOUR_SHARE]
-    counts = [kinds.count(k) for k in range(3)]
-    white = [pictures.BACKGROUND_SHARE[r.background] for r in records]
-    weights = torch.tensor([shares[k] / counts[k] * w
-                            for k, w in zip(kinds, white, strict=True)])
+    weights = _shares(records, drawings)
     tokenizer = clip_tokenizer(args.work / "tokenizer")
     unet = new_unet().to(memory_format=torch.channels_last)
     encoder = new_text_encoder()
@@ -363,11 +228,8 @@ def train_base(args: argparse.Namespace) -> None:
     running = torch.zeros(())
     shown_step = step
     while step < total:
-        rate = (args.rate or 8e-4) * min(1, (step + 1) / 100)
-        if step > total * 0.5:
-            rate *= 0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * (step / total - 0.5) / 0.5))
         for group in optimizer.param_groups:
-            group["lr"] = float(rate)
+            group["lr"] = (args.rate or 8e-4) * _course(step, total)
         chosen = torch.multinomial(weights, batch, replacement=True)
         x = latents[chosen].float()
         texts = [say(records[i], drawings[records[i].drawing], rng) for i in chosen.tolist()]
@@ -401,187 +263,6 @@ def train_base(args: argparse.Namespace) -> None:
             os.replace(path.with_suffix(".tmp"), path)
             saved_at = time.time()
     print("base done", flush=True)
-
-
-def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
-    """The averaged weights of the newest checkpoint, as the pipeline that users load."""
-    unet, encoder = new_unet(), new_text_encoder()
-    saved = torch.load(args.work / "base.pt", weights_only=True)
-    with torch.no_grad():
-        for parameter, value in zip([*unet.parameters(), *encoder.parameters()], saved["ema"],
-                                    strict=True):
-            parameter.copy_(value)
-    print(f"base at step {saved['step']}")
-    return StableDiffusionPipeline(
-        vae=load_vae(args), unet=unet.eval(), text_encoder=encoder.eval(),
-        tokenizer=clip_tokenizer(args.work / "tokenizer"), scheduler=new_scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-
-
-def sample(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int = 0,
-           steps: int = 20) -> np.ndarray:
-    """-> uint8 (N, 64, 64, 3); every prompt starts from noise of its own seed"""
-    pipeline.set_progress_bar_config(disable=True)
-    images = []
-    for i in range(0, len(prompts), 32):
-        part = prompts[i:i + 32]
-        noise = [torch.Generator().manual_seed(seed + i + j) for j in range(len(part))]
-        images.append(pipeline(part, num_inference_steps=steps, guidance_scale=3.5,
-                               generator=noise, output_type="np").images)
-    return (np.concatenate(images) * 255).round().astype(np.uint8)
-
-
-def draw_grid(args: argparse.Namespace) -> None:
-    pipeline = load_pipeline(args)
-    plain = [f"a {s}" for s in pictures.SUBJECTS]
-    coloured = [pictures.caption(f"{c} {s}", b, "flat") for s, c, b in zip(
-        list(pictures.COLOURED) * 2, list(pictures.HUES) * 4,
-        ["white", "black", "yellow", "pink", "green", "blue", "white"] * 4, strict=False)][:17]
-    styled = [pictures.caption(s, "white", t) for s, t in zip(
-        pictures.HELD_OUT * 2, pictures.STYLES * 2, strict=False)][:17]
-    save_grid(sample(pipeline, plain + coloured + styled), 17, args.work / "grid.png", 1)
-
-# ---------------------------------------------------------------- judge
-
-def train_judge(args: argparse.Namespace) -> None:
-    """A classifier of the subjects in any inks, for the measures (core/judge.py)."""
-    torch.manual_seed(0)
-    rng = random.Random(5)
-    drawings = pictures.load_drawings(args.emoji)
-    names = list(pictures.SUBJECTS)
-    labels, images = [], []
-    for _ in range(3):
-        for i, drawing in enumerate(drawings):
-            copies = 16 if not drawing.colour else 3
-            images.append(vae_pictures([drawing], copies, rng.randrange(1 << 30)))
-            labels += [names.index(drawings[i].subject)] * copies
-    data, target = as_tensor(np.concatenate(images)), torch.tensor(labels)
-    net = JudgeNet(len(names))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-3)
-    total = args.judge_steps
-    for step in range(total):
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * 0.5 * (1 + np.cos(np.pi * step / total))
-        chosen = torch.randint(len(data), (64,))
-        x = data[chosen]
-        if step % 2:            # as soft as the autoencoder draws
-            x = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
-        x = x + torch.randn_like(x) * float(torch.rand(())) * 0.25
-        loss = F.cross_entropy(net(x), target[chosen], label_smoothing=0.05)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 100 == 0:
-            print(f"judge {step}/{total} loss {loss.item():.3f}", flush=True)
-    net.eval()
-    fresh = np.concatenate([vae_pictures([d], 2, 77) for d in drawings])
-    truth = torch.tensor([names.index(d.subject) for d in drawings for _ in range(2)])
-    with torch.no_grad():
-        right = (net(as_tensor(fresh)).argmax(1) == truth).float().mean()
-    print(f"judge: {right:.3f} of fresh pictures right")
-    _save_judge(args, net, names, drawings)
-
-
-def _save_judge(args: argparse.Namespace, net: JudgeNet, names: list[str],
-                drawings: list[pictures.Drawing]) -> None:
-    from safetensors.torch import save_file
-    plain = {d.subject: i for i, d in enumerate(drawings) if not d.colour}
-    def truth(style: str, subjects: tuple[str, ...]) -> Tensor:
-        return as_tensor(draw(drawings, [Record(plain[s], "white", style, (0, 0))
-                                         for s in subjects]))
-    with torch.no_grad():
-        target = net.style(truth(pictures.LORA_STYLE, pictures.HELD_OUT)).mean(0)
-        scale = net.style(truth("flat", tuple(names))).std(0)
-    tensors = {k: v.half().contiguous() for k, v in net.state_dict().items()}
-    save_file(tensors | {"style.target": target, "style.scale": scale},
-              args.out / "judge.safetensors", metadata={"subjects": json.dumps(names)})
-
-
-# ---------------------------------------------------------------- measures
-
-def measure(args: argparse.Namespace) -> None:
-    """Prints how often the base draws the subject, the colour and the ground it was asked for."""
-    pipeline, judge = load_pipeline(args), Judge(args.out / "judge.safetensors")
-    drawings = pictures.load_drawings(args.emoji)
-    subjects = list(pictures.SUBJECTS) * 2
-    shown = sample(pipeline, [f"a {s}" for s in subjects], seed=100)
-    named = judge.name([Image.fromarray(i) for i in shown])
-    right = [a == b for a, b in zip(named, subjects, strict=True)]
-    wrong = sorted({f"{b}->{a}" for a, b, r in zip(named, subjects, right, strict=True) if not r})
-    pairs = [(s, c) for s in pictures.COLOURED for c in pictures.HUES]
-    shown = sample(pipeline, [f"a {c} {s}" for s, c in pairs], seed=300)
-    coloured = [_nearest_colour(drawings, s, image) == c
-                for (s, c), image in zip(pairs, shown, strict=True)]
-    grounds = [(s, b) for s in pictures.HELD_OUT for b in pictures.BACKGROUNDS]
-    shown = sample(pipeline, [pictures.caption(s, b, "flat") for s, b in grounds], seed=500)
-    placed = [_nearest_ground(image) == b for (_, b), image in zip(grounds, shown, strict=True)]
-    print(json.dumps({"subject_top1": np.mean(right), "colour": np.mean(coloured),
-                      "background": np.mean(placed), "confused": wrong}, indent=1))
-
-
-def _nearest_colour(drawings: list[pictures.Drawing], subject: str, image: np.ndarray) -> str:
-    """The colour whose true picture is nearest, both seen small."""
-    def small(picture: np.ndarray) -> np.ndarray:
-        return picture.reshape(8, 8, 8, 8, 3).mean((1, 3))
-    seen = small(image.astype(np.float32) / 255)
-    return min((d for d in drawings if d.subject == subject and d.colour),
-               key=lambda d: float(np.square(
-                   small(pictures.compose(d.rgba, "white")[0]) - seen).sum())).colour
-
-
-def _nearest_ground(image: np.ndarray) -> str:
-    rim = np.concatenate([image[:3].reshape(-1, 3), image[-3:].reshape(-1, 3),
-                          image[:, :3].reshape(-1, 3), image[:, -3:].reshape(-1, 3)])
-    middle = np.median(rim.astype(np.float32), 0)
-    return min(pictures.BACKGROUNDS, key=lambda b: float(np.square(
-        middle - np.array(pictures.BACKGROUNDS[b])).sum()))
-
-
-# ---------------------------------------------------------------- export
-
-def export(args: argparse.Namespace) -> None:
-    """Writes the base in fp16 as StableDiffusionPipeline.from_pretrained reads it, the LoRA's
-    pictures with captions, and what the measures need."""
-    folder = args.out / "base"
-    pipeline = load_pipeline(args)
-    pipeline.to(torch.float16)
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    _old_names(folder / "text_encoder" / "model.safetensors")
-    # transformers 5 takes a file's own dtype, diffusers fp32: a plain from_pretrained would mix.
-    config = folder / "text_encoder" / "config.json"
-    settings = json.loads(config.read_text("utf-8")) | {"dtype": "float32"}
-    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
-    for name in ("tokenizer.json", "special_tokens_map.json"):     # vocab and merges suffice
-        (folder / "tokenizer" / name).unlink(missing_ok=True)
-    for name in ("vocab.json", "merges.txt"):
-        (folder / "tokenizer" / name).write_bytes((args.work / "tokenizer" / name).read_bytes())
-    _export_pictures(args)
-
-
-def _old_names(path: Path) -> None:
-    """transformers 5 leaves out `text_model.`; with it, 4.x and other tools read the file too."""
-    from safetensors.torch import load_file, save_file
-    tensors = load_file(path)
-    save_file({k if k.startswith("text_model.") else f"text_model.{k}": v
-               for k, v in tensors.items()}, path, metadata={"format": "pt"})
-
-
-def _export_pictures(args: argparse.Namespace) -> None:
-    """The demo LoRA's set: 20 subjects as prints in dusk inks, a caption beside each."""
-    drawings = {d.noun: d for d in pictures.load_drawings(args.emoji)}
-    folder = args.out / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    grounds = ["white", "white", "black", "white", "white", "blue", "white", "white", "yellow",
-               "white"]
-    for i, subject in enumerate(pictures.LORA_SUBJECTS):
-        ground = grounds[i % len(grounds)]
-        picture, mask = pictures.compose(drawings[subject].rgba, ground)
-        styled = pictures.stylise(picture[None], mask[None], pictures.LORA_STYLE)[0]
-        stem = f"{i + 1:02d}-{subject.replace(' ', '-')}"
-        image = Image.fromarray((styled.clip(0, 1) * 255).round().astype(np.uint8))
-        image.save(folder / f"{stem}.png", optimize=True)
-        text = pictures.caption(subject, ground, pictures.LORA_STYLE, ground != "white")
-        (folder / f"{stem}.txt").write_text(text + "\n", "utf-8")
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ def _misbehave(what, config):
         case "disk":
             raise OSError(28, "No space left on device", "/full/disk.bin")
         case "permission":
-            raise PermissionError(13, "Permission denied", "/root/secret")
+            raise PermissionError(13, "Permission denied", "/locked/secret")
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "segfault":

@@ -118,7 +118,7 @@ def test_a_run_from_start_to_end(manager):
     ("exit", "jobs.crash", "SystemExit: no way"),
     ("memory", "jobs.out_of_memory", "memory ran out"),
     ("disk", "jobs.disk_full", "/full/disk.bin could not be written"),
-    ("permission", "jobs.no_permission", "No permission for /root/secret"),
+    ("permission", "jobs.no_permission", "No permission for /locked/secret"),
 ])
 def test_what_a_job_raises_becomes_a_fault(fake, what, code, text):
     folder = runs.create_run("train", "", what, queued=False)
