@@ -37,6 +37,8 @@ def train(config, emit, control):
             emit(Checkpoint(step=step, path=f"{step}.ckpt"))
         control.wait_while_paused(0.02)
         if control.stopping and what != "deaf":
+            if what == "slow":              # a large checkpoint on a slow disk
+                time.sleep(60)
             emit(Checkpoint(step=step, path="last.ckpt"))
             return {"state": "stopped", "cwd": os.getcwd()}
     emit(Checkpoint(step=total, path="final.safetensors", final=True))

@@ -17,6 +17,7 @@ from core.events import Step
 from core.faults import Fault
 from core.precision import choose
 from tests import ldm_layout, tiny
+from tests.test_config import FIRST
 
 Models = dict[str, nn.Module]
 
@@ -56,17 +57,7 @@ def test_described_config_trains_on_it(checkpoint: tuple[Path, Models], tmp_path
     data = tiny.pictures(tmp_path / "data/style_train", count=4, size=(80, 64), captions=False)
     (data / "metadata.csv").write_text("".join(
         f"{p.name},my style number {i}\n" for i, p in enumerate(sorted(data.glob("*.png")))))
-    (tmp_path / "my.yaml").write_text('''
-train_data_dir: "./data/style_train"
-metadata_path: "./data/style_train/metadata.csv"
-base_model: "./models/Stable-diffusion/v1-5-pruned.safetensors"
-lora_rank: 8
-batch_size: 4
-epochs: 10
-learning_rate: 2e-4
-output_dir: "./output/my_style_lora"
-save_steps: 100
-''')
+    (tmp_path / "my.yaml").write_text(FIRST)
     config = load_train_config(tmp_path / "my.yaml",
                                {"max_resolution": "64,64", "max_train_steps": "1"})
     assert (config.learning_rate, config.save_steps, config.epochs) == (2e-4, 100, 10)
