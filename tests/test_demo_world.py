@@ -73,6 +73,7 @@ def test_demo_subjects_are_unseen() -> None:
     assert "duskprint" in words
 
 
+@pytest.mark.timeout(1500)            # a whole training and 42 pictures: minutes, more on a busy machine
 def test_the_demo_teaches_a_style_and_keeps_the_subjects(tmp_path: Path) -> None:
     result = demo.run_demo(tmp_path, lambda event: None, Control())
     assert result["proof"]["ok"]
