@@ -120,14 +120,9 @@ class Trainer:
     def losses(self, latents: Tensor, draw: Draw, cond: Cond) -> Tensor:
         """Loss of each sample (B,), fp32."""
         device = self.precision.device
-        latents = latents.to(device, non_blocking=True)
-        noise = draw.noise.to(device, non_blocking=True)
-        t = draw.timesteps.to(device, non_blocking=True)
-        noisy, target = self.diffusion.noisy_and_target(latents, noise, t)
-        noisy = noisy.contiguous(memory_format=torch.channels_last)
-        with autocast(self.precision):
-            predicted = self.family.predict(self.denoiser, noisy, t, cond)
-        return self.diffusion.loss(predicted, target, t)
+        return self.diffusion.losses(
+            self.family, self.denoiser, latents.to(device, non_blocking=True), draw.to(device),
+            cond, lambda: autocast(self.precision))
 
     @torch.no_grad()
     def validate(self) -> float | None:

@@ -8,14 +8,16 @@ saved generator state. Sources: Ho et al. 2020 (arXiv 2006.11239), v-prediction:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from core.families.base import Objective, Parts
+from core.families.base import Cond, Family, Objective, Parts
 
 _MIX = 0x9E3779B97F4A7C15
 
@@ -30,10 +32,14 @@ def sample_generator(seed: int, number: int) -> torch.Generator:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Random part of a batch, on the CPU."""
+    """Random part of a batch; drawn on the CPU."""
 
     noise: Tensor          # (B, C, h, w)
     timesteps: Tensor      # (B,) int64
+
+    def to(self, device: torch.device) -> Draw:
+        return Draw(self.noise.to(device, non_blocking=True),
+                    self.timesteps.to(device, non_blocking=True))
 
 
 class Diffusion:
@@ -76,6 +82,15 @@ class Diffusion:
         b = self.noise_level[t].view(-1, 1, 1, 1)
         noisy = a * latents + b * noise
         return noisy, a * noise - b * latents if self.kind == "v_prediction" else noise
+
+    def losses(self, family: Family, denoiser: Any, latents: Tensor, draw: Draw, cond: Cond,
+               autocast: Callable[[], contextlib.AbstractContextManager[object]]) -> Tensor:
+        """The forward pass of a step: loss of each sample (B,), fp32; all on one device."""
+        noisy, target = self.noisy_and_target(latents, draw.noise, draw.timesteps)
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
+        with autocast():
+            predicted = family.predict(denoiser, noisy, draw.timesteps, cond)
+        return self.loss(predicted, target, draw.timesteps)
 
     def loss(self, predicted: Tensor, target: Tensor, t: Tensor) -> Tensor:
         """Weighted mean squared error, one value per sample (B,), in fp32."""

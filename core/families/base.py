@@ -65,6 +65,11 @@ class Family(Protocol):
 
         Raises Fault where the source is missing, is no such base or can't be read."""
 
+    def skeleton(self, source: Path, precision: Precision,
+                 only: frozenset[Part] = ALL_PARTS) -> Parts:
+        """The same without weights: modules of the real classes on the meta device, for plans.
+        Tokenizers are real. Raises Fault as `load` does."""
+
     def weight_files(self, source: Path, part: Part) -> list[tuple[Path, str]]:
         """Where a part's weights lie: (file, prefix of its tensors' names)."""
 

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from core import paths, samplers
 from core.families.base import ALL_PARTS, Cond, FamilySpec, Objective, Part, Parts, Precision
@@ -43,6 +43,27 @@ class StableDiffusion1:
     def load(self, source: Path, precision: Precision,
              only: frozenset[Part] = ALL_PARTS) -> Parts:
         return (_load_folder if source.is_dir() else _load_file)(source, precision, only)
+
+    def skeleton(self, source: Path, precision: Precision,
+                 only: frozenset[Part] = ALL_PARTS) -> Parts:
+        configs, tokenizer = source, source / "tokenizer"
+        if not source.is_dir():
+            _check_file(source)
+            configs, tokenizer = CONFIGS, TOKENIZER
+        parts = _empty_parts(source, configs)
+        with torch.device("meta"):
+            if "denoiser" in only:
+                parts.denoiser = UNet2DConditionModel.from_config(
+                    _config(configs, "unet")).to(dtype=precision.weights)
+            if "vae" in only:
+                parts.vae = AutoencoderKL.from_config(
+                    _config(configs, "vae")).to(dtype=precision.vae)
+            if "text" in only:
+                encoder = CLIPTextModel(CLIPTextConfig(**_config(configs, "text_encoder")))
+                parts.text = {"text_encoder": encoder.to(dtype=precision.weights)}
+        if "text" in only:
+            parts.text["tokenizer"] = CLIPTokenizer.from_pretrained(tokenizer)
+        return _ready(parts, precision)
 
     def weight_files(self, source: Path, part: Part) -> list[tuple[Path, str]]:
         folder, prefix = {"denoiser": ("unet", "model.diffusion_model."),
@@ -90,9 +111,6 @@ class StableDiffusion1:
 
 
 def _load_folder(source: Path, precision: Precision, only: frozenset[Part]) -> Parts:
-    for needed in ("unet/config.json", "scheduler/scheduler_config.json"):
-        if not (source / needed).is_file():
-            raise Fault("families.not_a_folder", path=source, missing=needed)
     options = {"local_files_only": True, "use_safetensors": True}
     parts = _empty_parts(source, source)
     try:
@@ -114,9 +132,7 @@ def _load_folder(source: Path, precision: Precision, only: frozenset[Part]) -> P
 
 def _load_file(source: Path, precision: Precision, only: frozenset[Part]) -> Parts:
     """A single file in the LDM layout; configs and tokenizer come with the app, no hub needed."""
-    keys = _keys_of(source)
-    if UNET_KEY not in keys:
-        raise Fault("families.not_sd15", path=source, found=_guess(keys))
+    _check_file(source)
     options = {"config": str(CONFIGS), "local_files_only": True}
     parts = _empty_parts(source, CONFIGS)
     try:
@@ -137,6 +153,12 @@ def _load_file(source: Path, precision: Precision, only: frozenset[Part]) -> Par
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise Fault("families.unreadable", path=source, reason=_first_line(error)) from error
     return _ready(parts, precision)
+
+
+def _check_file(source: Path) -> None:
+    keys = _keys_of(source)
+    if UNET_KEY not in keys:
+        raise Fault("families.not_sd15", path=source, found=_guess(keys))
 
 
 def _keys_of(source: Path) -> set[str]:
@@ -160,10 +182,20 @@ def _tensors(source: Path, prefix: str) -> dict[str, Tensor]:
     return found
 
 
+def _config(configs: Path, part: str) -> dict[str, Any]:
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    try:
+        found: dict[str, Any] = json.loads((configs / part / name).read_text("utf-8"))
+    except FileNotFoundError:
+        raise Fault("families.not_a_folder", path=configs, missing=f"{part}/{name}") from None
+    except (OSError, ValueError) as error:
+        raise Fault("families.unreadable", path=configs / part / name,
+                    reason=_first_line(error)) from error
+    return found
+
+
 def _empty_parts(source: Path, configs: Path) -> Parts:
-    scheduler = json.loads((configs / "scheduler" / "scheduler_config.json").read_text("utf-8"))
-    unet = json.loads((configs / "unet" / "config.json").read_text("utf-8"))
-    vae = json.loads((configs / "vae" / "config.json").read_text("utf-8"))
+    scheduler, unet, vae = (_config(configs, part) for part in ("scheduler", "unet", "vae"))
     if unet.get("in_channels") != 4 or not isinstance(unet.get("cross_attention_dim"), int):
         raise Fault("families.not_sd15", path=source,
                     found="inpainting" if unet.get("in_channels") == 9 else "another model")

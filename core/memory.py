@@ -1,0 +1,132 @@
+"""How much the phases of a run hold: each is run on meta tensors with the engine's own code.
+
+Nothing here knows a model by name: the shapes come from the base's real modules, without weights.
+Figures are bytes. core/plan.py asks for them and keeps the answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from core import families, lora
+from core.config import TrainConfig
+from core.families.base import ALL_PARTS, Cond, Family, Part, Parts, Precision
+from core.objective import Diffusion, Draw
+from core.plan import Base
+from core.precision import DTYPES
+from core.tracing import META, Kernels, Kind, size_of, traced
+
+Figures = dict[str, float]
+ADAM_STATES = 2                             # fp32 numbers per weight: first and second moment
+
+
+def base(base: Base, numbers: dict[str, str]) -> Figures:
+    """Weights of each part, and the base's own sizes."""
+    _, parts = _skeleton(base, numbers)
+    encoders = [m for m in parts.text.values() if isinstance(m, torch.nn.Module)]
+    return {"denoiser": size_of(parts.denoiser), "vae": size_of(parts.vae),
+            "text": sum(map(size_of, encoders)),
+            "denoiser_parameters": sum(p.numel() for p in parts.denoiser.parameters()),
+            "native": parts.native_size, "step": parts.bucket_step}
+
+
+def texts(base: Base, numbers: dict[str, str], kind: Kind, batch: int) -> Figures:
+    """Encoding `batch` captions; `embedding`: what one takes in the cache."""
+    family, parts = _skeleton(base, numbers, "text")
+    encoders = [m for m in parts.text.values() if isinstance(m, torch.nn.Module)]
+    compute = DTYPES[numbers["compute"]]
+    kernels = Kernels(kind, compute)
+    with torch.no_grad(), traced(kernels, encoders) as tally, kernels.autocast():
+        cond = family.encode_text(parts, [""] * batch)
+        rows = {k: v.to(compute) for k, v in cond.items()}
+    kept = sum(v[:1].numel() * v.element_size() for v in rows.values())
+    return {"peak": tally.peak, "embedding": kept}
+
+
+def cache(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: int,
+          batch: int) -> Figures:
+    """Encoding a batch of pictures; `latents`: what one picture's take in the cache."""
+    family, parts = _skeleton(base, numbers, "vae")
+    with traced(Kernels(kind, torch.float32), [parts.vae]) as tally:
+        pixels = torch.empty(batch, 3, height, width, device=META)
+        latents = family.encode_image(parts, pixels)
+    return {"peak": tally.peak, "latents": latents[:1].numel() * 4}
+
+
+def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: int, batch: int,
+         rank: int, dropout: bool, targets: str | list[str], checkpointing: bool,
+         accumulating: bool) -> Figures:
+    """One micro-batch forward and backward, as the engine runs it.
+
+    `gradients_inside`: bytes of `peak` that are gradients, made by this very backward; when
+    accumulating they were there before and stand apart.
+    """
+    family, parts = _skeleton(base, numbers, "denoiser", "vae", "text")
+    latents, cond = _inputs(family, parts, numbers, width, height, batch)
+    config = TrainConfig(lora_rank=rank, lora_dropout=0.1 if dropout else 0.0,
+                         target_modules=targets)
+    parameters = lora.attach(parts.denoiser, config, family.spec)
+    kernels = Kernels(kind, DTYPES[numbers["compute"]])
+    if checkpointing:
+        parts.denoiser.enable_gradient_checkpointing(kernels.checkpoint)
+    parts.denoiser.train()
+    adapter = sum(-(-p.numel() * 4 // 512) * 512 if kind == "cuda" else p.numel() * 4
+                  for p in parameters)
+    if accumulating:
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+    diffusion = Diffusion(parts, device=META)
+    with traced(kernels, [parts.denoiser]) as tally:
+        inputs = latents.clone(), {k: v.clone() for k, v in cond.items()}
+        draw = Draw(torch.empty_like(latents), torch.empty(batch, dtype=torch.int64, device=META))
+        losses = diffusion.losses(family, parts.denoiser, inputs[0], draw, inputs[1],
+                                  kernels.autocast)
+        torch.autograd.backward([losses.sum() / batch])
+    return {"peak": tally.peak, "adapter": adapter, "gradients": adapter,
+            "gradients_inside": 0 if accumulating else min(adapter, tally.peak),
+            "optimizer": ADAM_STATES * adapter + len(parameters) * (512 if kind == "cuda" else 4),
+            "parameters": sum(p.numel() for p in parameters), "tensors": len(parameters)}
+
+
+def draw(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: int, batch: int,
+         rank: int, targets: str | list[str]) -> Figures:
+    """A preview: denoising with the adapter, `batch` 2 with guidance; then decoding one picture."""
+    family, parts = _skeleton(base, numbers, "denoiser", "vae", "text")
+    latents, cond = _inputs(family, parts, numbers, width, height, batch)
+    lora.attach(parts.denoiser, TrainConfig(lora_rank=rank, target_modules=targets), family.spec)
+    parts.denoiser.eval()
+    known = [parts.denoiser, parts.vae]
+    t = torch.empty(batch, dtype=torch.int64, device=META)
+    kernels = Kernels(kind, DTYPES[numbers["compute"]])
+    with torch.no_grad(), traced(kernels, known) as tally, kernels.autocast():
+        one = latents[:1].clone()                       # the picture in the making stays
+        family.predict(parts.denoiser, latents.clone(), t, cond)
+        parts.vae.decode(one.to(parts.vae.dtype), return_dict=False)
+    return {"peak": tally.peak}
+
+
+TRACES: dict[str, Callable[..., Figures]] = {
+    "base": base, "texts": texts, "cache": cache, "step": step, "draw": draw}
+
+
+def _skeleton(base: Base, numbers: dict[str, str], *only: Part) -> tuple[Family, Parts]:
+    family = families.get(base.family)
+    precision = Precision(device=META, weights=DTYPES[numbers["weights"]],
+                          compute=DTYPES[numbers["compute"]], vae=DTYPES[numbers["vae"]])
+    return family, family.skeleton(base.source, precision, frozenset(only) or ALL_PARTS)
+
+
+def _inputs(family: Family, parts: Parts, numbers: dict[str, str], width: int, height: int,
+            batch: int) -> tuple[Tensor, Cond]:
+    """Latents (B, C, h, w) and embeddings (B, ...) of the shapes that the encoders give."""
+    with torch.no_grad():
+        latents = family.encode_image(parts, torch.empty(1, 3, height, width, device=META))
+        cond = family.encode_text(parts, [""])
+    compute = DTYPES[numbers["compute"]]
+    return (latents.float().repeat(batch, 1, 1, 1),
+            {k: v.to(compute).repeat(batch, *[1] * (v.ndim - 1)) for k, v in cond.items()})
+
+

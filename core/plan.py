@@ -1,0 +1,324 @@
+"""What a run will hold in memory, by phase and part, before it starts; without torch.
+
+A plan is arithmetic over a few traced figures (core/memory.py): each is asked for by everything
+that decides it, and kept on disk under a key of exactly that, so that the second answer is
+instant and needs no torch. What a machine showed in earlier runs corrects its later plans.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from math import isqrt
+from pathlib import Path
+from typing import Any, Literal
+
+from core import buckets, paths
+from core.config import TrainConfig, size_of
+from core.safetensors_header import read_header
+
+MB = 2**20
+VERSION = 1                             # of the traces; raise it when tracing changes
+Kind = Literal["cuda", "mps", "cpu"]
+Verdict = Literal["fits", "tight", "too_big"]
+
+CONTEXT_MB = 450.0                      # CUDA context and kernels, on top of torch's own count
+WORKSPACE_MB = 150.0                    # cuBLAS and cuDNN scratch memory
+FRAGMENTS = 0.06                        # of the tensors: what the allocator reserves and can't use
+PROCESS_MB = {"cuda": 2600.0, "mps": 1200.0, "cpu": 750.0}     # RAM of the imports
+MARGIN = 0.08                           # of the memory: "tight" below it
+_PROOF_SIDE = 256                       # px; verify draws no larger on the CPU
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where a run would go: the memory that its plan must fit."""
+
+    kind: Kind
+    name: str
+    total_mb: float
+    free_mb: float
+    capability: tuple[int, int] = (0, 0)        # CUDA's; (0, 0): unknown
+    ram_mb: float = 0.0                         # free; 0: unknown
+    disk_mb: float = 0.0                        # free where the cache lies; 0: unknown
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A base model as far as a plan needs it."""
+
+    source: Path
+    family: str
+    digest: str                                 # of its shapes, not of its weights
+
+    @staticmethod
+    def of(source: Path, family: str = "auto") -> Base:
+        """Raises Fault where nothing is there, or it can't be read."""
+        from core import families
+        family = families.detect(source) if family == "auto" else family
+        return Base(source, family, _digest(source))
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The pictures of a run, as far as they weigh."""
+
+    pictures: int = 20
+    captions: int = 20                          # different ones, shuffles included
+    batch: int = 0                              # largest that one bucket fills; 0: the config's
+    bucket: tuple[int, int] | None = None       # that bucket; None: the largest possible
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    name: str                                   # texts | cache | train | preview | verify
+    parts: Mapping[str, float]                  # MiB by part
+
+    @property
+    def mb(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All in MiB. `phases` hold tensors only; what the driver and the allocator add stands
+    apart, since it is the only part that is estimated and not counted."""
+
+    machine: Machine
+    phases: tuple[Phase, ...]
+    outside: Mapping[str, float]                # context, workspace, fragments or process, dataset
+    ram: Mapping[str, float]                    # of the host
+    disk: Mapping[str, float]
+    bucket: tuple[int, int]
+    parameters: int                             # trainable
+    base_parameters: int
+    learned: bool = False                       # `outside` comes from this machine's own runs
+
+    @property
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.mb)
+
+    @property
+    def needs_mb(self) -> float:
+        return self.peak.mb + sum(self.outside.values())
+
+    def phase(self, name: str) -> Phase:
+        return next(phase for phase in self.phases if phase.name == name)
+
+    def verdict(self, memory_mb: float | None = None, margin: float = MARGIN) -> Verdict:
+        """Against `memory_mb`, else what is free on the machine."""
+        room = self.machine.free_mb if memory_mb is None else memory_mb
+        if self.needs_mb > room:
+            return "too_big"
+        return "fits" if self.needs_mb <= room * (1 - margin) else "tight"
+
+
+# --- the plan ---
+
+def plan_run(config: TrainConfig, base: Base, machine: Machine, data: Data | None = None) -> Plan:
+    """Raises Fault where the base or a target can't be used."""
+    data = data or Data()
+    numbers = numbers_for(config.precision, machine.kind, machine.capability)
+    facts = ask("base", base, numbers)
+    bucket = data.bucket or largest_bucket(config, facts)
+    step = ask("step", base, numbers, **step_settings(config, machine, bucket, data))
+    texts = ask("texts", base, numbers, kind=machine.kind, batch=config.cache_batch_size * 2)
+    cache = ask("cache", base, numbers, kind=machine.kind, width=bucket[0], height=bucket[1],
+                batch=min(config.cache_batch_size, data.pictures))
+    phases = (_phase("texts", text_encoder=facts["text"], activations=texts["peak"]),
+              _phase("cache", vae=facts["vae"], activations=cache["peak"]),
+              _training(facts, step), *_drawing(config, base, numbers, machine, facts, step))
+    host = {"dataset": _cached(config, data, cache, texts) / MB}
+    outside, learned = _outside(machine, max(phase.mb for phase in phases), host)
+    return Plan(
+        machine=machine, phases=phases, outside=outside, bucket=bucket,
+        ram=_ram(machine, phases, facts, host),
+        disk=_disk(config, step, host["dataset"] if config.cache_to_disk else 0.0),
+        parameters=int(step["parameters"]), base_parameters=int(facts["denoiser_parameters"]),
+        learned=learned)
+
+
+def step_settings(config: TrainConfig, machine: Machine, bucket: tuple[int, int],
+                  data: Data | None = None) -> dict[str, Any]:
+    """Everything about a run that decides how much its step holds."""
+    targets = config.target_modules
+    return {"kind": machine.kind, "width": bucket[0], "height": bucket[1],
+            "batch": min(config.batch_size, (data and data.batch) or config.batch_size),
+            "rank": config.lora_rank, "dropout": config.lora_dropout > 0,
+            "targets": targets if isinstance(targets, str) else sorted(targets),
+            "checkpointing": config.gradient_checkpointing,
+            "accumulating": config.gradient_accumulation_steps > 1}
+
+
+def numbers_for(precision: str, kind: str, capability: tuple[int, int]) -> dict[str, str]:
+    """Number formats by use. auto: bf16 where the GPU computes it, fp16 on older GPUs, fp32 on
+    the CPU. The VAE stays out of fp16: SDXL's overflows there, and it runs only while caching."""
+    if precision == "auto":
+        newer = capability >= (8, 0) or capability == (0, 0)
+        precision = {"cuda": "bf16" if newer else "fp16"}.get(kind, "fp32")
+    return {"weights": precision, "compute": precision,
+            "vae": "fp32" if precision == "fp16" else precision}
+
+
+def largest_bucket(config: TrainConfig, facts: Mapping[str, float]) -> tuple[int, int]:
+    """The bucket with the most pixels of those that a picture could fall into."""
+    native, step = int(facts["native"]), int(facts["step"])
+    area = size_of(config.max_resolution) or (native, native)
+    side = isqrt(area[0] * area[1])
+    sizes = buckets.bucket_sizes(area, step, config.min_bucket_side or side // 2,
+                                 config.max_bucket_side or side * 2)
+    return max(sizes, key=lambda s: (s[0] * s[1], -abs(s[0] - s[1])))
+
+
+def _training(facts: Mapping[str, float], step: Mapping[str, float]) -> Phase:
+    return _phase("train", denoiser=facts["denoiser"], adapter=step["adapter"],
+                  optimizer=step["optimizer"], gradients=step["gradients"],
+                  activations=max(0.0, step["peak"] - step["gradients_inside"]))
+
+
+def _drawing(config: TrainConfig, base: Base, numbers: dict[str, str], machine: Machine,
+             facts: Mapping[str, float], step: Mapping[str, float]) -> list[Phase]:
+    """Previews, if asked for, and the proof at the end: the optimizer stays, gradients don't."""
+    native = int(facts["native"])
+    proof = native if machine.kind != "cpu" else min(native, _PROOF_SIDE)
+    wanted = {"verify": ((proof, proof), 1)}
+    if config.sample_prompts:
+        size = size_of(config.sample_size) or (native, native)
+        wanted["preview"] = (size, 1 if config.sample_cfg <= 1 else 2)
+    targets = step_settings(config, machine, (0, 0))["targets"]
+    phases = []
+    for name, (size, batch) in wanted.items():
+        drawn = ask("draw", base, numbers, kind=machine.kind, width=size[0], height=size[1],
+                    batch=batch, rank=config.lora_rank, targets=targets)
+        phases.append(_phase(name, denoiser=facts["denoiser"], vae=facts["vae"],
+                             adapter=step["adapter"], optimizer=step["optimizer"],
+                             activations=drawn["peak"]))
+    return phases
+
+
+def _outside(machine: Machine, tensors: float, host: Mapping[str, float]
+             ) -> tuple[dict[str, float], bool]:
+    if machine.kind == "cpu":
+        return {"process": PROCESS_MB["cpu"], **host}, False
+    learned = learned_overhead(machine.name)
+    if learned is not None:
+        return {"context": CONTEXT_MB, "allocator": learned * tensors}, True
+    return {"context": CONTEXT_MB, "workspace": WORKSPACE_MB,
+            "fragments": FRAGMENTS * tensors}, False
+
+
+def _ram(machine: Machine, phases: Sequence[Phase], facts: Mapping[str, float],
+         host: Mapping[str, float]) -> dict[str, float]:
+    """Loading reads a part at a time; on the CPU everything is RAM."""
+    process = {"process": PROCESS_MB[machine.kind], **host}
+    if machine.kind == "cpu":
+        return process | {"tensors": max(phase.mb for phase in phases)}
+    return process | {"loading": max(facts[part] for part in ("denoiser", "vae", "text")) / MB}
+
+
+def _disk(config: TrainConfig, step: Mapping[str, float], cached_mb: float) -> dict[str, float]:
+    lora = step["parameters"] * (4 if config.save_precision == "fp32" else 2)
+    kept = config.keep_checkpoints + 1 if config.keep_checkpoints else 10
+    state = step["adapter"] + step["optimizer"] + lora
+    return {"cache": cached_mb, "checkpoints": kept * state / MB, "lora": lora / MB}
+
+
+def _cached(config: TrainConfig, data: Data, cache: Mapping[str, float],
+            texts: Mapping[str, float]) -> float:
+    """Bytes of all latents and embeddings."""
+    return (data.pictures * cache["latents"] * (2 if config.flip else 1)
+            + data.captions * texts["embedding"])
+
+
+def _phase(name: str, **sizes: float) -> Phase:
+    return Phase(name, {part: size / MB for part, size in sizes.items()})
+
+
+# --- traced figures, kept on disk ---
+
+def ask(what: str, base: Base, numbers: dict[str, str], **settings: Any) -> dict[str, float]:
+    """One of core.memory's traces, in bytes; from the disk where it was asked before."""
+    path = paths.cache_dir() / "plans" / f"{_key(what, base, numbers, settings)}.json"
+    with contextlib.suppress(OSError, ValueError):
+        found: dict[str, float] = json.loads(path.read_text("utf-8"))
+        return found
+    memory = importlib.import_module("core.memory")             # torch comes in here
+    traced: dict[str, float] = memory.TRACES[what](base, numbers, **settings)
+    with contextlib.suppress(OSError):                          # a full disk must not hide a plan
+        paths.write_atomic(path, json.dumps(traced))
+    return traced
+
+
+def _key(what: str, base: Base, numbers: dict[str, str], settings: dict[str, Any]) -> str:
+    asked = json.dumps([VERSION, _versions(), what, base.family, base.digest, numbers, settings],
+                       sort_keys=True)
+    return hashlib.sha256(asked.encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _versions() -> list[str]:
+    return [version(name) for name in ("torch", "diffusers", "transformers", "peft")]
+
+
+def _digest(source: Path) -> str:
+    """Of what decides a model's shapes: the configs of a folder, the header of a file."""
+    digest = hashlib.sha256()
+    if source.is_dir():
+        for path in sorted(source.glob("*/*config.json")):
+            digest.update(path.relative_to(source).as_posix().encode() + path.read_bytes())
+        return digest.hexdigest()[:20]
+    for name, tensor in sorted(read_header(source).tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{tensor.shape}".encode())
+    return digest.hexdigest()[:20]
+
+
+# --- what runs on this machine showed ---
+
+def remember(plan: Plan, allocated_mb: float, reserved_mb: float) -> None:
+    """Keeps planned against measured; later plans for this card take its own overhead."""
+    if plan.machine.kind != "cuda" or allocated_mb <= 0:
+        return
+    known = _history()
+    rows = [*known.get(plan.machine.name, []), {
+        "planned": plan.peak.mb, "allocated": allocated_mb, "reserved": reserved_mb}]
+    with contextlib.suppress(OSError):
+        paths.write_atomic(_history_file(), json.dumps(known | {plan.machine.name: rows[-20:]}))
+
+
+def learned_overhead(card: str) -> float | None:
+    """(reserved - planned tensors) / planned tensors: the worst of the last runs on this card;
+    None before the first. Never below zero: what ran once with less is no promise."""
+    rows = _history().get(card, [])[-5:]
+    worst = [(row["reserved"] - row["planned"]) / row["planned"] for row in rows]
+    return max(0.0, *worst) if worst else None
+
+
+def _history_file() -> Path:
+    return paths.data_dir() / "planned-and-real.json"
+
+
+def _history() -> dict[str, list[dict[str, float]]]:
+    try:
+        found: dict[str, list[dict[str, float]]] = json.loads(_history_file().read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """For --json and events: rounded to a tenth of a MiB."""
+    def rounded(parts: Mapping[str, float]) -> dict[str, float]:
+        return {name: round(mb, 1) for name, mb in parts.items()}
+    return {"machine": asdict(plan.machine), "needs_mb": round(plan.needs_mb, 1),
+            "tensors_mb": round(plan.peak.mb, 1), "peak": plan.peak.name,
+            "phases": {p.name: rounded(p.parts) for p in plan.phases},
+            "outside": rounded(plan.outside), "ram": rounded(plan.ram),
+            "disk": rounded(plan.disk), "bucket": list(plan.bucket),
+            "parameters": plan.parameters, "base_parameters": plan.base_parameters,
+            "verdict": plan.verdict(), "learned": plan.learned}
