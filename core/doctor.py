@@ -10,7 +10,7 @@ import json
 import locale
 import os
 import platform
-import shutil
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,16 +19,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from core import gpu, paths, words
+from core import gpu, machine, paths, words
+from core.faults import Fault
 from core.gpu import GpuInfo, GpuReport
+from core.safetensors_header import PICKLES, read_header
 
-GB = 2**30
 OLDEST_PYTHON = (3, 11)
 TORCH_INDEX = "https://download.pytorch.org/whl/cu130"           # Turing and later
 TORCH_INDEX_OLD = "https://download.pytorch.org/whl/cu126"       # Maxwell, Pascal, Volta
 LEAST = {"ram": 4, "disk": 10, "disk_now": 1}                    # GB free
 LONGEST_PATH = 100                       # chars; Windows stops at 260 and packages nest deep
 BUSY_MB = 500                            # of a card, held by another program
+FULL = 0.7                               # a share of a card; less is free and nobody says why
+HOT_C = 87                               # laptops lower their clocks from about here on
+# the first driver of a CUDA generation (NVIDIA, CUDA Compatibility: minor versions)
+DRIVERS = {11: "450.80 (Windows: 452.39)", 12: "525.60 (Windows: 528.33)", 13: "580"}
 TORCH_PATIENCE_S = 180
 
 Level = Literal["ok", "warning", "error"]
@@ -37,27 +42,35 @@ MARKS: dict[Level, str] = {"ok": "[ok]", "warning": "[ !]", "error": "[ x]"}
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`doctor.<key>` is its sentence; `doctor.<key>_mend` says what to do, unless all is well."""
+    """`<subject>.<key>` is its sentence; `<subject>.<key>_mend` says what to do, unless all is
+    well."""
 
     key: str
     level: Level = "ok"
     params: dict[str, Any] = field(default_factory=dict)
+    subject: str = "doctor"
 
     @property
     def text(self) -> str:
-        return words.say(f"doctor.{self.key}", self.params)
+        return words.say(f"{self.subject}.{self.key}", self.params)
 
     @property
     def mend(self) -> str:
-        return "" if self.level == "ok" else words.say(f"doctor.{self.key}_mend", self.params)
+        key = f"{self.subject}.{self.key}_mend"
+        return "" if self.level == "ok" else words.say(key, self.params)
 
 
-def examine() -> list[Finding]:
-    """All findings. A check that fails itself is a finding, and the others still run."""
+def examine(base: Path | None = None) -> list[Finding]:
+    """All findings; with `base`, a model folder or file, also whether this machine can load it.
+
+    Never raises: a check that fails itself is a finding, and the others still run.
+    """
     report = gpu.report()
     findings: list[Finding] = []
-    for check in (python, packages, lambda: cards(report), lambda: torch(torch_facts(), report),
-                  memory, lambda: folders([paths.data_dir(), paths.cache_dir()]), encoding):
+    for check in (python, packages, lambda: cards(report), lambda: graphics(report),
+                  lambda: torch(torch_facts(), report), memory, power,
+                  lambda: folders([paths.data_dir(), paths.cache_dir()]),
+                  lambda: encoding(base), lambda: weights(base)):
         try:
             findings += check()
         except Exception as error:
@@ -128,38 +141,90 @@ def requirements() -> list[str]:
 # --- cards and torch ---
 
 def cards(report: GpuReport) -> Iterator[Finding]:
-    if not report.gpus:
-        yield Finding("no_card", params={"reason": report.problem or "0"})
+    if (state := report.state) != "ok":
+        yield Finding(state, _level_of(state), {"reason": report.problem}, subject="gpu")
     for card in report.gpus:
-        facts = _facts(card)
-        yield Finding("card", params=facts)
-        held = [user for user in card.users
-                if user.pid != os.getpid() and (user.used_mb or 0) > BUSY_MB]
-        if held:
-            yield Finding("card_busy", "warning", facts | {
-                "programs": ", ".join(f"{_program(u.pid)} ({u.used_mb:.0f} MB)" for u in held)})
+        yield Finding("card_mig" if card.mig else "card", params=_facts(card))
+        yield from _strain(card)
+    if report.gpus and report.lost:
+        yield Finding("card_lost", "error", {"numbers": ", ".join(map(str, report.lost))})
+    if report.wsl:
+        yield Finding("wsl")
+    if gpu.order_assumed(report) and (first := gpu.chosen(report)):
+        yield Finding("order_assumed", "warning", _facts(first))
+
+
+def _level_of(state: gpu.State) -> Level:
+    """No card is no fault, unless one is built in."""
+    if state == "no_library":
+        built_in = any(one.vendor == "nvidia" for one in machine.accelerators())
+        return "warning" if built_in else "ok"
+    return "error" if state in ("mismatch", "no_permission", "broken") else "warning"
+
+
+def _strain(card: GpuInfo) -> Iterator[Finding]:
+    """What takes memory or speed from a card now."""
+    facts = _facts(card)
+    held = [user for user in card.users
+            if user.pid != os.getpid() and (user.used_mb or 0) > BUSY_MB]
+    if held:
+        yield Finding("card_busy", "warning", facts | {
+            "programs": ", ".join(f"{_program(u.pid)} ({u.used_mb:.0f} MB)" for u in held)})
+    elif card.free_mb < FULL * card.total_mb:
+        yield Finding("card_full", "warning", facts)
+    if (card.temperature_c or 0) >= HOT_C:
+        yield Finding("card_hot", "warning", facts)
+    elif {"thermal", "hw_slowdown"} & set(card.throttled):      # the power cap is usual at work
+        yield Finding("card_throttled", "warning", facts)
+
+
+def graphics(report: GpuReport) -> Iterator[Finding]:
+    """Other makers' chips, named as what they are."""
+    for one in machine.accelerators():
+        if one.vendor != "nvidia":
+            yield Finding(f"support_{one.support}", params={"name": one.name}, subject="gpu")
 
 
 def torch(facts: dict[str, Any], report: GpuReport) -> Iterator[Finding]:
-    """Does this torch fit the cards? `facts` as torch_facts() tells them."""
+    """Does this torch fit the cards that it sees? `facts` as torch_facts() tells them."""
     if "error" in facts:
         yield Finding("torch_broken", "error", facts | {"python": sys.executable})
         return
     facts = facts | {"python": sys.executable, "index": TORCH_INDEX, "old": TORCH_INDEX_OLD}
-    unfit = [card for card in report.gpus
+    seen = gpu.visible(report)
+    unfit = [card for card in seen
              if any(card.capability) and not runs_on(card.capability, facts["archs"])]
-    if not report.gpus:
+    if not seen:
         yield Finding("torch_mps" if facts["mps"] else "torch_cpu", params=facts)
     elif not facts["cuda"] and not facts["hip"]:
         yield Finding("torch_without_cuda", "error",
-                      facts | _facts(report.gpus[0]) | {"index": index_for(report.gpus)})
+                      facts | _facts(seen[0]) | {"index": index_for(seen)})
     elif not facts["available"]:
-        yield Finding("torch_no_contact", "error", facts | _facts(report.gpus[0]))
+        yield _no_contact(facts, seen[0])
     elif unfit:
         key = "torch_too_new" if unfit[0].capability < (7, 5) else "torch_too_old"
         yield Finding(key, "error", facts | _facts(unfit[0]))
     else:
         yield Finding("torch_cuda", params=facts)
+        if _number(facts["cuda"]) > _number(seen[0].cuda_version) > (0, 0):
+            yield Finding("driver_minor", params=facts | _facts(seen[0]))
+
+
+def _no_contact(facts: dict[str, Any], card: GpuInfo) -> Finding:
+    """The driver speaks an older generation of CUDA, or the reason is not known."""
+    built, spoken = _number(facts["cuda"])[0], _number(card.cuda_version)[0]
+    params = facts | _facts(card) | {"needed": DRIVERS.get(built, facts["cuda"])}
+    if not 0 < spoken < built:
+        return Finding("torch_no_contact", "error", params)
+    # torch for the older CUDA has no code for Blackwell
+    return Finding("driver_old" if card.capability < (10, 0) else "driver_old_new_card", "error",
+                   params)
+
+
+def _number(version: str) -> tuple[int, int]:
+    """'12.4' -> (12, 4); what is no version: (0, 0)"""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:
@@ -217,7 +282,9 @@ def _ask_torch() -> dict[str, Any]:
 def _facts(card: GpuInfo) -> dict[str, Any]:
     return {"card": card.name, "total": f"{card.total_mb / 1024:.1f}",
             "free": f"{card.free_mb / 1024:.1f}", "driver": card.driver,
-            "capability": ".".join(map(str, card.capability))}
+            "capability": ".".join(map(str, card.capability)), "spoken": card.cuda_version or "?",
+            "temperature": "?" if card.temperature_c is None else f"{card.temperature_c:.0f}",
+            "reasons": ", ".join(card.throttled), "laptop": card.laptop, "uuid": card.uuid}
 
 
 def _program(pid: int) -> str:
@@ -231,14 +298,18 @@ def _program(pid: int) -> str:
 # --- memory, folders, text ---
 
 def memory() -> Iterator[Finding]:
-    import psutil
-    ram = psutil.virtual_memory()
-    facts = {"total": f"{ram.total / GB:.1f}", "free": f"{ram.available / GB:.1f}",
-             "cores": os.cpu_count() or 1}
-    if ram.available < LEAST["ram"] * GB:
+    total, free = machine.ram()
+    facts = {"total": f"{total / 1024:.1f}", "free": f"{free / 1024:.1f}",
+             "cores": machine.cores(), "cpu": machine.cpu_name()}
+    if free < LEAST["ram"] * 1024:
         yield Finding("memory_low", "warning", facts)
     else:
         yield Finding("memory", params=facts)
+
+
+def power() -> Iterator[Finding]:
+    if machine.on_battery():
+        yield Finding("on_battery", "warning")
 
 
 def folders(wanted: Sequence[Path]) -> Iterator[Finding]:
@@ -252,26 +323,75 @@ def folders(wanted: Sequence[Path]) -> Iterator[Finding]:
         except OSError as error:
             yield Finding("folder_locked", "error", facts | {"reason": str(error)})
             continue
-        free = shutil.disk_usage(folder).free
-        facts["free"] = f"{free / GB:.1f}"
-        if free < LEAST["disk"] * GB:
-            yield Finding("disk_low", "error" if free < LEAST["disk_now"] * GB else "warning",
-                          facts)
+        free = (machine.disk_free(folder) or 0) / 1024
+        facts["free"] = f"{free:.1f}"
+        if free < LEAST["disk"]:
+            yield Finding("disk_low", "error" if free < LEAST["disk_now"] else "warning", facts)
         else:
             yield Finding("folder", params=facts)
 
 
-def encoding() -> Iterator[Finding]:
+def encoding(base: Path | None = None) -> Iterator[Finding]:
     """Paths and texts that other programs' code may stumble over."""
     root = str(paths.ROOT)
     filesystem = sys.getfilesystemencoding()
     if filesystem.lower().replace("-", "") != "utf8":
         yield Finding("encoding", "warning",
                       {"encoding": filesystem, "locale": locale.getlocale()[1] or "?"})
-    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in root):
-        yield Finding("path_broken", "warning", {"path": ascii(root)})
+    for path in (root, str(base or "")):
+        if any(0xD800 <= ord(letter) <= 0xDFFF for letter in path):
+            yield Finding("path_broken", "warning", {"path": ascii(path)})
     if os.name == "nt" and len(root) > LONGEST_PATH:
         yield Finding("path_long", "warning", {"path": root, "length": len(root)})
+
+
+# --- the chosen base ---
+
+def weights(base: Path | None) -> Iterator[Finding]:
+    """Whether the base is whole, and RAM and disks have room for it."""
+    if base is None:
+        return
+    shown = {"base": str(base).encode("utf-8", "backslashreplace").decode()}
+    if not base.exists():
+        yield Finding("base_missing", "error", shown)
+        return
+    if not (files := weight_files(base)):
+        pickled = any(path.suffix in PICKLES for path in base.rglob("*"))
+        yield Finding("base_pickled" if pickled else "base_empty", "error", shown)
+        return
+    try:
+        for path in (path for group in files.values() for path in group):
+            read_header(path)
+    except Fault as fault:
+        yield Finding("base_broken", "error", shown | {"reason": str(fault)})
+        return
+    yield from _room(files, shown)
+
+
+def weight_files(base: Path) -> dict[str, list[Path]]:
+    """Part -> its files, several where it is split. A model folder's parts lie in subfolders."""
+    if base.is_file():
+        return {base.name: [base]}
+    parted = (base / "model_index.json").exists()
+    parts: dict[str, list[Path]] = {}
+    for path in sorted(base.glob("*/*.safetensors" if parted else "**/*.safetensors")):
+        name = re.sub(r"-\d{5}-of-\d{5}(?=\.)", "", path.relative_to(base).as_posix())
+        parts.setdefault(name, []).append(path)
+    return parts
+
+
+def _room(files: dict[str, list[Path]], shown: dict[str, Any]) -> Iterator[Finding]:
+    sizes = [sum(path.stat().st_size for path in group) / machine.MB for group in files.values()]
+    free = machine.ram()[1]
+    facts = shown | {"largest": f"{max(sizes) / 1024:.2f}", "size": f"{sum(sizes) / 1024:.2f}",
+                     "free": f"{free / 1024:.1f}"}
+    fits = max(sizes) < free            # parts are loaded one after the other
+    yield Finding("base" if fits else "base_ram", "ok" if fits else "warning", facts)
+    for folder in {paths.data_dir(), paths.cache_dir()}:
+        room = machine.disk_free(folder)
+        if room is not None and room < sum(sizes):
+            yield Finding("base_disk", "warning",
+                          facts | {"folder": str(folder), "room": f"{room / 1024:.1f}"})
 
 
 if __name__ == "__main__":              # the process of its own, see torch_facts
