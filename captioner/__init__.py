@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import cast
 
 from captioner.base import Captioner
 from core.faults import Fault
@@ -17,9 +18,17 @@ REGISTRY = {
 
 
 def get(name: str) -> type[Captioner]:
-    """The captioner's class. Raises Fault("captioner.unknown") for another name."""
-    if name not in REGISTRY:
+    """The captioner's class, of the registry or as "module:Class".
+
+    Raises Fault("captioner.unknown") for another name.
+    """
+    module, colon, attribute = REGISTRY.get(name, name).partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute) if colon else None
+    except (ImportError, AttributeError, ValueError):
+        if name in REGISTRY:
+            raise
+        found = None
+    if not hasattr(found, "describe"):
         raise Fault("captioner.unknown", name=name, known=", ".join(REGISTRY))
-    module, _, attribute = REGISTRY[name].partition(":")
-    found: type[Captioner] = getattr(importlib.import_module(module), attribute)
-    return found
+    return cast("type[Captioner]", found)

@@ -28,7 +28,7 @@ class CaptionConfig(BaseModel):
 
     # sentences
     prompt: str = ""                        # prefix of the sentence, or the question
-    max_tokens: int = Field(default=40, ge=1, le=1024)
+    max_tokens: int | None = Field(default=None, ge=1, le=4096)         # None: the captioner's
     min_tokens: int = Field(default=5, ge=0, le=1024)
     beams: int = Field(default=3, ge=1, le=32)
     sample: bool = False                    # sampling instead of beam search
@@ -36,7 +36,7 @@ class CaptionConfig(BaseModel):
     top_p: float = Field(default=0.9, gt=0, le=1)
 
     # tags
-    most_tags: int = Field(default=12, ge=1, le=500)
+    most_tags: int | None = Field(default=None, ge=1, le=500)           # None: the captioner's
     tag_threshold: float | None = Field(default=None, ge=0, le=1)       # None: the captioner's
     character_threshold: float | None = Field(default=None, ge=0, le=1)
     vocabulary: str = ""                    # a .txt / .yaml of the user's own; empty: built in

@@ -46,7 +46,9 @@ def add_commands(commands: Any) -> None:
     _add_generate(commands)
     _add_lora(commands)
     _add_runs(commands)
-    add_command(commands, "doctor", _doctor, line="doctor", answers=True)
+    doctor = add_command(commands, "doctor", _doctor, line="doctor --base model.safetensors",
+                         answers=True)
+    doctor.add_argument("--base", metavar="MODEL", help=say("arg_doctor_base"))
 
 
 def _add_train(commands: Any) -> None:
@@ -299,13 +301,14 @@ def _runs_show(options: argparse.Namespace) -> int:
 
 
 def _runs_resume(options: argparse.Namespace) -> int:
-    from core import runs
-    from core.config import load_train_config
+    from core import runs, worker
     from core.journal import CONFIG
     view = runs.load_run(_run_id(options.id))
     if not view.over:
         raise Fault("jobs.still_running", id=view.id, state=view.state)
-    config = load_train_config(view.folder / CONFIG).with_changes(resume=True)
+    config = worker.load_config(view.job, view.folder / CONFIG)
+    if view.job == "train":
+        config = config.with_changes(resume=True)
     with contextlib.suppress(OSError):
         os.chdir(view.cwd)              # relative paths mean what they meant
     return _run(view.job, config, options, resumed_from=view.id)
@@ -341,7 +344,7 @@ def _brief(view: Any) -> dict[str, Any]:
 
 def _doctor(options: argparse.Namespace) -> int:
     from core import doctor
-    findings = doctor.examine()
+    findings = doctor.examine(options.base and _base(options.base))
     ill = any(finding.level == "error" for finding in findings)
     if options.json:
         print_json({"ok": not ill, "findings": [doctor.as_dict(f) for f in findings]})

@@ -40,7 +40,8 @@ class Job(NamedTuple):
     run: str                          # "module:function": config, emit, control -> result
 
 
-JOBS = {"train": Job("core.config:load_train_config", "core.engine:train")}
+JOBS = {"train": Job("core.config:load_train_config", "core.engine:train"),
+        "caption": Job("captioner.runner:load", "captioner.runner:caption")}
 
 
 def run_job(job: str, config: Any, folder: Path, control: Control,
@@ -71,7 +72,7 @@ def _attempt(job: str, config: Any, folder: Path, control: Control,
              emit: Callable[[Event], None]) -> JobEnded:
     try:
         entry = _entry(job)
-        config = config if config is not None else _named(entry.load)(folder / CONFIG)
+        config = config if config is not None else load_config(job, folder / CONFIG)
         emit(JobStarted(job=job, pid=os.getpid(), config=config.model_dump(mode="json")))
         run = _named(entry.run)                       # torch comes in here
         result = {"state": "stopped"} if control.stopping else run(config, emit, control) or {}
@@ -85,6 +86,10 @@ def _attempt(job: str, config: Any, folder: Path, control: Control,
         with contextlib.suppress(OSError):
             emit(faulted(error, config))
         return JobEnded(state="failed")
+
+
+def load_config(job: str, path: Path) -> Any:
+    return _named(_entry(job).load)(path)
 
 
 def _entry(job: str) -> Job:
@@ -296,9 +301,10 @@ def _lighter(config: Any) -> tuple[Fix, ...]:
     fixes = []
     if (batch := getattr(config, "batch_size", 1)) > 1:
         parts = 2 if batch % 2 == 0 else batch
-        fixes.append(Fix("smaller_batch", {
-            "batch_size": batch // parts,
-            "gradient_accumulation_steps": config.gradient_accumulation_steps * parts}))
+        changes = {"batch_size": batch // parts}
+        if hasattr(config, "gradient_accumulation_steps"):
+            changes["gradient_accumulation_steps"] = config.gradient_accumulation_steps * parts
+        fixes.append(Fix("smaller_batch", changes))
     if not getattr(config, "gradient_checkpointing", True):
         fixes.append(Fix("checkpointing", {"gradient_checkpointing": True}))
     return tuple(fixes)
