@@ -18,6 +18,7 @@ from core import captions, words
 from core.faults import Fault
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
+BasePrecision = Literal["same", "int8", "fp8", "nf4"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 
@@ -55,8 +56,12 @@ class TrainConfig(BaseModel):
         "layers by name, or a preset: attention | attention+ff | all-linear")
     gradient_accumulation_steps: int = _field(1, "advanced", "batches per update", ge=1, le=4096)
     precision: Precision = _field("auto", "advanced", "number format of the base")
+    base_precision: BasePrecision = _field(
+        "same", "advanced", "numbers that hold the frozen base: int8, fp8, nf4 save memory")
+    offload: float = _field(
+        0.0, "advanced", "share of the base that waits in RAM; slower, less GPU memory", ge=0, le=1)
     gradient_checkpointing: bool = _field(False, "advanced", "less memory, slower steps")
-    optimizer: Literal["adamw"] = _field("adamw", "advanced", "update rule")
+    optimizer: Literal["adamw", "adamw8bit"] = _field("adamw", "advanced", "update rule")
     lr_scheduler: Schedule = _field("constant", "advanced", "course of the learning rate")
     lr_warmup_steps: int = _field(0, "advanced", "steps until the full rate", "steps", ge=0)
     save_steps: int = _field(0, "advanced", "checkpoint every N steps; 0: at the end", ge=0)

@@ -15,6 +15,11 @@ class Batch:
     indices: tuple[int, ...]        # of the pictures
     numbers: tuple[int, ...]        # of the samples, counted over the whole run
 
+    def parts(self, most: int) -> list[Batch]:
+        """The same samples, at most `most` at once."""
+        return [Batch(self.indices[i:i + most], self.numbers[i:i + most])
+                for i in range(0, len(self.indices), most)]
+
 
 class Course:
     """Epochs of bucketed batches, cut into updates of `accumulation` batches. The last update of

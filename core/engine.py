@@ -24,8 +24,10 @@ from core.events import Event, Note, Phase
 from core.examples import Encoder, Examples, Stopped, find
 from core.families.base import Cond, Family, Parts, Precision
 from core.faults import Fault
+from core.lookout import Lookout, weigh
 from core.meter import Meter
 from core.objective import Diffusion, Draw
+from core.plan import Base
 from core.precision import autocast, choose, free_memory
 from core.preview import Previewer
 from core.saving import Keeper
@@ -54,6 +56,9 @@ def train(config: TrainConfig, emit: Emit, control: Control,
         parts.objective = config.prediction_type
     examples = find(config, *_picture_paths(config, beside), parts.native_size,
                     parts.bucket_step, emit)
+    lookout = Lookout(config, Base.of(source, family.spec.id), precision.device,
+                      weigh(examples.items, config), emit)
+    lookout.announce()
     try:
         Encoder(family, source, precision, config, emit, control).fill(
             examples, config.sample_prompts)
@@ -63,7 +68,8 @@ def train(config: TrainConfig, emit: Emit, control: Control,
     parts.denoiser = family.load(source, precision, frozenset({"denoiser"})).denoiser
     trainer = Trainer(config, family, parts, precision, examples, emit, control)
     keeper = Keeper(trainer, _output(config), began)
-    return Session(trainer, keeper, began).run()
+    with lookout:
+        return Session(trainer, keeper, lookout, began).run()
 
 
 class Trainer:
@@ -77,7 +83,7 @@ class Trainer:
         self.parameters = lora.attach(self.denoiser, config, family.spec)
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
-        self.denoiser.train()
+        lora.set_training(self.denoiser, True)
         self.optimizer = optim.create(config, self.parameters)
         self.scaler = torch.amp.GradScaler(
             precision.device.type, enabled=precision.compute == torch.float16)
@@ -90,6 +96,7 @@ class Trainer:
             config.batch_size, config.gradient_accumulation_steps, config.seed)
         self.total = config.max_train_steps or config.epochs * self.course.updates_per_epoch
         self.loss_sum = torch.zeros((), device=precision.device)
+        self.micro_batch = config.batch_size        # samples at once; see `lower`
 
     def update(self, number: int) -> None:
         """One optimizer step on the batches of update `number`."""
@@ -109,13 +116,24 @@ class Trainer:
     def accumulate(self, batches: Sequence[Batch]) -> None:
         """Adds the gradient of the mean loss over all samples of all batches."""
         samples = sum(len(b.indices) for b in batches)
-        for batch in batches:
+        for batch in (part for whole in batches for part in whole.parts(self.micro_batch)):
             latents = self._latents(batch)
             draw = self.diffusion.draw(self.config.seed, batch.numbers, latents.shape[1:])
             losses = self.losses(latents, draw, self._cond(batch))
             loss = losses.sum() / samples
             self.loss_sum += loss.detach()
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def lower(self) -> dict[str, Any] | None:
+        """The next gentler way to make the same updates: half the samples at once, then
+        activation checkpointing. -> the config keys that it amounts to; None: nothing is left."""
+        if self.micro_batch > 1:
+            self.micro_batch = -(-self.micro_batch // 2)
+            return {"batch_size": self.micro_batch}
+        if not getattr(self.denoiser, "is_gradient_checkpointing", True):
+            self.denoiser.enable_gradient_checkpointing()
+            return {"gradient_checkpointing": True}
+        return None
 
     def losses(self, latents: Tensor, draw: Draw, cond: Cond) -> Tensor:
         """Loss of each sample (B,), fp32."""
@@ -131,7 +149,7 @@ class Trainer:
         held_out = sorted(self.examples.held_out)
         if not held_out:
             return None
-        self.denoiser.eval()
+        lora.set_training(self.denoiser, False)
         total = 0.0
         for i in held_out:
             latents = self._view(i, False)[None]
@@ -140,7 +158,7 @@ class Trainer:
             for share in VALIDATION_SHARES:
                 draw = self.diffusion.draw_fixed(_FIXED_SEED, [i], latents.shape[1:], share)
                 total += float(self.losses(latents, draw, cond))
-        self.denoiser.train()
+        lora.set_training(self.denoiser, True)
         return total / (len(held_out) * len(VALIDATION_SHARES))
 
     def mean_loss(self, updates: int) -> float:
@@ -176,8 +194,9 @@ class Trainer:
 class Session:
     """A run around the step: progress, requests, checkpoints, previews, the end."""
 
-    def __init__(self, trainer: Trainer, keeper: Keeper, began: float) -> None:
-        self.trainer, self.keeper, self.began = trainer, keeper, began
+    def __init__(self, trainer: Trainer, keeper: Keeper, lookout: Lookout,
+                 began: float) -> None:
+        self.trainer, self.keeper, self.lookout, self.began = trainer, keeper, lookout, began
         self.config, self.emit, self.control = trainer.config, trainer.emit, trainer.control
         self.previewer = Previewer(trainer.family, trainer.parts, trainer.precision, self.config,
                                    trainer.examples, keeper.output / "samples", self.emit)
@@ -186,15 +205,17 @@ class Session:
 
     def run(self) -> dict[str, Any]:
         start = self.keeper.resume() if self.config.resume else 0
-        meter = Meter(self.trainer, start)
+        meter = Meter(self.trainer, start, self.lookout)
         self.emit(Phase(name="train", done=start, total=self.trainer.total))
         if not start:
             self._preview(0)
         for update in range(start, self.trainer.total):
             if self._asked_to_stop(update):
                 return self._stopped(update, meter)
+            begins = time.perf_counter()
             self.trainer.update(update)
             meter.tick(update + 1)
+            self.lookout.between_steps(self.trainer, time.perf_counter() - begins)
             self._after(update + 1, meter)
         return self._finish(meter)
 
@@ -246,7 +267,8 @@ class Session:
                 "steps": trainer.total, "seconds": time.time() - self.began,
                 "best": keeper.best(), "samples": self.samples, "proof": proof,
                 "checkpoints": keeper.kept(), "parameters": sum(
-                    p.numel() for p in trainer.parameters), **meter.facts()}
+                    p.numel() for p in trainer.parameters), **meter.facts(),
+                **self.lookout.facts()}
 
 
 def _source(config: TrainConfig, beside: Path | None) -> Path:

@@ -35,6 +35,12 @@ class Phase(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Planned(Event):
+    kind = "plan"
+    plan: dict[str, Any]                              # as core.plan.as_dict gives it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step(Event):
     kind = "step"
     step: int                                         # optimizer steps done
@@ -45,6 +51,8 @@ class Step(Event):
     steps_per_s: float
     eta_s: float
     memory_mb: float = 0.0                            # CUDA reserved, else resident memory
+    free_mb: float | None = None                      # left there for everyone
+    temperature_c: float | None = None                # of the card
     validation: float | None = None
 
 
@@ -97,7 +105,7 @@ class JobEnded(Event):
 
 
 KINDS: dict[str, type[Event]] = {c.kind: c for c in (
-    JobStarted, Phase, Step, Sample, Checkpoint, Captioned, Note, Faulted, JobEnded)}
+    JobStarted, Phase, Planned, Step, Sample, Checkpoint, Captioned, Note, Faulted, JobEnded)}
 
 _SHAPES = {kind: (cls, frozenset(f.name for f in fields(cls))) for kind, cls in KINDS.items()}
 

@@ -56,6 +56,14 @@ def attach(model: Any, config: TrainConfig, spec: FamilySpec) -> list[nn.Paramet
     return trainable(model)
 
 
+def set_training(model: nn.Module, on: bool) -> None:
+    """Dropout of the adapter on or off. The frozen base stays in eval mode: diffusers' UNets copy
+    activations in train mode, for trainers with several cards."""
+    model.eval()
+    for _, layer in layers(model):
+        layer.lora_dropout.train(on)
+
+
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 

@@ -15,8 +15,11 @@ from core import families, lora
 from core.config import TrainConfig
 from core.families.base import ALL_PARTS, Cond, Family, Part, Parts, Precision
 from core.objective import Diffusion, Draw
+from core.offload import stage_of, waiting
 from core.plan import Base
-from core.precision import DTYPES
+from core.precision import DTYPES, keep_
+from core.quantise import Frozen
+from core.quantise import Kind as QuantKind
 from core.tracing import META, Kernels, Kind, size_of, traced
 
 Figures = dict[str, float]
@@ -31,6 +34,14 @@ def base(base: Base, numbers: dict[str, str]) -> Figures:
             "text": sum(map(size_of, encoders)),
             "denoiser_parameters": sum(p.numel() for p in parts.denoiser.parameters()),
             "native": parts.native_size, "step": parts.bucket_step}
+
+
+def kept(base: Base, numbers: dict[str, str], kept: QuantKind = "same", offload: float = 0.0
+         ) -> Figures:
+    """`denoiser`: what of it lies on the device, quantised; `waiting`: in RAM."""
+    _, parts = _skeleton(base, numbers, "denoiser")
+    keep_(parts.denoiser, META, kept, offload)
+    return {"denoiser": size_of(parts.denoiser), "waiting": waiting(parts.denoiser)}
 
 
 def texts(base: Base, numbers: dict[str, str], kind: Kind, batch: int) -> Figures:
@@ -58,7 +69,8 @@ def cache(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: i
 
 def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: int, batch: int,
          rank: int, dropout: bool, targets: str | list[str], checkpointing: bool,
-         accumulating: bool) -> Figures:
+         accumulating: bool, kept: QuantKind = "same", offload: float = 0.0,
+         eight_bit: bool = False) -> Figures:
     """One micro-batch forward and backward, as the engine runs it.
 
     `gradients_inside`: bytes of `peak` that are gradients, made by this very backward; when
@@ -66,19 +78,21 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
     """
     family, parts = _skeleton(base, numbers, "denoiser", "vae", "text")
     latents, cond = _inputs(family, parts, numbers, width, height, batch)
+    _keep(parts, kind, kept, offload)
     config = TrainConfig(lora_rank=rank, lora_dropout=0.1 if dropout else 0.0,
                          target_modules=targets)
     parameters = lora.attach(parts.denoiser, config, family.spec)
     kernels = Kernels(kind, DTYPES[numbers["compute"]])
     if checkpointing:
         parts.denoiser.enable_gradient_checkpointing(kernels.checkpoint)
-    parts.denoiser.train()
+    lora.set_training(parts.denoiser, True)
     adapter = sum(-(-p.numel() * 4 // 512) * 512 if kind == "cuda" else p.numel() * 4
                   for p in parameters)
     if accumulating:
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
     diffusion = Diffusion(parts, device=META)
+    _learn_order(family, parts, latents, cond)
     with traced(kernels, [parts.denoiser]) as tally:
         inputs = latents.clone(), {k: v.clone() for k, v in cond.items()}
         draw = Draw(torch.empty_like(latents), torch.empty(batch, dtype=torch.int64, device=META))
@@ -87,20 +101,25 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
         torch.autograd.backward([losses.sum() / batch])
     return {"peak": tally.peak, "adapter": adapter, "gradients": adapter,
             "gradients_inside": 0 if accumulating else min(adapter, tally.peak),
-            "optimizer": ADAM_STATES * adapter + len(parameters) * (512 if kind == "cuda" else 4),
+            "optimizer": (sum(map(_eight_bit_states, parameters)) if eight_bit else
+                          ADAM_STATES * adapter
+                          + len(parameters) * (512 if kind == "cuda" else 4)),
             "parameters": sum(p.numel() for p in parameters), "tensors": len(parameters)}
 
 
 def draw(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: int, batch: int,
-         rank: int, targets: str | list[str]) -> Figures:
+         rank: int, targets: str | list[str], kept: QuantKind = "same", offload: float = 0.0
+         ) -> Figures:
     """A preview: denoising with the adapter, `batch` 2 with guidance; then decoding one picture."""
     family, parts = _skeleton(base, numbers, "denoiser", "vae", "text")
     latents, cond = _inputs(family, parts, numbers, width, height, batch)
+    _keep(parts, kind, kept, offload)
     lora.attach(parts.denoiser, TrainConfig(lora_rank=rank, target_modules=targets), family.spec)
-    parts.denoiser.eval()
+    lora.set_training(parts.denoiser, False)
     known = [parts.denoiser, parts.vae]
     t = torch.empty(batch, dtype=torch.int64, device=META)
     kernels = Kernels(kind, DTYPES[numbers["compute"]])
+    _learn_order(family, parts, latents, cond)
     with torch.no_grad(), traced(kernels, known) as tally, kernels.autocast():
         one = latents[:1].clone()                       # the picture in the making stays
         family.predict(parts.denoiser, latents.clone(), t, cond)
@@ -109,7 +128,7 @@ def draw(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
 
 
 TRACES: dict[str, Callable[..., Figures]] = {
-    "base": base, "texts": texts, "cache": cache, "step": step, "draw": draw}
+    "base": base, "kept": kept, "texts": texts, "cache": cache, "step": step, "draw": draw}
 
 
 def _skeleton(base: Base, numbers: dict[str, str], *only: Part) -> tuple[Family, Parts]:
@@ -117,6 +136,33 @@ def _skeleton(base: Base, numbers: dict[str, str], *only: Part) -> tuple[Family,
     precision = Precision(device=META, weights=DTYPES[numbers["weights"]],
                           compute=DTYPES[numbers["compute"]], vae=DTYPES[numbers["vae"]])
     return family, family.skeleton(base.source, precision, frozenset(only) or ALL_PARTS)
+
+
+def _keep(parts: Parts, kind: Kind, kept: QuantKind, offload: float) -> None:
+    keep_(parts.denoiser, META, kept, offload)
+    for layer in parts.denoiser.modules():
+        if isinstance(layer, Frozen):
+            layer.native = kind == "cuda"
+
+
+def _learn_order(family: Family, parts: Parts, latents: Tensor, cond: Cond) -> None:
+    """Blocks that wait in RAM come ahead of their use only once their order is known."""
+    stage = stage_of(parts.denoiser)
+    if stage is None:
+        return
+    t = torch.empty(len(latents), dtype=torch.int64, device=META)
+    with torch.no_grad():
+        family.predict(parts.denoiser, latents.to(parts.denoiser.dtype), t, {
+            k: v.to(parts.denoiser.dtype) for k, v in cond.items()})
+    stage.clear()
+
+
+def _eight_bit_states(parameter: Tensor) -> int:
+    """bitsandbytes: two states of one byte a weight with an fp32 scale for every 256; in full
+    below 4096 weights."""
+    count = parameter.numel()
+    sizes = [count, -(-count // 256) * 4] if count >= 4096 else [count * 4]
+    return 2 * sum(-(-size // 512) * 512 for size in sizes)
 
 
 def _inputs(family: Family, parts: Parts, numbers: dict[str, str], width: int, height: int,

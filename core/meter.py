@@ -16,14 +16,15 @@ from core.faults import Fault, Fix
 
 if TYPE_CHECKING:
     from core.engine import Trainer
+    from core.lookout import Lookout
 
 SHOW_EVERY_S = 0.5          # asking for the loss waits for the GPU, so not at every step
 _SMOOTH = 0.7               # of the speed shown
 
 
 class Meter:
-    def __init__(self, trainer: Trainer, start: int) -> None:
-        self.trainer, self.start = trainer, start
+    def __init__(self, trainer: Trainer, start: int, lookout: Lookout | None = None) -> None:
+        self.trainer, self.start, self.lookout = trainer, start, lookout
         self.shown = self.began = time.perf_counter()
         self.shown_step = self.done = start
         self.speed = 0.0                    # steps/s, smoothed
@@ -52,12 +53,15 @@ class Meter:
         elif validation is None:
             return
         self.peak_mb = max(self.peak_mb, memory_mb(trainer.precision.device))
+        watch = self.lookout.watch if self.lookout else None
         trainer.emit(Step(
             step=done, total=trainer.total, epoch=trainer.course.epoch_of(done),
             loss=self.losses[-1] if self.losses else None,
             lr=float(trainer.optimizer.param_groups[0]["lr"]), steps_per_s=self.speed,
             eta_s=(trainer.total - done) / max(self.speed, 1e-9),
-            memory_mb=memory_mb(trainer.precision.device), validation=validation))
+            memory_mb=memory_mb(trainer.precision.device), validation=validation,
+            free_mb=watch.reading.free_mb if watch else None,
+            temperature_c=watch.reading.temperature_c if watch else None))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -28,12 +28,12 @@ class Previewer:
         self.parts.vae = self.family.load(
             self.parts.source, self.precision, frozenset({"vae"})).vae
         lora.set_weight(self.parts.denoiser, config.sample_weight)
-        self.parts.denoiser.eval()
+        lora.set_training(self.parts.denoiser, False)
         try:
             return [self._one(i, prompt, step, name)
                     for i, prompt in enumerate(config.sample_prompts)]
         finally:
-            self.parts.denoiser.train()
+            lora.set_training(self.parts.denoiser, True)
             lora.set_weight(self.parts.denoiser, 1.0)
             self.parts.vae = None
             free_memory()

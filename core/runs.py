@@ -34,6 +34,7 @@ from core.events import (
     JobStarted,
     Note,
     Phase,
+    Planned,
     Sample,
     Step,
 )
@@ -74,6 +75,9 @@ class JobView:
     steps_per_s: float = 0.0
     eta_s: float = 0.0
     memory_mb: float = 0.0
+    free_mb: float | None = None
+    temperature_c: float | None = None
+    plan: dict[str, Any] = field(default_factory=dict)     # what was planned, before the start
     losses: tuple[Point, ...] = ()
     validations: tuple[Point, ...] = ()
     samples: tuple[Sample, ...] = ()
@@ -135,6 +139,8 @@ def _changes(view: JobView, event: Event) -> dict[str, Any]:
         case Phase():
             return working | {"phase": event.name, "phase_done": event.done,
                               "phase_total": event.total}
+        case Planned():
+            return working | {"plan": event.plan}
         case Step():
             return working | _step(view, event)
         case Sample():
@@ -157,7 +163,9 @@ def _changes(view: JobView, event: Event) -> dict[str, Any]:
 def _step(view: JobView, step: Step) -> dict[str, Any]:
     return {"step": step.step, "total": step.total, "epoch": step.epoch, "loss": step.loss,
             "lr": step.lr, "steps_per_s": step.steps_per_s, "eta_s": step.eta_s,
-            "memory_mb": step.memory_mb, "losses": _longer(view.losses, step.step, step.loss),
+            "memory_mb": step.memory_mb, "free_mb": step.free_mb,
+            "temperature_c": step.temperature_c,
+            "losses": _longer(view.losses, step.step, step.loss),
             "validations": _longer(view.validations, step.step, step.validation)}
 
 

@@ -16,9 +16,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+
+from core import quantise
 
 Kind = Literal["cuda", "mps", "cpu"]
 META = torch.device("meta")
@@ -27,7 +30,8 @@ GRAIN = {"cuda": 512, "mps": 256, "cpu": 64}        # bytes that an allocation i
 _HALF: set[Callable[..., Any]] = {
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d,
     torch.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm,
-    torch.mm, Tensor.mm, torch.addmm, torch.baddbmm, F.scaled_dot_product_attention}
+    torch.mm, Tensor.mm, torch.addmm, torch.baddbmm, F.scaled_dot_product_attention,
+    quantise.linear, quantise.conv2d}
 _FULL: dict[str, set[Callable[..., Any]]] = {       # computed in fp32 under autocast
     "cuda": {F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax,
              F.log_softmax, torch.exp, Tensor.exp, torch.pow, Tensor.pow, F.mse_loss},
@@ -48,9 +52,15 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        copies = 0
+        if func in _CONVOLUTIONS and _channels_last(args[_CONVOLUTIONS[func]], *args[1:2]):
+            if isinstance(out, Tensor):
+                out = torch.empty_like(out, memory_format=torch.channels_last)
+            copies = sum(_copied(t) for t in args[:3])
         for one in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(one, Tensor):
                 self._add(one)
+        self.peak = max(self.peak, self.live + copies)
         return out
 
     def _add(self, tensor: Tensor) -> None:
@@ -67,6 +77,24 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _drop(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.live -= size
+
+
+# A convolution keeps the layout of its input or weight, and copies what is laid out otherwise;
+# torch's meta kernel knows no device and leaves both out. -> the place of the input
+_CONVOLUTIONS = {torch.ops.aten.convolution.default: 0,
+                 torch.ops.aten.convolution_backward.default: 1}
+
+
+def _channels_last(*tensors: Tensor) -> bool:
+    return any(suggest_memory_format(t) == torch.channels_last for t in tensors)
+
+
+def _copied(tensor: Any) -> int:
+    """Bytes of the copy that a channels_last kernel makes of a tensor in another layout."""
+    if not isinstance(tensor, Tensor) or tensor.ndim != 4 or tensor.is_contiguous(
+            memory_format=torch.channels_last):
+        return 0
+    return tensor.numel() * tensor.element_size()
 
 
 class Kernels(TorchFunctionMode):
@@ -87,6 +115,8 @@ class Kernels(TorchFunctionMode):
             kwargs = {k: self._cast(v, wanted) for k, v in kwargs.items()}
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
+        if func is F.group_norm and self.kind == "cpu":
+            return _group_norm(*args, **kwargs)
         return func(*args, **kwargs)
 
     @contextmanager
@@ -111,6 +141,7 @@ class Kernels(TorchFunctionMode):
                     yield
             finally:
                 self.casting = before
+                self._casts.clear()
 
         return checkpoint(module.__call__, *args, use_reentrant=False,
                           context_fn=lambda: (nullcontext(), again()))
@@ -139,6 +170,30 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
     out: Tensor = flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask,
                         scale=scale)[0]
+    return out
+
+
+class _GroupNorm(torch.autograd.Function):
+    """On the CPU it keeps channels_last; torch's meta kernel is CUDA's, which makes the input
+    contiguous first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: int, *affine: Tensor) -> Tensor:
+        statistics = x.new_empty(2, x.shape[0], groups)
+        ctx.save_for_backward(x, statistics, *affine)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return torch.empty_like(grads[0]), None, *[None] * (len(ctx.saved_tensors) - 2)
+
+
+def _group_norm(x: Tensor, num_groups: int, weight: Tensor | None = None,
+                bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    layout = torch.channels_last if x.ndim == 4 and x.is_contiguous(
+        memory_format=torch.channels_last) else torch.contiguous_format
+    affine = [t for t in (weight, bias) if t is not None]
+    out: Tensor = _GroupNorm.apply(x.contiguous(memory_format=layout), num_groups, *affine)
     return out
 
 

@@ -54,9 +54,9 @@ def verify_run(trainer: Trainer, path: Path) -> dict[str, Any]:
         trainer.examples.cond([""], precision.device))
     lora.set_weight(parts.denoiser, 1.0)
     in_memory = _picture(family.pipeline(parts), parts, arguments, precision)
-    fresh = family.load(parts.source, precision, frozenset({"denoiser"}))
-    parts.denoiser = trainer.denoiser = None
+    parts.denoiser = trainer.denoiser = None        # a large base doesn't fit twice
     free_memory()
+    fresh = family.load(parts.source, precision, frozenset({"denoiser"}))
     fresh.vae, fresh.objective = parts.vae, parts.objective
     return _draw_and_compare(family, fresh, precision, path, arguments, in_memory)
 

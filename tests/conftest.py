@@ -18,6 +18,11 @@ def own_home(tmp_path_factory: pytest.TempPathFactory,
              monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Runs, settings and caches of a test never touch the user's."""
     home = tmp_path_factory.mktemp("home")
+    (home / "cache").mkdir()
+    if os.name != "nt":         # a plan traced once serves the whole session: seconds a test
+        plans = tmp_path_factory.getbasetemp() / "plans"
+        plans.mkdir(exist_ok=True)
+        (home / "cache" / "plans").symlink_to(plans)
     monkeypatch.setenv("DARKROOM_HOME", str(home))
     return home
 

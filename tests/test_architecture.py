@@ -18,10 +18,10 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("core", "captioner", "gui", "launcher")            # each may import those before it
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "open_clip"}
-LIGHT = ("captions", "commands", "config", "console", "control", "dataset", "doctor", "events",
-         "families", "faults", "gpu", "jobs", "journal", "lora_file", "lora_metadata", "paths",
-         "presets", "runs", "safetensors_header", "settings", "sheet", "terminal", "words",
-         "worker")
+LIGHT = ("advisor", "captions", "commands", "config", "console", "control", "dataset", "doctor",
+         "download", "events", "families", "faults", "gpu", "hub", "hub_commands", "hub_index", "jobs",
+         "journal", "lora_file", "lora_metadata", "machine", "paths", "plan", "presets", "runs",
+         "safetensors_header", "settings", "sheet", "terminal", "watch", "words", "worker")
 LANGUAGES = ("en", "zh-CN")
 STRINGS = ROOT / "core" / "strings"
 

@@ -1,0 +1,147 @@
+"""A run's plan beside the run: planned before it starts, watched while it goes, compared after.
+
+When another program takes the memory that the plan counts on, the run is lowered before it fails:
+smaller micro-batches first (the same samples, the same update), then activation checkpointing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from core import gpu, machine, plan
+from core.config import TrainConfig
+from core.events import Event, Note, Planned
+from core.examples import Example
+from core.faults import Fault
+from core.meter import memory_mb
+from core.plan import Base, Data, Machine, Plan
+from core.watch import NvmlReader, RamReader, Watch
+
+if TYPE_CHECKING:
+    from core.engine import Trainer
+
+HEADROOM = 0.03                 # of the memory; less margin than this is pressure
+
+
+class Lookout:
+    """`with Lookout(...) as lookout:` around the training."""
+
+    def __init__(self, config: TrainConfig, base: Base, device: torch.device, data: Data,
+                 emit: Callable[[Event], None]) -> None:
+        self.config, self.base, self.data, self.emit = config, base, data, emit
+        self.device, self.machine = device, here(device.type)
+        self.plan: Plan | None = None
+        self.watch: Watch | None = None
+        self.lowered: dict[str, Any] = {}           # config keys that this run has changed
+
+    def announce(self) -> None:
+        """Plans and tells. A plan that can't be made must not keep a run from starting."""
+        self.plan = self._plan(self.config)
+        if self.plan is None:
+            return
+        facts = plan.as_dict(self.plan)
+        self.emit(Planned(plan=facts))
+        if facts["verdict"] == "too_big":
+            self.emit(Note(key="engine.plan_too_big", params={
+                "needs": round(self.plan.needs_mb), "free": round(self.machine.free_mb),
+                "phase": self.plan.peak.name}))
+
+    def __enter__(self) -> Self:
+        if self.plan is not None and (reader := self._reader()) is not None:
+            self.watch = Watch(reader, self.plan.needs_mb, HEADROOM * self.machine.total_mb,
+                               self.emit)
+            self.watch.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.watch is not None:
+            self.watch.__exit__(*_)
+
+    def between_steps(self, trainer: Trainer, step_s: float) -> None:
+        """Asked after every update; cheap: two flags that the watching thread sets."""
+        if self.watch is None:
+            return
+        self.watch.spilling(step_s)
+        if self.watch.pressure():
+            self.lower(trainer, "engine.lowered_for_others")
+
+    def lower(self, trainer: Trainer, why: str) -> bool:
+        """The next gentler setting, kept for the rest of the run; False: there is none."""
+        changes = trainer.lower()
+        if changes is None:
+            return False
+        self.lowered |= changes
+        lower = self._plan(self.config.with_changes(**self.lowered))
+        if lower is not None and self.watch is not None:
+            self.watch.lowered(lower.needs_mb)
+        for key, value in changes.items():
+            self.emit(Note(key=why, params={"key": key, "value": value, "needs": round(
+                lower.needs_mb) if lower else "?"}))
+        return True
+
+    def facts(self) -> dict[str, Any]:
+        """Planned and real, for the run's summary; remembered for this card's next plans."""
+        if self.plan is None:
+            return {}
+        real = max(memory_mb(self.device), self.watch.peak_mb if self.watch else 0.0)
+        found = {"planned_mb": round(self.plan.needs_mb, 1), "real_mb": round(real, 1),
+                 "phase": self.plan.peak.name, "lowered": self.lowered}
+        if self.device.type == "cuda":
+            allocated = torch.cuda.max_memory_allocated(self.device) / plan.MB
+            reserved = torch.cuda.max_memory_reserved(self.device) / plan.MB
+            found |= {"planned_tensors_mb": round(self.plan.peak.mb, 1),
+                      "allocated_mb": round(allocated, 1), "reserved_mb": round(reserved, 1),
+                      "real_mb": round(max(real, reserved + plan.CONTEXT_MB), 1)}
+            if not self.lowered:
+                plan.remember(self.plan, allocated, reserved)
+        return {"memory": found}
+
+    def _plan(self, config: TrainConfig) -> Plan | None:
+        try:
+            return plan.plan_run(config, self.base, self.machine, self.data)
+        except Fault:
+            raise
+        except Exception as error:          # an op that meta tensors lack, in a base nobody knew
+            self.emit(Note(key="engine.no_plan", params={
+                "reason": f"{type(error).__name__}: {str(error)[:200]}"}))
+            return None
+
+    def _reader(self) -> NvmlReader | RamReader | None:
+        if self.device.type == "cpu":
+            return RamReader()
+        card = gpu.chosen(gpu.report())
+        if card is None:
+            return None
+        return NvmlReader(card.uuid or card.index, held=self._held)
+
+    def _held(self) -> float:
+        return torch.cuda.memory_reserved(self.device) / plan.MB + plan.CONTEXT_MB
+
+
+def here(kind: str) -> Machine:
+    """This machine, as far as a plan needs it; `kind`: cpu | cuda | mps."""
+    total, free = machine.ram()
+    card = gpu.chosen(gpu.report()) if kind == "cuda" else None
+    if card is not None:
+        return Machine("cuda", card.name, card.total_mb, card.free_mb, card.capability, free)
+    if kind == "cuda":                      # no NVML: torch knows less, but it knows
+        with contextlib.suppress(RuntimeError):
+            left, whole = torch.cuda.mem_get_info()
+            return Machine("cuda", torch.cuda.get_device_name(), whole / plan.MB, left / plan.MB,
+                           torch.cuda.get_device_capability(), free)
+    return Machine("mps" if kind == "mps" else "cpu", machine.cpu_name(), total, free, ram_mb=free)
+
+
+def weigh(items: Sequence[Example], config: TrainConfig) -> Data:
+    """The bucket whose batch is the largest, and how much there is to keep."""
+    counts: dict[tuple[int, int], int] = {}
+    for item in items:
+        counts[item.bucket] = counts.get(item.bucket, 0) + item.picture.repeats
+    batches = {bucket: min(config.batch_size, count) for bucket, count in counts.items()}
+    bucket = max(batches, key=lambda b: (batches[b] * b[0] * b[1], b))
+    captions = {text for item in items for text in item.captions}
+    return Data(len(items), len(captions) + 1, batches[bucket], bucket)

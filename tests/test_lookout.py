@@ -1,0 +1,131 @@
+"""A run that is lowered while it goes makes the same updates, and says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from core import lookout
+from core.config import TrainConfig
+from core.control import Control
+from core.engine import train
+from core.events import Event, Note, Planned, Step
+from core.watch import Reading
+from tests import tiny
+
+Make = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def make(base: Path, tmp_path: Path) -> Make:
+    pictures = tiny.pictures(tmp_path / "pictures", count=8)
+
+    def config(name: str, **changes: Any) -> TrainConfig:
+        return TrainConfig.model_validate({
+            "base_model": str(base), "train_data_dir": str(pictures), "lora_rank": 4,
+            "output_dir": str(tmp_path / name), "output_name": "ink", "batch_size": 4,
+            "max_train_steps": 6, "save_precision": "fp32"} | changes)
+    return config
+
+
+class Crowd:
+    """A memory of which others take nearly all once the run has made three steps."""
+
+    total = 24_000.0
+
+    def __init__(self) -> None:
+        self.others = 1000.0
+
+    def read(self) -> Reading:
+        ours = 500.0
+        return Reading(free_mb=self.total - self.others - ours, ours_mb=ours,
+                       others_mb=self.others, total_mb=self.total)
+
+    def close(self) -> None:
+        pass
+
+
+def run(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, crowded_at: int = 0
+        ) -> tuple[dict[str, Any], list[Event]]:
+    crowd, events = Crowd(), list[Event]()
+    monkeypatch.setattr(lookout.Lookout, "_reader", lambda self: crowd)
+    monkeypatch.setattr(lookout.Lookout, "between_steps", polled(lookout.Lookout.between_steps))
+    monkeypatch.setattr(lookout, "here", lambda kind: lookout.Machine(
+        "cpu", "CPU", crowd.total, crowd.total - crowd.others))
+
+    def emit(event: Event) -> None:
+        events.append(event)
+        if crowded_at and isinstance(event, Step) and event.step >= crowded_at:
+            crowd.others = 22_900.0
+    result = train(config, emit, Control())
+    monkeypatch.undo()
+    return result, events
+
+
+def polled(ask: Callable[..., None]) -> Callable[..., None]:
+    """The watching thread looks once a second; here it looks after every step."""
+    def between(self: lookout.Lookout, trainer: Any, step_s: float) -> None:
+        assert self.watch
+        self.watch.poll()
+        ask(self, trainer, step_s)
+    return between
+
+
+def test_a_crowded_machine_lowers_the_run_not_the_result(
+        make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = run(make("plain"), monkeypatch)
+    lowered, events = run(make("lowered"), monkeypatch, crowded_at=1)
+    notes = [e for e in events if isinstance(e, Note) and e.key == "engine.lowered_for_others"]
+    assert notes
+    assert notes[0].params["key"] == "batch_size"
+    assert notes[0].params["value"] == 2
+    assert lowered["memory"]["lowered"]["batch_size"] <= 2
+    assert lowered["steps"] == plain["steps"] == 6
+    before, after = load_file(plain["lora"]), load_file(lowered["lora"])
+    assert before.keys() == after.keys()
+    for key, value in before.items():       # sums in another order: rounding, nothing else
+        assert torch.allclose(value, after[key], rtol=1e-3, atol=1e-6), key
+
+
+def test_planned_and_real_stand_in_events_and_summary(
+        make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, events = run(make("told"), monkeypatch)
+    planned = [e for e in events if isinstance(e, Planned)]
+    assert len(planned) == 1
+    assert planned[0].plan["needs_mb"] == pytest.approx(result["memory"]["planned_mb"], rel=1e-6)
+    assert result["memory"]["real_mb"] > 100
+    assert {e.free_mb for e in events if isinstance(e, Step)} == {22_500.0}
+    assert result["memory"]["lowered"] == {}
+
+
+def test_every_step_of_lowering(make: Make) -> None:
+    from tests.test_engine import trainer_of
+    trainer = trainer_of(make("steps"))
+    assert [trainer.lower() for _ in range(4)] == [
+        {"batch_size": 2}, {"batch_size": 1}, {"gradient_checkpointing": True}, None]
+
+
+def test_micro_batches_add_up_to_the_same_gradient(make: Make) -> None:
+    from tests.test_engine import gradient, trainer_of
+    whole = trainer_of(make("whole"))
+    parts = trainer_of(make("parts"))
+    parts.lower()
+    batches = whole.course.update(0)
+    assert torch.allclose(gradient(whole, batches), gradient(parts, batches),
+                          rtol=1e-4, atol=1e-7)
+
+
+def test_a_base_without_a_plan_still_trains(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise NotImplementedError("aten::odd has no meta kernel")
+    monkeypatch.setattr(lookout.plan, "plan_run", broken)
+    events: list[Event] = []
+    result = train(make("odd", max_train_steps=1), events.append, Control())
+    assert result["proof"]["ok"]
+    assert "memory" not in result
+    assert any(isinstance(e, Note) and e.key == "engine.no_plan" for e in events)
