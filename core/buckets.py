@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isqrt
+from math import floor, isqrt
 from random import Random
 
 import numpy as np
@@ -18,6 +18,7 @@ from PIL import Image
 from core.faults import Fault
 
 Size = tuple[int, int]                      # width, height in px
+Point = tuple[float, float]                 # 0..1 of width and height, from the top left
 
 
 def bucket_sizes(area: Size, step: int, shortest: int, longest: int) -> tuple[Size, ...]:
@@ -90,19 +91,27 @@ class Crop:
                 min(bottom * y, float(original[1])))
 
 
-def crop_to(size: Size, bucket: Size) -> Crop:
-    """The smallest scaling of `size` that covers `bucket`, cut at its centre."""
+def crop_to(size: Size, bucket: Size, focus: Point | None = None) -> Crop:
+    """The smallest scaling of `size` that covers `bucket`, cut at its centre, or with `focus` as
+    near to the middle of what is kept as the picture allows."""
     (width, height), (wide, high) = size, bucket
     if width * high <= height * wide:       # narrower than the bucket: the width decides
         resized = wide, (2 * height * wide + width) // (2 * width)
     else:
         resized = (2 * width * high + height) // (2 * height), high
-    return Crop(resized, (resized[0] - wide) // 2, (resized[1] - high) // 2, bucket)
+    x, y = focus or (0.5, 0.5)
+    return Crop(resized, _start(resized[0], wide, x), _start(resized[1], high, y), bucket)
 
 
-def fit_picture(image: Image.Image, bucket: Size) -> NDArray[np.uint8]:
-    """(H, W, 3): the picture scaled to cover its bucket and cut at the centre."""
-    crop = crop_to(image.size, bucket)
+def _start(side: int, kept: int, middle: float) -> int:
+    """Where `kept` of `side` px begin, about `middle`; rounded down, as kohya's centre is."""
+    return min(max(floor(middle * side - kept / 2), 0), side - kept)
+
+
+def fit_picture(image: Image.Image, bucket: Size,
+                focus: Point | None = None) -> NDArray[np.uint8]:
+    """(H, W, 3): the picture scaled to cover its bucket and cut at the centre, or at `focus`."""
+    crop = crop_to(image.size, bucket, focus)
     image = image.convert("RGB") if image.mode != "RGB" else image
     if crop.resized == image.size:
         return np.array(image.crop(crop.box), dtype=np.uint8)

@@ -88,6 +88,8 @@ class TrainConfig(BaseModel):
     bucket_no_upscale: bool = _field(False, "expert", "never enlarge a picture")
     min_bucket_side: int = _field(0, "expert", "px; 0: the family's", "px", ge=0)
     max_bucket_side: int = _field(0, "expert", "px; 0: the family's", "px", ge=0)
+    crop_about: Literal["center", "subject"] = _field(
+        "center", "expert", "what stays where a picture is cut; points set by hand always count")
     alpha_background: str = _field("white", "expert", "colour behind transparent pictures")
     cache_batch_size: int = _field(4, "expert", "pictures at once while caching", ge=1, le=64)
     cache_to_disk: bool = _field(True, "expert", "keep latents and embeddings for the next run")

@@ -9,14 +9,13 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from core import captions, words
+from core import captions, pool, words
 from core.faults import Fault
 from core.pictures import Look, look_at, prepare
 
@@ -40,6 +39,7 @@ class Picture:
     repeats: int                            # times per epoch
     size: tuple[int, int]                   # width, height as seen (EXIF orientation applied)
     has_alpha: bool                         # some pixel is not opaque
+    caption_file: Path | None = field(default=None, compare=False)  # sidecar or metadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +74,26 @@ class Dataset:
 
 # --- the folder -------------------------------------------------------------------------------
 
+LookAll = Callable[[Sequence[Path]], Iterator[Look | Fault]]
+
+
 def scan(folder: Path, metadata: Path | None = None,
-         progress: Callable[[int, int], None] | None = None) -> Dataset:
+         progress: Callable[[int, int], None] | None = None, *,
+         left_out: Collection[str] = (), look_all: LookAll | None = None) -> Dataset:
     """Every picture under `folder`, decoded once in full, and all findings.
 
     Captions: `metadata` if given, else the metadata.csv / .jsonl found beside the pictures; then
-    .txt, then .caption, then the name of an `N_name` folder. Raises Fault where nothing is found.
+    .txt, then .caption, then the name of an `N_name` folder. `left_out`: pictures that the user
+    doesn't want, by `relative_name`. `look_all` looks at the files, in order, in another way (see
+    core/looks.py). Raises Fault where nothing is found.
     """
     folder = Path(os.path.abspath(folder.expanduser()))
     tree = _walk(folder)
     told = _read_captions(tree, metadata)
-    looks = _look_at_all(tree, progress)
-    pictures = tuple(Picture(path, told.get(path, ""), tree.repeats[path.parent], *look)
-                     for path, look in looks.items())
+    _leave_out(tree, left_out)
+    looks = _look_at_all(tree, look_all or _in_threads, progress)
+    pictures = tuple(Picture(path, told.get(path, ""), tree.repeats[path.parent], *look,
+                             tree.caption_files.get(path)) for path, look in looks.items())
     if not pictures:
         first = next(problem for problem in tree.problems if problem.skipped)
         raise Fault("dataset.all_skipped", folder=folder, count=len(tree.pictures),
@@ -107,6 +114,7 @@ class _Tree:
     folders: int = 0
     repeats: dict[Path, int] = field(default_factory=dict)      # by folder
     tokens: dict[Path, str] = field(default_factory=dict)       # class token by folder
+    caption_files: dict[Path, Path] = field(default_factory=dict)   # by picture
     problems: list[Problem] = field(default_factory=list)
 
     def report(self, path: Path, what: str, **params: Any) -> None:
@@ -118,10 +126,15 @@ class _Tree:
                     **fault.params | {"file": self.name(path)})
 
     def name(self, path: Path) -> str:
-        """Relative to the folder, with slashes; the folder itself and strangers in full."""
-        inside = path != self.folder and path.is_relative_to(self.folder)
-        name = path.relative_to(self.folder).as_posix() if inside else str(path)
-        return captions.readable_name(name)
+        return relative_name(path, self.folder)
+
+
+def relative_name(path: Path, folder: Path) -> str:
+    """A picture's name for people and for our own lists: relative to the folder, with slashes;
+    the folder itself and strangers in full."""
+    name, root = os.fspath(path), os.path.join(folder, "")
+    inside = name.startswith(root)          # pathlib takes ten times longer
+    return captions.readable_name(name[len(root):].replace(os.sep, "/") if inside else name)
 
 
 def _plain(value: Any) -> Any:
@@ -155,15 +168,18 @@ def _enter(tree: _Tree, folder: Path, repeats: int, token: str, seen: set[str]) 
     repeats, token = _rule(tree, folder, repeats, token)
     tree.repeats[folder], tree.tokens[folder] = repeats, token
     try:
-        entries = sorted(folder.iterdir())
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
     except OSError as error:
         tree.report(folder, "folder_unreadable", reason=error.strerror)
         return
-    for path in entries:
-        if _IGNORED.fullmatch(path.name):
+    for entry in entries:
+        if _IGNORED.fullmatch(entry.name):
             continue
-        if not os.path.isdir(path):
-            _add_file(tree, path, repeats)
+        path = folder / entry.name
+        if not entry.is_dir():
+            if entry.is_file() or entry.is_symlink():       # reading a pipe would wait for ever
+                _add_file(tree, path, repeats)
         elif _MASKS.fullmatch(path.name) and not _REPEATS.fullmatch(path.name):
             tree.report(path, "masks_left_out")
         else:
@@ -185,8 +201,6 @@ def _rule(tree: _Tree, folder: Path, repeats: int, token: str) -> tuple[int, str
 
 
 def _add_file(tree: _Tree, path: Path, repeats: int) -> None:
-    if not (os.path.isfile(path) or os.path.islink(path)):
-        return                              # reading a pipe would wait for ever
     suffix = path.suffix.lower()
     tree.files.append(path)
     if suffix in CANT_READ:
@@ -195,14 +209,28 @@ def _add_file(tree: _Tree, path: Path, repeats: int) -> None:
         tree.pictures.append(path)
 
 
-def _look_at_all(tree: _Tree, progress: Callable[[int, int], None] | None) -> dict[Path, Look]:
+def _leave_out(tree: _Tree, left_out: Collection[str]) -> None:
+    kept = [path for path in tree.pictures if tree.name(path) not in left_out]
+    count = len(tree.pictures) - len(kept)
+    if count and not kept:
+        raise Fault("dataset.all_left_out", folder=tree.folder, count=count)
+    if count:
+        tree.report(tree.folder, "left_out", count=count)
+    tree.pictures = kept
+
+
+def _in_threads(files: Sequence[Path]) -> Iterator[Look | Fault]:
+    prepare()
+    return pool.in_order(look_at, files, "scan")
+
+
+def _look_at_all(tree: _Tree, look_all: LookAll,
+                 progress: Callable[[int, int], None] | None) -> dict[Path, Look]:
     looks: dict[Path, Look] = {}
     total = len(tree.pictures)
-    prepare()
-    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 16), "scan")
+    found = look_all(tree.pictures)
     try:
-        found = zip(tree.pictures, pool.map(look_at, tree.pictures), strict=True)
-        for done, (path, look) in enumerate(found, 1):
+        for done, (path, look) in enumerate(zip(tree.pictures, found, strict=True), 1):
             if isinstance(look, Fault):
                 tree.report_fault(path, look)
             else:
@@ -210,7 +238,8 @@ def _look_at_all(tree: _Tree, progress: Callable[[int, int], None] | None) -> di
             if progress:
                 progress(done, total)
     finally:
-        pool.shutdown(cancel_futures=True)
+        if isinstance(found, Generator):    # Ctrl+C: what hasn't begun needn't begin
+            found.close()
     return looks
 
 
@@ -219,21 +248,29 @@ def _look_at_all(tree: _Tree, progress: Callable[[int, int], None] | None) -> di
 def _read_captions(tree: _Tree, metadata: Path | None) -> dict[Path, str]:
     """The caption of every picture that has one."""
     told = _from_metadata(tree, metadata)
-    sidecars = {(path.with_suffix(""), path.suffix.lower()): path for path in tree.files
+    sidecars = {(_stem(path), path.suffix.lower()): path for path in tree.files
                 if path.suffix.lower() in (".txt", ".caption")}
     unused = 0
     for path in tree.pictures:
         # 01.txt and, as some downloaders write it, 01.png.txt
         own = [sidecars[key] for suffix in (".txt", ".caption")
-               for key in ((path.with_suffix(""), suffix), (path, suffix)) if key in sidecars]
+               for key in ((_stem(path), suffix), (os.path.normcase(path), suffix))
+               if key in sidecars]
         if path in told:
             unused += bool(own)
             continue
-        caption = next(filter(None, (_sidecar(tree, file) for file in own)), "")
+        read = ((file, _sidecar(tree, file)) for file in own)
+        file, caption = next((pair for pair in read if pair[1]), (own[0] if own else None, ""))
         told[path] = caption or tree.tokens[path.parent]
+        if file is not None:
+            tree.caption_files[path] = file
     if unused:
         tree.report(tree.folder, "sidecars_unused", count=unused)
     return told
+
+
+def _stem(path: Path) -> str:
+    return os.path.splitext(os.path.normcase(path))[0]
 
 
 def _sidecar(tree: _Tree, path: Path) -> str:
@@ -245,13 +282,15 @@ def _sidecar(tree: _Tree, path: Path) -> str:
 
 
 def _from_metadata(tree: _Tree, metadata: Path | None) -> dict[Path, str]:
-    index = _Index(tree)
     if metadata is not None:
-        return _told_by(tree, index, Path(os.path.abspath(metadata.expanduser())), explicit=True)
+        return _told_by(tree, _Index(tree), Path(os.path.abspath(metadata.expanduser())),
+                        explicit=True)
     told: dict[Path, str] = {}
     found = [path for path in tree.files
              if path.name.lower() in ("metadata.csv", "metadata.jsonl")]
+    index = _Index(tree) if found else None
     for path in sorted(found, key=lambda p: (-len(p.parts), tree.name(p))):
+        assert index is not None
         told = _told_by(tree, index, path) | told       # the nearest to a picture wins
     return told
 
@@ -276,6 +315,7 @@ def _told_by(tree: _Tree, index: _Index, file: Path, explicit: bool = False) -> 
             tree.report(file, "row_twice", line=row.line, name=row.name)
         for path in found if row.caption else ():
             told.setdefault(path, row.caption)
+            tree.caption_files.setdefault(path, file)
     if explicit and not found_any:
         raise Fault("dataset.metadata_no_match", file=file, folder=tree.folder, count=len(rows),
                     name=rows[0].name if rows else "-")

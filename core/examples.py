@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core import buckets, captions, dataset, pictures
+from core import buckets, captions, choices, crops, dataset, pictures
+from core.buckets import Point
 from core.cache import Cache, file_digest, fingerprint, key
 from core.config import TrainConfig, size_of
 from core.control import Control
 from core.events import Event, Note, Phase
 from core.families.base import Cond, Family, Parts, Precision
 from core.faults import Fault
+from core.looks import Looks
 from core.precision import autocast, free_memory
 
 MOST_SHUFFLES = 8           # caption variants kept for each picture when tags are shuffled
@@ -37,6 +39,7 @@ class Example:
     picture: dataset.Picture
     bucket: tuple[int, int]                 # px, width and height
     captions: tuple[str, ...]               # variants; one unless tags are shuffled
+    focus: Point | None = None              # what the crop keeps; None: the centre
 
 
 @dataclass(slots=True)
@@ -64,7 +67,11 @@ def find(config: TrainConfig, folder: Path, metadata: Path | None, native: int, 
          emit: Callable[[Event], None]) -> Examples:
     """Scans the folder and plans buckets. Pictures that can't be read are named and skipped."""
     emit(Phase(name="scan"))
-    data = dataset.scan(folder, metadata)
+    chosen = choices.load(folder)
+    looks = Looks() if config.crop_about == "subject" else None
+    data = dataset.scan(folder, metadata, left_out=chosen.left_out,
+                        look_all=looks.look_all if looks else None)
+    points = crops.focus_points(data, chosen, looks.table if looks else None)
     for problem in data.problems:
         emit(Note(key=problem.code, params=dict(problem.params)))
     area = size_of(config.max_resolution) or (native, native)
@@ -72,8 +79,9 @@ def find(config: TrainConfig, folder: Path, metadata: Path | None, native: int, 
     shortest, longest = config.min_bucket_side or side // 2, config.max_bucket_side or side * 2
     sizes = buckets.assign_buckets([p.size for p in data.pictures], area, step, shortest, longest,
                                    config.bucket_no_upscale)
-    items = [Example(p, bucket, _captions(p, config, i))
-             for i, (p, bucket) in enumerate(zip(data.pictures, sizes, strict=True))]
+    items = [Example(p, bucket, _captions(p, config, i), point)
+             for i, (p, bucket, point)
+             in enumerate(zip(data.pictures, sizes, points, strict=True))]
     _, held_out = dataset.split_validation(data.pictures, config.validation_split, config.seed)
     emit(Note(key="engine.found", params={
         "pictures": len(items), "captioned": data.captioned, "held_out": len(held_out),
@@ -187,12 +195,13 @@ class Encoder:
 
     def _pixels(self, item: Example) -> np.ndarray:
         image = pictures.open_picture(item.picture.path, self.config.alpha_background)
-        return buckets.fit_picture(image, item.bucket)
+        return buckets.fit_picture(image, item.bucket, item.focus)
 
     def _latent_key(self, item: Example, flip: bool) -> str:
         background = self.config.alpha_background if item.picture.has_alpha else ""
+        crop = buckets.crop_to(item.picture.size, item.bucket, item.focus).box
         return key("latents", file_digest(item.picture.path), item.bucket, background, flip,
-                   str(self.precision.vae))
+                   str(self.precision.vae), *((crop,) if item.focus else ()))
 
     def _cache(self, part: str) -> Cache:
         files = self.family.weight_files(self.source, "vae" if part == "vae" else "text")
