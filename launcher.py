@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent
-ROOMS = ("core.commands", "core.hub_commands", "captioner.commands")              # each has add_commands(subparsers)
+ROOMS = ("core.commands", "core.plan_commands", "core.dataset_commands", "core.hub_commands",
+         "captioner.commands")              # each has add_commands(subparsers)
 
 
 def main(argv: list[str] | None = None) -> int:

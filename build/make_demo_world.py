@@ -1,6 +1,6 @@
 """Makes the demo world in presets/demo/: a tiny text-to-image base that draws 68 subjects.
 
-    python build/make_demo_world.py vae latents base judge export measure grid
+    python build/make_demo_world.py vae latents base judge export measure grid clip blip
 
 Stages run in that order; the base resumes from its checkpoint in --work, so an interruption
 costs minutes. The pictures come from one pinned npm package (see demo_pictures.py):
@@ -26,6 +26,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+import demo_captioners
 import demo_pictures as pictures
 import numpy as np
 import torch
@@ -267,7 +268,8 @@ def train_base(args: argparse.Namespace) -> None:
 
 def main() -> None:
     stages = {"vae": train_vae, "latents": make_latents, "base": train_base, "grid": draw_grid,
-              "judge": train_judge, "export": export, "measure": measure}
+              "judge": train_judge, "export": export, "measure": measure,
+              "clip": demo_captioners.train_clip, "blip": demo_captioners.train_blip}
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=stages, nargs="+")
@@ -277,6 +279,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="of autoencoder training")
     parser.add_argument("--samples", type=int, default=400_000, help="for the base")
     parser.add_argument("--judge-steps", type=int, default=1500)
+    parser.add_argument("--caption-steps", type=int, help="for clip and blip instead of their own")
     parser.add_argument("--rate", type=float, help="learning rate instead of the stage's own")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet")
     parser.add_argument("--save-minutes", type=float, default=4)

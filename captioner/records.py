@@ -104,8 +104,8 @@ def _split_end(line: str) -> tuple[str, str]:
 class _Csv:
     def __init__(self, text: str, path: Path) -> None:
         self.path = path
-        self.delimiter = captions._delimiter(text)
-        self.columns = captions._Columns(2, 0, (1,))
+        self.delimiter = captions.delimiter_of(text)
+        self.columns = captions.Columns(2, 0, (1,))
         self.quote_all = False
 
     def records(self, text: str) -> Iterator[Record]:
@@ -124,7 +124,7 @@ class _Csv:
             if any(value.strip() for value in values):
                 is_header = False
                 if not begun:
-                    self.columns, is_header = captions._columns(values, self.path)
+                    self.columns, is_header = captions.columns_of(values, self.path)
                     begun = True
                 self.quote_all = all(piece.strip().startswith('"') for piece in self._split(raw))
                 if not is_header:
@@ -192,7 +192,7 @@ class _Jsonl:
             raw, end = _split_end(line)
             record = Record(raw, end)
             try:
-                row = captions._json_row(0, json.loads(raw))
+                row = captions.json_row(0, json.loads(raw))
             except (ValueError, RecursionError):        # told by core.captions
                 yield record
                 continue
@@ -213,7 +213,7 @@ class _Jsonl:
         data, spans = json.loads(raw), _json_spans(raw)
         keys = {key.strip().lower(): key for key in spans}
         there = [keys[key] for key in CAPTION_KEYS if key in keys]
-        filled = [key for key in there if captions._json_caption(data[key])]
+        filled = [key for key in there if captions.json_caption(data[key])]
         if not there:
             at = raw.rindex("}")
             pair = _dumped({self.caption_key: caption}, raw)[1:-1]
@@ -226,7 +226,7 @@ class _Jsonl:
         return raw
 
     def caption_of(self, raw: str) -> str:
-        return captions._json_row(0, json.loads(raw)).caption
+        return captions.json_row(0, json.loads(raw)).caption
 
     def new_row(self, name: str, caption: str) -> str:
         return _dumped({self.name_key: name, self.caption_key: caption}, self.first)

@@ -133,13 +133,13 @@ class _Reader:
     folder: Path
     metadata: Path | None
     write_to: WriteTo
-    tree: dataset._Tree = field(init=False)
+    tree: dataset.Tree = field(init=False)
     tables: dict[Path, Table] = field(default_factory=dict)
     sidecars: dict[tuple[Path, str], Path] = field(init=False)
     table_files: list[Path] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tree = dataset._walk(self.folder)
+        self.tree = dataset.walk(self.folder)
         self.sidecars = {(file.with_suffix(""), file.suffix.lower()): file
                          for file in self.tree.files}
         if self.metadata is not None:
@@ -168,7 +168,7 @@ class _Reader:
 
     def _rows(self) -> Iterator[tuple[Path, _Found]]:
         """Rows in the order in which training looks at them."""
-        index = dataset._Index(self.tree)
+        index = dataset.Index(self.tree)
         for file in self.table_files:
             try:
                 table = self.tables[file] = Table(file, file.read_bytes())

@@ -174,23 +174,23 @@ def _json_rows(text: str, path: Path) -> Iterator[Row | Fault]:
     for number, line in enumerate(text.split("\n"), 1):     # splitlines() would cut at U+2028
         if line.strip():
             try:
-                yield _json_row(number, json.loads(line))
+                yield json_row(number, json.loads(line))
             except (ValueError, RecursionError) as error:
                 yield Fault("dataset.row_bad", file=path.name, line=number, reason=_why(error))
 
 
-def _json_row(number: int, data: Any) -> Row:
+def json_row(number: int, data: Any) -> Row:
     if not isinstance(data, dict):
         raise ValueError("expected an object with file_name and text")
     values = {str(key).strip().lower(): value for key, value in data.items()}
     name = next((values[key] for key in NAME_KEYS if isinstance(values.get(key), str)), None)
     if name is None:
         raise ValueError("there is no file_name")
-    captions = (_json_caption(values.get(key)) for key in CAPTION_KEYS)
+    captions = (json_caption(values.get(key)) for key in CAPTION_KEYS)
     return Row(number, name.strip(), next(filter(None, captions), ""))
 
 
-def _json_caption(value: Any) -> str:
+def json_caption(value: Any) -> str:
     if isinstance(value, list):                             # a list of tags
         value = ", ".join(tag for tag in value if isinstance(tag, str))
     if value is not None and not isinstance(value, str):
@@ -199,9 +199,9 @@ def _json_caption(value: Any) -> str:
 
 
 def _csv_rows(text: str, path: Path) -> Iterator[Row | Fault]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text),
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter_of(text),
                         skipinitialspace=True)
-    columns: _Columns | None = None
+    columns: Columns | None = None
     line = 1
     try:
         for fields in reader:
@@ -209,7 +209,7 @@ def _csv_rows(text: str, path: Path) -> Iterator[Row | Fault]:
             if not any(field.strip() for field in fields):
                 continue
             if columns is None:
-                columns, is_header = _columns(fields, path)
+                columns, is_header = columns_of(fields, path)
                 if is_header:
                     continue
             yield columns.row(first, fields)
@@ -218,7 +218,7 @@ def _csv_rows(text: str, path: Path) -> Iterator[Row | Fault]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Columns:
+class Columns:
     width: int
     name: int
     captions: tuple[int, ...]
@@ -232,19 +232,19 @@ class _Columns:
         return Row(line, fields[self.name].strip(), one_line(caption))
 
 
-def _columns(fields: Sequence[str], path: Path) -> tuple[_Columns, bool]:
+def columns_of(fields: Sequence[str], path: Path) -> tuple[Columns, bool]:
     """The columns told by a file's first record, and whether that record is a header."""
     names = [field.strip().lower() for field in fields]
     name = next((names.index(key) for key in NAME_KEYS if key in names), None)
     captions = tuple(names.index(key) for key in CAPTION_KEYS if key in names)
     if name is not None and captions:
-        return _Columns(len(fields), name, captions), True
+        return Columns(len(fields), name, captions), True
     if name == 0:
         raise Fault("dataset.metadata_columns", file=path, columns=", ".join(fields))
-    return _Columns(2, 0, (1,)), False
+    return Columns(2, 0, (1,)), False
 
 
-def _delimiter(text: str) -> str:
+def delimiter_of(text: str) -> str:
     """A comma, unless only a tab or a semicolon (Excel) splits the first line as it should be."""
     first = next((line for line in text.splitlines() if line.strip()), "")
     for mark in (",", "\t", ";"):

@@ -88,7 +88,7 @@ def scan(folder: Path, metadata: Path | None = None,
     core/looks.py). Raises Fault where nothing is found.
     """
     folder = Path(os.path.abspath(folder.expanduser()))
-    tree = _walk(folder)
+    tree = walk(folder)
     told = _read_captions(tree, metadata)
     _leave_out(tree, left_out)
     looks = _look_at_all(tree, look_all or _in_threads, progress)
@@ -105,7 +105,7 @@ def scan(folder: Path, metadata: Path | None = None,
 
 
 @dataclass(slots=True)
-class _Tree:
+class Tree:
     """The files under a folder that matter, and what was found on the way."""
 
     folder: Path
@@ -141,13 +141,13 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (int, float, str)) else str(value)
 
 
-def _walk(folder: Path) -> _Tree:
+def walk(folder: Path) -> Tree:
     if not os.path.exists(folder):
         nearest = next(parent for parent in folder.parents if os.path.exists(parent))
         raise Fault("dataset.folder_missing", folder=folder, nearest=nearest)
     if not os.path.isdir(folder):
         raise Fault("dataset.not_a_folder", folder=folder)
-    tree = _Tree(folder)
+    tree = Tree(folder)
     _enter(tree, folder, 1, "", set())
     tree.files.sort(key=tree.name)
     tree.pictures.sort(key=tree.name)
@@ -159,7 +159,7 @@ def _walk(folder: Path) -> _Tree:
     return tree
 
 
-def _enter(tree: _Tree, folder: Path, repeats: int, token: str, seen: set[str]) -> None:
+def _enter(tree: Tree, folder: Path, repeats: int, token: str, seen: set[str]) -> None:
     """Adds a folder and those below it; `repeats` and `token` come from the folder above."""
     real = os.path.realpath(folder)
     if real in seen:                        # a link that leads back
@@ -187,7 +187,7 @@ def _enter(tree: _Tree, folder: Path, repeats: int, token: str, seen: set[str]) 
             _enter(tree, path, repeats, token, seen)
 
 
-def _rule(tree: _Tree, folder: Path, repeats: int, token: str) -> tuple[int, str]:
+def _rule(tree: Tree, folder: Path, repeats: int, token: str) -> tuple[int, str]:
     """Kohya's `N_name`: N repeats, and `name` as the caption where a picture has none."""
     match = _REPEATS.fullmatch(folder.name)
     if not match:
@@ -200,7 +200,7 @@ def _rule(tree: _Tree, folder: Path, repeats: int, token: str) -> tuple[int, str
     return int(match[1]), captions.readable_name(match[2]).strip()
 
 
-def _add_file(tree: _Tree, path: Path, repeats: int) -> None:
+def _add_file(tree: Tree, path: Path, repeats: int) -> None:
     suffix = path.suffix.lower()
     tree.files.append(path)
     if suffix in CANT_READ:
@@ -209,7 +209,7 @@ def _add_file(tree: _Tree, path: Path, repeats: int) -> None:
         tree.pictures.append(path)
 
 
-def _leave_out(tree: _Tree, left_out: Collection[str]) -> None:
+def _leave_out(tree: Tree, left_out: Collection[str]) -> None:
     kept = [path for path in tree.pictures if tree.name(path) not in left_out]
     count = len(tree.pictures) - len(kept)
     if count and not kept:
@@ -224,7 +224,7 @@ def _in_threads(files: Sequence[Path]) -> Iterator[Look | Fault]:
     return pool.in_order(look_at, files, "scan")
 
 
-def _look_at_all(tree: _Tree, look_all: LookAll,
+def _look_at_all(tree: Tree, look_all: LookAll,
                  progress: Callable[[int, int], None] | None) -> dict[Path, Look]:
     looks: dict[Path, Look] = {}
     total = len(tree.pictures)
@@ -245,7 +245,7 @@ def _look_at_all(tree: _Tree, look_all: LookAll,
 
 # --- captions ---------------------------------------------------------------------------------
 
-def _read_captions(tree: _Tree, metadata: Path | None) -> dict[Path, str]:
+def _read_captions(tree: Tree, metadata: Path | None) -> dict[Path, str]:
     """The caption of every picture that has one."""
     told = _from_metadata(tree, metadata)
     sidecars = {(_stem(path), path.suffix.lower()): path for path in tree.files
@@ -273,7 +273,7 @@ def _stem(path: Path) -> str:
     return os.path.splitext(os.path.normcase(path))[0]
 
 
-def _sidecar(tree: _Tree, path: Path) -> str:
+def _sidecar(tree: Tree, path: Path) -> str:
     try:
         return captions.read_caption(path)
     except Fault as fault:
@@ -281,21 +281,21 @@ def _sidecar(tree: _Tree, path: Path) -> str:
         return ""
 
 
-def _from_metadata(tree: _Tree, metadata: Path | None) -> dict[Path, str]:
+def _from_metadata(tree: Tree, metadata: Path | None) -> dict[Path, str]:
     if metadata is not None:
-        return _told_by(tree, _Index(tree), Path(os.path.abspath(metadata.expanduser())),
+        return _told_by(tree, Index(tree), Path(os.path.abspath(metadata.expanduser())),
                         explicit=True)
     told: dict[Path, str] = {}
     found = [path for path in tree.files
              if path.name.lower() in ("metadata.csv", "metadata.jsonl")]
-    index = _Index(tree) if found else None
+    index = Index(tree) if found else None
     for path in sorted(found, key=lambda p: (-len(p.parts), tree.name(p))):
         assert index is not None
         told = _told_by(tree, index, path) | told       # the nearest to a picture wins
     return told
 
 
-def _told_by(tree: _Tree, index: _Index, file: Path, explicit: bool = False) -> dict[Path, str]:
+def _told_by(tree: Tree, index: Index, file: Path, explicit: bool = False) -> dict[Path, str]:
     """The captions of one metadata file; every row that helps nobody is reported."""
     told: dict[Path, str] = {}
     try:
@@ -322,7 +322,7 @@ def _told_by(tree: _Tree, index: _Index, file: Path, explicit: bool = False) -> 
     return told
 
 
-def _find(tree: _Tree, index: _Index, file: Path, row: captions.Row) -> list[Path]:
+def _find(tree: Tree, index: Index, file: Path, row: captions.Row) -> list[Path]:
     """The pictures that a row names; what lies outside of the folder is refused."""
     name = row.name.replace("\\", "/")
     if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name):
@@ -334,11 +334,11 @@ def _find(tree: _Tree, index: _Index, file: Path, row: captions.Row) -> list[Pat
     return found
 
 
-class _Index:
+class Index:
     """Pictures by the names that rows use: from the metadata's folder or from the given one,
     with or without suffix, in any case and Unicode form."""
 
-    def __init__(self, tree: _Tree) -> None:
+    def __init__(self, tree: Tree) -> None:
         self.folder = tree.folder
         self.exact = {tree.name(path): path for path in tree.pictures}
         self.loose: dict[str, list[Path]] = {}

@@ -54,7 +54,7 @@ def run_demo(out: Path, emit: Emit, control: Control) -> dict[str, Any]:
         "state": "done", "lora": str(lora), "sheet": str(sheet), "steps": trained["steps"],
         "seconds": round(time.time() - began, 1),
         "steps_per_second": round(trained["steps_per_second"], 3), **measure(drawn),
-        "peak_memory_mb": round(trained["peak_memory_mb"]), "proof": trained["proof"]}
+        "memory": trained.get("memory"), "proof": trained["proof"]}
     paths.write_atomic(out / f"{lora.stem}-summary.json",
                        json.dumps(result, indent=1, ensure_ascii=False))
     return result

@@ -28,7 +28,7 @@ from core.lookout import Lookout, weigh
 from core.meter import Meter
 from core.objective import Diffusion, Draw
 from core.plan import Base
-from core.precision import autocast, choose, free_memory
+from core.precision import autocast, choose, free_memory, load_denoiser
 from core.preview import Previewer
 from core.saving import Keeper
 from core.verify import verify_run
@@ -65,7 +65,7 @@ def train(config: TrainConfig, emit: Emit, control: Control,
     except Stopped:
         return {"state": "stopped", "steps": 0, "seconds": time.time() - began}
     emit(Phase(name="load"))
-    parts.denoiser = family.load(source, precision, frozenset({"denoiser"})).denoiser
+    parts.denoiser = load_denoiser(config, family, source, precision, emit)
     trainer = Trainer(config, family, parts, precision, examples, emit, control)
     keeper = Keeper(trainer, _output(config), began)
     with lookout:
@@ -84,7 +84,7 @@ class Trainer:
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         lora.set_training(self.denoiser, True)
-        self.optimizer = optim.create(config, self.parameters)
+        self.optimizer = optim.create(config, self.parameters, emit)
         self.scaler = torch.amp.GradScaler(
             precision.device.type, enabled=precision.compute == torch.float16)
         self.diffusion = Diffusion(parts, config.min_snr_gamma, config.noise_offset,

@@ -30,7 +30,6 @@ class Meter:
         self.speed = 0.0                    # steps/s, smoothed
         self.training_s = 0.0
         self.losses: list[float] = []
-        self.peak_mb = 0.0
 
     def tick(self, done: int) -> None:
         self.done = done
@@ -52,7 +51,6 @@ class Meter:
             self.shown, self.shown_step = now, done
         elif validation is None:
             return
-        self.peak_mb = max(self.peak_mb, memory_mb(trainer.precision.device))
         watch = self.lookout.watch if self.lookout else None
         trainer.emit(Step(
             step=done, total=trainer.total, epoch=trainer.course.epoch_of(done),
@@ -73,7 +71,7 @@ class Meter:
     def facts(self) -> dict[str, Any]:
         steps = self.shown_step - self.start
         return {"steps_per_second": steps / self.training_s if self.training_s else 0.0,
-                "loss": self.losses[-1] if self.losses else None, "peak_memory_mb": self.peak_mb}
+                "loss": self.losses[-1] if self.losses else None}
 
 
 def memory_mb(device: torch.device) -> float:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -125,7 +126,7 @@ def plan_run(config: TrainConfig, base: Base, machine: Machine, data: Data | Non
     """Raises Fault where the base or a target can't be used."""
     data = data or Data()
     numbers = numbers_for(config.precision, machine.kind, machine.capability)
-    facts = ask("base", base, numbers)
+    facts = _as_kept(config, base, numbers, machine, ask("base", base, numbers))
     bucket = data.bucket or largest_bucket(config, facts)
     step = ask("step", base, numbers, **step_settings(config, machine, bucket, data))
     texts = ask("texts", base, numbers, kind=machine.kind, batch=config.cache_batch_size * 2)
@@ -133,7 +134,8 @@ def plan_run(config: TrainConfig, base: Base, machine: Machine, data: Data | Non
                 batch=min(config.cache_batch_size, data.pictures))
     phases = (_phase("texts", text_encoder=facts["text"], activations=texts["peak"]),
               _phase("cache", vae=facts["vae"], activations=cache["peak"]),
-              _training(facts, step), *_drawing(config, base, numbers, machine, facts, step))
+              *_loading(machine, facts), _training(facts, step),
+              *_drawing(config, base, numbers, machine, facts, step))
     host = {"dataset": _cached(config, data, cache, texts) / MB}
     outside, learned = _outside(machine, max(phase.mb for phase in phases), host)
     return Plan(
@@ -153,7 +155,26 @@ def step_settings(config: TrainConfig, machine: Machine, bucket: tuple[int, int]
             "rank": config.lora_rank, "dropout": config.lora_dropout > 0,
             "targets": targets if isinstance(targets, str) else sorted(targets),
             "checkpointing": config.gradient_checkpointing,
-            "accumulating": config.gradient_accumulation_steps > 1}
+            "accumulating": config.gradient_accumulation_steps > 1,
+            **kept_settings(config, machine.kind),
+            **({"eight_bit": True} if eight_bit(config, machine.kind) else {})}
+
+
+def kept_settings(config: TrainConfig, kind: str) -> dict[str, Any]:
+    """How the frozen base is kept; empty: in full. Offload only helps a card with memory of its
+    own: elsewhere the base would wait in the memory that it works in."""
+    found: dict[str, Any] = {}
+    if config.base_precision != "same":
+        found["kept"] = config.base_precision
+    if config.offload and kind == "cuda":
+        found["offload"] = config.offload
+    return found
+
+
+def eight_bit(config: TrainConfig, kind: str) -> bool:
+    """Whether the 8-bit optimizer is wanted and can be had: bitsandbytes on CUDA."""
+    return (config.optimizer == "adamw8bit" and kind == "cuda"
+            and importlib.util.find_spec("bitsandbytes") is not None)
 
 
 def numbers_for(precision: str, kind: str, capability: tuple[int, int]) -> dict[str, str]:
@@ -176,6 +197,21 @@ def largest_bucket(config: TrainConfig, facts: Mapping[str, float]) -> tuple[int
     return max(sizes, key=lambda s: (s[0] * s[1], -abs(s[0] - s[1])))
 
 
+def _as_kept(config: TrainConfig, base: Base, numbers: dict[str, str], machine: Machine,
+             facts: Mapping[str, float]) -> dict[str, float]:
+    """`denoiser`: bytes on the device; `waiting`: in RAM; `whole`: while it is loaded."""
+    kept = kept_settings(config, machine.kind)
+    held = ask("kept", base, numbers, **kept) if kept else {}
+    return {**facts, "waiting": 0.0, "whole": facts["denoiser"], **held}
+
+
+def _loading(machine: Machine, facts: Mapping[str, float]) -> list[Phase]:
+    """A base that is quantised is there in full first: in RAM, which on the CPU is the memory."""
+    if machine.kind != "cpu" or facts["whole"] <= facts["denoiser"]:
+        return []
+    return [_phase("load", denoiser=facts["whole"])]
+
+
 def _training(facts: Mapping[str, float], step: Mapping[str, float]) -> Phase:
     return _phase("train", denoiser=facts["denoiser"], adapter=step["adapter"],
                   optimizer=step["optimizer"], gradients=step["gradients"],
@@ -192,10 +228,11 @@ def _drawing(config: TrainConfig, base: Base, numbers: dict[str, str], machine: 
         size = size_of(config.sample_size) or (native, native)
         wanted["preview"] = (size, 1 if config.sample_cfg <= 1 else 2)
     targets = step_settings(config, machine, (0, 0))["targets"]
+    kept = kept_settings(config, machine.kind)
     phases = []
     for name, (size, batch) in wanted.items():
         drawn = ask("draw", base, numbers, kind=machine.kind, width=size[0], height=size[1],
-                    batch=batch, rank=config.lora_rank, targets=targets)
+                    batch=batch, rank=config.lora_rank, targets=targets, **kept)
         phases.append(_phase(name, denoiser=facts["denoiser"], vae=facts["vae"],
                              adapter=step["adapter"], optimizer=step["optimizer"],
                              activations=drawn["peak"]))
@@ -219,7 +256,10 @@ def _ram(machine: Machine, phases: Sequence[Phase], facts: Mapping[str, float],
     process = {"process": PROCESS_MB[machine.kind], **host}
     if machine.kind == "cpu":
         return process | {"tensors": max(phase.mb for phase in phases)}
-    return process | {"loading": max(facts[part] for part in ("denoiser", "vae", "text")) / MB}
+    waiting = facts["waiting"] / MB
+    loading = max(facts[part] for part in ("whole", "vae", "text")) / MB
+    return process | ({"waiting": waiting} if waiting else {}) | {
+        "loading": max(0.0, loading - waiting)}
 
 
 def _disk(config: TrainConfig, step: Mapping[str, float], cached_mb: float) -> dict[str, float]:

@@ -1,15 +1,22 @@
-"""Which device and which numbers a run uses."""
+"""Which device and which numbers a run uses, and how its frozen base is kept."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from core import config
-from core.families.base import Precision
+from core import config, plan
+from core.events import Event, Note
+from core.families.base import Family, Precision
 from core.faults import Fault, Fix
+from core.offload import Offloaded, offload_
+from core.quantise import Kind, quantise_
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -40,6 +47,36 @@ def choose(precision: config.Precision, device: str = "auto") -> Precision:
     dtype = DTYPES[precision]
     vae = torch.float32 if dtype == torch.float16 else dtype
     return Precision(device=where, weights=dtype, compute=dtype, vae=vae)
+
+
+def load_denoiser(config: config.TrainConfig, family: Family, source: Path, precision: Precision,
+                  emit: Callable[[Event], None] | None = None) -> Any:
+    """The base's denoiser as the run keeps it: quantised, part of it in RAM; frozen.
+
+    What doesn't stay in full comes by way of the CPU, one weight after the other: it never has
+    to fit the GPU. Raises Fault as the family's `load` does.
+    """
+    kept = plan.kept_settings(config, precision.device.type)
+    if config.offload and "offload" not in kept and emit:
+        emit(Note(key="precision.offload_useless", params={"device": precision.device.type}))
+    if not kept:
+        return family.load(source, precision, frozenset({"denoiser"})).denoiser
+    by_cpu = replace(precision, device=torch.device("cpu"))
+    model = family.load(source, by_cpu, frozenset({"denoiser"})).denoiser
+    done = keep_(model, precision.device, **kept)
+    if done.blocks and not done.pinned and emit:
+        emit(Note(key="precision.not_pinned"))
+    return model
+
+
+def keep_(model: torch.nn.Module, device: torch.device, kept: Kind = "same",
+          offload: float = 0.0) -> Offloaded:
+    """Quantises the blocks, sends a share of them to RAM, moves the rest to `device`."""
+    quantise_(model, kept, device)
+    done = offload_(model, offload, device)
+    if not any(p.is_meta for p in model.parameters()):
+        model.to(device)
+    return done
 
 
 def autocast(precision: Precision) -> contextlib.AbstractContextManager[object]:

@@ -16,7 +16,17 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from core import words
-from core.events import Checkpoint, Event, Faulted, JobEnded, Note, Phase, Sample, Step
+from core.events import (
+    Checkpoint,
+    Event,
+    Faulted,
+    JobEnded,
+    Note,
+    Phase,
+    Planned,
+    Sample,
+    Step,
+)
 
 EVERY_S = 5.0                           # between plain lines
 SMOOTHING = 0.1                         # share of the newest loss in the shown one
@@ -53,6 +63,8 @@ class Terminal:
                 self.stepped = True
                 facts = step_facts(event, self.loss.add(event.loss))
                 self.screen.show(phase_name("train"), event.step, event.total, facts)
+            case Planned():
+                self.screen.say(planned(event.plan))
             case Note() if event.key not in self.hushed:
                 self.screen.say(words.say(event.key, event.params))
             case Faulted():
@@ -196,6 +208,13 @@ def phase_name(name: str) -> str:
     return name if text == key else text
 
 
+def planned(plan: Mapping[str, Any]) -> str:
+    """'Memory: about 2.9 GB at the peak (train), 7.4 GB free: fits.'"""
+    return words.say("terminal.planned", {
+        "needs": megabytes(plan["needs_mb"]), "free": megabytes(plan["machine"]["free_mb"]),
+        "phase": phase_name(plan["peak"]), "verdict": words.say(f"terminal.{plan['verdict']}")})
+
+
 # --- the end ---
 
 def _share(value: Any) -> str:
@@ -212,10 +231,15 @@ def _proof(value: Mapping[str, Any]) -> str:
     return words.say("terminal.proven" if value["ok"] else "terminal.not_proven", value)
 
 
+def _memory(value: Mapping[str, Any]) -> str:
+    return words.say("terminal.memory", {
+        "planned": megabytes(value["planned_mb"]), "real": megabytes(value["real_mb"])})
+
+
 SHOWN: dict[str, Callable[[Any], str]] = {
     "lora": str, "best": _best, "proof": _proof, "sheet": str, "checkpoint": str,
     "steps": str, "seconds": duration, "steps_per_second": "{:.2f}".format,
-    "style_covered": _share, "content_kept": _share, "peak_memory_mb": megabytes,
+    "style_covered": _share, "content_kept": _share, "memory": _memory,
 }
 
 

@@ -18,7 +18,7 @@ from core import families, generate, lora
 from core.events import Event, Phase
 from core.families.base import ALL_PARTS, Family, Parts, Precision
 from core.lora_file import describe
-from core.precision import choose, free_memory
+from core.precision import choose, free_memory, load_denoiser
 from core.safetensors_header import read_header
 
 if TYPE_CHECKING:
@@ -56,9 +56,8 @@ def verify_run(trainer: Trainer, path: Path) -> dict[str, Any]:
     in_memory = _picture(family.pipeline(parts), parts, arguments, precision)
     parts.denoiser = trainer.denoiser = None        # a large base doesn't fit twice
     free_memory()
-    fresh = family.load(parts.source, precision, frozenset({"denoiser"}))
-    fresh.vae, fresh.objective = parts.vae, parts.objective
-    return _draw_and_compare(family, fresh, precision, path, arguments, in_memory)
+    parts.denoiser = load_denoiser(trainer.config, family, parts.source, precision)
+    return _draw_and_compare(family, parts, precision, path, arguments, in_memory)
 
 
 def _draw_and_compare(family: Family, parts: Parts, precision: Precision, path: Path,

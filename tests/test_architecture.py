@@ -18,10 +18,13 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("core", "captioner", "gui", "launcher")            # each may import those before it
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "open_clip"}
-LIGHT = ("advisor", "captions", "commands", "config", "console", "control", "dataset", "doctor",
-         "download", "events", "families", "faults", "gpu", "hub", "hub_commands", "hub_index", "jobs",
-         "journal", "lora_file", "lora_metadata", "machine", "paths", "plan", "presets", "runs",
-         "safetensors_header", "settings", "sheet", "terminal", "watch", "words", "worker")
+LIGHT = ("advisor", "captions", "caption_checks", "checks", "choices", "commands", "config",
+         "console", "control", "copies", "crops", "dataset", "dataset_commands", "doctor",
+         "download", "duplicates", "events", "families", "faults", "findings", "focus", "gpu",
+         "hub", "hub_commands", "hub_index", "jobs", "journal", "ladder", "looks", "lora_file",
+         "lora_metadata", "machine", "measures", "paths", "picture_checks", "plan",
+         "plan_commands", "pool", "prepare", "presets", "remedies", "runs",
+         "safetensors_header", "settings", "sheet", "terminal", "watch", "weigh", "words", "worker")
 LANGUAGES = ("en", "zh-CN")
 STRINGS = ROOT / "core" / "strings"
 

@@ -139,5 +139,5 @@ def test_the_command_is_found(argv: list[str], command: str) -> None:
 def test_console_script_is_this_function() -> None:
     import tomllib
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    assert project["scripts"] == {"darkroom": "launcher:main"}
+    assert project["scripts"]["darkroom"] == "launcher:main"
     assert callable(launcher.main)

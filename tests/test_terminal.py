@@ -130,12 +130,14 @@ def test_smooth_loss_before_any_value() -> None:
 def test_summary() -> None:
     result = {"state": "done", "seconds": 131.2, "lora": "/x/a.safetensors", "sheet": "/x/s.png",
               "style_covered": 0.734, "content_kept": 0.9, "steps": 300, "other": 1,
-              "steps_per_second": 4.126, "peak_memory_mb": 1530.4, "samples": ["/x/p/1.png"] * 3}
+              "steps_per_second": 4.126, "samples": ["/x/p/1.png"] * 3}
+    result["memory"] = {"planned_mb": 1530.4, "real_mb": 1498.2}
     rows = [re.split(r"  +", line) for line in terminal.summary(result)]
     assert rows == [
         ["LoRA", "/x/a.safetensors"], ["compare sheet", "/x/s.png"], ["steps", "300"],
         ["time", "2:11"], ["steps per second", "4.13"], ["way to the new style", "73 %"],
-        ["subjects kept", "90 %"], ["peak memory", "1530 MB"], ["previews", "3 in /x/p"]]
+        ["subjects kept", "90 %"], ["memory", "1530 MB planned, 1498 MB at the most in use"],
+        ["previews", "3 in /x/p"]]
     assert terminal.summary({}) == []
 
 

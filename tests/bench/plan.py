@@ -29,7 +29,7 @@ from core.engine import Trainer
 from core.examples import Example, Examples
 from core.families.base import Parts
 from core.families.sd15 import CONFIGS, TOKENIZER
-from core.precision import choose
+from core.precision import choose, keep_, load_denoiser
 
 MB = 2**20
 
@@ -56,7 +56,11 @@ def settings() -> Iterator[dict[str, Any]]:
         {"gradient_checkpointing": True, "batch_size": 4},
         {"gradient_checkpointing": True, "precision": "bf16", "lora_rank": 64, "batch_size": 2},
         {"gradient_accumulation_steps": 2}, {"lora_dropout": 0.1, "batch_size": 2},
-        {"target_modules": "all-linear", "lora_rank": 16}]
+        {"target_modules": "all-linear", "lora_rank": 16},
+        *({"base_precision": kept, "gradient_checkpointing": less, "batch_size": 2}
+          for kept in ("int8", "fp8", "nf4") for less in (False, True)),
+        {"base_precision": "int8", "precision": "bf16"},
+        {"base_precision": "nf4", "target_modules": "all-linear", "batch_size": 4}]
     for change in changes:
         yield plain | change
 
@@ -75,8 +79,10 @@ def trainer_of(config: TrainConfig, source: Path, random: bool) -> Trainer:
         unet.requires_grad_(False).to(dtype=precision.weights, memory_format=torch.channels_last)
         parts = family.skeleton(source, precision, frozenset())
         parts.denoiser = unet
+        keep_(unet, precision.device, **plan.kept_settings(config, "cpu"))
     else:
-        parts = family.load(source, precision, frozenset({"denoiser"}))
+        parts = family.load(source, precision, frozenset())
+        parts.denoiser = load_denoiser(config, family, source, precision)
     return Trainer(config, family, parts, precision, _examples(config, parts),
                    lambda event: None, None)  # type: ignore[arg-type]
 
