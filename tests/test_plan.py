@@ -17,7 +17,7 @@ from core import paths, plan
 from core.config import TrainConfig
 from core.faults import Fault
 from core.plan import Base, Data, Machine
-from tests.bench.plan import compare, shapes_of_sd15
+from tests.bench.plan import compare, other_phases, shapes_of_sd15
 
 DEMO = paths.DEMO / "base"
 CPU = Machine("cpu", "CPU", 16_000, 12_000, ram_mb=12_000)
@@ -43,6 +43,12 @@ def test_planned_is_what_torch_hands_out(change: dict[str, Any]) -> None:
     row = compare("demo", DEMO, "64,64", False, plain | change)
     assert row.measured_mb > 15
     assert abs(row.error) <= 0.05
+
+
+def test_the_other_phases_too() -> None:
+    rows = list(other_phases("demo", DEMO, 64))
+    assert len(rows) == 3
+    assert all(abs(row.error) <= 0.05 for row in rows), rows
 
 
 def test_a_plan_names_every_phase_and_part() -> None:

@@ -210,8 +210,9 @@ def _ready(parts: Parts, precision: Precision) -> Parts:
     for module in (parts.denoiser, parts.vae, parts.text.get("text_encoder")):
         if module is not None:
             module.requires_grad_(False).eval().to(precision.device)
-    if parts.denoiser is not None:      # 1.1x to 1.4x faster convolutions
-        parts.denoiser.to(memory_format=torch.channels_last)
+    for module in (parts.denoiser, parts.vae):      # 1.1x to 1.4x faster convolutions
+        if module is not None:
+            module.to(memory_format=torch.channels_last)
     return parts
 
 

@@ -10,11 +10,12 @@ meta tensors. With --full also a full-size random SD 1.5 UNet (up to 12 GB of me
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,18 +110,9 @@ def _compute(config: TrainConfig) -> torch.dtype:
 def measure(trainer: Trainer) -> float:
     """Peak tensor memory of an update, MiB."""
     trainer.update(0)                                   # makes the optimizer's state
-    gc.collect()
     lasting = {t.untyped_storage()._cdata: t.untyped_storage().nbytes()
                for t in _tensors(trainer)}
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer.update(1)
-    assert profiler.profiler and profiler.profiler.kineto_results
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return (sum(lasting.values()) + peak) / MB
+    return sum(lasting.values()) / MB + peak_of(lambda: trainer.update(1))
 
 
 def _tensors(trainer: Trainer) -> Iterator[torch.Tensor]:
@@ -143,6 +135,47 @@ def compare(model: str, source: Path, side: str, random: bool, change: dict[str,
     return row
 
 
+def other_phases(model: str, source: Path, side: int) -> Iterator[Row]:
+    """Captions, caching and previews, by the family's own calls."""
+    family, precision = families.get("sd15"), choose("fp32", "cpu")
+    base, numbers = plan.Base.of(source), plan.numbers_for("fp32", "cpu", (0, 0))
+    parts = family.load(source, precision)
+    ask = functools.partial(plan.ask, base=base, numbers=numbers, kind="cpu")
+    size = {"width": side, "height": side}
+    pixels, t = torch.rand(4, 3, side, side), torch.zeros(2, dtype=torch.int64)
+    cond = family.encode_text(parts, ["a", "b"])
+    latents = family.encode_image(parts, pixels[:2])
+    with torch.no_grad():
+        calls: dict[str, tuple[float, Callable[[], object]]] = {
+            "8 captions": (ask("texts", batch=8)["peak"],
+                           lambda: family.encode_text(parts, ["a cat"] * 8)),
+            f"caching 4 pictures of {side} px": (
+                ask("cache", batch=4, **size)["peak"],
+                lambda: family.encode_image(parts, pixels.clone())),
+            f"a preview of {side} px": (
+                ask("draw", batch=2, rank=8, targets="attention", **size)["peak"],
+                lambda: (family.predict(parts.denoiser, latents.clone(), t, cond),
+                         parts.vae.decode(latents[:1], return_dict=False)))}
+        for name, (planned, call) in calls.items():
+            yield Row(model, f"{name}, without weights", planned / MB, peak_of(call))
+
+
+def peak_of(call: Callable[[], object]) -> float:
+    """MiB that torch hands out within a call, at the most."""
+    call()
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    assert profiler.profiler
+    assert profiler.profiler.kineto_results
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak / MB
+
+
 def shapes_of_sd15(folder: Path) -> Path:
     """A base folder without weights: enough for a plan."""
     import shutil
@@ -155,6 +188,7 @@ def rows(full: bool) -> Iterator[Row]:
     for side in ("64,64", "128,128"):
         for change in settings():
             yield compare("demo base", paths.DEMO / "base", side, False, change)
+    yield from other_phases("demo base", paths.DEMO / "base", 64)
     if not full:
         return
     with tempfile.TemporaryDirectory() as folder:
