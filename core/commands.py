@@ -55,8 +55,10 @@ def _add_train(commands: Any) -> None:
     train = add_command(commands, "train", _train, answers=True, add_help=False,
                         line="train --config my_style.yaml --set epochs=5")
     train.add_argument("-h", "--help", action=_HelpWithKeys, nargs=0, help=say("arg_help"))
-    train.add_argument("--config", type=Path, required=True, metavar="FILE",
+    train.add_argument("--config", type=Path, default=None, metavar="FILE",
                        help=say("arg_config"))
+    train.add_argument("--preset", metavar="NAME", help=say("arg_preset"))
+    train.add_argument("--purpose", default="style", help=say("arg_preset_purpose"))
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                        help=say("arg_set"))
 
@@ -132,9 +134,20 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from core import presets
     from core.config import load_train_config
-    config = load_train_config(options.config, overrides(options.set))
-    return _run("train", found_beside(config, options.config.parent), options)
+    given = overrides(options.set)
+    if options.preset:
+        config, preset, fields = presets.train_config(options.preset, options.config, given,
+                                                      options.purpose)
+        print(words.say("presets.applied", {"title": preset.said("title"),
+                                            "fields": ", ".join(fields)}), file=sys.stderr)
+    elif options.config:
+        config = load_train_config(options.config, given)
+    else:
+        raise Fault("commands.no_config")
+    folder = options.config.parent if options.config else Path.cwd()
+    return _run("train", found_beside(config, folder), options)
 
 
 def _run(job: str, config: TrainConfig, options: argparse.Namespace,

@@ -150,7 +150,7 @@ def test_number_formats(precision: str, card: tuple[int, int], weights: str, vae
 
 
 def test_bad_bases_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(Fault, match="families.missing|no such|There is no"):
+    with pytest.raises(Fault, match=r"families.missing|no such|There is no"):
         Base.of(tmp_path / "nothing")
     with pytest.raises(Fault) as caught:
         plan.plan_run(TrainConfig(target_modules="nonsense"), Base.of(DEMO), CPU)

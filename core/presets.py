@@ -1,0 +1,223 @@
+"""Presets: YAML files that set a config's fields for a family, a purpose and a size of card.
+
+    title: {en: "8GB laptop", zh-CN: ...}    about: {en: ..., zh-CN: ...}
+    family: sd15    purpose: style    needs: {vram_gb: 8, ram_gb: 8}    set: {lora_rank: 8, ...}
+
+Order, the later wins: family default (TrainConfig) -> preset -> advisor -> own edits.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from core import advisor, captions, families, paths, words
+from core.config import (
+    TrainConfig,
+    load_train_config,
+    parse_train_config,
+    read_flat_yaml,
+    resolve,
+)
+from core.faults import Fault
+from core.plan import Machine, Verdict
+
+PURPOSE = "style"               # where none is named
+NOMINAL = 0.95                  # of what is sold as 8 GB, so much is there
+
+
+class Needs(BaseModel):
+    """The smallest machine that the preset is meant for; vram_gb 0: it trains on the CPU."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    vram_gb: float = Field(ge=0)
+    ram_gb: float = Field(ge=0)
+
+
+class Preset(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: Path
+    title: dict[str, str]
+    about: dict[str, str]
+    family: str
+    purpose: str
+    needs: Needs
+    set: dict[str, Any]
+
+    @property
+    def slug(self) -> str:
+        return self.path.stem
+
+    def names(self) -> tuple[str, ...]:
+        return (*self.title.values(), self.slug)
+
+    def said(self, field: str, lang: str | None = None) -> str:
+        """Its `title` or `about` in a language."""
+        texts: dict[str, str] = getattr(self, field)
+        return texts.get(lang or words.language()) or texts.get("en") or next(iter(texts.values()))
+
+
+# --- the files ---
+
+def list_presets(lang: str | None = None, family: str | None = None) -> list[Preset]:
+    """All of them, the app's and the user's own (<data>/presets/<family>/*.yaml), by family,
+    memory needed and title. A file of the user's that is no preset raises Fault."""
+    found = [one for path in _files() if (one := _read(path)) is not None]
+    return sorted((one for one in found if family in (None, one.family)), key=lambda one: (
+        one.family, one.needs.vram_gb, one.said("title", lang), one.purpose))
+
+
+def find(name: str, family: str, purpose: str = PURPOSE) -> Preset:
+    """By title in either language, or by file name; spaces and case don't matter.
+
+    Raises Fault with the nearest name where there is none."""
+    here = [one for one in list_presets(family=family)]
+    if not here:
+        raise Fault("presets.no_family", family=family,
+                    known=", ".join(sorted({one.family for one in list_presets()})))
+    named = [one for one in here if _plain(name) in map(_plain, one.names())]
+    fitting = [one for one in named if one.purpose == purpose or _plain(name) == _plain(one.slug)]
+    if fitting:
+        return fitting[0]
+    if named:
+        raise Fault("presets.no_purpose", name=name, purpose=purpose,
+                    known=", ".join(sorted({one.purpose for one in named})))
+    titles = list(dict.fromkeys(title for one in here for title in one.title.values()))
+    close = words.nearest(name, titles, 1)
+    raise Fault("presets.unknown", name=name, family=family,
+                nearest=close[0] if close else titles[0],
+                known=", ".join(dict.fromkeys(one.said("title") for one in here)))
+
+
+def family_of(base_model: str, beside: Path | None = None) -> str:
+    """The folder of presets for a config's `base_model`. Raises Fault where nothing is there."""
+    if not base_model:
+        return next(iter(families.MODULES))
+    if base_model == "demo" or base_model in families.MODULES:
+        return base_model
+    path = resolve(base_model, beside)
+    if path.exists() and path.samefile(paths.DEMO / "base"):
+        return "demo"
+    return families.detect(path)
+
+
+def _files() -> Iterator[Path]:
+    for folder in (paths.data_dir() / "presets", paths.PRESETS):       # one's own first
+        yield from sorted(folder.glob("*/*.yaml"))
+
+
+def _read(path: Path) -> Preset | None:
+    """None: a plain config lies there, such as the demo's."""
+    try:
+        data = yaml.safe_load(captions.decode_text(path.read_bytes()))
+    except (OSError, yaml.YAMLError) as error:
+        raise Fault("presets.unreadable", file=path, reason=_first_line(error)) from None
+    if not isinstance(data, dict) or "set" not in data:
+        return None
+    try:
+        preset = Preset.model_validate({"path": path, **data})
+        TrainConfig.model_validate(preset.set)
+    except (ValidationError, TypeError) as error:
+        raise Fault("presets.bad", file=path, reason=_problem(error)) from None
+    return preset
+
+
+def _problem(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return _first_line(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name).casefold()
+
+
+# --- laid over a config ---
+
+# Keys that mean nothing without each other: own edits of one side drop the preset's other side.
+_TOGETHER = (({"epochs", "max_train_steps"}, {"epochs", "max_train_steps", "lr_warmup_steps",
+                                              "save_steps"}),
+             ({"lora_rank"}, {"lora_alpha"}))
+
+
+def apply(preset: Preset, config_data: Mapping[str, Any],
+          advised: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The config's data with the preset below it: family default -> preset -> `advised`
+    (Suggestion.values) -> own edits, which are `config_data`.
+
+    Of the preset's fields, `sets` tells which are left."""
+    lower = {**_below(preset.set, advised), **advised} if advised else preset.set
+    return {**_below(lower, config_data), **config_data}
+
+
+def sets(preset: Preset, config_data: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """The fields that the preset decides, own edits (`config_data`) taken out."""
+    return tuple(_below(preset.set, config_data or {}))
+
+
+def _below(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of `values` under own edits. One's own batch keeps the pictures an update."""
+    hidden = set(own)
+    for edited, dropped in _TOGETHER:
+        if edited & own.keys():
+            hidden |= dropped
+    left = {key: value for key, value in values.items() if key not in hidden}
+    batch = own.get("batch_size")
+    if isinstance(batch, int) and batch > 0 and "gradient_accumulation_steps" in left:
+        whole = values.get("batch_size", 1) * left["gradient_accumulation_steps"]
+        left["gradient_accumulation_steps"] = max(1, round(whole / batch))
+    return left
+
+
+def train_config(name: str, path: Path | None, overrides: Mapping[str, str] | None = None,
+                 purpose: str = PURPOSE) -> tuple[TrainConfig, Preset, tuple[str, ...]]:
+    """`train --preset NAME [--config FILE] [--set ...]`: the config, the preset, and the fields
+    that the preset set. Raises Fault as load_train_config does, with the file's own lines."""
+    own, base = _own(path, overrides or {})
+    preset = find(name, family_of(base, path.parent if path else None), purpose)
+    kept = _below(preset.set, own)
+    text = {key: json.dumps(value) for key, value in kept.items()} | dict(overrides or {})
+    config = (load_train_config(path, text) if path
+              else parse_train_config("", f"--preset {name}", text))
+    return config, preset, tuple(kept)
+
+
+def _own(path: Path | None, overrides: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """The keys that a user wrote, with their values, and the base model."""
+    given = load_train_config(path, overrides) if path else parse_train_config(
+        "", "--set", overrides)
+    data: Mapping[str, Any] = {}
+    if path is not None and path.suffix.lower() != ".safetensors":
+        data, _ = read_flat_yaml(captions.decode_text(path.read_bytes()), str(path))
+    elif path is not None:
+        data = given.model_dump(exclude_unset=True)
+    return ({key: getattr(given, key) for key in (*data, *overrides)}, given.base_model)
+
+
+# --- against a machine ---
+
+def badge(preset: Preset, machine: Machine) -> Verdict:
+    """By the needs it names, at once: fits | tight (other programs hold too much) | too_big."""
+    if machine.kind == "cuda" and not preset.needs.vram_gb:
+        return "fits"                       # what a CPU trains is small
+    if machine.kind != "cuda" and preset.needs.vram_gb:
+        return "too_big"
+    needs = 1024 * (preset.needs.vram_gb or preset.needs.ram_gb)
+    if machine.total_mb < needs * NOMINAL:
+        return "too_big"
+    beside_desktop = (advisor.card_of(preset.needs.vram_gb).free_mb if preset.needs.vram_gb
+                      else needs / 2)
+    return "fits" if machine.free_mb >= beside_desktop * NOMINAL else "tight"

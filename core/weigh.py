@@ -1,0 +1,187 @@
+"""What a plan is asked about: this machine, a base by its name, the pictures by their headers.
+
+Cheap facts only, no torch: 10,000 pictures are weighed in seconds, none is decoded.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import factorial, isqrt
+from pathlib import Path
+
+from PIL import Image
+
+from core import (
+    buckets,
+    captions,
+    choices,
+    dataset,
+    families,
+    gpu,
+    machine,
+    paths,
+    plan,
+    pool,
+    words,
+)
+from core.buckets import Size
+from core.config import TrainConfig, size_of
+from core.faults import Fault
+from core.pictures import FORMATS, MAX_MEGAPIXELS, Look, prepare
+from core.plan import Base, Data, Machine, Plan
+
+MOST_SHUFFLES = 8               # caption variants that training keeps of a picture
+_ORIENTATION = 0x0112           # EXIF tag; 5..8: lying on a side
+
+
+# --- the machine and the base ---
+
+def machine_here(device: str = "auto") -> Machine:
+    """Where training would go: the first visible card, Apple's chip, else the CPU. Never raises."""
+    total, free = machine.ram()
+    disk = machine.disk_free(paths.cache_dir()) or 0.0
+    card = gpu.chosen(gpu.report()) if device in ("auto", "cuda") else None
+    if card is not None:
+        return Machine("cuda", card.name, card.total_mb, card.free_mb, card.capability, free, disk)
+    apple = device in ("auto", "mps") and sys.platform == "darwin" and any(
+        one.support == "mps" for one in machine.accelerators())
+    return Machine("mps" if apple else "cpu", machine.cpu_name(), total, free, ram_mb=free,
+                   disk_mb=disk)
+
+
+def base_of(name: str, family: str = "auto") -> Base:
+    """`demo`, a folder, a file, or a family's id for its standard shapes. Raises Fault."""
+    if name == "demo":
+        return Base.of(paths.DEMO / "base", family)
+    path = Path(name).expanduser()
+    if path.exists():
+        return Base.of(path, family)
+    if name in families.MODULES:
+        return Base.of(_shapes(name), name)
+    close = words.nearest(name, [*families.MODULES, "demo"], 1)
+    raise Fault("plan.no_base", base=name, folder=Path.cwd(), known=", ".join(families.MODULES),
+                nearest=close[0] if close else "demo")
+
+
+def _shapes(family: str) -> Path:
+    """A base without weights: the family's configs, and the tokenizer that ships with the app."""
+    folder = paths.cache_dir() / "shapes" / family
+    configs = paths.FAMILY_CONFIGS / family
+    for path in (*configs.rglob("*.json"), *_tokenizer(configs)):
+        inner = path.relative_to(configs if path.is_relative_to(configs) else paths.DEMO / "base")
+        if not (folder / inner).exists():
+            with paths.atomic(folder / inner) as fresh:
+                shutil.copyfile(path, fresh)
+    return folder
+
+
+def _tokenizer(configs: Path) -> Sequence[Path]:
+    """CLIP's, where the family brings none."""
+    if (configs / "tokenizer").is_dir():
+        return tuple(path for path in (configs / "tokenizer").iterdir() if path.suffix != ".json")
+    return tuple((paths.DEMO / "base" / "tokenizer").iterdir())
+
+
+# --- the pictures ---
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """A folder as far as it weighs."""
+
+    sizes: tuple[Size, ...]                     # px, as seen
+    repeats: tuple[int, ...]
+    captions: tuple[str, ...]
+
+
+def pictures_in(folder: Path, metadata: Path | None = None) -> Pictures:
+    """From headers alone, less those left out; a torn picture counts: training's scan finds it.
+    Raises Fault where nothing is found."""
+    found = dataset.scan(folder, metadata, left_out=choices.load(folder).left_out,
+                         look_all=_headers).pictures
+    return Pictures(tuple(p.size for p in found), tuple(p.repeats for p in found),
+                    tuple(p.caption for p in found))
+
+
+def data_of(config: TrainConfig, found: Pictures, facts: Mapping[str, float]) -> Data:
+    """The bucket whose batch is the largest, and how much there is to keep. `facts`: `native`
+    and `step` px of the base (core.plan's "base")."""
+    native, step = int(facts["native"]), int(facts["step"])
+    area = size_of(config.max_resolution) or (native, native)
+    side = isqrt(area[0] * area[1])
+    assigned = buckets.assign_buckets(
+        found.sizes, area, step, config.min_bucket_side or side // 2,
+        config.max_bucket_side or side * 2, config.bucket_no_upscale)
+    counts: Counter[Size] = Counter()
+    for bucket, times in zip(assigned, found.repeats, strict=True):
+        counts[bucket] += times
+    filled = {bucket: min(config.batch_size, count) for bucket, count in counts.items()}
+    largest = max(filled, key=lambda b: (filled[b] * b[0] * b[1], b))
+    return Data(len(found.sizes), _captions(config, found), filled[largest], largest)
+
+
+def data_facts(config: TrainConfig, folder: Path, facts: Mapping[str, float]) -> Data:
+    """A folder's Data for one config; for several, `pictures_in` once and `data_of` for each."""
+    metadata = Path(config.metadata_path).expanduser() if config.metadata_path else None
+    return data_of(config, pictures_in(folder, metadata), facts)
+
+
+def base_sizes(base: Base, where: Machine) -> dict[str, float]:
+    return plan.ask("base", base, plan.numbers_for("auto", where.kind, where.capability))
+
+
+class Weigher:
+    """A planner (core.ladder) that buckets the pictures anew for each config."""
+
+    def __init__(self, base: Base, where: Machine, found: Pictures | None = None) -> None:
+        self.base, self.machine, self.found = base, where, found
+        self.facts = base_sizes(base, where)
+
+    def data(self, config: TrainConfig) -> Data | None:
+        return data_of(config, self.found, self.facts) if self.found else None
+
+    def __call__(self, config: TrainConfig) -> Plan:
+        return plan.plan_run(config, self.base, self.machine, self.data(config))
+
+
+def _captions(config: TrainConfig, found: Pictures) -> int:
+    """Different ones, and the empty one; of shuffled tags at most as many as are kept."""
+    texts = {captions.with_trigger(text, config.trigger_word) for text in found.captions}
+    if not config.shuffle_tags:
+        return len(texts | {""})
+    free = (max(0, len(captions.split_tags(text)) - config.keep_tokens) for text in texts)
+    return 1 + sum(min(MOST_SHUFFLES, factorial(min(count, 4))) for count in free)
+
+
+def _headers(files: Sequence[Path]) -> Iterator[Look | Fault]:
+    prepare()
+    return pool.in_order(header, files, "weigh")
+
+
+def header(path: Path) -> Look | Fault:
+    """A picture's size as seen; nothing is decoded, transparency isn't looked for."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_MEGAPIXELS * 1_000_000:
+                return Fault("dataset.too_large", file=path, limit=MAX_MEGAPIXELS)
+            return ((height, width) if _lies(image) else (width, height)), False
+    except Image.DecompressionBombError:
+        return Fault("dataset.too_large", file=path, limit=MAX_MEGAPIXELS)
+    except Exception as error:          # the training's scan finds out what it is
+        return Fault("dataset.corrupt", file=path, reason=error)
+
+
+def _lies(image: Image.Image) -> bool:
+    """By EXIF. A PNG that tells it after its pixels would have to be decoded: left out; the size
+    of a TIFF has been turned already."""
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return False
+    try:
+        return image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+    except Exception:                   # broken EXIF; the picture itself is fine
+        return False
+
