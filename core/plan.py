@@ -25,7 +25,7 @@ from core.config import TrainConfig, size_of
 from core.safetensors_header import read_header
 
 MB = 2**20
-VERSION = 1                             # of the traces; raise it when tracing changes
+VERSION = 2                             # of the traces; raise it when tracing changes
 Kind = Literal["cuda", "mps", "cpu"]
 Verdict = Literal["fits", "tight", "too_big"]
 

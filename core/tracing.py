@@ -45,7 +45,7 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, kind: Kind, known: Iterable[nn.Module] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
-        self._grain = GRAIN[kind]
+        self._kind, self._grain = kind, GRAIN[kind]
         self._seen = {t.untyped_storage()._cdata for module in known
                       for t in (*module.parameters(), *module.buffers())}
 
@@ -57,6 +57,9 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(out, Tensor):
                 out = torch.empty_like(out, memory_format=torch.channels_last)
             copies = sum(_copied(t) for t in args[:3])
+        if func in _CONVOLUTIONS and self._kind == "cpu":
+            weight = args[_CONVOLUTIONS[func] + 1]      # oneDNN works on a copy laid out anew
+            copies += weight.numel() * weight.element_size()
         for one in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(one, Tensor):
                 self._add(one)
