@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from core import paths
+from core import optim, paths
 from core.faults import Fault
 
 FOLDER = "checkpoints"
@@ -101,15 +101,8 @@ def steps_of(output: Path, name: str) -> list[int]:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer.{i}.{k}": v.detach().cpu().contiguous()
-            for i, entries in state.items() for k, v in entries.items() if torch.is_tensor(v)}
+    return {f"optimizer.{k}": v for k, v in optim.state(optimizer).items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    own = optimizer.state_dict()
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        _, index, key = name.split(".", 2)
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
+    optim.load_state(optimizer, {k.removeprefix("optimizer."): v for k, v in tensors.items()})

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from core import __version__, captions, checkpoint, lora, lora_file, lora_metadata, pictures
+from core import (
+    __version__,
+    captions,
+    checkpoint,
+    lora,
+    lora_file,
+    lora_metadata,
+    optim,
+    pictures,
+)
 from core.config import dump_yaml, size_of
 from core.events import Checkpoint, Note
 from core.examples import Example
@@ -136,8 +145,7 @@ class Keeper:
             batches_per_epoch=course.batches_per_epoch,
             planned_epochs=-(-trainer.total // course.updates_per_epoch),
             planned_steps=trainer.total, epoch=int(course.epoch_of(step)), step=step,
-            optimizer=f"torch.optim.adamw.AdamW(weight_decay={config.weight_decay},"
-                      f"betas=({config.adam_beta1}, {config.adam_beta2}))",
+            optimizer=optim.describe(trainer.optimizer),
             mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(
                 trainer.precision.compute, "no"),
             gradient_checkpointing=config.gradient_checkpointing)

@@ -20,6 +20,7 @@ from tests import ldm_layout, tiny
 from tests.test_config import FIRST
 
 Models = dict[str, nn.Module]
+pytestmark = pytest.mark.xdist_group("sd15")        # gigabytes, made once
 
 
 @pytest.fixture(scope="module")

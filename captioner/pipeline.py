@@ -1,0 +1,132 @@
+"""Pictures through a captioner: decoding and preparing in threads, a batch ahead of the model.
+
+The threads take what the model leaves idle: Pillow decodes and resizes without Python's lock.
+No torch here; a captioner that needs it brings it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from captioner.base import Captioner, Description
+from core import pictures
+from core.control import Control
+from core.faults import Fault
+
+OnResult = Callable[[Path, Description], None]
+OnFault = Callable[[Path, Fault], None]
+Waiting = deque[tuple[Path, Future[Any]]]
+MOST_THREADS = 8
+
+
+def describe_all(captioner: Captioner, paths: Sequence[Path], batch_size: int,
+                 on_result: OnResult, control: Control, on_fault: OnFault | None = None,
+                 on_halved: Callable[[int], None] | None = None) -> None:
+    """Tells on_result each picture's description, in the order of `paths`, from this thread.
+
+    A picture that can't be read goes to on_fault (without one, its Fault is raised) and the
+    others go on. Out of memory halves the batch for the rest of the job, told to on_halved;
+    Fault("captioner.out_of_memory") where one picture alone doesn't fit. Between batches a pause
+    waits and a stop returns; what was told before is whole.
+    """
+    pictures.prepare()
+    run = _Run(captioner, on_result, on_halved, batch_size)
+    with ThreadPoolExecutor(max_workers=_threads(), thread_name_prefix="decode") as pool:
+        waiting: Waiting = deque()
+        rest = iter(paths)
+        try:
+            while not control.stopping:
+                control.wait_while_paused()
+                _refill(pool, captioner, waiting, rest, 2 * run.size)
+                batch = list(_collect(waiting, run.size, on_fault))
+                if not batch and not waiting:
+                    return
+                _refill(pool, captioner, waiting, rest, 2 * run.size)
+                run.tell(batch, control)
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def _threads() -> int:
+    return min(MOST_THREADS, os.cpu_count() or 1)
+
+
+def _refill(pool: ThreadPoolExecutor, captioner: Captioner, waiting: Waiting,
+            rest: Iterator[Path], ahead: int) -> None:
+    while len(waiting) < ahead and (path := next(rest, None)) is not None:
+        waiting.append((path, pool.submit(_prepared, captioner, path)))
+
+
+def _prepared(captioner: Captioner, path: Path) -> Any:
+    return captioner.prepare(pictures.open_picture(path))
+
+
+def _collect(waiting: Waiting, size: int, on_fault: OnFault | None) -> Iterator[tuple[Path, Any]]:
+    """Up to `size` pictures that could be read; Ctrl+C and memory errors pass through."""
+    found = 0
+    while waiting and found < size:
+        path, future = waiting.popleft()
+        try:
+            picture = future.result()
+        except Fault as fault:
+            if on_fault is None:
+                raise
+            on_fault(path, fault)
+            continue
+        found += 1
+        yield path, picture
+
+
+class _Run:
+    """The batch size that fits, found by halving."""
+
+    def __init__(self, captioner: Captioner, on_result: OnResult,
+                 on_halved: Callable[[int], None] | None, size: int) -> None:
+        self.captioner, self.on_result, self.on_halved = captioner, on_result, on_halved
+        self.size = max(1, size)
+
+    def tell(self, batch: Sequence[tuple[Path, Any]], control: Control) -> None:
+        start = 0
+        while start < len(batch) and not control.stopping:
+            part = batch[start:start + self.size]
+            described = self._try([picture for _, picture in part])
+            if described is None:
+                self._halve(len(part))
+                continue
+            for (path, _), description in zip(part, described, strict=True):
+                self.on_result(path, description)
+            start += len(part)
+
+    def _try(self, batch: Sequence[Any]) -> list[Description] | None:
+        """None where memory ran out; the error and its frames are gone when this returns."""
+        try:
+            return self.captioner.describe(batch)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
+    def _halve(self, tried: int) -> None:
+        _free_memory()
+        if tried <= 1:
+            raise Fault("captioner.out_of_memory", captioner=self.captioner.spec.title)
+        self.size = max(1, tried // 2)
+        if self.on_halved:
+            self.on_halved(self.size)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """The machine's, CUDA's, or of torch's allocator on the CPU, which has no class of its own."""
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or "can't allocate memory" in str(error) or "not enough memory" in str(error))
+
+
+def _free_memory() -> None:
+    from core.precision import free_memory
+    free_memory()
