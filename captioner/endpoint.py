@@ -30,6 +30,7 @@ from PIL import Image
 
 from captioner.base import CaptionerSpec, Description
 from captioner.config import CaptionConfig
+from captioner.pipeline import CONTEXT
 from captioner.sentences import clean, is_refusal, whole_sentences
 from core.events import Note
 from core.faults import Fault
@@ -37,7 +38,6 @@ from core.faults import Fault
 PROMPT = ("Describe this picture in one to three sentences for training an image model: subject, "
           "setting, style, colours, light and composition. Only what can be seen, no "
           "introduction.")
-CONTEXT = "darkroom"                    # key in image.info: {"caption": ..., "tags": ...}
 KEY = "DARKROOM_ENDPOINT_KEY"
 SIDE = 1024                             # px; longer sides are scaled down to it
 QUALITY = 90                            # of the JPEG

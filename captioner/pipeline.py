@@ -20,33 +20,38 @@ from core.faults import Fault
 
 OnResult = Callable[[Path, Description], None]
 OnFault = Callable[[Path, Fault], None]
+About = Callable[[Path], dict[str, str]]
 Waiting = deque[tuple[Path, Future[Any]]]
 MOST_THREADS = 8
+CONTEXT = "darkroom"                    # key in image.info of what `about` tells
 
 
 def describe_all(captioner: Captioner, paths: Sequence[Path], batch_size: int,
                  on_result: OnResult, control: Control, on_fault: OnFault | None = None,
-                 on_halved: Callable[[int], None] | None = None) -> None:
+                 on_halved: Callable[[int], None] | None = None,
+                 about: About | None = None) -> None:
     """Tells on_result each picture's description, in the order of `paths`, from this thread.
 
     A picture that can't be read goes to on_fault (without one, its Fault is raised) and the
-    others go on. Out of memory halves the batch for the rest of the job, told to on_halved;
-    Fault("captioner.out_of_memory") where one picture alone doesn't fit. Between batches a pause
-    waits and a stop returns; what was told before is whole.
+    others go on; so does one that the captioner refuses (`of_one_picture`, fault codes). `about`
+    tells what is known of a picture, for prompts. Out of memory halves the batch for
+    the rest of the job, told to on_halved; Fault("captioner.out_of_memory") where one picture
+    alone doesn't fit. Between batches a pause waits and a stop returns; what was told before is
+    whole.
     """
     pictures.prepare()
-    run = _Run(captioner, on_result, on_halved, batch_size)
+    run = _Run(captioner, on_result, on_fault, on_halved, batch_size)
     with ThreadPoolExecutor(max_workers=_threads(), thread_name_prefix="decode") as pool:
         waiting: Waiting = deque()
         rest = iter(paths)
         try:
             while not control.stopping:
                 control.wait_while_paused()
-                _refill(pool, captioner, waiting, rest, 2 * run.size)
+                _refill(pool, captioner, waiting, rest, 2 * run.size, about)
                 batch = list(_collect(waiting, run.size, on_fault))
                 if not batch and not waiting:
                     return
-                _refill(pool, captioner, waiting, rest, 2 * run.size)
+                _refill(pool, captioner, waiting, rest, 2 * run.size, about)
                 run.tell(batch, control)
         finally:
             for _, future in waiting:
@@ -58,13 +63,16 @@ def _threads() -> int:
 
 
 def _refill(pool: ThreadPoolExecutor, captioner: Captioner, waiting: Waiting,
-            rest: Iterator[Path], ahead: int) -> None:
+            rest: Iterator[Path], ahead: int, about: About | None) -> None:
     while len(waiting) < ahead and (path := next(rest, None)) is not None:
-        waiting.append((path, pool.submit(_prepared, captioner, path)))
+        waiting.append((path, pool.submit(_prepared, captioner, path, about)))
 
 
-def _prepared(captioner: Captioner, path: Path) -> Any:
-    return captioner.prepare(pictures.open_picture(path))
+def _prepared(captioner: Captioner, path: Path, about: About | None) -> Any:
+    image = pictures.open_picture(path)
+    if about:
+        image.info[CONTEXT] = about(path)
+    return captioner.prepare(image)
 
 
 def _collect(waiting: Waiting, size: int, on_fault: OnFault | None) -> Iterator[tuple[Path, Any]]:
@@ -86,22 +94,38 @@ def _collect(waiting: Waiting, size: int, on_fault: OnFault | None) -> Iterator[
 class _Run:
     """The batch size that fits, found by halving."""
 
-    def __init__(self, captioner: Captioner, on_result: OnResult,
+    def __init__(self, captioner: Captioner, on_result: OnResult, on_fault: OnFault | None,
                  on_halved: Callable[[int], None] | None, size: int) -> None:
         self.captioner, self.on_result, self.on_halved = captioner, on_result, on_halved
+        self.on_fault = on_fault
         self.size = max(1, size)
 
     def tell(self, batch: Sequence[tuple[Path, Any]], control: Control) -> None:
         start = 0
         while start < len(batch) and not control.stopping:
             part = batch[start:start + self.size]
-            described = self._try([picture for _, picture in part])
+            try:
+                described = self._try([picture for _, picture in part])
+            except Fault as fault:
+                self._refused(part, fault, control)
+                start += len(part)
+                continue
             if described is None:
                 self._halve(len(part))
                 continue
             for (path, _), description in zip(part, described, strict=True):
                 self.on_result(path, description)
             start += len(part)
+
+    def _refused(self, part: Sequence[tuple[Path, Any]], fault: Fault, control: Control) -> None:
+        """A captioner that refuses one picture (a server's filter) describes the others alone."""
+        if fault.code not in getattr(self.captioner, "of_one_picture", ()) or not self.on_fault:
+            raise fault
+        if len(part) == 1:
+            self.on_fault(part[0][0], fault)
+            return
+        for one in part:
+            self.tell([one], control)
 
     def _try(self, batch: Sequence[Any]) -> list[Description] | None:
         """None where memory ran out; the error and its frames are gone when this returns."""

@@ -92,6 +92,9 @@ def tokens_of(rules: Iterable[Rule]) -> Callable[[str], int] | None:
 
 # --- captioners -------------------------------------------------------------------------------
 
+_DEMO = ("clip", "blip")                # whose default model is the demo world's own
+
+
 class Together:
     """Several captioners as one: a picture is decoded once, and all describe it."""
 
@@ -99,6 +102,14 @@ class Together:
 
     def __init__(self, members: Sequence[Captioner]) -> None:
         self.members = members
+
+    @property
+    def notes(self) -> list[Note]:
+        return [note for member in self.members for note in notes_of(member)]
+
+    @property
+    def of_one_picture(self) -> frozenset[str]:
+        return frozenset().union(*(getattr(m, "of_one_picture", ()) for m in self.members))
 
     def load(self) -> None:
         for member in self.members:
@@ -114,6 +125,12 @@ class Together:
 
     def identity(self) -> str:
         return "+".join(member.identity() for member in self.members)
+
+
+def notes_of(captioner: Captioner) -> list[Note]:
+    """What the user should know of a captioner once it is loaded: pictures that leave this
+    machine, a model that knows little."""
+    return list(getattr(captioner, "notes", ()))
 
 
 def open_captioner(config: CaptionConfig) -> Captioner:
@@ -210,6 +227,8 @@ class _Job:
     def _describe(self, wanted: list[str]) -> None:
         self.emit(Phase(name="load"))
         self.captioner.load()
+        for note in self._notes():
+            self.emit(note)
         self.progress = Progress(self.store.folder, self._key(), self.config.dry_run)
         if self.history and (old := self.history.newest(self.progress.action)):
             self.action = old
@@ -220,8 +239,19 @@ class _Job:
         describe_all(self.captioner, list(names), self.config.batch_size,
                      lambda path, said: self._on_result(names[path], said), self.control,
                      on_fault=lambda path, fault: self._on_fault(names[path], fault),
-                     on_halved=lambda size: self._note("runner.batch_halved", size=size))
+                     on_halved=lambda size: self._note("runner.batch_halved", size=size),
+                     about=lambda path: self._about(names[path]))
         self.flush()
+
+    def _notes(self) -> list[Note]:
+        names = self.config.captioner.split("+")
+        demo = [n for n in names if n in _DEMO and self.config.models.get(n, "demo") == "demo"]
+        return [*([Note(key="captioner.demo_only")] if demo else []), *notes_of(self.captioner)]
+
+    def _about(self, name: str) -> dict[str, str]:
+        """What is known of a picture, for captioners whose prompt may name it."""
+        caption = self.store.entries[name].caption
+        return {"caption": caption, "tags": caption if "," in caption else ""}
 
     def _key(self) -> str:
         """The same job again: same captioner, same way of writing."""
