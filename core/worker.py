@@ -41,7 +41,8 @@ class Job(NamedTuple):
 
 
 JOBS = {"train": Job("core.config:load_train_config", "core.engine:train"),
-        "caption": Job("captioner.runner:load", "captioner.runner:caption")}
+        "caption": Job("captioner.runner:load", "captioner.runner:caption"),
+        "generate": Job("core.draw_config:load", "core.draw:draw")}
 
 
 def run_job(job: str, config: Any, folder: Path, control: Control,

@@ -20,6 +20,7 @@ ROOMS = ("core", "captioner", "gui", "launcher")            # each may import th
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "open_clip"}
 LIGHT = ("advisor", "captions", "caption_checks", "checks", "choices", "commands", "config",
          "console", "control", "copies", "crops", "dataset", "dataset_commands", "doctor",
+         "draw_config", "intake", "plan_service", "project", "thumbnails",
          "download", "duplicates", "events", "families", "faults", "findings", "focus", "gpu",
          "hub", "hub_commands", "hub_index", "jobs", "journal", "ladder", "looks", "lora_file",
          "lora_metadata", "machine", "measures", "paths", "picture_checks", "plan",

@@ -1,0 +1,88 @@
+"""Files that were dropped: pictures and captions are copied into a folder of ours. Their own
+stay where they are, and nothing that is there is overwritten."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from core import dataset, paths
+from core.faults import Fault
+
+CAPTIONS = frozenset((".txt", ".caption", ".csv", ".jsonl"))
+TABLES = frozenset((".csv", ".jsonl"))
+_BAD = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    copied: int                             # pictures and captions
+    same: int                               # were there already
+    refused: tuple[str, ...]                # names of files that are neither
+
+
+def folder_for(project: str) -> Path:
+    """Where the files dropped on a project's page go."""
+    return paths.data_dir() / "dropped" / project
+
+
+def copy_all(files: Sequence[Path], folder: Path,
+             progress: Callable[[int, int], None] = lambda done, total: None) -> Taken:
+    """Copies what can train. A picture and its caption keep their common name; where another
+    picture has that name, both get the next free one. Raises Fault where nothing can be
+    written."""
+    good = [file for file in files if file.suffix.lower() in dataset.SUFFIXES | CAPTIONS]
+    refused = tuple(file.name for file in files if file not in set(good))
+    copied = same = done = 0
+    for stem, group in _by_stem(good).items():
+        free = _free_stem(stem, group, folder)
+        for file in group:
+            target = folder / f"{free}{file.name[len(file.stem):]}"
+            if target.exists():
+                same += 1
+            else:
+                _copy(file, target)
+                copied += 1
+            done += 1
+            progress(done, len(good))
+    return Taken(copied, same, refused)
+
+
+def _by_stem(files: Iterable[Path]) -> dict[str, list[Path]]:
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        groups.setdefault(clean(file.stem), []).append(file)
+    return groups
+
+
+def clean(stem: str) -> str:
+    """A file name's stem that every file system keeps."""
+    return _BAD.sub("_", stem).strip(". ")[:120] or "picture"
+
+
+def _free_stem(stem: str, group: Sequence[Path], folder: Path) -> str:
+    """The stem itself where each file is new or equal to the one that is there."""
+    number, free = 1, stem
+    while any(_differs(file, folder / f"{free}{file.name[len(file.stem):]}") for file in group):
+        number += 1
+        free = f"{stem}-{number}"
+    return free
+
+
+def _differs(file: Path, there: Path) -> bool:
+    return there.exists() and not filecmp.cmp(file, there, shallow=False)
+
+
+def _copy(file: Path, target: Path) -> None:
+    try:
+        with paths.atomic(target) as fresh:
+            shutil.copyfile(file, fresh)
+        os.utime(target, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
+    except OSError as error:
+        raise Fault("tab_dataset.not_copied", file=file.name, folder=target.parent,
+                    reason=error.strerror or error) from None

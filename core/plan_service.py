@@ -1,0 +1,113 @@
+"""The planning child: one JSON question a line on stdin, one JSON answer a line on stdout.
+
+Torch is imported only where a trace isn't on disk yet (core/plan.ask), and never by the asker.
+Question: {"config": {TrainConfig}, "purpose", "language", "suggest": bool}. Answer: {"plan",
+"verdict", "lacking", "nearest", "suggestion", "pictures", "updates"} as far as each is known,
+or {"fault": {"code", "params"}}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from core import advisor, families, ladder, plan, weigh
+from core.config import TrainConfig
+from core.faults import Fault
+from core.plan import Base, Data
+
+FRESH_S = 20.0                          # a folder's headers are read again after that
+
+_seen: dict[tuple[str, str], tuple[float, weigh.Pictures]] = {}
+
+
+def answer(question: dict[str, Any]) -> dict[str, Any]:
+    """Never raises: a fault is an answer too."""
+    try:
+        return _answer(question)
+    except Fault as fault:
+        return {"fault": {"code": fault.code, "params": {
+            key: value if isinstance(value, (int, float)) else str(value)
+            for key, value in fault.params.items()}}}
+    except Exception as error:          # the window must not lose its planner
+        reason = f"{type(error).__name__}: {error}"
+        return {"fault": {"code": "gui.plan_failed", "params": {"reason": reason[:300]}}}
+
+
+def _answer(question: dict[str, Any]) -> dict[str, Any]:
+    config = TrainConfig.model_validate(question["config"])
+    base = weigh.base_of(config.base_model or next(iter(families.MODULES)))
+    machine = weigh.machine_here(config.device)
+    found: dict[str, Any] = {}
+    pictures = None
+    if config.train_data_dir:
+        try:
+            pictures = _pictures(config)
+            found["pictures"] = len(pictures.sizes)
+        except Fault as fault:
+            found["pictures_fault"] = {"code": fault.code, "params": {
+                key: str(value) for key, value in fault.params.items()}}
+    planner = weigh.Weigher(base, machine, pictures)
+    planned = planner(config)
+    verdict = ladder.verdict(planned)
+    found |= {"plan": plan.as_dict(planned), "verdict": verdict,
+              "lacking": advisor.lacking(planned)}
+    if pictures:
+        found["updates"] = updates(config, pictures)
+    if verdict != "fits":
+        nearest = advisor.nearest_fit(config, base, machine, planner.data(config), planner)
+        found["nearest"] = nearest and {"changes": nearest[0],
+                                        "needs_mb": round(nearest[1].needs_mb, 1)}
+    if question.get("suggest"):
+        found["suggestion"] = _suggestion(question, base, planner, config)
+    return found
+
+
+def _pictures(config: TrainConfig) -> weigh.Pictures:
+    key = (config.train_data_dir, config.metadata_path)
+    when, found = _seen.get(key, (0.0, None))
+    if found is None or time.monotonic() - when > FRESH_S:
+        metadata = Path(config.metadata_path).expanduser() if config.metadata_path else None
+        found = weigh.pictures_in(Path(config.train_data_dir).expanduser(), metadata)
+        _seen.clear()
+        _seen[key] = (time.monotonic(), found)
+    return found
+
+
+def updates(config: TrainConfig, pictures: weigh.Pictures) -> int:
+    """Optimizer steps of the run, up to buckets that don't fill their last batch."""
+    if config.max_train_steps:
+        return config.max_train_steps
+    batches = ceil(sum(pictures.repeats) / config.batch_size)
+    return config.epochs * ceil(batches / config.gradient_accumulation_steps)
+
+
+def _suggestion(question: dict[str, Any], base: Base, planner: weigh.Weigher,
+                config: TrainConfig) -> dict[str, Any]:
+    data: Data | None = planner.data(config)
+    found = advisor.suggest(planner.machine, base, data, question["purpose"], planner)
+    lang = question.get("language")
+    return {"fits": found.fits, "values": dict(found.values), "needs_mb": found.needs_mb,
+            "reasons": {key: reason.text(lang) for key, reason in found.reasons.items()},
+            "notes": [note.text(lang) for note in found.notes]}
+
+
+def main() -> int:
+    output = sys.stdout
+    sys.stdout = sys.stderr             # what libraries print must not get between the answers
+    for line in sys.stdin:
+        try:
+            question = json.loads(line)
+        except ValueError:
+            continue
+        output.write(json.dumps(answer(question), ensure_ascii=True, default=str) + "\n")
+        output.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

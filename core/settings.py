@@ -1,0 +1,78 @@
+"""The user's settings: settings.yaml in the data folder, small and readable. Without torch."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from core import paths, words
+
+FILE = "settings.yaml"
+Theme = Literal["auto", "light", "dark"]
+
+
+class Settings(BaseModel):
+    """Unknown keys are kept: they may be a newer version's."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    language: Literal["", "en", "zh-CN"] = ""      # "": the system's
+    theme: Theme = "auto"
+    project: str = ""                               # the one that was open last
+    output_root: str = ""                           # where LoRAs go; "": see `output_folder`
+    welcomed: bool = False                          # the first start has been seen
+
+    @property
+    def spoken(self) -> str:
+        return self.language or words.language()
+
+    @property
+    def output_folder(self) -> Path:
+        """LoRAs are the user's own files: they belong where documents are found."""
+        if self.output_root:
+            return Path(self.output_root).expanduser()
+        if paths.data_dir() == Path(platformdirs.user_data_dir(paths.APP, appauthor=False)):
+            return Path(platformdirs.user_documents_dir()) / paths.APP
+        return paths.data_dir() / "output"          # a portable install keeps together
+
+
+class SettingsFile:
+    """Safe to share between threads. A torn or foreign file counts as none."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self._lock = threading.Lock()
+        self._settings = read()
+
+    @property
+    def now(self) -> Settings:
+        return self._settings
+
+    def change(self, **changes: Any) -> Settings:
+        """Writes through. Raises ValidationError for what no setting can be."""
+        with self._lock:
+            new = Settings.model_validate(self._settings.model_dump() | changes)
+            if new != self._settings:
+                write(new)
+                self._settings, self.version = new, self.version + 1
+            return new
+
+
+def read() -> Settings:
+    with contextlib.suppress(OSError, yaml.YAMLError, ValidationError, UnicodeDecodeError):
+        found = yaml.safe_load((paths.data_dir() / FILE).read_text("utf-8"))
+        if isinstance(found, dict):
+            return Settings.model_validate(found)
+    return Settings()
+
+
+def write(settings: Settings) -> None:
+    text = yaml.safe_dump(settings.model_dump(exclude_defaults=True), allow_unicode=True,
+                          sort_keys=False)
+    paths.write_atomic(paths.data_dir() / FILE, text)

@@ -1,0 +1,67 @@
+"""Small WebP pictures of large ones, made once and kept in the cache folder. Pillow only.
+
+A thumbnail is known by the path, time of change and size of its picture: a picture that changed
+gets a new one, and the old one is never shown for it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from hashlib import blake2b
+from pathlib import Path
+
+from PIL import Image
+
+from core import paths, pictures
+from core.faults import Fault
+
+SIDE = 256                      # px of the longer side
+VIEW = 1024                     # px: one picture by itself
+QUALITY = 80                    # of WebP
+
+# A browser asks for a whole page at once; each picture under way may take 100 MB.
+_slots = threading.BoundedSemaphore(max(1, min(os.cpu_count() or 1, 4)))
+
+
+def thumbnail(picture: Path, side: int = SIDE) -> Path:
+    """The WebP file of a picture, upright, over white; safe to call from several threads.
+
+    Raises Fault where the picture can't be decoded, OSError where nothing can be written.
+    """
+    small = place_of(picture, side)
+    if small.is_file():
+        return small
+    with _slots:
+        if not small.is_file():             # another thread may have made it meanwhile
+            _make(picture, small, side)
+    return small
+
+
+def stamp(picture: Path) -> str:
+    """Differs when the picture does; "" where there is none."""
+    try:
+        facts = picture.stat()
+    except OSError:
+        return ""
+    return f"{facts.st_mtime_ns:x}-{facts.st_size:x}"
+
+
+def place_of(picture: Path, side: int = SIDE) -> Path:
+    text = f"{os.fsencode(picture)!r} {stamp(picture)} {side}"
+    key = blake2b(text.encode(), digest_size=16).hexdigest()
+    return paths.cache_dir() / "thumbs" / key[:2] / f"{key}.webp"
+
+
+def _make(picture: Path, small: Path, side: int) -> None:
+    pictures.prepare()
+    decoded = pictures.decode(picture, least=side)
+    try:
+        image = pictures.plain(decoded.image)
+        image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+        with paths.atomic(small) as fresh:
+            image.save(fresh, "WEBP", quality=QUALITY, method=2)
+    except (Fault, OSError):
+        raise
+    except Exception as error:              # a palette that is too short, for example
+        raise pictures.damage(picture, error) from None

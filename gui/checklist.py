@@ -1,0 +1,102 @@
+"""Whether Start can be pressed, and what stands in the way; the welcome of a first start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from core import presets
+from core.faults import Fault
+from gui.context import Context, Snapshot
+from gui.form import problems
+from gui.html import button, card, esc, gigabytes
+
+Mark = Literal["ok", "wait", "warn", "bad"]
+_SIGNS: dict[Mark, str] = {"ok": "✓", "wait": "…", "warn": "⚠", "bad": "✖"}
+
+
+class Item(NamedTuple):
+    mark: Mark
+    text: str
+
+
+def items(ctx: Context, snap: Snapshot) -> list[Item]:
+    found = [_pictures(ctx, snap), _base(ctx, snap), *_memory(ctx, snap), *_lacking(ctx, snap)]
+    found += [Item("bad", text) for text in problems(ctx, snap)]
+    if snap.problem:
+        found.append(Item("bad", snap.problem))
+    if steps := snap.forecast.answer.get("updates"):
+        found.append(Item("ok", ctx.say("will_do_steps", steps=steps)))
+    return found
+
+
+def ready(ctx: Context, snap: Snapshot) -> bool:
+    return all(item.mark != "bad" for item in items(ctx, snap))
+
+
+def html(ctx: Context, snap: Snapshot) -> str:
+    lines = "".join(f'<li class="{item.mark}"><span aria-hidden="true">{_SIGNS[item.mark]}</span> '
+                    f'{esc(item.text)}</li>' for item in items(ctx, snap))
+    return f'<ul class="checklist" aria-label="{esc(ctx.say("checklist"))}">{lines}</ul>'
+
+
+def _pictures(ctx: Context, snap: Snapshot) -> Item:
+    folder = snap.config.train_data_dir
+    if not folder:
+        return Item("bad", ctx.say("no_folder"))
+    if not Path(folder).expanduser().is_dir():
+        return Item("bad", ctx.say("folder_missing", folder=folder))
+    answer, question = snap.forecast.answer, snap.forecast.question.get("config", {})
+    if question.get("train_data_dir") != folder:
+        return Item("wait", ctx.say("counting"))
+    if fault := answer.get("pictures_fault"):
+        return Item("bad", ctx.say(fault["code"], **fault["params"]))
+    if not (count := answer.get("pictures", 0)):
+        return Item("wait", ctx.say("counting"))
+    return Item("ok" if count >= 5 else "warn", ctx.say(
+        "pictures_n" if count >= 5 else "pictures_few", count=count))
+
+
+def _base(ctx: Context, snap: Snapshot) -> Item:
+    base = snap.config.base_model
+    if not base:
+        return Item("bad", ctx.say("no_base"))
+    try:
+        family = presets.family_of(base)
+    except Fault as fault:
+        return Item("bad", ctx.told(fault))
+    return Item("ok", ctx.say("base_is", base=Path(base).name, family=family))
+
+
+def _memory(ctx: Context, snap: Snapshot) -> list[Item]:
+    answer = snap.forecast.answer
+    if not answer:
+        return [Item("wait", ctx.say("planning"))] if snap.forecast.pending else []
+    if fault := answer.get("fault"):
+        return [Item("warn", ctx.say(fault["code"], **fault["params"]))]
+    plan = answer["plan"]
+    mark: Mark = {"fits": "ok", "tight": "warn"}.get(answer["verdict"], "warn")  # type: ignore[assignment]
+    return [Item(mark, ctx.say(f"memory_{answer['verdict']}", needs=gigabytes(plan["needs_mb"]),
+                               free=gigabytes(plan["machine"]["free_mb"])))]
+
+
+def _lacking(ctx: Context, snap: Snapshot) -> list[Item]:
+    answer = snap.forecast.answer
+    short = [Item("warn", ctx.say(f"advisor.{what}_short", **params))
+             for what, params in (answer.get("lacking") or {}).items()]
+    disk = (answer.get("plan") or {}).get("machine", {}).get("disk_mb")
+    if disk and "disk" not in (answer.get("lacking") or {}):
+        short.append(Item("ok", ctx.say("disk_free", free=gigabytes(disk))))
+    return short
+
+
+def welcome(ctx: Context, snap: Snapshot) -> str:
+    """Until something was trained: what this is, what was found here, and a way to try it now."""
+    if snap.settings.welcomed or snap.runs:
+        return ""
+    found = (ctx.say("found_card", name=snap.gauge.name, total=gigabytes(snap.gauge.total_mb))
+             if snap.gauge.kind == "cuda" else ctx.say("found_no_card"))
+    acts = (button(ctx.say("try_demo"), "demo", kind="") + button(
+        ctx.say("dismiss"), "welcomed", kind="link"))
+    return card("info", ctx.say("welcome"), "", raw=(
+        f'<p>{esc(ctx.say("welcome_text"))}</p><p>{esc(found)}</p><p class="acts">{acts}</p>'))

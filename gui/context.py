@@ -1,0 +1,206 @@
+"""What a tab gets: the house that all pages share, a language, and words.
+
+A tab is one file in gui/tabs with `build(ctx) -> Tab`, called inside its gr.Tab; its name stands
+in `TABS` of gui/app.py. Nothing lives in the page: handlers act on `ctx.house`, and the page is
+painted from a Snapshot: on load, after each handler, and by the one timer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import psutil
+from pydantic import ValidationError
+
+from core import gpu, paths, plan, weigh, words
+from core.config import TrainConfig
+from core.faults import Fault
+from core.gpu import GpuInfo
+from core.jobs import JobManager
+from core.project import Project, Projects
+from core.runs import JobView
+from core.settings import Settings, SettingsFile
+from gui.planning import Forecast, Planning
+
+if TYPE_CHECKING:
+    from gui.page import Page
+
+PULSE_S = 2.0                           # between looks at the card
+
+
+@dataclass(frozen=True, slots=True)
+class Gauge:
+    """Memory of the card, or of the computer where there is none; MiB, whole ones."""
+
+    name: str = ""
+    kind: str = "cpu"                   # cuda | mps | cpu
+    used_mb: int = 0
+    total_mb: int = 0
+    temperature_c: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything that is painted, at one moment. `version` is equal where nothing differs."""
+
+    version: tuple[Any, ...] = ()
+    runs: tuple[JobView, ...] = ()      # newest first
+    project: Project = field(default_factory=Project)
+    settings: Settings = field(default_factory=Settings)
+    config: TrainConfig = field(default_factory=TrainConfig)
+    problem: str = ""                   # why the project's config can't be used
+    gauge: Gauge = field(default_factory=Gauge)
+    machine: plan.Machine | None = None
+    forecast: Forecast = field(default_factory=Forecast)
+    now: float = 0.0                    # Unix time, s
+
+    @property
+    def active(self) -> JobView | None:
+        """The run that holds the machine."""
+        return next((view for view in self.runs
+                     if not view.over and view.state != "queued"), None)
+
+    @property
+    def queued(self) -> tuple[JobView, ...]:
+        """The next one first."""
+        return tuple(view for view in reversed(self.runs) if view.state == "queued")
+
+    @property
+    def shown(self) -> JobView | None:
+        """The training that stands in the Parameters tab instead of the form."""
+        chosen = next((view for view in self.runs if view.id == self.project.run), None)
+        active = self.active
+        return chosen or (active if active and active.job == "train" else None)
+
+    def run(self, run_id: str) -> JobView | None:
+        return next((view for view in self.runs if view.id == run_id), None)
+
+
+class House:
+    """What all pages of all languages share. Every method may be called from any thread."""
+
+    def __init__(self, jobs: JobManager, planning: Planning | None = None) -> None:
+        self.jobs = jobs
+        self.settings = SettingsFile()
+        self.projects = Projects(self.settings.now.project)
+        self.planning = planning or Planning()
+        self.gauge = Gauge()
+        self.machine: plan.Machine | None = None
+        self._card: GpuInfo | None = None
+        self._snapshot = Snapshot()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._pulse, name="pulse", daemon=True)
+        self._thread.start()
+
+    def snapshot(self) -> Snapshot:
+        settings, project = self.settings.now, self.projects.now
+        version = (self.jobs.version, self.settings.version, self.projects.version,
+                   self.planning.version, self.gauge)
+        if self._snapshot.version == version:
+            return self._snapshot
+        config, problem = TrainConfig(), ""
+        try:
+            config = project.config(settings.output_folder)
+        except (ValidationError, Fault) as error:
+            problem = str(error).splitlines()[0]
+        self._snapshot = Snapshot(
+            version, tuple(self.jobs.views()), project, settings, config, problem, self.gauge,
+            self.machine, self.planning.now, time.time())
+        return self._snapshot
+
+    def replan(self, language: str) -> None:
+        """Asks for plan and suggestion of the project as it stands; returns at once."""
+        with contextlib.suppress(ValidationError, Fault):
+            project = self.projects.now
+            config = project.config(self.settings.now.output_folder)
+            self.planning.ask({"config": config.model_dump(mode="json", exclude_defaults=True),
+                               "purpose": project.purpose, "language": language})
+
+    def close(self) -> None:
+        """The run that goes on goes on."""
+        self._closed.set()
+        self.planning.close()
+        self.jobs.close()
+
+    def _pulse(self) -> None:
+        with gpu.Reader() as reader:
+            while True:
+                with contextlib.suppress(Exception):    # a driver that is being replaced
+                    if self.machine is None or self.machine.kind == "cpu":
+                        self.machine = self.machine or weigh.machine_here()
+                    if self._card is None and self.machine.kind == "cuda":
+                        self._card = gpu.chosen(gpu.report())
+                    self.gauge = self._read(reader)
+                if self._closed.wait(PULSE_S):
+                    return
+
+    def _read(self, reader: gpu.Reader) -> Gauge:
+        assert self.machine is not None
+        if self._card is None:
+            memory = psutil.virtual_memory()
+            used = round((memory.total - memory.available) / 2**20, -2)
+            return Gauge(self.machine.name, self.machine.kind, int(used),
+                         round(memory.total / 2**20))
+        told = reader.poll(self._card.uuid or self._card.index)
+        total = told.total_mb or self._card.total_mb
+        used = 0 if told.free_mb is None else total - told.free_mb
+        degrees = None if told.temperature_c is None else round(told.temperature_c)
+        return Gauge(self._card.name, "cuda", int(round(used, -1)), round(total), degrees)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The house, spoken in one language, and the page that the tab stands on.
+
+    Handlers are registered with `ctx.page.on` and `ctx.page.on_panel`, never with Gradio's own
+    listeners: the page then turns faults into messages and sends what changed at once.
+    """
+
+    house: House
+    language: str
+    page: Page
+
+    def say(self, key: str, /, **params: Any) -> str:
+        """A sentence: `key` of strings/<language>/gui.yaml, or with its subject (`checks.x`)."""
+        full = key if "." in key else f"gui.{key}"
+        return words.say(full, params, self.language)
+
+    def told(self, fault: Fault) -> str:
+        return words.say(fault.code, fault.params, self.language)
+
+    @property
+    def pictures_folder(self) -> Path:
+        """Where generated pictures go; the one folder that pages may read by path."""
+        return pictures_folder()
+
+
+def pictures_folder() -> Path:
+    return paths.data_dir() / "pictures"
+
+
+Updates = dict[Any, Any]                # component -> value or gr.update(...)
+
+
+class Tab(Protocol):
+    """What `build` returns. Of `paint` only what differs from the last time is sent."""
+
+    def label(self, snap: Snapshot) -> str:
+        """The tab's name with its live status."""
+        ...
+
+    def paint(self, snap: Snapshot) -> Updates:
+        """Everything but what the user types in: on load, and whenever the version changes."""
+        ...
+
+    def fill(self, snap: Snapshot) -> Updates:
+        """Inputs, from the project: on load, and after a project was changed as a whole."""
+        ...
+
+
+Build = Callable[[Context], Tab]

@@ -1,0 +1,92 @@
+"""Addresses beside Gradio's: language, theme, and the pictures and files of runs, by number only.
+
+No address holds a path: a file is the n-th of what a run has told of itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from fastapi import FastAPI, HTTPException
+from fastapi.responses import FileResponse, RedirectResponse
+from PIL import Image
+
+from core import paths, words
+from core.runs import JobView
+from gui.context import House
+from gui.tabs.run import lora_file
+
+THUMB_PX = 320
+ICON = Path(__file__).parent / "icon.svg"
+
+
+def add_routes(app: FastAPI, house: House) -> None:
+    @app.get("/")
+    def home() -> RedirectResponse:
+        return _to(house)
+
+    @app.get("/language/{language}")
+    def language(language: str) -> RedirectResponse:
+        if language not in words.LANGUAGES:
+            raise HTTPException(404)
+        house.settings.change(language=language)
+        return _to(house)
+
+    @app.get("/theme/{theme}")
+    def theme(theme: str) -> RedirectResponse:
+        if theme not in ("auto", "light", "dark"):
+            raise HTTPException(404)
+        house.settings.change(theme=theme)
+        return _to(house)
+
+    @app.get("/picture/{run_id}/{number}")
+    def picture(run_id: str, number: int, full: bool = False) -> FileResponse:
+        path = _file([sample.path for sample in _run(house, run_id).samples], number)
+        return FileResponse(path if full else thumbnail(path),
+                            headers={"cache-control": "private, max-age=86400, immutable"})
+
+    @app.get("/lora/{run_id}/{number}")
+    def lora(run_id: str, number: int) -> FileResponse:
+        path = _file([str(lora_file(point)) for point in _run(house, run_id).checkpoints], number)
+        return FileResponse(path, filename=path.name, media_type="application/octet-stream")
+
+    @app.get("/favicon.ico")
+    def favicon() -> FileResponse:
+        return FileResponse(ICON, media_type="image/svg+xml")
+
+
+def _to(house: House) -> RedirectResponse:
+    settings = house.settings.now
+    look = "" if settings.theme == "auto" else f"?__theme={settings.theme}"
+    return RedirectResponse(f"/{settings.spoken}/{look}", 303, headers={
+        "cache-control": "no-store"})
+
+
+def _run(house: House, run_id: str) -> JobView:
+    view = house.snapshot().run(run_id)
+    if view is None:
+        raise HTTPException(404)
+    return view
+
+
+def _file(files: list[str], number: int) -> Path:
+    if not 0 <= number < len(files) or not (path := Path(files[number])).is_file():
+        raise HTTPException(404)
+    return path
+
+
+def thumbnail(path: Path) -> Path:
+    """A small WebP in our cache, by name, time and size of the picture."""
+    facts = path.stat()
+    key = hashlib.sha256(f"{path}{facts.st_mtime_ns}{facts.st_size}".encode()).hexdigest()[:32]
+    small = paths.cache_dir() / "thumbnails" / f"{key}.webp"
+    if not small.exists():
+        with Image.open(path) as image:
+            if max(image.size) <= THUMB_PX:
+                return path                       # pixel for pixel: a tiny base's picture
+            image.thumbnail((THUMB_PX, THUMB_PX))
+            with paths.atomic(small) as fresh:
+                image.convert("RGB").save(fresh, "WEBP", quality=88)
+    return small
+

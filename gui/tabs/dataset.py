@@ -1,0 +1,174 @@
+"""Dataset: choose or drop pictures, see what the check says of them, leave out, set crops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gradio as gr
+
+from core import dataset, intake
+from core.faults import Fault
+from gui.album import Album, album_of
+from gui.context import Context, Snapshot, Updates
+from gui.widgets import dataset_report
+from gui.widgets.drop_zone import drop_zone, uploaded
+from gui.widgets.picture_grid import PER_PAGE, filtered, grid, large, of_finding, page_of, scripted
+
+DROPPED = [*sorted(dataset.SUFFIXES), *sorted(intake.CAPTIONS)]
+
+
+def build(ctx: Context) -> DatasetTab:
+    return DatasetTab(ctx)
+
+
+class DatasetTab:
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+        self.album: Album = album_of(ctx.house)
+        say = ctx.say
+        with gr.Row(equal_height=True, elem_id="dataset-folder-row"):
+            self.folder = gr.Textbox(
+                label=say("tab_dataset.folder"), info=say("tab_dataset.folder_help"),
+                elem_id="dataset-folder", scale=5, min_width=320)
+            self.trigger = gr.Textbox(
+                label=say("config_help.trigger_word"), info=say("tab_dataset.trigger_help"),
+                elem_id="dataset-trigger", scale=3, min_width=200)
+            with gr.Column(scale=4, min_width=260):
+                self.dropped = drop_zone(ctx, "dataset-drop", DROPPED)
+        with gr.Row():
+            with gr.Column(scale=7, min_width=420):
+                self.grid = scripted("dataset-grid", "picture_grid")
+            with gr.Column(scale=5, min_width=340):
+                self.large = scripted("dataset-large", "picture_view")
+                self.report = scripted("dataset-report", "clicks")
+                with gr.Row():
+                    self.again = gr.Button(say("tab_dataset.look_again"), size="sm")
+                    self.next = gr.Button(say("tab_dataset.to_captions"), variant="primary",
+                                          size="sm", elem_id="to-captions")
+        page = ctx.page
+        for event in (self.folder.submit, self.folder.blur):
+            page.on(event, self.choose, [self.folder], fill=True)
+        for event in (self.trigger.submit, self.trigger.blur):
+            page.on(event, self.name, [self.trigger], fill=True)
+        page.on_panel(self.dropped, self.take, fill=True)
+        page.on(self.again.click, self.album.look_again)
+        page.on(self.next.click, lambda: page.select("captioning"))
+        for panel in (self.grid, self.large, self.report):
+            page.on_panel(panel, self.act)
+
+    # --- painting ---
+
+    def label(self, snap: Snapshot) -> str:
+        count = len(self.album.now.training)
+        return f"1 {self.ctx.say('tab_dataset')}" + (f" ✓{count}" if count else "")
+
+    def paint(self, snap: Snapshot) -> Updates:
+        ctx, album = self.ctx, self.album
+        album.follow(snap)
+        report = (dataset_report.summary(ctx, album) + dataset_report.findings(ctx, album)
+                  + dataset_report.buckets(ctx, album.now))
+        none = not album.now.names
+        # both boxes tell the project when they are left, so that painting can't disturb typing
+        return {self.folder: snap.config.train_data_dir, self.trigger: snap.config.trigger_word,
+                self.grid: grid(ctx, album), self.large: large(ctx, album), self.report: report,
+                self.next: gr.update(interactive=not none),
+                self.again: gr.update(interactive=album.now.folder is not None)}
+
+    def fill(self, snap: Snapshot) -> Updates:
+        return {}
+
+    # --- acting ---
+
+    def choose(self, text: str) -> None:
+        """A folder by path. Raises Fault where there is none."""
+        folder = (text or "").strip().strip('"')
+        house = self.ctx.house
+        if folder == house.snapshot().config.train_data_dir:
+            return
+        if folder and not Path(folder).expanduser().is_absolute():
+            raise Fault("gui.not_absolute", folder=folder)
+        house.projects.edit(train_data_dir=folder or None)
+        house.replan(self.ctx.language)
+
+    def name(self, word: str) -> None:
+        house = self.ctx.house
+        if (word or "").strip() != house.snapshot().config.trigger_word:
+            house.projects.edit(trigger_word=(word or "").strip() or None)
+            house.replan(self.ctx.language)
+
+    def take(self, act: str, told: str) -> None:
+        """Copies what was dropped into a folder of ours and shows that folder."""
+        house, language = self.ctx.house, self.ctx.language
+        given = uploaded(told)
+        folder = intake.folder_for(house.projects.now.name)
+
+        def then(taken: intake.Taken) -> None:
+            if taken.copied or taken.same:
+                house.projects.edit(train_data_dir=str(folder))
+                house.replan(language)
+        if act == "dropped" and given:
+            self.album.receive(given, folder, then)
+            gr.Info(self.ctx.say("tab_dataset.copying", count=len(given), folder=folder))
+
+    def act(self, act: str, id: str) -> Updates | None:
+        """Buttons, tiles and keys of the three panels."""
+        album = self.album
+        match act:
+            case "filter":
+                album.show(filter=id)
+            case "page" if id.lstrip("-").isdigit():
+                album.show(page=int(id))
+            case "open":
+                album.show(open=album.named(id))
+            case "close":
+                album.show(open="")
+            case "step" if id in ("1", "-1"):
+                self._step(int(id))
+            case "leave_out":
+                album.leave_out([album.named(key) for key in id.split(",") if key])
+            case "take_in":
+                album.take_in([album.named(key) for key in id.split(",") if key])
+            case "focus":
+                self._focus(id)
+            case "unfocus":
+                album.set_focus(album.named(id), None)
+            case "edit":
+                return self._captions([album.named(id)])
+            case _:
+                return self._answer(act, id)
+        return None
+
+    def _answer(self, act: str, code: str) -> Updates | None:
+        """What the buttons of a finding do."""
+        album, house = self.album, self.ctx.house
+        match act:
+            case "finding":
+                names = of_finding(album.now, code)
+                album.show(filter=f"finding:{code}", open=names[0] if names else "")
+            case "keep_best":
+                album.leave_out(dataset_report.copies(album.now, code))
+            case "leave_finding":
+                album.leave_out(of_finding(album.now, code))
+            case "crop_subject":
+                house.projects.edit(crop_about="subject")
+                house.replan(self.ctx.language)
+            case "captions":
+                return self._captions(of_finding(album.now, code))
+        return None
+
+    def _captions(self, names: list[str] | tuple[str, ...]) -> Updates:
+        """Shows these in the caption editor."""
+        self.album.show(search="", only=tuple(names))
+        return self.ctx.page.select("captioning")
+
+    def _step(self, by: int) -> None:
+        """The next picture of the filter, and the page that it stands on."""
+        album = self.album
+        names = filtered(album.now, album.shown.filter) or album.now.names
+        at = names.index(album.shown.open) if album.shown.open in names else -by
+        at = min(max(at + by, 0), len(names) - 1)
+        album.show(open=names[at], page=page_of(len(names), at // PER_PAGE)[0])
+
+    def _focus(self, id: str) -> None:
+        key, x, y = id.split("/")
+        self.album.set_focus(self.album.named(key), (float(x), float(y)))

@@ -1,0 +1,1 @@
+"""Parts of pages: pure functions from what is known to HTML, everything escaped."""

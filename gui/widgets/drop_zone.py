@@ -1,0 +1,50 @@
+"""Where files and whole folders are dropped, or chosen in the browser's own dialog."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import gradio as gr
+
+from gui.context import Context
+from gui.html import button, esc
+from gui.widgets.picture_grid import CSS, script
+
+
+def drop_zone(ctx: Context, name: str, suffixes: Iterable[str]) -> gr.HTML:
+    """Its clicks tell ("dropped", paths as JSON): see `uploaded`."""
+    return gr.HTML(html(ctx, suffixes), elem_id=name, js_on_load=script("drop_zone"),
+                   css_template=CSS, elem_classes=["panel"])
+
+
+def html(ctx: Context, suffixes: Iterable[str]) -> str:
+    say = ctx.say
+    known = list(suffixes)
+    fits = "(" + "|".join(re.escape(one) for one in known) + ")$"
+    choose = "".join(button(say(f"tab_dataset.choose_{one}"), "").replace(
+        'data-act=""', f'data-choose="{one}"') for one in ("files", "folder"))
+    doing = say("tab_dataset.uploading", done="DONE", total="TOTAL")
+    return (f'<div class="drop" data-suffixes="{esc(fits)}" data-doing="{esc(doing)}" '
+            f'data-none="{esc(say("tab_dataset.none_fits"))}" '
+            f'data-failed="{esc(say("tab_dataset.upload_failed"))}"><p>'
+            f'{esc(say("tab_dataset.drop"))}</p><p class="acts">{choose}</p>'
+            f'<p class="said" role="status"></p>'
+            f'<input type="file" name="files" multiple hidden accept="{",".join(known)}">'
+            f'<input type="file" name="folder" webkitdirectory hidden></div>')
+
+
+def uploaded(told: str) -> list[Path]:
+    """The files that a page names, if they are uploads of Gradio's: nothing else is read."""
+    try:
+        found = json.loads(told)
+    except ValueError:
+        return []
+    root = Path(os.environ.get("GRADIO_TEMP_DIR", "")).resolve()
+    paths = [Path(one).resolve() for one in found if isinstance(one, str)] \
+        if isinstance(found, list) else []
+    return [path for path in paths if root != Path.cwd().resolve()
+            and path.is_relative_to(root) and path.is_file()]

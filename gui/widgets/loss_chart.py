@@ -1,0 +1,94 @@
+"""The loss as inline SVG: raw, smoothed, validation. Colours come from CSS, so that both themes
+draw the same picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, floor, log10
+
+from core.journal import Point
+from gui.context import Context
+from gui.html import esc
+
+WIDTH, HEIGHT = 640, 200
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 26
+SMOOTHING = 0.06                        # weight of the newest of 100 points, about
+
+
+def ema(points: Sequence[Point]) -> list[Point]:
+    """Exponential moving average that starts unbiased (as Adam's moments, Kingma & Ba 2015)."""
+    weight = max(SMOOTHING, 2 / (len(points) + 1))
+    total = share = 0.0
+    smooth = []
+    for step, value in points:
+        total, share = total * (1 - weight) + value * weight, share * (1 - weight) + weight
+        smooth.append((step, total / share))
+    return smooth
+
+
+def loss_chart(ctx: Context, losses: Sequence[Point], validations: Sequence[Point],
+               total: int) -> str:
+    if len(losses) < 2:
+        return f'<div class="chart empty">{esc(ctx.say("no_loss_yet"))}</div>'
+    smooth = ema(losses)
+    last = max(total, int(losses[-1][0]), 1)
+    values = [value for _, value in (*losses, *validations)]
+    low, high = _range(values)
+    ticks = _ticks(low, high)
+    low, high = min(low, ticks[0]), max(high, ticks[-1])
+
+    def x(step: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * step / last
+
+    def y(value: float) -> float:
+        clipped = min(high, max(low, value))
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (clipped - low) / (high - low)
+
+    def line(points: Sequence[Point], name: str) -> str:
+        path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
+        return f'<polyline class="{name}" points="{path}"/>'
+
+    grid = "".join(
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
+        f'<text x="{LEFT - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{t:g}</text>' for t in ticks)
+    steps = "".join(
+        f'<text x="{x(last * i / 4):.1f}" y="{HEIGHT - 8}" text-anchor="'
+        f'{"start" if i == 0 else "end" if i == 4 else "middle"}">{round(last * i / 4)}</text>'
+        for i in range(5))
+    dots = "".join(f'<circle class="validation" cx="{x(s):.1f}" cy="{y(v):.1f}" r="3"/>'
+                   for s, v in validations)
+    held = line(validations, "validation") + dots if validations else ""
+    said = ctx.say("loss_said", loss=f"{losses[-1][1]:.4f}", smooth=f"{smooth[-1][1]:.4f}",
+                   step=int(losses[-1][0]))
+    return (f'<div class="chart"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+            f'aria-label="{esc(said)}" preserveAspectRatio="none">{grid}{steps}'
+            f'{line(losses, "raw")}{line(smooth, "smooth")}{held}</svg>'
+            f'{_legend(ctx, losses, smooth, validations)}</div>')
+
+
+def _legend(ctx: Context, losses: Sequence[Point], smooth: Sequence[Point],
+            validations: Sequence[Point]) -> str:
+    shown = [("raw", ctx.say("loss"), losses[-1][1]),
+             ("smooth", ctx.say("loss_smooth"), smooth[-1][1])]
+    if validations:
+        shown.append(("validation", ctx.say("loss_validation"), validations[-1][1]))
+    return '<p class="legend">' + "".join(
+        f'<span><i class="{name}"></i>{esc(label)} <b>{value:.4f}</b></span>'
+        for name, label, value in shown) + f'<span>{esc(ctx.say("axis_steps"))}</span></p>'
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """Without the one in fifty highest: a single spike must not flatten the curve."""
+    ordered = sorted(values)
+    low, high = ordered[0], ordered[min(len(ordered) - 1, ceil(0.98 * len(ordered)))]
+    return (low, high) if high > low else (low - 0.5 * abs(low) - 1e-6, high + 0.5 * abs(high)
+                                           + 1e-6)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Four or so round numbers that hold the range."""
+    rough = (high - low) / 4
+    power = 10 ** floor(log10(rough))
+    step = next(n * power for n in (1, 2, 2.5, 5, 10) if n * power >= rough)
+    first = floor(low / step)
+    return [round(step * (first + i), 10) for i in range(ceil((high - first * step) / step) + 1)]

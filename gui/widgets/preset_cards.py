@@ -1,0 +1,41 @@
+"""Presets as cards: a title, what it does, and whether it fits this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from core import presets
+from core.plan import Machine
+from core.presets import Preset
+from gui.context import Context
+from gui.html import esc
+
+_SIGNS = {"fits": "✓", "tight": "⚠", "too_big": "✖"}
+
+
+def preset_cards(ctx: Context, known: Sequence[Preset], chosen: str, purpose: str,
+                 machine: Machine | None) -> str:
+    """Those of one purpose; `machine` None: not looked at yet, no badge."""
+    here = [one for one in known if one.purpose == purpose]
+    if not here:
+        return f'<p class="small">{esc(ctx.say("no_presets"))}</p>'
+    return ('<div class="presets" role="group" aria-label="'
+            f'{esc(ctx.say("presets"))}">'
+            + "".join(_card(ctx, one, one.slug == chosen, machine) for one in here) + "</div>")
+
+
+def _card(ctx: Context, preset: Preset, chosen: bool, machine: Machine | None) -> str:
+    verdict = presets.badge(preset, machine) if machine else ""
+    badge = (f'<em class="badge {verdict}">{_SIGNS[verdict]} {esc(_said(ctx, preset, verdict))}'
+             f'</em>') if verdict else ""
+    return (f'<button type="button" class="preset{" chosen" if chosen else ""}" '
+            f'data-act="preset" data-id="{esc(preset.slug)}" aria-pressed="{str(chosen).lower()}">'
+            f'<b>{esc(preset.said("title", ctx.language))}</b>{badge}'
+            f'<span>{esc(preset.said("about", ctx.language))}</span></button>')
+
+
+def _said(ctx: Context, preset: Preset, verdict: str) -> str:
+    if verdict != "too_big":
+        return ctx.say(f"badge_{verdict}")
+    needs = preset.needs.vram_gb or preset.needs.ram_gb
+    return ctx.say("badge_needs_card" if preset.needs.vram_gb else "badge_needs", gb=f"{needs:g}")

@@ -1,0 +1,83 @@
+"""The planning child: real answers over its pipe, faults as answers, its client in the window."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from core import paths, plan_service
+from gui.planning import Planning, service_command
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def demo(**config: object) -> dict[str, object]:
+    return {"config": {"base_model": "demo", "train_data_dir": str(paths.DEMO / "pictures"),
+                       "device": "cpu", **config}, "purpose": "style", "language": "zh-CN"}
+
+
+def test_a_plan_with_its_suggestion() -> None:
+    found = plan_service.answer({**demo(epochs=3, batch_size=4), "suggest": True})
+    assert found["pictures"] == 20
+    assert found["updates"] == 15
+    assert found["plan"]["needs_mb"] > 100
+    assert found["verdict"] in ("fits", "tight", "too_big")
+    assert found["suggestion"]["values"].keys() == found["suggestion"]["reasons"].keys()
+    json.dumps(found)
+
+
+def test_faults_are_answers(tmp_path: Path) -> None:
+    missing = plan_service.answer(demo(train_data_dir=str(tmp_path / "gone")))
+    assert missing["pictures_fault"]["code"] == "dataset.folder_missing"
+    assert "plan" in missing                        # the base alone can be planned
+    assert plan_service.answer(demo(base_model="/no/base"))["fault"]["code"] == "plan.no_base"
+    assert plan_service.answer({"config": {"lora_rank": -1}})["fault"]["code"] == "gui.plan_failed"
+
+
+def test_one_line_in_one_line_out_and_noise_is_skipped() -> None:
+    lines = ["no json", json.dumps({"config": {"epochs": 0}}),
+             json.dumps(demo(base_model="/no/base"))]
+    done = subprocess.run(service_command(), input="\n".join(lines) + "\n", text=True, timeout=120,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert first["fault"]["code"] == "gui.plan_failed"
+    assert second["fault"]["code"] == "plan.no_base"
+
+
+ECHO = """
+import json, sys
+for line in sys.stdin:
+    question = json.loads(line)
+    if question.get("die"): sys.exit(3)
+    print(json.dumps({"echo": question["n"], "suggested": question["suggest"]}), flush=True)
+"""
+
+
+def test_the_newest_question_wins_and_a_dead_child_is_replaced() -> None:
+    planning = Planning([sys.executable, "-c", ECHO])
+    try:
+        for n in range(50):
+            planning.ask({"n": n})
+        found = planning.wait(20)
+        assert found.answer["echo"] == 49
+        planning.ask({"n": 1, "die": True})
+        found = planning.wait(20)
+        assert found.answer["fault"]["code"] == "gui.no_plan"
+        planning.ask({"n": 2})
+        assert planning.wait(20).answer["echo"] == 2
+    finally:
+        planning.close()
+
+
+def test_closing_ends_the_child() -> None:
+    planning = Planning([sys.executable, "-c", ECHO])
+    planning.ask({"n": 1})
+    planning.wait(20)
+    child = planning._child
+    planning.close()
+    assert child is not None
+    assert child.wait(10) is not None
+    assert not planning._thread.is_alive()
