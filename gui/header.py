@@ -26,8 +26,8 @@ class Header:
             run = house.snapshot().run(id)
             if run and run.job == "train":
                 house.projects.change(run=id)
-            return self.ctx.page.select("parameters" if run and run.job == "train"
-                                        else "inference")
+            places = {"train": "parameters", "caption": "captioning"}
+            return self.ctx.page.select(places.get(run.job if run else "", "inference"))
         if act in ("open", "new"):
             house.projects.open(id)
             house.projects.change(run="")
