@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from captioner.store import Store
     from captioner.undo import Outcome
 
+PURPOSES = ("person", "object", "style")
 SHOWN = 30                                  # rows of a table
 
 
@@ -39,7 +40,8 @@ def add_commands(commands: Any) -> None:
             ("filter", _filter, 'captions filter photos "cat and not dog"'),
             ("apply", _apply, 'captions apply photos --rule "replace:girl=>woman"'),
             ("undo", _undo, "captions undo photos"), ("redo", _redo, "captions redo photos"),
-            ("history", _history, "captions history photos")):
+            ("history", _history, "captions history photos"),
+            ("outliers", _outliers, "captions outliers photos --purpose style")):
         parser = command(inner, name, run, line, key=f"captions_{name}")
         parser.add_argument("folder", type=Path, metavar="DIR", help=say("arg_folder"))
         if name in ("stats", "filter", "apply"):
@@ -49,6 +51,9 @@ def add_commands(commands: Any) -> None:
         if name in ("filter", "apply"):
             parser.add_argument("--base", default="", metavar="MODEL", help=say("arg_base"))
     choices = inner.choices
+    choices["outliers"].add_argument("--model", default="demo", help=say("arg_clip_model"))
+    choices["outliers"].add_argument("--purpose", default="", choices=["", *PURPOSES],
+                                     metavar="person|object|style", help=say("arg_purpose"))
     choices["stats"].add_argument("--tag", default="", help=say("arg_tag"))
     choices["filter"].add_argument("filter", metavar="FILTER", help=say("arg_filter"))
     add_rules(choices["apply"])
@@ -96,6 +101,25 @@ def rules_of_lines(lines: Sequence[str]) -> list[dict[str, Any]]:
         except ValueError as error:
             raise Fault("rules.bad_json", number=number, line=line, reason=error) from None
     return rules
+
+
+def _outliers(options: argparse.Namespace) -> int:
+    from captioner.config import CaptionConfig
+    from captioner.outliers import find_outliers
+    from core.terminal import Terminal
+    config = CaptionConfig(folder=str(options.folder.expanduser().absolute()),
+                           models={"clip": options.model})
+    with Terminal() as terminal:
+        count, found = find_outliers(config, options.purpose, terminal)
+    if options.model == "demo":
+        print(words.say("captioner.demo_only"), file=sys.stderr)
+    if options.json:
+        print_json({"ok": True, "compared": count, "outliers": [
+            {"file": one.name, **one.params} for one in (found.subjects if found else ())]})
+        return FINE
+    print("\n".join([found.text, *(f"  {found.line(one)}" for one in found.subjects), found.mend])
+          if found else say("no_outliers", count=count))
+    return FINE
 
 
 # --- looking ----------------------------------------------------------------------------------

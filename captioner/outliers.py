@@ -1,0 +1,37 @@
+"""Pictures unlike the rest of their folder, by CLIP: another style or subject among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from core import choices, dataset, pictures
+from core.events import Event, Phase
+from core.findings import Finding
+from core.picture_checks import Purpose, style_finding
+
+if TYPE_CHECKING:
+    from captioner.config import CaptionConfig
+
+
+def find_outliers(config: CaptionConfig, purpose: Purpose,
+                  emit: Callable[[Event], None]) -> tuple[int, Finding | None]:
+    """-> how many pictures were compared, and what stands out (None: nothing). Left-out pictures
+    don't count. Raises Fault where the folder or the model can't be used."""
+    from captioner.clip import ClipTagger  # torch comes in here
+    folder = Path(config.folder)
+    data = dataset.scan(folder, left_out=choices.load(folder).left_out)
+    emit(Phase(name="load"))
+    tagger = ClipTagger(config)
+    tagger.load()
+    names, vectors = [], []
+    for start in range(0, len(data.pictures), config.batch_size):
+        part = data.pictures[start:start + config.batch_size]
+        prepared = [tagger.prepare(pictures.open_picture(one.path)) for one in part]
+        vectors.append(tagger.embed_images(prepared).cpu().numpy())
+        names += [dataset.relative_name(one.path, data.folder) for one in part]
+        emit(Phase(name="check", done=len(names), total=len(data.pictures)))
+    return len(names), style_finding(names, np.concatenate(vectors), purpose)
