@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from core import gpu, machine, plan
+from core import gpu, plan
 from core.config import TrainConfig
 from core.events import Event, Note, Planned
 from core.examples import Example
@@ -20,6 +21,7 @@ from core.faults import Fault
 from core.meter import memory_mb
 from core.plan import Base, Data, Machine, Plan
 from core.watch import NvmlReader, RamReader, Watch
+from core.weigh import heaviest_batch, machine_here
 
 if TYPE_CHECKING:
     from core.engine import Trainer
@@ -124,24 +126,19 @@ class Lookout:
 
 def here(kind: str) -> Machine:
     """This machine, as far as a plan needs it; `kind`: cpu | cuda | mps."""
-    total, free = machine.ram()
-    card = gpu.chosen(gpu.report()) if kind == "cuda" else None
-    if card is not None:
-        return Machine("cuda", card.name, card.total_mb, card.free_mb, card.capability, free)
-    if kind == "cuda":                      # no NVML: torch knows less, but it knows
+    found = machine_here(kind)
+    if kind == "cuda" and found.kind != "cuda":     # no NVML: torch knows less, but it knows
         with contextlib.suppress(RuntimeError):
-            left, whole = torch.cuda.mem_get_info()
-            return Machine("cuda", torch.cuda.get_device_name(), whole / plan.MB, left / plan.MB,
-                           torch.cuda.get_device_capability(), free)
-    return Machine("mps" if kind == "mps" else "cpu", machine.cpu_name(), total, free, ram_mb=free)
+            free, total = torch.cuda.mem_get_info()
+            return replace(found, kind="cuda", name=torch.cuda.get_device_name(),
+                           total_mb=total / plan.MB, free_mb=free / plan.MB,
+                           capability=torch.cuda.get_device_capability())
+    return found
 
 
 def weigh(items: Sequence[Example], config: TrainConfig) -> Data:
     """The bucket whose batch is the largest, and how much there is to keep."""
-    counts: dict[tuple[int, int], int] = {}
-    for item in items:
-        counts[item.bucket] = counts.get(item.bucket, 0) + item.picture.repeats
-    batches = {bucket: min(config.batch_size, count) for bucket, count in counts.items()}
-    bucket = max(batches, key=lambda b: (batches[b] * b[0] * b[1], b))
-    captions = {text for item in items for text in item.captions}
-    return Data(len(items), len(captions) + 1, batches[bucket], bucket)
+    bucket, batch = heaviest_batch([item.bucket for item in items],
+                                   [item.picture.repeats for item in items], config.batch_size)
+    captions = {"", *(text for item in items for text in item.captions)}
+    return Data(len(items), len(captions), batch, bucket)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import factorial, isqrt
 from pathlib import Path
@@ -115,12 +115,19 @@ def data_of(config: TrainConfig, found: Pictures, facts: Mapping[str, float]) ->
     assigned = buckets.assign_buckets(
         found.sizes, area, step, config.min_bucket_side or side // 2,
         config.max_bucket_side or side * 2, config.bucket_no_upscale)
+    bucket, batch = heaviest_batch(assigned, found.repeats, config.batch_size)
+    return Data(len(found.sizes), _captions(config, found), batch, bucket)
+
+
+def heaviest_batch(assigned: Iterable[Size], repeats: Iterable[int],
+                   batch_size: int) -> tuple[Size, int]:
+    """The bucket whose batch has the most pixels, and how many pictures it holds."""
     counts: Counter[Size] = Counter()
-    for bucket, times in zip(assigned, found.repeats, strict=True):
+    for bucket, times in zip(assigned, repeats, strict=True):
         counts[bucket] += times
-    filled = {bucket: min(config.batch_size, count) for bucket, count in counts.items()}
+    filled = {bucket: min(batch_size, count) for bucket, count in counts.items()}
     largest = max(filled, key=lambda b: (filled[b] * b[0] * b[1], b))
-    return Data(len(found.sizes), _captions(config, found), filled[largest], largest)
+    return largest, filled[largest]
 
 
 def data_facts(config: TrainConfig, folder: Path, facts: Mapping[str, float]) -> Data:
