@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,87 +20,20 @@ from captioner.store import Store
 from captioner.tokens import counter
 from captioner.undo import Action, History, Outcome
 from core import checks, choices, crops, dataset, intake, looks, paths
-from core.buckets import Point, crop_to
+from core.buckets import Point
 from core.choices import Choices
 from core.control import Control
-from core.crops import BaseFacts, Planned
+from core.crops import BaseFacts
 from core.events import Event, Phase
 from core.faults import Fault
 from core.runs import JobView
+from gui.album_state import Question, Shown, State
 from gui.context import House, Snapshot
 
 AREA, STEP = (512, 512), 64     # of Stable Diffusion 1.5, where no base is chosen
 RECHECK_S = 2.0                 # after an edit, so that several edits cost one check
 REREAD_S = 2.0                  # between looks at captions that a job is writing
 STEPS = ("names", "captions", "check")
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What is to be looked at, and by which measure."""
-
-    folder: str = ""
-    metadata: str = ""
-    base: str = ""
-    area: str = ""
-    no_upscale: bool = False
-    purpose: str = ""
-    trigger: str = ""
-    crop_about: str = "center"
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """Everything that is known of the folder."""
-
-    folder: Path | None = None
-    looked: str = ""                        # differs with each look at the files
-    names: tuple[str, ...] = ()             # all pictures, left-out ones too; relative_name
-    captions: Mapping[str, str] = field(default_factory=dict)
-    locked: Mapping[str, str] = field(default_factory=dict)     # captions that can't be written
-    chosen: Choices = field(default_factory=Choices)
-    report: checks.Report | None = None
-    doing: str = ""                         # names | captions | check | copy | "": nothing
-    done: int = 0
-    total: int = 0
-    fault: Fault | None = None
-    undo: str = ""                          # what can be undone: a key of captions.yaml
-    redo: str = ""
-
-    @property
-    def training(self) -> tuple[str, ...]:
-        return tuple(name for name in self.names if name not in self.chosen.left_out)
-
-    @property
-    def captioned(self) -> int:
-        return sum(bool(self.captions.get(name)) for name in self.training)
-
-    @property
-    def troubled(self) -> frozenset[str]:
-        """Pictures that an error or a warning is about."""
-        found = self.report.findings if self.report else ()
-        return frozenset(one.name for finding in found if finding.level != "note"
-                         for one in finding.subjects) & frozenset(self.names)
-
-    def planned(self, name: str) -> Planned | None:
-        """How a picture is cut, its point as chosen now; None until the check has seen it."""
-        if self.report is None or name not in self.report.names:
-            return None
-        one = self.report.planned[self.report.names.index(name)]
-        point = self.chosen.focus.get(name) or one.focus
-        return Planned(crop_to(one.size, one.crop.size, point), one.size, point)
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """Where in the folder the pages stand."""
-
-    filter: str = "all"         # all | problems | uncaptioned | left_out | finding:<code>
-    page: int = 0
-    open: str = ""              # the picture that is shown large
-    search: str = ""            # of the captions: see captioner/tags.py
-    only: tuple[str, ...] = ()  # pictures whose captions are looked at; empty: all
-    rows: int = 0               # page of the captions
 
 
 class Album:

@@ -298,7 +298,7 @@ def test_captions_of_a_running_job_come_in(album: Album, folder: Path) -> None:
 def test_no_torch_comes_in(folder: Path) -> None:
     """Folder, check, captions and exact tokens, all in a process that has no torch."""
     code = (f"import sys; from pathlib import Path\n"
-            f"from gui.album import Album, Question\n"
+            f"from gui.album import Album\nfrom gui.album_state import Question\n"
             f"import gui.tabs.dataset, gui.tabs.captioning\n"
             f"album = Album(); album._ask(Question(folder={str(folder)!r}, base='demo'))\n"
             f"album.wait(); assert album.now.report and album.count_tokens('a b') == 2\n"

@@ -15,7 +15,8 @@ from PIL import Image
 from core import choices, paths, words
 from core.faults import Fault
 from core.project import Project
-from gui.album import Album, Question, absolute, facts_of
+from gui.album import Album, absolute, facts_of
+from gui.album_state import Question
 from gui.context import Context, Snapshot
 from gui.widgets import dataset_report
 from gui.widgets.drop_zone import uploaded

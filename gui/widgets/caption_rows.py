@@ -12,7 +12,8 @@ from captioner import tags
 from captioner.rules import Change
 from core.captions import split_tags
 from core.crops import TOKENIZER, TokenCounter
-from gui.album import Album, State
+from gui.album import Album
+from gui.album_state import State
 from gui.context import Context
 from gui.html import button, esc
 from gui.widgets.picture_grid import address, page_of, pager

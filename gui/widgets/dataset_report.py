@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from core.checks import LEVELS
 from core.findings import Finding
-from gui.album import Album, State
+from gui.album import Album
+from gui.album_state import State
 from gui.context import Context
 from gui.html import bar, button, card, esc
 from gui.widgets.picture_grid import of_finding

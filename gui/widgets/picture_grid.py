@@ -8,7 +8,8 @@ from typing import Any
 
 import gradio as gr
 
-from gui.album import Album, Shown, State
+from gui.album import Album
+from gui.album_state import Shown, State
 from gui.context import Context
 from gui.html import button, esc
 
