@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core import words
-from core.config import TrainConfig, size_of
 from core.console import FAILED, FINE, INTERRUPTED, add_command, print_json, stop_on_ctrl_c
 from core.faults import Fault
 
@@ -135,6 +134,7 @@ def _facts(options: argparse.Namespace) -> BaseFacts:
 
 def _resolution(given: str) -> tuple[int, int] | None:
     try:
+        from core.config import TrainConfig, size_of
         return size_of(TrainConfig(max_resolution=given).max_resolution)
     except ValueError:
         raise Fault("checks.bad_resolution", given=given) from None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core import words
 from core.console import FINE, INTERRUPTED, add_command, print_json, stop_on_ctrl_c
 from core.faults import Fault
-from core.hub_index import Entry, Offer
+
+if TYPE_CHECKING:
+    from core.hub_index import Entry, Offer
 
 
 def add_commands(commands: Any) -> None:

@@ -14,6 +14,7 @@ import yaml
 
 STRINGS = Path(__file__).parent / "strings"
 LANGUAGES = ("en", "zh-CN")
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)     # C's takes a tenth of the time
 
 
 @functools.cache
@@ -21,7 +22,7 @@ def catalogue(language: str) -> dict[str, str]:
     """All sentences of a language; key `subject.what`, placeholders in braces."""
     sentences: dict[str, str] = {}
     for path in sorted((STRINGS / language).glob("*.yaml")):
-        entries = yaml.safe_load(path.read_text("utf-8")) or {}
+        entries = yaml.load(path.read_text("utf-8"), _Loader) or {}
         sentences |= {f"{path.stem}.{key}": text for key, text in entries.items()}
     return sentences
 
