@@ -131,7 +131,8 @@ def test_test_hands_all_arguments_to_pytest(before: list[str], tmp_path: Path) -
 
 def test_characters_that_the_pipe_lacks_do_no_harm() -> None:
     """A Windows pipe in code page 1252, told in Chinese: pipes get UTF-8."""
-    done = start("runs", "list", PYTHONIOENCODING="latin-1", DARKROOM_LANG="zh-CN", PYTHONUTF8="0", LC_ALL="C")
+    done = start("runs", "list", PYTHONIOENCODING="latin-1", DARKROOM_LANG="zh-CN",
+                 PYTHONUTF8="0", LC_ALL="C")
     assert done.returncode == 0
     assert "还没有训练任务" in done.stdout
 
