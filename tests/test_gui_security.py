@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -150,7 +151,7 @@ def test_files_elsewhere_are_not_served(served: Served, path: str) -> None:
     for tried in (path, str(home / "settings.yaml"), str(home / "window.json"),
                   str(ROOT / "pyproject.toml")):
         for route in ("/en/gradio_api/file=", "/en/file="):
-            status, body, _ = ask(served, route + tried.replace(" ", "%20"))
+            status, body, _ = ask(served, route + quote(tried, safe="/%:"))
             assert status in (403, 404), (route, tried)
             assert b"root:" not in body
 
