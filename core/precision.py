@@ -34,19 +34,13 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def choose(precision: config.Precision, device: str = "auto") -> Precision:
-    """auto: bf16 where the GPU computes it, fp16 on older GPUs, fp32 on the CPU.
-
-    The VAE stays out of fp16: SDXL's overflows there, and it runs only while caching.
-    """
+    """The device, and the number formats that core.plan's rule gives for it."""
     where = pick_device(device)
-    if precision == "auto":
-        if where.type == "cuda":
-            precision = "bf16" if torch.cuda.get_device_capability(where) >= (8, 0) else "fp16"
-        else:
-            precision = "fp32"
-    dtype = DTYPES[precision]
-    vae = torch.float32 if dtype == torch.float16 else dtype
-    return Precision(device=where, weights=dtype, compute=dtype, vae=vae)
+    cuda = where.type == "cuda"
+    capability = torch.cuda.get_device_capability(where) if cuda else (0, 0)
+    numbers = {use: DTYPES[name] for use, name in
+               plan.numbers_for(precision, where.type, capability).items()}
+    return Precision(device=where, **numbers)
 
 
 def load_denoiser(config: config.TrainConfig, family: Family, source: Path, precision: Precision,
