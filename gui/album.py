@@ -297,7 +297,7 @@ def album_of(house: House) -> Album:
 def _poke(house: House | None) -> None:
     """Makes the next snapshot a new one, so that all pages are painted."""
     if house is not None:
-        house.projects.version += 1
+        house.touch()
 
 
 # --- pure ---

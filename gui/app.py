@@ -30,20 +30,19 @@ from gui.context import Context, House, pictures_folder
 from gui.header import Header
 from gui.page import Page
 from gui.planning import Planning
-from gui.routes import add_routes
+from gui.routes import add_live_route, add_routes
 from gui.security import Guard
 from gui.theme import HEAD, theme
 
 TABS = ("dataset", "captioning", "parameters", "inference", "settings")     # files in gui/tabs
-STYLE = Path(__file__).parent / "style.css"
+STYLES = [Path(__file__).parent / name for name in ("style.css", "panels.css")]
 QUIET_S = 60.0                          # without a page and without a run: the app ends
 WARM_AFTER_S = 3.0
 
 
-def build(house: House, language: str) -> gr.Blocks:
+def build(ctx: Context) -> gr.Blocks:
     """The page in one language."""
-    page = Page()
-    ctx = Context(house, language, page)
+    page = ctx.page
     with gr.Blocks(title="LoRA Darkroom", fill_width=True, analytics_enabled=False,
                    delete_cache=(3600, 86_400)) as blocks:
         page.header = Header(ctx)
@@ -51,8 +50,8 @@ def build(house: House, language: str) -> gr.Blocks:
             for name in TABS:
                 if importlib.util.find_spec(f"gui.tabs.{name}") is None:
                     continue
-                with gr.Tab(ctx.say(f"tab_{name}"), id=name, elem_id=f"tab-{name}") as holder:
-                    page.tabs.append((holder, importlib.import_module(f"gui.tabs.{name}")
+                with gr.Tab(ctx.say(f"tab_{name}"), id=name, elem_id=f"tab-{name}"):
+                    page.tabs.append((name, importlib.import_module(f"gui.tabs.{name}")
                                       .build(ctx)))
         page.wire(ctx, blocks.load)
     # Our handlers bypass Gradio's queue, whose loops look for work a thousand times a second.
@@ -66,14 +65,16 @@ def application(house: House) -> FastAPI:
     add_routes(app, house)
     add_album_routes(app, house)
     for language in words.LANGUAGES:
+        ctx = Context(house, language, Page())
+        add_live_route(app, ctx)
         gr.mount_gradio_app(
-            app, build(house, language), path=f"/{language}",
+            app, build(ctx), path=f"/{language}",
             server_name="127.0.0.1", footer_links=[], run_history=False, show_error=False,
             allowed_paths=[str(pictures_folder())],
             blocked_paths=[str(paths.data_dir() / "settings.yaml")],
             max_file_size="2gb", ssr_mode=False, enable_monitoring=False, pwa=False,
-            mcp_server=False, theme=theme(), css_paths=[STYLE],
-            head=HEAD.replace("LANGUAGE", language),
+            mcp_server=False, theme=theme(), css_paths=STYLES,
+            head=HEAD.replace("LANGUAGE", language).replace("LOST", ctx.say("lost")),
             app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None})
     return app
 

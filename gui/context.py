@@ -2,12 +2,13 @@
 
 A tab is one file in gui/tabs with `build(ctx) -> Tab`, called inside its gr.Tab; its name stands
 in `TABS` of gui/app.py. Nothing lives in the page: handlers act on `ctx.house`, and the page is
-painted from a Snapshot: on load, after each handler, and by the one timer.
+painted from a Snapshot: on load, after each handler, and once a second.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -50,6 +51,7 @@ class Snapshot:
     """Everything that is painted, at one moment. `version` is equal where nothing differs."""
 
     version: tuple[Any, ...] = ()
+    mark: str = ""                      # the same for pages
     runs: tuple[JobView, ...] = ()      # newest first
     project: Project = field(default_factory=Project)
     settings: Settings = field(default_factory=Settings)
@@ -93,6 +95,9 @@ class House:
         self.gauge = Gauge()
         self.machine: plan.Machine | None = None
         self._card: GpuInfo | None = None
+        self.fills = 0                  # differs whenever inputs have to be set anew
+        self._touched = 0
+        self._marks = (f"{time.time_ns():x}-{n}" for n in itertools.count())
         self._snapshot = Snapshot()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._pulse, name="pulse", daemon=True)
@@ -101,7 +106,7 @@ class House:
     def snapshot(self) -> Snapshot:
         settings, project = self.settings.now, self.projects.now
         version = (self.jobs.version, self.settings.version, self.projects.version,
-                   self.planning.version, self.gauge)
+                   self.planning.version, self.gauge, self._touched)
         if self._snapshot.version == version:
             return self._snapshot
         config, problem = TrainConfig(), ""
@@ -110,9 +115,18 @@ class House:
         except (ValidationError, Fault) as error:
             problem = str(error).splitlines()[0]
         self._snapshot = Snapshot(
-            version, tuple(self.jobs.views()), project, settings, config, problem, self.gauge,
-            self.machine, self.planning.now, time.time())
+            version, next(self._marks), tuple(self.jobs.views()), project, settings, config,
+            problem, self.gauge, self.machine, self.planning.now, time.time())
         return self._snapshot
+
+    def touch(self) -> None:
+        """Makes the next snapshot a new one: something beside the house has changed."""
+        self._touched += 1
+
+    def filled(self) -> None:
+        """Inputs of all pages are set from the project."""
+        self.fills += 1
+        self.touch()
 
     def replan(self, language: str) -> None:
         """Asks for plan and suggestion of the project as it stands; returns at once."""
@@ -195,7 +209,8 @@ class Tab(Protocol):
         ...
 
     def paint(self, snap: Snapshot) -> Updates:
-        """Everything but what the user types in: on load, and whenever the version changes."""
+        """Everything but what the user types in: on load, and whenever the version changes.
+        A panel's is its HTML."""
         ...
 
     def fill(self, snap: Snapshot) -> Updates:

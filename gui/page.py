@@ -1,11 +1,16 @@
-"""A page: its handlers and its one painter. What is sent is the difference to what was sent last.
+"""A page: its handlers, and what it shows. Panels (HTML) travel by an address of our own that the
+page asks once a second; Gradio carries only what people type into and what can be pressed.
 
-Handlers change the house and return nothing, or updates of their own; faults become messages.
+Gradio spends over half a millisecond on each output of an event, changed or not: a timer over all
+components of this window would cost a tenth of a core.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextvars
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +22,12 @@ from core.faults import Fault
 if TYPE_CHECKING:
     from gui.context import Context, Snapshot, Tab, Updates
 
-TICK_S = 1.0
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+_SAY = "watch('value', () => window.darkroom.say(JSON.parse(props.value || '[]')));"
 
 Handler = Callable[..., "Updates | None"]
-Seen = dict[str, Any]                   # what a page shows, by component; and the version
+Seen = dict[str, str]                   # what a page's components show: their marks by id
+_messages: contextvars.ContextVar[list[dict[str, str]]] = contextvars.ContextVar("messages")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +35,7 @@ class _Wish:
     event: Any
     handler: Handler
     inputs: Sequence[Any]
+    outputs: Sequence[Any]
     fill: bool
     panel: bool
 
@@ -37,86 +44,140 @@ class Page:
     """Collects handlers while the tabs are built; `wire` connects them all at the end."""
 
     def __init__(self) -> None:
-        self.tabs: list[tuple[Any, Tab]] = []       # gr.Tab and what paints it
+        self.tabs: list[tuple[str, Tab]] = []       # by name, and what paints it
         self.frame: Any = None                      # gr.Tabs: handlers may select one
         self.header: Any = None
+        self.close = "×"                            # what the button of a message is called
         self._wishes: list[_Wish] = []
-        self._known: list[Any] = []                 # every component that is ever painted
 
-    def on(self, event: Any, handler: Handler, inputs: Sequence[Any] = (),
-           fill: bool = False) -> None:
+    def on(self, event: Any, handler: Handler, inputs: Sequence[Any] = (), fill: bool = False,
+           outputs: Sequence[Any] = ()) -> None:
         """`event`: a component's listener, such as button.click. The handler gets the inputs'
-        values; with `fill` the inputs of all tabs are set from the project afterwards."""
-        self._wishes.append(_Wish(event, handler, list(inputs), fill, False))
+        values and returns updates of `outputs`, or None; with `fill` the inputs of all tabs are
+        set from the project afterwards, if it changed."""
+        self._wishes.append(_Wish(event, handler, list(inputs), list(outputs), fill, False))
 
     def on_panel(self, panel: gr.HTML, handler: Handler, inputs: Sequence[Any] = (),
-                 fill: bool = False) -> None:
+                 fill: bool = False, outputs: Sequence[Any] = ()) -> None:
         """Clicks on `data-act` buttons inside a panel (gui/widgets/panel.py): the handler gets
         (act, id, *inputs)."""
-        self._wishes.append(_Wish(panel.click, handler, list(inputs), fill, True))
+        self._wishes.append(_Wish(panel.click, handler, list(inputs), list(outputs), fill, True))
 
     def select(self, tab: str) -> Updates:
         """For handlers: brings a tab to the front."""
         return {self.frame: gr.update(selected=tab)}
 
-    def updates(self, snap: Snapshot, fill: bool) -> Updates:
-        found: Updates = dict(self.header.paint(snap))
-        for holder, tab in self.tabs:
-            found[holder] = gr.update(label=tab.label(snap))
-            found |= tab.paint(snap)
-            if fill:
-                found |= tab.fill(snap)
-        return found
+    def tell(self, text: str, title: str = "", kind: str = "info") -> None:
+        """For handlers: a message at the edge of the page; `kind`: info | warning."""
+        told = {"kind": kind, "title": title, "text": text, "close": self.close}
+        _messages.get([]).append(told)
+
+    # --- what it shows ---
+
+    def live(self, ctx: Context, version: str, marks: Mapping[str, str]) -> dict[str, Any] | None:
+        """What a page that shows `marks` (panel -> mark) lacks; None: nothing."""
+        snap = ctx.house.snapshot()
+        if version == snap.mark:
+            return None
+        panels, rest = self._painted(snap)
+        changed = {name: (mark, html) for name, html in panels.items()
+                   if marks.get(name) != (mark := _mark(html))}
+        return {"version": snap.mark, "panels": changed, "filled": ctx.house.fills,
+                "painted": _mark(repr([(c._id, value) for c, value in rest.items()]))}
+
+    def _painted(self, snap: Snapshot) -> tuple[dict[str, str], Updates]:
+        """-> panels by name; updates of other components."""
+        updates: Updates = dict(self.header.paint(snap))
+        panels = {}
+        for name, tab in self.tabs:
+            panels[f"tab-{name}-button"] = tab.label(snap)
+            updates |= tab.paint(snap)
+        rest = {one: value for one, value in updates.items() if not _is_panel(one)}
+        panels |= {str(one.elem_id): value for one, value in updates.items() if _is_panel(one)}
+        return panels, rest
+
+    def _filled(self, snap: Snapshot) -> Updates:
+        return {one: value for _, tab in self.tabs for one, value in tab.fill(snap).items()}
 
     def wire(self, ctx: Context, load: Any) -> None:
         """Called once, inside gr.Blocks, when everything is built; `load`: the Blocks' own."""
         snap = ctx.house.snapshot()
-        painted = list(self.updates(snap, fill=False))
-        self._known = list(dict.fromkeys([*self.updates(snap, fill=True), self.frame]))
+        painted, filled = list(self._painted(snap)[1]), list(self._filled(snap))
+        both = list(dict.fromkeys([*painted, *filled]))
+        self.close = ctx.say("close")
         seen = gr.State({})
-        load(self._painter(ctx, self._known, fill=True), [seen], [seen, *self._known], **QUIET)
-        gr.Timer(TICK_S).tick(self._painter(ctx, painted, fill=False), [seen], [seen, *painted],
-                              trigger_mode="once", **QUIET)
+        say = gr.HTML("", visible="hidden", js_on_load=_SAY)
+        repaint, refill = (gr.Button(visible="hidden", elem_id=name)
+                           for name in ("repaint", "refill"))
+
+        def paint(seen: Seen) -> Any:
+            return _difference(self._painted(ctx.house.snapshot())[1], seen, painted)
+
+        def fill() -> Any:
+            found = self._filled(ctx.house.snapshot())
+            return [found.get(one, gr.skip()) for one in filled]
+
+        def begin() -> Any:
+            ctx.house.replan(ctx.language)
+            now = ctx.house.snapshot()
+            rest = self._painted(now)[1]
+            values = {one: _merged(rest.get(one), found) for one, found in
+                      self._filled(now).items()}
+            return [_difference(rest, {}, painted)[0],
+                    *((rest | values).get(one, gr.skip()) for one in both)]
+
+        load(begin, [], [seen, *both], **QUIET)
+        repaint.click(paint, [seen], [seen, *painted], trigger_mode="always_last", **QUIET)
+        refill.click(fill, [], filled, trigger_mode="always_last", **QUIET)
         for wish in self._wishes:
-            wish.event(self._handled(ctx, wish), [seen, *wish.inputs], [seen, *self._known],
+            wish.event(self._handled(ctx, wish), wish.inputs, [say, self.frame, *wish.outputs],
                        trigger_mode="multiple" if wish.panel else "always_last", **QUIET)
 
-    def _painter(self, ctx: Context, known: Sequence[Any], fill: bool) -> Callable[..., Any]:
-        def paint(seen: Seen) -> Any:
-            if fill:
-                ctx.house.replan(ctx.language)
-            snap = ctx.house.snapshot()
-            if not fill and seen.get("version") == snap.version:
-                return [gr.skip()] * (1 + len(known))
-            return _difference(self.updates(snap, fill), {} if fill else seen, snap, known)
-        return paint
-
     def _handled(self, ctx: Context, wish: _Wish) -> Callable[..., Any]:
-        def act(seen: Seen, *values: Any) -> Any:
-            extra = _guarded(ctx, wish.handler, values)
-            snap = ctx.house.snapshot()
-            shown = {"version": seen.get("version")} if wish.fill else seen
-            return _difference(self.updates(snap, wish.fill), shown, snap, self._known, extra)
+        known = [self.frame, *wish.outputs]
 
-        def act_panel(event: gr.EventData, seen: Seen, *values: Any) -> Any:
+        def act(*values: Any) -> Any:
+            messages: list[dict[str, str]] = []
+            _messages.set(messages)
+            before = (ctx.house.projects.now, ctx.house.settings.now)
+            extra = _guarded(ctx, wish.handler, values) or {}
+            if wish.fill and before != (ctx.house.projects.now, ctx.house.settings.now):
+                ctx.house.filled()
+            said = json.dumps(messages) if messages else gr.skip()
+            return [said, *(extra.get(one, gr.skip()) for one in known)]
+
+        def act_panel(event: gr.EventData, *values: Any) -> Any:
             data = event._data or {}
-            return act(seen, str(data.get("act", "")), str(data.get("id", "")), *values)
+            return act(str(data.get("act", "")), str(data.get("id", "")), *values)
 
         return act_panel if wish.panel else act
 
 
-def _difference(found: Updates, seen: Seen, snap: Snapshot, known: Sequence[Any],
-                extra: Updates | None = None) -> list[Any]:
-    """Outputs in the order of `known`, the new Seen before them; what the page shows already is
-    skipped. `extra` is sent in any case and not remembered."""
-    fresh: Seen = {**seen, "version": snap.version}
-    changed: Updates = {}
+def _is_panel(component: Any) -> bool:
+    return isinstance(component, gr.HTML)
+
+
+def _mark(text: str) -> str:
+    return f"{zlib.crc32(text.encode('utf-8', 'replace')):x}{len(text):x}"
+
+
+def _merged(painted: Any, filled: Any) -> Any:
+    """One update of both, where a component is painted and filled."""
+    if isinstance(painted, dict) and "__type__" in painted:
+        more = filled if isinstance(filled, dict) and "__type__" in filled else {"value": filled}
+        return painted | more
+    return filled
+
+
+def _difference(found: Updates, seen: Seen, known: Sequence[Any]) -> list[Any]:
+    """The new Seen, then outputs in the order of `known`; what the page shows already is
+    skipped."""
+    fresh, changed = dict(seen), {}
     for component, value in found.items():
         name, mark = str(component._id), repr(value)
         if fresh.get(name) != mark:
             fresh[name] = mark
             changed[component] = value
-    changed |= extra or {}
     return [fresh, *(changed.get(one, gr.skip()) for one in known)]
 
 
@@ -125,9 +186,10 @@ def _guarded(ctx: Context, handler: Handler, values: Sequence[Any]) -> Updates |
     try:
         return handler(*values)
     except Fault as fault:
-        gr.Warning(ctx.told(fault), title=ctx.say("not_done"))
+        said = ctx.told(fault)
     except ValidationError as error:
-        gr.Warning(error.errors()[0]["msg"], title=ctx.say("not_done"))
+        said = error.errors()[0]["msg"]
     except OSError as error:
-        gr.Warning(ctx.say("no_access", reason=str(error)), title=ctx.say("not_done"))
+        said = ctx.say("no_access", reason=str(error))
+    ctx.page.tell(said, ctx.say("not_done"), "warning")
     return None

@@ -6,19 +6,29 @@ No address holds a path: a file is the n-th of what a run has told of itself.
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from fastapi import FastAPI, HTTPException
-from fastapi.responses import FileResponse, RedirectResponse
+from fastapi.responses import FileResponse, RedirectResponse, Response
 from PIL import Image
+from pydantic import BaseModel, Field
 
 from core import paths, words
 from core.runs import JobView
-from gui.context import House
+from gui.context import Context, House
 from gui.tabs.run import lora_file
 
 THUMB_PX = 320
-ICON = Path(__file__).parent / "icon.svg"
+ICON, LIVE = (Path(__file__).parent / name for name in ("icon.svg", "live.js"))
+
+
+class Shown(BaseModel):
+    """What a page tells of itself."""
+
+    version: str = Field("", max_length=100)
+    marks: dict[str, str] = Field({}, max_length=200)       # by panel
+
 
 
 def add_routes(app: FastAPI, house: House) -> None:
@@ -51,9 +61,25 @@ def add_routes(app: FastAPI, house: House) -> None:
         path = _file([str(lora_file(point)) for point in _run(house, run_id).checkpoints], number)
         return FileResponse(path, filename=path.name, media_type="application/octet-stream")
 
+    @app.get("/live.js")
+    def script() -> FileResponse:
+        return FileResponse(LIVE, media_type="text/javascript",
+                            headers={"cache-control": "no-store"})
+
     @app.get("/favicon.ico")
     def favicon() -> FileResponse:
         return FileResponse(ICON, media_type="image/svg+xml")
+
+
+def add_live_route(app: FastAPI, ctx: Context) -> None:
+    """What the pages of one language poll; see gui/live.js. Before Gradio's mount, which would
+    take every address below it."""
+    @app.post(f"/{ctx.language}/live")
+    def live(shown: Shown) -> Response:
+        news = ctx.page.live(ctx, shown.version, shown.marks)
+        return Response(status_code=204) if news is None else Response(
+            json.dumps(news, ensure_ascii=False).encode("utf-8", "replace"),
+            media_type="application/json")
 
 
 def _to(house: House) -> RedirectResponse:

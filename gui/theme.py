@@ -19,6 +19,8 @@ document.addEventListener('keydown', event => {
   }
 });
 </script>
+<script>document.documentElement.dataset.lost = 'LOST';</script>
+<script src="/live.js"></script>
 <meta name="referrer" content="no-referrer">
 <meta name="color-scheme" content="light dark">
 """

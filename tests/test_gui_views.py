@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -369,12 +370,11 @@ class Thing:
 
 def test_only_differences_are_sent() -> None:
     one, two = Thing(1), Thing(2)
-    first = _difference({one: "a", two: "b"}, {}, Snapshot(version=(1,)), [one, two])
+    first = _difference({one: "a", two: "b"}, {}, [one, two])
     assert first[1:] == ["a", "b"]
-    second = _difference({one: "a", two: "c"}, first[0], Snapshot(version=(2,)), [one, two])
+    second = _difference({one: "a", two: "c"}, first[0], [one, two])
     assert second[1] != "a"
     assert second[2] == "c"
-    assert second[0]["version"] == (2,)
 
 
 def test_snapshots_are_the_same_until_something_changes(house: House) -> None:
@@ -405,12 +405,33 @@ def test_header_names_card_project_and_queue(ctx: Context, tmp_path: Path) -> No
     assert "+1" in text
 
 
-def test_faults_of_handlers_become_messages(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gui import page
-    told: list[str] = []
-    monkeypatch.setattr(page.gr, "Warning", lambda text, **_: told.append(text))
+def test_faults_of_handlers_become_messages(ctx: Context) -> None:
+    from gui.page import _messages, _Wish
 
     def fails() -> None:
         raise Fault("gui.no_lora")
-    assert page._guarded(ctx, fails, ()) is None
-    assert told == [words.say("gui.no_lora", {}, ctx.language)]
+    said, *_ = ctx.page._handled(ctx, _Wish(None, fails, [], [], False, False))()
+    (told,) = json.loads(said)
+    assert told["text"] == words.say("gui.no_lora", {}, ctx.language)
+    assert told["kind"] == "warning"
+    assert _messages.get() == [told]
+
+
+def test_pages_are_sent_what_they_lack(ctx: Context) -> None:
+    from gui.app import build
+    build(ctx)
+    first = ctx.page.live(ctx, "", {})
+    assert first is not None
+    assert {"header", "run-head", "tab-dataset-button"} <= set(first["panels"])
+    marks = {name: mark for name, (mark, _) in first["panels"].items()}
+    assert ctx.page.live(ctx, first["version"], marks) is None
+    ctx.house.projects.edit(lora_rank=9999)
+    second = ctx.page.live(ctx, first["version"], marks)
+    assert second is not None
+    assert second["version"] != first["version"]
+    assert 0 < len(second["panels"]) < len(first["panels"])
+    assert second["filled"] == first["filled"]
+    ctx.house.filled()
+    third = ctx.page.live(ctx, second["version"], marks)
+    assert third is not None
+    assert third["filled"] != second["filled"]

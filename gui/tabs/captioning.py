@@ -20,17 +20,13 @@ from gui.context import Context, Snapshot, Updates
 from gui.html import bar, button, card, duration, esc
 from gui.widgets import caption_rows
 from gui.widgets.fault_card import fault_card
-from gui.widgets.picture_grid import page_of, scripted
+from gui.widgets.panel import panel
+from gui.widgets.picture_grid import page_of
 
 OWNERS = {"florence-community": "florence", "Salesforce": "blip", "SmilingWolf": "wd",
           "laion": "clip"}      # of core/models.yaml -> captioner
 SENTENCES, TAGS = ("blip", "florence", "endpoint"), ("wd", "clip")
 TAB = "captioning"              # in Project.tabs
-_TEXTS = """
-const told = () => document.dispatchEvent(new CustomEvent('captions'));
-watch('value', told);
-told();
-"""
 
 
 def build(ctx: Context) -> CaptioningTab:
@@ -47,16 +43,16 @@ class CaptioningTab:
                 self.search = gr.Textbox(
                     label=self._say("search"), placeholder=self._say("search_hint"),
                     elem_id="caption-search", max_lines=1)
-                self.rows = scripted("caption-rows", "caption_editor")
-                self.texts = gr.HTML("", elem_id="captions-texts", js_on_load=_TEXTS)
+                self.rows = panel("caption-rows", "caption_editor", dense=True)
+                self.texts = panel("captions-texts", "caption_texts")
             with gr.Column(scale=5, min_width=340):
                 self._build_rules()
-                self.stats = scripted("caption-stats", "clicks")
+                self.stats = panel("caption-stats", dense=True)
         page = ctx.page
         for event in (self.search.submit, self.search.blur):
             page.on(event, self.look_for, [self.search])
-        for panel in (self.rows, self.stats):
-            page.on_panel(panel, self.act)
+        for one in (self.rows, self.stats):
+            page.on_panel(one, self.act)
 
     def _say(self, key: str, **params: Any) -> str:
         return self.ctx.say(f"tab_captioning.{key}", **params)
@@ -77,7 +73,7 @@ class CaptioningTab:
                                    scale=2, min_width=160)
         self.endpoint = gr.Textbox(label=say("endpoint"), elem_id="caption-endpoint",
                                    visible=False)
-        self.job = scripted("caption-job", "clicks")
+        self.job = panel("caption-job", dense=True)
         kept: list[Any] = [self.sentence, self.tags, self.existing]
         for one in kept:
             page.on(one.input, self.keep, [*kept, self.endpoint])
@@ -97,7 +93,7 @@ class CaptioningTab:
             with gr.Row():
                 look = gr.Button(say("preview"), size="sm", elem_id="rules-preview")
                 do = gr.Button(say("apply"), size="sm", elem_id="rules-apply")
-            self.would = gr.HTML("", elem_id="rules-changes", elem_classes=["panel"])
+            self.would = panel("rules-changes")
         page.on(look.click, self.try_rules, [self.rules, self.first])
         page.on(do.click, self.apply_rules, [self.rules, self.first])
         page.on(self.rules.blur, self.keep_rules, [self.rules, self.first])
@@ -183,7 +179,7 @@ class CaptioningTab:
             case "undo" | "redo":
                 outcome = album.step(act)
                 self._say_left(outcome)
-                gr.Info(self._say(f"{act}_done", count=_pictures(outcome)))
+                self.ctx.page.tell(self._say(f"{act}_done", count=_pictures(outcome)))
             case "search":
                 album.show(search=id, only=())
             case "page" if id.lstrip("-").isdigit():
@@ -203,7 +199,7 @@ class CaptioningTab:
         if act == "next_empty":
             found = caption_rows.next_empty(names, self.album.now.captions, page)
             if found is None:
-                gr.Info(self._say("all_written"))
+                self.ctx.page.tell(self._say("all_written"))
             self.album.show(rows=page if found is None else found)
         else:
             self.album.show(rows=min(max(page + (1 if act == "next" else -1), 0), pages - 1))
@@ -211,7 +207,8 @@ class CaptioningTab:
     def _say_left(self, outcome: Outcome) -> None:
         for swap in outcome.left[:3]:
             if swap.picture:
-                gr.Warning(self.ctx.say("runner.edited", picture=swap.picture))
+                self.ctx.page.tell(self.ctx.say("runner.edited", picture=swap.picture),
+                                   kind="warning")
 
     # --- rules ---
 
@@ -256,7 +253,7 @@ class CaptioningTab:
         found = self._preview(self._rulable(), rules)
         outcome = self.album.write({one.path: one.after for one in found}, "apply", rules=lines)
         self._say_left(outcome)
-        gr.Info(self._say("applied", count=_pictures(outcome)))
+        self.ctx.page.tell(self._say("applied", count=_pictures(outcome)))
         return _pictures(outcome)
 
 

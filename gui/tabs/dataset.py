@@ -12,7 +12,8 @@ from gui.album import Album, album_of
 from gui.context import Context, Snapshot, Updates
 from gui.widgets import dataset_report
 from gui.widgets.drop_zone import drop_zone, uploaded
-from gui.widgets.picture_grid import PER_PAGE, filtered, grid, large, of_finding, page_of, scripted
+from gui.widgets.panel import panel
+from gui.widgets.picture_grid import PER_PAGE, filtered, grid, large, of_finding, page_of
 
 DROPPED = [*sorted(dataset.SUFFIXES), *sorted(intake.CAPTIONS)]
 
@@ -37,10 +38,10 @@ class DatasetTab:
                 self.dropped = drop_zone(ctx, "dataset-drop", DROPPED)
         with gr.Row():
             with gr.Column(scale=7, min_width=420):
-                self.grid = scripted("dataset-grid", "picture_grid")
+                self.grid = panel("dataset-grid", "picture_grid", dense=True)
             with gr.Column(scale=5, min_width=340):
-                self.large = scripted("dataset-large", "picture_view")
-                self.report = scripted("dataset-report", "clicks")
+                self.large = panel("dataset-large", "picture_view", dense=True)
+                self.report = panel("dataset-report", dense=True)
                 with gr.Row():
                     self.again = gr.Button(say("tab_dataset.look_again"), size="sm")
                     self.next = gr.Button(say("tab_dataset.to_captions"), variant="primary",
@@ -53,8 +54,8 @@ class DatasetTab:
         page.on_panel(self.dropped, self.take, fill=True)
         page.on(self.again.click, self.album.look_again)
         page.on(self.next.click, lambda: page.select("captioning"))
-        for panel in (self.grid, self.large, self.report):
-            page.on_panel(panel, self.act)
+        for one in (self.grid, self.large, self.report):
+            page.on_panel(one, self.act)
 
     # --- painting ---
 
@@ -108,7 +109,8 @@ class DatasetTab:
                 house.replan(language)
         if act == "dropped" and given:
             self.album.receive(given, folder, then)
-            gr.Info(self.ctx.say("tab_dataset.copying", count=len(given), folder=folder))
+            self.ctx.page.tell(self.ctx.say("tab_dataset.copying", count=len(given),
+                                            folder=folder))
 
     def act(self, act: str, id: str) -> Updates | None:
         """Buttons, tiles and keys of the three panels."""

@@ -107,7 +107,7 @@ class Parameters:
         ctx, shown = self.ctx, snap.shown
         ready, greeting = checklist.ready(ctx, snap), checklist.welcome(ctx, snap)
         return {self.setup: gr.update(visible=shown is None),
-                self.welcome: gr.update(value=greeting, visible=bool(greeting)),
+                self.welcome: greeting,
                 self.presets: preset_cards(ctx, known(snap), snap.project.preset,
                                            snap.project.purpose, snap.machine),
                 self.memory: suggestion(ctx, snap),

@@ -74,6 +74,7 @@ class RunView:
             case "try":
                 house.projects.update(lambda project: project.model_copy(update={
                     "inference": {**project.inference, "lora": ""}}))
+                house.filled()
                 return self.ctx.page.select("inference")
         return None
 

@@ -57,4 +57,4 @@ class SettingsTab:
         house.projects.update(lambda project: project.model_copy(update={"edits": {
             key: value for key, value in project.edits.items() if key != "output_dir"}}))
         house.replan(self.ctx.language)
-        gr.Info(self.ctx.say("saved"))
+        self.ctx.page.tell(self.ctx.say("saved"))

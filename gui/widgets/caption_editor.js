@@ -63,13 +63,12 @@ element.addEventListener('keydown', event => {
     event.preventDefault();                 // a caption is one line
   }
 });
-watch('value', () => {
+function fresh() {
   apply();
   const all = boxes();
   const target = want === 'first' ? all[0] : want === 'last' ? all[all.length - 1]
     : want === 'empty' ? all.find(box => !box.value.trim()) : null;
   want = '';
   if (target) go(target);
-});
+}
 document.addEventListener('captions', apply);
-apply();

@@ -12,13 +12,13 @@ import gradio as gr
 
 from gui.context import Context
 from gui.html import button, esc
-from gui.widgets.picture_grid import CSS, script
 
 
 def drop_zone(ctx: Context, name: str, suffixes: Iterable[str]) -> gr.HTML:
     """Its clicks tell ("dropped", paths as JSON): see `uploaded`."""
-    return gr.HTML(html(ctx, suffixes), elem_id=name, js_on_load=script("drop_zone"),
-                   css_template=CSS, elem_classes=["panel"])
+    script = Path(__file__).with_name("drop_zone.js").read_text("utf-8")
+    return gr.HTML(html(ctx, suffixes), elem_id=name, js_on_load=script,
+                   elem_classes=["panel", "dense"])
 
 
 def html(ctx: Context, suffixes: Iterable[str]) -> str:

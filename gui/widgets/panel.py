@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+
+_HERE = Path(__file__).parent
 
 # One listener on the area itself: what is painted anew needs none.
 _DELEGATE = """
 element.addEventListener('click', event => {
   const button = event.target.closest('[data-act]');
-  if (!button || button.disabled || !element.contains(button)) return;
+  if (!button || button.disabled || !element.contains(button) || button.matches('form')) return;
   event.preventDefault();
   if (button.dataset.once !== undefined) button.disabled = true;
   trigger('click', {act: button.dataset.act, id: button.dataset.id || ''});
@@ -24,6 +27,12 @@ element.addEventListener('submit', event => {
 """
 
 
-def panel(name: str, value: str = "", **more: Any) -> gr.HTML:
-    """`name`: its id on the page. Clicks come through Page.on_panel."""
-    return gr.HTML(value, elem_id=name, js_on_load=_DELEGATE, elem_classes=["panel"], **more)
+def panel(name: str, js: str = "", dense: bool = False, **more: Any) -> gr.HTML:
+    """`name`: its id on the page. Its HTML comes through `Tab.paint` and gui/live.js; clicks
+    come through Page.on_panel. `js`: a script in this folder with a `fresh()` that is called
+    after each painting, instead of the plain one. `dense`: small buttons and rows."""
+    body = (_HERE / f"{js}.js").read_text("utf-8") if js else _DELEGATE
+    after = ", fresh" if js else ""
+    script = f"{body}\nwindow.darkroom.mount(element, {name!r}{after});"
+    return gr.HTML("", elem_id=name, js_on_load=script, elem_classes=["panel", *["dense"] * dense],
+                   **more)

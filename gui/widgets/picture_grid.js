@@ -64,5 +64,3 @@ element.addEventListener('keydown', event => {
                       id: ids.join(',')});
   }
 });
-watch('value', fresh);
-fresh();

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import gradio as gr
 
 from gui.album import Album
 from gui.album_state import Shown, State
@@ -15,18 +11,6 @@ from gui.html import button, esc
 
 PER_PAGE = 60
 FILTERS = ("all", "problems", "uncaptioned", "left_out")
-_HERE = Path(__file__).parent
-CSS = (_HERE / "picture_grid.css").read_text("utf-8")
-
-
-def script(name: str) -> str:
-    return (_HERE / f"{name}.js").read_text("utf-8")
-
-
-def scripted(name: str, js: str, **more: Any) -> gr.HTML:
-    """As panel(), with a script of its own; clicks come through Page.on_panel too."""
-    return gr.HTML("", elem_id=name, js_on_load=script(js), css_template=CSS,
-                   elem_classes=["panel"], **more)
 
 
 # --- which pictures ---

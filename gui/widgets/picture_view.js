@@ -29,7 +29,7 @@ element.addEventListener('keydown', event => {
   figure.dataset.x = x; figure.dataset.y = y;
   point(x, y);
 });
-watch('value', () => {
+function fresh() {
   if (aimed) element.querySelector('.aim')?.focus({preventScroll: true});
   aimed = false;
-});
+}

@@ -1,0 +1,128 @@
+// The page's panels, tab names and messages. Once a second, and after each handler, the page tells
+// what it shows; the server answers with what differs. Panels mount themselves (widgets/panel.py).
+window.darkroom = (() => {
+  const address = location.pathname.replace(/\/*$/, '/') + 'live';
+  const told = {}, marks = {}, places = {};
+  let version = '', painted = '', filled = null, busy = false, again = false, misses = 0;
+
+  // Nodes that stay keep their focus, scroll position and open folds.
+  function morph(old, fresh) {
+    if (old.nodeType !== fresh.nodeType || old.nodeName !== fresh.nodeName
+        || (old.dataset && old.dataset.key !== fresh.dataset.key)) {
+      old.replaceWith(fresh);
+      return;
+    }
+    if (old.nodeType !== Node.ELEMENT_NODE) {
+      if (old.nodeValue !== fresh.nodeValue) old.nodeValue = fresh.nodeValue;
+      return;
+    }
+    if (old.isEqualNode(fresh)) return;
+    const mine = old.nodeName === 'DETAILS' ? ['open'] : old.nodeName === 'INPUT' ? ['value'] : [];
+    for (const {name} of [...old.attributes])
+      if (!fresh.hasAttribute(name) && !mine.includes(name)) old.removeAttribute(name);
+    for (const {name, value} of fresh.attributes)
+      if (old.getAttribute(name) !== value && !mine.includes(name)) old.setAttribute(name, value);
+    if (old.nodeName !== 'TEXTAREA') children(old, fresh);
+  }
+
+  function children(old, fresh) {
+    const news = [...fresh.childNodes];
+    [...old.childNodes].slice(news.length).forEach(node => node.remove());
+    const olds = [...old.childNodes];
+    news.forEach((node, n) => n < olds.length ? morph(olds[n], node) : old.append(node));
+  }
+
+  function put(id) {
+    const place = places[id], html = told[id];
+    if (html === undefined || !place || place.shown === html) return;
+    const fresh = document.createElement('template');
+    fresh.innerHTML = html;
+    children(place.element, fresh.content);
+    place.shown = html;
+    place.after();
+  }
+
+  function name(id, text) {                     // a tab's; the button may come late
+    const tab = document.getElementById(id);
+    if (tab && tab.textContent.trim() !== text) tab.textContent = text;
+  }
+
+  function mount(element, id, after = () => {}) {
+    const holder = document.createElement('div');
+    element.replaceChildren(holder);
+    places[id] = {element: holder, after, shown: undefined};
+    put(id);
+  }
+
+  function press(id) { document.getElementById(id)?.click(); }
+
+  async function poll() {
+    if (busy) { again = true; return; }
+    busy = true;
+    try {
+      const answer = await plain(address, {method: 'POST', body: JSON.stringify({version, marks}),
+                                           headers: {'content-type': 'application/json'}});
+      if (!answer.ok) throw new Error(answer.status);
+      lost(false);
+      if (answer.status === 200) take(await answer.json());
+      for (const id in told) id.startsWith('tab-') ? name(id, told[id]) : put(id);
+    } catch (error) { lost(true); }
+    busy = false;
+    if (again) { again = false; poll(); }
+  }
+
+  function take(news) {
+    for (const [id, [mark, html]] of Object.entries(news.panels)) {
+      told[id] = html;
+      marks[id] = mark;
+    }
+    version = news.version;
+    if (filled !== null && filled !== news.filled) press('refill');
+    if (painted !== news.painted) press('repaint');
+    filled = news.filled;
+    painted = news.painted;
+  }
+
+  function lost(now) {
+    misses = now ? misses + 1 : 0;
+    document.documentElement.classList.toggle('lost', misses > 2);
+  }
+
+  function say(messages) {
+    let place = document.getElementById('messages');
+    if (!place) {
+      place = document.createElement('div');
+      place.id = 'messages';
+      place.setAttribute('role', 'status');
+      place.setAttribute('aria-live', 'polite');
+      document.body.append(place);
+    }
+    for (const {kind, title, text, close} of messages) {
+      const card = document.createElement('div'), shut = document.createElement('button');
+      const head = document.createElement('b'), body = document.createElement('p');
+      card.className = `message ${kind}`;
+      head.textContent = title;
+      body.textContent = text;
+      shut.textContent = '×';
+      shut.setAttribute('aria-label', close);
+      shut.onclick = () => card.remove();
+      card.append(shut, ...(title ? [head] : []), body);
+      place.append(card);
+      while (place.children.length > 4) place.firstChild.remove();
+      setTimeout(() => card.remove(), kind === 'info' ? 6000 : 20000);
+    }
+  }
+
+  const plain = window.fetch.bind(window);
+  window.fetch = async (what, ...more) => {     // a handler has ended: look at once
+    const answer = await plain(what, ...more);
+    if (String(what?.url ?? what).includes('/gradio_api/run')) setTimeout(poll, 0);
+    return answer;
+  };
+  setInterval(() => { if (document.visibilityState === 'visible') poll(); }, 1000);
+  document.addEventListener('visibilitychange', () => {
+    if (document.visibilityState === 'visible') poll();
+  });
+  poll();
+  return {mount, poll, say};
+})();
