@@ -425,7 +425,7 @@ def test_pages_are_sent_what_they_lack(ctx: Context) -> None:
     assert {"header", "run-head", "tab-dataset-button"} <= set(first["panels"])
     marks = {name: mark for name, (mark, _) in first["panels"].items()}
     assert ctx.page.live(ctx, first["version"], marks) is None
-    ctx.house.projects.edit(lora_rank=9999)
+    ctx.house.projects.edit(lora_rank=7)
     second = ctx.page.live(ctx, first["version"], marks)
     assert second is not None
     assert second["version"] != first["version"]
