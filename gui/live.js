@@ -49,6 +49,7 @@ window.darkroom = (() => {
 
   function mount(element, id, after = () => {}) {
     const holder = document.createElement('div');
+    holder.className = 'live';
     element.replaceChildren(holder);
     places[id] = {element: holder, after, shown: undefined};
     put(id);
