@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from core import lora_metadata, paths
 from core.faults import Fault
+from core.naming import SD1, Naming, to_native
 from core.safetensors_header import Header, TensorInfo, read_header, read_scalars
 
 if TYPE_CHECKING:
@@ -26,21 +27,6 @@ SHOWN = 3                                  # names in a fault before "and N more
 
 # --- names -------------------------------------------------------------------------------------
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """How one part of a pipeline is called in a LoRA file."""
-
-    name: str                              # diffusers: unet, transformer, text_encoder ...
-    kohya: str                             # prefix of the kohya key
-    root: str = ""                         # outer module that files name and the model may lack
-
-
-Naming = tuple[Part, ...]                  # a family's parts
-
-SD1: Naming = (
-    Part("unet", "lora_unet"),
-    Part("text_encoder", "lora_te", root="text_model"),   # transformers 5 has no text_model
-)
 _PEFT_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight")
 _HALVES = {"A": "lora_down", "B": "lora_up"}
 _WRAPPER = "base_model.model."             # PeftModel around the real one
@@ -61,8 +47,9 @@ def kohya_name(path: str, naming: Naming = SD1) -> str:
     part = next((p for p in naming if p.name == name), None)
     if part is None or not inner:
         raise Fault("lora_file.unknown_part", key=path, known=", ".join(p.name for p in naming))
-    if part.root and not f"{inner}.".startswith(f"{part.root}."):
-        inner = f"{part.root}.{inner}"
+    inner = part.rooted(inner)
+    if part.kohya_native:
+        inner = to_native(part, inner).name
     return f"{part.kohya}_{inner.replace('.', '_')}"
 
 
@@ -335,10 +322,11 @@ def _alphas(path: Path, header: Header, ranks: Mapping[str, int]) -> dict[str, f
     keys = [f"{layer}.alpha" for layer in ranks if f"{layer}.alpha" in header.tensors]
     found = read_scalars(path, header, keys)
     alphas = {key.removesuffix(".alpha"): value for key, value in found.items()}
-    noted = lora_metadata.noted_alphas(header.metadata)
+    noted = lora_metadata.noted(header.metadata)
     for layer in ranks:
-        if layer not in alphas and (part := layer.split(".")[0]) in noted:
-            alphas[layer] = noted[part]
+        value = noted.get(layer.split(".")[0], {}).get("lora_alpha")
+        if layer not in alphas and isinstance(value, int | float) and abs(value) < 2**63:
+            alphas[layer] = float(value)
     return alphas
 
 

@@ -322,12 +322,12 @@ def facts_of(metadata: Mapping[str, str]) -> Facts:
         date=_said(metadata, "modelspec.date"), has_config=CONFIG_KEY in metadata)
 
 
-def noted_alphas(metadata: Mapping[str, str]) -> dict[str, float]:
-    """Alpha by part, as diffusers notes it beside PEFT weights."""
-    noted = _object(metadata.get("lora_adapter_metadata", ""))
-    return {key.removesuffix(".lora_alpha"): float(value) for key, value in noted.items()
-            if key.endswith(".lora_alpha") and type(value) in (int, float)
-            and abs(value) < 2**63}
+def noted(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """PEFT's config by part, as diffusers notes it beside PEFT weights."""
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in _object(metadata.get("lora_adapter_metadata", "")).items():
+        configs.setdefault(key.split(".")[0], {})[key.partition(".")[2]] = value
+    return configs
 
 
 def _said(metadata: Mapping[str, str], *keys: str) -> str:

@@ -15,6 +15,7 @@ APP = "LoRA Darkroom"
 ROOT = Path(getattr(sys, "_MEIPASS", Path(__file__).resolve().parent.parent))
 PRESETS = ROOT / "presets"
 DEMO = PRESETS / "demo"
+_SUFFIXES = {".safetensors", ".yaml", ".yml"}
 FAMILY_CONFIGS = ROOT / "core" / "families" / "configs"
 
 
@@ -48,7 +49,7 @@ def atomic(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException:
@@ -61,7 +62,18 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
-def _umask() -> int:
+def free(path: Path) -> Path:
+    """`path`, or the next free name beside it: a-2.safetensors. A folder's dots are no suffix."""
+    stem, suffix = ((path.stem, path.suffix) if path.suffix.lower() in _SUFFIXES
+                    else (path.name, ""))
+    number, found = 1, path
+    while os.path.lexists(found):
+        number += 1
+        found = path.with_name(f"{stem}-{number}{suffix}")
+    return found
+
+
+def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,0 +1,175 @@
+"""The layers of a LoRA, whatever file they come from: kinds, ranks, alpha, fused matrices.
+
+Tensors by LyCORIS' names: lora_down.weight, hada_w1_a ... Torch is imported where it is used.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from core.faults import Fault
+from core.naming import Naming, Part, Rename, from_native, to_native
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DOWN, UP, MID, ALPHA, DORA = ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha",
+                              "dora_scale")
+Layer = dict[str, "Tensor"]                # lora_down.weight, lora_up.weight, alpha, hada_w1_a ...
+
+
+@dataclass(slots=True)
+class Lora:
+    layers: dict[str, Layer]               # by module path: `unet.mid_block.attentions.0.proj_in`
+    naming: Naming
+    metadata: dict[str, str] = field(default_factory=dict)
+    bundled: dict[str, Tensor] = field(default_factory=dict)   # embeddings, as the file has them
+    unknown: tuple[str, ...] = ()          # keys that name no layer: told, not kept
+
+
+# --- one layer ---------------------------------------------------------------------------------
+
+def kind_of(layer: Mapping[str, Any]) -> str:
+    """lora | dora | loha | lokr | oft | full (whole differences of weights, biases, norms)."""
+    for beginning, kind in (("hada_", "loha"), ("lokr_", "lokr"), ("oft_", "oft")):
+        if any(end.startswith(beginning) for end in layer):
+            return kind
+    if DOWN in layer and UP in layer:
+        return "dora" if DORA in layer else "lora"
+    return "full" if {"diff", "diff_b", "w_norm", "b_norm"} & layer.keys() else "broken"
+
+
+def rank_of(layer: Mapping[str, Tensor]) -> int:
+    """Rows of the inner matrix; 0 where the layer has none."""
+    for end in (DOWN, "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
+        if end in layer:
+            return int(layer[end].shape[0])
+    return 0
+
+
+def alpha_of(layer: Mapping[str, Tensor]) -> float:
+    """No alpha, or 0: the rank, as kohya has it."""
+    return (float(layer[ALPHA]) if ALPHA in layer else 0.0) or float(rank_of(layer))
+
+
+def scale_of(layer: Mapping[str, Tensor]) -> float:
+    """alpha / rank: what the product is multiplied with."""
+    rank = rank_of(layer)
+    return alpha_of(layer) / rank if rank else 1.0
+
+
+def with_alpha(layer: Layer, alpha: float | None = None) -> Layer:
+    """With this alpha; None: its own, or its rank where it has none."""
+    if alpha is None and (ALPHA in layer or not rank_of(layer)):
+        return layer
+    import torch
+    return {**layer, ALPHA: torch.tensor(float(rank_of(layer) if alpha is None else alpha))}
+
+
+def folded(layer: Layer) -> Layer:
+    """The same product without alpha: it is multiplied into the second matrix, in float32, and
+    rounded to that matrix's type."""
+    scale, end = scale_of(layer), UP if UP in layer else "hada_w1_a"
+    rest = {key: value for key, value in layer.items() if key != ALPHA}
+    if scale == 1 or end not in layer:
+        return rest
+    return {**rest, end: (layer[end].float() * scale).to(layer[end].dtype)}
+
+
+def without_mid(layer: Layer) -> Layer:
+    """A Tucker-decomposed convolution as a plain one: down and mid are multiplied."""
+    if MID not in layer:
+        return layer
+    import torch
+    down = torch.einsum("rjkl,ji->rikl", layer[MID].float(), layer[DOWN].float().flatten(1))
+    rest = {key: value for key, value in layer.items() if key != MID}
+    return {**rest, DOWN: down.to(layer[DOWN].dtype)}
+
+
+def refuse_broken(lora: Lora, kinds: Iterable[str], to: str) -> None:
+    """Raises Fault for the first kind of layers that `to` has no place for."""
+    found = defaultdict(list)
+    for path, layer in lora.layers.items():
+        found[kind_of(layer)].append(path)
+    if "broken" in found:
+        raise Fault("lora_file.lone_half", keys=", ".join(found["broken"][:3]),
+                    count=len(found["broken"]))
+    for kind in sorted(found.keys() - set(kinds)):
+        raise Fault("lora_convert.no_room", kind=kind, to=to, count=len(found[kind]),
+                    example=found[kind][0])
+
+
+# --- matrices that the original code fuses ------------------------------------------------------
+
+def split(part: Part, inner: str, layer: Layer) -> list[tuple[str, Layer]]:
+    """A layer of the original code -> those of diffusers. A fused one of another kind than LoRA
+    stays whole, under its own name."""
+    names, rename = from_native(part, inner)
+    if rename is None or (len(names) == 1 and not rename.swapped):
+        return [(names[0], layer)]
+    if kind_of(layer) not in ("lora", "dora") or layer[UP].shape[0] % sum(rename.rows) or (
+            DORA in layer and layer[DORA].shape[0] != layer[UP].shape[0]):
+        return [(inner, layer)]
+    if rename.swapped:
+        return [(names[0], _swapped(layer))]
+    import torch
+    unit = layer[UP].shape[0] // sum(rename.rows)
+    sizes = [unit * share for share in rename.rows]
+    cut = {end: torch.split(layer[end], sizes) for end in (UP, DORA) if end in layer}
+    return [(name, {**layer, **{end: pieces[i] for end, pieces in cut.items()}})
+            for i, name in enumerate(names)]
+
+
+def _swapped(layer: Layer) -> Layer:
+    return {**layer, **{end: layer[end].roll(layer[end].shape[0] // 2, 0)
+                        for end in (UP, DORA) if end in layer}}
+
+
+def native(part: Part, layers: dict[str, Layer]) -> dict[str, Layer]:
+    """Layers by the original code's names, fused where it fuses them."""
+    named: dict[str, Layer] = {}
+    groups: dict[str, tuple[Rename, dict[int, Layer]]] = {}
+    for inner, layer in layers.items():
+        place = to_native(part, inner)
+        if place.fused and place.of is not None:
+            groups.setdefault(place.name, (place.of, {}))[1][place.number] = layer
+        else:
+            named[part.rooted(place.name)] = layer
+    return named | {name: _joined(rename, members, name)
+                    for name, (rename, members) in groups.items()}
+
+
+def _joined(rename: Rename, members: Mapping[int, Layer], name: str) -> Layer:
+    """Layers that are rows of one matrix -> one layer with the same products, exactly: their
+    common down matrix where they have one, else their downs one below the other."""
+    import torch
+    if any(kind_of(layer) not in ("lora", "dora") or MID in layer for layer in members.values()):
+        raise Fault("lora_convert.not_fusible", layer=name)
+    if rename.swapped:
+        return _swapped(members[0])
+    magnitudes = [layer[DORA] for layer in members.values() if DORA in layer]
+    if magnitudes and len(magnitudes) < len(rename.ours):
+        raise Fault("lora_convert.not_fusible", layer=name)
+    ordered = [members[i] for i in sorted(members)]
+    first = ordered[0]
+    scales = {scale_of(layer) for layer in ordered}
+    dora = {DORA: torch.cat([layer[DORA] for layer in ordered])} if magnitudes else {}
+    if len(ordered) == len(rename.ours) and len(scales) == 1 and all(
+            torch.equal(layer[DOWN], first[DOWN]) for layer in ordered):
+        return {**first, UP: torch.cat([layer[UP] for layer in ordered]), **dora}
+    plain = ordered if len(scales) == 1 else [folded(layer) for layer in ordered]
+    unit = plain[0][UP].shape[0] // rename.rows[min(members)]
+    ranks = [rank_of(layer) for layer in plain]
+    up = first[UP].new_zeros(unit * sum(rename.rows), sum(ranks))
+    for column, i, layer in zip(_starts(ranks), sorted(members), plain, strict=True):
+        row = unit * sum(rename.rows[:i])
+        up[row:row + layer[UP].shape[0], column:column + rank_of(layer)] = layer[UP]
+    joined = {DOWN: torch.cat([layer[DOWN] for layer in plain]), UP: up, **dora}
+    return with_alpha(joined, sum(ranks) * (scales.pop() if len(scales) == 1 else 1.0))
+
+
+def _starts(sizes: list[int]) -> list[int]:
+    return [sum(sizes[:i]) for i in range(len(sizes))]
