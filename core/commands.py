@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core import words
+from core import lora_commands, words
 from core.console import (
     BAD_INPUT,
     FAILED,
@@ -84,6 +84,7 @@ def _add_lora(commands: Any) -> None:
                        line="lora info my_style.safetensors")
     verify = add_command(inner, "verify", _lora_verify, key="lora_verify", answers=True,
                          line="lora verify my_style.safetensors --base model.safetensors")
+    lora_commands.add_to(inner)
     for parser in (info, verify):
         parser.add_argument("file", type=Path, metavar="FILE", help=say("arg_lora_file"))
     verify.add_argument("--base", metavar="MODEL", help=say("arg_lora_base"))
@@ -207,7 +208,7 @@ def found_beside(config: TrainConfig, folder: Path) -> TrainConfig:
     """Paths that lie beside the YAML and not in the working folder, made absolute."""
     from core.config import resolve
     changes = {}
-    for key in ("train_data_dir", "metadata_path", "base_model"):
+    for key in ("train_data_dir", "metadata_path", "base_model", "init_lora_weights"):
         path = getattr(config, key)
         if path and (found := resolve(path, folder)).exists() and found != resolve(path, None):
             changes[key] = str(found)
@@ -256,7 +257,8 @@ def _drawn(config: Any, options: argparse.Namespace) -> int:
 
 def _lora_info(options: argparse.Namespace) -> int:
     from core.lora_file import describe
-    info = describe(options.file)
+    from core.lora_formats import weights_file
+    info = describe(weights_file(options.file))
     facts = asdict(info)
     if options.json:
         print_json({"ok": True, **facts})

@@ -54,6 +54,8 @@ class TrainConfig(BaseModel):
     target_modules: list[str] | str = _field(
         "attention", "advanced",
         "layers by name, or a preset: attention | attention+ff | all-linear")
+    init_lora_weights: str = _field(
+        "", "advanced", "LoRA file or folder to continue from, of any format")
     gradient_accumulation_steps: int = _field(1, "advanced", "batches per update", ge=1, le=4096)
     precision: Precision = _field("auto", "advanced", "number format of the base")
     base_precision: BasePrecision = _field(
@@ -95,6 +97,10 @@ class TrainConfig(BaseModel):
     cache_to_disk: bool = _field(True, "expert", "keep latents and embeddings for the next run")
     save_precision: Literal["fp16", "fp32", "bf16"] = _field(
         "fp16", "expert", "number format in the LoRA file")
+    save_format: Literal["kohya", "peft", "diffusers", "comfyui"] = _field(
+        "kohya", "expert", "names of the layers in the LoRA file")
+    init_lora_resize: bool = _field(
+        False, "expert", "change the rank of init_lora_weights by SVD where it differs")
     sample_size: str = _field("", "expert", "'W,H' of previews; empty: the base's own", "px")
     sample_cfg: float = _field(7.0, "expert", "guidance of previews", ge=0, le=50)
     sample_inference_steps: int = _field(20, "expert", "denoising steps of previews", ge=1)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core import families, lora, optim
+from core import families, lora, lora_init, optim
 from core.config import TrainConfig, resolve
 from core.control import Control
 from core.course import Batch, Course
@@ -81,6 +81,8 @@ class Trainer:
         self.examples, self.emit, self.control = examples, emit, control
         self.denoiser = parts.denoiser
         self.parameters = lora.attach(self.denoiser, config, family.spec)
+        if config.init_lora_weights:
+            lora_init.start(self.denoiser, config, family.spec, emit)
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         lora.set_training(self.denoiser, True)

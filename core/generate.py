@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from core import families, lora, paths, samplers, words
+from core import families, lora, lora_formats, paths, samplers, words
 from core.config import GenerateConfig, size_of
 from core.events import Event, Note, Phase, Sample
 from core.families.base import ALL_PARTS, Family, Parts
@@ -121,7 +121,8 @@ class Studio:
         facts = [f"Steps: {shot.steps}", f"Sampler: {sampler}", f"CFG scale: {shot.cfg:g}",
                  f"Seed: {shot.seed}", f"Size: {shot.size[0]}x{shot.size[1]}",
                  f"Model: {self.source.stem}"]
-        hashes = ", ".join(f"{x.path.stem}: {data_hash(x.path)[:12]}" for x in loras)
+        hashes = ", ".join(f"{x.path.stem}: {data_hash(lora_formats.weights_file(x.path))[:12]}"
+                           for x in loras)
         if hashes:
             facts.append(f'Lora hashes: "{hashes}"')
         return "\n".join([*lines, ", ".join(facts)])
@@ -142,11 +143,14 @@ def draw(pipeline: Any, parts: Parts, shot: Shot, arguments: dict[str, Any],
 
 def load_adapter(pipeline: Any, path: Path, name: str) -> str:
     """Loads a LoRA file by diffusers' own reader. Raises Fault where none of it fits the base."""
-    keys = read_header(path).tensors
+    source: Any = path.parent
+    if lora_formats.needs_respelling(path):
+        source = lora_formats.spell(lora_formats.read(path), "kohya")
+    keys = read_header(lora_formats.weights_file(path)).tensors
     try:
         with warnings.catch_warnings():     # peft warns of a second adapter, which is meant
             warnings.simplefilter("ignore")
-            pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name,
+            pipeline.load_lora_weights(source, weight_name=path.name, adapter_name=name,
                                        local_files_only=True)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = (str(error).strip().splitlines() or ["?"])[0][:200]
@@ -159,8 +163,9 @@ def load_adapter(pipeline: Any, path: Path, name: str) -> str:
 
 def modules_in(path: Path) -> int:
     """LoRA modules of a file: one down (or A) matrix each."""
+    files = path.rglob("*.safetensors") if path.is_dir() else [path]
     return sum(k.endswith((".lora_down.weight", ".lora_A.weight"))
-               for k in read_header(path).tensors)
+               for file in files for k in read_header(file).tensors)
 
 
 def split_prompt(prompt: str) -> tuple[str, list[tuple[str, float]]]:
@@ -186,7 +191,7 @@ def find_lora(name: str, weight: float, folders: Sequence[Path] = ()) -> Lora:
     """
     direct = Path(name).expanduser()
     for path in (direct, direct.with_name(f"{direct.name}.safetensors")):
-        if path.is_file():
+        if path.is_file() or (path / lora_formats.CONFIG).is_file():
             return Lora(path.absolute(), weight)
     known: dict[str, Path] = {}
     for folder in [*folders, Path("output"), *_run_folders()]:

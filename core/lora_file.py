@@ -303,7 +303,7 @@ def describe(path: Path) -> Info:
     alphas = _alphas(path, header, ranks)
     return Info(
         path=path, size=header.size, format=format_,
-        family=_family(header.tensors) or facts.family or "unknown",
+        family=family_of(header.tensors) or facts.family or "unknown",
         dtype=_main_dtype(header.tensors.values()),
         ranks=tuple(sorted(set(ranks.values()))), alphas=tuple(sorted(set(alphas.values()))),
         scales=tuple(sorted({alphas.get(layer, rank) / rank
@@ -330,7 +330,7 @@ def _alphas(path: Path, header: Header, ranks: Mapping[str, int]) -> dict[str, f
     return alphas
 
 
-def _family(tensors: Mapping[str, TensorInfo]) -> str:
+def family_of(tensors: Mapping[str, TensorInfo]) -> str:
     for family, pattern, side in FAMILY_SIGNS:
         if any((side is None or info.shape[-1:] == (side,)) and pattern.search(key)
                for key, info in tensors.items()):

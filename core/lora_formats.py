@@ -79,8 +79,13 @@ def read(path: Path, family: str = "") -> Lora:
     return replace(_gathered(tensors, naming, configs), metadata=metadata)
 
 
-def from_tensors(tensors: Mapping[str, Tensor], naming: Naming = SD1) -> Lora:
-    return _gathered(tensors, naming, {})
+def from_tensors(tensors: Mapping[str, Tensor], family: str) -> Lora:
+    return _gathered(tensors, NAMINGS.get(family, SD1), {})
+
+
+def needs_respelling(path: Path) -> bool:
+    """Whether diffusers' loader can't read it as it is."""
+    return path.is_dir() or lora_file.describe(path).format == "comfyui"
 
 
 def _naming(path: Path, family: str) -> Naming:
@@ -342,6 +347,17 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, 
     return {key: value if dtype is None or key.endswith(f".{ALPHA}")
             or not value.is_floating_point() else value.to(dtype)
             for key, value in tensors.items()}
+
+
+def weights_file(path: Path) -> Path:
+    """The file itself, or the first one of PEFT's folder."""
+    if not path.is_dir():
+        return path
+    return next(iter(sorted(path.rglob(WEIGHTS))), path / WEIGHTS)
+
+
+def file_name(name: str, format_: str) -> str:
+    return name if format_ == "peft" else f"{name}.safetensors"
 
 
 def save(lora: Lora, to: str, out: Path, dtype: torch.dtype | None = None) -> Path:

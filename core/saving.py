@@ -18,6 +18,7 @@ from core import (
     checkpoint,
     lora,
     lora_file,
+    lora_formats,
     lora_metadata,
     optim,
     pictures,
@@ -87,8 +88,8 @@ class Keeper:
     def final(self) -> Path:
         """Writes the LoRA file that the user takes away."""
         step = self.trainer.total
-        path = self.output / f"{self.name}.safetensors"
-        self._write(path, lora.state(self.trainer.denoiser), step)
+        path = self.output / lora_formats.file_name(self.name, self.config.save_format)
+        self._write(path, lora.state(self.trainer.denoiser), step, self.config.save_format)
         self.trainer.emit(Checkpoint(step=step, path=str(path), final=True,
                                      best=step == self.best_step))
         return path
@@ -108,16 +109,24 @@ class Keeper:
 
     def _free_name(self) -> str:
         name, n = self.config.name, 1
-        while ((self.output / f"{name}.safetensors").exists()
+        while (any((self.output / lora_formats.file_name(name, f)).exists()
+                   for f in ("kohya", self.config.save_format))
                or checkpoint.steps_of(self.output, name)):
             n += 1
             name = f"{self.config.name}-{n}"
         return name
 
-    def _write(self, path: Path, adapter: dict[str, torch.Tensor], step: int) -> None:
+    def _write(self, path: Path, adapter: dict[str, torch.Tensor], step: int,
+               format_: str = "kohya") -> None:
         tensors = lora_file.to_kohya(adapter, self.config.alpha,
                                      SAVE_DTYPES[self.config.save_precision])
-        lora_file.write_lora(path, tensors, build_metadata(self._facts(step)))
+        metadata = build_metadata(self._facts(step))
+        if format_ == "kohya":
+            lora_file.write_lora(path, tensors, metadata)
+            return
+        found = lora_formats.from_tensors(tensors, self.trainer.family.spec.id)
+        found.metadata = metadata
+        lora_formats.save(found, format_, path)
 
     def _facts(self, step: int) -> TrainFacts:
         trainer, config, spec = self.trainer, self.config, self.trainer.family.spec

@@ -18,6 +18,7 @@ from core import families, generate, lora
 from core.events import Event, Phase
 from core.families.base import ALL_PARTS, Family, Parts, Precision
 from core.lora_file import describe
+from core.lora_formats import weights_file
 from core.precision import choose, free_memory, load_denoiser
 from core.safetensors_header import read_header
 
@@ -32,10 +33,11 @@ _STEPS, _SEED, _CPU_SIDE = 6, 1, 256
 
 def verify(path: Path, base: Path | None, emit: Callable[[Event], None]) -> dict[str, Any]:
     """Checks any LoRA file; `base` draws pictures with it, without one only the file is read."""
-    info = describe(path)
+    file = weights_file(path)
+    info = describe(file)
     report: dict[str, Any] = {"file": str(path), "format": info.format, "family": info.family}
     if base is None:
-        return report | {"ok": True, "keys": len(read_header(path).tensors), "drawn": False}
+        return report | {"ok": True, "keys": len(read_header(file).tensors), "drawn": False}
     family = families.get(families.detect(base))
     precision = choose("auto")
     emit(Phase(name="load"))

@@ -27,7 +27,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from core import lora_file, words
 from core.faults import Fault
 from core.lora_file import (
-    Part,
     describe,
     detect_format,
     fold_alpha,
@@ -39,6 +38,7 @@ from core.lora_file import (
     to_peft,
     write_lora,
 )
+from core.naming import Part
 from core.safetensors_header import PICKLES, data_hash, read_header
 
 RANK, ALPHA = 4, 2.0
