@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent
-ROOMS = ("core.commands", "core.plan_commands", "core.dataset_commands", "core.hub_commands",
+ROOMS = ("core.commands", "core.config_commands", "core.plan_commands",
+         "core.dataset_commands", "core.hub_commands",
          "captioner.commands", "gui.commands")              # each has add_commands(subparsers)
 
 # OpenMP threads that spin while they wait make a run several times slower beside another program.

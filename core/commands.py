@@ -147,8 +147,17 @@ def _train(options: argparse.Namespace) -> int:
         config = load_train_config(options.config, given)
     else:
         raise Fault("commands.no_config")
+    _tell_imported(options.config)
     folder = options.config.parent if options.config else Path.cwd()
     return _run("train", found_beside(config, folder), options)
+
+
+def _tell_imported(path: Path | None) -> None:
+    """What another trainer's config said that is not taken over, line by line."""
+    from core import foreign
+    from core.config import FOREIGN
+    if path is not None and path.suffix.lower() in FOREIGN:
+        print("\n".join(foreign.told(foreign.read(path))), file=sys.stderr)
 
 
 def _run(job: str, config: TrainConfig, options: argparse.Namespace,

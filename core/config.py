@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from core import captions, words
 from core.faults import Fault
 
+FOREIGN = (".toml", ".json")               # suffixes of other trainers' configs
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 BasePrecision = Literal["same", "int8", "fp8", "nf4"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -178,13 +179,17 @@ def size_of(text: str) -> tuple[int, int] | None:
 
 
 def load_train_config(path: Path, overrides: Mapping[str, str] | None = None) -> TrainConfig:
-    """Reads a YAML config, or the config inside a LoRA file's metadata, and checks it.
+    """Reads a YAML config, the config inside a LoRA file's metadata, or another trainer's TOML
+    or JSON (`foreign.read` tells what of that is lost), and checks it.
 
     Raises Fault with the file, the line and the nearest key where something is wrong.
     """
     if path.suffix.lower() == ".safetensors":
         from core.lora_file import read_config
         return parse_train_config(read_config(path), str(path), overrides)
+    if path.suffix.lower() in FOREIGN:
+        from core import foreign
+        return parse_train_config("", str(path), overrides, foreign.read(path).values)
     try:
         text = captions.decode_text(path.read_bytes())
     except FileNotFoundError:
@@ -194,9 +199,11 @@ def load_train_config(path: Path, overrides: Mapping[str, str] | None = None) ->
     return parse_train_config(text, str(path), overrides)
 
 
-def parse_train_config(text: str, source: str,
-                       overrides: Mapping[str, str] | None = None) -> TrainConfig:
+def parse_train_config(text: str, source: str, overrides: Mapping[str, str] | None = None,
+                       below: Mapping[str, Any] | None = None) -> TrainConfig:
+    """`below`: values that the text and the overrides win over."""
     data, lines = read_flat_yaml(text, source)
+    data = {**(below or {}), **data}
     for key, value in (overrides or {}).items():
         data[key] = _scalar(value)
         lines.pop(key, None)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core import advisor, captions, families, paths, words
 from core.config import (
+    FOREIGN,
     TrainConfig,
     load_train_config,
     parse_train_config,
@@ -200,7 +201,7 @@ def _own(path: Path | None, overrides: Mapping[str, str]) -> tuple[dict[str, Any
     given = load_train_config(path, overrides) if path else parse_train_config(
         "", "--set", overrides)
     data: Mapping[str, Any] = {}
-    if path is not None and path.suffix.lower() != ".safetensors":
+    if path is not None and path.suffix.lower() not in (".safetensors", *FOREIGN):
         data, _ = read_flat_yaml(captions.decode_text(path.read_bytes()), str(path))
     elif path is not None:
         data = given.model_dump(exclude_unset=True)

@@ -241,7 +241,7 @@ def test_folders_and_single_files_are_compared_with_each_other(tmp_path: Path) -
 
 
 def test_models_that_are_no_pair_are_refused(tmp_path: Path) -> None:
-    base, tuned, _ = models(tmp_path, 2)
+    base, _, _ = models(tmp_path, 2)
     save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2, 2)},
               tmp_path / "other.safetensors")
     for first, second, code in ((base, base, "same_models"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -388,10 +388,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def pipeline(base: Path) -> Iterator[Any]:
+def pipeline(base: Path) -> Any:
     found = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     found.unet.load_state_dict(fresh().state_dict())
-    yield found
+    return found
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

@@ -7,13 +7,14 @@ from typing import Any
 
 import gradio as gr
 
-from core import journal, paths, presets
-from core.config import TrainConfig, dump_yaml, load_train_config, parse_train_config
+from core import foreign, journal, paths, presets
+from core.config import FOREIGN, TrainConfig, dump_yaml, load_train_config, parse_train_config
 from core.faults import Fault
 from core.project import known_presets
 from gui import checklist
 from gui.context import Context, Snapshot, Updates
 from gui.form import Form, keys_of
+from gui.html import esc
 from gui.tabs.run import RunView
 from gui.widgets.history import history
 from gui.widgets.panel import panel
@@ -21,7 +22,7 @@ from gui.widgets.preset_cards import preset_cards
 from gui.widgets.suggestion import suggestion
 
 BASIC = ("output_name", "epochs", "learning_rate", "lora_rank", "batch_size", "max_resolution")
-CONFIG_FILES = [".yaml", ".yml", ".safetensors"]
+CONFIG_FILES = [".yaml", ".yml", ".safetensors", *FOREIGN]
 
 
 def build(ctx: Context) -> Parameters:
@@ -179,6 +180,9 @@ class Parameters:
 
     def take_file(self, path: str) -> None:
         self._replace(load_train_config(Path(path)))
+        if path.lower().endswith(FOREIGN):          # what another trainer's config said beyond ours
+            head, *lines = foreign.told(foreign.read(Path(path)), self.ctx.language)
+            gr.Info("<br>".join(map(esc, lines)), title=esc(head), duration=None)
 
     def _replace(self, config: TrainConfig) -> None:
         house = self.ctx.house
