@@ -4,6 +4,7 @@ that builds tensors and plain containers and runs nothing else (weights_only=Tru
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ def _load(source: Path) -> Any:
     if not source.is_file():
         raise Fault("lora_file.missing", file=source, folder=Path.cwd())
     try:
-        return torch.load(source, "cpu", weights_only=True, mmap=_is_zip(source))
+        with warnings.catch_warnings():    # of old pickles, which are the reason to be here
+            warnings.simplefilter("ignore")
+            return torch.load(source, "cpu", weights_only=True, mmap=_is_zip(source))
     except pickle.UnpicklingError as error:
         raise Fault("lora_convert.pickle_unsafe", file=source, reason=_global(error)) from None
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError,
