@@ -124,7 +124,7 @@ def _sum(path: str, layers: Sequence[tuple[Layer, float]], dtype: torch.dtype) -
     if len(kinds) > 1:
         raise Fault("lora_convert.mixed", kinds=", ".join(sorted(kinds)), to="merge")
     if kinds == {"full"}:
-        return _added(layers, dtype)
+        return _added(path, layers, dtype)
     plain = [(without_mid(layer), weight) for layer, weight in layers]
     if len({(x[DOWN].shape[1:], x[UP].shape[0]) for x, _ in plain}) > 1:
         raise Fault("lora_convert.other_shapes", layer=path)
@@ -134,10 +134,12 @@ def _sum(path: str, layers: Sequence[tuple[Layer, float]], dtype: torch.dtype) -
     return with_alpha(pair)
 
 
-def _added(layers: Iterable[tuple[Layer, float]], dtype: torch.dtype) -> Layer:
+def _added(path: str, layers: Iterable[tuple[Layer, float]], dtype: torch.dtype) -> Layer:
     total: Layer = {}
     for layer, weight in layers:
         for end, value in layer.items():
+            if end in total and total[end].shape != value.shape:
+                raise Fault("lora_convert.other_shapes", layer=path)
             if end != ALPHA:
                 total[end] = total.get(end, torch.zeros(())) + value.float() * weight
     return {end: value.to(dtype) for end, value in total.items()}

@@ -66,9 +66,13 @@ def extract(tuned: Path, base: Path, rank: int, conv_rank: int | None = None,
             pair = [_tensor(files, stack, *model.weights[path]) for model in (ours, theirs)]
             wanted = _rank(path, pair[1], rank, rank if conv_rank is None else conv_rank)
             compared += wanted > 0
+            if pair[0].numel() != pair[1].numel():
+                raise Fault("lora_convert.other_shapes", layer=path)
             difference = pair[0].float() - pair[1].reshape(pair[0].shape).float()
             if not difference.any():
                 continue
+            if not bool(difference.isfinite().all()):
+                raise Fault("lora_convert.model_nan", tuned=tuned, base=base, key=path)
             if not wanted:
                 rest += 1
                 continue

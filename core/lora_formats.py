@@ -29,6 +29,7 @@ from core.lora_layers import (
     Layer,
     Lora,
     alpha_of,
+    fits,
     folded,
     kind_of,
     native,
@@ -51,6 +52,7 @@ HOLDS = {"kohya": {"lora", "dora", "loha", "lokr", "oft", "full"},
 FORMATS = tuple(HOLDS)
 CONFIG, WEIGHTS, DIFFUSERS = ("adapter_config.json", "adapter_model.safetensors",
                               "pytorch_lora_weights.safetensors")
+LARGEST = 2.0**63                          # an alpha beyond it is none
 _BUNDLED = "bundle_emb."                   # embeddings that travel in a LoRA file
 
 # --- reading -----------------------------------------------------------------------------------
@@ -144,6 +146,8 @@ def _gathered(tensors: Mapping[str, Tensor], naming: Naming, configs: Mapping[st
     parts = {part.name: part for part in naming}
     layers: dict[str, Layer] = {}
     for (name, inner), layer in grouped.items():
+        if not fits(layer):
+            raise Fault("lora_convert.misfit", layer=inner)
         plain = _plain_magnitude(layer)
         if name in configs and ALPHA not in plain:
             plain = _configured(plain, inner, configs[name])
@@ -225,7 +229,7 @@ def _configured(layer: Layer, inner: str, config: Mapping[str, Any]) -> Layer:
     alpha = _pattern(config.get("alpha_pattern"), inner)
     if alpha is None:
         alpha = config.get("lora_alpha", config.get("alpha"))
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+    if type(alpha) not in (int, float) or not abs(alpha) < LARGEST:
         return layer
     return with_alpha(layer, alpha * math.sqrt(rank) if config.get("use_rslora") is True else alpha)
 

@@ -45,9 +45,23 @@ def kind_of(layer: Mapping[str, Any]) -> str:
 def rank_of(layer: Mapping[str, Tensor]) -> int:
     """Rows of the inner matrix; 0 where the layer has none."""
     for end in (DOWN, "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
-        if end in layer:
+        if end in layer and layer[end].ndim:
             return int(layer[end].shape[0])
     return 0
+
+
+def fits(layer: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors of a layer can belong together: files come from anywhere."""
+    if (ALPHA in layer and layer[ALPHA].numel() != 1) or (DORA in layer and not layer[DORA].ndim):
+        return False
+    if not (DOWN in layer and UP in layer):
+        return True
+    down, up, rank = layer[DOWN], layer[UP], rank_of(layer)
+    if min(down.ndim, up.ndim) < 2 or not min(down.numel(), up.numel()) or (
+            up.flatten(1).shape[1] != rank):
+        return False
+    return MID not in layer or (layer[MID].ndim == 4 and layer[MID].shape[:2] == (rank, rank)
+                                and down[0, 0].numel() == 1)
 
 
 def alpha_of(layer: Mapping[str, Tensor]) -> float:
@@ -81,7 +95,7 @@ def folded(layer: Layer) -> Layer:
 
 def without_mid(layer: Layer) -> Layer:
     """A Tucker-decomposed convolution as a plain one: down and mid are multiplied."""
-    if MID not in layer:
+    if MID not in layer or DOWN not in layer:
         return layer
     import torch
     down = torch.einsum("rjkl,ji->rikl", layer[MID].float(), layer[DOWN].float().flatten(1))
@@ -150,6 +164,7 @@ def _joined(rename: Rename, members: Mapping[int, Layer], name: str) -> Layer:
         raise Fault("lora_convert.not_fusible", layer=name)
     if rename.swapped:
         return _swapped(members[0])
+    _check_rows(rename, members, name)
     magnitudes = [layer[DORA] for layer in members.values() if DORA in layer]
     if magnitudes and len(magnitudes) < len(rename.ours):
         raise Fault("lora_convert.not_fusible", layer=name)
@@ -169,6 +184,13 @@ def _joined(rename: Rename, members: Mapping[int, Layer], name: str) -> Layer:
         up[row:row + layer[UP].shape[0], column:column + rank_of(layer)] = layer[UP]
     joined = {DOWN: torch.cat([layer[DOWN] for layer in plain]), UP: up, **dora}
     return with_alpha(joined, sum(ranks) * (scales.pop() if len(scales) == 1 else 1.0))
+
+
+def _check_rows(rename: Rename, members: Mapping[int, Layer], name: str) -> None:
+    units = {(layer[UP].shape[0] / rename.rows[i], layer[UP].ndim, layer[DOWN].shape[1:])
+             for i, layer in members.items()}
+    if len(units) > 1 or any(layer[UP].ndim > 2 for layer in members.values()):
+        raise Fault("lora_convert.not_fusible", layer=name)
 
 
 def _starts(sizes: list[int]) -> list[int]:

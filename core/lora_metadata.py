@@ -326,7 +326,8 @@ def noted(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """PEFT's config by part, as diffusers notes it beside PEFT weights."""
     configs: dict[str, dict[str, Any]] = {}
     for key, value in _object(metadata.get("lora_adapter_metadata", "")).items():
-        configs.setdefault(key.split(".")[0], {})[key.partition(".")[2]] = value
+        if "." in key:
+            configs.setdefault(key.split(".")[0], {})[key.partition(".")[2]] = value
     return configs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from core import lora_file, lora_formats, words
 from core.faults import Fault
-from core.lora_algebra import delta
+from core.lora_algebra import Cut, delta, merge, resize
 from core.lora_formats import read, save, spell
 from core.lora_layers import Layer, Lora, alpha_of, kind_of
 from core.naming import FLUX, SD1, SDXL, Naming
@@ -230,6 +231,30 @@ def test_patterns_of_a_file_are_text_not_programs(tmp_path: Path) -> None:
     save_file({f"unet.{'a' * 60}.lora_A.weight": torch.ones(4, 5)}, tmp_path / "a.safetensors",
               {"lora_adapter_metadata": json.dumps(evil)})
     assert alpha_of(read(tmp_path / "a.safetensors").layers[f"unet.{'a' * 60}"]) == 2
+
+
+sides = st.lists(st.integers(0, 4), max_size=4)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=SLOW_FIXTURE)
+@given(st.dictionaries(st.sampled_from([
+    "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale", "hada_w1_a",
+    "hada_w1_b", "lokr_w1", "oft_blocks", "diff"]), sides, min_size=1, max_size=5),
+    st.sampled_from(["unet_mid_block_attentions_0_proj_in", "unet_double_blocks_0_img_attn_qkv",
+                     "te1_text_model_encoder_layers_0_mlp_fc1"]), st.sampled_from(["sd15", "flux"]))
+def test_hostile_shapes_only_ever_give_faults(tmp_path: Path, ends: dict[str, list[int]],
+                                              name: str, family: str) -> None:
+    save_file({f"lora_{name}.{end}": torch.ones(shape) for end, shape in ends.items()},
+              tmp_path / "a.safetensors")
+    try:
+        lora = read(tmp_path / "a.safetensors", family)
+    except Fault:
+        return
+    for work in (*(lambda to=to: spell(lora, to) for to in ("kohya", "comfyui", "diffusers")),
+                 lambda: lora_formats.peft_parts(lora), lambda: resize(lora, Cut(1)),
+                 lambda: merge([(lora, 0.5), (lora, 2.0)])):
+        with contextlib.suppress(Fault):
+            work()
 
 
 # --- families whose original code has other names ----------------------------------------------

@@ -29,7 +29,7 @@ from core.lora_metadata import (
     facts_of,
     hashes,
     model_hash,
-    noted_alphas,
+    noted,
     short_hash,
 )
 from core.safetensors_header import data_hash, read_header
@@ -259,7 +259,7 @@ def test_no_metadata_tells_nothing():
 def test_broken_json_inside_metadata_is_absent(text):
     facts = facts_of({"ss_tag_frequency": text, "ss_dataset_dirs": text, "ss_steps": "many"})
     assert (facts.tags, facts.trigger_words, facts.steps) == ((), (), None)
-    assert noted_alphas({"lora_adapter_metadata": text}) == {}
+    assert noted({"lora_adapter_metadata": text}) == {}
 
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -275,7 +275,7 @@ KEYS = ["ss_tag_frequency", "ss_dataset_dirs", "ss_steps", "ss_resolution", "mod
 @given(st.dictionaries(st.sampled_from(KEYS), json_value.map(json.dumps) | text))
 def test_no_metadata_can_break_the_reader(metadata):
     facts_of(metadata)
-    noted_alphas(metadata)
+    noted(metadata)
 
 
 @settings(deadline=None, max_examples=200,
