@@ -299,8 +299,11 @@ def _peft_ends(path: str, layer: Layer) -> Iterator[tuple[str, Tensor]]:
 
 def _magnitude(path: str, layer: Layer) -> Tensor:
     """PEFT's DoRA scales rows; LyCORIS' older one scaled columns, which PEFT can't."""
+    if UP not in layer:
+        raise Fault("lora_convert.no_room", kind=f"{kind_of(layer)} + DoRA", to="peft", count=1,
+                    example=path)
     scale, rows = layer[DORA], layer[UP].shape[0]
-    if scale.shape[0] != rows:
+    if scale.shape[0] != rows or scale.numel() != rows:
         raise Fault("lora_convert.dora_columns", layer=path)
     return scale.reshape(rows) if layer[DOWN].ndim == 2 else scale.reshape(1, rows, 1, 1)
 
