@@ -39,7 +39,8 @@ from core.lora_layers import (
     with_alpha,
     without_mid,
 )
-from core.naming import NAMINGS, SD1, Naming, Part, dotted
+from core.naming import NAMINGS, Naming, Part, dotted
+from core.safetensors_header import read_header
 
 if TYPE_CHECKING:
     import torch
@@ -60,11 +61,13 @@ _BUNDLED = "bundle_emb."                   # embeddings that travel in a LoRA fi
 _ENDS = (r"lora_(?:down|up|mid)\.weight|lora_[AB](?:\.[^.]+)?\.weight|lora_[AB]"
          r"|lora\.(?:down|up)\.weight|lora_linear_layer\.(?:down|up)\.weight"
          r"|lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?|alpha|dora_scale"
-         r"|hada_\w+|lokr_\w+|oft_\w+|diff|diff_b|w_norm|b_norm")
+         r"|hada_\w+|lokr_\w+|oft_\w+|rescale|diff|diff_b|w_norm|b_norm")
 _FLAT = re.compile(rf"(?P<module>[^.]+)\.(?P<end>{_ENDS})")
 _DOTTED = re.compile(rf"(?P<module>.+?)(?:\.(?P<end>{_ENDS})"
                      r"|_lora\.(?P<old>down|up)\.weight)")
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+_UNET = re.compile(r"^unet\.|(down|up|input|output)_blocks|mid_block|middle_block|text_model"
+                   r"|text_encoder|^(base_model\.model\.)?encoder\.layers")
 _WRAPPER = "base_model.model."
 
 
@@ -82,18 +85,24 @@ def read(path: Path, family: str = "") -> Lora:
 
 
 def from_tensors(tensors: Mapping[str, Tensor], family: str) -> Lora:
-    return _gathered(tensors, NAMINGS.get(family, SD1), {})
+    return _gathered(tensors, NAMINGS[family], {})
 
 
 def needs_respelling(path: Path) -> bool:
     """Whether diffusers' loader can't read it as it is."""
-    return path.is_dir() or lora_file.describe(path).format == "comfyui"
+    return path.is_dir() or any(key.startswith(("diffusion_model.", "text_encoders."))
+                                for key in read_header(path).tensors)
 
 
 def _naming(path: Path, family: str) -> Naming:
-    if family and family not in NAMINGS:
+    """The table of the family that the file tells; a UNet's where it tells none, such as a tiny
+    one's. Raises Fault for families without a table: their names would be guessed."""
+    family = family or lora_file.describe(path).family
+    if family == "unknown" and any(map(_UNET.search, read_header(path).tensors)):
+        family = "sd15"
+    if family not in NAMINGS:
         raise Fault("lora_convert.no_names", family=family, known=", ".join(NAMINGS))
-    return NAMINGS.get(family or lora_file.describe(path).family, SD1)
+    return NAMINGS[family]
 
 
 def _read_folder(folder: Path, family: str) -> Lora:

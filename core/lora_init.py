@@ -32,7 +32,7 @@ def start(model: nn.Module, config: TrainConfig, spec: FamilySpec,
         raise Fault("lora_init.other_adapter", adapter=adapter)
     path = Path(config.init_lora_weights).expanduser()
     found = lora_formats.read(path, spec.id)
-    part = NAMINGS.get(spec.id, SD1)[0].name
+    part = NAMINGS[spec.id][0].name
     own = {name.removeprefix(f"{part}."): layer for name, layer in found.layers.items()
            if name.startswith(f"{part}.")}
     layers = dict(lora.layers(model))

@@ -56,7 +56,8 @@ OTHER_KINDS: dict[str, Callable[[], Layer]] = {
                      "alpha": torch.tensor(1.0)},
     "lokr": lambda: {"lokr_w1": torch.randn(2, 1), "lokr_w2_a": torch.randn(3, 2),
                      "lokr_w2_b": torch.randn(2, 5), "alpha": torch.tensor(2.0)},
-    "oft": lambda: {"oft_blocks": torch.randn(3, 2, 2), "alpha": torch.tensor(0.001)},
+    "oft": lambda: {"oft_blocks": torch.randn(3, 2, 2), "alpha": torch.tensor(0.001),
+                    "rescale": torch.rand(6, 1)},
     "full": lambda: {"diff": torch.randn(6, 5), "diff_b": torch.randn(6)},
     "dora": lambda: layer(2, alpha=1.0, dora=True), "lora": lambda: layer(2)}
 
@@ -204,6 +205,17 @@ def test_all_spellings_name_the_same_layer(tmp_path: Path, down: str, up: str, p
     assert lora.unknown == ()
     assert {name: sorted(one) for name, one in lora.layers.items()} == {
         path: ["lora_down.weight", "lora_up.weight"]}
+
+
+@pytest.mark.parametrize("keys", [
+    ["lora_unet_joint_blocks_0_x_block_attn_qkv"], ["lora_unet_blocks_0_self_attn_q"],
+    ["diffusion_model.layers.0.attention.qkv"]])
+def test_names_of_unknown_families_are_not_guessed(tmp_path: Path, keys: list[str]) -> None:
+    save_file({f"{key}.lora_{half}.weight": torch.ones(2, 2) for key in keys
+               for half in ("down", "up")}, tmp_path / "a.safetensors")
+    with pytest.raises(Fault, match="--family") as caught:
+        read(tmp_path / "a.safetensors")
+    assert caught.value.code == "lora_convert.no_names"
 
 
 def test_one_layer_spelled_twice_is_a_fault(tmp_path: Path) -> None:
