@@ -90,13 +90,23 @@ class Trigger(Rule):
 
     def change(self, caption: str, about: About) -> str:
         word = " ".join(self.word.split()).strip(",， ")
-        if not word:
+        if not word or self._stands(caption, word):
             return caption
+        like = caption if len(split_tags(caption)) > 1 else word
+        word = join(split_tags(word), like=like)
         if self.inside == "move":
-            return join([word, cut(caption, phrase(word))], like=caption)
+            return join([word, cut(caption, phrase(word))], like=like)
         own = {tag_key(tag) for tag in split_tags(word)}
         rest = by_tags(caption, lambda tags: [tag for tag in tags if tag_key(tag) not in own])
-        return rest if phrase(word).match(rest) else join([word, rest], like=caption)
+        return rest if phrase(word).match(rest) else join([word, rest], like=like)
+
+    def _stands(self, caption: str, word: str) -> bool:
+        """First and once already: then the caption stays to the letter."""
+        own = [tag_key(tag) for tag in split_tags(word)]
+        tags = [tag_key(tag) for tag in split_tags(caption)]
+        once = len(phrase(word).findall(caption)) == 1 if self.inside == "move" else (
+            not set(own) & set(tags[len(own):]))
+        return once and tags[:len(own)] == own and phrase(word).match(caption) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,14 +164,13 @@ class Replace(Rule):
 
     def _rename(self, tags: list[str]) -> list[str]:
         """The new tag where the old one was; not a second time where it is there already."""
-        old, new = tag_key(self.find), {tag_key(tag) for tag in split_tags(self.with_)}
-        if old in new or not any(tag_key(tag) == old for tag in tags):
-            return [self.with_ if tag_key(tag) == old else tag for tag in tags]
-        there = {tag_key(tag) for tag in tags} & new
-        fresh = [tag for tag in split_tags(self.with_) if tag_key(tag) not in there]
-        at = next(i for i, tag in enumerate(tags) if tag_key(tag) == old)
-        rest = [tag for tag in tags[at:] if tag_key(tag) != old]
-        return [*tags[:at], *fresh, *rest]
+        old = tag_key(self.find)
+        at = next((i for i, tag in enumerate(tags) if tag_key(tag) == old), None)
+        if at is None:
+            return tags
+        others = {tag_key(tag) for tag in tags} - {old}
+        fresh = [tag for tag in split_tags(self.with_) if tag_key(tag) not in others]
+        return [*tags[:at], *fresh, *(tag for tag in tags[at:] if tag_key(tag) != old)]
 
     def pattern(self) -> Any:
         return regex.compile(self.find, 0 if self.case else regex.IGNORECASE)

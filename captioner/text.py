@@ -16,7 +16,7 @@ _HAN = "\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff"            # no spaces between 
 WORD = rf"[^\W{_HAN}]"                      # a letter that a neighbour would belong to
 PIECES = re.compile(rf"[{_HAN}]|[^\s{_HAN}]+")
 BARE_BRACKET = re.compile(r"(?<!\\)[()\[\]]")
-ESCAPED_BRACKET = re.compile(r"\\([()\[\]])")
+ESCAPED_BRACKET = re.compile(r"\\+([()\[\]])")
 
 
 def tag_key(tag: str) -> str:
@@ -27,8 +27,10 @@ def tag_key(tag: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def phrase(text: str) -> re.Pattern[str]:
-    """Finds whole words or phrases, in any case: `cat` is not in `category`."""
-    body = r"\s+".join(map(re.escape, text.split()))
+    """Finds whole words or phrases, in any case: `cat` is not in `category`. Either comma stands
+    for both."""
+    body = r"\s*[,，]\s*".join(r"\s+".join(map(re.escape, part.split()))
+                              for part in re.split("[,，]", text))
     return re.compile(rf"(?<!{WORD}){body}(?!{WORD})", re.IGNORECASE)
 
 

@@ -56,6 +56,10 @@ def keys(caption: str) -> list[str]:
     (Trigger("sks"), "asks, sks2", "sks, asks, sks2"),
     (Trigger("m1a, oil paint"), "cat, oil paint", "m1a, oil paint, cat"),
     (Trigger("水墨"), "一只猫，水墨", "水墨，一只猫"),
+    (Trigger("m1a, ink"), "\\，\\", "m1a，ink，\\，\\"),
+    (Trigger("m1a, ink", "move"), "猫，m1a，ink，狗", "m1a，ink，猫，狗"),
+    (Trigger("sks"), "sks, 猫，狗, 鸟", "sks, 猫，狗, 鸟"),
+    (Replace("cat", "cat, pet", match="tag"), "cat, pet, hat", "cat, pet, hat"),
     (Prefix("a photo of", " "), "cat", "a photo of cat"),
     (Prefix("a photo of", " "), "A photo of cat", "A photo of cat"),
     (Prefix("cat"), "category", "cat, category"),
@@ -86,6 +90,7 @@ def keys(caption: str) -> list[str]:
      "long_hair, a cat sits on a mat, 1girl"),
     (Escape(), r"hat (red), hat \(red\)", r"hat \(red\), hat \(red\)"),
     (Escape("plain"), r"hat \(red\)", "hat (red)"),
+    (Escape("plain"), r"hat \\(red)", "hat (red)"),
     (Override("a/1.png", "by hand"), "cat", "cat"),
 ])
 def test_rule(rule: Any, before: str, after: str) -> None:
@@ -232,7 +237,15 @@ def test_dicts_come_back(rule: Any) -> None:
 
 # --- properties -------------------------------------------------------------------------------
 
+MIXED = CAPTIONS | st.text(alphabet="ab ,，_()\\猫.", max_size=30) | st.lists(
+    TAGS | st.sampled_from(["m1a", "ink", "m1a, ink", "m1a，ink"]), max_size=6).flatmap(
+        lambda tags: st.lists(st.sampled_from([", ", "，", ",", " "]), min_size=len(tags),
+                              max_size=len(tags)).map(
+            lambda marks: "".join(sum(zip(tags, marks, strict=True), ()))))
 IDEMPOTENT = [Trigger("sks"), Trigger("sks", "move"), Trigger("m1a, ink"),
+              Trigger("m1a, ink", "move"), Trigger("猫，ink"), Prefix("m1a, ink"),
+              Suffix("猫，ink"), Replace("cat", "cat, ink", match="tag"),
+              Replace("ink", "猫，cat", match="tag"), Remove(text="m1a, ink"),
               Prefix("a photo of", " "), Suffix("ink"), Dedupe(), Sort(),
               Sort("name"), Underscores("spaces"), Escape(),
               Escape("plain"), Remove(("cat", "*hair")), Remove(text="cat"), RULES["case"](),
@@ -240,7 +253,7 @@ IDEMPOTENT = [Trigger("sks"), Trigger("sks", "move"), Trigger("m1a, ink"),
 
 
 @settings(deadline=None)
-@given(CAPTIONS, st.sampled_from(IDEMPOTENT))
+@given(MIXED, st.sampled_from(IDEMPOTENT))
 def test_a_second_time_changes_nothing(caption: str, rule: Any) -> None:
     about = About(scores={"cat": .5, "red hair": .8},
                   count_tokens=lambda text: len(text.replace(",", " ").split()))
