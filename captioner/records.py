@@ -42,6 +42,7 @@ class _Syntax(Protocol):
     def with_caption(self, raw: str, caption: str) -> str: ...
     def new_row(self, name: str, caption: str) -> str: ...
     def caption_of(self, raw: str) -> str: ...
+    def closing(self, raw: str) -> str: ...
 
 
 class Table:
@@ -76,7 +77,9 @@ class Table:
         self._by_name[record.name].remove(record)
 
     def to_bytes(self) -> bytes:
-        text = "".join(record.raw + record.end for record in self.records if not record.gone)
+        *others, last = [one for one in self.records if not one.gone] or [Record("", "")]
+        text = "".join(one.raw + self.syntax.closing(one.raw) + one.end for one in others)
+        text += last.raw + last.end
         return codecs.BOM_UTF8 + text.encode() if self.mark else encoded(text)
 
 
@@ -115,9 +118,8 @@ class _Csv:
         while first < len(lines):
             try:
                 values = next(reader)
-            except (csv.Error, StopIteration):          # the rest is kept as it is
-                yield Record("".join(lines[first:]), "")
-                return
+            except csv.Error as error:                  # training reads no row after it
+                raise ValueError(f"line {first + 1}: {error}") from None
             raw, end = _split_end("".join(lines[first:reader.line_num]))
             first = reader.line_num
             record = Record(raw, end)
@@ -138,7 +140,8 @@ class _Csv:
 
     def with_caption(self, raw: str, caption: str) -> str:
         values, pieces = self._values(raw), self._split(raw)
-        if len(pieces) != len(values):                  # odd quoting: written anew
+        if self._values(self.delimiter.join([*pieces, "x"])) != [*values, "x"]:
+            # odd quoting, or a quote that nobody closed: written anew
             pieces = [self._quoted(value, self.quote_all) for value in values]
         width, columns = self.columns.width, self.columns.captions
         pieces += [""] * (width - len(pieces))
@@ -153,6 +156,12 @@ class _Csv:
 
     def caption_of(self, raw: str) -> str:
         return self.columns.row(0, self._values(raw)).caption
+
+    def closing(self, raw: str) -> str:
+        """What the row needs so that another can follow: its last quote may be open."""
+        if raw.count('"') % 2 and self._values(raw + self.delimiter + "x")[-1] != "x":
+            return '"'
+        return ""
 
     def new_row(self, name: str, caption: str) -> str:
         pieces = ['""' if self.quote_all else ""] * self.columns.width
@@ -227,6 +236,9 @@ class _Jsonl:
 
     def caption_of(self, raw: str) -> str:
         return captions.json_row(0, json.loads(raw)).caption
+
+    def closing(self, raw: str) -> str:
+        return ""
 
     def new_row(self, name: str, caption: str) -> str:
         return _dumped({self.name_key: name, self.caption_key: caption}, self.first)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -422,19 +422,40 @@ def test_any_json_line_keeps_its_other_values(
 
 
 @settings(deadline=None)
-@given(st.binary(max_size=200), st.sampled_from(("m.csv", "m.jsonl")))
+@given(st.binary(max_size=200) | st.text(alphabet='a.png,;"\t {}[]:\\\n\r\x01猫', max_size=40).map(
+    str.encode), st.sampled_from(("m.csv", "m.jsonl")))
+@example(b'"\x01', "m.csv")                                 # a quote that nobody closed
 def test_any_bytes_come_back_or_are_refused(data: bytes, name: str) -> None:
     try:
         table = Table(Path(name), data)
     except (ValueError, Fault):
         return
+    told = table.to_bytes()
+    assert Table(Path(name), told).to_bytes() == told
+    assert decode_text(told) == decode_text(data)
     for record in table.records:
         if record.name:
             raw = table.syntax.with_caption(record.raw, "new, caption")
             assert table.syntax.caption_of(raw) == "new, caption"
-    told = table.to_bytes()
-    assert Table(Path(name), told).to_bytes() == told
-    assert decode_text(told) == decode_text(data)
+            assert list(table.syntax.records(raw + "\n"))[-1].raw == raw        # one record still
+
+
+@pytest.mark.parametrize("row", ['a.png,"old', 'a.png,"old\n', 'a.png,x"y', 'a.png,"x"y"z',
+                                 '"a.png', '"a.png"x,old', 'a.png,"x""', 'a.png, "x", "y'])
+def test_odd_quotes_cost_no_neighbour(make: Make, row: str) -> None:
+    folder = make(**{"metadata.csv": f"b.png,first\n{row}"})
+    before = trained(folder)
+    write(folder, {"sub/c.png": "three"})
+    assert trained(folder) == before | {"sub/c.png": "three"}
+    write(folder, {"sub/c.png": "four", "a.png": "new, one"})
+    assert trained(folder) == {"a.png": "new, one", "b.png": "first", "sub/c.png": "four"}
+
+
+def test_a_table_that_nobody_can_read_to_its_end_is_refused(make: Make) -> None:
+    folder = make(**{"metadata.csv": 'b.png,first\na.png,"' + "x\n" * 70_000})
+    with pytest.raises(Fault, match="line 2") as caught:
+        Store(folder)
+    assert caught.value.code == "dataset.metadata_unreadable"
 
 
 def test_letters_that_would_be_taken_for_chinese(make: Make) -> None:
