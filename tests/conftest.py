@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Spinning threads make two busy cores several times slower.
@@ -11,6 +11,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DARKROOM_LANG", "en")
 
 import pytest
+from hypothesis import settings
+
+# The same examples each time; DARKROOM_FUZZ=20000 draws so many new ones for every property.
+FUZZ = int(os.environ.get("DARKROOM_FUZZ", "0"))
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("fuzz", max_examples=FUZZ or 2000, deadline=None, print_blob=True)
+settings.load_profile("fuzz" if FUZZ else "same")
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +46,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         reasons["gpu"] = "no NVIDIA GPU here"
     for item in items:
+        if FUZZ and item.get_closest_marker("hypothesis"):
+            item.add_marker(pytest.mark.timeout(0))
+            _draw_more(item.obj)                            # type: ignore[attr-defined]
         for marker, reason in reasons.items():
             if marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _draw_more(test: Callable[..., None]) -> None:
+    """The profile's number wins over the one that a test names for the daily suite."""
+    test = getattr(test, "__func__", test)
+    name = "_hypothesis_internal_use_settings"
+    setattr(test, name, settings(getattr(test, name), max_examples=FUZZ))
