@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         reasons["gpu"] = "no NVIDIA GPU here"
     for item in items:
-        if FUZZ and item.get_closest_marker("hypothesis"):
+        if FUZZ and getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
             item.add_marker(pytest.mark.timeout(0))
             _draw_more(item.obj)                            # type: ignore[attr-defined]
         for marker, reason in reasons.items():
