@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -20,6 +20,7 @@ from core.faults import Fault
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 BasePrecision = Literal["same", "int8", "fp8", "nf4"]
 Schedule = Literal["constant", "linear", "cosine"]
+Extension = Annotated[str, Field(pattern=r"^.+:[A-Za-z_]\w*$")]     # "module:object"
 
 
 def _field(default: Any, level: str, help_: str, unit: str = "", **limits: Any) -> Any:
@@ -46,7 +47,8 @@ class TrainConfig(BaseModel):
     max_resolution: str = _field("", "basic", "area cap 'W,H'; empty: the base's own", "px")
 
     # advanced
-    family: str = _field("auto", "advanced", "model family; auto: told from the base")
+    family: str = _field(
+        "auto", "advanced", "model family; auto: told from the base; module:Class: your own")
     metadata_path: str = _field("", "advanced", "captions as .csv or .jsonl")
     max_train_steps: int = _field(0, "advanced", "steps instead of epochs; 0: epochs", ge=0)
     lora_alpha: float | None = _field(None, "advanced", "scale = alpha / rank; empty: rank", gt=0)
@@ -54,6 +56,8 @@ class TrainConfig(BaseModel):
     target_modules: list[str] | str = _field(
         "attention", "advanced",
         "layers by name, or a preset: attention | attention+ff | all-linear")
+    adapter: Literal["lora"] | Extension = _field(
+        "lora", "advanced", "kind of adapter; module:object: your own variant")
     gradient_accumulation_steps: int = _field(1, "advanced", "batches per update", ge=1, le=4096)
     precision: Precision = _field("auto", "advanced", "number format of the base")
     base_precision: BasePrecision = _field(
@@ -61,7 +65,8 @@ class TrainConfig(BaseModel):
     offload: float = _field(
         0.0, "advanced", "share of the base that waits in RAM; slower, less GPU memory", ge=0, le=1)
     gradient_checkpointing: bool = _field(False, "advanced", "less memory, slower steps")
-    optimizer: Literal["adamw", "adamw8bit"] = _field("adamw", "advanced", "update rule")
+    optimizer: Literal["adamw", "adamw8bit"] | Extension = _field(
+        "adamw", "advanced", "update rule; module:Class: your own")
     lr_scheduler: Schedule = _field("constant", "advanced", "course of the learning rate")
     lr_warmup_steps: int = _field(0, "advanced", "steps until the full rate", "steps", ge=0)
     save_steps: int = _field(0, "advanced", "checkpoint every N steps; 0: at the end", ge=0)
@@ -102,9 +107,12 @@ class TrainConfig(BaseModel):
     sample_weight: float = _field(0.8, "expert", "LoRA weight of previews", ge=-4, le=4)
     validation_steps: int = _field(0, "expert", "validate every N steps; 0: per checkpoint", ge=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = _field("auto", "expert", "where to train")
+    picture_processors: list[str] = _field(
+        [], "expert", "your own changes to each picture, module:object")
+    callbacks: list[str] = _field([], "expert", "your own listeners to the run, module:object")
     task_type: Literal["text-to-image"] = _field("text-to-image", "expert", "kind of task")
 
-    @field_validator("sample_prompts", mode="before")
+    @field_validator("sample_prompts", "picture_processors", "callbacks", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
@@ -156,6 +164,7 @@ class GenerateConfig(BaseModel):
     out: str = "./output/generate"
     precision: Precision = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    family: str = "auto"
 
     @field_validator("size", mode="before")
     @classmethod
@@ -178,7 +187,8 @@ def load_train_config(path: Path, overrides: Mapping[str, str] | None = None) ->
     """
     if path.suffix.lower() == ".safetensors":
         from core.lora_file import read_config
-        return parse_train_config(read_config(path), str(path), overrides)
+        return _without_code(parse_train_config(read_config(path), str(path), overrides), path,
+                             overrides or {})
     try:
         text = captions.decode_text(path.read_bytes())
     except FileNotFoundError:
@@ -186,6 +196,15 @@ def load_train_config(path: Path, overrides: Mapping[str, str] | None = None) ->
     except OSError as error:
         raise Fault("config.unreadable", file=path, reason=error) from None
     return parse_train_config(text, str(path), overrides)
+
+
+def _without_code(config: TrainConfig, path: Path, own: Mapping[str, str]) -> TrainConfig:
+    """LoRA files travel: what one says must not run code on the computer that reads it."""
+    from core.extensions import named_in
+    for key, name in named_in(config):
+        if key not in own:
+            raise Fault("extensions.in_a_lora", file=path, key=key, name=name)
+    return config
 
 
 def parse_train_config(text: str, source: str,

@@ -76,7 +76,8 @@ class Studio:
     def __init__(self, source: Path, config: GenerateConfig,
                  emit: Callable[[Event], None]) -> None:
         self.source, self.emit = source, emit
-        self.family: Family = families.get(families.detect(source))
+        self.family: Family = families.get(
+            families.detect(source) if config.family == "auto" else config.family)
         self.precision = choose(config.precision, config.device)
         self._adapters: dict[Path, str] = {}
 
