@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from core import captions, words
+from core import captions, paths, reading, words
 from core.faults import Fault
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
@@ -117,6 +117,13 @@ class TrainConfig(BaseModel):
     def _one_or_many(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @field_validator("output_name")
+    @classmethod
+    def _no_path(cls, value: str) -> str:
+        if value and not paths.is_file_name(value):
+            raise ValueError("expected a file name without folders")
+        return value
+
     @field_validator("max_resolution", "sample_size", mode="before")
     @classmethod
     def _plain_size(cls, value: Any) -> Any:
@@ -193,7 +200,7 @@ def load_train_config(path: Path, overrides: Mapping[str, str] | None = None) ->
         text = captions.decode_text(path.read_bytes())
     except FileNotFoundError:
         raise Fault("config.missing", file=path, folder=Path.cwd()) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise Fault("config.unreadable", file=path, reason=error) from None
     return parse_train_config(text, str(path), overrides)
 
@@ -220,18 +227,17 @@ def parse_train_config(text: str, source: str,
         first = error.errors()[0]
         key = str(first["loc"][0])
         raise Fault("config.bad_value", file=source, line=lines.get(key, "--set"), key=key,
-                    value=data.get(key), problem=first["msg"].removeprefix("Value error, ")
+                    value=_told(data.get(key)), problem=first["msg"].removeprefix("Value error, ")
                     ) from None
 
 
 def read_flat_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
     """-> values and line numbers by key. Aliases are refused, numbers such as 2e-4 are numbers."""
     try:
-        node = yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise Fault("config.bad_yaml", file=source, line=mark.line + 1 if mark else 1,
-                    reason=getattr(error, "problem", None) or error) from None
+        node = reading.compose(text)
+    except reading.BadYaml as error:
+        raise Fault("config.bad_yaml", file=source, line=error.line, reason=error.reason
+                    ) from None
     if node is None:
         return {}, {}
     if not isinstance(node, yaml.MappingNode):
@@ -243,13 +249,21 @@ def read_flat_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, in
             raise Fault("config.twice", file=source, line=key_node.start_mark.line + 1, key=key,
                         first=lines[key])
         lines[key] = key_node.start_mark.line + 1
-    loader = _Loader("")
     try:
-        data = loader.construct_document(node)
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise Fault("config.bad_yaml", file=source, line=node.start_mark.line + 1,
-                    reason=error) from None
+        data = reading.construct(node)
+    except reading.BadYaml as error:
+        raise Fault("config.bad_yaml", file=source, line=error.line, reason=error.reason
+                    ) from None
     return {str(k): v for k, v in data.items() if v is not None}, lines
+
+
+def _told(value: Any) -> str:
+    """A wrong value as a sentence can hold it; 0xfff... may be too long for a decimal."""
+    try:
+        text = str(value)
+    except ValueError:
+        return "..."
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def dump_yaml(config: BaseModel) -> str:
@@ -277,25 +291,9 @@ def _refuse_unknown(data: Mapping[str, Any], lines: Mapping[str, int], source: s
                         nearest=close[0] if close else "")
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 2e-4 as a number (YAML 1.2) and refuses aliases (YAML bombs)."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed here",
-                                              event.start_mark)
-        return super().compose_node(parent, index)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+0123456789."))
-
-
 def _scalar(text: str) -> Any:
     """A --set value, read as YAML: 4, 2e-4, true, [a, b], plain text."""
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+        return reading.from_yaml(text)
+    except ValueError:
         return text

@@ -109,11 +109,9 @@ def located(config: TrainConfig, folder: Path | None) -> TrainConfig:
 
 def _beside(name: str, folder: Path | None) -> str:
     module, colon, item = name.rpartition(":")
-    if not colon or folder is None:
+    if not colon or folder is None or "\0" in module:
         return name
-    plain = Path(module).expanduser()
-    path = folder / (plain if plain.suffix == ".py" else Path(*module.split(".")).with_suffix(
-        ".py"))
+    path = folder / (module if module.endswith(".py") else f"{module.replace('.', '/')}.py")
     return f"{path.absolute()}:{item}" if path.is_file() else name
 
 
@@ -149,7 +147,7 @@ def load(name: str, key: str) -> Extension:
 
 def _source(module: str) -> Path | None:
     if module.endswith(".py"):
-        path = Path(module).expanduser().absolute()
+        path = Path(module).absolute()
         return path if path.is_file() else None
     try:
         spec = importlib.util.find_spec(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -50,6 +51,9 @@ def generate(config: GenerateConfig, emit: Callable[[Event], None],
              lora_folders: Sequence[Path] = ()) -> list[Path]:
     """Draws `count` pictures, or a sheet, into `config.out`; returns the files."""
     prompt, tagged = split_prompt(config.prompt)
+    for name, _ in tagged:                  # prompts are passed on: they name, they don't reach
+        if not paths.is_file_name(name):
+            raise Fault("generate.lora_path", name=name)
     loras = [find_lora(name, weight, lora_folders)
              for name, weight in [*tagged, *map(parse_lora, config.loras)]]
     studio = Studio(Path(config.base).expanduser(), config, emit)
@@ -149,7 +153,9 @@ def load_adapter(pipeline: Any, path: Path, name: str) -> str:
             warnings.simplefilter("ignore")
             pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name,
                                        local_files_only=True)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:              # its key parsers raise nearly anything
+        if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+            raise
         reason = (str(error).strip().splitlines() or ["?"])[0][:200]
         raise Fault("generate.lora_refused", file=path, keys=len(keys), reason=reason) from error
     if not lora.count(pipeline.components.values(), name):
@@ -185,10 +191,11 @@ def find_lora(name: str, weight: float, folders: Sequence[Path] = ()) -> Lora:
 
     Raises Fault `generate.unknown_lora` with the nearest names.
     """
-    direct = Path(name).expanduser()
-    for path in (direct, direct.with_name(f"{direct.name}.safetensors")):
-        if path.is_file():
-            return Lora(path.absolute(), weight)
+    with contextlib.suppress(OSError, ValueError, RuntimeError):        # no path of this system
+        direct = Path(name).expanduser()
+        for path in (direct, direct.with_name(f"{direct.name}.safetensors")):
+            if path.is_file():
+                return Lora(path.absolute(), weight)
     known: dict[str, Path] = {}
     for folder in [*folders, Path("output"), *_run_folders()]:
         for path in sorted(folder.glob("**/*.safetensors")) if folder.is_dir() else ():

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from core import buckets, extensions, paths
 from core.config import TrainConfig, size_of
+from core.reading import from_json
 from core.safetensors_header import read_header
 
 MB = 2**20
@@ -295,7 +296,7 @@ def ask(what: str, base: Base, numbers: dict[str, str], **settings: Any) -> dict
     """One of core.memory's traces, in bytes; from the disk where it was asked before."""
     path = paths.cache_dir() / "plans" / f"{_key(what, base, numbers, settings)}.json"
     with contextlib.suppress(OSError, ValueError):
-        found: dict[str, float] = json.loads(path.read_text("utf-8"))
+        found: dict[str, float] = from_json(path.read_text("utf-8"))
         return found
     memory = importlib.import_module("core.memory")             # torch comes in here
     traced: dict[str, float] = memory.TRACES[what](base, numbers, **settings)
@@ -354,7 +355,7 @@ def _history_file() -> Path:
 
 def _history() -> dict[str, list[dict[str, float]]]:
     try:
-        found: dict[str, list[dict[str, float]]] = json.loads(_history_file().read_text("utf-8"))
+        found: dict[str, list[dict[str, float]]] = from_json(_history_file().read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -5,7 +5,6 @@ The demo base is of this family as well: the same classes, only smaller.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from core import paths, samplers
 from core.families.base import ALL_PARTS, Cond, FamilySpec, Objective, Part, Parts, Precision
 from core.faults import Fault
+from core.reading import from_json
 
 CONFIGS = paths.FAMILY_CONFIGS / "sd15"
 TOKENIZER = paths.DEMO / "base" / "tokenizer"       # CLIP's own, shipped once
@@ -185,7 +185,7 @@ def _tensors(source: Path, prefix: str) -> dict[str, Tensor]:
 def _config(configs: Path, part: str) -> dict[str, Any]:
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
     try:
-        found: dict[str, Any] = json.loads((configs / part / name).read_text("utf-8"))
+        found: dict[str, Any] = from_json((configs / part / name).read_text("utf-8"))
     except FileNotFoundError:
         raise Fault("families.not_a_folder", path=configs, missing=f"{part}/{name}") from None
     except (OSError, ValueError) as error:
