@@ -19,6 +19,7 @@ from core.config import GenerateConfig, size_of
 from core.events import Event, Note, Phase, Sample
 from core.families.base import ALL_PARTS, Family, Parts
 from core.faults import Fault
+from core.lora_file import read_lora
 from core.precision import autocast, choose
 from core.safetensors_header import data_hash, read_header
 from core.sheet import draw_sheet
@@ -148,6 +149,7 @@ def draw(pipeline: Any, parts: Parts, shot: Shot, arguments: dict[str, Any],
 def load_adapter(pipeline: Any, path: Path, name: str) -> str:
     """Loads a LoRA file by diffusers' own reader. Raises Fault where none of it fits the base."""
     keys = read_header(path).tensors
+    read_lora(path)                         # refuses what is none, and NaN
     try:
         with warnings.catch_warnings():     # peft warns of a second adapter, which is meant
             warnings.simplefilter("ignore")

@@ -11,11 +11,18 @@ from typing import Any
 
 import yaml
 
+MOST_DEEP = 30                              # brackets
 MOST_YAML = 2**18                           # characters; PyYAML reads some 100 kB a second
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader that reads 2e-4 as a number (YAML 1.2) and refuses aliases."""
+    """SafeLoader that reads 2e-4 as a number (YAML 1.2) and refuses aliases, and brackets whose
+    depth costs its scanner time by the square."""
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level >= MOST_DEEP:
+            raise yaml.scanner.ScannerError(None, None, "nested too deeply", self.get_mark())
+        super().fetch_flow_collection_start(token)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -58,6 +65,9 @@ def compose(text: str) -> yaml.Node | None:
     try:
         node: yaml.Node | None = yaml.compose(text, Loader=Loader)
         return node
+    except yaml.reader.ReaderError as error:
+        raise BadYaml(f"{error.reason}: U+{ord(text[error.position]):04X}",
+                      text.count("\n", 0, error.position) + 1) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise BadYaml(getattr(error, "problem", None) or error,
@@ -73,6 +83,8 @@ def construct(node: yaml.Node) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or node.start_mark
         raise BadYaml(getattr(error, "problem", None) or error, mark.line + 1) from None
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError,
-            RecursionError) as error:
-        raise BadYaml(error or "nested too deeply", node.start_mark.line + 1) from None
+    except ValueError as error:
+        raise BadYaml(error, node.start_mark.line + 1) from None
+    except (TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        raise BadYaml("a value that its tag doesn't allow, or nested too deeply",
+                      node.start_mark.line + 1) from None

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 LIMIT_S = 10.0                              # for one file; a hang beyond
 MEMORY = 6 * 2**30                          # bytes; a bomb beyond
@@ -109,13 +109,13 @@ def lora_samples() -> list[bytes]:
                 "ss_resolution": "(64, 64)", "darkroom.config": "lora_rank: 4\nepochs: 2\n",
                 "ss_dataset_dirs": '{"d": {"img_count": 3}}'}
     nan = torch.full((2, 32), float("nan"))
-    odd = {f"../{kohya}.lora_down.weight": down, f"{kohya}..lora_up.weight": up, "": up,
-           "a" * 5000: up, "lora_unet_\0.alpha": torch.tensor(2.0)}
+    odd = {f"../{kohya}.lora_down.weight": down, f"{kohya}..lora_up.weight": up,
+           "": torch.ones(1), "a" * 5000: torch.ones(2), "lora_unet_\0.alpha": torch.tensor(2.0)}
     return [save({f"{kohya}.lora_down.weight": down, f"{kohya}.lora_up.weight": up,
                   f"{kohya}.alpha": torch.tensor(2.0)}, metadata),
             save({f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}, metadata),
             save({f"{kohya}.lora_down.weight": nan, f"{kohya}.lora_up.weight": up}, metadata),
-            save({f"{kohya}.lora_down.weight": up, f"{kohya}.lora_up.weight": up}),
+            save({f"{kohya}.lora_down.weight": up, f"{kohya}.lora_up.weight": down}),
             save({f"{kohya}.hada_w1_a": up, f"{kohya}.dora_scale": down}), save(odd, metadata)]
 
 
@@ -366,19 +366,14 @@ def read_state(file: Path, box: Path) -> None:
 
 
 def read_a_prompt(file: Path, box: Path) -> None:
-    from core.config import GenerateConfig
     from core.faults import Fault
     from core.generate import find_lora, parse_lora, split_prompt
     text = file.read_bytes().decode("utf-8", "surrogateescape")
-    _, tagged = split_prompt(GenerateConfig(base="x", prompt=text.replace("\udc80", "")
-                                            if text.isascii() else "x").prompt)
-    for name, weight in [*split_prompt(text)[1], *tagged, parse_lora(text)]:
+    for name, weight in [*split_prompt(text)[1], parse_lora(text)]:
         try:
-            found = find_lora(name, weight)
+            find_lora(name, weight)
         except Fault as fault:
             str(fault)
-        else:
-            raise AssertionError(f"a mutated name found {found}")
 
 
 STATE = [b'{"left_out": ["a.png"], "focus": {"b.png": [0.5, 0.5]}}',
@@ -394,7 +389,7 @@ TABLES = [b"filename,prompt\na.png,a cat\nb.png,\"one, two\"\n", b"a.png;x\nb.pn
           b"../a.png,x\n/etc/passwd,y\nCON,z\nC:\\a.png,w\n", "a.png,一只猫\n".encode("gb18030")]
 LINES = [b'{"file_name": "a.png", "text": "x", "n": 1}\n{"file_name": "b.png", "tags": ["u", "v"]}',
          b'{"file_name": "../../a.png", "text": "x"}\n']
-PROMPTS = [b"a cat <lora:../../x:1> <lora:/etc/passwd:1>", b"<lora:C:\\CON:0.5><lora:~root/x:1>",
+PROMPTS = [b"a cat <lora:../../x:1> <lora:/etc/shadows:1>", b"<lora:C:\\CON:0.5><lora:~root/x:1>",
            b"<lora:.:1><lora:/:1><lora:a/../b:2>", b"<lora:" + b"a" * 5000 + b":1>"]
 
 
@@ -429,7 +424,7 @@ class Watch:
 
     CALLS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class",
              "socket.connect", "ctypes.dlopen")
-    PATHS = {"os.rename": (0, 1), "os.remove": (0,), "os.mkdir": (0,), "os.rmdir": (0,),
+    PATHS: ClassVar = {"os.rename": (0, 1), "os.remove": (0,), "os.mkdir": (0,), "os.rmdir": (0,),
              "os.symlink": (1,), "os.link": (1,), "os.chmod": (0,), "os.truncate": (0,),
              "shutil.rmtree": (0,)}
 
@@ -511,11 +506,13 @@ def run(files: int, seed: int = 0, only: str = "", home: Path | None = None,
 
 
 def _prepare(home: Path) -> None:
+    import diffusers.utils.logging
     import torch
     from PIL import Image
     from safetensors.torch import save_file
 
     from core.families.sd15 import UNET_KEY
+    diffusers.utils.logging.set_verbosity(100)
     _made["picture"], _made["state"] = home / "one.png", home / "state.safetensors"
     Image.new("RGB", (8, 8), "red").save(_made["picture"])
     save_file({"adapter.x": torch.ones(1), "optimizer.0.step": torch.ones(1)}, _made["state"])
