@@ -150,8 +150,9 @@ class History:
         undone: list[Action] = []
         for do, action_id, line in self._heads():
             if do == "begin":
-                told = from_json(line)
-                begun[action_id] = Action(told["what"], told["params"], action_id, told["at"])
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    told = from_json(line)
+                    begun[action_id] = Action(told["what"], told["params"], action_id, told["at"])
             elif do == "change" and action_id in begun:
                 undone.clear()
                 done.append(begun.pop(action_id))

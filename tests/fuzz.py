@@ -119,6 +119,15 @@ def lora_samples() -> list[bytes]:
             save({f"{kohya}.hada_w1_a": up, f"{kohya}.dora_scale": down}), save(odd, metadata)]
 
 
+PARTS = {"vae": b"AutoencoderKL", "text_encoder": b"CLIPText", "scheduler": b"DDIM"}
+
+
+def base_configs() -> list[bytes]:
+    _pipeline()
+    return [path.read_bytes() for path in sorted(_made["base"].glob("*/*config.json"))
+            if path.parent.name != "tokenizer"]
+
+
 def picture_samples() -> list[bytes]:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
@@ -248,10 +257,10 @@ def read_a_folder_of_a_base(file: Path, box: Path) -> None:
 
     from core import families
     from core.families.base import Precision
-    _pipeline()
     base = box / "base"
     shutil.copytree(_made["base"], base, ignore=shutil.ignore_patterns("*.safetensors"))
-    part = ("unet", "vae", "text_encoder", "scheduler")[file.stat().st_size % 4]
+    text = file.read_bytes()
+    part = next((part for part, mark in PARTS.items() if mark in text), "unet")
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
     shutil.copyfile(file, base / part / name)
     meta = Precision(torch.device("meta"), *[torch.float32] * 3)
@@ -397,8 +406,7 @@ def kinds(base: bytes) -> list[Kind]:
     return [
         Kind("lora", lora_samples(), read_a_lora, (".safetensors",), 2.5),
         Kind("base", [base], read_a_base, (".safetensors", ".ckpt", ".bin"), 0.5),
-        Kind("base-config", [b'{"in_channels": 4, "cross_attention_dim": 32, "sample_size": 8}'],
-             read_a_folder_of_a_base, (".json",), 0.3),
+        Kind("base-config", base_configs(), read_a_folder_of_a_base, (".json",), 0.3),
         Kind("config", [CONFIG, CONFIG, *BOMBS], read_a_config, (".yaml",), 1.5),
         Kind("settings", [b"language: en\ntheme: dark\n", b"name: a\nedits: {lora_rank: 4}\n",
                           *BOMBS], read_settings, (".yaml",), 0.7),
@@ -457,15 +465,15 @@ def limited() -> Iterator[None]:
     def ring(*_: object) -> None:
         raise Hang
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
-    faulthandler.dump_traceback_later(6 * LIMIT_S, exit=True)       # C code hears no signal
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT_S)                   # of the processor's time
+    faulthandler.dump_traceback_later(12 * LIMIT_S, exit=True)      # C code hears no signal
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         faulthandler.cancel_dump_traceback_later()
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGPROF, before)
 
 
 # --- the run ----------------------------------------------------------------------------------

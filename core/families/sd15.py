@@ -5,7 +5,8 @@ The demo base is of this family as well: the same classes, only smaller.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,19 +51,20 @@ class StableDiffusion1:
         if not source.is_dir():
             _check_file(source)
             configs, tokenizer = CONFIGS, TOKENIZER
-        parts = _empty_parts(source, configs)
-        with torch.device("meta"):
-            if "denoiser" in only:
-                parts.denoiser = UNet2DConditionModel.from_config(
-                    _config(configs, "unet")).to(dtype=precision.weights)
-            if "vae" in only:
-                parts.vae = AutoencoderKL.from_config(
-                    _config(configs, "vae")).to(dtype=precision.vae)
+        with _readable(source):
+            parts = _empty_parts(source, configs)
+            with torch.device("meta"):
+                if "denoiser" in only:
+                    parts.denoiser = UNet2DConditionModel.from_config(
+                        _config(configs, "unet")).to(dtype=precision.weights)
+                if "vae" in only:
+                    parts.vae = AutoencoderKL.from_config(
+                        _config(configs, "vae")).to(dtype=precision.vae)
+                if "text" in only:
+                    encoder = CLIPTextModel(CLIPTextConfig(**_config(configs, "text_encoder")))
+                    parts.text = {"text_encoder": encoder.to(dtype=precision.weights)}
             if "text" in only:
-                encoder = CLIPTextModel(CLIPTextConfig(**_config(configs, "text_encoder")))
-                parts.text = {"text_encoder": encoder.to(dtype=precision.weights)}
-        if "text" in only:
-            parts.text["tokenizer"] = CLIPTokenizer.from_pretrained(tokenizer)
+                parts.text["tokenizer"] = CLIPTokenizer.from_pretrained(tokenizer)
         return _ready(parts, precision)
 
     def weight_files(self, source: Path, part: Part) -> list[tuple[Path, str]]:
@@ -112,8 +114,8 @@ class StableDiffusion1:
 
 def _load_folder(source: Path, precision: Precision, only: frozenset[Part]) -> Parts:
     options = {"local_files_only": True, "use_safetensors": True}
-    parts = _empty_parts(source, source)
-    try:
+    with _readable(source):
+        parts = _empty_parts(source, source)
         if "denoiser" in only:
             parts.denoiser = UNet2DConditionModel.from_pretrained(
                 source, subfolder="unet", torch_dtype=precision.weights, **options)
@@ -125,8 +127,6 @@ def _load_folder(source: Path, precision: Precision, only: frozenset[Part]) -> P
                 "tokenizer": CLIPTokenizer.from_pretrained(source / "tokenizer"),
                 "text_encoder": CLIPTextModel.from_pretrained(
                     source / "text_encoder", dtype=precision.weights, **options)}
-    except (OSError, SafetensorError, ValueError) as error:
-        raise Fault("families.unreadable", path=source, reason=_first_line(error)) from error
     return _ready(parts, precision)
 
 
@@ -135,7 +135,7 @@ def _load_file(source: Path, precision: Precision, only: frozenset[Part]) -> Par
     _check_file(source)
     options = {"config": str(CONFIGS), "local_files_only": True}
     parts = _empty_parts(source, CONFIGS)
-    try:
+    with _readable(source):
         if "denoiser" in only:
             parts.denoiser = UNet2DConditionModel.from_single_file(
                 _tensors(source, "model.diffusion_model."), subfolder="unet",
@@ -150,9 +150,18 @@ def _load_file(source: Path, precision: Precision, only: frozenset[Part]) -> Par
                 torch_dtype=precision.weights, **options)
             parts.text = {"tokenizer": CLIPTokenizer.from_pretrained(TOKENIZER),
                           "text_encoder": encoder}
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise Fault("families.unreadable", path=source, reason=_first_line(error)) from error
     return _ready(parts, precision)
+
+
+@contextmanager
+def _readable(source: Path) -> Iterator[None]:
+    """The libraries fail in any way on configs and weights that make no sense."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (Fault, MemoryError, torch.OutOfMemoryError)):
+            raise
+        raise Fault("families.unreadable", path=source, reason=_first_line(error)) from error
 
 
 def _check_file(source: Path) -> None:
@@ -202,6 +211,8 @@ def _empty_parts(source: Path, configs: Path) -> Parts:
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     objective: Objective = scheduler.get("prediction_type", "epsilon")
     levels = len(unet["block_out_channels"])
+    if not isinstance(unet["sample_size"], int) or not 1 <= unet["sample_size"] <= 1024:
+        raise ValueError(f"sample_size: {unet['sample_size']}")
     return Parts(source, scheduler, objective, native_size=unet["sample_size"] * factor,
                  bucket_step=factor * 2 ** (levels - 1))
 
