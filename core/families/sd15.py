@@ -21,6 +21,7 @@ from core import paths, samplers
 from core.families.base import ALL_PARTS, Cond, FamilySpec, Objective, Part, Parts, Precision
 from core.faults import Fault
 from core.reading import from_json
+from core.safetensors_header import PICKLES, is_pickle
 
 CONFIGS = paths.FAMILY_CONFIGS / "sd15"
 TOKENIZER = paths.DEMO / "base" / "tokenizer"       # CLIP's own, shipped once
@@ -161,6 +162,9 @@ def _readable(source: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, (Fault, MemoryError, torch.OutOfMemoryError)):
             raise
+        pickles = [p for p in source.glob("*/*") if p.suffix in PICKLES] if source.is_dir() else []
+        if pickles and "safetensors" in str(error):             # it looked for them in vain
+            raise Fault("families.pickle", path=pickles[0]) from None
         raise Fault("families.unreadable", path=source, reason=_first_line(error)) from error
 
 
@@ -173,7 +177,9 @@ def _check_file(source: Path) -> None:
 def _keys_of(source: Path) -> set[str]:
     if not source.exists():
         raise Fault("families.missing", path=source, folder=source.parent)
-    if source.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+    with open(source, "rb") as file:
+        pickled = is_pickle(file.read(9))
+    if pickled or source.suffix.lower() in PICKLES:
         raise Fault("families.pickle", path=source)
     try:
         with safe_open(source, "pt") as file:
