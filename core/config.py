@@ -260,7 +260,7 @@ def read_flat_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, in
 def _told(value: Any) -> str:
     """A wrong value as a sentence can hold it; 0xfff... may be too long for a decimal."""
     try:
-        text = str(value)
+        text = " ".join(str(value).split())
     except ValueError:
         return "..."
     return text if len(text) <= 200 else f"{text[:200]}..."

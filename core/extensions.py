@@ -85,12 +85,12 @@ def is_named(value: str) -> bool:
 
 
 def named_in(config: TrainConfig) -> list[tuple[str, str]]:
-    """(key, name) of every extension of a config."""
+    """(key, name) of every extension of a config, `package.module.Class` of an optimizer too."""
     found = []
     for key in KEYS:
         value = getattr(config, key)
-        found += [(key, one) for one in ([value] if isinstance(value, str) else value)
-                  if is_named(one) or not isinstance(value, str)]
+        names = [value] if isinstance(value, str) else value
+        found += [(key, one) for one in names if is_named(one) or "." in one]
     return found
 
 

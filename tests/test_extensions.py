@@ -18,8 +18,10 @@ from core.config import TrainConfig, dump_yaml, load_train_config
 from core.control import Control
 from core.engine import train
 from core.events import Event, Note
+from core.examples import Encoder, find
 from core.faults import Fault
 from core.lora_file import CONFIG_KEY
+from core.precision import choose
 from core.processors import Processors
 from tests import tiny
 
@@ -104,21 +106,21 @@ def _see_family(told: dict[str, Any], weights: dict[str, Any], folder: Path) -> 
 
 def test_an_edited_processor_makes_new_latents(make: Any, tmp_path: Path) -> None:
     source = "def dark(image, path):\n    return image.point(lambda x: x // {})\n"
-    config = make(source.format(2), picture_processors=["own:dark"])
 
-    def encoded() -> int:
-        _, events = run(config, tmp_path)
-        assert [e.params["key"] for e in events if isinstance(e, Note)
-                and e.key == "extensions.used"] == ["picture_processors"]
-        return sum(getattr(e, "name", "") == "cache" for e in events)
+    def encode(divisor: int, **changes: Any) -> tuple[int, torch.Tensor]:
+        config = extensions.located(make(source.format(divisor), **changes), tmp_path)
+        family, precision, events = families.get("sd15"), choose("fp32", "cpu"), []
+        examples = find(config, tmp_path / "pictures", None, 32, 8, lambda event: None)
+        Encoder(family, Path(config.base_model), precision, config, events.append,
+                Control()).fill(examples)
+        return sum(getattr(e, "name", "") == "cache" for e in events), examples.latents[0]
 
-    assert encoded() > 0
-    assert encoded() == 0                                   # from the cache
-    make(source.format(3))
-    assert encoded() > 0
-    plain = config.with_changes(picture_processors=[])
-    _, events = run(plain, tmp_path)
-    assert any(getattr(e, "name", "") == "cache" for e in events)
+    own = {"picture_processors": ["own:dark"]}
+    plain, half, again, third = encode(2), encode(2, **own), encode(2, **own), encode(3, **own)
+    assert [one[0] > 0 for one in (plain, half, again, third)] == [True, True, False, True]
+    assert torch.equal(half[1], again[1])
+    assert not torch.equal(half[1], plain[1])
+    assert not torch.equal(half[1], third[1])
 
 
 def test_callbacks_change_nothing_unasked(make: Any, tmp_path: Path) -> None:
@@ -127,6 +129,7 @@ def test_callbacks_change_nothing_unasked(make: Any, tmp_path: Path) -> None:
     with_, events = run(make(heard, callbacks="own:hear", output_name="b"), tmp_path)
     one, two = load_file(plain["lora"]), load_file(with_["lora"])
     assert all(torch.equal(one[k], two[k]) for k in one)
+    assert sum(isinstance(e, Note) and e.key == "extensions.used" for e in events) == 1
     kinds = extensions.load(f"{tmp_path}/own.py:hear", "callbacks").found.__globals__["SEEN"]
     assert kinds == [*(event.kind for event in events), "ended"]
 
