@@ -206,7 +206,7 @@ def find_lora(name: str, weight: float, folders: Sequence[Path] = ()) -> Lora:
     if name in known:
         return Lora(known[name], weight)
     close = words.nearest(name, known)
-    raise Fault("generate.unknown_lora", name=name,
+    raise Fault("generate.unknown_lora", name=" ".join(name.split()),
                 nearest=", ".join(close) or ", ".join(list(known)[:5]) or "-")
 
 

@@ -217,3 +217,10 @@ def test_mutated_files_of_every_kind(tmp_path: Path) -> None:
         cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "0 broken something" in done.stdout
+
+
+def test_names_cant_steer_the_terminal() -> None:
+    told = str(Fault("lora_file.missing", file="\x1b[2J\u202ea.txt", folder="x"))
+    assert "\x1b" not in told
+    assert "\u202e" not in told
+    assert "[2J" in told
