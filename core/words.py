@@ -55,7 +55,7 @@ class _Kept(dict[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         value = super().__getitem__(key)
-        return _CONTROL.sub("�", value) if isinstance(value, str) else value
+        return _CONTROL.sub("�", str(value)) if isinstance(value, (str, Path)) else value
 
     def __missing__(self, key: str) -> str:
         return "{" + key + "}"

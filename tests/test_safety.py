@@ -220,7 +220,7 @@ def test_mutated_files_of_every_kind(tmp_path: Path) -> None:
 
 
 def test_names_cant_steer_the_terminal() -> None:
-    told = str(Fault("lora_file.missing", file="\x1b[2J\u202ea.txt", folder="x"))
+    told = str(Fault("lora_file.missing", file=Path("\x1b[2J\u202ea.txt"), folder="x"))
     assert "\x1b" not in told
     assert "\u202e" not in told
     assert "[2J" in told
