@@ -7,7 +7,6 @@ pictures have one size and one prompt, so that a batch gives what each picture g
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +25,7 @@ from captioner.config import CaptionConfig
 from core import precision
 from core.cache import fingerprint
 from core.faults import Fault
+from core.reading import from_json
 
 CLASSES = {"blip": "BlipForConditionalGeneration", "blip-2": "Blip2ForConditionalGeneration"}
 BROKEN = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError,
@@ -152,7 +152,7 @@ def model_type(folder: Path) -> str:
     """"blip" or "blip-2". Raises Fault for another model's folder."""
     file = folder / "config.json"
     try:
-        settings = json.loads(file.read_text("utf-8"))
+        settings = from_json(file.read_text("utf-8"))
         kind = str(settings["model_type"])
     except OSError:
         raise Fault("blip.no_config", folder=folder) from None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from captioner.config import CaptionConfig
 from core import precision
 from core.cache import Cache, fingerprint, key
 from core.faults import Fault
+from core.reading import from_json
 
 Prepared = NDArray[np.uint8]                # (H, W, 3), resized and cropped for the model
 CONFIG = "open_clip_config.json"
@@ -193,7 +193,7 @@ def find(name: str) -> Path:
 def _settings(folder: Path, name: str) -> dict[str, Any]:
     """open_clip_config.json, or the same out of open_clip's own registry."""
     try:
-        settings: dict[str, Any] = json.loads((folder / CONFIG).read_text("utf-8"))
+        settings: dict[str, Any] = from_json((folder / CONFIG).read_text("utf-8"))
         if not isinstance(settings.get("model_cfg"), dict):
             raise ValueError("model_cfg is missing")
         return settings

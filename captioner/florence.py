@@ -7,7 +7,6 @@ Source: Xiao et al., Florence-2, CVPR 2024.
 
 from __future__ import annotations
 
-import json
 import re
 import zlib
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from captioner.config import CaptionConfig
 from captioner.sentences import whole_sentences
 from core import hub, precision
 from core.faults import Fault
+from core.reading import from_json
 
 NEEDS = ("config.json", "*.safetensors")
 TASKS = {"": "<DETAILED_CAPTION>", "caption": "<CAPTION>", "short": "<CAPTION>",
@@ -126,7 +126,7 @@ def _tidy(text: str, ended: bool) -> str:
 def _check(folder: Path) -> None:
     """What can be told before torch reads a byte."""
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = from_json((folder / "config.json").read_text("utf-8"))
         kind = str(config.get("model_type"))
     except (OSError, ValueError, AttributeError):
         raise Fault("vision.no_config", folder=folder) from None

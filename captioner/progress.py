@@ -16,6 +16,7 @@ from captioner.base import Description, Tag
 from captioner.swaps import cannot_write
 from captioner.undo import state_dir
 from core.journal import append_line, tail_lines
+from core.reading import from_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Progress:
         self._known: dict[str, _Known] = {}
         for line in tail_lines(self.file, 0)[0]:
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                self._learn(json.loads(line))
+                self._learn(from_json(line))
 
     def recall(self, name: str, picture: Path) -> Description | None:
         """What was said about this picture, unless it is another one by now."""

@@ -89,6 +89,8 @@ def cannot_write(error: OSError, file: Path) -> Fault:
 def _change_file(swaps: Sequence[Swap]) -> list[Swap]:
     """All swaps of one file, in order; those that don't fit come back."""
     file = Path(os.path.realpath(swaps[0].place.file))      # a link stays a link
+    if file.suffix.lower() != swaps[0].place.file.suffix.lower():
+        raise Fault("captions.odd_link", file=swaps[0].place.file, target=file)
     left: list[Swap] = []
     try:
         old = data = _bytes(file)

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from captioner.base import Tag
+from core import reading
 from core.faults import Fault
 
 BUILT_IN = Path(__file__).parent / "vocabulary"
@@ -137,11 +137,9 @@ def parse_lines(text: str, path: Path) -> Vocabulary:
 
 def parse_yaml(text: str, path: Path) -> Vocabulary:
     try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise _bad(path, where + str(getattr(error, "problem", None) or error)) from None
+        data = reading.from_yaml(text)
+    except ValueError as error:
+        raise _bad(path, str(error)) from None
     if not isinstance(data, dict) or not data:
         raise _bad(path, "expected categories with their entries")
     return tuple(_category(str(name), given, path) for name, given in data.items())

@@ -28,6 +28,7 @@ from filelock import FileLock
 from captioner.swaps import Place, Swap, cannot_write, perform
 from core import paths
 from core.journal import append_line
+from core.reading import from_json
 
 MOST_BYTES = 256 * 2**20
 
@@ -149,8 +150,9 @@ class History:
         undone: list[Action] = []
         for do, action_id, line in self._heads():
             if do == "begin":
-                told = json.loads(line)
-                begun[action_id] = Action(told["what"], told["params"], action_id, told["at"])
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    told = from_json(line)
+                    begun[action_id] = Action(told["what"], told["params"], action_id, told["at"])
             elif do == "change" and action_id in begun:
                 undone.clear()
                 done.append(begun.pop(action_id))
@@ -189,7 +191,7 @@ class History:
             for line in file:
                 if line.startswith(starts) and line.endswith(b"}\n"):
                     with contextlib.suppress(ValueError):
-                        yield json.loads(line)
+                        yield from_json(line)
 
     def _told(self, swap: Swap) -> dict[str, Any]:
         file = swap.place.file

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from core.faults import Fault
+from core.reading import from_json
 
 if TYPE_CHECKING:
     from core.dataset import Picture
@@ -174,7 +174,7 @@ def _json_rows(text: str, path: Path) -> Iterator[Row | Fault]:
     for number, line in enumerate(text.split("\n"), 1):     # splitlines() would cut at U+2028
         if line.strip():
             try:
-                yield json_row(number, json.loads(line))
+                yield json_row(number, from_json(line))
             except (ValueError, RecursionError) as error:
                 yield Fault("dataset.row_bad", file=path.name, line=number, reason=_why(error))
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from core import optim, paths
 from core.faults import Fault
+from core.reading import from_json
 
 FOLDER = "checkpoints"
 _NAME = re.compile(r"(?P<name>.+)-(?P<step>\d{6,})$")
@@ -69,7 +70,7 @@ def save(folder: Path, position: Position, adapter: dict[str, Tensor],
 def load(folder: Path) -> tuple[Position, dict[str, Tensor], dict[str, Tensor]]:
     """-> position, adapter weights, optimizer tensors. Raises Fault where it can't be read."""
     try:
-        position = Position(**json.loads((folder / "state.json").read_text("utf-8")))
+        position = Position(**from_json((folder / "state.json").read_text("utf-8")))
         tensors = safetensors.torch.load_file(folder / "state.safetensors")
     except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
         raise Fault("engine.bad_checkpoint", path=folder, reason=error) from error

@@ -20,6 +20,7 @@ from filelock import FileLock
 from core import paths
 from core.buckets import Point
 from core.faults import Fault
+from core.reading import from_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ def load(folder: Path) -> Choices:
     training on pictures that were left out would be worse."""
     path = _file(folder)
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = from_json(path.read_text("utf-8"))
         return Choices(frozenset(map(str, data.get("left_out", ()))),
                        {str(name): _point(at) for name, at in data.get("focus", {}).items()})
     except FileNotFoundError:

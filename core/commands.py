@@ -71,7 +71,7 @@ def _add_generate(commands: Any) -> None:
         "lora": {"action": "append", "dest": "loras", "metavar": "FILE[:WEIGHT]"},
         "seed": {"type": int}, "steps": {"type": int}, "cfg": {"type": float},
         "size": {"metavar": "W,H"}, "sampler": {}, "count": {"type": int}, "sheet": {},
-        "out": {"metavar": "DIR"}, "precision": {}, "device": {}}
+        "out": {"metavar": "DIR"}, "precision": {}, "device": {}, "family": {}}
     for name, more in arguments.items():
         generate.add_argument(f"--{name}", default=argparse.SUPPRESS,
                               help=say(f"arg_generate_{name}"), **more)
@@ -216,12 +216,13 @@ def overrides(pairs: Sequence[str]) -> dict[str, str]:
 def found_beside(config: TrainConfig, folder: Path) -> TrainConfig:
     """Paths that lie beside the YAML and not in the working folder, made absolute."""
     from core.config import resolve
+    from core.extensions import located
     changes = {}
     for key in ("train_data_dir", "metadata_path", "base_model", "init_lora_weights"):
         path = getattr(config, key)
         if path and (found := resolve(path, folder)).exists() and found != resolve(path, None):
             changes[key] = str(found)
-    return config.with_changes(**changes) if changes else config
+    return located(config.with_changes(**changes) if changes else config, folder)
 
 
 # --- pictures and files ---

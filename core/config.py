@@ -9,18 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from core import captions, words
+from core import captions, paths, reading, words
 from core.faults import Fault
 
 FOREIGN = (".toml", ".json")               # suffixes of other trainers' configs
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 BasePrecision = Literal["same", "int8", "fp8", "nf4"]
 Schedule = Literal["constant", "linear", "cosine"]
+Extension = Annotated[str, Field(pattern=r"^.+:[A-Za-z_]\w*$")]     # "module:object"
 
 
 def _field(default: Any, level: str, help_: str, unit: str = "", **limits: Any) -> Any:
@@ -47,7 +48,8 @@ class TrainConfig(BaseModel):
     max_resolution: str = _field("", "basic", "area cap 'W,H'; empty: the base's own", "px")
 
     # advanced
-    family: str = _field("auto", "advanced", "model family; auto: told from the base")
+    family: str = _field(
+        "auto", "advanced", "model family; auto: told from the base; module:Class: your own")
     metadata_path: str = _field("", "advanced", "captions as .csv or .jsonl")
     max_train_steps: int = _field(0, "advanced", "steps instead of epochs; 0: epochs", ge=0)
     lora_alpha: float | None = _field(None, "advanced", "scale = alpha / rank; empty: rank", gt=0)
@@ -57,6 +59,8 @@ class TrainConfig(BaseModel):
         "layers by name, or a preset: attention | attention+ff | all-linear")
     init_lora_weights: str = _field(
         "", "advanced", "LoRA file or folder to continue from, of any format")
+    adapter: Literal["lora"] | Extension = _field(
+        "lora", "advanced", "kind of adapter; module:object: your own variant")
     gradient_accumulation_steps: int = _field(1, "advanced", "batches per update", ge=1, le=4096)
     precision: Precision = _field("auto", "advanced", "number format of the base")
     base_precision: BasePrecision = _field(
@@ -64,7 +68,8 @@ class TrainConfig(BaseModel):
     offload: float = _field(
         0.0, "advanced", "share of the base that waits in RAM; slower, less GPU memory", ge=0, le=1)
     gradient_checkpointing: bool = _field(False, "advanced", "less memory, slower steps")
-    optimizer: Literal["adamw", "adamw8bit"] = _field("adamw", "advanced", "update rule")
+    optimizer: Literal["adamw", "adamw8bit"] | Extension = _field(
+        "adamw", "advanced", "update rule; module:Class: your own")
     lr_scheduler: Schedule = _field("constant", "advanced", "course of the learning rate")
     lr_warmup_steps: int = _field(0, "advanced", "steps until the full rate", "steps", ge=0)
     save_steps: int = _field(0, "advanced", "checkpoint every N steps; 0: at the end", ge=0)
@@ -109,12 +114,22 @@ class TrainConfig(BaseModel):
     sample_weight: float = _field(0.8, "expert", "LoRA weight of previews", ge=-4, le=4)
     validation_steps: int = _field(0, "expert", "validate every N steps; 0: per checkpoint", ge=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = _field("auto", "expert", "where to train")
+    picture_processors: list[str] = _field(
+        [], "expert", "your own changes to each picture, module:object")
+    callbacks: list[str] = _field([], "expert", "your own listeners to the run, module:object")
     task_type: Literal["text-to-image"] = _field("text-to-image", "expert", "kind of task")
 
-    @field_validator("sample_prompts", mode="before")
+    @field_validator("sample_prompts", "picture_processors", "callbacks", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("output_name")
+    @classmethod
+    def _no_path(cls, value: str) -> str:
+        if value and not paths.is_file_name(value):
+            raise ValueError("expected a file name without folders")
+        return value
 
     @field_validator("max_resolution", "sample_size", mode="before")
     @classmethod
@@ -163,6 +178,7 @@ class GenerateConfig(BaseModel):
     out: str = "./output/generate"
     precision: Precision = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    family: str = "auto"
 
     @field_validator("size", mode="before")
     @classmethod
@@ -186,7 +202,8 @@ def load_train_config(path: Path, overrides: Mapping[str, str] | None = None) ->
     """
     if path.suffix.lower() == ".safetensors":
         from core.lora_file import read_config
-        return parse_train_config(read_config(path), str(path), overrides)
+        return _without_code(parse_train_config(read_config(path), str(path), overrides), path,
+                              overrides or {})
     if path.suffix.lower() in FOREIGN:
         from core import foreign
         return parse_train_config("", str(path), overrides, foreign.read(path).values)
@@ -194,9 +211,18 @@ def load_train_config(path: Path, overrides: Mapping[str, str] | None = None) ->
         text = captions.decode_text(path.read_bytes())
     except FileNotFoundError:
         raise Fault("config.missing", file=path, folder=Path.cwd()) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise Fault("config.unreadable", file=path, reason=error) from None
     return parse_train_config(text, str(path), overrides)
+
+
+def _without_code(config: TrainConfig, path: Path, own: Mapping[str, str]) -> TrainConfig:
+    """LoRA files travel: what one says must not run code on the computer that reads it."""
+    from core.extensions import named_in
+    for key, name in named_in(config):
+        if key not in own:
+            raise Fault("extensions.in_a_lora", file=path, key=key, name=name)
+    return config
 
 
 def parse_train_config(text: str, source: str, overrides: Mapping[str, str] | None = None,
@@ -214,18 +240,17 @@ def parse_train_config(text: str, source: str, overrides: Mapping[str, str] | No
         first = error.errors()[0]
         key = str(first["loc"][0])
         raise Fault("config.bad_value", file=source, line=lines.get(key, "--set"), key=key,
-                    value=data.get(key), problem=first["msg"].removeprefix("Value error, ")
+                    value=_told(data.get(key)), problem=first["msg"].removeprefix("Value error, ")
                     ) from None
 
 
 def read_flat_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
     """-> values and line numbers by key. Aliases are refused, numbers such as 2e-4 are numbers."""
     try:
-        node = yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise Fault("config.bad_yaml", file=source, line=mark.line + 1 if mark else 1,
-                    reason=getattr(error, "problem", None) or error) from None
+        node = reading.compose(text)
+    except reading.BadYaml as error:
+        raise Fault("config.bad_yaml", file=source, line=error.line, reason=error.reason
+                    ) from None
     if node is None:
         return {}, {}
     if not isinstance(node, yaml.MappingNode):
@@ -237,13 +262,21 @@ def read_flat_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, in
             raise Fault("config.twice", file=source, line=key_node.start_mark.line + 1, key=key,
                         first=lines[key])
         lines[key] = key_node.start_mark.line + 1
-    loader = _Loader("")
     try:
-        data = loader.construct_document(node)
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise Fault("config.bad_yaml", file=source, line=node.start_mark.line + 1,
-                    reason=error) from None
+        data = reading.construct(node)
+    except reading.BadYaml as error:
+        raise Fault("config.bad_yaml", file=source, line=error.line, reason=error.reason
+                    ) from None
     return {str(k): v for k, v in data.items() if v is not None}, lines
+
+
+def _told(value: Any) -> str:
+    """A wrong value as a sentence can hold it; 0xfff... may be too long for a decimal."""
+    try:
+        text = " ".join(str(value).split())
+    except ValueError:
+        return "..."
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def dump_yaml(config: BaseModel) -> str:
@@ -271,25 +304,9 @@ def _refuse_unknown(data: Mapping[str, Any], lines: Mapping[str, int], source: s
                         nearest=close[0] if close else "")
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 2e-4 as a number (YAML 1.2) and refuses aliases (YAML bombs)."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed here",
-                                              event.start_mark)
-        return super().compose_node(parent, index)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+0123456789."))
-
-
 def _scalar(text: str) -> Any:
     """A --set value, read as YAML: 4, 2e-4, true, [a, b], plain text."""
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+        return reading.from_yaml(text)
+    except ValueError:
         return text

@@ -3,7 +3,6 @@ read: configs and headers tell."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from core.choices import Choices
 from core.dataset import Dataset, relative_name
 from core.faults import Fault
 from core.looks import Table, subject_of
+from core.reading import from_json
 
 TOKENIZER = paths.DEMO / "base" / "tokenizer"       # CLIP's own, shipped once
 SINGLE_FILE = {"sd15": paths.FAMILY_CONFIGS / "sd15"}   # configs of bases that are one file
@@ -134,7 +134,7 @@ def _configs(source: Path) -> Path:
 
 def _read(path: Path, source: Path) -> Mapping[str, Any]:
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = from_json(path.read_text("utf-8"))
     except (OSError, ValueError):
         raise Fault("checks.base_unknown", path=source) from None
     return data if isinstance(data, dict) else {}

@@ -178,7 +178,8 @@ def _enter(tree: Tree, folder: Path, repeats: int, token: str, seen: set[str]) -
             continue
         path = folder / entry.name
         if not entry.is_dir():
-            if entry.is_file() or entry.is_symlink():       # reading a pipe would wait for ever
+            # reading a pipe would wait for ever; /dev/zero behind a link never ends
+            if entry.is_file() or (entry.is_symlink() and not path.exists()):
                 _add_file(tree, path, repeats)
         elif _MASKS.fullmatch(path.name) and not _REPEATS.fullmatch(path.name):
             tree.report(path, "masks_left_out")

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core import families, lora, lora_init, optim
+from core import extensions, families, lora, lora_init, optim
+from core.callbacks import Callbacks
 from core.config import TrainConfig, resolve
 from core.control import Control
 from core.course import Batch, Course
@@ -46,17 +47,27 @@ def train(config: TrainConfig, emit: Emit, control: Control,
     `beside` is the folder that relative paths are looked up in first (the config's own).
     Returns the facts for the summary. Raises Fault for whatever a user can mend.
     """
+    config = extensions.located(config, beside)
+    with Callbacks(config.callbacks, emit, control) as callbacks:
+        return _train(config, callbacks, control, beside)
+
+
+def _train(config: TrainConfig, emit: Callbacks, control: Control, beside: Path | None
+           ) -> dict[str, Any]:
     began = time.time()
+    for key, name in extensions.named_in(config):
+        emit(Note(key="extensions.used", params={"key": key, "name": name}))
     torch.manual_seed(config.seed)
     source = _source(config, beside)
-    family = families.get(families.detect(source) if config.family == "auto" else config.family)
+    kind = families.detect(source) if config.family == "auto" else config.family
+    family = families.get(kind)
     precision = choose(config.precision, config.device)
     parts = family.load(source, precision, frozenset())
     if config.prediction_type != "auto":
         parts.objective = config.prediction_type
     examples = find(config, *_picture_paths(config, beside), parts.native_size,
                     parts.bucket_step, emit)
-    lookout = Lookout(config, Base.of(source, family.spec.id), precision.device,
+    lookout = Lookout(config, Base.of(source, kind), precision.device,
                       weigh(examples.items, config), emit)
     lookout.announce()
     try:
@@ -69,7 +80,7 @@ def train(config: TrainConfig, emit: Emit, control: Control,
     trainer = Trainer(config, family, parts, precision, examples, emit, control)
     keeper = Keeper(trainer, _output(config), began)
     with lookout:
-        return Session(trainer, keeper, lookout, began).run()
+        return Session(trainer, keeper, lookout, began, emit.after_update).run()
 
 
 class Trainer:
@@ -197,8 +208,9 @@ class Session:
     """A run around the step: progress, requests, checkpoints, previews, the end."""
 
     def __init__(self, trainer: Trainer, keeper: Keeper, lookout: Lookout,
-                 began: float) -> None:
+                 began: float, after_update: Callable[[Trainer, int], None]) -> None:
         self.trainer, self.keeper, self.lookout, self.began = trainer, keeper, lookout, began
+        self.after_update = after_update
         self.config, self.emit, self.control = trainer.config, trainer.emit, trainer.control
         self.previewer = Previewer(trainer.family, trainer.parts, trainer.precision, self.config,
                                    trainer.examples, keeper.output / "samples", self.emit)
@@ -216,6 +228,7 @@ class Session:
                 return self._stopped(update, meter)
             begins = time.perf_counter()
             self.trainer.update(update)
+            self.after_update(self.trainer, update + 1)
             meter.tick(update + 1)
             self.lookout.between_steps(self.trainer, time.perf_counter() - begins)
             self._after(update + 1, meter)

@@ -11,6 +11,8 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
+from core.reading import from_json
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
@@ -118,7 +120,7 @@ def to_line(event: Event) -> str:
 def from_line(line: str) -> Event | None:
     """The event of a line; None for a torn line or a kind this version doesn't know."""
     try:
-        data = json.loads(line)
+        data = from_json(line)
         cls, known = _SHAPES[data.pop("kind")]
         return cls(**{k: v for k, v in data.items() if k in known})
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core import buckets, captions, choices, crops, dataset, pictures
+from core import buckets, captions, choices, crops, dataset, extensions, pictures
 from core.buckets import Point
 from core.cache import Cache, file_digest, fingerprint, key
 from core.config import TrainConfig, size_of
@@ -27,6 +27,7 @@ from core.families.base import Cond, Family, Parts, Precision
 from core.faults import Fault
 from core.looks import Looks
 from core.precision import autocast, free_memory
+from core.processors import Processors
 
 MOST_SHUFFLES = 8           # caption variants kept for each picture when tags are shuffled
 _DECODERS = 4               # threads; Pillow decodes outside the interpreter's lock
@@ -106,6 +107,9 @@ class Encoder:
                  emit: Callable[[Event], None], control: Control) -> None:
         self.family, self.source, self.precision = family, source, precision
         self.config, self.emit, self.control = config, emit, control
+        self.processors = Processors(config.picture_processors)
+        own = extensions.is_named(config.family)
+        self.marks = (extensions.mark(config.family),) if own else ()      # it encodes as it likes
 
     def fill(self, examples: Examples, more_texts: Iterable[str] = ()) -> None:
         """`more_texts`: prompts of previews, encoded along with the captions."""
@@ -118,7 +122,7 @@ class Encoder:
 
     def _fill_texts(self, examples: Examples, texts: list[str]) -> None:
         cache = self._cache("text")
-        names = {t: key("text", t, str(self.precision.compute)) for t in texts}
+        names = {t: key("text", t, str(self.precision.compute), *self.marks) for t in texts}
         examples.texts = {t: found for t in texts if (found := cache.get(names[t])) is not None}
         missing = [t for t in texts if t not in examples.texts]
         if not missing:
@@ -195,13 +199,15 @@ class Encoder:
 
     def _pixels(self, item: Example) -> np.ndarray:
         image = pictures.open_picture(item.picture.path, self.config.alpha_background)
+        image = self.processors(image, item.picture.path)
         return buckets.fit_picture(image, item.bucket, item.focus)
 
     def _latent_key(self, item: Example, flip: bool) -> str:
         background = self.config.alpha_background if item.picture.has_alpha else ""
         crop = buckets.crop_to(item.picture.size, item.bucket, item.focus).box
         return key("latents", file_digest(item.picture.path), item.bucket, background, flip,
-                   str(self.precision.vae), *((crop,) if item.focus else ()))
+                   str(self.precision.vae), *((crop,) if item.focus else ()), *self.marks,
+                   *self.processors.marks(item.picture.path))
 
     def _cache(self, part: str) -> Cache:
         files = self.family.weight_files(self.source, "vae" if part == "vae" else "text")

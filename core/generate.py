@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,7 @@ from core.config import GenerateConfig, size_of
 from core.events import Event, Note, Phase, Sample
 from core.families.base import ALL_PARTS, Family, Parts
 from core.faults import Fault
+from core.lora_file import read_lora
 from core.precision import autocast, choose
 from core.safetensors_header import data_hash, read_header
 from core.sheet import draw_sheet
@@ -50,6 +52,9 @@ def generate(config: GenerateConfig, emit: Callable[[Event], None],
              lora_folders: Sequence[Path] = ()) -> list[Path]:
     """Draws `count` pictures, or a sheet, into `config.out`; returns the files."""
     prompt, tagged = split_prompt(config.prompt)
+    for name, _ in tagged:                  # prompts are passed on: they name, they don't reach
+        if not paths.is_file_name(name):
+            raise Fault("generate.lora_path", name=name)
     loras = [find_lora(name, weight, lora_folders)
              for name, weight in [*tagged, *map(parse_lora, config.loras)]]
     studio = Studio(Path(config.base).expanduser(), config, emit)
@@ -76,7 +81,8 @@ class Studio:
     def __init__(self, source: Path, config: GenerateConfig,
                  emit: Callable[[Event], None]) -> None:
         self.source, self.emit = source, emit
-        self.family: Family = families.get(families.detect(source))
+        self.family: Family = families.get(
+            families.detect(source) if config.family == "auto" else config.family)
         self.precision = choose(config.precision, config.device)
         self._adapters: dict[Path, str] = {}
 
@@ -146,13 +152,17 @@ def load_adapter(pipeline: Any, path: Path, name: str) -> str:
     source: Any = path.parent
     if lora_formats.needs_respelling(path):
         source = lora_formats.spell(lora_formats.read(path), "kohya")
+    else:
+        read_lora(path)                     # refuses what is none, and NaN
     keys = read_header(lora_formats.weights_file(path)).tensors
     try:
         with warnings.catch_warnings():     # peft warns of a second adapter, which is meant
             warnings.simplefilter("ignore")
             pipeline.load_lora_weights(source, weight_name=path.name, adapter_name=name,
                                        local_files_only=True)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:              # its key parsers raise nearly anything
+        if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+            raise
         reason = (str(error).strip().splitlines() or ["?"])[0][:200]
         raise Fault("generate.lora_refused", file=path, keys=len(keys), reason=reason) from error
     if not lora.count(pipeline.components.values(), name):
@@ -189,10 +199,11 @@ def find_lora(name: str, weight: float, folders: Sequence[Path] = ()) -> Lora:
 
     Raises Fault `generate.unknown_lora` with the nearest names.
     """
-    direct = Path(name).expanduser()
-    for path in (direct, direct.with_name(f"{direct.name}.safetensors")):
-        if path.is_file() or (path / lora_formats.CONFIG).is_file():
-            return Lora(path.absolute(), weight)
+    with contextlib.suppress(OSError, ValueError, RuntimeError):        # no path of this system
+        direct = Path(name).expanduser()
+        for path in (direct, direct.with_name(f"{direct.name}.safetensors")):
+            if path.is_file() or (path / lora_formats.CONFIG).is_file():
+                return Lora(path.absolute(), weight)
     known: dict[str, Path] = {}
     for folder in [*folders, Path("output"), *_run_folders()]:
         for path in sorted(folder.glob("**/*.safetensors")) if folder.is_dir() else ():
@@ -201,7 +212,7 @@ def find_lora(name: str, weight: float, folders: Sequence[Path] = ()) -> Lora:
     if name in known:
         return Lora(known[name], weight)
     close = words.nearest(name, known)
-    raise Fault("generate.unknown_lora", name=name,
+    raise Fault("generate.unknown_lora", name=" ".join(name.split()),
                 nearest=", ".join(close) or ", ".join(list(known)[:5]) or "-")
 
 

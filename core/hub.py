@@ -33,6 +33,7 @@ from core.hub_index import (
     known,
     models_dir,
 )
+from core.reading import from_json
 
 __all__ = ["Entry", "File", "Offer", "catalogue", "describe", "fetch", "find", "known", "local",
            "models_dir", "stamp"]
@@ -186,7 +187,7 @@ def _complete(offer: Offer) -> bool:
 def _manifest(folder: Path) -> dict[str, str]:
     """File name -> hash, of a folder that we fetched."""
     try:
-        files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
+        files = from_json((folder / MANIFEST).read_text("utf-8"))["files"]
         return {str(file["name"]): str(file["digest"]) for file in files}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

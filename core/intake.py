@@ -62,7 +62,8 @@ def _by_stem(files: Iterable[Path]) -> dict[str, list[Path]]:
 
 def clean(stem: str) -> str:
     """A file name's stem that every file system keeps."""
-    return _BAD.sub("_", stem).strip(". ")[:120] or "picture"
+    plain = _BAD.sub("_", stem).strip(". ")[:120].rstrip(". ") or "picture"
+    return plain if paths.is_file_name(plain) else f"_{plain}"
 
 
 def _free_stem(stem: str, group: Sequence[Path], folder: Path) -> str:

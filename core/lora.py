@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from core import words
+from core import extensions, words
 from core.config import TrainConfig
 from core.families.base import FamilySpec
 from core.faults import Fault, Fix
@@ -53,7 +53,19 @@ def attach(model: Any, config: TrainConfig, spec: FamilySpec) -> list[nn.Paramet
             lora_dropout=config.lora_dropout, target_modules=targets, init_lora_weights=True))
     for parameter in trainable(model):
         parameter.data = parameter.data.float()
+    if extensions.is_named(config.adapter):
+        _vary(model, config)
     return trainable(model)
+
+
+def _vary(model: nn.Module, config: TrainConfig) -> None:
+    """The user's own variant changes the LoRA that is there: which of it trains, how it starts."""
+    extension = extensions.load(config.adapter, "adapter")
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        extension(model, config)
+    if not trainable(model):
+        raise extension.wrong("trainable parameters", None)
 
 
 def set_training(model: nn.Module, on: bool) -> None:

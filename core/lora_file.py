@@ -196,9 +196,19 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise Fault("lora_file.not_a_lora", file=path, what=format_)
     try:
         # from bytes, not mapped: the file stays free to be replaced, on Windows too
-        return load(path.read_bytes()), header.metadata
+        tensors = load(path.read_bytes())
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise Fault("lora_file.unreadable", file=path, reason=error) from None
+    refuse_not_finite(path, tensors)
+    return tensors, header.metadata
+
+
+def refuse_not_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """NaN in a LoRA makes every picture black; Raises Fault that names the first such tensor."""
+    for key, tensor in tensors.items():
+        wide = tensor.float() if tensor.is_floating_point() else tensor
+        if not bool(wide.isfinite().all()):
+            raise Fault("lora_file.holds_nan", file=path, key=key)
 
 
 def read_config(path: Path) -> str:

@@ -70,7 +70,7 @@ def cache(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: i
 def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: int, batch: int,
          rank: int, dropout: bool, targets: str | list[str], checkpointing: bool,
          accumulating: bool, kept: QuantKind = "same", offload: float = 0.0,
-         eight_bit: bool = False) -> Figures:
+         eight_bit: bool = False, variant: str = "lora", variant_source: str = "") -> Figures:
     """One micro-batch forward and backward, as the engine runs it.
 
     `gradients_inside`: bytes of `peak` that are gradients, made by this very backward; when
@@ -80,7 +80,7 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
     latents, cond = _inputs(family, parts, numbers, width, height, batch)
     _keep(parts, kind, kept, offload)
     config = TrainConfig(lora_rank=rank, lora_dropout=0.1 if dropout else 0.0,
-                         target_modules=targets)
+                         target_modules=targets, adapter=variant)
     parameters = lora.attach(parts.denoiser, config, family.spec)
     kernels = Kernels(kind, DTYPES[numbers["compute"]])
     if checkpointing:
@@ -108,13 +108,14 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
 
 
 def draw(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: int, batch: int,
-         rank: int, targets: str | list[str], kept: QuantKind = "same", offload: float = 0.0
-         ) -> Figures:
+         rank: int, targets: str | list[str], kept: QuantKind = "same", offload: float = 0.0,
+         variant: str = "lora", variant_source: str = "") -> Figures:
     """A preview: denoising with the adapter, `batch` 2 with guidance; then decoding one picture."""
     family, parts = _skeleton(base, numbers, "denoiser", "vae", "text")
     latents, cond = _inputs(family, parts, numbers, width, height, batch)
     _keep(parts, kind, kept, offload)
-    lora.attach(parts.denoiser, TrainConfig(lora_rank=rank, target_modules=targets), family.spec)
+    lora.attach(parts.denoiser, TrainConfig(lora_rank=rank, target_modules=targets,
+                                            adapter=variant), family.spec)
     lora.set_training(parts.denoiser, False)
     known = [parts.denoiser, parts.vae]
     t = torch.empty(batch, dtype=torch.int64, device=META)

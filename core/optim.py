@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core import plan
+from core import extensions, plan
 from core.config import TrainConfig
 from core.events import Event, Note
 from core.faults import Fault, Fix
@@ -23,6 +25,8 @@ def create(config: TrainConfig, parameters: Sequence[nn.Parameter],
     """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101), fused: one kernel for all tensors; or
     with 8-bit states (Dettmers et al. 2021, arXiv 2110.02861) where that can be had, else a note.
     """
+    if extensions.is_named(config.optimizer):
+        return _own(config, parameters)
     device = next(iter(parameters)).device.type
     options: dict[str, Any] = {
         "lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2),
@@ -42,11 +46,26 @@ def _adamw8bit(parameters: Sequence[nn.Parameter], options: dict[str, Any]
     return found
 
 
+def _own(config: TrainConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """The user's own class, with those of the config's numbers that it takes."""
+    extension = extensions.load(config.optimizer, "optimizer")
+    takes = extension.run(inspect.signature, extension.found).parameters
+    options = {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2),
+               "weight_decay": config.weight_decay}
+    made = extension(list(parameters), **{k: v for k, v in options.items() if k in takes})
+    if not isinstance(made, torch.optim.Optimizer):
+        raise extension.wrong("torch.optim.Optimizer", made)
+    made.step = functools.partial(extension.run, made.step)     # type: ignore[method-assign]
+    return made
+
+
 def describe(optimizer: torch.optim.Optimizer) -> str:
     """For ss_optimizer: "torch.optim.adamw.AdamW(weight_decay=0.01,betas=(0.9, 0.999))"."""
     kind, group = type(optimizer), optimizer.param_groups[0]
-    return (f"{kind.__module__}.{kind.__qualname__}(weight_decay={group['weight_decay']},"
-            f"betas={tuple(group['betas'])})")
+    known = {"weight_decay": group.get("weight_decay"), "betas": group.get("betas")}
+    told = ",".join(f"{name}={tuple(value) if isinstance(value, (list, tuple)) else value}"
+                    for name, value in known.items() if value is not None)
+    return f"{kind.__module__}.{kind.__qualname__}({told})"
 
 
 def state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

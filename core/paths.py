@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ ROOT = Path(getattr(sys, "_MEIPASS", Path(__file__).resolve().parent.parent))
 PRESETS = ROOT / "presets"
 DEMO = PRESETS / "demo"
 _SUFFIXES = {".safetensors", ".yaml", ".yml"}
+_NO_NAME = re.compile(r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]')
+_DEVICE = re.compile(r"con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]", re.IGNORECASE)
 FAMILY_CONFIGS = ROOT / "core" / "families" / "configs"
 
 
@@ -33,6 +36,13 @@ def cache_dir() -> Path:
 
 def runs_dir() -> Path:
     return data_dir() / "runs"
+
+
+def is_file_name(name: str) -> bool:
+    """A name that every system takes for a file of the folder it is put in: no path, no device of
+    Windows (CON, NUL, COM1 ...), nothing that gets lost at the end."""
+    return bool(name) and len(name.encode("utf-8", "replace")) <= 200 and not (
+        _NO_NAME.search(name) or name[-1] in " ." or _DEVICE.fullmatch(name.split(".")[0].strip()))
 
 
 @contextlib.contextmanager

@@ -20,8 +20,9 @@ from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
-from core import buckets, paths
+from core import buckets, extensions, paths
 from core.config import TrainConfig, size_of
+from core.reading import from_json
 from core.safetensors_header import read_header
 
 MB = 2**20
@@ -63,7 +64,8 @@ class Base:
         """Raises Fault where nothing is there, or it can't be read."""
         from core import families
         family = families.detect(source) if family == "auto" else family
-        return Base(source, family, _digest(source))
+        own = extensions.mark(family) if extensions.is_named(family) else ""
+        return Base(source, family, _digest(source) + own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +158,15 @@ def step_settings(config: TrainConfig, machine: Machine, bucket: tuple[int, int]
             "targets": targets if isinstance(targets, str) else sorted(targets),
             "checkpointing": config.gradient_checkpointing,
             "accumulating": config.gradient_accumulation_steps > 1,
-            **kept_settings(config, machine.kind),
+            **variant_settings(config), **kept_settings(config, machine.kind),
             **({"eight_bit": True} if eight_bit(config, machine.kind) else {})}
+
+
+def variant_settings(config: TrainConfig) -> dict[str, Any]:
+    """The user's own adapter, which may leave a part of the LoRA untrained; empty: none."""
+    if not extensions.is_named(config.adapter):
+        return {}
+    return {"variant": config.adapter, "variant_source": extensions.mark(config.adapter)}
 
 
 def kept_settings(config: TrainConfig, kind: str) -> dict[str, Any]:
@@ -232,7 +241,8 @@ def _drawing(config: TrainConfig, base: Base, numbers: dict[str, str], machine: 
     phases = []
     for name, (size, batch) in wanted.items():
         drawn = ask("draw", base, numbers, kind=machine.kind, width=size[0], height=size[1],
-                    batch=batch, rank=config.lora_rank, targets=targets, **kept)
+                    batch=batch, rank=config.lora_rank, targets=targets,
+                    **variant_settings(config), **kept)
         phases.append(_phase(name, denoiser=facts["denoiser"], vae=facts["vae"],
                              adapter=step["adapter"], optimizer=step["optimizer"],
                              activations=drawn["peak"]))
@@ -286,7 +296,7 @@ def ask(what: str, base: Base, numbers: dict[str, str], **settings: Any) -> dict
     """One of core.memory's traces, in bytes; from the disk where it was asked before."""
     path = paths.cache_dir() / "plans" / f"{_key(what, base, numbers, settings)}.json"
     with contextlib.suppress(OSError, ValueError):
-        found: dict[str, float] = json.loads(path.read_text("utf-8"))
+        found: dict[str, float] = from_json(path.read_text("utf-8"))
         return found
     memory = importlib.import_module("core.memory")             # torch comes in here
     traced: dict[str, float] = memory.TRACES[what](base, numbers, **settings)
@@ -345,7 +355,7 @@ def _history_file() -> Path:
 
 def _history() -> dict[str, list[dict[str, float]]]:
     try:
-        found: dict[str, list[dict[str, float]]] = json.loads(_history_file().read_text("utf-8"))
+        found: dict[str, list[dict[str, float]]] = from_json(_history_file().read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

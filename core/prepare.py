@@ -24,6 +24,7 @@ from core.dataset import Dataset, relative_name
 from core.events import Event, Phase
 from core.faults import Fault
 from core.looks import Looks, Table
+from core.reading import from_json
 
 LOG = "darkroom-prepare.jsonl"
 VERSION = 1
@@ -232,7 +233,7 @@ class _Log:
     def _read(self, out: Path, asked: dict[str, Any]) -> None:
         entries = [entry for line in self.path.read_bytes().split(b"\n")
                    if (entry := _parsed(line)) is not None]
-        if not entries or entries[0] != json.loads(_line(asked)):
+        if not entries or entries[0] != from_json(_line(asked)):
             raise Fault("checks.out_other", out=out)
         for entry in entries[1:]:
             with contextlib.suppress(TypeError):
@@ -253,7 +254,7 @@ def _line(entry: dict[str, Any]) -> bytes:
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
-        entry = json.loads(line)
+        entry = from_json(line)
     except ValueError:
         return None
     return entry if isinstance(entry, dict) else None

@@ -14,10 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from core import advisor, captions, families, paths, words
+from core import advisor, captions, families, paths, reading, words
 from core.config import (
     FOREIGN,
     TrainConfig,
@@ -118,8 +117,8 @@ def _files() -> Iterator[Path]:
 def _read(path: Path) -> Preset | None:
     """None: a plain config lies there, such as the demo's."""
     try:
-        data = yaml.safe_load(captions.decode_text(path.read_bytes()))
-    except (OSError, yaml.YAMLError) as error:
+        data = reading.from_yaml(captions.decode_text(path.read_bytes()))
+    except (OSError, ValueError) as error:
         raise Fault("presets.unreadable", file=path, reason=_first_line(error)) from None
     if not isinstance(data, dict) or "set" not in data:
         return None

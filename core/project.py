@@ -7,21 +7,19 @@ family default -> preset -> suggestion, if applied -> own edits (core/presets.py
 from __future__ import annotations
 
 import functools
-import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from core import paths, presets
+from core import paths, presets, reading
 from core.config import TrainConfig
 from core.faults import Fault
 
 FIRST = "my-lora"
-_BAD = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 
 
 class Project(BaseModel):
@@ -122,9 +120,9 @@ class Projects:
     def _read(self, name: str) -> Project:
         """A file that can't be read counts as a new project, and stays until something changes."""
         try:
-            found = yaml.safe_load((_folder() / f"{name}.yaml").read_text("utf-8"))
+            found = reading.from_yaml((_folder() / f"{name}.yaml").read_text("utf-8"))
             return Project.model_validate({**found, "name": name})
-        except (OSError, yaml.YAMLError, ValidationError, TypeError, UnicodeDecodeError):
+        except (OSError, ValueError, TypeError):
             return Project(name=name)
 
 
@@ -144,7 +142,7 @@ def _listed(mark: tuple[tuple[str, int], ...]) -> tuple[presets.Preset, ...]:
 def checked_name(name: str) -> str:
     """A name that every file system keeps, and no path. Raises Fault."""
     plain = " ".join(name.split()).strip(". ")
-    if not plain or len(plain) > 60 or _BAD.search(plain) or plain != name.strip():
+    if len(plain) > 60 or not paths.is_file_name(plain) or plain != name.strip():
         raise Fault("gui.bad_name", name=name)
     return plain
 

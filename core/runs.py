@@ -40,6 +40,7 @@ from core.events import (
 )
 from core.faults import Fault
 from core.journal import CONFIG, LOG, Point, append_line, new_run_id, tail, thinned
+from core.reading import from_json
 
 RUN = "run.json"                          # name, job, created, ...: written once, never changed
 OWNER = "worker.json"                     # which process runs it
@@ -262,7 +263,7 @@ def blank(folder: Path) -> JobView:
     facts: dict[str, Any] = {}
     config: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
-        facts = json.loads((folder / RUN).read_text("utf-8"))
+        facts = from_json((folder / RUN).read_text("utf-8"))
     with contextlib.suppress(OSError, ValueError, Fault):
         config = read_flat_yaml((folder / CONFIG).read_text("utf-8"), CONFIG)[0]
     cwd = facts.get("cwd", "")
@@ -337,7 +338,7 @@ def write_owner(folder: Path, owner: Owner) -> None:
 
 def owner_of(folder: Path) -> Owner | None:
     try:
-        return Owner(**json.loads((folder / OWNER).read_text("utf-8")))
+        return Owner(**from_json((folder / OWNER).read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 

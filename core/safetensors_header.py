@@ -100,10 +100,16 @@ def opened(path: Path) -> BufferedReader:
         raise Fault("lora_file.unreadable", file=path, reason=error.strerror or error) from None
 
 
+def is_pickle(head: bytes) -> bool:
+    """By the first bytes: a pickle, or torch's archive of one. A safetensors file whose header is
+    as long as a pickle begins has its { at byte 8."""
+    pickled = head[:1] == b"\x80" and head[1:2] in {b"\x02", b"\x03", b"\x04", b"\x05"}
+    return (pickled or head[:4] == b"PK\x03\x04") and head[8:9] != b"{"
+
+
 def _refuse_foreign(path: Path, head: bytes, length: int) -> NoReturn:
     """Not the start of a safetensors file: says what it is, as far as the first bytes tell."""
-    pickled = head[:1] == b"\x80" and head[1:2] in {b"\x02", b"\x03", b"\x04", b"\x05"}
-    if pickled or head[:4] == b"PK\x03\x04" or path.suffix.lower() in PICKLES:
+    if is_pickle(head) or path.suffix.lower() in PICKLES:
         raise Fault("lora_file.pickle", file=path)
     if len(head) < 9:
         raise Fault("lora_file.truncated", file=path, size=len(head), needed=9)

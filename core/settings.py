@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import platformdirs
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from core import paths, words
+from core import paths, reading, words
 
 FILE = "settings.yaml"
 Theme = Literal["auto", "light", "dark"]
@@ -65,8 +65,8 @@ class SettingsFile:
 
 
 def read() -> Settings:
-    with contextlib.suppress(OSError, yaml.YAMLError, ValidationError, UnicodeDecodeError):
-        found = yaml.safe_load((paths.data_dir() / FILE).read_text("utf-8"))
+    with contextlib.suppress(OSError, ValueError):
+        found = reading.from_yaml((paths.data_dir() / FILE).read_text("utf-8"))
         if isinstance(found, dict):
             return Settings.model_validate(found)
     return Settings()

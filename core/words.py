@@ -6,6 +6,7 @@ import difflib
 import functools
 import locale
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 
 STRINGS = Path(__file__).parent / "strings"
 LANGUAGES = ("en", "zh-CN")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")    # ESC, bidi
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)     # C's takes a tenth of the time
 
 
@@ -48,7 +50,12 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 
 class _Kept(dict[str, Any]):
-    """A missing parameter stays visible as its placeholder: a fault must not fail."""
+    """A missing parameter stays visible as its placeholder: a fault must not fail. Text of others'
+    files can't steer the terminal that shows it."""
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        return _CONTROL.sub("�", str(value)) if isinstance(value, (str, Path)) else value
 
     def __missing__(self, key: str) -> str:
         return "{" + key + "}"

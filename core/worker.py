@@ -30,6 +30,7 @@ from core.control import Control, Request
 from core.events import Event, Faulted, JobEnded, JobStarted, Note, Step
 from core.faults import Fault, Fix
 from core.journal import CONFIG, LOG, Journal, tail_lines
+from core.reading import from_json
 from core.runs import REQUESTS, RUN, claim, owner_of
 
 POLL_S = 0.1
@@ -137,7 +138,7 @@ def _desk(folder: Path, control: Control, emit: Callable[[Event], None]) -> Iter
 
 def _request(line: str) -> Request | None:
     try:
-        word = json.loads(line)["ask"]
+        word = from_json(line)["ask"]
     except (ValueError, KeyError, TypeError):
         return None
     return word if word in get_args(Request) else None
@@ -201,7 +202,7 @@ def main(preload: Sequence[str] = ()) -> int:
         line = orders.readline()
     if not line.endswith(b"\n"):
         return 0                                          # the app has gone and nothing was asked
-    folder = Path(json.loads(line))
+    folder = Path(from_json(line))
     _write_log(folder / LOG)
     claim(folder, dedicated=True)
     control = Control()
@@ -211,7 +212,7 @@ def main(preload: Sequence[str] = ()) -> int:
         threading.Thread(target=control.ask, args=("stop",), daemon=True).start()
 
     signal.signal(signal.SIGTERM, on_terminate)
-    facts = json.loads((folder / RUN).read_text("utf-8"))
+    facts = from_json((folder / RUN).read_text("utf-8"))
     with contextlib.suppress(OSError):
         os.chdir(facts["cwd"])                            # relative paths mean what they meant
     end = run_job(facts["job"], None, folder, control, _log)

@@ -125,7 +125,8 @@ def _input(ctx: Context, key: str) -> Any:
     if kind is bool:
         return gr.Checkbox(**settings)
     if kind is Literal:
-        return gr.Dropdown(list(get_args(about.annotation)), **settings)
+        return gr.Dropdown(list(get_args(_choice(key))), allow_custom_value=(
+            _choice(key) is not about.annotation), **settings)
     if kind in (int, float):
         return gr.Number(precision=0 if kind is int else None, **settings)
     if key == "target_modules":
@@ -138,9 +139,17 @@ def _input(ctx: Context, key: str) -> Any:
 def _kind(key: str) -> Any:
     """bool | int | float | list | str | Literal"""
     kind = TrainConfig.model_fields[key].annotation
+    if _choice(key) is not None:
+        return Literal
     if get_origin(kind) in (Union, types.UnionType):
         kind = next(one for one in reversed(get_args(kind)) if one is not type(None))
     return get_origin(kind) or kind
+
+
+def _choice(key: str) -> Any:
+    """The Literal of a key, alone or beside own values; None: it has none."""
+    kind = TrainConfig.model_fields[key].annotation
+    return next((one for one in (kind, *get_args(kind)) if get_origin(one) is Literal), None)
 
 
 def _range(ctx: Context, key: str) -> str:

@@ -313,7 +313,7 @@ def test_from_pictures_to_a_lora_and_back(run: Run, base: Path, tmp_path: Path) 
     proof = run("lora", "verify", lora, "--base", base, "--json")
     assert proof.json["matched"] == proof.json["modules"] > 0
     assert proof.code == (0 if proof.json["ok"] else 1)
-    drawn = run("generate", "--base", base, "--prompt", f"a disc <lora:{lora}:0.8>", "--steps",
+    drawn = run("generate", "--base", base, "--prompt", f"a disc <lora:{lora.stem}:0.8>", "--steps",
                 "2", "--out", tmp_path / "drawn", "--seed", "7", "--json")
     assert drawn.code == 0, drawn.err
     assert [Path(file).suffix for file in drawn.json["files"]] == [".png"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,18 @@ def lora(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(train(config, lambda event: None, Control())["lora"])
 
 
-def draw(base: Path, out: Path, **changes: Any) -> list[np.ndarray]:
+def draw(base: Path, out: Path, folders: Sequence[Path] = (), **changes: Any
+         ) -> list[np.ndarray]:
     config = GenerateConfig(**{"base": str(base), "prompt": "red disc", "steps": 3, "cfg": 2.0,
                                "out": str(out)} | changes)
     return [np.asarray(Image.open(p).convert("RGB")) for p in generate.generate(
-        config, lambda event: None)]
+        config, lambda event: None, folders)]
 
 
 def test_weight_zero_is_the_base_to_the_bit(base: Path, lora: Path, tmp_path: Path) -> None:
     plain = draw(base, tmp_path)[0]
     zero = draw(base, tmp_path, loras=[f"{lora}:0"])[0]
-    tagged = draw(base, tmp_path, prompt=f"red disc <lora:{lora}:0>")[0]
+    tagged = draw(base, tmp_path, [lora.parent], prompt=f"red disc <lora:{lora.stem}:0>")[0]
     strong = draw(base, tmp_path, loras=[f"{lora}:1"])[0]
     default = draw(base, tmp_path, loras=[str(lora)])[0]
     half = draw(base, tmp_path, loras=[f"{lora}:0.8"])[0]

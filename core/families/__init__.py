@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from core import words
+from core import extensions, words
 from core.faults import Fault
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ MODULES = {
 
 def get(family_id: str) -> Family:
     """Raises Fault `families.unknown` with the nearest known id."""
+    if extensions.is_named(family_id):
+        return _own(family_id)
     if family_id not in MODULES:
         close = words.nearest(family_id, MODULES, 1)
         raise Fault("families.unknown", family=family_id, known=", ".join(MODULES),
@@ -27,6 +29,19 @@ def get(family_id: str) -> Family:
     module, name = MODULES[family_id].split(":")
     family: Family = getattr(importlib.import_module(module), name)()
     return family
+
+
+def _own(name: str) -> Family:
+    """A class of the user's own, all methods of the protocol there."""
+    from core.families.base import Family
+    _quiet()
+    extension = extensions.load(name, "family")
+    made = extension()
+    wanted = [word for word in vars(Family) if not word.startswith("_")]
+    if lacks := [word for word in ("spec", *wanted) if not hasattr(made, word)]:
+        raise extension.wrong(", ".join(lacks), made)
+    guarded: Any = extensions.Guarded(extension, made)
+    return guarded  # type: ignore[no-any-return]
 
 
 def detect(source: Path) -> str:

@@ -5,8 +5,8 @@ The demo base is of this family as well: the same classes, only smaller.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +20,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from core import paths, samplers
 from core.families.base import ALL_PARTS, Cond, FamilySpec, Objective, Part, Parts, Precision
 from core.faults import Fault
+from core.reading import from_json
+from core.safetensors_header import PICKLES, is_pickle
 
 CONFIGS = paths.FAMILY_CONFIGS / "sd15"
 TOKENIZER = paths.DEMO / "base" / "tokenizer"       # CLIP's own, shipped once
@@ -50,19 +52,20 @@ class StableDiffusion1:
         if not source.is_dir():
             _check_file(source)
             configs, tokenizer = CONFIGS, TOKENIZER
-        parts = _empty_parts(source, configs)
-        with torch.device("meta"):
-            if "denoiser" in only:
-                parts.denoiser = UNet2DConditionModel.from_config(
-                    _config(configs, "unet")).to(dtype=precision.weights)
-            if "vae" in only:
-                parts.vae = AutoencoderKL.from_config(
-                    _config(configs, "vae")).to(dtype=precision.vae)
+        with _readable(source):
+            parts = _empty_parts(source, configs)
+            with torch.device("meta"):
+                if "denoiser" in only:
+                    parts.denoiser = UNet2DConditionModel.from_config(
+                        _config(configs, "unet")).to(dtype=precision.weights)
+                if "vae" in only:
+                    parts.vae = AutoencoderKL.from_config(
+                        _config(configs, "vae")).to(dtype=precision.vae)
+                if "text" in only:
+                    encoder = CLIPTextModel(CLIPTextConfig(**_config(configs, "text_encoder")))
+                    parts.text = {"text_encoder": encoder.to(dtype=precision.weights)}
             if "text" in only:
-                encoder = CLIPTextModel(CLIPTextConfig(**_config(configs, "text_encoder")))
-                parts.text = {"text_encoder": encoder.to(dtype=precision.weights)}
-        if "text" in only:
-            parts.text["tokenizer"] = CLIPTokenizer.from_pretrained(tokenizer)
+                parts.text["tokenizer"] = CLIPTokenizer.from_pretrained(tokenizer)
         return _ready(parts, precision)
 
     def weight_files(self, source: Path, part: Part) -> list[tuple[Path, str]]:
@@ -112,8 +115,8 @@ class StableDiffusion1:
 
 def _load_folder(source: Path, precision: Precision, only: frozenset[Part]) -> Parts:
     options = {"local_files_only": True, "use_safetensors": True}
-    parts = _empty_parts(source, source)
-    try:
+    with _readable(source):
+        parts = _empty_parts(source, source)
         if "denoiser" in only:
             parts.denoiser = UNet2DConditionModel.from_pretrained(
                 source, subfolder="unet", torch_dtype=precision.weights, **options)
@@ -125,8 +128,6 @@ def _load_folder(source: Path, precision: Precision, only: frozenset[Part]) -> P
                 "tokenizer": CLIPTokenizer.from_pretrained(source / "tokenizer"),
                 "text_encoder": CLIPTextModel.from_pretrained(
                     source / "text_encoder", dtype=precision.weights, **options)}
-    except (OSError, SafetensorError, ValueError) as error:
-        raise Fault("families.unreadable", path=source, reason=_first_line(error)) from error
     return _ready(parts, precision)
 
 
@@ -135,7 +136,7 @@ def _load_file(source: Path, precision: Precision, only: frozenset[Part]) -> Par
     _check_file(source)
     options = {"config": str(CONFIGS), "local_files_only": True}
     parts = _empty_parts(source, CONFIGS)
-    try:
+    with _readable(source):
         if "denoiser" in only:
             parts.denoiser = UNet2DConditionModel.from_single_file(
                 _tensors(source, "model.diffusion_model."), subfolder="unet",
@@ -150,9 +151,21 @@ def _load_file(source: Path, precision: Precision, only: frozenset[Part]) -> Par
                 torch_dtype=precision.weights, **options)
             parts.text = {"tokenizer": CLIPTokenizer.from_pretrained(TOKENIZER),
                           "text_encoder": encoder}
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise Fault("families.unreadable", path=source, reason=_first_line(error)) from error
     return _ready(parts, precision)
+
+
+@contextmanager
+def _readable(source: Path) -> Iterator[None]:
+    """The libraries fail in any way on configs and weights that make no sense."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (Fault, MemoryError, torch.OutOfMemoryError)):
+            raise
+        pickles = [p for p in source.glob("*/*") if p.suffix in PICKLES] if source.is_dir() else []
+        if pickles and "safetensors" in str(error):             # it looked for them in vain
+            raise Fault("families.pickle", path=pickles[0]) from None
+        raise Fault("families.unreadable", path=source, reason=_first_line(error)) from error
 
 
 def _check_file(source: Path) -> None:
@@ -164,7 +177,9 @@ def _check_file(source: Path) -> None:
 def _keys_of(source: Path) -> set[str]:
     if not source.exists():
         raise Fault("families.missing", path=source, folder=source.parent)
-    if source.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+    with open(source, "rb") as file:
+        pickled = is_pickle(file.read(9))
+    if pickled or source.suffix.lower() in PICKLES:
         raise Fault("families.pickle", path=source)
     try:
         with safe_open(source, "pt") as file:
@@ -185,7 +200,7 @@ def _tensors(source: Path, prefix: str) -> dict[str, Tensor]:
 def _config(configs: Path, part: str) -> dict[str, Any]:
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
     try:
-        found: dict[str, Any] = json.loads((configs / part / name).read_text("utf-8"))
+        found: dict[str, Any] = from_json((configs / part / name).read_text("utf-8"))
     except FileNotFoundError:
         raise Fault("families.not_a_folder", path=configs, missing=f"{part}/{name}") from None
     except (OSError, ValueError) as error:
@@ -202,6 +217,8 @@ def _empty_parts(source: Path, configs: Path) -> Parts:
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     objective: Objective = scheduler.get("prediction_type", "epsilon")
     levels = len(unet["block_out_channels"])
+    if not isinstance(unet["sample_size"], int) or not 1 <= unet["sample_size"] <= 1024:
+        raise ValueError(f"sample_size: {unet['sample_size']}")
     return Parts(source, scheduler, objective, native_size=unet["sample_size"] * factor,
                  bucket_step=factor * 2 ** (levels - 1))
 

@@ -1,0 +1,90 @@
+"""JSON and YAML of unknown origin: a value, or ValueError and nothing else. Files nested a
+thousand deep, aliases that multiply (YAML bombs) and files too large for what they are count as
+broken, so that nobody has to think of RecursionError.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import yaml
+
+MOST_DEEP = 30                              # brackets
+MOST_YAML = 2**18                           # characters; PyYAML reads some 100 kB a second
+
+
+class Loader(yaml.SafeLoader):
+    """SafeLoader that reads 2e-4 as a number (YAML 1.2) and refuses aliases, and brackets whose
+    depth costs its scanner time by the square."""
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level >= MOST_DEEP:
+            raise yaml.scanner.ScannerError(None, None, "nested too deeply", self.get_mark())
+        super().fetch_flow_collection_start(token)
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed here",
+                                              event.start_mark)
+        return super().compose_node(parent, index)
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+0123456789."))
+
+
+class BadYaml(ValueError):
+    """What is wrong, and the line (from 1) where it is known."""
+
+    def __init__(self, reason: object, line: int = 1) -> None:
+        super().__init__(f"line {line}: {reason}")
+        self.reason, self.line = str(reason), line
+
+
+def from_json(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def from_yaml(text: str) -> Any:
+    """Raises BadYaml."""
+    node = compose(text)
+    return None if node is None else construct(node)
+
+
+def compose(text: str) -> yaml.Node | None:
+    """The tree with its line numbers, not yet values. Raises BadYaml."""
+    if len(text) > MOST_YAML:
+        raise BadYaml(f"longer than {MOST_YAML} characters")
+    try:
+        node: yaml.Node | None = yaml.compose(text, Loader=Loader)
+        return node
+    except yaml.reader.ReaderError as error:
+        raise BadYaml(f"{error.reason}: U+{ord(text[error.position]):04X}",
+                      text.count("\n", 0, error.position) + 1) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise BadYaml(getattr(error, "problem", None) or error,
+                      mark.line + 1 if mark else 1) from None
+    except RecursionError:
+        raise BadYaml("nested too deeply") from None
+
+
+def construct(node: yaml.Node) -> Any:
+    """Raises BadYaml for a date that is none, a key that is a list, a number without end."""
+    try:
+        return Loader("").construct_document(node)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None) or node.start_mark
+        raise BadYaml(getattr(error, "problem", None) or error, mark.line + 1) from None
+    except ValueError as error:
+        raise BadYaml(error, node.start_mark.line + 1) from None
+    except (TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        raise BadYaml("a value that its tag doesn't allow, or nested too deeply",
+                      node.start_mark.line + 1) from None
