@@ -37,13 +37,13 @@ def test_noise_and_target_equal_the_reference(kind: Objective) -> None:
 def test_min_snr_weights_follow_the_paper() -> None:
     alphas = DDPMScheduler.from_config(SCHEDULE).alphas_cumprod.double()
     snr = alphas / (1 - alphas)
-    epsilon = Diffusion(parts("epsilon"), min_snr_gamma=5).weights
+    epsilon = Diffusion(parts("epsilon"), TrainConfig(min_snr_gamma=5)).weights
     torch.testing.assert_close(epsilon, (snr.clamp(max=5) / snr).float())
-    velocity = Diffusion(parts("v_prediction"), min_snr_gamma=5).weights
+    velocity = Diffusion(parts("v_prediction"), TrainConfig(min_snr_gamma=5)).weights
     torch.testing.assert_close(velocity, (snr.clamp(max=5) / (snr + 1)).float())
     assert epsilon[999] == 1          # noisy steps count fully, clean ones less
     assert epsilon[0] < 0.01
-    ends = Diffusion(parts("v_prediction", rescale_betas_zero_snr=True), min_snr_gamma=5).weights
+    ends = Diffusion(parts("v_prediction", rescale_betas_zero_snr=True), TrainConfig(min_snr_gamma=5)).weights
     assert torch.isfinite(ends).all()
 
 
@@ -56,7 +56,7 @@ def test_zero_terminal_snr_leaves_no_signal() -> None:
 
 
 def test_a_sample_draws_the_same_in_any_batch() -> None:
-    diffusion = Diffusion(parts("epsilon"), noise_offset=0.1)
+    diffusion = Diffusion(parts("epsilon"), TrainConfig(noise_offset=0.1))
     together = diffusion.draw(7, [3, 4, 5], (4, 2, 2))
     for i, number in enumerate([3, 4, 5]):
         alone = diffusion.draw(7, [number], (4, 2, 2))
@@ -76,7 +76,7 @@ def test_noise_is_standard_and_timesteps_are_uniform() -> None:
 
 def test_noise_offset_shifts_whole_channels() -> None:
     plain = Diffusion(parts("epsilon")).draw(1, range(500), (4, 8, 8)).noise
-    offset = Diffusion(parts("epsilon"), noise_offset=0.5).draw(1, range(500), (4, 8, 8)).noise
+    offset = Diffusion(parts("epsilon"), TrainConfig(noise_offset=0.5)).draw(1, range(500), (4, 8, 8)).noise
     assert float(plain.mean((2, 3)).std()) == pytest.approx(1 / 8, rel=0.1)
     expected = (1 / 64 + 0.25) ** 0.5
     assert float(offset.mean((2, 3)).std()) == pytest.approx(expected, rel=0.1)
