@@ -153,8 +153,12 @@ def load_adapter(pipeline: Any, path: Path, name: str) -> str:
     try:
         with warnings.catch_warnings():     # peft warns of a second adapter, which is meant
             warnings.simplefilter("ignore")
-            pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name,
-                                       local_files_only=True)
+            plain = new_words.unbundled(path)   # diffusers refuses a file that holds words
+            if plain:
+                pipeline.load_lora_weights(plain, adapter_name=name)
+            else:
+                pipeline.load_lora_weights(path.parent, weight_name=path.name,
+                                           adapter_name=name, local_files_only=True)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = (str(error).strip().splitlines() or ["?"])[0][:200]
         raise Fault("generate.lora_refused", file=path, keys=len(keys), reason=reason) from error

@@ -113,8 +113,19 @@ def read(lora: Path) -> list[NewWord]:
     return found
 
 
+def unbundled(lora: Path) -> dict[str, Tensor] | None:
+    """The LoRA's own tensors, where words are bundled with it."""
+    if not _bundles(lora):
+        return None
+    return {key: tensor for key, tensor in _load(lora).items() if not key.startswith(BUNDLED)}
+
+
+def _bundles(lora: Path) -> bool:
+    return any(key.startswith(BUNDLED) for key in read_header(lora).tensors)
+
+
 def _bundled(lora: Path) -> list[NewWord]:
-    if not any(key.startswith(BUNDLED) for key in read_header(lora).tensors):
+    if not _bundles(lora):
         return []
     words: dict[str, dict[str, Tensor]] = {}
     for key, tensor in _load(lora).items():

@@ -28,7 +28,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"batch_size": 1}, {"batch_size": 4, "lora_rank": 32}, {"precision": "bf16", "batch_size": 2},
     {"gradient_checkpointing": True, "batch_size": 4},
     {"gradient_checkpointing": True, "precision": "bf16", "lora_rank": 64},
-    {"gradient_accumulation_steps": 2, "target_modules": "all-linear"}]
+    {"gradient_accumulation_steps": 2, "target_modules": "all-linear"},
+    {"text_encoder_lr": 1e-4, "text_encoder_rank": 4, "ema_decay": 0.99},
+    {"text_encoder_lr": 1e-4, "pivotal_tokens": 2, "trigger_word": "x", "batch_size": 4}]
 
 
 @pytest.fixture(scope="module")
