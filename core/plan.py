@@ -135,7 +135,8 @@ def plan_run(config: TrainConfig, base: Base, machine: Machine, data: Data | Non
     phases = (_phase("texts", text_encoder=facts["text"], activations=texts["peak"]),
               _phase("cache", vae=facts["vae"], activations=cache["peak"]),
               *_loading(machine, facts), _training(config, facts, step),
-              *_drawing(config, base, numbers, machine, facts, step))
+              *_drawing(config, base, numbers, machine, facts, step),
+              *_regular(config, base, numbers, machine, facts, bucket))
     host = {"dataset": _cached(config, data, cache, texts) / MB}
     outside, learned = _outside(machine, max(phase.mb for phase in phases), host)
     return Plan(
@@ -254,6 +255,19 @@ def _drawing(config: TrainConfig, base: Base, numbers: dict[str, str], machine: 
                              adapter=step["adapter"], optimizer=step["optimizer"],
                              activations=drawn["peak"], **_beside(config, facts, step)))
     return phases
+
+
+def _regular(config: TrainConfig, base: Base, numbers: dict[str, str], machine: Machine,
+             facts: Mapping[str, float], bucket: tuple[int, int]) -> list[Phase]:
+    """The base alone, whole, drawing regularisation pictures before the training."""
+    if not config.reg_from_base:
+        return []
+    settings = step_settings(config, machine, bucket)
+    drawn = ask("draw", base, numbers, kind=machine.kind, width=bucket[0], height=bucket[1],
+                batch=1 if config.sample_cfg <= 1 else 2, rank=config.lora_rank,
+                targets=settings["targets"], **kept_settings(config, machine.kind))
+    return [_phase("regular", denoiser=facts["denoiser"], vae=facts["vae"],
+                   text_encoder=facts["text"], activations=drawn["peak"])]
 
 
 def _outside(machine: Machine, tensors: float, host: Mapping[str, float]

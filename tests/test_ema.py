@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
 from torch import nn
 
+from core.config import TrainConfig
+from core.control import Control
 from core.ema import Ema
+from core.engine import train
+from tests import tiny
 
 
 def walk(parameters: list[nn.Parameter], n: int) -> None:
@@ -68,6 +75,22 @@ def test_state_goes_round_and_an_old_checkpoint_begins_at_its_weights() -> None:
     assert all(torch.equal(a, p) for a, p in zip(again.averages, parameters, strict=True))
     assert all(a.data_ptr() != p.data_ptr()
                for a, p in zip(again.averages, parameters, strict=True))
+
+
+def test_a_run_saves_its_average(base: Path, tmp_path: Path) -> None:
+    config = TrainConfig.model_validate({
+        "base_model": str(base), "train_data_dir": str(tiny.pictures(tmp_path / "p", 2)),
+        "output_dir": str(tmp_path / "out"), "output_name": "ink", "lora_rank": 2,
+        "max_train_steps": 3, "learning_rate": 1e-2, "ema_decay": 0.5, "save_precision": "fp32"})
+    result = train(config, lambda event: None, Control())
+    assert result["proof"]["ok"]            # the proof compares pictures of the average
+    saved = load_file(result["lora"])
+    state = load_file(tmp_path / "out/checkpoints/ink-000003/state.safetensors")
+    kept = [state[f"adapter.ema.{n}"] for n in range(len(saved) * 2 // 3)]
+    raw = [v for k, v in state.items() if ".lora_" in k]
+    files = sorted(float(v.sum()) for k, v in saved.items() if ".lora_" in k)
+    assert files == sorted(float(v.sum()) for v in kept)
+    assert files != sorted(float(v.sum()) for v in raw)
 
 
 def test_what_settles_takes_its_average_for_good() -> None:

@@ -68,6 +68,23 @@ def test_a_plan_names_every_phase_and_part() -> None:
     assert json.loads(json.dumps(plan.as_dict(made)))["peak"] == made.peak.name
 
 
+def test_what_a_run_learns_beside_the_lora_is_planned() -> None:
+    base, data = Base.of(DEMO), Data(20, 20)
+    plain = plan.plan_run(TrainConfig(), base, CPU, data)
+    found = plan.plan_run(TrainConfig(
+        ema_decay=0.99, text_encoder_lr=1e-4, pivotal_tokens=2, trigger_word="x", flip=True,
+        masked_loss=True, reg_from_base=5), base, CPU, data)
+    train = found.phase("train").parts
+    assert train["average"] == train["adapter"] > plain.phase("train").parts["adapter"]
+    assert train["text_encoder"] == found.phase("verify").parts["text_encoder"] > 0
+    assert train["activations"] > plain.phase("train").parts["activations"]
+    assert found.phase("regular").parts["text_encoder"] == train["text_encoder"]
+    assert "average" not in plain.phase("train").parts
+    latents, mask = 4 * 16 * 16 * 4, 16 * 16 * 4
+    assert found.disk["cache"] == pytest.approx(20 * 2 * (latents + mask) / plan.MB)
+    assert found.disk["checkpoints"] > 1.3 * plain.disk["checkpoints"]
+
+
 def test_published_shapes_of_sd15(sd15: Base) -> None:
     """The UNet's size is published; 2.70 and 1.88 GiB were measured by other means before."""
     made = plan.plan_run(TrainConfig(), sd15, LAPTOP)

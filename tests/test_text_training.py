@@ -146,6 +146,18 @@ def test_encoding_in_the_step_equals_the_cache(make: Make) -> None:
     torch.testing.assert_close(gradient(live), gradient(cached), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_learns_in_fp32(make: Make, precision: str) -> None:
+    trainer = trainer_of(make(**TEXT, precision=precision))
+    assert trainer.text is not None
+    assert {p.dtype for p in trainer.text.parameters} == {torch.float32}
+    before = [p.detach().clone() for p in trainer.text.parameters]
+    for n in range(2):
+        trainer.update(n)
+    assert all(torch.isfinite(p).all() for p in trainer.text.parameters)
+    assert not torch.equal(before[-1], trainer.text.parameters[-1])
+
+
 def test_words_need_a_trigger(make: Make) -> None:
     with pytest.raises(Fault, match="trigger_word"):
         trainer_of(make(pivotal_tokens=1))
