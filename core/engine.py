@@ -112,7 +112,7 @@ class Trainer:
         if self.text is not None and 0 < self.config.text_encoder_stop <= number:
             self._rest_text(self.text)
         for group in self.optimizer.param_groups:
-            group["lr"] = optim.rate(self.config, number, self.total) * group.get("scale", 1.0)
+            group["lr"] = optim.rate(self.config, number, self.total) * group.get("factor", 1.0)
         if self.config.lora_dropout:        # the mask is the only use of torch's own generator
             torch.manual_seed(self.config.seed + number)
         self.accumulate(self.course.update(number))

@@ -36,13 +36,18 @@ class NewWord:
 
 
 class Rows(nn.Module):
-    """A frozen token table, and below it trainable rows in fp32."""
+    """A frozen token table, and below it trainable rows in fp32. The rows are no parameters of the
+    encoder: they are no part of its adapter."""
 
     def __init__(self, table: nn.Embedding, first: int, rows: Tensor) -> None:
         super().__init__()
         self.table = table
         self.first = first                  # number of the first row
-        self.rows = nn.Parameter(rows.to(table.weight.device, torch.float32, copy=True))
+        self._rows = [nn.Parameter(rows.to(table.weight.device, torch.float32, copy=True))]
+
+    @property
+    def rows(self) -> nn.Parameter:
+        return self._rows[0]
 
     def forward(self, ids: Tensor) -> Tensor:
         known: Tensor = self.table(ids.clamp(max=self.first - 1))

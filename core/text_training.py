@@ -50,11 +50,12 @@ class TextTraining:
         return {word: tokens}, rows
 
     def _attach(self) -> list[nn.Parameter]:
-        """The same kind of adapter as the denoiser's, at the same alpha / rank."""
+        """LoRA at the denoiser's alpha / rank. What names blocks there means nothing here."""
         config, spec = self.config, self.family.spec
         rank = config.text_encoder_rank or config.lora_rank
-        own = config.with_changes(lora_rank=rank, lora_alpha=self.alpha,
-                                  target_modules=list(spec.text_targets))
+        own = TrainConfig(lora_rank=rank, lora_alpha=self.alpha, seed=config.seed,
+                          lora_dropout=config.lora_dropout,
+                          target_modules=list(spec.text_targets))
         plain = replace(spec, lora_aliases={}, lora_presets={})
         found: list[nn.Parameter] = []
         for model in self.models.values():
@@ -72,16 +73,16 @@ class TextTraining:
         return [*self.adapters, *(rows.rows for rows in self.rows.values())]
 
     def groups(self) -> list[dict[str, Any]]:
-        """For the optimizer. `scale`: of the rate of the step. Words don't decay."""
+        """For the optimizer. `factor`: of the rate of the step. Words don't decay."""
         config = self.config
         groups: list[dict[str, Any]] = []
         if self.adapters:
             groups.append({"params": self.adapters, "lr": config.text_encoder_lr,
-                           "scale": config.text_encoder_lr / config.learning_rate})
+                           "factor": config.text_encoder_lr / config.learning_rate})
         if self.rows:
             groups.append({"params": [rows.rows for rows in self.rows.values()],
                            "weight_decay": 0.0, "lr": config.pivotal_lr,
-                           "scale": config.pivotal_lr / config.learning_rate})
+                           "factor": config.pivotal_lr / config.learning_rate})
         return groups
 
     def cond(self, texts: Sequence[str]) -> Cond:
