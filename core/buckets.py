@@ -6,7 +6,7 @@ is scaled until it covers it, and loses the overhang on both sides. Nothing is s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import floor, isqrt
 from random import Random
@@ -123,8 +123,9 @@ def fit_picture(image: Image.Image, bucket: Size,
 
 
 def batches(bucket_of: Sequence[Size], repeats: Sequence[int], batch_size: int,
-            epoch_seed: int) -> list[list[int]]:
+            epoch_seed: int, spread: Collection[int] = ()) -> list[list[int]]:
     """One epoch: every picture `repeats` times, each batch from one bucket, in random order.
+    Those in `spread` are dealt out evenly among a bucket's batches.
 
     No picture is dropped: a bucket's last batch is smaller. The same seed gives the same order
     everywhere; pass another seed for each epoch.
@@ -136,6 +137,14 @@ def batches(bucket_of: Sequence[Size], repeats: Sequence[int], batch_size: int,
     epoch: list[list[int]] = []
     for indices in members.values():
         rng.shuffle(indices)
+        indices = _dealt(indices, spread) if spread else indices
         epoch += [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
     rng.shuffle(epoch)
     return epoch
+
+
+def _dealt(indices: list[int], spread: Collection[int]) -> list[int]:
+    """Two shuffled kinds merged, so that every stretch holds its share of both."""
+    kinds = [[i for i in indices if (i in spread) is kind] for kind in (False, True)]
+    placed = [((n + 0.5) / len(kind), i) for kind in kinds for n, i in enumerate(kind)]
+    return [i for _, i in sorted(placed, key=lambda pair: pair[0])]

@@ -104,13 +104,23 @@ def split_tags(caption: str) -> list[str]:
 
 def with_trigger(caption: str, trigger: str) -> str:
     """The trigger put first, unless the caption already has it as a whole word or phrase."""
-    wanted = trigger.split()
-    if not wanted:
-        return caption
-    phrase = r"\s+".join(map(re.escape, wanted))
-    if re.search(f"(?<!{_WORD}){phrase}(?!{_WORD})", caption, re.IGNORECASE):
+    if not trigger.strip() or phrase(trigger).search(caption):
         return caption
     return ", ".join(filter(None, (trigger.strip(), caption.strip())))
+
+
+def without_trigger(caption: str, trigger: str) -> str:
+    """The caption with the trigger taken out, and what is left joined neatly."""
+    if not trigger.strip():
+        return caption
+    parts = (" ".join(part.split()) for part in phrase(trigger).sub("", caption).split(","))
+    return ", ".join(filter(None, parts))
+
+
+def phrase(text: str) -> re.Pattern[str]:
+    """Finds a word or phrase as a whole, in any case, over any spaces."""
+    words = r"\s+".join(map(re.escape, text.split()))
+    return re.compile(f"(?<!{_WORD}){words}(?!{_WORD})", re.IGNORECASE)
 
 
 def shuffle_tags(caption: str, keep_tokens: int, rng: Random) -> str:

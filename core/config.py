@@ -22,6 +22,8 @@ Precision = Literal["auto", "fp32", "fp16", "bf16"]
 BasePrecision = Literal["same", "int8", "fp8", "nf4"]
 Schedule = Literal["constant", "linear", "cosine"]
 Extension = Annotated[str, Field(pattern=r"^.+:[A-Za-z_]\w*$")]     # "module:object"
+LossType = Literal["l2", "huber", "smooth_l1"]
+HuberSchedule = Literal["snr", "exponential", "constant"]
 
 
 def _field(default: Any, level: str, help_: str, unit: str = "", **limits: Any) -> Any:
@@ -85,10 +87,45 @@ class TrainConfig(BaseModel):
     seed: int = _field(42, "advanced", "same seed, same LoRA", ge=0, lt=2**63)
     min_snr_gamma: float = _field(0.0, "advanced", "min-SNR weighting; 5 is usual, 0: off", ge=0)
     noise_offset: float = _field(0.0, "advanced", "helps dark and bright pictures", ge=0, le=1)
+    text_encoder_lr: float = _field(
+        0.0, "advanced", "rate of the text encoder's own LoRA; 0: it stays as it is", ge=0, le=10)
+    pivotal_tokens: int = _field(
+        0, "advanced", "new words learned for the trigger word; 0: none", "tokens", ge=0, le=32)
+    masked_loss: bool = _field(
+        False, "advanced", "learn only what masks or transparency leave visible")
+    reg_data_dir: str = _field(
+        "", "advanced", "folder of pictures that the LoRA must not change")
+    reg_from_base: int = _field(
+        0, "advanced", "pictures of that kind, drawn by the base itself first; 0: none",
+        "pictures", ge=0, le=10_000)
+    ema_decay: float = _field(
+        0.0, "advanced", "average of the LoRA over steps, such as 0.99; 0: off", ge=0, lt=1)
 
     # expert
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = _field(
         "auto", "expert", "what the base predicts")
+    zero_terminal_snr: bool = _field(False, "expert", "last timestep is noise alone (v only)")
+    multires_noise_iterations: int = _field(
+        0, "expert", "levels of coarser noise added; 6 is usual, 0: off", "levels", ge=0, le=16)
+    multires_noise_discount: float = _field(
+        0.3, "expert", "strength of each coarser level", gt=0, le=1)
+    loss_type: LossType = _field("l2", "expert", "how errors count; huber: outliers less")
+    huber_c: float = _field(0.1, "expert", "smallest error that Huber takes as outlier", gt=0, le=1)
+    huber_schedule: HuberSchedule = _field("snr", "expert", "course of that error over timesteps")
+    debiased_estimation: bool = _field(False, "expert", "weight 1 / sqrt(SNR)")
+    unmasked_weight: float = _field(
+        0.0, "expert", "weight outside of masks", ge=0, le=1)
+    reg_share: float = _field(
+        0.5, "expert", "share of regularisation pictures in the batches", gt=0, lt=1)
+    prior_loss_weight: float = _field(
+        1.0, "expert", "weight of regularisation pictures in the loss", ge=0, le=100)
+    text_encoder_rank: int = _field(
+        0, "expert", "size of the text encoder's LoRA; 0: as the rank", ge=0, le=1024)
+    text_encoder_stop: int = _field(
+        0, "expert", "step after which the text encoder and new words rest; 0: never", "steps",
+        ge=0)
+    pivotal_lr: float = _field(1e-3, "expert", "rate of the new words", gt=0, le=10)
+    pivotal_init: str = _field("", "expert", "text that new words start as; empty: the trigger")
     weight_decay: float = _field(0.01, "expert", "AdamW weight decay", ge=0)
     max_grad_norm: float = _field(1.0, "expert", "gradient clipping; 0: off", ge=0)
     adam_beta1: float = _field(0.9, "expert", "AdamW beta 1", ge=0, lt=1)
@@ -154,6 +191,15 @@ class TrainConfig(BaseModel):
     @property
     def alpha(self) -> float:
         return self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether captions must be encoded in the step, for a while at least."""
+        return self.text_encoder_lr > 0 or self.pivotal_tokens > 0
+
+    @property
+    def regularised(self) -> bool:
+        return bool(self.reg_data_dir) or self.reg_from_base > 0
 
     def with_changes(self, **changes: Any) -> Self:
         return type(self).model_validate(self.model_dump() | changes)

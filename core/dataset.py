@@ -23,6 +23,7 @@ SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp",
                       ".tiff", ".gif"))
 CANT_READ = frozenset((".heic", ".heif", ".jxl", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef",
                        ".arw"))             # pictures to their owner: said, not silently ignored
+MASKS = ("-masklabel", ".mask")            # behind the stem of a picture: its mask, see masks.py
 MOST_REPEATS = 999                          # 2024_summer is a year
 
 _REPEATS = re.compile(r"([0-9]+)_(.+)")
@@ -206,7 +207,7 @@ def _add_file(tree: Tree, path: Path, repeats: int) -> None:
     tree.files.append(path)
     if suffix in CANT_READ:
         tree.report(path, "unsupported", suffix=suffix)
-    elif suffix in SUFFIXES and repeats and not path.stem.endswith("-masklabel"):
+    elif suffix in SUFFIXES and repeats and not path.stem.endswith(MASKS):
         tree.pictures.append(path)
 
 

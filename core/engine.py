@@ -7,31 +7,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from core import extensions, families, lora, lora_init, optim
+from core import extensions, families, lora, lora_init, optim, regularise
 from core.callbacks import Callbacks
 from core.config import TrainConfig, resolve
 from core.control import Control
-from core.course import Batch, Course
+from core.course import Batch, Course, Regular
+from core.ema import PREFIX as EMA
+from core.ema import Ema
 from core.events import Event, Note, Phase
-from core.examples import Encoder, Examples, Stopped, find
+from core.examples import Encoder, Examples, Stopped, find, say_too_long
 from core.families.base import Cond, Family, Parts, Precision
 from core.faults import Fault
 from core.lookout import Lookout, weigh
 from core.meter import Meter
-from core.objective import Diffusion, Draw
+from core.objective import Diffusion, Draw, split_mask, zero_terminal
 from core.plan import Base
 from core.precision import autocast, choose, free_memory, load_denoiser
 from core.preview import Previewer
 from core.saving import Keeper
+from core.text_training import TextTraining
 from core.verify import verify_run
 
 VALIDATION_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)      # of the noise schedule
@@ -65,12 +69,16 @@ def _train(config: TrainConfig, emit: Callbacks, control: Control, beside: Path 
     parts = family.load(source, precision, frozenset())
     if config.prediction_type != "auto":
         parts.objective = config.prediction_type
+    if config.zero_terminal_snr:
+        zero_terminal(parts)
     examples = find(config, *_picture_paths(config, beside), parts.native_size,
                     parts.bucket_step, emit)
-    lookout = Lookout(config, Base.of(source, kind), precision.device,
-                      weigh(examples.items, config), emit)
-    lookout.announce()
     try:
+        if config.regularised:
+            regularise.add(config, examples, family, parts, precision, beside, emit, control)
+        lookout = Lookout(config, Base.of(source, kind), precision.device,
+                          weigh(examples.items, config), emit)
+        lookout.announce()
         Encoder(family, source, precision, config, emit, control).fill(
             examples, config.sample_prompts)
     except Stopped:
@@ -94,27 +102,30 @@ class Trainer:
         self.parameters = lora.attach(self.denoiser, config, family.spec)
         if config.init_lora_weights:
             lora_init.start(self.denoiser, config, family.spec, emit)
+        self.text = self._text_training() if config.trains_text else None
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         lora.set_training(self.denoiser, True)
         self.optimizer = optim.create(config, self.parameters, emit)
+        if self.text is not None:
+            for group in self.text.groups():
+                self.optimizer.add_param_group(group)
+            self.parameters = [*self.parameters, *self.text.parameters]
+        self.ema = Ema(self.parameters, config.ema_decay) if config.ema_decay else None
         self.scaler = torch.amp.GradScaler(
             precision.device.type, enabled=precision.compute == torch.float16)
-        self.diffusion = Diffusion(parts, config.min_snr_gamma, config.noise_offset,
-                                   precision.device)
-        chosen = examples.trained()
-        self.course = Course(
-            chosen, [examples.items[i].bucket for i in chosen],
-            [examples.items[i].picture.repeats for i in chosen],
-            config.batch_size, config.gradient_accumulation_steps, config.seed)
+        self.diffusion = Diffusion(parts, config, precision.device)
+        self.course = _course(config, examples)
         self.total = config.max_train_steps or config.epochs * self.course.updates_per_epoch
         self.loss_sum = torch.zeros((), device=precision.device)
         self.micro_batch = config.batch_size        # samples at once; see `lower`
 
     def update(self, number: int) -> None:
         """One optimizer step on the batches of update `number`."""
+        if self.text is not None and 0 < self.config.text_encoder_stop <= number:
+            self._rest_text(self.text)
         for group in self.optimizer.param_groups:
-            group["lr"] = optim.rate(self.config, number, self.total)
+            group["lr"] = optim.rate(self.config, number, self.total) * group.get("factor", 1.0)
         if self.config.lora_dropout:        # the mask is the only use of torch's own generator
             torch.manual_seed(self.config.seed + number)
         self.accumulate(self.course.update(number))
@@ -125,14 +136,16 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(number)
 
     def accumulate(self, batches: Sequence[Batch]) -> None:
         """Adds the gradient of the mean loss over all samples of all batches."""
         samples = sum(len(b.indices) for b in batches)
         for batch in (part for whole in batches for part in whole.parts(self.micro_batch)):
-            latents = self._latents(batch)
+            latents, weights = self._latents(batch)
             draw = self.diffusion.draw(self.config.seed, batch.numbers, latents.shape[1:])
-            losses = self.losses(latents, draw, self._cond(batch))
+            losses = self.losses(latents, draw, self._cond(batch), weights)
             loss = losses.sum() / samples
             self.loss_sum += loss.detach()
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -148,12 +161,14 @@ class Trainer:
             return {"gradient_checkpointing": True}
         return None
 
-    def losses(self, latents: Tensor, draw: Draw, cond: Cond) -> Tensor:
-        """Loss of each sample (B,), fp32."""
+    def losses(self, latents: Tensor, draw: Draw, cond: Cond,
+               weights: Tensor | None = None) -> Tensor:
+        """Loss of each sample (B,), fp32; `weights` (B, 1, h, w) or (B, 1, 1, 1): of places."""
         device = self.precision.device
         return self.diffusion.losses(
             self.family, self.denoiser, latents.to(device, non_blocking=True), draw.to(device),
-            cond, lambda: autocast(self.precision))
+            cond, lambda: autocast(self.precision),
+            None if weights is None else weights.to(device, non_blocking=True))
 
     @torch.no_grad()
     def validate(self) -> float | None:
@@ -162,16 +177,15 @@ class Trainer:
         held_out = sorted(self.examples.held_out)
         if not held_out:
             return None
-        lora.set_training(self.denoiser, False)
+        self._set_training(False)
         total = 0.0
         for i in held_out:
-            latents = self._view(i, False)[None]
-            cond = self.examples.cond([self.examples.items[i].captions[0]],
-                                      self.precision.device)
+            latents, weights = self._weighed(self._view(i, False)[None], [i])
+            cond = self.cond([self.examples.items[i].captions[0]])
             for share in VALIDATION_SHARES:
                 draw = self.diffusion.draw_fixed(_FIXED_SEED, [i], latents.shape[1:], share)
-                total += float(self.losses(latents, draw, cond))
-        lora.set_training(self.denoiser, True)
+                total += float(self.losses(latents, draw, cond, weights))
+        self._set_training(True)
         return total / (len(held_out) * len(VALIDATION_SHARES))
 
     def mean_loss(self, updates: int) -> float:
@@ -180,10 +194,68 @@ class Trainer:
         self.loss_sum.zero_()
         return value
 
-    def _latents(self, batch: Batch) -> Tensor:
+    def cond(self, texts: Sequence[str]) -> Cond:
+        """Embeddings of a batch of captions, (B, ...): cached, or of the encoder in training."""
+        if self.text is not None and self.text.live:
+            return self.text.cond(texts)
+        return self.examples.cond(texts, self.precision.device)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within, the adapter is what is shown and saved: its average, where one is kept."""
+        return self.ema.applied() if self.ema is not None else contextlib.nullcontext()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is learned, for a checkpoint."""
+        found = lora.state(self.denoiser)
+        for more in (self.text, self.ema):
+            found |= more.state() if more is not None else {}
+        return found
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        averages = {k: v for k, v in tensors.items() if k.startswith(EMA)}
+        texts = {k: v for k, v in tensors.items() if self.text is not None and self.text.owns(k)}
+        lora.load_state(self.denoiser, {k: v for k, v in tensors.items()
+                                        if k not in averages and k not in texts})
+        if self.text is not None:
+            self.text.load_state(texts)
+        if self.ema is not None:
+            self.ema.load_state(averages)
+
+    def _text_training(self) -> TextTraining:
+        text = self.family.load(self.parts.source, self.precision, frozenset({"text"})).text
+        self.parts.text = text
+        say_too_long(self.family, self.parts, self.examples.captions(), self.emit)
+        return TextTraining(self.config, self.family, self.parts, self.precision)
+
+    def _rest_text(self, text: TextTraining) -> None:
+        if text.live:
+            if self.ema is not None:
+                self.ema.settle(text.parameters)
+            self.examples.texts = text.rest(self.examples.captions(*self.config.sample_prompts))
+            free_memory()
+
+    def _set_training(self, on: bool) -> None:
+        lora.set_training(self.denoiser, on)
+        if self.text is not None:
+            self.text.set_training(on)
+
+    def _latents(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Latents (B, C, h, w), and how much each place counts; None: all the same."""
         flips = ([self._dice(n, "flip") < 0.5 for n in batch.numbers] if self.config.flip
                  else [False] * len(batch.numbers))
-        return torch.stack([self._view(i, f) for i, f in zip(batch.indices, flips, strict=True)])
+        stacked = torch.stack([self._view(i, f)
+                               for i, f in zip(batch.indices, flips, strict=True)])
+        return self._weighed(stacked, batch.indices)
+
+    def _weighed(self, latents: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        config, regular, weights = self.config, self.examples.regular, None
+        if config.masked_loss:
+            latents, weights = split_mask(latents, config.unmasked_weight)
+        if regular:
+            prior = torch.tensor([config.prior_loss_weight if i in regular else 1.0
+                                  for i in indices]).view(-1, 1, 1, 1)
+            weights = prior if weights is None else weights * prior
+        return latents, weights
 
     def _view(self, index: int, flipped: bool) -> Tensor:
         latents = self.examples.latents[index]
@@ -198,7 +270,7 @@ class Trainer:
             choice = (int(self._dice(number, "caption") * len(variants)) if len(variants) > 1
                       else 0)
             texts.append("" if dropped else variants[choice])
-        return self.examples.cond(texts, self.precision.device)
+        return self.cond(texts)
 
     def _dice(self, number: int, use: str) -> float:
         return random.Random(f"{self.config.seed}-{use}-{number}").random()
@@ -213,7 +285,7 @@ class Session:
         self.after_update = after_update
         self.config, self.emit, self.control = trainer.config, trainer.emit, trainer.control
         self.previewer = Previewer(trainer.family, trainer.parts, trainer.precision, self.config,
-                                   trainer.examples, keeper.output / "samples", self.emit)
+                                   trainer.cond, keeper.output / "samples", self.emit)
         self.samples: list[str] = []
         self.first_step_s = 0.0
 
@@ -249,14 +321,16 @@ class Session:
                 self._preview(done)
 
     def _validate(self, done: int) -> float | None:
-        loss = self.trainer.validate()
+        with self.trainer.averaged():
+            loss = self.trainer.validate()
         if loss is not None:
             self.keeper.remember(done, loss)
         return loss
 
     def _preview(self, step: int) -> None:
         if self.config.sample_prompts:
-            self.samples += self.previewer.draw(step, self.keeper.name)
+            with self.trainer.averaged():
+                self.samples += self.previewer.draw(step, self.keeper.name, self.trainer.text)
 
     def _asked_to_stop(self, update: int) -> bool:
         self.control.wait_while_paused()
@@ -274,7 +348,8 @@ class Session:
         final = keeper.final()
         trainer.optimizer.zero_grad(set_to_none=True)
         self.emit(Phase(name="verify"))
-        proof = verify_run(trainer, final)
+        with trainer.averaged():
+            proof = verify_run(trainer, final)
         free_memory()
         self.emit(Note(key="engine.proof" if proof["ok"] else "engine.proof_failed",
                        params=proof))
@@ -284,6 +359,17 @@ class Session:
                 "checkpoints": keeper.kept(), "parameters": sum(
                     p.numel() for p in trainer.parameters), **meter.facts(),
                 **self.lookout.facts()}
+
+
+def _course(config: TrainConfig, examples: Examples) -> Course:
+    def buckets(indices: Sequence[int]) -> list[tuple[int, int]]:
+        return [examples.items[i].bucket for i in indices]
+    chosen, more = examples.trained(), sorted(examples.regular)
+    repeats = [examples.items[i].picture.repeats for i in chosen]
+    regular = Regular(more, buckets(more), sum(repeats), config.reg_share,
+                      config.seed) if more else None
+    return Course(chosen, buckets(chosen), repeats, config.batch_size,
+                  config.gradient_accumulation_steps, config.seed, regular)
 
 
 def _source(config: TrainConfig, beside: Path | None) -> Path:

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from core import families, lora, lora_formats, paths, samplers, words
+from core import families, lora, lora_formats, new_words, paths, samplers, words
 from core.config import GenerateConfig, size_of
 from core.events import Event, Note, Phase, Sample
 from core.families.base import ALL_PARTS, Family, Parts
 from core.faults import Fault
 from core.lora_file import read_lora
+from core.lora_metadata import CONFIG_KEY
 from core.precision import autocast, choose
 from core.safetensors_header import data_hash, read_header
 from core.sheet import draw_sheet
@@ -85,6 +86,8 @@ class Studio:
             families.detect(source) if config.family == "auto" else config.family)
         self.precision = choose(config.precision, config.device)
         self._adapters: dict[Path, str] = {}
+        self._words: dict[Path, dict[str, str]] = {}
+        self._active: dict[str, str] = {}           # new words -> their tokens
 
     def load(self) -> None:
         self.parts: Parts = self.family.load(self.source, self.precision, ALL_PARTS)
@@ -96,6 +99,9 @@ class Studio:
         for item in active:
             if item.path not in self._adapters:
                 self._adapters[item.path] = self._load(item.path)
+                self._words[item.path] = load_words(self.parts, item.path, self.emit)
+        self._active = {word: tokens for item in active
+                        for word, tokens in self._words[item.path].items()}
         if not self._adapters:
             return
         if not active:
@@ -114,7 +120,8 @@ class Studio:
         return name
 
     def draw(self, shot: Shot) -> Image.Image:
-        arguments = {"prompt": shot.prompt, "negative_prompt": shot.negative}
+        arguments = {"prompt": new_words.expand(shot.prompt, self._active),
+                     "negative_prompt": new_words.expand(shot.negative, self._active)}
         return draw(self.pipeline, self.parts, shot, arguments, self.precision)
 
     def describe(self, shot: Shot, loras: Iterable[Lora]) -> str:
@@ -158,8 +165,13 @@ def load_adapter(pipeline: Any, path: Path, name: str) -> str:
     try:
         with warnings.catch_warnings():     # peft warns of a second adapter, which is meant
             warnings.simplefilter("ignore")
-            pipeline.load_lora_weights(source, weight_name=path.name, adapter_name=name,
-                                       local_files_only=True)
+            # diffusers refuses a file that holds words
+            plain = None if path.is_dir() else new_words.unbundled(path)
+            if plain:
+                pipeline.load_lora_weights(plain, adapter_name=name)
+            else:
+                pipeline.load_lora_weights(source, weight_name=path.name, adapter_name=name,
+                                           local_files_only=True)
     except Exception as error:              # its key parsers raise nearly anything
         if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
             raise
@@ -169,6 +181,17 @@ def load_adapter(pipeline: Any, path: Path, name: str) -> str:
         raise Fault("generate.lora_refused", file=path, keys=len(keys),
                     reason=words.say("generate.no_key_fits"))
     return name
+
+
+def load_words(parts: Parts, path: Path,
+               emit: Callable[[Event], None] | None = None) -> dict[str, str]:
+    """The new words of a LoRA file, added to the base's encoders. -> word: its tokens in a text.
+    A file that was trained with words and lost them is told by a note."""
+    found = new_words.add_to(parts.text, new_words.read(path), path) if parts.text else {}
+    if not found and emit and "pivotal_tokens" in read_header(path).metadata.get(CONFIG_KEY, ""):
+        emit(Note(key="generate.words_missing", params={
+            "file": path.name, "words": new_words.beside(path).name}))
+    return found
 
 
 def modules_in(path: Path) -> int:
@@ -207,7 +230,7 @@ def find_lora(name: str, weight: float, folders: Sequence[Path] = ()) -> Lora:
     known: dict[str, Path] = {}
     for folder in [*folders, Path("output"), *_run_folders()]:
         for path in sorted(folder.glob("**/*.safetensors")) if folder.is_dir() else ():
-            if path.name != "state.safetensors":
+            if path.name != "state.safetensors" and not path.name.endswith(new_words.SUFFIX):
                 known.setdefault(path.stem, path.absolute())
     if name in known:
         return Lora(known[name], weight)

@@ -100,13 +100,14 @@ def set_weight(model: nn.Module, weight: float) -> None:
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's weights by peft's names, on the CPU, fp32."""
-    found: Mapping[str, Tensor] = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    found: Mapping[str, Tensor] = get_peft_model_state_dict(
+        model, adapter_name=ADAPTER, save_embedding_layers=False)   # "auto" would ask the hub
     return {k: v.detach().to("cpu", torch.float32).clone() for k, v in found.items()}
 
 
 def load_state(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Raises Fault where the weights are of other layers or another rank."""
-    own = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    own = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     shapes = {k: v.shape for k, v in own.items()}
     if shapes != {k: v.shape for k, v in weights.items()}:
         raise Fault("engine.other_adapter", here=len(shapes), there=len(weights))

@@ -35,12 +35,11 @@ SCHEDULES_WITH_WARMUP = {"constant": "constant_with_warmup"}  # the others warm 
 
 # Things that kohya's trainer can do and this one never does, in kohya's spelling.
 NEVER: dict[str, Any] = {
-    "ss_num_reg_images": 0, "ss_reg_dataset_dirs": "{}", "ss_full_fp16": False,
+    "ss_full_fp16": False,
     "ss_lowram": False, "ss_fp8_base": False, "ss_fp8_base_unet": False,
-    "ss_multires_noise_iterations": None, "ss_multires_noise_discount": None,
-    "ss_adaptive_noise_scale": None, "ss_zero_terminal_snr": False, "ss_ip_noise_gamma": None,
+    "ss_adaptive_noise_scale": None, "ss_ip_noise_gamma": None,
     "ss_noise_offset_random_strength": False, "ss_ip_noise_gamma_random_strength": False,
-    "ss_scale_weight_norms": None, "ss_debiased_estimation": False, "ss_loss_type": "l2",
+    "ss_scale_weight_norms": None,
     "ss_caption_dropout_every_n_epochs": 0, "ss_caption_tag_dropout_rate": 0.0,
     "ss_face_crop_aug_range": None, "ss_color_aug": False, "ss_random_crop": False,
 }
@@ -83,6 +82,7 @@ class TrainFacts:
 
     # the pictures
     folders: Mapping[str, Folder]          # folder name, no path
+    regular: Mapping[str, Folder] = field(default_factory=dict)     # regularisation pictures
     buckets: tuple[Bucket, ...]
     bucket_sides: tuple[int, int]          # px
     aspect_error: float = 0.0              # mean |picture's aspect - bucket's|
@@ -168,6 +168,15 @@ def _loss(facts: TrainFacts) -> dict[str, Any]:
     return {
         "ss_min_snr_gamma": config.min_snr_gamma or None,
         "ss_noise_offset": config.noise_offset or None,
+        "ss_multires_noise_iterations": config.multires_noise_iterations or None,
+        "ss_multires_noise_discount": (config.multires_noise_discount
+                                       if config.multires_noise_iterations else None),
+        "ss_zero_terminal_snr": config.zero_terminal_snr,
+        "ss_debiased_estimation": config.debiased_estimation,
+        "ss_loss_type": config.loss_type,
+        **({} if config.loss_type == "l2" else {
+            "ss_huber_schedule": config.huber_schedule, "ss_huber_c": config.huber_c}),
+        **({"ss_prior_loss_weight": config.prior_loss_weight} if facts.regular else {}),
         "ss_validation_split": config.validation_split,
         "ss_validate_every_n_steps": config.validation_steps or None,
     }
@@ -177,6 +186,9 @@ def _data(facts: TrainFacts) -> dict[str, Any]:
     config, folders = facts.config, facts.folders
     return {
         "ss_num_train_images": facts.pictures,
+        "ss_num_reg_images": sum(f.pictures for f in facts.regular.values()),
+        "ss_reg_dataset_dirs": json.dumps({name: {"n_repeats": f.repeats, "img_count": f.pictures}
+                                           for name, f in facts.regular.items()}),
         "ss_num_validation_images": facts.validation_pictures,
         "ss_resolution": facts.resolution,             # "(512, 512)"
         "ss_enable_bucket": True,

@@ -6,7 +6,7 @@ Figures are bytes. core/plan.py asks for them and keeps the answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from core.plan import Base
 from core.precision import DTYPES, keep_
 from core.quantise import Frozen
 from core.quantise import Kind as QuantKind
+from core.text_training import TextTraining
 from core.tracing import META, Kernels, Kind, size_of, traced
 
 Figures = dict[str, float]
@@ -64,14 +65,17 @@ def cache(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: i
     with traced(Kernels(kind, torch.float32), [parts.vae]) as tally:
         pixels = torch.empty(batch, 3, height, width, device=META)
         latents = family.encode_image(parts, pixels)
-    return {"peak": tally.peak, "latents": latents[:1].numel() * 4}
+    return {"peak": tally.peak, "latents": latents[:1].numel() * 4,
+            "mask": latents[0, :1].numel() * 4}
 
 
 def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: int, batch: int,
          rank: int, dropout: bool, targets: str | list[str], checkpointing: bool,
          accumulating: bool, kept: QuantKind = "same", offload: float = 0.0,
-         eight_bit: bool = False, variant: str = "lora", variant_source: str = "") -> Figures:
-    """One micro-batch forward and backward, as the engine runs it.
+         eight_bit: bool = False, text: Mapping[str, float] | None = None,
+         variant: str = "lora", variant_source: str = "") -> Figures:
+    """One micro-batch forward and backward, as the engine runs it; `text`: the config keys of
+    encoders that learn in it.
 
     `gradients_inside`: bytes of `peak` that are gradients, made by this very backward; when
     accumulating they were there before and stand apart.
@@ -83,6 +87,11 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
                          target_modules=targets, adapter=variant)
     parameters = lora.attach(parts.denoiser, config, family.spec)
     kernels = Kernels(kind, DTYPES[numbers["compute"]])
+    learner = None
+    if text:
+        config = config.with_changes(**text, trigger_word="x")
+        learner = TextTraining(config, family, parts, _precision(numbers), kernels.autocast)
+        parameters = [*parameters, *learner.parameters]
     if checkpointing:
         parts.denoiser.enable_gradient_checkpointing(kernels.checkpoint)
     lora.set_training(parts.denoiser, True)
@@ -93,8 +102,10 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
             parameter.grad = torch.empty_like(parameter)
     diffusion = Diffusion(parts, device=META)
     _learn_order(family, parts, latents, cond)
-    with traced(kernels, [parts.denoiser]) as tally:
-        inputs = latents.clone(), {k: v.clone() for k, v in cond.items()}
+    encoders = learner.models.values() if learner else ()
+    with traced(kernels, [parts.denoiser, *encoders]) as tally:
+        inputs = latents.clone(), (learner.cond([""] * batch) if learner else
+                                   {k: v.clone() for k, v in cond.items()})
         draw = Draw(torch.empty_like(latents), torch.empty(batch, dtype=torch.int64, device=META))
         losses = diffusion.losses(family, parts.denoiser, inputs[0], draw, inputs[1],
                                   kernels.autocast)
@@ -134,9 +145,12 @@ TRACES: dict[str, Callable[..., Figures]] = {
 
 def _skeleton(base: Base, numbers: dict[str, str], *only: Part) -> tuple[Family, Parts]:
     family = families.get(base.family)
-    precision = Precision(device=META, weights=DTYPES[numbers["weights"]],
-                          compute=DTYPES[numbers["compute"]], vae=DTYPES[numbers["vae"]])
-    return family, family.skeleton(base.source, precision, frozenset(only) or ALL_PARTS)
+    return family, family.skeleton(base.source, _precision(numbers), frozenset(only) or ALL_PARTS)
+
+
+def _precision(numbers: dict[str, str]) -> Precision:
+    return Precision(device=META, weights=DTYPES[numbers["weights"]],
+                     compute=DTYPES[numbers["compute"]], vae=DTYPES[numbers["vae"]])
 
 
 def _keep(parts: Parts, kind: Kind, kept: QuantKind, offload: float) -> None:

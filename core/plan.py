@@ -26,7 +26,7 @@ from core.reading import from_json
 from core.safetensors_header import read_header
 
 MB = 2**20
-VERSION = 2                             # of the traces; raise it when tracing changes
+VERSION = 3                             # of the traces; raise it when tracing changes
 Kind = Literal["cuda", "mps", "cpu"]
 Verdict = Literal["fits", "tight", "too_big"]
 
@@ -136,8 +136,9 @@ def plan_run(config: TrainConfig, base: Base, machine: Machine, data: Data | Non
                 batch=min(config.cache_batch_size, data.pictures))
     phases = (_phase("texts", text_encoder=facts["text"], activations=texts["peak"]),
               _phase("cache", vae=facts["vae"], activations=cache["peak"]),
-              *_loading(machine, facts), _training(facts, step),
-              *_drawing(config, base, numbers, machine, facts, step))
+              *_loading(machine, facts), _training(config, facts, step),
+              *_drawing(config, base, numbers, machine, facts, step),
+              *_regular(config, base, numbers, machine, facts, bucket))
     host = {"dataset": _cached(config, data, cache, texts) / MB}
     outside, learned = _outside(machine, max(phase.mb for phase in phases), host)
     return Plan(
@@ -159,7 +160,15 @@ def step_settings(config: TrainConfig, machine: Machine, bucket: tuple[int, int]
             "checkpointing": config.gradient_checkpointing,
             "accumulating": config.gradient_accumulation_steps > 1,
             **variant_settings(config), **kept_settings(config, machine.kind),
-            **({"eight_bit": True} if eight_bit(config, machine.kind) else {})}
+            **({"eight_bit": True} if eight_bit(config, machine.kind) else {}),
+            **({"text": _text_settings(config)} if config.trains_text else {})}
+
+
+def _text_settings(config: TrainConfig) -> dict[str, float]:
+    rank = config.text_encoder_rank or config.lora_rank
+    learns = config.text_encoder_lr > 0
+    return {"text_encoder_lr": 1e-4 if learns else 0.0, "text_encoder_rank": rank if learns else 0,
+            "pivotal_tokens": config.pivotal_tokens}
 
 
 def variant_settings(config: TrainConfig) -> dict[str, Any]:
@@ -221,10 +230,19 @@ def _loading(machine: Machine, facts: Mapping[str, float]) -> list[Phase]:
     return [_phase("load", denoiser=facts["whole"])]
 
 
-def _training(facts: Mapping[str, float], step: Mapping[str, float]) -> Phase:
+def _training(config: TrainConfig, facts: Mapping[str, float],
+              step: Mapping[str, float]) -> Phase:
     return _phase("train", denoiser=facts["denoiser"], adapter=step["adapter"],
                   optimizer=step["optimizer"], gradients=step["gradients"],
-                  activations=max(0.0, step["peak"] - step["gradients_inside"]))
+                  activations=max(0.0, step["peak"] - step["gradients_inside"]),
+                  **_beside(config, facts, step))
+
+
+def _beside(config: TrainConfig, facts: Mapping[str, float],
+            step: Mapping[str, float]) -> dict[str, float]:
+    """What some runs hold from the first step to the proof."""
+    return ({"text_encoder": facts["text"]} if config.trains_text else {}) | (
+        {"average": step["adapter"]} if config.ema_decay else {})
 
 
 def _drawing(config: TrainConfig, base: Base, numbers: dict[str, str], machine: Machine,
@@ -245,8 +263,21 @@ def _drawing(config: TrainConfig, base: Base, numbers: dict[str, str], machine: 
                     **variant_settings(config), **kept)
         phases.append(_phase(name, denoiser=facts["denoiser"], vae=facts["vae"],
                              adapter=step["adapter"], optimizer=step["optimizer"],
-                             activations=drawn["peak"]))
+                             activations=drawn["peak"], **_beside(config, facts, step)))
     return phases
+
+
+def _regular(config: TrainConfig, base: Base, numbers: dict[str, str], machine: Machine,
+             facts: Mapping[str, float], bucket: tuple[int, int]) -> list[Phase]:
+    """The base alone, whole, drawing regularisation pictures before the training."""
+    if not config.reg_from_base:
+        return []
+    settings = step_settings(config, machine, bucket)
+    drawn = ask("draw", base, numbers, kind=machine.kind, width=bucket[0], height=bucket[1],
+                batch=1 if config.sample_cfg <= 1 else 2, rank=config.lora_rank,
+                targets=settings["targets"], **kept_settings(config, machine.kind))
+    return [_phase("regular", denoiser=facts["denoiser"], vae=facts["vae"],
+                   text_encoder=facts["text"], activations=drawn["peak"])]
 
 
 def _outside(machine: Machine, tensors: float, host: Mapping[str, float]
@@ -275,15 +306,16 @@ def _ram(machine: Machine, phases: Sequence[Phase], facts: Mapping[str, float],
 def _disk(config: TrainConfig, step: Mapping[str, float], cached_mb: float) -> dict[str, float]:
     lora = step["parameters"] * (4 if config.save_precision == "fp32" else 2)
     kept = config.keep_checkpoints + 1 if config.keep_checkpoints else 10
-    state = step["adapter"] + step["optimizer"] + lora
+    state = step["adapter"] * (2 if config.ema_decay else 1) + step["optimizer"] + lora
     return {"cache": cached_mb, "checkpoints": kept * state / MB, "lora": lora / MB}
 
 
 def _cached(config: TrainConfig, data: Data, cache: Mapping[str, float],
             texts: Mapping[str, float]) -> float:
-    """Bytes of all latents and embeddings."""
-    return (data.pictures * cache["latents"] * (2 if config.flip else 1)
-            + data.captions * texts["embedding"])
+    """Bytes of all latents (a mask is one channel more) and embeddings."""
+    latents = cache["latents"] + (cache["mask"] if config.masked_loss else 0.0)
+    return (data.pictures * latents * (2 if config.flip else 1)
+            + (0 if config.trains_text else data.captions * texts["embedding"]))
 
 
 def _phase(name: str, **sizes: float) -> Phase:

@@ -138,8 +138,7 @@ def _pictures(config: TrainConfig) -> Any:
     from core import weigh
     if not config.train_data_dir:
         return None
-    metadata = Path(config.metadata_path).expanduser() if config.metadata_path else None
-    return weigh.pictures_in(Path(config.train_data_dir), metadata)
+    return weigh.pictures_of(config)
 
 
 def _report(found: Plan, verdict: str, nearest: tuple[dict[str, Any], Plan] | None) -> list[str]:

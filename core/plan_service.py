@@ -12,7 +12,6 @@ import json
 import sys
 import time
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 from core import advisor, families, ladder, plan, weigh
@@ -22,7 +21,7 @@ from core.plan import Base, Data
 
 FRESH_S = 20.0                          # a folder's headers are read again after that
 
-_seen: dict[tuple[str, str], tuple[float, weigh.Pictures]] = {}
+_seen: dict[tuple[str, str, str], tuple[float, weigh.Pictures]] = {}
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
@@ -68,11 +67,10 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pictures(config: TrainConfig) -> weigh.Pictures:
-    key = (config.train_data_dir, config.metadata_path)
+    key = (config.train_data_dir, config.metadata_path, config.reg_data_dir)
     when, found = _seen.get(key, (0.0, None))
     if found is None or time.monotonic() - when > FRESH_S:
-        metadata = Path(config.metadata_path).expanduser() if config.metadata_path else None
-        found = weigh.pictures_in(Path(config.train_data_dir).expanduser(), metadata)
+        found = weigh.pictures_of(config)
         _seen.clear()
         _seen[key] = (time.monotonic(), found)
     return found
@@ -82,7 +80,10 @@ def updates(config: TrainConfig, pictures: weigh.Pictures) -> int:
     """Optimizer steps of the run, up to buckets that don't fill their last batch."""
     if config.max_train_steps:
         return config.max_train_steps
-    batches = ceil(sum(pictures.repeats) / config.batch_size)
+    samples = sum(pictures.repeats)
+    if config.regularised:
+        samples += round(samples * config.reg_share / (1 - config.reg_share))
+    batches = ceil(samples / config.batch_size)
     return config.epochs * ceil(batches / config.gradient_accumulation_steps)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import torch
 
 from core import generate, lora
 from core.config import TrainConfig, size_of
 from core.events import Event, Sample
-from core.examples import Examples
-from core.families.base import Family, Parts, Precision
+from core.families.base import Cond, Family, Parts, Precision
 from core.precision import free_memory
+from core.text_training import TextTraining
 
 
 class Previewer:
@@ -18,34 +20,38 @@ class Previewer:
     prompts' embeddings are cached."""
 
     def __init__(self, family: Family, parts: Parts, precision: Precision, config: TrainConfig,
-                 examples: Examples, folder: Path, emit: Callable[[Event], None]) -> None:
+                 cond: Callable[[Sequence[str]], Cond], folder: Path,
+                 emit: Callable[[Event], None]) -> None:
         self.family, self.parts, self.precision = family, parts, precision
-        self.config, self.examples, self.folder, self.emit = config, examples, folder, emit
+        self.config, self.cond, self.folder, self.emit = config, cond, folder, emit
 
-    def draw(self, step: int, name: str) -> list[str]:
+    def draw(self, step: int, name: str, text: TextTraining | None = None) -> list[str]:
         """-> the files; training's randomness and adapter weight are left as they were."""
         config = self.config
         self.parts.vae = self.family.load(
             self.parts.source, self.precision, frozenset({"vae"})).vae
-        lora.set_weight(self.parts.denoiser, config.sample_weight)
-        lora.set_training(self.parts.denoiser, False)
+        learning = [self.parts.denoiser, *(text.models.values() if text else ())]
+        for model in learning:
+            lora.set_weight(model, config.sample_weight)
+            lora.set_training(model, False)
         try:
             return [self._one(i, prompt, step, name)
                     for i, prompt in enumerate(config.sample_prompts)]
         finally:
-            lora.set_training(self.parts.denoiser, True)
-            lora.set_weight(self.parts.denoiser, 1.0)
+            for model in learning:
+                lora.set_training(model, True)
+                lora.set_weight(model, 1.0)
             self.parts.vae = None
             free_memory()
 
     def _one(self, index: int, prompt: str, step: int, name: str) -> str:
-        config, device = self.config, self.precision.device
+        config = self.config
         side = self.parts.native_size
         shot = generate.Shot(prompt, "", config.seed + index, config.sample_inference_steps,
                              config.sample_cfg, size_of(config.sample_size) or (side, side),
                              config.sample_sampler)
-        arguments = self.family.prompt_arguments(self.examples.cond([prompt], device),
-                                                 self.examples.cond([""], device))
+        with torch.no_grad():
+            arguments = self.family.prompt_arguments(self.cond([prompt]), self.cond([""]))
         image = generate.draw(self.family.pipeline(self.parts), self.parts, shot, arguments,
                               self.precision)
         path = self.folder / f"{name}-{step:06d}-{index}.png"

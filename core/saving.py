@@ -20,6 +20,7 @@ from core import (
     lora_file,
     lora_formats,
     lora_metadata,
+    new_words,
     optim,
     pictures,
 )
@@ -57,7 +58,7 @@ class Keeper:
                                    params={"folder": str(self.output)}))
             return 0
         position, adapter, optimizer = checkpoint.load(found)
-        lora.load_state(self.trainer.denoiser, adapter)
+        self.trainer.load_state(adapter)
         checkpoint.restore_optimizer(self.trainer.optimizer, optimizer)
         if position.scaler:
             self.trainer.scaler.load_state_dict(position.scaler)
@@ -78,9 +79,8 @@ class Keeper:
             update=step, name=self.name, config=self.config.model_dump(), session=self.session,
             started=self.began, seconds=time.time() - self.began, best_loss=self.best_loss,
             best_step=self.best_step, scaler=scaler)
-        adapter = lora.state(trainer.denoiser)
-        self.last = checkpoint.save(self.output, position, adapter, trainer.optimizer,
-                                    lambda path: self._write(path, adapter, step))
+        self.last = checkpoint.save(self.output, position, trainer.state(), trainer.optimizer,
+                                    lambda path: self._write(path, step))
         trainer.emit(Checkpoint(step=step, path=str(self.last), best=step == self.best_step))
         checkpoint.prune(self.output, self.name, self.config.keep_checkpoints,
                          {s for s in (self.best_step,) if s is not None})
@@ -89,7 +89,7 @@ class Keeper:
         """Writes the LoRA file that the user takes away."""
         step = self.trainer.total
         path = self.output / lora_formats.file_name(self.name, self.config.save_format)
-        self._write(path, lora.state(self.trainer.denoiser), step, self.config.save_format)
+        self._write(path, step, self.config.save_format)
         self.trainer.emit(Checkpoint(step=step, path=str(path), final=True,
                                      best=step == self.best_step))
         return path
@@ -111,15 +111,23 @@ class Keeper:
         name, n = self.config.name, 1
         while (any((self.output / lora_formats.file_name(name, f)).exists()
                    for f in ("kohya", self.config.save_format))
+               or new_words.beside(self.output / f"{name}.safetensors").exists()
                or checkpoint.steps_of(self.output, name)):
             n += 1
             name = f"{self.config.name}-{n}"
         return name
 
-    def _write(self, path: Path, adapter: dict[str, torch.Tensor], step: int,
-               format_: str = "kohya") -> None:
-        tensors = lora_file.to_kohya(adapter, self.config.alpha,
-                                     SAVE_DTYPES[self.config.save_precision])
+    def _write(self, path: Path, step: int, format_: str = "kohya") -> None:
+        """The LoRA, and beside it the new words, if there are any."""
+        config, text = self.config, self.trainer.text
+        dtype = SAVE_DTYPES[config.save_precision]
+        with self.trainer.averaged():
+            tensors = lora_file.to_kohya(lora.state(self.trainer.denoiser), config.alpha, dtype)
+            if text is not None:
+                tensors |= lora_file.to_kohya(text.adapter_state(), text.alpha, dtype)
+            word = text.word() if text is not None else None
+        if word is not None:
+            new_words.write(new_words.beside(path), word, dtype)
         metadata = build_metadata(self._facts(step))
         if format_ == "kohya":
             lora_file.write_lora(path, tensors, metadata)
@@ -149,7 +157,9 @@ class Keeper:
                           for (w, h), n in counts.items()),
             bucket_sides=(min(sides), max(sides)), aspect_error=_aspect_error(chosen),
             resolution=size_of(config.max_resolution) or (native, native),
-            validation_pictures=len(examples.held_out), session_id=self.session,
+            validation_pictures=len(examples.held_out), regular=_folders(
+                [examples.items[i] for i in sorted(examples.regular)]),
+            text_encoder_lr=config.text_encoder_lr, session_id=self.session,
             started_at=self.began, finished_at=time.time(),
             batches_per_epoch=course.batches_per_epoch,
             planned_epochs=-(-trainer.total // course.updates_per_epoch),

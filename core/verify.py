@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
 
-from core import families, generate, lora
+from core import families, generate, lora, new_words
 from core.events import Event, Phase
 from core.families.base import ALL_PARTS, Family, Parts, Precision
 from core.lora_file import describe
@@ -51,15 +52,17 @@ def verify_run(trainer: Trainer, path: Path) -> dict[str, Any]:
     prompt = trainer.examples.items[0].captions[0]
     parts.denoiser.eval()
     parts.vae = family.load(parts.source, precision, frozenset({"vae"})).vae
-    arguments = family.prompt_arguments(
-        trainer.examples.cond([prompt], precision.device),
-        trainer.examples.cond([""], precision.device))
+    with torch.no_grad():
+        arguments = family.prompt_arguments(trainer.cond([prompt]), trainer.cond([""]))
     lora.set_weight(parts.denoiser, 1.0)
     in_memory = _picture(family.pipeline(parts), parts, arguments, precision)
     parts.denoiser = trainer.denoiser = None        # a large base doesn't fit twice
     free_memory()
     parts.denoiser = load_denoiser(trainer.config, family, parts.source, precision)
-    return _draw_and_compare(family, parts, precision, path, arguments, in_memory)
+    if trainer.text is None:
+        return _draw_and_compare(family, parts, precision, path, arguments, in_memory)
+    parts.text = family.load(parts.source, precision, frozenset({"text"})).text
+    return _draw_and_compare(family, parts, precision, path, prompt, in_memory)
 
 
 def _draw_and_compare(family: Family, parts: Parts, precision: Precision, path: Path,
@@ -71,6 +74,9 @@ def _draw_and_compare(family: Family, parts: Parts, precision: Precision, path: 
     generate.load_adapter(pipeline, path, "proof")
     modules = generate.modules_in(path)
     matched = lora.count(pipeline.components.values(), "proof")
+    new = generate.load_words(parts, path)
+    if isinstance(prompt, str):
+        arguments = {"prompt": new_words.expand(prompt, new)}
     drawn = _picture(pipeline, parts, arguments, precision)
     report = {"modules": modules, "matched": matched, "drawn": True,
               "change": _difference(plain, drawn)}

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import factorial, isqrt
 from pathlib import Path
 
@@ -95,6 +95,17 @@ class Pictures:
     sizes: tuple[Size, ...]                     # px, as seen
     repeats: tuple[int, ...]
     captions: tuple[str, ...]
+    regular: tuple[Size, ...] = ()              # of regularisation pictures
+
+
+def pictures_of(config: TrainConfig) -> Pictures:
+    """A config's folders. Raises Fault as `pictures_in` does."""
+    metadata = Path(config.metadata_path).expanduser() if config.metadata_path else None
+    found = pictures_in(Path(config.train_data_dir).expanduser(), metadata)
+    if not config.reg_data_dir:
+        return found
+    more = pictures_in(Path(config.reg_data_dir).expanduser())
+    return replace(found, captions=found.captions + more.captions, regular=more.sizes)
 
 
 def pictures_in(folder: Path, metadata: Path | None = None) -> Pictures:
@@ -113,10 +124,11 @@ def data_of(config: TrainConfig, found: Pictures, facts: Mapping[str, float]) ->
     area = size_of(config.max_resolution) or (native, native)
     side = isqrt(area[0] * area[1])
     assigned = buckets.assign_buckets(
-        found.sizes, area, step, config.min_bucket_side or side // 2,
+        found.sizes + found.regular, area, step, config.min_bucket_side or side // 2,
         config.max_bucket_side or side * 2, config.bucket_no_upscale)
-    bucket, batch = heaviest_batch(assigned, found.repeats, config.batch_size)
-    return Data(len(found.sizes), _captions(config, found), batch, bucket)
+    repeats = (*found.repeats, *[1] * len(found.regular))
+    bucket, batch = heaviest_batch(assigned, repeats, config.batch_size)
+    return Data(len(assigned) + config.reg_from_base, _captions(config, found), batch, bucket)
 
 
 def heaviest_batch(assigned: Iterable[Size], repeats: Iterable[int],
@@ -131,7 +143,7 @@ def heaviest_batch(assigned: Iterable[Size], repeats: Iterable[int],
 
 
 def data_facts(config: TrainConfig, folder: Path, facts: Mapping[str, float]) -> Data:
-    """A folder's Data for one config; for several, `pictures_in` once and `data_of` for each."""
+    """A folder's Data for one config; for several, `pictures_of` once and `data_of` for each."""
     metadata = Path(config.metadata_path).expanduser() if config.metadata_path else None
     return data_of(config, pictures_in(folder, metadata), facts)
 

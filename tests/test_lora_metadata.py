@@ -113,6 +113,23 @@ def test_json_values_have_kohyas_form():
     assert json.loads(METADATA["ss_network_args"]) == {"target_modules": "attention"}
 
 
+def test_objectives_are_told_in_kohyas_spelling():
+    told = build_metadata(make_facts(
+        config=make_facts().config.with_changes(
+            zero_terminal_snr=True, multires_noise_iterations=6, loss_type="huber",
+            debiased_estimation=True, prior_loss_weight=0.5),
+        regular={"1_dog": Folder(repeats=1, pictures=4, tags={})}, text_encoder_lr=5e-5))
+    assert {key: told[f"ss_{key}"] for key in (
+        "zero_terminal_snr", "multires_noise_iterations", "multires_noise_discount", "loss_type",
+        "huber_schedule", "huber_c", "debiased_estimation", "prior_loss_weight",
+        "num_reg_images", "reg_dataset_dirs", "text_encoder_lr")} == {
+        "zero_terminal_snr": "True", "multires_noise_iterations": "6",
+        "multires_noise_discount": "0.3", "loss_type": "huber", "huber_schedule": "snr",
+        "huber_c": "0.1", "debiased_estimation": "True", "prior_loss_weight": "0.5",
+        "num_reg_images": "4", "reg_dataset_dirs": '{"1_dog": {"n_repeats": 1, "img_count": 4}}',
+        "text_encoder_lr": "5e-05"}
+
+
 def test_all_values_are_strings_and_none_is_empty_or_of_another_trainer():
     assert all(type(v) is str and v for v in METADATA.values())
     assert not [k for k in METADATA if "commit" in k or k.startswith("sshs_")]

@@ -28,7 +28,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"batch_size": 1}, {"batch_size": 4, "lora_rank": 32}, {"precision": "bf16", "batch_size": 2},
     {"gradient_checkpointing": True, "batch_size": 4},
     {"gradient_checkpointing": True, "precision": "bf16", "lora_rank": 64},
-    {"gradient_accumulation_steps": 2, "target_modules": "all-linear"}]
+    {"gradient_accumulation_steps": 2, "target_modules": "all-linear"},
+    {"text_encoder_lr": 1e-4, "text_encoder_rank": 4, "ema_decay": 0.99},
+    {"text_encoder_lr": 1e-4, "pivotal_tokens": 2, "trigger_word": "x", "batch_size": 4}]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,23 @@ def test_a_plan_names_every_phase_and_part() -> None:
     assert made.disk["cache"] == pytest.approx(20 * (latents + embedding) / plan.MB)
     assert made.needs_mb == pytest.approx(made.peak.mb + sum(made.outside.values()))
     assert json.loads(json.dumps(plan.as_dict(made)))["peak"] == made.peak.name
+
+
+def test_what_a_run_learns_beside_the_lora_is_planned() -> None:
+    base, data = Base.of(DEMO), Data(20, 20)
+    plain = plan.plan_run(TrainConfig(), base, CPU, data)
+    found = plan.plan_run(TrainConfig(
+        ema_decay=0.99, text_encoder_lr=1e-4, pivotal_tokens=2, trigger_word="x", flip=True,
+        masked_loss=True, reg_from_base=5), base, CPU, data)
+    train = found.phase("train").parts
+    assert train["average"] == train["adapter"] > plain.phase("train").parts["adapter"]
+    assert train["text_encoder"] == found.phase("verify").parts["text_encoder"] > 0
+    assert train["activations"] > plain.phase("train").parts["activations"]
+    assert found.phase("regular").parts["text_encoder"] == train["text_encoder"]
+    assert "average" not in plain.phase("train").parts
+    latents, mask = 4 * 16 * 16 * 4, 16 * 16 * 4
+    assert found.disk["cache"] == pytest.approx(20 * 2 * (latents + mask) / plan.MB)
+    assert found.disk["checkpoints"] > 1.3 * plain.disk["checkpoints"]
 
 
 def test_published_shapes_of_sd15(sd15: Base) -> None:

@@ -25,6 +25,7 @@ class FamilySpec:
     base_version: str                       # ss_base_model_version
     architecture: str                       # modelspec.architecture without "/lora"
     implementation: str                     # modelspec.implementation
+    text_targets: tuple[str, ...] = ()      # of a LoRA on the text encoders
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,13 @@ class Family(Protocol):
         """Where a part's weights lie: (file, prefix of its tensors' names)."""
 
     def encode_text(self, parts: Parts, prompts: Sequence[str]) -> Cond:
-        """Embeddings of B prompts, on the base's device."""
+        """Embeddings of B prompts, on the base's device; `encode_tokens` of `tokenize`."""
+
+    def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Token numbers (B, L) by encoder, padded, on the CPU."""
+
+    def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
+        """Embeddings of tokens, on the base's device, with gradients where an encoder trains."""
 
     def count_tokens(self, parts: Parts, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt without start and end."""

@@ -40,7 +40,8 @@ class StableDiffusion1:
                       "out_proj": "to_out.0", "o_proj": "to_out.0", "to_out": "to_out.0",
                       "fc1": "ff.net.0.proj", "fc2": "ff.net.2"},
         kohya_prefix="lora_unet", base_version="sd_v1", architecture="stable-diffusion-v1",
-        implementation="diffusers")
+        implementation="diffusers",
+        text_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"))
 
     def load(self, source: Path, precision: Precision,
              only: frozenset[Part] = ALL_PARTS) -> Parts:
@@ -78,11 +79,19 @@ class StableDiffusion1:
                 if p.suffix in (".safetensors", ".json")]
 
     def encode_text(self, parts: Parts, prompts: Sequence[str]) -> Cond:
-        tokenizer, encoder = parts.text["tokenizer"], parts.text["text_encoder"]
-        ids = tokenizer(list(prompts), padding="max_length", truncation=True,
-                        max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
         with torch.no_grad():
-            return {"text": encoder(ids.to(encoder.device)).last_hidden_state}
+            return self.encode_tokens(parts, self.tokenize(parts, prompts))
+
+    def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
+        tokenizer = parts.text["tokenizer"]
+        return {"text_encoder": tokenizer(
+            list(prompts), padding="max_length", truncation=True,
+            max_length=tokenizer.model_max_length, return_tensors="pt").input_ids}
+
+    def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
+        encoder = parts.text["text_encoder"]
+        return {"text": encoder(
+            tokens["text_encoder"].to(encoder.device)).last_hidden_state}
 
     def count_tokens(self, parts: Parts, prompts: Sequence[str]) -> list[int]:
         ids = parts.text["tokenizer"](list(prompts), add_special_tokens=False).input_ids

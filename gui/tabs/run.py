@@ -22,7 +22,7 @@ from gui.widgets.panel import panel
 from gui.widgets.previews import previews
 
 PHASES = ("scan", "load", "cache", "train", "save", "verify")
-ALIAS = {"check": "scan", "texts": "cache", "draw": "train", "download": "load"}
+ALIAS = {"check": "scan", "texts": "cache", "regular": "cache", "draw": "train", "download": "load"}
 MOST_NOTES = 30
 
 

@@ -61,6 +61,9 @@ def settings() -> Iterator[dict[str, Any]]:
         *({"base_precision": kept, "gradient_checkpointing": less, "batch_size": 2}
           for kept in ("int8", "fp8", "nf4") for less in (False, True)),
         {"base_precision": "int8", "precision": "bf16"},
+        {"text_encoder_lr": 1e-4, "ema_decay": 0.99},
+        {"text_encoder_lr": 1e-4, "pivotal_tokens": 2, "trigger_word": "x", "batch_size": 4,
+         "precision": "bf16"},
         {"base_precision": "nf4", "target_modules": "all-linear", "batch_size": 4}]
     for change in changes:
         yield plain | change
@@ -118,6 +121,9 @@ def measure(trainer: Trainer) -> float:
 def _tensors(trainer: Trainer) -> Iterator[torch.Tensor]:
     yield from trainer.denoiser.parameters()
     yield from trainer.denoiser.buffers()
+    for encoder in trainer.text.models.values() if trainer.text else ():
+        yield from (*encoder.parameters(), *encoder.buffers())
+    yield from trainer.ema.averages if trainer.ema else ()
     for state in trainer.optimizer.state.values():
         yield from (v for v in state.values() if isinstance(v, torch.Tensor))
 
