@@ -3,6 +3,7 @@ and the job that it makes. Pure: a snapshot in, values out."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -56,7 +57,7 @@ class Choice:
 def choices(snap: Snapshot, desk: Desk) -> list[Choice]:
     """The newest run's best file first, then its checkpoints, then older; then other files."""
     made = list(_of_runs(snap))
-    seen = {choice.file for choice in made}
+    seen = {str(lora_file(point)) for view in snap.runs for point in view.checkpoints}
     return made + [Choice(str(path)) for path in desk.files(snap.settings.output_folder)
                    if str(path) not in seen]
 
@@ -66,10 +67,12 @@ def _of_runs(snap: Snapshot) -> Iterator[Choice]:
     for view in (view for view in snap.runs if view.job == "train"):
         first = lora_of(view)
         rest = [n for n in reversed(range(len(view.checkpoints))) if n != first]
+        final = view.checkpoints[first].step if first is not None else -1
         for number in [] if first is None else [first, *rest]:
             point = view.checkpoints[number]
             file = lora_file(point)
-            if str(file) not in seen and file.is_file():
+            twice = number != first and point.step == final     # the last one is saved as both
+            if str(file) not in seen and not twice and file.is_file():
                 seen.add(str(file))
                 yield Choice(str(file), view, point.step,
                              "final" if point.final else "best" if point.best else "")
@@ -219,8 +222,10 @@ def _called(prompt: str, known: Mapping[str, str]) -> dict[str, str]:
     """The files of the prompt's tags. Raises Fault for a name that nothing has."""
     called = [name for name, _ in lora_names.split_prompt(prompt)[1]]
     for name in called:
-        if name not in known:
-            lora_names.find_lora(name, DEFAULT_WEIGHT)      # raises, with the nearest names
+        with contextlib.suppress(Fault):
+            if name in known or lora_names.find_lora(name, DEFAULT_WEIGHT):
+                continue
+        raise lora_names.unknown(name, known)
     return {name: known[name] for name in called if name in known}
 
 

@@ -90,7 +90,7 @@ def test_a_tag_s_weight_goes_before_the_list_s(tmp_path: Path) -> None:
 def test_a_comparison_ends_with_its_sheet(base: Path, tmp_path: Path) -> None:
     """And a stop within a picture keeps what is whole."""
     from tests.tiny import tiny_lora
-    lora = tiny_lora(base, tmp_path / "ink.safetensors")
+    lora = tiny_lora(tmp_path / "ink.safetensors")
     config = settings(base, tmp_path, weights=[0.0, 1.0], loras=[f"{lora}:1"], count=2, seed=3)
     told: list[Event] = []
     result = draw.draw(config, told.append, Control())

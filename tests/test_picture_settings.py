@@ -3,6 +3,7 @@ sentence."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 import zlib
@@ -95,10 +96,9 @@ def test_a_comfyui_graph_is_read(tmp_path: Path) -> None:
         st.sampled_from(["inputs", "text", "model", "positive", "seed"]), inner, max_size=3),
     max_leaves=8)))
 def test_any_graph_is_read_or_refused(changes: dict[str, Any]) -> None:
-    try:
-        picture_settings.parse_comfy(json.dumps(graph(**changes)), Path("x.png"))
-    except Fault as fault:
-        assert fault.code in ("tab_inference.other_graph", "tab_inference.no_settings")
+    with contextlib.suppress(Fault):
+        told = picture_settings.parse_comfy(json.dumps(graph(**changes)), Path("x.png"))
+        assert told.seed is None or 0 <= told.seed < 2**63
 
 
 def test_a_circle_ends(tmp_path: Path) -> None:

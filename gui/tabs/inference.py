@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -62,15 +61,15 @@ class Inference:
         with gr.Row(elem_id="draw-numbers"):
             self.seed = gr.Number(label=say("seed"), precision=0, value=42, min_width=110,
                                   elem_id="seed", minimum=0)
-            dice = gr.Button("🎲 " + say("new_seed"), size="sm", min_width=90, elem_id="dice")
-            self.same = gr.Checkbox(label=say("tab_inference.same_seed"), value=True,
-                                    min_width=120, elem_id="same-seed",
-                                    info=say("tab_inference.same_seed_help"))
+            with gr.Column(min_width=130, elem_id="seed-acts"):
+                dice = gr.Button(say("new_seed"), size="sm", min_width=90, elem_id="dice")
+                self.same = gr.Checkbox(label=say("tab_inference.same_seed"), value=True,
+                                        container=False, elem_id="same-seed")
             self.count = gr.Number(label=say("count"), precision=0, value=1, min_width=80,
                                    elem_id="draw-count", minimum=1)
-        with gr.Row(elem_id="draw-more"):
             self.steps = gr.Number(label=say("draw_steps"), precision=0, value=28, min_width=80,
                                    elem_id="draw-steps", minimum=1)
+        with gr.Row(elem_id="draw-more"):
             self.cfg = gr.Number(label=say("cfg"), value=7, min_width=100, elem_id="draw-cfg",
                                  minimum=0)
             self.sampler = gr.Dropdown(
@@ -320,9 +319,10 @@ class Inference:
 
     def send(self, act: str, told: str) -> None:
         """`told`: file, program and folder as JSON. The file must be one that is added."""
-        asked: dict[str, Any] = {}
-        with contextlib.suppress(ValueError):
-            asked = json.loads(told)
+        try:
+            asked = dict(json.loads(told))
+        except (ValueError, TypeError):
+            return
         house = self.ctx.house
         snap = house.snapshot()
         loras = wanted.added(snap, wanted.choices(snap, self.desk))

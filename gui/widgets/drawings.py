@@ -130,8 +130,8 @@ def large(ctx: Context, snap: Snapshot, desk: Desk) -> str:
     pictures = desk.pictures(snap)
     chosen = find(pictures, desk.open)
     if chosen is None:
-        last = last_drawing(snap)
-        newest = [one for one in pictures if last is not None and one[0].id == last.id]
+        last = pictures[0][0] if pictures else None
+        newest = [one for one in pictures if one[0] is last]
         if last is not None and (compared := slider(ctx, last)):
             return compared
         sheets = [one for one in newest if one[0].samples[one[1]].step == SHEET]
