@@ -79,7 +79,7 @@ document.addEventListener('keydown', event => {
   if (by) mark(box);
 }, true);
 document.addEventListener('focusout', event => { if (prompt(event.target)) setTimeout(close, 150); });
-window.addEventListener('scroll', () => { if (!list.hidden) close(); }, true);
+document.addEventListener('scroll', () => { if (!list.hidden) close(); });
 list.addEventListener('mousedown', event => {
   event.preventDefault();                       // the prompt keeps its focus
   const box = document.querySelector('#prompt textarea'), item = event.target.closest('li');
