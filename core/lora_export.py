@@ -1,6 +1,7 @@
 """A LoRA file for other programs: where they keep theirs, and a copy there that replaces nothing.
 
-A1111 and Forge read models/Lora, ComfyUI models/loras; all three read kohya's format.
+A1111 and Forge read models/Lora, ComfyUI models/loras; all three read kohya's format. What is
+spelled otherwise is converted by `darkroom lora convert` in a child process, which takes torch.
 """
 
 from __future__ import annotations
@@ -11,17 +12,24 @@ import os
 import re
 import shutil
 import string
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
 
-from core import paths
+from core import lora_file, paths
 from core.faults import Fault
 
 PROGRAMS = {"a1111": ("models", "Lora"), "forge": ("models", "Lora"),
             "comfyui": ("models", "loras"), "diffusers": ()}
+READS = {"a1111": ("kohya",), "forge": ("kohya",), "comfyui": ("kohya", "comfyui", "diffusers"),
+         "diffusers": ("diffusers",)}       # the first is what others are converted to
+CONVERT_S = 300.0                           # a large file on a slow disk
+_RUN = "import sys; from launcher import _run; sys.exit(_run(sys.argv[1:]))"
 _NAMES = re.compile(r"webui|comfyui|stability ?matrix|forge|automatic", re.IGNORECASE)
 _USUAL = ("Desktop", "Documents", "Downloads", "AI", "ai", "apps", "git", "src", "Projects")
 
@@ -65,6 +73,33 @@ def target_folder(typed: str, program: str) -> Path:
     if inner and (folder / inner[0]).is_dir():
         return folder.joinpath(*inner)
     return folder
+
+
+def fits(file: Path, program: str) -> bool:
+    """Whether a program reads the file as it is. Raises Fault where it is no LoRA."""
+    format_ = lora_file.describe(file).format
+    if format_ in lora_file.NOT_LORA:
+        raise Fault("lora_file.not_a_lora", file=file, what=format_)
+    return format_ in READS[program]
+
+
+def convert_to(file: Path, program: str, folder: Path, language: str) -> Path:
+    """-> a copy in the program's own spelling, as `copy_to`. Takes seconds. Raises Fault."""
+    with tempfile.TemporaryDirectory(dir=paths.cache_dir(), prefix="export-") as holder:
+        fresh = Path(holder) / file.name
+        frozen = getattr(sys, "frozen", False)
+        done = subprocess.run(
+            [sys.executable, *([] if frozen else ["-P", "-c", _RUN]), "lora", "convert", str(file),
+             "--to", READS[program][0], "--out", str(fresh)],
+            env={**os.environ, "PYTHONPATH": str(paths.ROOT), "DARKROOM_LANG": language,
+                 "PYTHONIOENCODING": "utf-8"}, stdin=subprocess.DEVNULL, capture_output=True,
+            text=True, encoding="utf-8", errors="replace", timeout=CONVERT_S,
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
+        if done.returncode or not fresh.is_file():
+            said = [line for line in done.stderr.splitlines() if line.strip()]
+            raise Fault("tab_inference.not_converted", file=file.name,
+                        reason=said[-1].strip() if said else f"exit code {done.returncode}")
+        return copy_to(fresh, folder)
 
 
 def copy_to(file: Path, folder: Path) -> Path:

@@ -4,6 +4,7 @@ were drawn and those deleted, which one is shown large. One for all pages; nothi
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import threading
 import time
 import weakref
@@ -13,7 +14,7 @@ from typing import Any
 
 from core import families, intake, lora_file, lora_names, paths, trash
 from core.faults import Fault
-from core.lora_export import Place, copy_to, find_places
+from core.lora_export import Place, convert_to, copy_to, find_places, fits
 from core.runs import JobView
 from gui.context import House, Snapshot, pictures_folder
 
@@ -115,6 +116,25 @@ class Desk:
         if self.places is None:
             self.places = []
             threading.Thread(target=self._find_places, name="places", daemon=True).start()
+
+    def export(self, file: Path, program: str, folder: Path, told: Callable[..., str],
+               language: str) -> None:
+        """A copy at once, or a conversion in a thread; `said` tells how it went. `told`: makes a
+        sentence of a key, or of a fault's code, with parameters."""
+        if fits(file, program):
+            self.show(said=told("tab_inference.exported", file=copy_to(file, folder)))
+            return
+
+        def work() -> None:
+            try:
+                copy = convert_to(file, program, folder, language)
+                self.show(said=told("tab_inference.exported", file=copy))
+            except (Fault, OSError, subprocess.TimeoutExpired) as error:
+                fault = error if isinstance(error, Fault) else Fault(
+                    "tab_inference.not_converted", file=file.name, reason=error)
+                self.show(said=told(fault.code, **fault.params))
+        self.show(said=told("tab_inference.converting", file=file.name))
+        threading.Thread(target=work, name="export", daemon=True).start()
 
     def _find_places(self) -> None:
         self.places = find_places()

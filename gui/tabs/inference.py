@@ -331,9 +331,8 @@ class Inference:
                 one.file == file for one in loras):
             return
         folder = lora_export.target_folder(str(asked.get("folder", "")), program)
-        copy = lora_export.copy_to(Path(file), folder)
+        self.desk.export(Path(file), program, folder, self.ctx.say, self.ctx.language)
         house.settings.change(exports={**snap.settings.exports, program: str(folder)})
-        self.desk.show(said=self.ctx.say("tab_inference.exported", file=copy))
 
 
 def _weighed(loras: list[Added], told: str) -> list[Added]:

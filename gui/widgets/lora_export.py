@@ -32,7 +32,7 @@ def lora_export(ctx: Context, snap: Snapshot, desk: Desk) -> str:
     places = "".join(f'<option value="{esc(place.folder)}">{LABELS[place.program]}</option>'
                      for place in desk.places or ())
     folder, hint = esc(say("tab_inference.folder")), esc(say("tab_inference.folder_hint"))
-    said = f'<p class="small" role="status">✓ {esc(desk.said)}</p>' if desk.said else ""
+    said = f'<p class="small" role="status">{esc(desk.said)}</p>' if desk.said else ""
     return (f'<details class="box export" data-key="export"><summary>'
             f'{esc(say("tab_inference.export"))}</summary><form data-act="export" data-fields>'
             f'<label>LoRA <select name="file">{files}</select></label>'
