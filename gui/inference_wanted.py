@@ -94,6 +94,13 @@ def names(found: list[Choice]) -> dict[str, str]:
     return known
 
 
+def used(snap: Snapshot) -> dict[str, str]:
+    """LoRAs of earlier drawings that are still there, by name: those added by path among them."""
+    files = dict.fromkeys(lora_names.parse_lora(text)[0] for view in snap.runs
+                          if view.job == "generate" for text in view.config.get("loras") or ())
+    return {Path(file).stem: file for file in files if Path(file).is_file()}
+
+
 def checkpoints(snap: Snapshot, file: str) -> list[Choice]:
     """All files of the run that made a LoRA, and of those it went on from; by step."""
     found = list(_of_runs(snap))

@@ -24,7 +24,8 @@ LIGHT = ("advisor", "captions", "caption_checks", "checks", "choices", "commands
          "download", "duplicates", "events", "families", "faults", "findings", "focus", "gpu",
          "hub", "hub_commands", "hub_index", "jobs", "journal", "ladder", "looks", "lora_file",
          "lora_export", "lora_metadata", "lora_names", "machine", "measures", "paths",
-         "picture_checks", "picture_settings", "plan", "samplers", "trash", "plan_commands", "pool", "prepare", "presets", "remedies", "runs",
+         "picture_checks", "picture_settings", "plan", "samplers", "trash",
+         "plan_commands", "pool", "prepare", "presets", "remedies", "runs",
          "safetensors_header", "settings", "sheet", "terminal", "watch", "weigh", "words", "worker")
 LANGUAGES = ("en", "zh-CN")
 STRINGS = ROOT / "core" / "strings"

@@ -88,6 +88,8 @@ class Inference:
                       "sampler": self.sampler, "count": self.count, "same_seed": self.same}
         for name, made in self.asked.items():
             page.on(made.input, self._keeper(name), [made])
+        for name in ("prompt", "negative"):     # what a script put in is told when it is left
+            page.on(self.asked[name].blur, self._keeper(name), [self.asked[name]])
         page.on(self.dice.click, self.roll, outputs=[self.seed])
         page.on_panel(self.actions, self.start, list(self.asked.values()), outputs=[self.seed])
         page.on_panel(self.loras, self.change)
@@ -98,8 +100,15 @@ class Inference:
 
     def _keeper(self, name: str) -> Any:
         def keep(value: Any) -> None:
-            self._keep({name: value})
+            self._keep_typed({name: value})
         return keep
+
+    def _keep_typed(self, values: Mapping[str, Any]) -> None:
+        """What differs from what is shown anyhow: a default that nobody touched stays one."""
+        snap = self.ctx.house.snapshot()
+        shown = wanted.typed(snap, wanted.choices(snap, self.desk))
+        if changed := {name: value for name, value in values.items() if value != shown[name]}:
+            self._keep(changed)
 
     def _keep(self, values: Mapping[str, Any]) -> None:
         self.ctx.house.projects.update(lambda project: project.model_copy(update={
@@ -146,6 +155,7 @@ class Inference:
             values["seed"] = updates[self.seed]
         config, name = wanted.job(house.snapshot(), self.desk, act, values, id or "auto")
         house.jobs.start(config, name=name, job="generate")
+        self._keep_typed(values)
         self.desk.show(open="", page=0)
         return updates
 
@@ -238,7 +248,7 @@ class Inference:
         stay in the prompt, and are named."""
         say, snap = self.ctx.say, self.ctx.house.snapshot()
         found = wanted.choices(snap, self.desk)
-        known = wanted.names(found)
+        known = wanted.used(snap) | wanted.names(found)
         loras = {known[name]: weight for name, weight in lora_names.split_prompt(told.prompt)[1]
                  if name in known and wanted.LEAST <= weight <= wanted.MOST}
 

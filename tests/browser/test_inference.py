@@ -55,6 +55,7 @@ def test_loras_are_mixed_swept_and_exported(page: Any, served: Any, base: Path, 
     prompt.press("Enter")
     assert prompt.input_value() == "inky, a cat <lora:ink-10:0.8>"
     assert page.locator("#lora-names-list").is_hidden()
+    prompt.blur()
     until(lambda: served.house.projects.now.inference.get("prompt", "").endswith(":0.8>"))
     prompt.fill("inky, a cat")
 
@@ -73,6 +74,7 @@ def test_loras_are_mixed_swept_and_exported(page: Any, served: Any, base: Path, 
     page.locator("#draw-steps input").fill("7")
     page.locator("#inference-drop input[name=files]").set_input_files(str(first))
     until(lambda: row.count() == 2)                 # the picture's own LoRAs, steps and weights
+    page.locator("#loras .added li").nth(1).wait_for()
     assert page.locator("#loras .name b").first.inner_text() == "ink · step 10"
     page.wait_for_function("document.querySelector('#draw-steps input').value === '2'")
     assert second.input_value() == "0.35"
