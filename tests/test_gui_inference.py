@@ -422,3 +422,23 @@ def test_a_draw_config_comes_back(tmp_path: Path) -> None:
                         names={"x": "/x"}, device="cpu")
     (tmp_path / "config.yaml").write_text(dump_yaml(config), "utf-8")
     assert draw_config.load(tmp_path / "config.yaml") == config
+
+
+def test_the_queue_lets_the_cpu_draw_beside_a_run(own_home: Path) -> None:
+    """One holds the card, one draws on the CPU; the rest waits."""
+    runs.create_run("train", "base_model: demo\n", "mia", queued=False)
+    with JobManager(dispatch=False) as manager:
+        def queue(**more: Any) -> str:
+            return manager.start(DrawConfig(base="demo", **more), "draw", "generate")
+        waits = queue()
+        assert manager._next() is None
+        beside = queue(device="cpu")
+        manager._refresh()
+        found = manager._next()
+        assert found is not None
+        assert found.folded.id == beside
+        runs.claim(found.folded.folder)             # it has begun
+        queue(device="cpu")
+        manager._refresh()
+        assert manager._next() is None
+        assert manager.view(waits).state == "queued"
