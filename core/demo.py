@@ -20,8 +20,9 @@ from core.config import GenerateConfig, TrainConfig, load_train_config
 from core.control import Control
 from core.engine import train
 from core.events import Event, Phase
-from core.generate import DEFAULT_WEIGHT, Lora, Shot, Studio, save_png
+from core.generate import Shot, Studio, save_png
 from core.judge import Judge
+from core.lora_names import DEFAULT_WEIGHT, Lora
 from core.sheet import draw_sheet
 
 SUBJECTS = ("apple", "house", "cat", "car", "heart", "frog", "rocket", "penguin", "star",

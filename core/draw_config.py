@@ -1,4 +1,5 @@
-"""What the window asks to be drawn: a GenerateConfig with weights to compare. Without torch."""
+"""What the window asks to be drawn: a GenerateConfig with weights or checkpoints to compare.
+Without torch."""
 
 from __future__ import annotations
 
@@ -9,11 +10,17 @@ from pydantic import Field, ValidationError
 from core.config import GenerateConfig, read_flat_yaml
 from core.faults import Fault
 
+SHEET = -1                                  # a Sample's `step` where it is no column
+
 
 class DrawConfig(GenerateConfig):
-    """`weights`: of the first LoRA, one picture each; empty: as `loras` say."""
+    """Columns: one picture for each of `weights` of the first LoRA, or for each of `checkpoints`,
+    files that stand for it; neither: as `loras` say. More than one is drawn as a sheet as well."""
 
     weights: list[float] = Field(default=[], max_length=20)
+    checkpoints: list[str] = Field(default=[], max_length=40)
+    labels: list[str] = Field(default=[], max_length=40)    # of the columns, in the sheet
+    names: dict[str, str] = Field(default={})   # LoRAs that <lora:name> means: name -> file
 
 
 def load(path: Path) -> DrawConfig:

@@ -34,6 +34,7 @@ class Phase(Event):
     name: str                                         # scan | load | cache | train | save | verify
     done: int = 0
     total: int = 0                                    # 0: unknown
+    eta_s: float = 0.0                                # 0: unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

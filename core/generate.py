@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -21,19 +20,13 @@ from core.families.base import ALL_PARTS, Family, Parts
 from core.faults import Fault
 from core.lora_file import read_lora
 from core.lora_metadata import CONFIG_KEY
+from core.lora_names import Lora, find_lora, parse_lora, split_prompt
 from core.precision import autocast, choose
 from core.safetensors_header import data_hash, read_header
 from core.sheet import draw_sheet
+from core.trash import TRASH
 
-DEFAULT_WEIGHT = 0.8
-_TAG = re.compile(r"<lora:([^:<>]+?)(?::([-+]?\d*\.?\d+))?>")
 _NUMBERED = re.compile(r"-(\d{6,})$")
-
-
-@dataclass(frozen=True, slots=True)
-class Lora:
-    path: Path
-    weight: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +112,14 @@ class Studio:
                 "file": str(path), "found": found, "expected": expected}))
         return name
 
-    def draw(self, shot: Shot) -> Image.Image:
+    def draw(self, shot: Shot, each_step: Callable[[], None] = lambda: None) -> Image.Image:
+        """`each_step` is called after each denoising step; what it raises ends the picture."""
+        def called(_: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
+            each_step()
+            return values
         arguments = {"prompt": new_words.expand(shot.prompt, self._active),
-                     "negative_prompt": new_words.expand(shot.negative, self._active)}
+                     "negative_prompt": new_words.expand(shot.negative, self._active),
+                     "callback_on_step_end": called}
         return draw(self.pipeline, self.parts, shot, arguments, self.precision)
 
     def describe(self, shot: Shot, loras: Iterable[Lora]) -> str:
@@ -201,50 +199,6 @@ def modules_in(path: Path) -> int:
                for file in files for k in read_header(file).tensors)
 
 
-def split_prompt(prompt: str) -> tuple[str, list[tuple[str, float]]]:
-    """'a cat <lora:ink:0.5>' -> ('a cat', [('ink', 0.5)]); the weight's default is 0.8."""
-    found = [(m[1].strip(), float(m[2]) if m[2] else DEFAULT_WEIGHT)
-             for m in _TAG.finditer(prompt)]
-    return re.sub(r"\s{2,}", " ", _TAG.sub("", prompt)).strip(), found
-
-
-def parse_lora(text: str) -> tuple[str, float]:
-    """'ink.safetensors:0.5' -> (name, weight). A colon of a Windows drive is no weight."""
-    name, colon, weight = text.rpartition(":")
-    try:
-        return (name, float(weight)) if colon and name else (text, DEFAULT_WEIGHT)
-    except ValueError:
-        return text, DEFAULT_WEIGHT
-
-
-def find_lora(name: str, weight: float, folders: Sequence[Path] = ()) -> Lora:
-    """A path, or a name looked up in `folders`, ./output and the finished runs' folders.
-
-    Raises Fault `generate.unknown_lora` with the nearest names.
-    """
-    with contextlib.suppress(OSError, ValueError, RuntimeError):        # no path of this system
-        direct = Path(name).expanduser()
-        for path in (direct, direct.with_name(f"{direct.name}.safetensors")):
-            if path.is_file() or (path / lora_formats.CONFIG).is_file():
-                return Lora(path.absolute(), weight)
-    known: dict[str, Path] = {}
-    for folder in [*folders, Path("output"), *_run_folders()]:
-        for path in sorted(folder.glob("**/*.safetensors")) if folder.is_dir() else ():
-            if path.name != "state.safetensors" and not path.name.endswith(new_words.SUFFIX):
-                known.setdefault(path.stem, path.absolute())
-    if name in known:
-        return Lora(known[name], weight)
-    close = words.nearest(name, known)
-    raise Fault("generate.unknown_lora", name=" ".join(name.split()),
-                nearest=", ".join(close) or ", ".join(list(known)[:5]) or "-")
-
-
-def _run_folders() -> list[Path]:
-    from core import jobs
-    folders = [Path(view.output_dir) for view in jobs.list_runs() if view.output_dir]
-    return list(dict.fromkeys(folders))
-
-
 def save_png(image: Image.Image, path: Path, parameters: str) -> Path:
     """PNG with its parameters in the A1111 text chunk."""
     info = PngInfo()
@@ -258,7 +212,8 @@ def save_png(image: Image.Image, path: Path, parameters: str) -> Path:
 def save_numbered(image: Image.Image, folder: Path, parameters: str, stem: str = "") -> Path:
     """Saves under the next free number: nothing is overwritten."""
     folder.mkdir(parents=True, exist_ok=True)
-    taken = [int(m[1]) for p in folder.glob("*.png") if (m := re.search(r"(\d+)$", p.stem))]
+    taken = [int(m[1]) for p in (*folder.glob("*.png"), *folder.glob(f"{TRASH}/*.png"))
+             if (m := re.search(r"(\d+)$", p.stem))]
     number = max(taken, default=0) + 1
     return save_png(image, folder / f"{stem}{number:05d}.png", parameters)
 

@@ -1,4 +1,5 @@
-"""JobManager: a background thread that starts, stops and watches workers, one run at a time.
+"""JobManager: a background thread that starts, stops and watches workers, one run at a time (and
+pictures on the CPU beside it).
 
 The folders under runs/ are the only truth. A manager can die at any time: its worker goes on, and
 the next manager, or any reader, sees the same picture. This file must stay free of torch.
@@ -262,14 +263,16 @@ class JobManager:
                 self._launch(run)
 
     def _next(self) -> _Run | None:
-        """The run that has waited longest, if nothing is under way."""
-        waiting = []
+        """The run that has waited longest of those whose place is free: one holds the card,
+        and one at a time draws beside it on the CPU."""
+        waiting, taken = [], set()
         for run in self._runs.values():
             if self._views[run.folded.id].state == "queued":
                 waiting.append(run)
             elif not run.settled:
-                return None
-        return min(waiting, key=lambda run: (run.folded.created, run.folded.id), default=None)
+                taken.add(run.folded.beside)
+        return min((run for run in waiting if run.folded.beside not in taken),
+                   key=lambda run: (run.folded.created, run.folded.id), default=None)
 
     def _launch(self, run: _Run) -> None:
         folder = run.folded.folder

@@ -87,7 +87,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _merge(options: argparse.Namespace) -> int:
     from core import lora_algebra, lora_formats
-    from core.generate import parse_lora
+    from core.lora_names import parse_lora
     given = [_weighed(text, parse_lora(text)) for text in options.files]
     loras = [lora_formats.read(path) for path, _ in given]
     _same_family([path for path, _ in given], loras)

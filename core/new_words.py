@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from core import captions, paths
 from core.faults import Fault
+from core.lora_names import WORDS
 from core.safetensors_header import read_header
 
-SUFFIX = "_emb.safetensors"
 WORD_KEY = "darkroom.word"
 BUNDLED = "bundle_emb."
 _ALONE = "emb_params"                       # a file for one encoder
@@ -94,7 +94,7 @@ def expand(text: str, words: Mapping[str, str]) -> str:
 # --- files ---
 
 def beside(lora: Path) -> Path:
-    return lora.with_name(lora.stem + SUFFIX)
+    return lora.with_name(lora.stem + WORDS)
 
 
 def write(path: Path, word: NewWord, dtype: torch.dtype) -> None:

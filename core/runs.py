@@ -102,6 +102,11 @@ class JobView:
     def over(self) -> bool:
         return self.state in ENDED
 
+    @property
+    def beside(self) -> bool:
+        """Pictures on the CPU: they leave the card alone and run beside what holds it."""
+        return self.job == "generate" and self.config.get("device") == "cpu"
+
 
 def fold(view: JobView, event: Event) -> JobView:
     """The view after one more event."""
@@ -139,7 +144,8 @@ def _changes(view: JobView, event: Event) -> dict[str, Any]:
                     "config": event.config, "output_dir": _output_dir(view.cwd, event.config)}
         case Phase():
             return working | {"phase": event.name, "phase_done": event.done,
-                              "phase_total": event.total}
+                              "phase_total": event.total,
+                              "eta_s": event.eta_s or view.eta_s}
         case Planned():
             return working | {"plan": event.plan}
         case Step():

@@ -1,14 +1,17 @@
-"""Samplers by the names that users know from A1111 and ComfyUI, as diffusers schedulers."""
+"""Samplers by the names that users know from A1111 and ComfyUI, as diffusers schedulers.
+
+The table is for the window too: diffusers comes in only where one is made.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
-import diffusers
+from typing import TYPE_CHECKING, Any
 
 from core import words
-from core.families.base import Parts
 from core.faults import Fault
+
+if TYPE_CHECKING:
+    from core.families.base import Parts
 
 # name -> (label in A1111, diffusers class, options)
 SAMPLERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -38,6 +41,7 @@ def create(name: str, parts: Parts) -> Any:
         close = words.nearest(name, SAMPLERS, 1)
         raise Fault("generate.unknown_sampler", name=name, known=", ".join(SAMPLERS),
                     nearest=close[0] if close else FALLBACK)
+    import diffusers
     _, cls, options = SAMPLERS[name]
     config = {k: v for k, v in parts.scheduler.items() if not k.startswith("_")}
     config |= {"prediction_type": parts.objective}

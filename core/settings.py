@@ -27,6 +27,7 @@ class Settings(BaseModel):
     project: str = ""                               # the one that was open last
     output_root: str = ""                           # where LoRAs go; "": see `output_folder`
     welcomed: bool = False                          # the first start has been seen
+    exports: dict[str, str] = {}                    # program -> folder that took a LoRA last
 
     @property
     def spoken(self) -> str:

@@ -64,9 +64,9 @@ class Snapshot:
 
     @property
     def active(self) -> JobView | None:
-        """The run that holds the machine."""
-        return next((view for view in self.runs
-                     if not view.over and view.state != "queued"), None)
+        """The run that holds the machine; pictures on the CPU only where nothing else does."""
+        going = [view for view in self.runs if not view.over and view.state != "queued"]
+        return min(going, key=lambda view: view.beside, default=None)
 
     @property
     def queued(self) -> tuple[JobView, ...]:

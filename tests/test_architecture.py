@@ -23,8 +23,9 @@ LIGHT = ("advisor", "captions", "caption_checks", "checks", "choices", "commands
          "draw_config", "intake", "plan_service", "project", "thumbnails",
          "download", "duplicates", "events", "families", "faults", "findings", "focus", "gpu",
          "hub", "hub_commands", "hub_index", "jobs", "journal", "ladder", "looks", "lora_file",
-         "lora_metadata", "lora_commands", "lora_formats", "lora_layers", "naming", "foreign",
-         "config_commands", "machine", "measures", "paths", "picture_checks", "plan",
+         "lora_metadata", "lora_commands", "lora_export", "lora_formats", "lora_layers",
+         "lora_names", "naming", "foreign", "config_commands", "machine", "measures", "paths",
+         "picture_checks", "picture_settings", "plan", "samplers", "trash",
          "plan_commands", "pool", "prepare", "presets", "remedies", "runs",
          "safetensors_header", "settings", "sheet", "terminal", "watch", "weigh", "words", "worker")
 LANGUAGES = ("en", "zh-CN")

@@ -11,7 +11,7 @@ from core import draw, draw_config
 from core.config import dump_yaml
 from core.control import Control
 from core.draw_config import DrawConfig
-from core.events import Event, Sample
+from core.events import Event, Phase, Sample
 from core.faults import Fault
 
 
@@ -53,10 +53,75 @@ def test_the_config_comes_back_from_its_file(base: Path, tmp_path: Path) -> None
 
 
 def test_weights_are_columns(tmp_path: Path) -> None:
-    from core.generate import Lora
+    from core.lora_names import Lora
     loras = [Lora(tmp_path / "a", 0.8), Lora(tmp_path / "b", 0.3)]
     config = DrawConfig(base="x", weights=[0.0, 1.0])
-    columns = draw._columns(config, loras)
+    columns = draw.columns_of(config, loras)
     assert [[one.weight for one in column] for column in columns] == [[0.0, 0.3], [1.0, 0.3]]
-    assert draw._columns(config, []) == [[]]
-    assert draw._columns(DrawConfig(base="x"), loras) == [loras]
+    assert draw.labels_of(config, 2) == ["weight 0", "weight 1"]
+    assert draw.columns_of(config, []) == [[]]
+    assert draw.columns_of(DrawConfig(base="x"), loras) == [loras]
+
+
+def test_checkpoints_are_columns(tmp_path: Path) -> None:
+    from core.lora_names import Lora
+    files = [tmp_path / f"mia-{step:06d}.safetensors" for step in (10, 20)]
+    for file in files:
+        file.touch()
+    config = DrawConfig(base="x", checkpoints=[str(file) for file in files], labels=["step 10"])
+    columns = draw.columns_of(config, [Lora(tmp_path / "a", 0.6), Lora(tmp_path / "b", 0.3)])
+    assert [[(one.path.name, one.weight) for one in column] for column in columns] == [
+        [(file.name, 0.6), ("b", 0.3)] for file in files]
+    assert draw.labels_of(config, 2) == ["step 10", ""]
+
+
+def test_a_tag_s_weight_goes_before_the_list_s(tmp_path: Path) -> None:
+    for name in ("ink", "mia"):
+        (tmp_path / f"{name}.safetensors").touch()
+    config = DrawConfig(
+        base="x", prompt="a <lora:mia:0.2> cat <lora:wash:0.4>", names={
+            "mia": str(tmp_path / "mia.safetensors"), "wash": str(tmp_path / "ink.safetensors")},
+        loras=[str(tmp_path / "mia.safetensors") + ":0.9"])
+    prompt, loras = draw.wanted(config)
+    assert prompt == "a cat"
+    assert [(one.path.stem, one.weight) for one in loras] == [("mia", 0.2), ("ink", 0.4)]
+
+
+def test_a_comparison_ends_with_its_sheet(base: Path, tmp_path: Path) -> None:
+    """And a stop within a picture keeps what is whole."""
+    from tests.tiny import tiny_lora
+    lora = tiny_lora(tmp_path / "ink.safetensors")
+    config = settings(base, tmp_path, weights=[0.0, 1.0], loras=[f"{lora}:1"], count=2, seed=3)
+    told: list[Event] = []
+    result = draw.draw(config, told.append, Control())
+    samples = [event for event in told if isinstance(event, Sample)]
+    assert [(one.step, one.seed) for one in samples] == [(0, 3), (1, 3), (0, 4), (1, 4), (-1, 3)]
+    assert len(result["files"]) == 4
+    assert Path(samples[-1].path).name.startswith("sheet-")
+    with Image.open(samples[-1].path) as sheet, Image.open(samples[0].path) as one:
+        assert sheet.width > 2 * one.width
+    drawing = [event for event in told if isinstance(event, Phase) and event.name == "draw"]
+    assert all(event.total == 8 for event in drawing)
+
+    control = Control()
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Sample):
+            control.ask("stop")
+    assert draw.draw(config, stop, control) == {
+        "state": "stopped", "files": [str(tmp_path / "out" / "00006.png")]}
+
+
+def test_deleted_pictures_keep_their_numbers(tmp_path: Path) -> None:
+    from core import generate, trash
+    picture = Image.new("RGB", (4, 4))
+    first, second = (generate.save_numbered(picture, tmp_path, "x") for _ in range(2))
+    there = trash.discard(second)
+    assert generate.save_numbered(picture, tmp_path, "x").stem == "00003"
+    trash.restore(there, second)
+    assert second.is_file()
+    again = trash.discard(first)
+    generate.save_png(picture, first, "y")
+    with pytest.raises(FileExistsError):
+        trash.restore(again, first)
+    assert trash.discard(first) != again

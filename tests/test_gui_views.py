@@ -28,7 +28,7 @@ from gui.context import Context, Gauge, House, Snapshot
 from gui.header import header
 from gui.page import Page, _difference
 from gui.planning import Forecast, Planning
-from gui.tabs import inference, run
+from gui.tabs import run
 from gui.widgets.fault_card import fault_card
 from gui.widgets.history import history
 from gui.widgets.loss_chart import ema, loss_chart
@@ -179,7 +179,7 @@ def test_what_comes_from_outside_is_escaped(ctx: Context, tmp_path: Path) -> Non
         fault=Faulted(code="jobs.crash", params={"reason": NASTY}, details=NASTY))
     snap = Snapshot(runs=(shown, replace(shown, id="b", job="generate")))
     text = "".join((run.head(ctx, shown, snap), run.notes(ctx, shown), previews(ctx, shown),
-                    history(ctx, snap), header(ctx, snap), inference.gallery(ctx, snap)))
+                    history(ctx, snap), header(ctx, snap)))
     assert "<img src=x" not in text
     assert all("onerror" not in attributes for _, attributes in Tags(text).seen)
 
@@ -324,41 +324,9 @@ def test_the_suggestion_is_shown_with_reasons_and_can_be_taken(ctx: Context) -> 
     assert "nearest" in [b["data-act"] for b in Tags(suggestion(ctx, tight)).buttons()]
 
 
-# --- inference ---
-
-def test_the_last_lora_is_ready_at_its_trigger(ctx: Context, tmp_path: Path) -> None:
-    config = {"trigger_word": "m1a", "base_model": "demo"}
-    old = view(tmp_path, id="a", created=1.0, state="done", config=config)
-    (tmp_path / "y.safetensors").write_bytes(b"y")
-    new = view(tmp_path, id="b", created=2.0, state="done", config=config, checkpoints=(
-        Checkpoint(step=500, path=str(tmp_path / "x.safetensors")),
-        Checkpoint(step=1500, path=str(tmp_path / "y.safetensors"), final=True)))
-    snap = Snapshot(runs=(new, old))
-    choices = inference.loras(ctx, snap)
-    assert [value for _, value in choices] == ["b/1", "b/0", "a/0"]
-    assert "1500" in choices[0][0]
-    assert inference.trained(snap, "b/1") == (new, str(tmp_path / "y.safetensors"))
-    usual = inference.defaults(snap, "b/1")
-    assert (usual["prompt"], usual["weight"], usual["steps"]) == ("m1a", 0.8, 16)
-    for wrong in ("b/7", "c/0", "b/-1", "", None, "../x/0"):
-        assert inference.trained(snap, wrong) is None
-
-
 def test_a_checkpoint_folder_holds_its_lora(tmp_path: Path) -> None:
     point = Checkpoint(step=40, path=str(tmp_path / "mia-000040"))
     assert run.lora_file(point) == tmp_path / "mia-000040" / "mia-000040.safetensors"
-
-
-def test_comparisons_appear_once_both_pictures_are_there(ctx: Context, tmp_path: Path) -> None:
-    drawing = view(tmp_path, job="generate", config={"weights": [0.0, 0.8]}, samples=(
-        Sample(step=0, path="a.png", prompt="p", seed=1),))
-    assert inference.slider(ctx, drawing) == ""
-    second = Sample(step=1, path="b.png", prompt="p", seed=1)
-    both = replace(drawing, samples=(*drawing.samples, second))
-    text = inference.slider(ctx, both)
-    assert text.count("<img") == 2
-    assert 'type="range"' in text
-    assert inference.slider(ctx, replace(both, config={"weights": [0, 0.4, 0.8, 1]})) == ""
 
 
 # --- pages ---

@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from core import paths
 
 TOKENIZER = paths.DEMO / "base" / "tokenizer"
+MIDDLE = "mid_block_attentions_0_transformer_blocks_0_attn1"     # of tiny_unet; square layers
 COLOURS = ("red", "green", "blue", "orange", "purple", "teal")
 
 
@@ -64,3 +65,20 @@ def pictures(folder: Path, count: int = 6, size: tuple[int, int] = (48, 48),
         if captions:
             (folder / f"{i:03d}.txt").write_text(f"{colour} disc, flat, number {i}", "utf-8")
     return folder
+
+
+def tiny_lora(path: Path, names: tuple[str, ...] = (f"{MIDDLE}_to_q", f"{MIDDLE}_to_out_0"),
+              width: int = 64, rank: int = 2, metadata: dict[str, str] | None = None) -> Path:
+    """A kohya file for tiny_base's UNet that changes its pictures; names of square layers."""
+    from safetensors.torch import save_file
+    generator = torch.Generator().manual_seed(3)
+    tensors = {}
+    for name in names:
+        tensors[f"lora_unet_{name}.lora_down.weight"] = torch.randn(
+            rank, width, generator=generator)
+        tensors[f"lora_unet_{name}.lora_up.weight"] = torch.randn(
+            width, rank, generator=generator)
+        tensors[f"lora_unet_{name}.alpha"] = torch.tensor(float(rank))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata or {"ss_base_model_version": "sd_v1"})
+    return path

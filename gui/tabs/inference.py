@@ -1,28 +1,32 @@
-"""Inference: the last LoRA at weight 0.8 is ready; generate, compare with the base, sweep."""
+"""Inference: the last LoRA at weight 0.8 is ready; generate, compare, sweep, keep, export."""
 
 from __future__ import annotations
 
-import random
+import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from core import paths
-from core.draw_config import DrawConfig
+from core import families, lora_export, lora_names, picture_settings
+from core.config import load_train_config
 from core.faults import Fault
-from core.runs import JobView
-from gui.context import Context, Snapshot, Updates, pictures_folder
-from gui.html import bar, button, card, duration, esc
-from gui.tabs.run import lora_file, lora_of
-from gui.widgets.fault_card import fault_card
+from core.samplers import SAMPLERS
+from gui import inference_wanted as wanted
+from gui.context import Context, Snapshot, Updates
+from gui.inference_desk import PER_PAGE, Desk, desk_of
+from gui.inference_wanted import Added, Choice
+from gui.widgets import drawings
+from gui.widgets.drop_zone import drop_zone, uploaded
+from gui.widgets.lora_export import lora_export as export_panel
+from gui.widgets.lora_list import lora_list
+from gui.widgets.lora_list import lora_names as names_panel
 from gui.widgets.panel import panel
 
-WEIGHT = 0.8
-SWEEP = (0.0, 0.4, 0.8, 1.0)
-COMPARE = 2                             # weights of a comparison: without, with
-MOST_LORAS = 60
-MOST_SHOWN = 24
+DROPPED = [".png", ".safetensors"]
+KINDS = ("draw", "compare", "sweep", "checkpoints")
 
 
 def build(ctx: Context) -> Inference:
@@ -32,218 +36,322 @@ def build(ctx: Context) -> Inference:
 class Inference:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
-        say = ctx.say
+        self.desk: Desk = desk_of(ctx.house)
+        self._ready: str | None = None          # the run whose LoRA was painted last
         with gr.Row():
-            self.lora = gr.Dropdown([], label="LoRA", info=say("lora_help"), scale=3,
-                                    elem_id="lora", interactive=True)
-            self.weight = gr.Slider(-1, 2, WEIGHT, step=0.05, label=say("weight"), scale=2,
-                                    info=say("weight_help"), elem_id="weight")
-        with gr.Row():
-            self.prompt = gr.Textbox(label=say("prompt"), lines=2, max_lines=4, scale=3,
-                                     elem_id="prompt", placeholder=say("prompt_hint"))
-            self.negative = gr.Textbox(label=say("negative"), lines=2, max_lines=4, scale=2,
-                                       elem_id="negative")
-        with gr.Row():
+            with gr.Column(scale=6, min_width=440):
+                self.loras = panel("loras", "lora_list", dense=True)
+                self.names = panel("lora-names", "lora_completion")
+                self._build_inputs()
+                self.actions = panel("draw-acts")
+                self.export = panel("lora-export", "lora_list", dense=True)
+                self.drop = drop_zone(ctx, "inference-drop", DROPPED, "tab_inference", ("files",))
+            with gr.Column(scale=5, min_width=360):
+                self.status = panel("draw-status", dense=True)
+                self.large = panel("draw-large", "drawing_view", dense=True)
+        self.gallery = panel("gallery", dense=True)
+        self._wire()
+
+    def _build_inputs(self) -> None:
+        say = self.ctx.say
+        self.prompt = gr.Textbox(label=say("prompt"), lines=2, max_lines=5, elem_id="prompt",
+                                 placeholder=say("tab_inference.prompt_hint"))
+        self.negative = gr.Textbox(label=say("negative"), lines=1, max_lines=4,
+                                   elem_id="negative")
+        with gr.Row(elem_id="draw-numbers"):
             self.seed = gr.Number(label=say("seed"), precision=0, value=42, min_width=110,
-                                  elem_id="seed")
-            self.steps = gr.Number(label=say("draw_steps"), precision=0, value=28, min_width=110)
-            self.cfg = gr.Number(label=say("cfg"), value=7, min_width=110)
+                                  elem_id="seed", minimum=0)
+            with gr.Column(min_width=130, elem_id="seed-acts"):
+                dice = gr.Button(say("new_seed"), size="sm", min_width=90, elem_id="dice")
+                self.same = gr.Checkbox(label=say("tab_inference.same_seed"), value=True,
+                                        container=False, elem_id="same-seed")
+            self.count = gr.Number(label=say("count"), precision=0, value=1, min_width=80,
+                                   elem_id="draw-count", minimum=1)
+            self.steps = gr.Number(label=say("draw_steps"), precision=0, value=28, min_width=80,
+                                   elem_id="draw-steps", minimum=1)
+        with gr.Row(elem_id="draw-more"):
+            self.cfg = gr.Number(label=say("cfg"), value=7, min_width=100, elem_id="draw-cfg",
+                                 minimum=0)
+            self.sampler = gr.Dropdown(
+                [(say("tab_inference.auto"), "auto"),
+                 *((label, name) for name, (label, _, _) in SAMPLERS.items())],
+                value="auto", label=say("tab_inference.sampler"), min_width=150,
+                elem_id="draw-sampler")
             self.size = gr.Textbox(label=say("size"), placeholder=say("size_hint"), min_width=130,
                                    elem_id="size")
-            self.count = gr.Number(label=say("count"), precision=0, value=1, min_width=110)
-        with gr.Row(elem_id="draw-row"):
-            self.draw = gr.Button(say("generate"), variant="primary", elem_id="generate")
-            compare = gr.Button(say("compare"), elem_id="compare")
-            sweep = gr.Button(say("sweep"), elem_id="sweep")
-            dice = gr.Button(say("new_seed"), elem_id="dice")
-        self.status = panel("draw-status")
-        self.slider = panel("slider")
-        self.gallery = panel("gallery")
-        self._wire(compare, sweep, dice)
+        self.dice = dice
 
-    def _wire(self, compare: Any, sweep: Any, dice: Any) -> None:
+    def _wire(self) -> None:
         page = self.ctx.page
-        asked = [self.lora, self.weight, self.prompt, self.negative, self.seed, self.steps,
-                 self.cfg, self.size, self.count]
-        page.on(self.draw.click, lambda *a: self.start(a, []), asked)
-        page.on(compare.click, lambda *a: self.start(a, [0.0, float(a[1] or WEIGHT)]), asked)
-        page.on(sweep.click, lambda *a: self.start(a, list(SWEEP)), asked)
-        page.on(dice.click, self.new_seed, fill=True)
-        for name, made in (("prompt", self.prompt), ("negative", self.negative),
-                           ("seed", self.seed), ("weight", self.weight), ("steps", self.steps),
-                           ("cfg", self.cfg), ("size", self.size), ("count", self.count),
-                           ("lora", self.lora)):
-            page.on(made.input, self._keeper(name), [made], fill=name == "lora")
-        page.on_panel(self.status, self.act)
-        page.on_panel(self.gallery, self.act, fill=True)
+        self.asked = {"prompt": self.prompt, "negative": self.negative, "seed": self.seed,
+                      "steps": self.steps, "cfg": self.cfg, "size": self.size,
+                      "sampler": self.sampler, "count": self.count, "same_seed": self.same}
+        for name, made in self.asked.items():
+            page.on(made.input, self._keeper(name), [made])
+        for name in ("prompt", "negative"):     # what a script put in is told when it is left
+            page.on(self.asked[name].blur, self._keeper(name), [self.asked[name]])
+        page.on(self.dice.click, self.roll, outputs=[self.seed])
+        page.on_panel(self.actions, self.start, list(self.asked.values()), outputs=[self.seed])
+        page.on_panel(self.loras, self.change)
+        page.on_panel(self.drop, self.take, fill=True)
+        page.on_panel(self.export, self.send)
+        for one in (self.status, self.large, self.gallery):
+            page.on_panel(one, self.act, fill=True)
 
     def _keeper(self, name: str) -> Any:
         def keep(value: Any) -> None:
-            self.ctx.house.projects.update(lambda project: project.model_copy(update={
-                "inference": {**project.inference, name: value}}))
+            self._keep_typed({name: value})
         return keep
+
+    def _keep_typed(self, values: Mapping[str, Any]) -> None:
+        """What differs from what is shown anyhow: a default that nobody touched stays one."""
+        snap = self.ctx.house.snapshot()
+        shown = wanted.typed(snap, wanted.choices(snap, self.desk))
+        if changed := {name: value for name, value in values.items() if value != shown[name]}:
+            self._keep(changed)
+
+    def _keep(self, values: Mapping[str, Any]) -> None:
+        self.ctx.house.projects.update(lambda project: project.model_copy(update={
+            "inference": {**project.inference, **values}}))
 
     # --- painting ---
 
     def label(self, snap: Snapshot) -> str:
-        active = snap.active
-        return f"4 {self.ctx.say('tab_inference')}" + (
-            " ●" if active and active.job == "generate" else "")
+        drawing = any(view.job == "generate" and not view.over and view.state != "queued"
+                      for view in snap.runs)
+        return f"4 {self.ctx.say('tab_inference')}" + (" ●" if drawing else "")
 
     def paint(self, snap: Snapshot) -> Updates:
-        view = last_drawing(snap)
-        busy = snap.active is not None and snap.active.job == "train"
-        return {self.status: status(self.ctx, snap, view), self.gallery: gallery(self.ctx, snap),
-                self.slider: slider(self.ctx, view),
-                self.draw: gr.update(value=self.ctx.say("generate_queued" if busy
-                                                        else "generate"))}
+        ctx, desk = self.ctx, self.desk
+        ready = wanted.newest(wanted.choices(snap, desk))
+        if self._ready not in (None, ready):    # a new LoRA: its prompt and numbers
+            ctx.house.filled()
+        self._ready = ready
+        return {self.loras: lora_list(ctx, snap, desk), self.names: names_panel(snap, desk),
+                self.actions: drawings.actions(ctx, snap, desk),
+                self.status: drawings.status(ctx, snap, desk),
+                self.large: drawings.large(ctx, snap, desk),
+                self.gallery: drawings.gallery(ctx, snap, desk),
+                self.export: export_panel(ctx, snap, desk)}
 
     def fill(self, snap: Snapshot) -> Updates:
-        kept, choices = snap.project.inference, loras(self.ctx, snap)
-        chosen = kept.get("lora") or (choices[0][1] if choices else None)
-        if chosen not in [value for _, value in choices]:
-            chosen = choices[0][1] if choices else None
-        usual = defaults(snap, chosen)
-        filled = {name: kept.get(name, usual.get(name)) for name in (
-            "weight", "prompt", "negative", "seed", "steps", "cfg", "size", "count")}
-        return {self.lora: gr.update(choices=choices, value=chosen), self.weight: filled["weight"],
-                self.prompt: filled["prompt"], self.negative: filled["negative"],
-                self.seed: filled["seed"], self.steps: filled["steps"], self.cfg: filled["cfg"],
-                self.size: filled["size"], self.count: filled["count"]}
+        self.desk.look_for_places()
+        values = wanted.typed(snap, wanted.choices(snap, self.desk))
+        return {made: values[name] for name, made in self.asked.items()}
 
-    # --- acting ---
+    # --- drawing ---
 
-    def start(self, asked: tuple[Any, ...], weights: list[float]) -> None:
-        lora, weight, prompt, negative, seed, steps, cfg, size, count = asked
-        snap = self.ctx.house.snapshot()
-        source = trained(snap, lora)
-        if weights and source is None:
-            raise Fault("gui.no_lora")
-        base = str(source[0].config.get("base_model", "")) if source else snap.config.base_model
-        self.ctx.house.jobs.start(DrawConfig.model_validate({
-            "base": base or "demo", "prompt": prompt or "", "negative": negative or "",
-            "loras": [f"{source[1]}:{weight:g}"] if source else [],
-            "weights": weights or ([float(weight)] if source else []), "size": size or "",
-            "seed": int(seed or 0), "steps": int(steps or 20), "cfg": float(cfg or 0),
-            "count": int(count or 1), "out": str(pictures_folder() / snap.project.name)}),
-            name=Path(source[1]).stem if source else snap.project.name, job="generate")
-
-    def new_seed(self) -> None:
-        self._keeper("seed")(random.randrange(2**31))
-
-    def act(self, act: str, id: str) -> None:
+    def start(self, act: str, id: str, *asked: Any) -> Updates | None:
+        """`id`: the device, where it isn't the usual one."""
         house = self.ctx.house
-        if act in ("stop", "leave"):
-            house.jobs.stop(id)
-        elif act == "again":
-            view = house.jobs.view(id)
-            known = ("prompt", "negative", "seed", "steps", "cfg", "size", "count")
-            house.projects.update(lambda project: project.model_copy(update={"inference": {
-                **project.inference, **{key: view.config[key] for key in known
-                                        if key in view.config}}}))
+        if act == "preview":
+            house.jobs.sample(id)
+            self.ctx.page.tell(self.ctx.say("tab_inference.preview_asked"))
+        if act not in KINDS:
+            return None
+        values = dict(zip(self.asked, asked, strict=True))
+        updates = None if values["same_seed"] else self.roll()
+        if updates:
+            values["seed"] = updates[self.seed]
+        config, name = wanted.job(house.snapshot(), self.desk, act, values, id or "auto")
+        house.jobs.start(config, name=name, job="generate")
+        self._keep_typed(values)
+        self.desk.show(open="", page=0)
+        return updates
 
+    def roll(self) -> Updates:
+        seed = wanted.new_seed()
+        self._keep({"seed": seed})
+        return {self.seed: seed}
 
-# --- what is there ---
+    # --- LoRAs ---
 
-def loras(ctx: Context, snap: Snapshot) -> list[tuple[str, str]]:
-    """(label, 'run/number'): the newest run's best file first, then its checkpoints, then older."""
-    found: list[tuple[str, str]] = []
-    for view in (view for view in snap.runs if view.job == "train"):
-        first = lora_of(view)
-        if first is None:
-            continue
-        rest = [n for n in reversed(range(len(view.checkpoints))) if n != first]
-        for number in [first, *rest]:
-            point = view.checkpoints[number]
-            if lora_file(point).is_file():
-                kind = ctx.say("final") if point.final else ctx.say("best") if point.best else ""
-                said = " · ".join(filter(None, (view.name, ctx.say("step_n", step=point.step),
-                                                kind)))
-                found.append((said, f"{view.id}/{number}"))
-        if len(found) >= MOST_LORAS:
-            break
-    return found
-
-
-def trained(snap: Snapshot, chosen: str | None) -> tuple[JobView, str] | None:
-    """The run and the file of a choice."""
-    run_id, _, number = str(chosen or "").rpartition("/")
-    view = snap.run(run_id)
-    if view is None or not number.isdigit() or int(number) >= len(view.checkpoints):
+    def change(self, act: str, id: str) -> Updates | None:
+        """Buttons, lists and sliders of the LoRA box."""
+        snap = self.ctx.house.snapshot()
+        found = wanted.choices(snap, self.desk)
+        loras = wanted.added(snap, found)
+        match act:
+            case "add":
+                loras = self._with(loras, self._path(id), snap, found)
+            case "remove" if id.isdigit() and int(id) < len(loras):
+                del loras[int(id)]
+            case "weight":
+                loras = _weighed(loras, id)
+            case _:
+                return self._other(act, id, wanted.bases(snap, found))
+        self._keep(wanted.own_list(loras, found))
+        if act != "weight":
+            self.ctx.house.filled()
         return None
-    return view, str(lora_file(view.checkpoints[int(number)]))
+
+    def _other(self, act: str, id: str, bases: list[str]) -> Updates | None:
+        if act == "base" and id in bases:
+            self._keep({"base": id})
+            self.ctx.house.filled()
+        elif act == "take_config":
+            return self._take_config()
+        elif act == "close_dropped":
+            self.desk.show(dropped=None)
+        return None
+
+    def _path(self, text: str) -> Path:
+        path = Path(text.strip().strip('"')).expanduser()
+        if not path.is_absolute():
+            raise Fault("gui.not_absolute", folder=text)
+        return path
+
+    def _with(self, loras: list[Added], path: Path, snap: Snapshot, found: list[Choice]
+              ) -> list[Added]:
+        """With one LoRA more. Raises Fault where the file is none for this base."""
+        lora_names.checked(path, families.detect(wanted.folder_of(wanted.base_of(snap, found))))
+        if len(loras) >= wanted.MOST_ADDED:
+            raise Fault("tab_inference.too_many", most=wanted.MOST_ADDED)
+        if any(one.file == str(path) for one in loras):
+            return loras
+        return [*loras, Added(str(path))]
+
+    def _take_config(self) -> Updates | None:
+        """The training settings of the LoRA that was dropped, for the Parameters tab."""
+        info, house = self.desk.dropped, self.ctx.house
+        if info is None:
+            return None
+        config = load_train_config(info.path)
+        house.projects.update(lambda project: project.model_copy(update={
+            "edits": config.model_dump(exclude_defaults=True, exclude={
+                "resume", "output_dir", "output_name"}),
+            "preset": "", "advised": {}, "invalid": {}, "run": ""}))
+        house.replan(self.ctx.language)
+        house.filled()
+        return self.ctx.page.select("parameters")
+
+    # --- what is dropped ---
+
+    def take(self, act: str, told: str) -> None:
+        for file in uploaded(told) if act == "dropped" else []:
+            if file.suffix.lower() == ".safetensors":
+                self._take_lora(file)
+            else:
+                self._take_picture(picture_settings.read(file), file.name)
+
+    def _take_lora(self, file: Path) -> None:
+        snap = self.ctx.house.snapshot()
+        found = wanted.choices(snap, self.desk)
+        base = wanted.folder_of(wanted.base_of(snap, found))
+        info = self.desk.take(file, base)
+        loras = self._with(wanted.added(snap, found), info.path, snap, found)
+        self._keep(wanted.own_list(loras, found))
+        self.ctx.page.tell(self.ctx.say("tab_inference.lora_taken", name=info.path.stem))
+
+    def _take_picture(self, told: picture_settings.Settings, file: str) -> None:
+        """A picture's prompt and numbers. Its LoRAs go into the list where they are here; others
+        stay in the prompt, and are named."""
+        say, snap = self.ctx.say, self.ctx.house.snapshot()
+        found = wanted.choices(snap, self.desk)
+        known = wanted.used(snap) | wanted.names(found)
+        loras = {known[name]: weight for name, weight in lora_names.split_prompt(told.prompt)[1]
+                 if name in known and wanted.LEAST <= weight <= wanted.MOST}
+
+        def kept(tag: Any) -> str:
+            return "" if known.get(tag[1].strip()) in loras else str(tag[0])
+        prompt = lora_names.TAG.sub(kept, told.prompt).strip()
+        values = {"prompt": prompt, "negative": told.negative, "seed": told.seed,
+                  "steps": told.steps, "cfg": told.cfg, "size": told.size,
+                  "sampler": told.sampler or "auto", "same_seed": True, "count": 1}
+        added = [Added(name, weight) for name, weight in loras.items()]
+        self._keep({key: value for key, value in values.items() if value is not None}
+                   | wanted.own_list(added, found))
+        missing = [name for name, _ in lora_names.split_prompt(prompt)[1]]
+        self.ctx.page.tell(say("tab_inference.picture_taken", file=file))
+        if missing:
+            self.ctx.page.tell(say("tab_inference.loras_missing", names=", ".join(missing)),
+                               kind="warning")
+        if told.unknown_sampler:
+            self.ctx.page.tell(say("tab_inference.other_sampler", name=told.unknown_sampler),
+                               kind="warning")
+
+    # --- pictures ---
+
+    def act(self, act: str, id: str) -> Updates | None:
+        """Buttons of progress, picture and gallery."""
+        house, desk = self.ctx.house, self.desk
+        match act:
+            case "stop":
+                house.jobs.stop(id)
+            case "open":
+                desk.show(open=id)
+            case "close":
+                desk.show(open="")
+            case "page" if id.lstrip("-").isdigit():
+                desk.show(page=int(id))
+            case "undelete":
+                desk.undelete()
+            case "step" if id in ("1", "-1"):
+                self._step(int(id))
+            case "again" | "delete" | "as_preview":
+                self._use(act, id)
+        return None
+
+    def _step(self, by: int) -> None:
+        """The next picture, and the page that it stands on."""
+        desk = self.desk
+        pictures = desk.pictures(self.ctx.house.snapshot())
+        ids = [drawings.id_of(*one) for one in pictures]
+        if ids:
+            at = ids.index(desk.open) if desk.open in ids else -by
+            at = min(max(at + by, 0), len(ids) - 1)
+            desk.show(open=ids[at], page=at // PER_PAGE)
+
+    def _use(self, act: str, id: str) -> None:
+        snap, say = self.ctx.house.snapshot(), self.ctx.say
+        found = drawings.find(self.desk.pictures(snap), id)
+        if found is None:
+            raise Fault("tab_inference.picture_gone")
+        view, number = found
+        if act == "delete":
+            self.desk.delete(Path(view.samples[number].path))
+        elif act == "again":
+            loras = wanted.own_list(wanted.loras_of(view, number),
+                                    wanted.choices(snap, self.desk))
+            self._keep(wanted.settings_of(view, number) | loras)
+            self.ctx.page.tell(say("tab_inference.again_done"))
+        else:
+            self._as_preview(view.samples[number].prompt)
+
+    def _as_preview(self, prompt: str) -> None:
+        house, say = self.ctx.house, self.ctx.say
+        config = house.snapshot().config
+        house.projects.edit(sample_prompts=[*dict.fromkeys([*config.sample_prompts, prompt])])
+        key = "preview_added" if config.sample_every else "preview_never"
+        self.ctx.page.tell(say(f"tab_inference.{key}", every=config.sample_every))
+
+    # --- other programs ---
+
+    def send(self, act: str, told: str) -> None:
+        """`told`: file, program and folder as JSON. The file must be one that is added."""
+        try:
+            asked = dict(json.loads(told))
+        except (ValueError, TypeError):
+            return
+        house = self.ctx.house
+        snap = house.snapshot()
+        loras = wanted.added(snap, wanted.choices(snap, self.desk))
+        file, program = str(asked.get("file", "")), str(asked.get("program", ""))
+        if act != "export" or program not in lora_export.PROGRAMS or not any(
+                one.file == file for one in loras):
+            return
+        folder = lora_export.target_folder(str(asked.get("folder", "")), program)
+        self.desk.export(Path(file), program, folder, self.ctx.say, self.ctx.language)
+        house.settings.change(exports={**snap.settings.exports, program: str(folder)})
 
 
-def defaults(snap: Snapshot, chosen: str | None) -> dict[str, Any]:
-    """A prompt that shows the LoRA, and what its base likes."""
-    source = trained(snap, chosen)
-    config = source[0].config if source else snap.project.edits
-    prompts, trigger = config.get("sample_prompts") or [], str(config.get("trigger_word", ""))
-    demo = str(config.get("base_model", "")) in ("demo", str(paths.DEMO / "base"))
-    return {"prompt": prompts[0] if prompts else trigger, "negative": "", "seed": 42,
-            "steps": 16 if demo else 28, "cfg": 1.5 if demo else 7.0, "size": "", "count": 1,
-            "weight": WEIGHT}
-
-
-def last_drawing(snap: Snapshot) -> JobView | None:
-    return next((view for view in snap.runs if view.job == "generate"), None)
-
-
-def slider(ctx: Context, view: JobView | None) -> str:
-    """A comparison, once both of its pictures are there: drag, or the arrow keys."""
-    weights = view.config.get("weights") or [] if view else []
-    if view is None or len(weights) != COMPARE or len(view.samples) < COMPARE:
-        return ""
-    sides = [ctx.say("weight_n", weight=f"{weight:g}") for weight in weights]
-    images = "".join(f'<img src="/picture/{esc(view.id)}/{n}?full=1" alt="{esc(sides[n])}">'
-                     for n in range(COMPARE))
-    move = "this.parentElement.style.setProperty('--at', this.value + '%')"
-    return (f'<div class="compare">{images}<u></u><span class="left">{esc(sides[0])}</span>'
-            f'<span class="right">{esc(sides[1])}</span><input type="range" min="0" max="100" '
-            f'value="50" aria-label="{esc(ctx.say("compare_label"))}" oninput="{move}"></div>')
-
-
-def status(ctx: Context, snap: Snapshot, view: JobView | None) -> str:
-    if view is None:
-        key = "first_picture" if loras(ctx, snap) else "no_lora_yet"
-        return f'<p class="small">{esc(ctx.say(key))}</p>'
-    if view.state == "queued":
-        active = snap.active
-        text = ctx.say("gpu_busy", name=active.name) if active else ctx.say("starts_soon")
-        leave = button(ctx.say("leave_queue"), "leave", view.id)
-        return card("info", text, raw=f'<p class="acts">{leave}</p>')
-    if not view.over:
-        text = ctx.say("phase_load") if view.phase != "draw" else ctx.say(
-            "drawing", done=view.phase_done + 1, total=view.phase_total)
-        share = view.phase_done / view.phase_total if view.phase_total else 0.0
-        return (f'<section class="box">{bar(share, text, view.state)}<p class="acts">'
-                f'<span>{esc(text)}</span>{button(ctx.say("stop"), "stop", view.id)}</p></section>')
-    if view.fault:
-        return fault_card(ctx, view)
-    took = duration(ctx, view.ended - view.started)
-    return f'<p class="small">{esc(ctx.say("drawn", count=len(view.samples), time=took))}</p>'
-
-
-def gallery(ctx: Context, snap: Snapshot) -> str:
-    """Newest first, each with what made it."""
-    cells: list[str] = []
-    for view in (view for view in snap.runs if view.job == "generate"):
-        shown = sorted(range(len(view.samples)), key=lambda n: n)
-        cells += [_picture(ctx, view, number) for number in shown]
-        if len(cells) >= MOST_SHOWN:
-            break
-    return f'<div class="gallery">{"".join(cells)}</div>' if cells else ""
-
-
-def _picture(ctx: Context, view: JobView, number: int) -> str:
-    sample = view.samples[number]
-    weights = view.config.get("weights") or []
-    facts = [view.name if weights else ctx.say("base_alone"),
-             ctx.say("weight_n", weight=f"{weights[sample.step]:g}")
-             if sample.step < len(weights) else "", f"{ctx.say('seed')} {sample.seed}"]
-    address = f"/picture/{esc(view.id)}/{number}"
-    return (f'<figure><a href="{address}?full=1" target="_blank"><img src="{address}" '
-            f'alt="{esc(sample.prompt)}" loading="lazy"></a><figcaption>'
-            f'<span title="{esc(sample.prompt)}">{esc(sample.prompt)}</span>'
-            f'<small>{esc(" · ".join(filter(None, facts)))}</small>'
-            f'{button(ctx.say("use_again"), "again", view.id, kind="link")}</figcaption></figure>')
+def _weighed(loras: list[Added], told: str) -> list[Added]:
+    """'1 0.65': the second LoRA's weight."""
+    number, _, text = told.partition(" ")
+    try:
+        at, weight = int(number), float(text)
+    except ValueError:
+        return loras
+    if not 0 <= at < len(loras) or not wanted.LEAST <= weight <= wanted.MOST:
+        return loras
+    return [replace(one, weight=weight) if n == at else one for n, one in enumerate(loras)]

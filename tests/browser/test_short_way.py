@@ -72,22 +72,22 @@ def test_the_short_way(page: Any, served: Any) -> None:
 
     page.get_by_role("button", name="Stop and save").click()
     page.get_by_role("button", name="Try it: Inference").click(timeout=60_000)
-    weight = page.locator("#weight input[type=number]")
+    weight = page.locator("#loras input[type=number]")
     weight.wait_for(state="visible")
     assert weight.input_value() == "0.8"
     assert "duskprint style" in page.locator("#prompt textarea").input_value()
 
-    page.locator("#compare").click()
-    page.locator("#slider .compare img").nth(1).wait_for(state="visible", timeout=120_000)
-    sizes = page.locator("#slider img").evaluate_all(
+    page.locator("#draw-acts [data-act=compare]").click()
+    page.locator("#draw-large .compare img").nth(1).wait_for(state="visible", timeout=120_000)
+    sizes = page.locator("#draw-large .compare img").evaluate_all(
         "images => Promise.all(images.map(i => i.decode().then(() => i.naturalWidth)))")
     assert sizes == [64, 64]
-    page.locator("#slider input").focus()
+    page.locator("#draw-large .compare input").focus()
     page.keyboard.press("End")
-    assert "100%" in (page.locator("#slider .compare").get_attribute("style") or "")
+    assert "100%" in (page.locator("#draw-large .compare").get_attribute("style") or "")
     drawn = next(view for view in served.house.jobs.views() if view.job == "generate")
     assert drawn.config["weights"] == [0.0, 0.8]
-    off, on = (Path(sample.path).read_bytes() for sample in drawn.samples)
+    off, on = (Path(sample.path).read_bytes() for sample in drawn.samples[:2])
     assert off != on
 
     with page.expect_download() as download:        # the LoRA itself

@@ -1,0 +1,148 @@
+"""A LoRA file for other programs: where they keep theirs, and a copy there that replaces nothing.
+
+A1111 and Forge read models/Lora, ComfyUI models/loras; all three read kohya's format. What is
+spelled otherwise is converted by `darkroom lora convert` in a child process, which takes torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import os
+import re
+import shutil
+import string
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from core import lora_file, paths
+from core.faults import Fault
+
+PROGRAMS = {"a1111": ("models", "Lora"), "forge": ("models", "Lora"),
+            "comfyui": ("models", "loras"), "diffusers": ()}
+READS = {"a1111": ("kohya",), "forge": ("kohya",), "comfyui": ("kohya", "comfyui", "diffusers"),
+         "diffusers": ("diffusers",)}       # the first is what others are converted to
+CONVERT_S = 300.0                           # a large file on a slow disk
+_RUN = "import sys; from launcher import _run; sys.exit(_run(sys.argv[1:]))"
+_NAMES = re.compile(r"webui|comfyui|stability ?matrix|forge|automatic", re.IGNORECASE)
+_USUAL = ("Desktop", "Documents", "Downloads", "AI", "ai", "apps", "git", "src", "Projects")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    program: str                            # a1111 | forge | comfyui
+    folder: Path                            # the one that holds LoRAs
+
+
+def find_places() -> list[Place]:
+    """Installed programs in the usual places, two folders deep; what can't be read is passed
+    over."""
+    found: dict[str, Place] = {}
+    for parent in _parents():
+        for app in (one for one in _folders(parent) if _NAMES.search(one.name)):
+            for root in (app, *_folders(app)):          # portable builds lie one folder deeper
+                if place := place_of(root):
+                    found.setdefault(os.path.realpath(place.folder), place)
+    return list(found.values())
+
+
+def place_of(root: Path) -> Place | None:
+    """What is installed in a folder, told by the folders inside."""
+    models = root / "models"
+    if (models / "loras").is_dir() and (models / "checkpoints").is_dir():
+        return Place("comfyui", models / "loras")
+    if (models / "Stable-diffusion").is_dir():
+        forge = "forge" in root.as_posix().lower() or (root / "modules_forge").is_dir()
+        return Place("forge" if forge else "a1111", models / "Lora")
+    return None
+
+
+def target_folder(typed: str, program: str) -> Path:
+    """The folder for LoRAs that a typed path means: a program's own folder, or one within it.
+    Raises Fault where there is none."""
+    folder = Path(typed.strip().strip('"')).expanduser()
+    if not typed.strip() or not folder.is_absolute() or not folder.is_dir():
+        raise Fault("tab_inference.no_folder", folder=typed.strip() or "-")
+    inner = PROGRAMS[program]
+    if inner and (folder / inner[0]).is_dir():
+        return folder.joinpath(*inner)
+    return folder
+
+
+def fits(file: Path, program: str) -> bool:
+    """Whether a program reads the file as it is. Raises Fault where it is no LoRA."""
+    format_ = lora_file.describe(file).format
+    if format_ in lora_file.NOT_LORA:
+        raise Fault("lora_file.not_a_lora", file=file, what=format_)
+    return format_ in READS[program]
+
+
+def convert_to(file: Path, program: str, folder: Path, language: str) -> Path:
+    """-> a copy in the program's own spelling, as `copy_to`. Takes seconds. Raises Fault."""
+    with tempfile.TemporaryDirectory(dir=paths.cache_dir(), prefix="export-") as holder:
+        fresh = Path(holder) / file.name
+        frozen = getattr(sys, "frozen", False)
+        done = subprocess.run(
+            [sys.executable, *([] if frozen else ["-P", "-c", _RUN]), "lora", "convert", str(file),
+             "--to", READS[program][0], "--out", str(fresh)],
+            env={**os.environ, "PYTHONPATH": str(paths.ROOT), "DARKROOM_LANG": language,
+                 "PYTHONIOENCODING": "utf-8"}, stdin=subprocess.DEVNULL, capture_output=True,
+            text=True, encoding="utf-8", errors="replace", timeout=CONVERT_S,
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
+        if done.returncode or not fresh.is_file():
+            said = [line for line in done.stderr.splitlines() if line.strip()]
+            raise Fault("tab_inference.not_converted", file=file.name,
+                        reason=said[-1].strip() if said else f"exit code {done.returncode}")
+        return copy_to(fresh, folder)
+
+
+def copy_to(file: Path, folder: Path) -> Path:
+    """-> the copy; a file that is there stays, the copy gets the next free name, unless it is the
+    same file already. Raises Fault where it can't be written."""
+    if not file.is_file():
+        raise Fault("lora_file.missing", file=file, folder=file.parent)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        target = free_name(file, folder)
+        if not target.exists():
+            with paths.atomic(target) as fresh:
+                shutil.copyfile(file, fresh)
+    except OSError as error:
+        raise Fault("tab_inference.not_exported", folder=folder,
+                    reason=error.strerror or error) from None
+    return target
+
+
+def free_name(file: Path, folder: Path) -> Path:
+    """The file's own name or the next free one; the path of an equal file if one is there."""
+    number, target = 1, folder / file.name
+    while target.exists() and not filecmp.cmp(file, target, shallow=False):
+        number += 1
+        target = folder / f"{file.stem}-{number}{file.suffix}"
+    return target
+
+
+def _folders(parent: Path) -> list[Path]:
+    with contextlib.suppress(OSError), os.scandir(parent) as entries:
+        return sorted(parent / one.name for one in entries
+                      if not one.name.startswith((".", "$")) and one.is_dir())
+    return []
+
+
+def _parents() -> Iterator[Path]:
+    """Where people unpack such programs: home, its usual folders, and each drive."""
+    home = Path.home()
+    yield home
+    yield from (home / name for name in _USUAL)
+    yield Path(platformdirs.user_documents_dir())
+    drives = [Path(f"{letter}:\\") for letter in string.ascii_uppercase] if os.name == "nt" else [
+        Path("/opt")]
+    for drive in drives:
+        yield drive
+        yield from (drive / name for name in ("AI", "SD", "Stable Diffusion"))
