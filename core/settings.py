@@ -27,6 +27,9 @@ class Settings(BaseModel):
     project: str = ""                               # the one that was open last
     output_root: str = ""                           # where LoRAs go; "": see `output_folder`
     welcomed: bool = False                          # the first start has been seen
+    first_step: int = 0                             # of it, 1..3; 0: as long as nothing was trained
+    model_folders: list[str] = []                   # searched for bases beside the usual ones
+    mirror: str = ""                                # of the model hub; "": the hub itself
 
     @property
     def spoken(self) -> str:

@@ -38,6 +38,7 @@ TABS = ("dataset", "captioning", "parameters", "inference", "settings")     # fi
 STYLES = [Path(__file__).parent / name for name in ("style.css", "panels.css")]
 QUIET_S = 60.0                          # without a page and without a run: the app ends
 WARM_AFTER_S = 3.0
+FAREWELL_S = 2.0
 
 
 def build(ctx: Context) -> gr.Blocks:
@@ -100,9 +101,12 @@ class Served:
         return quiet and all(view.over for view in self.house.jobs.views())
 
     def wait(self) -> None:
-        """Until nobody is left, or Ctrl+C."""
-        while self.thread.is_alive() and not self.left_alone:
-            self.thread.join(1.0)
+        """Until someone quits, nobody is left, or Ctrl+C."""
+        quit = self.house.desktop.quit
+        while self.thread.is_alive() and not self.left_alone and not quit.wait(1.0):
+            pass
+        if quit.is_set():
+            time.sleep(FAREWELL_S)      # pages ask once a second: they get to show the end
 
     def close(self) -> None:
         """Runs that go on go on; their worker writes its own journal."""

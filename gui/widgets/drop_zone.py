@@ -14,24 +14,27 @@ from gui.context import Context
 from gui.html import button, esc
 
 
-def drop_zone(ctx: Context, name: str, suffixes: Iterable[str]) -> gr.HTML:
-    """Its clicks tell ("dropped", paths as JSON): see `uploaded`."""
+def drop_zone(ctx: Context, name: str, suffixes: Iterable[str], folders: bool = True,
+              words: str = "tab_dataset") -> gr.HTML:
+    """Its clicks tell ("dropped", paths as JSON): see `uploaded`. `words`: the subject of its
+    sentences. Without `folders` it takes files alone."""
     script = Path(__file__).with_name("drop_zone.js").read_text("utf-8")
-    return gr.HTML(html(ctx, suffixes), elem_id=name, js_on_load=script,
+    return gr.HTML(html(ctx, suffixes, folders, words), elem_id=name, js_on_load=script,
                    elem_classes=["panel", "dense"])
 
 
-def html(ctx: Context, suffixes: Iterable[str]) -> str:
+def html(ctx: Context, suffixes: Iterable[str], folders: bool = True,
+         words: str = "tab_dataset") -> str:
     say = ctx.say
     known = list(suffixes)
     fits = "(" + "|".join(re.escape(one) for one in known) + ")$"
-    choose = "".join(button(say(f"tab_dataset.choose_{one}"), "").replace(
-        'data-act=""', f'data-choose="{one}"') for one in ("files", "folder"))
+    choose = "".join(button(say(f"{words}.choose_{one}"), "").replace(
+        'data-act=""', f'data-choose="{one}"') for one in ("files", "folder")[:1 + folders])
     doing = say("tab_dataset.uploading", done="DONE", total="TOTAL")
     return (f'<div class="drop" data-suffixes="{esc(fits)}" data-doing="{esc(doing)}" '
-            f'data-none="{esc(say("tab_dataset.none_fits"))}" '
+            f'data-none="{esc(say(f"{words}.none_fits"))}" '
             f'data-failed="{esc(say("tab_dataset.upload_failed"))}"><p>'
-            f'{esc(say("tab_dataset.drop"))}</p><p class="acts">{choose}</p>'
+            f'{esc(say(f"{words}.drop"))}</p><p class="acts">{choose}</p>'
             f'<p class="said" role="status"></p>'
             f'<input type="file" name="files" multiple hidden accept="{",".join(known)}">'
             f'<input type="file" name="folder" webkitdirectory hidden></div>')
