@@ -48,14 +48,15 @@ def without_names(text: str) -> str:
         for spelled in {folder, folder.replace("\\", "/"), folder.replace("\\", "\\\\")}:
             if len(spelled) > 3:                        # never "/" or "C:\"
                 text = text.replace(spelled, short)
-    text = re.sub(r"(?i)((?:/home|/Users|[a-z]:\\+Users|[a-z]:/Users)[\\/]+)[^\\/\s'\":]+",
-                  r"\1<user>", text)
+    text = re.sub(r"(?i)((?:/home|/Users|[a-z]:\\+Users|[a-z]:/Users)[\\/]+)"
+                  r"(?:[^\\/'\":\n]{1,60}(?=[\\/])|[^\\/\s'\":]+)", r"\1<user>", text)
     name = ""
     with contextlib.suppress(Exception):
         name = getpass.getuser()
-    if len(name) > 2 and name not in ("root", "user"):
-        text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", "<user>", text)
-    return text.replace(platform.node(), "<host>") if len(platform.node()) > 2 else text
+    for word, short in ((name, "<user>"), (platform.node(), "<host>")):
+        if len(word) > 2 and word not in ("root", "user", "localhost"):
+            text = re.sub(rf"(?<![\w-]){re.escape(word)}(?![\w-])", short, text)
+    return text
 
 
 def log_folder() -> Path:

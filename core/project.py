@@ -87,8 +87,7 @@ class Projects:
         """An existing project, or a new one of this name. Raises Fault for what is no name."""
         name = checked_name(name)
         with self._lock:
-            base = str(self._now.edits.get("base_model") or "demo")
-            self._now, self.version = self._read(name, base), self.version + 1
+            self._now, self.version = self._read(name), self.version + 1
             return self._now
 
     def change(self, **changes: Any) -> Project:
@@ -120,14 +119,13 @@ class Projects:
                 self._now, self.version = new, self.version + 1
             return new
 
-    def _read(self, name: str, base: str = "demo") -> Project:
-        """A file that can't be read counts as a new project on `base`, and stays until something
-        changes."""
+    def _read(self, name: str) -> Project:
+        """A file that can't be read counts as a new project, and stays until something changes."""
         try:
             found = yaml.safe_load((_folder() / f"{name}.yaml").read_text("utf-8"))
             return Project.model_validate({**found, "name": name})
         except (OSError, yaml.YAMLError, ValidationError, TypeError, UnicodeDecodeError):
-            return Project(name=name, edits={"base_model": base})
+            return Project(name=name)
 
 
 def known_presets(family: str) -> list[presets.Preset]:

@@ -136,10 +136,16 @@ def serve(port: int = 0, jobs: JobManager | None = None, planning: Planning | No
     while thread.is_alive() and not server.started:
         time.sleep(0.02)
     if warm:
-        timer = threading.Timer(WARM_AFTER_S, house.jobs.warm)
+        timer = threading.Timer(WARM_AFTER_S, _warm, [house])
         timer.daemon = True
         timer.start()
     return Served(house, guard, server, thread, port)
+
+
+def _warm(house: House) -> None:
+    """What is likely to be wanted next: a worker, and the bases that lie on this machine."""
+    house.jobs.warm()
+    house.bases.look(tuple(house.settings.now.model_folders))
 
 
 def _settle() -> None:

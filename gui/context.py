@@ -99,6 +99,8 @@ class House:
         self.jobs = jobs
         self.settings = SettingsFile()
         self.projects = Projects(self.settings.now.project)
+        if not self.projects.names():   # the first start: a base that is there for sure
+            self.projects.edit(base_model="demo")
         self.planning = planning or Planning()
         self.gauge = Gauge()
         self.machine: plan.Machine | None = None

@@ -50,16 +50,17 @@ def _folders(ctx: Context, snap: Snapshot, known: list[presets.Preset]) -> str:
         choose = button(say("close.choose_folder"), f"native_{act}") if snap.native else ""
         rows += (f'<tr><th>{esc(say(f"first_start.{act}"))}</th><td>'
                  f'{field(f"set_{act}", say("first_start.path"), say("first_start.take"), value)}'
-                 f'{choose}<small>{esc(_there(ctx, value))}</small></td></tr>')
+                 f'{choose}<small>{esc(_there(ctx, act, value))}</small></td></tr>')
     return (f'<p>{esc(say("first_start.what"))}</p><p class="acts">{languages}</p>'
             f'<table class="facts">{rows}</table>')
 
 
-def _there(ctx: Context, folder: str) -> str:
+def _there(ctx: Context, act: str, folder: str) -> str:
     if not folder:
         return ctx.say("first_start.later")
-    there = Path(folder).expanduser().is_dir()
-    return ctx.say("first_start.is_there" if there else "first_start.not_there")
+    if Path(folder).expanduser().is_dir():
+        return ctx.say("first_start.is_there")
+    return ctx.say("first_start.not_there" if act == "pictures" else "first_start.is_made")
 
 
 def _machine(ctx: Context, snap: Snapshot, known: list[presets.Preset]) -> str:

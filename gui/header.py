@@ -31,7 +31,9 @@ class Header:
             places = {"train": "parameters", "caption": "captioning"}
             return self.ctx.page.select(places.get(run.job if run else "", "inference"))
         if act in ("open", "new"):
-            house.projects.open(id)
+            base = house.projects.now.edits.get("base_model", "demo")
+            if not house.projects.open(id).edits:           # a new one starts on the same base
+                house.projects.edit(base_model=base)
             house.projects.change(run="")
             house.settings.change(project=house.projects.now.name)
             house.replan(self.ctx.language)
@@ -53,7 +55,7 @@ class Header:
 def header(ctx: Context, snap: Snapshot) -> str:
     return (f'<div class="header">{_project(ctx, snap)}{_gauge(ctx, snap)}{_pill(ctx, snap)}'
             f'<span class="spring"></span>{_language(ctx)}{_theme(ctx, snap)}'
-            f'{button("⏻", "quit", hint=ctx.say("close.quit"), kind="link quit")}</div>')
+            f'{button(ctx.say("close.quit"), "quit", kind="link")}</div>')
 
 
 def _project(ctx: Context, snap: Snapshot) -> str:

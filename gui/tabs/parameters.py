@@ -117,8 +117,6 @@ class Parameters:
         ctx, shown = self.ctx, snap.shown
         ready, here = checklist.ready(ctx, snap), known(snap)
         removed = str(snap.project.tabs.get("presets", {}).get("removed", ""))
-        if not (snap.bases.searched or snap.bases.searching):
-            deeds.search_bases(ctx.house)
         return {self.setup: gr.update(visible=shown is None),
                 self.welcome: first_start(ctx, snap, here),
                 self.base: gr.update(choices=bases(ctx, snap)),

@@ -104,8 +104,8 @@ def _asked(ctx: Context, snap: Snapshot, entry: Entry) -> str:
                source=source(snap.settings.mirror), folder=hub.models_dir() / entry.repo)
     page = f"https://huggingface.co/{entry.repo}"
     return (f'<div class="asked" role="status"><p>{esc(said)}</p><p class="acts">'
-            + button(say("base_model.yes"), "fetch", entry.repo, kind="primary", once=True)
-            + button(say("base_model.no"), "ask", "")
+            + button(say("base_model.agree"), "fetch", entry.repo, kind="primary", once=True)
+            + button(say("base_model.cancel"), "ask", "")
             + f'<a href="{esc(page)}" target="_blank" rel="noreferrer">'
               f'{esc(say("base_model.licence_page"))}</a></p></div>')
 
@@ -122,7 +122,7 @@ def _fetch(ctx: Context, fetch: Fetch | None) -> str:
         return ""
     say = ctx.say
     again = button(say("base_model.go_on"), "fetch", fetch.repo, kind="primary", once=True)
-    put_away = button(say("base_model.no"), "forget")
+    put_away = button(say("base_model.cancel"), "forget")
     if fetch.fault:
         return card("fault", say("base_model.failed"), ctx.told(fetch.fault),
                     raw=f'<p class="acts">{again}{put_away}</p>')
