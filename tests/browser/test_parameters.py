@@ -35,7 +35,8 @@ def run(served: Any, name: str, state: str = "done", steps: int = 30, fault: str
         journal.append(JobStarted(job="train", pid=1, config=config))
         journal.append(Phase(name="train"))
         for step in range(1, steps + 1):
-            journal.append(Step(step=step, total=steps, loss=1 / step))
+            journal.append(Step(step=step, total=steps, loss=1 / step, epoch=1.0, lr=1e-4,
+                                steps_per_s=1.0, eta_s=0.0))
         picture = next(PICTURES.glob("*.png"))
         journal.append(Sample(step=steps, path=str(picture), prompt="a cat", seed=1))
         if fault:
