@@ -23,7 +23,8 @@ LIGHT = ("advisor", "captions", "caption_checks", "checks", "choices", "commands
          "draw_config", "intake", "plan_service", "project", "thumbnails",
          "download", "duplicates", "events", "families", "faults", "findings", "focus", "gpu",
          "hub", "hub_commands", "hub_index", "jobs", "journal", "ladder", "looks", "lora_file",
-         "lora_metadata", "machine", "measures", "model_search", "diagnostics", "records", "paths", "picture_checks", "plan",
+         "lora_metadata", "machine", "measures", "model_search", "diagnostics",
+         "records", "paths", "picture_checks", "plan",
          "plan_commands", "pool", "prepare", "presets", "remedies", "runs",
          "safetensors_header", "settings", "sheet", "terminal", "watch", "weigh", "words", "worker")
 LANGUAGES = ("en", "zh-CN")

@@ -280,7 +280,7 @@ def test_diagnostics_name_nobody(own_home: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("USERPROFILE", "/home/me")
     monkeypatch.setattr(getpass, "getuser", lambda: "mia")
     told = diagnostics.without_names(
-        f"/home/me/pictures {own_home}/runs C:\\Users\\Mia Li\\x.png 'D:/Users/mia/y' amiable mia")
+        f"/home/me/pictures {own_home}/runs C:\\Users\\Mia Li\\x.png 'D:/Users/you/y' amiable mia")
     assert told == ("~/pictures <data>/runs C:\\Users\\<user>\\x.png 'D:/Users/<user>/y' "
                     "amiable <user>")
 
