@@ -40,6 +40,7 @@ class Entry:
     revision: str = "main"
     use: str = ""                       # the file that a config names; "": the folder
     sha256: dict[str, str] = field(default_factory=dict)
+    family: str = ""                    # of a base
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def describe(repo: str, mirror: str = "", revision: str = "") -> Offer:
     if not REPOSITORY.fullmatch(repo):
         raise Fault("hub.bad_name", name=repo)
     entry = known(repo)
-    source = _source(mirror)
+    source = checked_source(mirror)
     info = _asked(repo, source, revision or (entry.revision if entry else "main"), bool(mirror))
     if not info.sha or not info.siblings:
         raise Fault("hub.not_a_hub", host=urlsplit(source).netloc)
@@ -131,7 +132,7 @@ def _safe(name: str) -> bool:
             and not re.search(r'[\\:*?"<>|\x00-\x1f]', name) and parts[-1] != MANIFEST)
 
 
-def _source(mirror: str) -> str:
+def checked_source(mirror: str) -> str:
     """The address to ask; a mirror as `hf-mirror.com` or with its https://."""
     if not mirror:
         from huggingface_hub.constants import ENDPOINT

@@ -22,7 +22,7 @@ import psutil
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
-from core import paths, runs, worker
+from core import paths, records, runs, worker
 from core.config import dump_yaml, load_train_config
 from core.control import Request
 from core.events import Event, Faulted, JobEnded
@@ -86,6 +86,10 @@ class JobManager:
                 raise runs.unknown(run_id, list(self._views))
             return self._views[run_id]
 
+    def queue(self) -> list[JobView]:
+        """The runs that wait, the next one first."""
+        return records.in_order([view for view in self.views() if view.state == "queued"])
+
     def wait(self, run_id: str, timeout: float | None = None) -> JobView:
         """The view once the run is over, or after `timeout` seconds as it then stands."""
         with self._changed:
@@ -121,6 +125,13 @@ class JobManager:
                 run.stop = run.stop or self._plan()
                 self._look(run)
 
+    def move_up(self, run_id: str) -> None:
+        """Before the run that waits before it."""
+        with self._acting, self._queue_lock():
+            records.move_up(self.queue(), run_id)
+            with self._changed:
+                self._mark_change()
+
     def pause(self, run_id: str) -> None:
         self._ask(run_id, "pause")
 
@@ -139,6 +150,10 @@ class JobManager:
         with self._acting:
             if not self._closed and (self._spare is None or self._spare.poll() is not None):
                 self._spare = worker.spawn_worker(self._command, preload=[job])
+
+    def hold(self, held: bool = True) -> None:
+        """Held, nothing that waits is started."""
+        self._dispatch = not held
 
     def close(self) -> None:
         """Ends the thread and the spare worker. A run that goes on goes on without us, and what
@@ -263,16 +278,17 @@ class JobManager:
                 self._launch(run)
 
     def _next(self) -> _Run | None:
-        """The run that has waited longest of those whose place is free: one holds the card,
-        and one at a time draws beside it on the CPU."""
+        """The first in the queue of those whose place is free: one holds the card, and one at a
+        time draws beside it on the CPU."""
         waiting, taken = [], set()
         for run in self._runs.values():
             if self._views[run.folded.id].state == "queued":
                 waiting.append(run)
             elif not run.settled:
                 taken.add(run.folded.beside)
-        return min((run for run in waiting if run.folded.beside not in taken),
-                   key=lambda run: (run.folded.created, run.folded.id), default=None)
+        first = records.in_order([self._views[run.folded.id] for run in waiting
+                                  if run.folded.beside not in taken])
+        return self._runs[first[0].id] if first else None
 
     def _launch(self, run: _Run) -> None:
         folder = run.folded.folder

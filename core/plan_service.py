@@ -3,6 +3,7 @@
 Torch is imported only where a trace isn't on disk yet (core/plan.ask), and never by the asker.
 Question: {"config": {TrainConfig}, "purpose", "language", "suggest": bool}. Answer: {"plan",
 "verdict", "lacking", "nearest", "suggestion", "pictures", "updates"} as far as each is known,
+"remedies" where a "symptom" (core/remedies.py) is asked about;
 or {"fault": {"code", "params"}}.
 """
 
@@ -14,7 +15,7 @@ import time
 from math import ceil
 from typing import Any
 
-from core import advisor, families, ladder, plan, weigh
+from core import advisor, families, ladder, plan, remedies, weigh
 from core.config import TrainConfig
 from core.faults import Fault
 from core.plan import Base, Data
@@ -61,6 +62,8 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
         nearest = advisor.nearest_fit(config, base, machine, planner.data(config), planner)
         found["nearest"] = nearest and {"changes": nearest[0],
                                         "needs_mb": round(nearest[1].needs_mb, 1)}
+    if symptom := question.get("symptom"):
+        return {"remedies": _remedies(symptom, config, planned, planner, question)}
     if question.get("suggest"):
         found["suggestion"] = _suggestion(question, base, planner, config)
     return found
@@ -85,6 +88,17 @@ def updates(config: TrainConfig, pictures: weigh.Pictures) -> int:
         samples += round(samples * config.reg_share / (1 - config.reg_share))
     batches = ceil(samples / config.batch_size)
     return config.epochs * ceil(batches / config.gradient_accumulation_steps)
+
+
+def _remedies(symptom: str, config: TrainConfig, planned: plan.Plan, planner: weigh.Weigher,
+              question: dict[str, Any]) -> list[dict[str, Any]]:
+    """Gentlest first; those without changes are advice to follow by hand."""
+    shape = advisor.Shape.of(planner.base, planner.machine)
+    facts = remedies.Facts(planner, ladder.rungs(planner.machine, shape.weights_mb), shape.native,
+                           shape.step, question.get("updates", 0), question.get("best_step", 0))
+    return [{"key": one.key, "params": dict(one.params), "changes": dict(one.changes),
+             "saves_mb": one.saves_mb}
+            for one in remedies.answer(symptom, config, planned, facts)]
 
 
 def _suggestion(question: dict[str, Any], base: Base, planner: weigh.Weigher,

@@ -8,12 +8,14 @@ Order, the later wins: family default (TrainConfig) -> preset -> advisor -> own 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core import advisor, captions, families, paths, reading, words
@@ -29,6 +31,7 @@ from core.faults import Fault
 from core.plan import Machine, Verdict
 
 PURPOSE = "style"               # where none is named
+CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)   # GB
 NOMINAL = 0.95                  # of what is sold as 8 GB, so much is there
 
 
@@ -110,7 +113,7 @@ def family_of(base_model: str, beside: Path | None = None) -> str:
 
 
 def _files() -> Iterator[Path]:
-    for folder in (paths.data_dir() / "presets", paths.PRESETS):       # one's own first
+    for folder in (own_folder(), paths.PRESETS):                        # one's own first
         yield from sorted(folder.glob("*/*.yaml"))
 
 
@@ -143,6 +146,79 @@ def _first_line(error: Exception) -> str:
 
 def _plain(name: str) -> str:
     return re.sub(r"[\s_-]+", "", name).casefold()
+
+
+# --- one's own ---
+
+# What says which pictures and which base, or where to; a preset is about how.
+NOT_KEPT = frozenset({"train_data_dir", "base_model", "output_dir", "output_name", "trigger_word",
+                      "metadata_path", "resume", "device", "sample_prompts", "family"})
+
+
+def own_folder() -> Path:
+    return paths.data_dir() / "presets"
+
+
+def is_own(preset: Preset) -> bool:
+    return preset.path.is_relative_to(own_folder())
+
+
+def save_own(title: str, family: str, purpose: str, config: TrainConfig, needs: Needs) -> Preset:
+    """The config's settings as a preset; one of that title and purpose is replaced. Raises Fault
+    for a title that is no name."""
+    title = " ".join(title.split())
+    if not title or len(title) > 60:
+        raise Fault("presets.bad_title", title=title)
+    same = next((one for one in list_presets(family=family)
+                 if is_own(one) and one.purpose == purpose and title in one.names()), None)
+    path = same.path if same else _free(own_folder() / family, title)
+    values = config.model_dump(mode="json", exclude_defaults=True, exclude=set(NOT_KEPT))
+    about = {lang: words.say("presets.own_about", {"fields": len(values)}, lang)
+             for lang in words.LANGUAGES}
+    preset = Preset(path=path, title=dict.fromkeys(words.LANGUAGES, title), about=about,
+                    family=family, purpose=purpose, needs=needs, set=values)
+    _write(preset)
+    return preset
+
+
+def needs_of(mb: float, card: bool) -> Needs:
+    """The smallest card of those that are sold, or so much RAM."""
+    if not card:
+        return Needs(vram_gb=0, ram_gb=round(mb / 1024, 1))
+    fitting = (gb for gb in CARDS if advisor.card_of(gb).free_mb >= mb)
+    return Needs(vram_gb=next(fitting, CARDS[-1]), ram_gb=0)
+
+
+def rename_own(preset: Preset, title: str) -> None:
+    title = " ".join(title.split())
+    if not title or len(title) > 60:
+        raise Fault("presets.bad_title", title=title)
+    _write(preset.model_copy(update={"title": dict.fromkeys(words.LANGUAGES, title)}))
+
+
+def remove_own(preset: Preset) -> None:
+    """It stays beside the others as .removed, see `restore_own`."""
+    if is_own(preset):
+        preset.path.replace(preset.path.with_suffix(".removed"))
+
+
+def restore_own(family: str, slug: str) -> None:
+    removed = own_folder() / family / f"{Path(slug).name}.removed"
+    if removed.is_file():
+        removed.replace(removed.with_suffix(".yaml"))
+
+
+def _write(preset: Preset) -> None:
+    data = preset.model_dump(mode="json", exclude={"path"})
+    paths.write_atomic(preset.path, yaml.safe_dump(data, allow_unicode=True, sort_keys=False))
+
+
+def _free(folder: Path, title: str) -> Path:
+    """A file name that no built-in preset has."""
+    plain = re.sub(r"[^\w-]+", "-", title.casefold()).strip("-") or "preset"
+    numbers = (f"-{number}" if number else "" for number in itertools.count())
+    return next(path for number in numbers
+                if not (path := folder / f"own-{plain}{number}.yaml").exists())
 
 
 # --- laid over a config ---

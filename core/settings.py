@@ -28,6 +28,9 @@ class Settings(BaseModel):
     output_root: str = ""                           # where LoRAs go; "": see `output_folder`
     welcomed: bool = False                          # the first start has been seen
     exports: dict[str, str] = {}                    # program -> folder that took a LoRA last
+    first_step: int = 0                             # of it, 1..3; 0: as long as nothing was trained
+    model_folders: list[str] = []                   # searched for bases beside the usual ones
+    mirror: str = ""                                # of the model hub; "": the hub itself
 
     @property
     def spoken(self) -> str:

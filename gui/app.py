@@ -38,6 +38,7 @@ TABS = ("dataset", "captioning", "parameters", "inference", "settings")     # fi
 STYLES = [Path(__file__).parent / name for name in ("style.css", "panels.css")]
 QUIET_S = 60.0                          # without a page and without a run: the app ends
 WARM_AFTER_S = 3.0
+FAREWELL_S = 2.0
 
 
 def build(ctx: Context) -> gr.Blocks:
@@ -100,9 +101,12 @@ class Served:
         return quiet and all(view.over for view in self.house.jobs.views())
 
     def wait(self) -> None:
-        """Until nobody is left, or Ctrl+C."""
-        while self.thread.is_alive() and not self.left_alone:
-            self.thread.join(1.0)
+        """Until someone quits, nobody is left, or Ctrl+C."""
+        quit = self.house.desktop.quit
+        while self.thread.is_alive() and not self.left_alone and not quit.wait(1.0):
+            pass
+        if quit.is_set():
+            time.sleep(FAREWELL_S)      # pages ask once a second: they get to show the end
 
     def close(self) -> None:
         """Runs that go on go on; their worker writes its own journal."""
@@ -132,10 +136,16 @@ def serve(port: int = 0, jobs: JobManager | None = None, planning: Planning | No
     while thread.is_alive() and not server.started:
         time.sleep(0.02)
     if warm:
-        timer = threading.Timer(WARM_AFTER_S, house.jobs.warm)
+        timer = threading.Timer(WARM_AFTER_S, _warm, [house])
         timer.daemon = True
         timer.start()
     return Served(house, guard, server, thread, port)
+
+
+def _warm(house: House) -> None:
+    """What is likely to be wanted next: a worker, and the bases that lie on this machine."""
+    house.jobs.warm()
+    house.bases.look(tuple(house.settings.now.model_folders))
 
 
 def _settle() -> None:

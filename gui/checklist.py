@@ -1,15 +1,16 @@
-"""Whether Start can be pressed, and what stands in the way; the welcome of a first start."""
+"""Whether Start can be pressed, and what stands in the way."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from core import presets
+from core import model_search, presets
 from core.faults import Fault
 from gui.context import Context, Snapshot
-from gui.form import problems
-from gui.html import button, card, esc, gigabytes
+from gui.form import problems, said
+from gui.html import esc, gigabytes
 
 Mark = Literal["ok", "wait", "warn", "bad"]
 _SIGNS: dict[Mark, str] = {"ok": "✓", "wait": "…", "warn": "⚠", "bad": "✖"}
@@ -24,7 +25,7 @@ def items(ctx: Context, snap: Snapshot) -> list[Item]:
     found = [_pictures(ctx, snap), _base(ctx, snap), *_memory(ctx, snap), *_lacking(ctx, snap)]
     found += [Item("bad", text) for text in problems(ctx, snap)]
     if snap.problem:
-        found.append(Item("bad", snap.problem))
+        found.append(Item("bad", said(ctx, snap.problem)))
     if steps := snap.forecast.answer.get("updates"):
         found.append(Item("ok", ctx.say("will_do_steps", steps=steps)))
     return found
@@ -65,7 +66,28 @@ def _base(ctx: Context, snap: Snapshot) -> Item:
         family = presets.family_of(base)
     except Fault as fault:
         return Item("bad", ctx.told(fault))
+    if unfit := _unfit(base):
+        return Item("bad", ctx.say(unfit, base=Path(base).name, family=family))
     return Item("ok", ctx.say("base_is", base=Path(base).name, family=family))
+
+
+def _unfit(base: str) -> str:
+    """Why a file or folder is no base that can be trained; "": it is one."""
+    path = Path(base).expanduser()
+    try:
+        return "" if base == "demo" else _looked(path, path.stat().st_mtime_ns)
+    except OSError:
+        return ""                       # its absence is told already
+
+
+@functools.lru_cache(maxsize=32)
+def _looked(path: Path, mark: int) -> str:
+    try:
+        found = model_search.look(path)
+    except Fault:
+        return "base_model.damaged"
+    return "base_model.no_base" if found is None else (
+        f"model_search.{found.reason}" if found.reason else "")
 
 
 def _memory(ctx: Context, snap: Snapshot) -> list[Item]:
@@ -88,15 +110,3 @@ def _lacking(ctx: Context, snap: Snapshot) -> list[Item]:
     if disk and "disk" not in (answer.get("lacking") or {}):
         short.append(Item("ok", ctx.say("disk_free", free=gigabytes(disk))))
     return short
-
-
-def welcome(ctx: Context, snap: Snapshot) -> str:
-    """Until something was trained: what this is, what was found here, and a way to try it now."""
-    if snap.settings.welcomed or snap.runs:
-        return ""
-    found = (ctx.say("found_card", name=snap.gauge.name, total=gigabytes(snap.gauge.total_mb))
-             if snap.gauge.kind == "cuda" else ctx.say("found_no_card"))
-    acts = (button(ctx.say("try_demo"), "demo", kind="") + button(
-        ctx.say("dismiss"), "welcomed", kind="link"))
-    return card("info", ctx.say("welcome"), "", raw=(
-        f'<p>{esc(ctx.say("welcome_text"))}</p><p>{esc(found)}</p><p class="acts">{acts}</p>'))

@@ -27,6 +27,8 @@ from core.jobs import JobManager
 from core.project import Project, Projects
 from core.runs import JobView
 from core.settings import Settings, SettingsFile
+from gui.bases import Bases, Known
+from gui.desktop import Closing, Desktop
 from gui.planning import Forecast, Planning
 
 if TYPE_CHECKING:
@@ -56,10 +58,14 @@ class Snapshot:
     project: Project = field(default_factory=Project)
     settings: Settings = field(default_factory=Settings)
     config: TrainConfig = field(default_factory=TrainConfig)
-    problem: str = ""                   # why the project's config can't be used
+    problem: Exception | None = None    # why the project's config can't be used
     gauge: Gauge = field(default_factory=Gauge)
     machine: plan.Machine | None = None
     forecast: Forecast = field(default_factory=Forecast)
+    bases: Known = field(default_factory=Known)
+    order: tuple[str, ...] = ()         # ids that wait, the next one first; (): as they came
+    native: bool = False                # a window of our own, with the system's dialogs
+    closing: Closing = ""
     now: float = 0.0                    # Unix time, s
 
     @property
@@ -71,7 +77,9 @@ class Snapshot:
     @property
     def queued(self) -> tuple[JobView, ...]:
         """The next one first."""
-        return tuple(view for view in reversed(self.runs) if view.state == "queued")
+        waiting = [view for view in reversed(self.runs) if view.state == "queued"]
+        return tuple(sorted(waiting, key=lambda view: self.order.index(view.id)
+                            if view.id in self.order else len(self.order)))
 
     @property
     def shown(self) -> JobView | None:
@@ -91,12 +99,16 @@ class House:
         self.jobs = jobs
         self.settings = SettingsFile()
         self.projects = Projects(self.settings.now.project)
+        if not self.projects.names():   # the first start: a base that is there for sure
+            self.projects.edit(base_model="demo")
         self.planning = planning or Planning()
         self.gauge = Gauge()
         self.machine: plan.Machine | None = None
         self._card: GpuInfo | None = None
         self.fills = 0                  # differs whenever inputs have to be set anew
         self._touched = 0
+        self.bases = Bases(self.touch)
+        self.desktop = Desktop(self.touch, self._busy)
         self._marks = (f"{time.time_ns():x}-{n}" for n in itertools.count())
         self._snapshot = Snapshot()
         self._closed = threading.Event()
@@ -109,15 +121,31 @@ class House:
                    self.planning.version, self.gauge, self._touched)
         if self._snapshot.version == version:
             return self._snapshot
-        config, problem = TrainConfig(), ""
+        config, problem = TrainConfig(), None
         try:
             config = project.config(settings.output_folder)
         except (ValidationError, Fault) as error:
-            problem = str(error).splitlines()[0]
+            problem = error
         self._snapshot = Snapshot(
             version, next(self._marks), tuple(self.jobs.views()), project, settings, config,
-            problem, self.gauge, self.machine, self.planning.now, time.time())
+            problem, self.gauge, self.machine, self.planning.now, self.bases.now,
+            tuple(view.id for view in self.jobs.queue()), self.desktop.window is not None,
+            self.desktop.state, time.time())
         return self._snapshot
+
+    def _busy(self) -> bool:
+        """Something runs; what waits would start by itself with the next start."""
+        return any(not view.over and view.state != "queued" for view in self.jobs.views())
+
+    def stop_all(self, seconds: float = 120.0) -> None:
+        """Stops what runs, with its work saved, and waits for it. What waits stays where it is."""
+        self.jobs.hold()
+        running = [view.id for view in self.jobs.views()
+                   if not view.over and view.state != "queued"]
+        for run_id in running:
+            self.jobs.stop(run_id)
+        for run_id in running:
+            self.jobs.wait(run_id, seconds)
 
     def touch(self) -> None:
         """Makes the next snapshot a new one: something beside the house has changed."""

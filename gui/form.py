@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from core.config import TrainConfig
+from core.faults import Fault
 from gui.context import Context, Snapshot, Updates
 
 LEVELS = ("basic", "advanced", "expert")
@@ -91,6 +92,20 @@ def problems(ctx: Context, snap: Snapshot) -> list[str]:
             for key, raw in snap.project.invalid.items() if key in TrainConfig.model_fields]
 
 
+def said(ctx: Context, error: Exception) -> str:
+    """A config that can't be used, in one sentence of the page's language."""
+    if isinstance(error, Fault):
+        return ctx.told(error)
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    key, value = str(first["loc"][0]) if first["loc"] else "", first.get("input")
+    if key not in TrainConfig.model_fields:
+        return ctx.say("bad_setting", name=key, value=value)
+    return ctx.say("bad_value", label=label(ctx, key), value=value,
+                   range=_range(ctx, key) or ctx.say("range_kind"))
+
+
 def parsed(key: str, raw: Any) -> Any:
     """What a page sends -> what the config takes; None: back to what is below. Raises ValueError
     for no number."""
@@ -157,6 +172,9 @@ def _range(ctx: Context, key: str) -> str:
              for limit in TrainConfig.model_fields[key].metadata for name in LIMITS
              if (value := getattr(limit, name, None)) is not None]
     size = key in ("max_resolution", "sample_size")
+    if choices := get_args(TrainConfig.model_fields[key].annotation):
+        names = [str(one) for one in choices if isinstance(one, str)]
+        parts = [ctx.say("one_of", names=", ".join(names))] if names else parts
     return ctx.say("range_size") if size else ctx.say("comma").join(parts)
 
 

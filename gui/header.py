@@ -5,6 +5,7 @@ from __future__ import annotations
 from core.runs import JobView
 from gui.context import Context, Snapshot, Updates
 from gui.html import bar, button, duration, esc, gigabytes
+from gui.widgets.close_dialog import close_dialog
 from gui.widgets.panel import panel
 
 NEXT_THEME = {"auto": "dark", "dark": "light", "light": "auto"}
@@ -14,11 +15,12 @@ THEME_SIGN = {"auto": "◐", "dark": "☾", "light": "☀"}
 class Header:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
-        self.panel = panel("header")
-        ctx.page.on_panel(self.panel, self.act, fill=True)
+        self.panel, self.dialog = panel("header"), panel("close-dialog")
+        for one in (self.panel, self.dialog):
+            ctx.page.on_panel(one, self.act, fill=True)
 
     def paint(self, snap: Snapshot) -> Updates:
-        return {self.panel: header(self.ctx, snap)}
+        return {self.panel: header(self.ctx, snap), self.dialog: close_dialog(self.ctx, snap)}
 
     def act(self, act: str, id: str) -> Updates | None:
         house = self.ctx.house
@@ -29,16 +31,31 @@ class Header:
             places = {"train": "parameters", "caption": "captioning"}
             return self.ctx.page.select(places.get(run.job if run else "", "inference"))
         if act in ("open", "new"):
-            house.projects.open(id)
+            base = house.projects.now.edits.get("base_model", "demo")
+            if not house.projects.open(id).edits:           # a new one starts on the same base
+                house.projects.edit(base_model=base)
             house.projects.change(run="")
             house.settings.change(project=house.projects.now.name)
             house.replan(self.ctx.language)
+        desktop = house.desktop
+        match act:
+            case "quit":
+                if desktop.may_close():
+                    desktop.end()
+            case "keep_run":
+                desktop.end()
+            case "stop_run":
+                desktop.stop_first(house.stop_all)
+            case "stay":
+                house.jobs.hold(False)
+                desktop.stay()
         return None
 
 
 def header(ctx: Context, snap: Snapshot) -> str:
     return (f'<div class="header">{_project(ctx, snap)}{_gauge(ctx, snap)}{_pill(ctx, snap)}'
-            f'<span class="spring"></span>{_language(ctx)}{_theme(ctx, snap)}</div>')
+            f'<span class="spring"></span>{_language(ctx)}{_theme(ctx, snap)}'
+            f'{button(ctx.say("close.quit"), "quit", kind="link")}</div>')
 
 
 def _project(ctx: Context, snap: Snapshot) -> str:

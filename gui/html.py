@@ -18,11 +18,20 @@ def button(label: str, act: str, id: str = "", *, kind: str = "", why_not: str =
            hint: str = "", once: bool = False) -> str:
     """`kind`: primary | danger | link | "". `why_not`: disabled, and why."""
     title = esc(why_not or hint)
+    name = "" if label.isalnum() or len(label) > 2 else f' aria-label="{esc(hint or label)}"'
     off = f' disabled aria-disabled="true" title="{title}"' if why_not else (
         f' title="{title}"' if title else "")
     again = " data-once" if once else ""
     return (f'<button type="button" class="act {kind}" data-act="{esc(act)}" '
-            f'data-id="{esc(id)}"{off}{again}>{esc(label)}</button>')
+            f'data-id="{esc(id)}"{name}{off}{again}>{esc(label)}</button>')
+
+
+def field(act: str, label: str, go: str, value: str = "", *, optional: bool = False) -> str:
+    """One line to type in with its button: the handler gets (act, what was typed)."""
+    needed = "" if optional else " required"
+    return (f'<form class="field" data-act="{esc(act)}"><input{needed} maxlength="400" '
+            f'placeholder="{esc(label)}" aria-label="{esc(label)}" value="{esc(value)}">'
+            f'<button class="act">{esc(go)}</button></form>')
 
 
 def bar(share: float, label: str, kind: str = "") -> str:

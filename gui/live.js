@@ -17,7 +17,7 @@ window.darkroom = (() => {
       return;
     }
     if (old.isEqualNode(fresh)) return;
-    const mine = old.nodeName === 'DETAILS' ? ['open'] : old.nodeName === 'INPUT' ? ['value'] : [];
+    const mine = {DETAILS: ['open'], DIALOG: ['open'], INPUT: ['value']}[old.nodeName] || [];
     for (const {name} of [...old.attributes])
       if (!fresh.hasAttribute(name) && !mine.includes(name)) old.removeAttribute(name);
     for (const {name, value} of fresh.attributes)
@@ -39,7 +39,16 @@ window.darkroom = (() => {
     fresh.innerHTML = html;
     children(place.element, fresh.content);
     place.shown = html;
+    for (const dialog of place.element.querySelectorAll('dialog:not([open])')) ask(dialog);
     place.after();
+  }
+
+  function ask(dialog) {                        // Escape is its Cancel, where it has one
+    dialog.showModal();
+    dialog.addEventListener('cancel', event => {
+      event.preventDefault();
+      dialog.querySelector('[data-cancel]')?.click();
+    });
   }
 
   function name(id, text) {                     // a tab's; the button may come late
@@ -113,6 +122,38 @@ window.darkroom = (() => {
       setTimeout(() => card.remove(), kind === 'info' ? 6000 : 20000);
     }
   }
+
+  // Diagnostics take seconds: the clipboard is promised the text while the click still counts.
+  async function copy(button) {
+    const {copy: from, copying, copied, copyFailed} = button.dataset;
+    const before = button.textContent;
+    button.disabled = true;
+    button.textContent = copying;
+    const text = plain(from).then(answer => answer.ok ? answer.text() : Promise.reject(answer));
+    const close = '×';
+    try {
+      const item = text.then(found => new Blob([found], {type: 'text/plain'}));
+      await navigator.clipboard.write([new ClipboardItem({'text/plain': item})]);
+      const lines = (await text).trimEnd().split('\n').length;
+      say([{kind: 'info', title: '', text: copied.replace('LINES', lines), close}]);
+    } catch (error) {
+      const found = await text.catch(() => ''), box = document.createElement('textarea');
+      box.value = found;
+      box.readOnly = true;
+      box.rows = 12;
+      box.setAttribute('aria-label', copyFailed);
+      button.closest('.panel').querySelectorAll('textarea[readonly]').forEach(one => one.remove());
+      button.closest('p').after(box);
+      box.select();
+      say([{kind: 'warning', title: '', text: copyFailed, close}]);
+    }
+    button.textContent = before;
+    button.disabled = false;
+  }
+  document.addEventListener('click', event => {
+    const button = event.target.closest('button[data-copy]');
+    if (button && !button.disabled) copy(button);
+  });
 
   const plain = window.fetch.bind(window);
   window.fetch = async (what, ...more) => {     // a handler has ended: look at once

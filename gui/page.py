@@ -18,6 +18,7 @@ import gradio as gr
 from pydantic import ValidationError
 
 from core.faults import Fault
+from gui import form
 
 if TYPE_CHECKING:
     from gui.context import Context, Snapshot, Tab, Updates
@@ -188,7 +189,7 @@ def _guarded(ctx: Context, handler: Handler, values: Sequence[Any]) -> Updates |
     except Fault as fault:
         said = ctx.told(fault)
     except ValidationError as error:
-        said = error.errors()[0]["msg"]
+        said = form.said(ctx, error)
     except OSError as error:
         said = ctx.say("no_access", reason=str(error))
     ctx.page.tell(said, ctx.say("not_done"), "warning")

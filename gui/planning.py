@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from core import paths
@@ -29,6 +29,8 @@ class Forecast:
     asked: dict[str, Any] = field(default_factory=dict)     # the question that is under way
     question: dict[str, Any] = field(default_factory=dict)  # the one that `answer` answers
     answer: dict[str, Any] = field(default_factory=dict)    # {"plan", "suggestion", "fault", ...}
+    # what would mend a run, by the key that it was asked under; None: not known yet
+    remedies: dict[str, list[dict[str, Any]] | None] = field(default_factory=dict)
 
     @property
     def pending(self) -> bool:
@@ -44,6 +46,7 @@ class Planning:
         self._command = command
         self._child: subprocess.Popen[str] | None = None
         self._forecast = Forecast()
+        self._mending: list[tuple[str, dict[str, Any]]] = []    # symptoms to be answered
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="planning", daemon=True)
@@ -57,6 +60,13 @@ class Planning:
         with self._changed:
             if question != self._forecast.asked:
                 self._set(question, self._forecast.question, self._forecast.answer)
+
+    def remedy(self, key: str, question: dict[str, Any]) -> None:
+        """Asks once what helps against the question's "symptom"; see Forecast.remedies."""
+        with self._changed:
+            if key not in self._forecast.remedies:
+                self._mending.append((key, question))
+                self._mended(key, None)
 
     def wait(self, seconds: float) -> Forecast:
         """The forecast once nothing is pending, or as it stands after `seconds`."""
@@ -76,7 +86,13 @@ class Planning:
 
     def _set(self, asked: dict[str, Any], question: dict[str, Any], answer: dict[str, Any]
              ) -> None:
-        self._forecast = Forecast(asked, question, answer)
+        self._forecast = Forecast(asked, question, answer, self._forecast.remedies)
+        self.version += 1
+        self._changed.notify_all()
+
+    def _mended(self, key: str, found: list[dict[str, Any]] | None) -> None:
+        remedies = {**self._forecast.remedies, key: found}
+        self._forecast = replace(self._forecast, remedies=remedies)
         self.version += 1
         self._changed.notify_all()
 
@@ -87,10 +103,17 @@ class Planning:
     def _loop(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._forecast.pending)
+                self._changed.wait_for(lambda: self._closed or self._mending
+                                       or self._forecast.pending)
                 if self._closed:
                     return
                 question = self._forecast.asked
+                mending = self._mending.pop(0) if self._mending else None
+            if mending:
+                found = self._answer(mending[1]).get("remedies", [])
+                with self._changed:
+                    self._mended(mending[0], found)
+                continue
             answer = self._answer({**question, "suggest": False})
             self._publish(question, answer)
             if self._forecast.asked == question and not self._closed and "fault" not in answer:

@@ -5,21 +5,22 @@ No address holds a path: a file is the n-th of what a run has told of itself.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 from pathlib import Path
 
 from fastapi import FastAPI, HTTPException
-from fastapi.responses import FileResponse, RedirectResponse, Response
-from PIL import Image
+from fastapi.responses import FileResponse, PlainTextResponse, RedirectResponse, Response
 from pydantic import BaseModel, Field
 
-from core import paths, words
+from core import diagnostics, thumbnails, words
+from core.faults import Fault
 from core.runs import JobView
 from gui.context import Context, House
 from gui.tabs.run import lora_file
 
 THUMB_PX = 320
+SMALL = 60_000                          # bytes
 ICON, LIVE = (Path(__file__).parent / name for name in ("icon.svg", "live.js"))
 
 
@@ -60,6 +61,14 @@ def add_routes(app: FastAPI, house: House) -> None:
     def lora(run_id: str, number: int) -> FileResponse:
         path = _file([str(lora_file(point)) for point in _run(house, run_id).checkpoints], number)
         return FileResponse(path, filename=path.name, media_type="application/octet-stream")
+
+    @app.get("/diagnostics")
+    def report() -> PlainTextResponse:
+        return PlainTextResponse(diagnostics.text())
+
+    @app.get("/diagnostics/{run_id}")
+    def report_of_run(run_id: str) -> PlainTextResponse:
+        return PlainTextResponse(diagnostics.text(_run(house, run_id)))
 
     @app.get("/live.js")
     def script() -> FileResponse:
@@ -103,16 +112,9 @@ def _file(files: list[str], number: int) -> Path:
 
 
 def thumbnail(path: Path) -> Path:
-    """A small WebP in our cache, by name, time and size of the picture."""
-    facts = path.stat()
-    key = hashlib.sha256(f"{path}{facts.st_mtime_ns}{facts.st_size}".encode()).hexdigest()[:32]
-    small = paths.cache_dir() / "thumbnails" / f"{key}.webp"
-    if not small.exists():
-        with Image.open(path) as image:
-            if max(image.size) <= THUMB_PX:
-                return path                       # pixel for pixel: a tiny base's picture
-            image.thumbnail((THUMB_PX, THUMB_PX))
-            with paths.atomic(small) as fresh:
-                image.convert("RGB").save(fresh, "WEBP", quality=88)
-    return small
+    """A small WebP of a run's picture; one that is small already stays as it is, pixel for
+    pixel."""
+    with contextlib.suppress(Fault, OSError):
+        return path if path.stat().st_size < SMALL else thumbnails.thumbnail(path, THUMB_PX)
+    return path
 

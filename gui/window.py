@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from core import paths, words
 from core.faults import Fault
+from gui.desktop import WebviewWindow
 
 ADDRESS = "window.json"                 # of the server that runs: address and process
 
@@ -70,13 +71,18 @@ def _serve(port: int, show: bool) -> None:
 def _native(served: Any) -> bool:
     """A window of our own; False where none can be opened."""
     import webview
+    desktop = served.house.desktop
     try:
-        webview.create_window("LoRA Darkroom", served.url, width=1366, height=860,
-                              text_select=True)
+        window = webview.create_window("LoRA Darkroom", served.url, width=1366, height=860,
+                                       text_select=True)
+        window.events.closing += desktop.may_close      # False: it stays, and the page asks
+        desktop.window = WebviewWindow(window)
         webview.start()
     except Exception as error:          # no display, no WebView2, no GTK: the browser is there
         print(say("no_native", reason=error))
         return False
+    finally:
+        desktop.window = None
     return True                         # a run that goes on goes on in its own process
 
 

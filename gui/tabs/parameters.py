@@ -1,28 +1,34 @@
-"""Parameters: what is trained, whether it fits, Start; while a run is shown the tab is the run."""
+"""Parameters: what is trained, whether it fits, Start; while a run is shown the tab is the run.
+
+What its panels' buttons do stands in gui/deeds.py.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 
-from core import foreign, journal, paths, presets
+from core import foreign, presets
 from core.config import FOREIGN, TrainConfig, dump_yaml, load_train_config, parse_train_config
 from core.faults import Fault
 from core.project import known_presets
-from gui import checklist
+from gui import checklist, deeds
 from gui.context import Context, Snapshot, Updates
+from gui.first_start import first_start
 from gui.form import Form, keys_of
-from gui.html import esc
+from gui.html import button
 from gui.tabs.run import RunView
+from gui.widgets.base_chooser import base_chooser
+from gui.widgets.compare import compare
+from gui.widgets.drop_zone import drop_zone, uploaded
 from gui.widgets.history import history
 from gui.widgets.panel import panel
-from gui.widgets.preset_cards import preset_cards
+from gui.widgets.preset_cards import own_presets, preset_cards
 from gui.widgets.suggestion import suggestion
 
 BASIC = ("output_name", "epochs", "learning_rate", "lora_rank", "batch_size", "max_resolution")
-CONFIG_FILES = [".yaml", ".yml", ".safetensors", *FOREIGN]
+CONFIG_FILES = (".yaml", ".yml", ".safetensors", *FOREIGN)
 
 
 def build(ctx: Context) -> Parameters:
@@ -36,7 +42,8 @@ class Parameters:
         with gr.Column(elem_id="setup") as self.setup:
             self._build_setup()
         self.run = RunView(ctx)
-        self.history = panel("history")
+        self.compare, self.history = panel("run-compare"), panel("history")
+        ctx.page.on_panel(self.compare, self.act, fill=True)
         ctx.page.on_panel(self.history, self.act, fill=True)
 
     # --- building ---
@@ -52,8 +59,10 @@ class Parameters:
             self.purpose = gr.Radio([(ctx.say(f"presets.purpose_{one}"), one) for one in (
                 "style", "character", "object", "concept")], label=ctx.say("purpose"),
                 info=ctx.say("purpose_help"), elem_id="purpose", scale=2)
+        self.bases = panel("bases")
         with gr.Row():
             self.form.add(["train_data_dir", "trigger_word"])
+        self.native = panel("native")
         self.presets = panel("presets")
         with gr.Row():
             with gr.Column(scale=5, min_width=380):
@@ -67,8 +76,8 @@ class Parameters:
                                    min_width=220)
         ctx.page.on(self.base.input, self.choose_base, [self.base], fill=True)
         ctx.page.on(self.purpose.input, self.choose_purpose, [self.purpose], fill=True)
-        ctx.page.on_panel(self.presets, self.act, fill=True)
-        ctx.page.on_panel(self.memory, self.act, fill=True)
+        for one in (self.bases, self.native, self.presets, self.memory):
+            ctx.page.on_panel(one, self.act, fill=True)
         ctx.page.on(self.start.click, self.begin, fill=True)
 
     def _build_basics(self) -> None:
@@ -92,10 +101,9 @@ class Parameters:
                                 interactive=True, elem_id="yaml")
             with gr.Row():
                 take = gr.Button(ctx.say("yaml_take"), elem_id="yaml-take")
-                self.file = gr.File(label=ctx.say("yaml_file"), file_types=CONFIG_FILES,
-                                    height=90, elem_id="yaml-file")
+                self.file = drop_zone(ctx, "yaml-file", CONFIG_FILES, "drop_config", ("files",))
         ctx.page.on(take.click, self.take_yaml, [self.yaml], fill=True)
-        ctx.page.on(self.file.upload, self.take_file, [self.file], fill=True)
+        ctx.page.on_panel(self.file, self.take_file, fill=True)
 
     # --- painting ---
 
@@ -106,16 +114,20 @@ class Parameters:
 
     def paint(self, snap: Snapshot) -> Updates:
         ctx, shown = self.ctx, snap.shown
-        ready, greeting = checklist.ready(ctx, snap), checklist.welcome(ctx, snap)
+        ready, here = checklist.ready(ctx, snap), known(snap)
+        removed = str(snap.project.tabs.get("presets", {}).get("removed", ""))
         return {self.setup: gr.update(visible=shown is None),
-                self.welcome: greeting,
-                self.presets: preset_cards(ctx, known(snap), snap.project.preset,
-                                           snap.project.purpose, snap.machine),
+                self.welcome: first_start(ctx, snap, here),
+                self.base: gr.update(choices=bases(ctx, snap)),
+                self.bases: base_chooser(ctx, snap), self.native: native(ctx, snap),
+                self.presets: preset_cards(ctx, here, snap.project.preset, snap.project.purpose,
+                                           snap.machine)
+                + own_presets(ctx, snap.project.chosen(), removed),
                 self.memory: suggestion(ctx, snap),
                 self.checks: checklist.html(ctx, snap),
                 self.start: gr.update(interactive=ready, value=ctx.say(
                     "start_queued" if snap.active else "start")),
-                self.history: history(ctx, snap),
+                self.history: history(ctx, snap), self.compare: compare(ctx, snap),
                 **self.form.paint(snap), **self.run.paint(snap)}
 
     def fill(self, snap: Snapshot) -> Updates:
@@ -123,38 +135,13 @@ class Parameters:
         base = str(project.edits.get("base_model", ""))
         return {self.base: gr.update(value=base or None, choices=bases(self.ctx, snap)),
                 self.purpose: project.purpose, self.yaml: dump_yaml(snap.config),
-                self.file: None, **self.form.fill(snap)}
+                **self.form.fill(snap)}
 
     # --- acting ---
 
     def act(self, act: str, id: str) -> Updates | None:
         """Buttons of the tab's panels."""
-        house = self.ctx.house
-        match act:
-            case "preset":
-                choose_preset(house, id)
-            case "advice":
-                take_advice(house)
-            case "nearest":
-                changes = house.planning.now.answer.get("nearest") or {}
-                house.projects.edit(**changes.get("changes", {}))
-            case "demo":
-                load_demo(house)
-            case "welcomed":
-                house.settings.change(welcomed=True)
-            case "show":
-                house.projects.change(run=id)
-            case "reload":
-                house.projects.update(lambda project: project.model_copy(update={
-                    "edits": config_of(house, id).model_dump(exclude_defaults=True, exclude={
-                        "resume"}), "preset": "", "advised": {}, "invalid": {}, "run": ""}))
-            case "resume":
-                house.projects.change(run=house.jobs.resume(id))
-            case "leave":
-                house.jobs.stop(id)
-        if act in ("preset", "advice", "nearest", "demo", "reload"):
-            house.replan(self.ctx.language)
-        return None
+        return deeds.act(self.ctx, act, id)
 
     def choose_base(self, value: str | None) -> None:
         house = self.ctx.house
@@ -171,18 +158,23 @@ class Parameters:
             same = next((one for one in known_presets(chosen.family)
                          if one.purpose == value and one.title == chosen.title), None)
             if same:
-                choose_preset(house, same.slug)
+                deeds.choose_preset(house, same.slug)
         house.replan(self.ctx.language)
 
     def take_yaml(self, text: str) -> None:
         config = parse_train_config(text or "", "YAML")
         self._replace(config)
 
-    def take_file(self, path: str) -> None:
-        self._replace(load_train_config(Path(path)))
-        if path.lower().endswith(FOREIGN):          # what another trainer's config said beyond ours
-            head, *lines = foreign.told(foreign.read(Path(path)), self.ctx.language)
-            gr.Info("<br>".join(map(esc, lines)), title=esc(head), duration=None)
+    def take_file(self, act: str, told: str) -> None:
+        """A YAML, TOML, JSON or LoRA file that was dropped."""
+        given = uploaded(told)
+        if act != "dropped" or not given:
+            return
+        self._replace(load_train_config(given[0]))
+        self.ctx.page.tell(self.ctx.say("drop_config.taken", file=given[0].name))
+        if given[0].suffix.lower() in FOREIGN:      # what that config said beyond ours
+            head, *lines = foreign.told(foreign.read(given[0]), self.ctx.language)
+            self.ctx.page.tell("\n".join(lines), head, "warning")
 
     def _replace(self, config: TrainConfig) -> None:
         house = self.ctx.house
@@ -199,10 +191,10 @@ class Parameters:
         house.projects.change(run=house.jobs.start(startable(snap.config)))
 
 
-# --- what the buttons do ---
+# --- what it knows ---
 
 def known(snap: Snapshot) -> list[presets.Preset]:
-    base = str(snap.project.edits.get("base_model", ""))
+    base = snap.config.base_model
     if not base and (snap.machine is None or snap.machine.kind != "cuda"):
         return []                               # all of them would only say that they don't fit
     try:
@@ -212,44 +204,21 @@ def known(snap: Snapshot) -> list[presets.Preset]:
 
 
 def bases(ctx: Context, snap: Snapshot) -> list[tuple[str, str]]:
-    """The demo's, and those of earlier runs that are still there."""
+    """The demo's, those of earlier runs that are still there, those found that can be trained."""
     used = dict.fromkeys(str(view.config.get("base_model", "")) for view in snap.runs)
-    found = [(ctx.say("base_demo"), "demo")]
-    return found + [(Path(one).name, one) for one in used
-                    if one not in ("", "demo") and Path(one).exists()]
+    here = [one for one in used if one not in ("", "demo") and Path(one).exists()]
+    here += [str(one.path) for one in snap.bases.found if not one.reason]
+    return [(ctx.say("base_demo"), "demo"),
+            *((Path(one).name, one) for one in dict.fromkeys(here))]
 
 
-def choose_preset(house: Any, slug: str) -> None:
-    """A preset that is chosen decides its fields: own edits of them are taken back."""
-    def chosen(project: Any) -> Any:
-        fresh = project.model_copy(update={"preset": slug, "advised": {}, "invalid": {}})
-        preset = fresh.chosen()
-        if preset is None:
-            return project
-        hidden = {*preset.set, "epochs", "max_train_steps"}
-        edits = {key: value for key, value in project.edits.items() if key not in hidden}
-        return fresh.model_copy(update={"edits": edits, "purpose": preset.purpose})
-    house.projects.update(chosen)
-
-
-def take_advice(house: Any) -> None:
-    values = (house.planning.now.answer.get("suggestion") or {}).get("values", {})
-    hidden = {*values, "epochs", "max_train_steps"}
-    house.projects.update(lambda project: project.model_copy(update={
-        "advised": dict(values), "invalid": {}, "edits": {
-            key: value for key, value in project.edits.items() if key not in hidden}}))
-
-
-def load_demo(house: Any) -> None:
-    """The demo's own config and pictures, with a preview that shows the style coming."""
-    config = load_train_config(paths.DEMO / "demo.yaml")
-    edits = config.model_dump(exclude_unset=True, exclude={"output_dir", "output_name"}) | {
-        "base_model": "demo", "train_data_dir": str(paths.DEMO / "pictures"),
-        "trigger_word": "duskprint style", "sample_every": 125, "sample_inference_steps": 16,
-        "sample_cfg": 1.5, "sample_prompts": ["a cat, duskprint style", "a house, duskprint style"]}
-    house.projects.update(lambda project: project.model_copy(update={
-        "edits": edits, "preset": "", "advised": {}, "invalid": {}, "run": ""}))
-    house.settings.change(welcomed=True)
+def native(ctx: Context, snap: Snapshot) -> str:
+    """Buttons of the system's own dialogs, where a native window runs."""
+    if not snap.native:
+        return ""
+    return '<p class="acts">' + "".join(
+        button(f'{ctx.say(f"first_start.{one}")}: {ctx.say("close.choose_folder")}',
+               f"native_{one}") for one in ("pictures", "output")) + "</p>"
 
 
 def startable(config: TrainConfig) -> TrainConfig:
@@ -260,8 +229,3 @@ def startable(config: TrainConfig) -> TrainConfig:
     return config.with_changes(train_data_dir=full(config.train_data_dir), base_model=base,
                                output_dir=full(config.output_dir),
                                metadata_path=full(config.metadata_path))
-
-
-def config_of(house: Any, run_id: str) -> TrainConfig:
-    view = house.jobs.view(run_id)
-    return load_train_config(view.folder / journal.CONFIG)

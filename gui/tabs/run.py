@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -14,8 +16,9 @@ from core.faults import Fault
 from core.journal import CONFIG, LOG
 from core.runs import JobView
 from gui.context import Context, Snapshot, Updates
+from gui.desktop import open_folder
 from gui.html import bar, button, card, clock, duration, esc, speed
-from gui.widgets.fault_card import fault_card
+from gui.widgets.fault_card import fault_card, folder, remedies, unhappy
 from gui.widgets.loss_chart import ema, loss_chart
 from gui.widgets.memory_bar import memory_bar
 from gui.widgets.panel import panel
@@ -69,6 +72,13 @@ class RunView:
                 house.projects.change(run=house.jobs.resume(id))
             case "fix":
                 house.projects.change(run=self._retry(id))
+            case "remedy":
+                house.projects.change(run=self._mend(id))
+            case "symptom":
+                run_id, _, symptom = id.partition("/")
+                remedies(self.ctx, house.jobs.view(run_id), symptom, "")
+            case "folder":
+                open_folder(folder_of(house.jobs.view(id)))
             case "back":
                 house.projects.change(run="")
             case "try":
@@ -84,9 +94,22 @@ class RunView:
         view = self.ctx.house.jobs.view(run_id)
         if view.fault is None or not number.isdigit() or int(number) >= len(view.fault.fixes):
             raise Fault("gui.no_fix")
+        return self._again(view, view.fault.fixes[int(number)]["changes"])
+
+    def _mend(self, id: str) -> str:
+        """'run/oom_start/2': the same with the third remedy against that symptom."""
+        key, _, number = id.rpartition("/")
+        found = self.ctx.house.planning.now.remedies.get(key) or []
+        if not number.isdigit() or int(number) >= len(found):
+            raise Fault("gui.no_fix")
+        return self._again(self.ctx.house.jobs.view(key.partition("/")[0]),
+                           found[int(number)]["changes"])
+
+    def _again(self, view: JobView, changes: Mapping[str, Any]) -> str:
         config = load_train_config(view.folder / CONFIG)
+        other_lora = {"lora_rank", "lora_alpha", "target_modules"} & changes.keys()
         return self.ctx.house.jobs.start(config.with_changes(
-            **view.fault.fixes[int(number)]["changes"]))
+            **{"resume": config.resume and not other_lora, **changes}))
 
 
 def _titled(ctx: Context, key: str, html: str) -> str:
@@ -194,11 +217,11 @@ def finished(ctx: Context, view: JobView) -> str:
         return ""
     point = view.checkpoints[number]
     key = "finished" if view.state == "done" else "saved_at"
-    actions = (button(ctx.say("try_it"), "try", view.id, kind="primary")
+    actions = (button(ctx.say("try_it"), "try", view.id, kind="primary") + folder(ctx, view)
                + f'<a class="act" href="/lora/{esc(view.id)}/{number}" download>'
                  f'{esc(ctx.say("download_lora"))}</a>')
     return card("good", ctx.say(key, step=point.step), ctx.say("saved_as", file=lora_file(point)),
-                raw=f'<p class="acts">{actions}</p>')
+                raw=f'<p class="acts">{actions}</p>{unhappy(ctx, view)}')
 
 
 def lora_of(view: JobView) -> int | None:
@@ -207,6 +230,12 @@ def lora_of(view: JobView) -> int | None:
         return None
     numbers = range(len(view.checkpoints))
     return max(numbers, key=lambda n: (view.checkpoints[n].final, n))
+
+
+def folder_of(view: JobView) -> Path:
+    """Where the LoRA is, or is to be; before there is one, the run's own."""
+    output = Path(view.output_dir)
+    return output if view.output_dir and output.is_dir() else view.folder
 
 
 def lora_file(point: Checkpoint) -> Path:

@@ -1,15 +1,16 @@
-"""Settings: where LoRAs go, language and theme; what this program found and keeps."""
+"""Settings: folders, the mirror of the model hub; what this program found, keeps and can tell."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import gradio as gr
 
-from core import __version__, paths
-from core.faults import Fault
+from core import __version__, diagnostics, paths
+from core.hub_index import checked_source
+from gui import deeds
 from gui.context import Context, Snapshot, Updates
-from gui.html import esc, gigabytes
+from gui.desktop import open_folder
+from gui.html import button, esc, gigabytes
+from gui.widgets.fault_card import diagnostics as copy_button
 from gui.widgets.panel import panel
 
 
@@ -23,11 +24,17 @@ class SettingsTab:
         with gr.Row():
             self.output = gr.Textbox(label=ctx.say("output_root"), info=ctx.say("output_root_help"),
                                      elem_id="output-root")
+            self.mirror = gr.Textbox(label=ctx.say("tab_settings.mirror"), elem_id="mirror",
+                                     info=ctx.say("tab_settings.mirror_help"))
+        self.folders = gr.Textbox(label=ctx.say("tab_settings.model_folders"), lines=2, max_lines=8,
+                                  info=ctx.say("tab_settings.model_folders_help"),
+                                  elem_id="model-folders")
         with gr.Row():
             save = gr.Button(ctx.say("save_settings"), variant="primary", elem_id="save-settings",
                              scale=0, min_width=200)
         self.facts = panel("facts")
-        ctx.page.on(save.click, self.save, [self.output], fill=True)
+        ctx.page.on(save.click, self.save, [self.output, self.mirror, self.folders], fill=True)
+        ctx.page.on_panel(self.facts, self.act, fill=True)
 
     def label(self, snap: Snapshot) -> str:
         return self.ctx.say("tab_settings")
@@ -39,22 +46,41 @@ class SettingsTab:
                 (say("data_folder"), paths.data_dir()), (say("cache_folder"), paths.cache_dir())]
         body = "".join(f"<tr><th>{esc(name)}</th><td>{esc(value)}</td></tr>"
                        for name, value in rows)
+        acts = copy_button(self.ctx) + "".join(
+            button(say(f"tab_settings.open_{one}"), "open", one) for one in ("logs", "output")
+        ) + button(say("tab_settings.introduction"), "introduction")
         return {self.facts: f'<section class="box"><h3>{esc(say("about"))}</h3>'
                             f'<table class="facts">{body}</table>'
-                            f'<p class="small">{esc(say("private"))}</p></section>'}
+                            f'<p class="small">{esc(say("private"))}</p>'
+                            f'<p class="acts">{acts}</p></section>'}
 
     def fill(self, snap: Snapshot) -> Updates:
-        return {self.output: str(snap.settings.output_folder)}
+        return {self.output: str(snap.settings.output_folder), self.mirror: snap.settings.mirror,
+                self.folders: "\n".join(snap.settings.model_folders)}
 
-    def save(self, folder: str) -> None:
-        path = Path(folder.strip()).expanduser() if folder and folder.strip() else None
-        if path is not None and not path.is_absolute():
-            raise Fault("gui.not_absolute", folder=folder)
-        if path is not None:
-            path.mkdir(parents=True, exist_ok=True)
+    def act(self, act: str, id: str) -> Updates | None:
         house = self.ctx.house
-        house.settings.change(output_root=str(path or ""))
-        house.projects.update(lambda project: project.model_copy(update={"edits": {
-            key: value for key, value in project.edits.items() if key != "output_dir"}}))
+        if act == "open":
+            folder = (diagnostics.log_folder() if id == "logs"
+                      else house.settings.now.output_folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            open_folder(folder)
+        elif act == "introduction":
+            house.settings.change(welcomed=False, first_step=1)
+            return self.ctx.page.select("parameters")
+        return None
+
+    def save(self, folder: str, mirror: str, folders: str) -> None:
+        """All or nothing: what can't be used changes nothing."""
+        house = self.ctx.house
+        mirror = (mirror or "").strip()
+        checked_source(mirror)
+        searched = [str(deeds.absolute(line)) for line in (folders or "").splitlines()
+                    if line.strip()]
+        deeds.set_output(self.ctx, folder or "")
+        if searched != house.settings.now.model_folders:
+            house.settings.change(model_folders=searched)
+            deeds.search_bases(house)
+        house.settings.change(mirror=mirror)
         house.replan(self.ctx.language)
         self.ctx.page.tell(self.ctx.say("saved"))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from core.config import TrainConfig
 from core.runs import JobView
 from gui.context import Context
-from gui.html import button, card, esc
+from gui.html import button, card, esc, gigabytes
+
+MOST = 5                                # remedies
+SYMPTOMS = ("weak", "overtrained", "loss_swings")   # of a run that went through
 
 
 def fault_card(ctx: Context, view: JobView, log: str = "") -> str:
-    """Empty where nothing went wrong. `log`: the end of the run's log, for the diagnostics."""
+    """Empty where nothing went wrong. `log`: the end of the run's log, for the details."""
     fault = view.fault
     if fault is None:
         return ""
@@ -25,9 +31,79 @@ def fault_card(ctx: Context, view: JobView, log: str = "") -> str:
     details = "\n".join(filter(None, (fault.code, fault.details.strip(), log.strip())))
     more = (f'<details><summary>{esc(ctx.say("details"))}</summary><pre>{esc(details)}</pre>'
             f'</details>') if details else ""
-    return card("fault", title, " ".join(filter(None, (where, ctx.say(
-        fault.code, **_shown(fault.params))))),
-        raw=f'<p class="acts">{"".join(fixes)}</p>{more}')
+    text = " ".join(filter(None, (where, ctx.say(fault.code, **_shown(fault.params)))))
+    return card("fault", title, text, raw=(
+        f'<p class="acts">{"".join(fixes)}{diagnostics(ctx, view.id)}{folder(ctx, view)}</p>'
+        f'{_memory(ctx, view)}{more}'))
+
+
+def diagnostics(ctx: Context, run_id: str = "") -> str:
+    """The button that copies them; see live.js."""
+    address = f"/diagnostics/{run_id}" if run_id else "/diagnostics"
+    said = {one: ctx.say(f"close.{one}", lines="LINES") for one in (
+        "copying", "copied", "copy_failed")}
+    return (f'<button type="button" class="act" data-copy="{esc(address)}" '
+            + " ".join(f'data-{name.replace("_", "-")}="{esc(text)}"'
+                       for name, text in said.items())
+            + f'>{esc(ctx.say("close.copy"))}</button>')
+
+
+def folder(ctx: Context, view: JobView) -> str:
+    return button(ctx.say("close.open_folder"), "folder", view.id, hint=view.output_dir)
+
+
+# --- what to change ---
+
+def _memory(ctx: Context, view: JobView) -> str:
+    """Answers of core/remedies.py, with what each saves by the plan."""
+    if (symptom := symptom_of(view)) is None:
+        return ""
+    return remedies(ctx, view, symptom, ctx.say("remedies.memory"))
+
+
+def symptom_of(view: JobView) -> str | None:
+    """Out of memory, before the first update or after."""
+    if view.fault is None or view.job != "train" or view.fault.code not in (
+            "jobs.out_of_gpu_memory", "jobs.out_of_memory", "jobs.killed"):
+        return None
+    return "oom_run" if view.step > 1 else "oom_start"
+
+
+def remedies(ctx: Context, view: JobView, symptom: str, title: str) -> str:
+    key = f"{view.id}/{symptom}"
+    ctx.house.planning.remedy(key, _question(ctx, view, symptom))
+    found = ctx.house.planning.now.remedies.get(key)
+    if found is None:
+        return f'<p class="small" role="status">{esc(ctx.say("remedies.looking"))}</p>'
+    rows = "".join(_remedy(ctx, key, number, one) for number, one in enumerate(found[:MOST]))
+    return f'<h4>{esc(title)}</h4><ul class="fixes">{rows}</ul>' if rows else (
+        f'<p class="small">{esc(ctx.say("remedies.none"))}</p>')
+
+
+def _remedy(ctx: Context, key: str, number: int, one: dict[str, Any]) -> str:
+    saves = one.get("saves_mb") or 0
+    gain = f' <small>{esc(ctx.say("remedies.saves", mb=gigabytes(saves)))}</small>' \
+        if saves > 0 else ""
+    act = button(ctx.say("remedies.retry"), "remedy", f"{key}/{number}", once=True) \
+        if one["changes"] else '<span aria-hidden="true">•</span>'
+    return f'<li>{act}<span>{esc(ctx.say(one["key"], **one["params"]))}{gain}</span></li>'
+
+
+def _question(ctx: Context, view: JobView, symptom: str) -> dict[str, Any]:
+    known = {key: value for key, value in view.config.items() if key in TrainConfig.model_fields}
+    best = min(view.validations, key=lambda point: point[1], default=(0, 0.0))[0]
+    return {"config": known, "symptom": symptom, "language": ctx.language, "updates": view.total,
+            "best_step": int(best)}
+
+
+def unhappy(ctx: Context, view: JobView) -> str:
+    """For a run that went through: what to change when the pictures disappoint."""
+    asked = [one for one in SYMPTOMS if f"{view.id}/{one}" in ctx.house.planning.now.remedies]
+    acts = "".join(button(ctx.say(f"remedies.{one}"), "symptom", f"{view.id}/{one}",
+                          kind="primary" if one in asked[-1:] else "") for one in SYMPTOMS)
+    shown = remedies(ctx, view, asked[-1], "") if asked else ""
+    return (f'<details><summary>{esc(ctx.say("remedies.unhappy"))}</summary>'
+            f'<p class="acts">{acts}</p>{shown}</details>')
 
 
 def _shown(params: dict[str, object]) -> dict[str, object]:

@@ -4,6 +4,7 @@ draw the same picture."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil, floor, log10
 
 from core.journal import Point
@@ -26,14 +27,29 @@ def ema(points: Sequence[Point]) -> list[Point]:
     return smooth
 
 
+@dataclass(frozen=True, slots=True)
+class Curve:
+    kind: str                           # its colour: a class of style.css
+    label: str
+    points: tuple[Point, ...]
+    dots: bool = False
+
+
 def loss_chart(ctx: Context, losses: Sequence[Point], validations: Sequence[Point],
                total: int) -> str:
     if len(losses) < 2:
         return f'<div class="chart empty">{esc(ctx.say("no_loss_yet"))}</div>'
-    smooth = ema(losses)
-    last = max(total, int(losses[-1][0]), 1)
-    values = [value for _, value in (*losses, *validations)]
-    low, high = _range(values)
+    lines = [Curve("raw", ctx.say("loss"), tuple(losses)),
+             Curve("smooth", ctx.say("loss_smooth"), tuple(ema(losses)))]
+    if validations:
+        lines.append(Curve("validation", ctx.say("loss_validation"), tuple(validations), True))
+    return curves(ctx, lines, total)
+
+
+def curves(ctx: Context, lines: Sequence[Curve], total: int) -> str:
+    """All on one scale; `total`: steps of the whole run, as far as known."""
+    last = max(total, *(int(one.points[-1][0]) for one in lines), 1)
+    low, high = _range([value for one in lines for _, value in one.points])
     ticks = _ticks(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
 
@@ -44,9 +60,11 @@ def loss_chart(ctx: Context, losses: Sequence[Point], validations: Sequence[Poin
         clipped = min(high, max(low, value))
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (clipped - low) / (high - low)
 
-    def line(points: Sequence[Point], name: str) -> str:
-        path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
-        return f'<polyline class="{name}" points="{path}"/>'
+    def line(one: Curve) -> str:
+        path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in one.points)
+        dots = "".join(f'<circle class="{one.kind}" cx="{x(s):.1f}" cy="{y(v):.1f}" r="3"/>'
+                       for s, v in one.points if one.dots)
+        return f'<polyline class="{one.kind}" points="{path}"/>{dots}'
 
     grid = "".join(
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
@@ -55,26 +73,16 @@ def loss_chart(ctx: Context, losses: Sequence[Point], validations: Sequence[Poin
         f'<text x="{x(last * i / 4):.1f}" y="{HEIGHT - 8}" text-anchor="'
         f'{"start" if i == 0 else "end" if i == 4 else "middle"}">{round(last * i / 4)}</text>'
         for i in range(5))
-    dots = "".join(f'<circle class="validation" cx="{x(s):.1f}" cy="{y(v):.1f}" r="3"/>'
-                   for s, v in validations)
-    held = line(validations, "validation") + dots if validations else ""
-    said = ctx.say("loss_said", loss=f"{losses[-1][1]:.4f}", smooth=f"{smooth[-1][1]:.4f}",
-                   step=int(losses[-1][0]))
+    said = ctx.say("comma").join(f"{one.label} {one.points[-1][1]:.4f}" for one in lines)
     return (f'<div class="chart"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
             f'aria-label="{esc(said)}" preserveAspectRatio="none">{grid}{steps}'
-            f'{line(losses, "raw")}{line(smooth, "smooth")}{held}</svg>'
-            f'{_legend(ctx, losses, smooth, validations)}</div>')
+            f'{"".join(map(line, lines))}</svg>{_legend(ctx, lines)}</div>')
 
 
-def _legend(ctx: Context, losses: Sequence[Point], smooth: Sequence[Point],
-            validations: Sequence[Point]) -> str:
-    shown = [("raw", ctx.say("loss"), losses[-1][1]),
-             ("smooth", ctx.say("loss_smooth"), smooth[-1][1])]
-    if validations:
-        shown.append(("validation", ctx.say("loss_validation"), validations[-1][1]))
+def _legend(ctx: Context, lines: Sequence[Curve]) -> str:
     return '<p class="legend">' + "".join(
-        f'<span><i class="{name}"></i>{esc(label)} <b>{value:.4f}</b></span>'
-        for name, label, value in shown) + f'<span>{esc(ctx.say("axis_steps"))}</span></p>'
+        f'<span><i class="{one.kind}"></i>{esc(one.label)} <b>{one.points[-1][1]:.4f}</b></span>'
+        for one in lines) + f'<span>{esc(ctx.say("axis_steps"))}</span></p>'
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

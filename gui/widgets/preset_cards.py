@@ -1,4 +1,4 @@
-"""Presets as cards: a title, what it does, and whether it fits this machine."""
+"""Presets as cards: a title, what it does, and whether it fits this machine; and one's own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from core import presets
 from core.plan import Machine
 from core.presets import Preset
 from gui.context import Context
-from gui.html import esc
+from gui.html import button, esc, field
 
 _SIGNS = {"fits": "✓", "tight": "⚠", "too_big": "✖"}
 
@@ -22,6 +22,22 @@ def preset_cards(ctx: Context, known: Sequence[Preset], chosen: str, purpose: st
     return ('<div class="presets" role="group" aria-label="'
             f'{esc(ctx.say("presets"))}">'
             + "".join(_card(ctx, one, one.slug == chosen, machine) for one in here) + "</div>")
+
+
+def own_presets(ctx: Context, chosen: Preset | None, removed: str) -> str:
+    """To save the settings, and for a preset of one's own to rename or delete it."""
+    say = ctx.say
+    save = field("save_preset", say("presets.own_title"), say("presets.own_save"))
+    mine = ""
+    if chosen is not None and presets.is_own(chosen):
+        mine = (field("rename_preset", say("presets.own_new_title"), say("presets.own_rename"),
+                      chosen.said("title", ctx.language))
+                + button(say("presets.own_remove"), "remove_preset", chosen.slug))
+    undo = (f'<span class="small" role="status">{esc(say("presets.own_removed"))} '
+            f'{button(say("run_history.undo"), "restore_preset", removed, kind="link")}</span>'
+            if removed else "")
+    return (f'<details class="mine"><summary>{esc(say("presets.own"))}</summary>'
+            f'<div class="acts">{save}{mine}{undo}</div></details>')
 
 
 def _card(ctx: Context, preset: Preset, chosen: bool, machine: Machine | None) -> str:

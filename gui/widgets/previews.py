@@ -18,7 +18,7 @@ def previews(ctx: Context, view: JobView) -> str:
     numbers = {(s.step, s.prompt, s.seed): n for n, s in enumerate(view.samples)}
     head = "".join(f"<th>{esc(ctx.say('step_n', step=step))}</th>" for step in steps)
     body = "".join(
-        f"<tr>{''.join(_cell(ctx, view, numbers.get((step, *row)), step) for step in steps)}</tr>"
+        f"<tr>{''.join(cell(ctx, view, numbers.get((step, *row)), step) for step in steps)}</tr>"
         f'<tr><td class="prompt" colspan="{len(steps)}">{esc(row[0])} '
         f'<small>{esc(ctx.say("seed"))} {row[1]}</small></td></tr>' for row in rows)
     return f'<div class="previews"><table><tr>{head}</tr>{body}</table></div>'
@@ -31,7 +31,7 @@ def picked(steps: list[int]) -> list[int]:
     return [steps[round(i * last / (MOST_STEPS - 1))] for i in range(MOST_STEPS)]
 
 
-def _cell(ctx: Context, view: JobView, number: int | None, step: int) -> str:
+def cell(ctx: Context, view: JobView, number: int | None, step: int) -> str:
     if number is None:
         return "<td></td>"
     address = f"/picture/{esc(view.id)}/{number}"

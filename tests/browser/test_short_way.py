@@ -36,7 +36,7 @@ def tab(page: Any, name: str) -> None:
 def begin(page: Any, served: Any, steps: int = STEPS) -> None:
     """The demo's config, shortened."""
     page.get_by_role("button", name=re.compile("demo world|演示世界")).click()
-    until(lambda: served.house.projects.now.edits.get("base_model") == "demo")
+    until(lambda: served.house.settings.now.welcomed)
     served.house.projects.edit(max_train_steps=steps, sample_every=0, batch_size=1,
                                sample_inference_steps=4, lr_warmup_steps=2)
     page.wait_for_function("!document.querySelector('#start').disabled")

@@ -153,7 +153,7 @@ def test_a_torn_picture_and_a_bad_yaml(page: Any, served: Any, language: str,
 
 def started(page: Any, served: Any, **edits: Any) -> Any:
     page.get_by_role("button", name=re.compile("demo world|演示世界")).first.click()
-    until(lambda: served.house.projects.now.edits.get("base_model") == "demo")
+    until(lambda: served.house.settings.now.welcomed)
     served.house.projects.edit(sample_every=0, batch_size=1, lr_warmup_steps=2, **edits)
     page.wait_for_function("!document.querySelector('#start').disabled")
     page.locator("#start").click()

@@ -1,0 +1,173 @@
+"""Base models that lie on this machine: in our folder, other programs' folders, the hub's cache.
+
+Only headers and small JSON files are read, within bounds of time and depth. Without torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import string
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from core import families, hub_index, lora_file
+from core.faults import Fault
+from core.safetensors_header import PICKLES, read_header
+
+SECONDS = 20.0                          # for one search
+DEPTH = 4                               # folders below a place that holds models
+LEAST = 20_000_000                      # bytes; what is smaller is no base
+APPS = re.compile(r"webui|comfyui|fooocus|stability ?matrix|forge|sd\.?next|swarmui|automatic",
+                  re.IGNORECASE)
+INSIDE = ("models/Stable-diffusion", "models/StableDiffusion", "models/checkpoints",
+          "Models/Stable-Diffusion", "Models/StableDiffusion", "Data/Models/StableDiffusion")
+FIRST_CONV = "model.diffusion_model.input_blocks.0.0.weight"
+# by the class that a diffusers folder names
+PIPELINES = (("StableDiffusionXL", "sdxl"), ("StableDiffusion3", "sd3"), ("Flux", "flux"),
+             ("StableDiffusion", "sd15"))
+SD2_WIDTH = 1024                        # of its text encoder; SD 1.x: 768
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One file or model folder. `reason` "": it can be trained; else a key of
+    strings/*/model_search.yaml."""
+
+    path: Path
+    family: str                         # sd15 | sd2 | sdxl | sd3 | flux | unknown
+    mb: int                             # 10^6 bytes
+    reason: str = ""
+
+
+def search(folders: Iterable[Path], seconds: float = SECONDS, depth: int = DEPTH
+           ) -> Iterator[Found]:
+    """Bases below the folders, each once; LoRAs, VAEs and the like are left out. Ends early when
+    the time is over; what can't be read is passed over."""
+    until, seen = time.monotonic() + seconds, set[str]()
+    for folder in folders:
+        for path in _candidates(folder, depth, seen, until):
+            with contextlib.suppress(OSError, Fault):
+                if found := look(path):
+                    yield found
+
+
+def look(path: Path) -> Found | None:
+    """What a file or folder is; None: no base. Raises Fault where a file is malformed."""
+    if path.is_dir():
+        return _folder(path)
+    mb = round(path.stat().st_size / 1e6)
+    if path.suffix.lower() in PICKLES:
+        return Found(path, "unknown", mb, "pickle")
+    info = lora_file.describe(path)
+    if info.format == "unet" and info.size > 1e9:
+        return Found(path, info.family, mb, "denoiser_only")
+    if info.format != "checkpoint":
+        return None
+    names = read_header(path).tensors
+    first = names.get(FIRST_CONV)
+    if first and len(first.shape) > 1 and first.shape[1] > 4:
+        return Found(path, info.family, mb, "inpainting")
+    return Found(path, info.family, mb, _untrained(info.family))
+
+
+def usual_places(extra: Sequence[str] = ()) -> list[Path]:
+    """The user's own folders first, then those that are there of all that we know."""
+    own = [Path(one).expanduser() for one in extra if one.strip()]
+    found = [*own, hub_index.models_dir(), _hub_cache()]
+    for parent in _parents():
+        for app in (one for one in _folders(parent) if APPS.search(one.name)):
+            for root in (app, *_folders(app)):          # portable builds lie one folder deeper
+                found += [root / inner for inner in INSIDE]
+    there = {os.path.realpath(one): one for one in reversed(found) if one.is_dir()}
+    return list(reversed(there.values()))
+
+
+def _untrained(family: str) -> str:
+    return "" if family in families.MODULES else (
+        "unknown" if family == "unknown" else "not_yet")
+
+
+# --- folders of diffusers ---
+
+def _folder(path: Path) -> Found | None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        index = json.loads((path / "model_index.json").read_text("utf-8"))
+        name = str(index.get("_class_name", ""))
+        family = next((one for start, one in PIPELINES if name.startswith(start)), "unknown")
+        if family == "sd15" and _width(path) == SD2_WIDTH:
+            family = "sd2"
+        weights = [one for one in path.glob("*/*") if one.suffix in (".safetensors", ".bin")]
+        safe = [one for one in weights if one.suffix == ".safetensors"]
+        mb = round(sum(one.stat().st_size for one in safe or weights) / 1e6)
+        reason = "inpainting" if "Inpaint" in name else _untrained(family)
+        return Found(path, family, mb, reason if safe else "pickle" if weights else "no_weights")
+    return None
+
+
+def _width(path: Path) -> int:
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        config = json.loads((path / "text_encoder" / "config.json").read_text("utf-8"))
+        return int(config["hidden_size"])
+    return 0
+
+
+# --- walking ---
+
+def _candidates(folder: Path, depth: int, seen: set[str], until: float) -> Iterator[Path]:
+    """Model folders and large enough weight files; links are followed, each place once."""
+    real = os.path.realpath(folder)
+    if real in seen or time.monotonic() > until:
+        return
+    seen.add(real)
+    if (folder / "model_index.json").is_file():
+        yield folder
+        return
+    inner = []
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda one: one.name.casefold()):
+            if entry.is_dir() and not entry.name.startswith("."):
+                inner.append(folder / entry.name)
+            elif Path(entry.name).suffix.lower() in {".safetensors", ".ckpt"} and _large(entry):
+                yield folder / entry.name
+    for one in inner if depth else ():
+        yield from _candidates(one, depth - 1, seen, until)
+
+
+def _large(entry: os.DirEntry[str]) -> bool:
+    with contextlib.suppress(OSError):
+        return entry.stat().st_size >= LEAST
+    return False
+
+
+def _folders(parent: Path) -> list[Path]:
+    """Not hidden ones, in order of name; a folder that can't be read has none."""
+    with contextlib.suppress(OSError), os.scandir(parent) as entries:
+        return sorted(parent / one.name for one in entries
+                      if not one.name.startswith((".", "$")) and one.is_dir())
+    return []
+
+
+def _parents() -> list[Path]:
+    """Where people unpack such programs: home, its usual folders, and each drive."""
+    home = Path.home()
+    data = Path(platformdirs.user_data_dir(roaming=True)).parent if os.name == "nt" else (
+        Path(platformdirs.user_data_dir()))
+    drives = [Path(f"{letter}:\\") for letter in string.ascii_uppercase
+              if os.path.exists(f"{letter}:\\")] if os.name == "nt" else [Path("/opt")]
+    inner = [drive / name for drive in drives for name in ("AI", "ai", "SD", "Stable Diffusion")]
+    named = [home / name for name in ("Desktop", "Documents", "Downloads", "AI", "ai", "apps",
+                                      "git", "src", "Projects")]
+    return [home, *named, data, Path(platformdirs.user_documents_dir()), *drives, *inner]
+
+
+def _hub_cache() -> Path:
+    """Each snapshot of the hub's cache lies three folders below."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    return Path(HF_HUB_CACHE)
