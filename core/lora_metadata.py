@@ -35,11 +35,9 @@ SCHEDULES_WITH_WARMUP = {"constant": "constant_with_warmup"}  # the others warm 
 
 # Things that kohya's trainer can do and this one never does, in kohya's spelling.
 NEVER: dict[str, Any] = {
-    "ss_full_fp16": False,
-    "ss_lowram": False, "ss_fp8_base": False, "ss_fp8_base_unet": False,
-    "ss_adaptive_noise_scale": None, "ss_ip_noise_gamma": None,
+    "ss_full_fp16": False, "ss_lowram": False, "ss_fp8_base": False, "ss_fp8_base_unet": False,
+    "ss_adaptive_noise_scale": None, "ss_ip_noise_gamma": None, "ss_scale_weight_norms": None,
     "ss_noise_offset_random_strength": False, "ss_ip_noise_gamma_random_strength": False,
-    "ss_scale_weight_norms": None,
     "ss_caption_dropout_every_n_epochs": 0, "ss_caption_tag_dropout_rate": 0.0,
     "ss_face_crop_aug_range": None, "ss_color_aug": False, "ss_random_crop": False,
 }
@@ -48,7 +46,7 @@ NEVER: dict[str, Any] = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
     width: int                             # px
-    height: int
+    height: int                            # px
     pictures: int                          # repeats counted
 
 
@@ -131,24 +129,20 @@ def _run(facts: TrainFacts) -> dict[str, Any]:
         "ss_training_finished_at": facts.finished_at,
         "ss_output_name": config.name,
         "ss_training_comment": facts.description or None,
-        "ss_learning_rate": config.learning_rate,
-        "ss_unet_lr": config.learning_rate,
+        "ss_learning_rate": config.learning_rate, "ss_unet_lr": config.learning_rate,
         "ss_text_encoder_lr": facts.text_encoder_lr,
         "ss_lr_scheduler": schedule,
         "ss_lr_warmup_steps": config.lr_warmup_steps,
         "ss_optimizer": facts.optimizer,
         "ss_max_grad_norm": config.max_grad_norm,
-        "ss_num_epochs": facts.planned_epochs,
-        "ss_max_train_steps": facts.planned_steps,
-        "ss_epoch": facts.epoch,
-        "ss_steps": facts.step,
+        "ss_num_epochs": facts.planned_epochs, "ss_max_train_steps": facts.planned_steps,
+        "ss_epoch": facts.epoch, "ss_steps": facts.step,
         "ss_num_batches_per_epoch": facts.batches_per_epoch,
         "ss_batch_size_per_device": config.batch_size,
         "ss_gradient_accumulation_steps": config.gradient_accumulation_steps,
         "ss_total_batch_size": config.batch_size * config.gradient_accumulation_steps,
         "ss_gradient_checkpointing": facts.gradient_checkpointing,
-        "ss_mixed_precision": facts.mixed_precision,
-        "ss_seed": config.seed,
+        "ss_mixed_precision": facts.mixed_precision, "ss_seed": config.seed,
     }
 
 
@@ -164,16 +158,14 @@ def _network(facts: TrainFacts) -> dict[str, Any]:
 
 
 def _loss(facts: TrainFacts) -> dict[str, Any]:
-    config = facts.config
+    config, levels = facts.config, facts.config.multires_noise_iterations
     return {
         "ss_min_snr_gamma": config.min_snr_gamma or None,
         "ss_noise_offset": config.noise_offset or None,
-        "ss_multires_noise_iterations": config.multires_noise_iterations or None,
-        "ss_multires_noise_discount": (config.multires_noise_discount
-                                       if config.multires_noise_iterations else None),
+        "ss_multires_noise_iterations": levels or None,
+        "ss_multires_noise_discount": config.multires_noise_discount if levels else None,
         "ss_zero_terminal_snr": config.zero_terminal_snr,
-        "ss_debiased_estimation": config.debiased_estimation,
-        "ss_loss_type": config.loss_type,
+        "ss_debiased_estimation": config.debiased_estimation, "ss_loss_type": config.loss_type,
         **({} if config.loss_type == "l2" else {
             "ss_huber_schedule": config.huber_schedule, "ss_huber_c": config.huber_c}),
         **({"ss_prior_loss_weight": config.prior_loss_weight} if facts.regular else {}),
@@ -187,26 +179,24 @@ def _data(facts: TrainFacts) -> dict[str, Any]:
     return {
         "ss_num_train_images": facts.pictures,
         "ss_num_reg_images": sum(f.pictures for f in facts.regular.values()),
-        "ss_reg_dataset_dirs": json.dumps({name: {"n_repeats": f.repeats, "img_count": f.pictures}
-                                           for name, f in facts.regular.items()}),
+        "ss_reg_dataset_dirs": _dirs(facts.regular),
         "ss_num_validation_images": facts.validation_pictures,
         "ss_resolution": facts.resolution,             # "(512, 512)"
-        "ss_enable_bucket": True,
-        "ss_bucket_no_upscale": config.bucket_no_upscale,
-        "ss_min_bucket_reso": facts.bucket_sides[0],
-        "ss_max_bucket_reso": facts.bucket_sides[1],
+        "ss_enable_bucket": True, "ss_bucket_no_upscale": config.bucket_no_upscale,
+        "ss_min_bucket_reso": facts.bucket_sides[0], "ss_max_bucket_reso": facts.bucket_sides[1],
         "ss_bucket_info": json.dumps(_bucket_info(facts)),
-        "ss_dataset_dirs": json.dumps({name: {"n_repeats": f.repeats, "img_count": f.pictures}
-                                  for name, f in folders.items()}),
+        "ss_dataset_dirs": _dirs(folders),
         "ss_tag_frequency": json.dumps({name: dict(f.tags) for name, f in folders.items()}),
-        "ss_cache_latents": facts.cache_latents,
-        "ss_flip_aug": config.flip,
-        "ss_shuffle_caption": config.shuffle_tags,
-        "ss_keep_tokens": config.keep_tokens,
+        "ss_cache_latents": facts.cache_latents, "ss_flip_aug": config.flip,
+        "ss_shuffle_caption": config.shuffle_tags, "ss_keep_tokens": config.keep_tokens,
         "ss_caption_dropout_rate": config.caption_dropout,
-        "ss_clip_skip": facts.clip_skip,
-        "ss_max_token_length": facts.max_token_length,
+        "ss_clip_skip": facts.clip_skip, "ss_max_token_length": facts.max_token_length,
     }
+
+
+def _dirs(folders: Mapping[str, Folder]) -> str:
+    return json.dumps({name: {"n_repeats": f.repeats, "img_count": f.pictures}
+                       for name, f in folders.items()})
 
 
 def _bucket_info(facts: TrainFacts) -> dict[str, Any]:
