@@ -164,7 +164,7 @@ def load_adapter(pipeline: Any, path: Path, name: str) -> str:
         with warnings.catch_warnings():     # peft warns of a second adapter, which is meant
             warnings.simplefilter("ignore")
             # diffusers refuses a file that holds words
-            plain = None if path.is_dir() else new_words.unbundled(path)
+            plain = new_words.unbundled(path)
             if plain:
                 pipeline.load_lora_weights(plain, adapter_name=name)
             else:
@@ -186,7 +186,8 @@ def load_words(parts: Parts, path: Path,
     """The new words of a LoRA file, added to the base's encoders. -> word: its tokens in a text.
     A file that was trained with words and lost them is told by a note."""
     found = new_words.add_to(parts.text, new_words.read(path), path) if parts.text else {}
-    if not found and emit and "pivotal_tokens" in read_header(path).metadata.get(CONFIG_KEY, ""):
+    told = "" if path.is_dir() else read_header(path).metadata.get(CONFIG_KEY, "")
+    if not found and emit and "pivotal_tokens" in told:
         emit(Note(key="generate.words_missing", params={
             "file": path.name, "words": new_words.beside(path).name}))
     return found

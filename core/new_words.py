@@ -126,7 +126,8 @@ def unbundled(lora: Path) -> dict[str, Tensor] | None:
 
 
 def _bundles(lora: Path) -> bool:
-    return any(key.startswith(BUNDLED) for key in read_header(lora).tensors)
+    """A folder, PEFT's form, holds none."""
+    return not lora.is_dir() and any(key.startswith(BUNDLED) for key in read_header(lora).tensors)
 
 
 def _bundled(lora: Path) -> list[NewWord]:

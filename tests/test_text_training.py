@@ -183,6 +183,22 @@ def test_bundled_words_are_read(make: Make, v_base: Path, tmp_path: Path) -> Non
     assert (drawn[0] == drawn[1]).all()
 
 
+def test_words_lie_beside_a_folder_too(v_base: Path, tmp_path: Path) -> None:
+    """PEFT's form of a LoRA is a folder: no file whose header could be read."""
+    folder = tmp_path / "ink"
+    folder.mkdir()
+    rows = torch.randn(2, 32)
+    studio = Studio(v_base, GenerateConfig(base=str(v_base)), lambda event: None)
+    studio.load()
+    assert generate.load_words(studio.parts, folder, studio.emit) == {}
+    new_words.write(new_words.beside(folder), new_words.NewWord(
+        "ink", {"text_encoder": rows}), torch.float32)
+    found = generate.load_words(studio.parts, folder, studio.emit)
+    assert found == {"ink": "<|word-49408|> <|word-49409|>"}
+    held = studio.parts.text["text_encoder"].get_input_embeddings()
+    assert torch.equal(held(torch.tensor([49408, 49409])), rows)
+
+
 def test_rows_of_another_base_are_refused(v_base: Path, tmp_path: Path) -> None:
     path = tmp_path / "ink.safetensors"
     new_words.write(new_words.beside(path), new_words.NewWord(
