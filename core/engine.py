@@ -30,6 +30,7 @@ from core.families.base import Cond, Family, Parts, Precision
 from core.faults import Fault
 from core.lookout import Lookout, weigh
 from core.meter import Meter
+from core.naming import NAMINGS
 from core.objective import Diffusion, Draw, split_mask, zero_terminal
 from core.plan import Base
 from core.precision import autocast, choose, free_memory, load_denoiser
@@ -100,9 +101,9 @@ class Trainer:
         self.examples, self.emit, self.control = examples, emit, control
         self.denoiser = parts.denoiser
         self.parameters = lora.attach(self.denoiser, config, family.spec)
-        if config.init_lora_weights:
-            lora_init.start(self.denoiser, config, family.spec, emit)
         self.text = self._text_training() if config.trains_text else None
+        if config.init_lora_weights:
+            lora_init.start(self._trained_models(), config, family.spec, emit)
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         lora.set_training(self.denoiser, True)
@@ -220,6 +221,11 @@ class Trainer:
             self.text.load_state(texts)
         if self.ema is not None:
             self.ema.load_state(averages)
+
+    def _trained_models(self) -> dict[str, Any]:
+        """By part, as LoRA files name them; the denoiser first."""
+        texts = self.text.models if self.text is not None else {}
+        return {NAMINGS[self.family.spec.id][0].name: self.denoiser, **texts}
 
     def _text_training(self) -> TextTraining:
         text = self.family.load(self.parts.source, self.precision, frozenset({"text"})).text

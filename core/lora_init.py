@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,28 @@ from core.families.base import FamilySpec
 from core.faults import Fault, Fix
 from core.lora_algebra import Cut, resize
 from core.lora_layers import DOWN, UP, Layer, Lora, alpha_of, kind_of, rank_of, scale_of
-from core.naming import NAMINGS, SD1
+from core.naming import SD1
 
 _INNER = {"proj", "net"}                   # words that say nothing alone: ff.net.0.proj
 
 
-def start(model: nn.Module, config: TrainConfig, spec: FamilySpec,
+def start(models: Mapping[str, nn.Module], config: TrainConfig, spec: FamilySpec,
           emit: Callable[[Event], None]) -> None:
-    """Puts the file of `config.init_lora_weights` into the adapter that `lora.attach` made: the
-    same delta, whatever alpha and rank the two have. Layers that the file lacks start as always;
-    what the file has beyond the trained part is told. Raises Fault where something of the
-    trained part would be lost: another kind, another rank, layers that aren't targets."""
+    """Puts the file of `config.init_lora_weights` into the adapters that `lora.attach` made: the
+    same delta, whatever alpha and rank the two have. `models`: the trained ones by part, the
+    denoiser first. Layers that the file lacks start as always; what the file has for parts that
+    aren't trained is told. Raises Fault where something of the denoiser would be lost: another
+    kind, another rank, layers that aren't targets."""
     adapter = getattr(config, "adapter", "lora")
     if adapter not in ("lora", "rslora"):
         raise Fault("lora_init.other_adapter", adapter=adapter)
     path = Path(config.init_lora_weights).expanduser()
     found = lora_formats.read(path, spec.id)
-    part = NAMINGS[spec.id][0].name
-    own = {name.removeprefix(f"{part}."): layer for name, layer in found.layers.items()
-           if name.startswith(f"{part}.")}
-    layers = dict(lora.layers(model))
+    layers = {f"{part}.{name}": layer for part, model in models.items()
+              for name, layer in lora.layers(model)}
+    denoiser = f"{next(iter(models))}."
+    own = {name: layer for name, layer in found.layers.items()
+           if name in layers or name.startswith(denoiser)}
     if not own.keys() & layers.keys():
         raise Fault("lora_init.none_fit", file=path, count=len(found.layers),
                     example=next(iter(found.layers), "-"))
@@ -43,7 +45,8 @@ def start(model: nn.Module, config: TrainConfig, spec: FamilySpec,
     if strange := sorted(own.keys() - layers.keys()):
         raise Fault("lora_init.other_layers", file=path, count=len(strange), example=strange[0],
                     targets=config.target_modules, fixes=[Fix("fixes.file_layers", {
-                        "target_modules": _targets(own, spec)})])
+                        "target_modules": _targets([name for name in own
+                                                    if name.startswith(denoiser)], spec)})])
     own = _fitting(own, layers, config, path)
     for name, layer in own.items():
         _take_over(layers[name], layer)
@@ -93,7 +96,7 @@ def _take_over(layer: Any, found: Layer) -> None:
     b.zero_()[:, :rank] = (found[UP].float() * scale).reshape(-1, rank, *b.shape[2:]).to(b)
 
 
-def _targets(own: dict[str, Layer], spec: FamilySpec) -> str | list[str]:
+def _targets(own: list[str], spec: FamilySpec) -> str | list[str]:
     """The smallest preset that has all layers of the file, else their names."""
     for preset, suffixes in spec.lora_presets.items():
         if all(any(name == s or name.endswith(f".{s}") for s in suffixes) for name in own):

@@ -52,7 +52,9 @@ def rank_of(layer: Mapping[str, Tensor]) -> int:
 
 def fits(layer: Mapping[str, Tensor]) -> bool:
     """Whether the tensors of a layer can belong together: files come from anywhere."""
-    if (ALPHA in layer and layer[ALPHA].numel() != 1) or (DORA in layer and not layer[DORA].ndim):
+    kinds = {end[:5] for end in layer if end.startswith(("lora_", "hada_", "lokr_"))}
+    if len(kinds) > 1 or (ALPHA in layer and layer[ALPHA].numel() != 1) or (
+            DORA in layer and not layer[DORA].ndim):
         return False
     if not (DOWN in layer and UP in layer):
         return True

@@ -17,7 +17,7 @@ from core.lora_file import describe
 from core.lora_layers import Layer, Lora
 from core.naming import SD1
 from tests import tiny
-from tests.test_engine import Make, make, run  # noqa: F401  (a fixture)
+from tests.test_engine import Make, make, run, trainer_of  # noqa: F401  (a fixture)
 from tests.test_lora_formats import layer
 
 SPEC = families.get("sd15").spec
@@ -42,7 +42,7 @@ def started(path: Path, **changes: Any) -> tuple[Any, list[Note]]:
     unet = tiny.tiny_unet()
     lora.attach(unet, config, SPEC)
     notes: list[Event] = []
-    lora_init.start(unet, config, SPEC, notes.append)
+    lora_init.start({"unet": unet}, config, SPEC, notes.append)
     return unet, [one for one in notes if isinstance(one, Note)]
 
 
@@ -125,6 +125,21 @@ def test_the_text_encoder_is_told_and_fresh_layers_start_at_zero(tmp_path: Path)
     assert (notes[0].params["layers"], notes[1].params["count"]) == (2, 1)
     zero = [name for name, value in deltas(unet).items() if not value.any()]
     assert len(zero) == notes[0].params["fresh"] == len(ATTENTION) - 2
+
+
+def test_a_trained_text_encoder_goes_on_as_well(make: Make, tmp_path: Path) -> None:  # noqa: F811
+    path = file_of(tmp_path, extra={
+        f"text_encoder.{name}": layer(4, 32, 32, alpha=2.0) for name in (
+            "encoder.layers.0.self_attn.q_proj", "encoder.layers.1.self_attn.v_proj")})
+    trainer = trainer_of(make(init_lora_weights=str(path), text_encoder_lr=1e-4))
+    assert trainer.text is not None
+    found = {f"text_encoder.{name}": one.get_delta_weight(lora.ADAPTER).detach().double()
+             for name, one in lora.layers(trainer.text.models["text_encoder"])}
+    for name, one in lora_formats.read(path).layers.items():
+        if name in found:
+            torch.testing.assert_close(found.pop(name), delta(one), rtol=1e-5, atol=1e-5)
+    assert found
+    assert not any(value.any() for value in found.values())
 
 
 @pytest.mark.parametrize(("path", "made", "code"), [
