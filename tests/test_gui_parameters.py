@@ -305,3 +305,22 @@ def test_the_planner_weighs_what_helps() -> None:
     assert any(one["changes"].get("batch_size") == 2 and one["saves_mb"] > 0 for one in found)
     weak = plan_service.answer({"config": config, "symptom": "weak", "updates": 100})["remedies"]
     assert any("lora_rank" in one["changes"] for one in weak)
+
+
+def test_what_may_help_is_there_before_the_planner_answers(ctx: Context) -> None:
+    from core.events import Faulted, JobStarted
+    from gui.tabs.run import head
+    config = {"base_model": "demo", "batch_size": 4}
+    folder = runs.create_run("train", "base_model: demo\nbatch_size: 4\n", "big")
+    with Journal(folder) as journal:
+        journal.append(JobStarted(job="train", pid=1, config=config))
+        journal.append(Faulted(code="jobs.out_of_gpu_memory", params={"reason": "x"}))
+        journal.append(JobEnded(state="failed"))
+    house = ctx.house
+    view = until(lambda: next((one for one in house.jobs.views() if one.over), None))
+    text = whole(head(ctx, view, house.snapshot()))
+    ids = [str(b["data-id"]) for b in Tags(text).buttons() if b.get("data-act") == "remedy"]
+    assert f"{view.id}/oom_start/advisor.do_batch" in ids
+    with house.planning._changed:
+        house.planning._mended(f"{view.id}/oom_start", [])
+    assert "remedy" not in head(ctx, view, house.snapshot())

@@ -18,7 +18,7 @@ from core.runs import JobView
 from gui.context import Context, Snapshot, Updates
 from gui.desktop import open_folder
 from gui.html import bar, button, card, clock, duration, esc, speed
-from gui.widgets.fault_card import fault_card, folder, remedies, unhappy
+from gui.widgets.fault_card import fault_card, folder, known_remedies, remedies, unhappy
 from gui.widgets.loss_chart import ema, loss_chart
 from gui.widgets.memory_bar import memory_bar
 from gui.widgets.panel import panel
@@ -97,13 +97,14 @@ class RunView:
         return self._again(view, view.fault.fixes[int(number)]["changes"])
 
     def _mend(self, id: str) -> str:
-        """'run/oom_start/2': the same with the third remedy against that symptom."""
-        key, _, number = id.rpartition("/")
-        found = self.ctx.house.planning.now.remedies.get(key) or []
-        if not number.isdigit() or int(number) >= len(found):
+        """'run/oom_start/advisor.do_batch': the same with that remedy against the symptom."""
+        run_id, symptom, key = [*id.split("/"), "", ""][:3]
+        view = self.ctx.house.jobs.view(run_id)
+        found = known_remedies(self.ctx, view, symptom)
+        changes = next((one["changes"] for one in found if one["key"] == key), None)
+        if not changes:
             raise Fault("gui.no_fix")
-        return self._again(self.ctx.house.jobs.view(key.partition("/")[0]),
-                           found[int(number)]["changes"])
+        return self._again(view, changes)
 
     def _again(self, view: JobView, changes: Mapping[str, Any]) -> str:
         config = load_train_config(view.folder / CONFIG)

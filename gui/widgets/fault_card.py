@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from core import ladder
+from core import remedies as core_remedies
 from core.config import TrainConfig
 from core.runs import JobView
 from gui.context import Context
@@ -72,19 +74,34 @@ def symptom_of(view: JobView) -> str | None:
 def remedies(ctx: Context, view: JobView, symptom: str, title: str) -> str:
     key = f"{view.id}/{symptom}"
     ctx.house.planning.remedy(key, _question(ctx, view, symptom))
-    found = ctx.house.planning.now.remedies.get(key)
-    if found is None:
-        return f'<p class="small" role="status">{esc(ctx.say("remedies.looking"))}</p>'
-    rows = "".join(_remedy(ctx, key, number, one) for number, one in enumerate(found[:MOST]))
-    return f'<h4>{esc(title)}</h4><ul class="fixes">{rows}</ul>' if rows else (
+    planned = ctx.house.planning.now.remedies.get(key)
+    waits = "" if planned is not None else (
+        f'<p class="small" role="status">{esc(ctx.say("remedies.looking"))}</p>')
+    rows = "".join(_remedy(ctx, key, one) for one in known_remedies(ctx, view, symptom)[:MOST])
+    return f'<h4>{esc(title)}</h4><ul class="fixes">{rows}</ul>{waits}' if rows else waits or (
         f'<p class="small">{esc(ctx.say("remedies.none"))}</p>')
 
 
-def _remedy(ctx: Context, key: str, number: int, one: dict[str, Any]) -> str:
+def known_remedies(ctx: Context, view: JobView, symptom: str) -> list[dict[str, Any]]:
+    """Weighed by the planner; until it has answered, all that may help."""
+    planned = ctx.house.planning.now.remedies.get(f"{view.id}/{symptom}")
+    if planned is not None:
+        return planned
+    question = _question(ctx, view, symptom)
+    machine = ctx.house.machine
+    facts = core_remedies.Facts(rungs=ladder.rungs(machine) if machine else ladder.Rungs(),
+                                updates=question["updates"], best_step=question["best_step"])
+    config = TrainConfig.model_validate(question["config"])
+    return [{"key": one.key, "params": dict(one.params), "changes": dict(one.changes)}
+            for one in core_remedies.answer(symptom, config, None, facts)
+            if "max_resolution" not in one.changes]     # that needs the base's own size
+
+
+def _remedy(ctx: Context, key: str, one: dict[str, Any]) -> str:
     saves = one.get("saves_mb") or 0
     gain = f' <small>{esc(ctx.say("remedies.saves", mb=gigabytes(saves)))}</small>' \
         if saves > 0 else ""
-    act = button(ctx.say("remedies.retry"), "remedy", f"{key}/{number}", once=True) \
+    act = button(ctx.say("remedies.retry"), "remedy", f"{key}/{one['key']}", once=True) \
         if one["changes"] else '<span aria-hidden="true">•</span>'
     return f'<li>{act}<span>{esc(ctx.say(one["key"], **one["params"]))}{gain}</span></li>'
 
