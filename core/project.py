@@ -143,7 +143,7 @@ def checked_name(name: str) -> str:
     """A name that every file system keeps, and no path. Raises Fault."""
     plain = " ".join(name.split()).strip(". ")
     if len(plain) > 60 or not paths.is_file_name(plain) or plain != name.strip():
-        raise Fault("gui.bad_name", name=name)
+        raise Fault("gui.bad_name", name=" ".join(name.split()))
     return plain
 
 

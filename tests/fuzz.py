@@ -12,6 +12,7 @@ import faulthandler
 import gc
 import io
 import json
+import math
 import os
 import random
 import resource
@@ -501,7 +502,7 @@ def run(files: int, seed: int = 0, only: str = "", home: Path | None = None,
     for kind in chosen:
         _warm_up(kind, home)
         began = time.monotonic()
-        count = max(1, round(files * kind.share / total))
+        count = math.ceil(files * kind.share / total)
         for number in range(count):
             rng = random.Random(f"{seed}-{kind.name}-{number}")
             content = _content(kind, number, rng)

@@ -24,6 +24,8 @@ from core import families, generate, lora_file, paths, pictures, reading
 from core.checkpoint import load as load_checkpoint
 from core.config import load_train_config, parse_train_config
 from core.dataset import scan
+from core.draw import wanted
+from core.draw_config import DrawConfig
 from core.families.base import Precision
 from core.faults import Fault
 from core.plan import Base
@@ -157,6 +159,8 @@ def test_names_that_are_no_names(name: str, tmp_path: Path) -> None:
     if not set(name) & set(":<>\n") and name == name.strip():
         config = generate.GenerateConfig(base="x", prompt=f"a <lora:{name}:1>")
         assert code_of(lambda: generate.generate(config, print)) == "generate.lora_path"
+        drawn = DrawConfig(base="x", prompt=config.prompt)
+        assert code_of(lambda: wanted(drawn)) == "generate.lora_path"
     assert code_of(lambda: generate.find_lora(name, 1.0)) == "generate.unknown_lora"
 
 
