@@ -18,7 +18,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from core import adapters, lora
-from core.naming import SD1, Naming, kohya_name, kohya_names
+from core.lora_file import kohya_name, kohya_names
+from core.naming import SD1, Naming
 
 Ends = dict[str, Tensor]                    # what follows a layer's name -> tensor
 _HALVES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight",
