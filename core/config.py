@@ -20,7 +20,11 @@ from core.faults import Fault
 FOREIGN = (".toml", ".json")               # suffixes of other trainers' configs
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 BasePrecision = Literal["same", "int8", "fp8", "nf4"]
-Schedule = Literal["constant", "linear", "cosine"]
+Schedule = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial",
+                   "warmup_stable_decay"]
+AdapterKind = Literal["lora", "rslora", "dora", "pissa", "loha", "lokr", "oft"]
+PRODUCTS = ("lora", "rslora", "dora", "pissa")          # kinds that have an A and a B
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy", "lion", "schedulefree", "came")
 Extension = Annotated[str, Field(pattern=r"^.+:[A-Za-z_]\w*$")]     # "module:object"
 LossType = Literal["l2", "huber", "smooth_l1"]
 HuberSchedule = Literal["snr", "exponential", "constant"]
@@ -61,8 +65,10 @@ class TrainConfig(BaseModel):
         "layers by name, or a preset: attention | attention+ff | all-linear")
     init_lora_weights: str = _field(
         "", "advanced", "LoRA file or folder to continue from, of any format")
-    adapter: Literal["lora"] | Extension = _field(
+    adapter: AdapterKind | Extension = _field(
         "lora", "advanced", "kind of adapter; module:object: your own variant")
+    conv_rank: int = _field(
+        0, "advanced", "rank of the 3x3 convolutions (LoCon); 0: not trained", ge=0, le=1024)
     gradient_accumulation_steps: int = _field(1, "advanced", "batches per update", ge=1, le=4096)
     precision: Precision = _field("auto", "advanced", "number format of the base")
     base_precision: BasePrecision = _field(
@@ -70,8 +76,8 @@ class TrainConfig(BaseModel):
     offload: float = _field(
         0.0, "advanced", "share of the base that waits in RAM; slower, less GPU memory", ge=0, le=1)
     gradient_checkpointing: bool = _field(False, "advanced", "less memory, slower steps")
-    optimizer: Literal["adamw", "adamw8bit"] | Extension = _field(
-        "adamw", "advanced", "update rule; module:Class: your own")
+    optimizer: str = _field("adamw", "advanced", "update rule: " + " | ".join(OPTIMIZERS) + (
+        " | package.module.Class; module:Class: your own"))
     lr_scheduler: Schedule = _field("constant", "advanced", "course of the learning rate")
     lr_warmup_steps: int = _field(0, "advanced", "steps until the full rate", "steps", ge=0)
     save_steps: int = _field(0, "advanced", "checkpoint every N steps; 0: at the end", ge=0)
@@ -102,6 +108,23 @@ class TrainConfig(BaseModel):
         0.0, "advanced", "average of the LoRA over steps, such as 0.99; 0: off", ge=0, lt=1)
 
     # expert
+    conv_alpha: float | None = _field(
+        None, "expert", "alpha of the convolutions; empty: conv_rank", gt=0)
+    block_ranks: dict[str, int] = _field(
+        {}, "expert", "rank by block, such as 'mid_block: 16, attn2: 4'; 0: not trained")
+    block_rates: dict[str, float] = _field(
+        {}, "expert", "factor of the learning rate by block, such as 'up_blocks: 0.5'")
+    rank_dropout: float = _field(0.0, "expert", "share of ranks left out of a step", ge=0, lt=1)
+    module_dropout: float = _field(0.0, "expert", "share of layers left out of a step", ge=0, lt=1)
+    lora_plus_ratio: float = _field(
+        1.0, "expert", "LoRA+: rate of B against A's; 16 is usual, 1: off", gt=0, le=1000)
+    lokr_factor: int = _field(-1, "expert", "LoKr: sides of the first factor; -1: roots", ge=-1)
+    optimizer_args: dict[str, Any] = _field({}, "expert", "further arguments of the optimizer")
+    lr_cycles: int = _field(1, "expert", "cycles of cosine_with_restarts", "cycles", ge=1, le=1000)
+    lr_power: float = _field(1.0, "expert", "power of polynomial", gt=0, le=100)
+    lr_decay_share: float = _field(
+        0.2, "expert", "share of the steps at the end of warmup_stable_decay that falls",
+        ge=0, le=1)
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = _field(
         "auto", "expert", "what the base predicts")
     zero_terminal_snr: bool = _field(False, "expert", "last timestep is noise alone (v only)")
@@ -166,6 +189,36 @@ class TrainConfig(BaseModel):
     def _no_path(cls, value: str) -> str:
         if value and not paths.is_file_name(value):
             raise ValueError("expected a file name without folders")
+        return value
+
+    @field_validator("block_ranks", "block_rates", "optimizer_args", mode="before")
+    @classmethod
+    def _one_map(cls, value: Any) -> Any:
+        """'mid_block: 16, attn2: 4', on one line or several -> a mapping."""
+        if not isinstance(value, str):
+            return value
+        lines = ", ".join(part for part in re.split(r"[\n,]+", value) if part.strip())
+        try:
+            found = reading.from_yaml("{" + lines + "}")
+        except reading.BadYaml:
+            raise ValueError("expected 'name: value, name: value'") from None
+        return {str(k): v for k, v in found.items()} if isinstance(found, dict) else value
+
+    @field_validator("block_ranks", "block_rates")
+    @classmethod
+    def _no_negative(cls, value: dict[str, float]) -> dict[str, float]:
+        if bad := [key for key, number in value.items() if not 0 <= number <= 1024]:
+            raise ValueError(f"expected a number from 0 to 1024 for {bad[0]}")
+        return value
+
+    @field_validator("optimizer")
+    @classmethod
+    def _known_optimizer(cls, value: str) -> str:
+        if value not in OPTIMIZERS and not re.fullmatch(
+                r"[A-Za-z_]\w*(\.\w+)+|.+:[A-Za-z_]\w*", value):
+            nearest = (words.nearest(value, OPTIMIZERS, 1) or OPTIMIZERS)[0]
+            raise ValueError(f"expected {', '.join(OPTIMIZERS)} or package.module.Class; "
+                             f"did you mean {nearest}?")
         return value
 
     @field_validator("max_resolution", "sample_size", mode="before")

@@ -107,10 +107,9 @@ class Trainer:
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         lora.set_training(self.denoiser, True)
-        self.optimizer = optim.create(config, self.parameters, emit)
+        groups = [*lora.groups(self.denoiser, config), *(self.text.groups() if self.text else ())]
+        self.optimizer = optim.create(config, groups, emit)
         if self.text is not None:
-            for group in self.text.groups():
-                self.optimizer.add_param_group(group)
             self.parameters = [*self.parameters, *self.text.parameters]
         self.ema = Ema(self.parameters, config.ema_decay) if config.ema_decay else None
         self.scaler = torch.amp.GradScaler(
@@ -120,14 +119,14 @@ class Trainer:
         self.total = config.max_train_steps or config.epochs * self.course.updates_per_epoch
         self.loss_sum = torch.zeros((), device=precision.device)
         self.micro_batch = config.batch_size        # samples at once; see `lower`
+        self.drops = any((config.lora_dropout, config.rank_dropout, config.module_dropout))
 
     def update(self, number: int) -> None:
         """One optimizer step on the batches of update `number`."""
         if self.text is not None and 0 < self.config.text_encoder_stop <= number:
             self._rest_text(self.text)
-        for group in self.optimizer.param_groups:
-            group["lr"] = optim.rate(self.config, number, self.total) * group.get("factor", 1.0)
-        if self.config.lora_dropout:        # the mask is the only use of torch's own generator
+        optim.set_rate(self.optimizer, optim.rate(self.config, number, self.total))
+        if self.drops:                      # the masks are the only use of torch's own generator
             torch.manual_seed(self.config.seed + number)
         self.accumulate(self.course.update(number))
         if self.config.max_grad_norm:
@@ -203,7 +202,7 @@ class Trainer:
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Within, the adapter is what is shown and saved: its average, where one is kept."""
-        return self.ema.applied() if self.ema is not None else contextlib.nullcontext()
+        return self.ema.applied() if self.ema else optim.averaged(self.optimizer)
 
     def state(self) -> dict[str, Tensor]:
         """All that is learned, for a checkpoint."""

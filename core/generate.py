@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from core import families, lora, lora_formats, new_words, paths, samplers, words
+from core import adapter_file, families, lora, lora_formats, new_words, paths, samplers, words
 from core.config import GenerateConfig, size_of
 from core.events import Event, Note, Phase, Sample
 from core.families.base import ALL_PARTS, Family, Parts
@@ -93,14 +93,8 @@ class Studio:
                 self._words[item.path] = load_words(self.parts, item.path, self.emit)
         self._active = {word: tokens for item in active
                         for word, tokens in self._words[item.path].items()}
-        if not self._adapters:
-            return
-        if not active:
-            self.pipeline.disable_lora()
-            return
-        self.pipeline.enable_lora()
-        self.pipeline.set_adapters([self._adapters[item.path] for item in active],
-                                   [item.weight for item in active])
+        lora.use(self.pipeline.components.values(),
+                 {self._adapters[item.path]: item.weight for item in active})
 
     def _load(self, path: Path) -> str:
         name = load_adapter(self.pipeline, path, f"lora{len(self._adapters)}")
@@ -151,19 +145,28 @@ def draw(pipeline: Any, parts: Parts, shot: Shot, arguments: dict[str, Any],
 
 
 def load_adapter(pipeline: Any, path: Path, name: str) -> str:
-    """Loads a LoRA file by diffusers' own reader. Raises Fault where none of it fits the base."""
+    """Loads a LoRA file by diffusers' own reader, or what that can't read by core.adapter_file.
+    Raises Fault where none of it fits the base."""
     source: Any = path.parent
     if lora_formats.needs_respelling(path):
         source = lora_formats.spell(lora_formats.read(path), "kohya")
     else:
-        read_lora(path)                     # refuses what is none, and NaN
+        weights = read_lora(path)[0]        # refuses what is none, and NaN
+        source = weights if adapter_file.is_ours(weights) else source
     keys = read_header(lora_formats.weights_file(path)).tensors
     try:
         with warnings.catch_warnings():     # peft warns of a second adapter, which is meant
             warnings.simplefilter("ignore")
             # diffusers refuses a file that holds words
+<<<<<<< HEAD
             plain = new_words.unbundled(path)
             if plain:
+=======
+            plain = None if path.is_dir() else new_words.unbundled(path)
+            if isinstance(source, dict) and adapter_file.is_ours(source):
+                adapter_file.load(pipeline.components, source, name)
+            elif plain:
+>>>>>>> adapters
                 pipeline.load_lora_weights(plain, adapter_name=name)
             else:
                 pipeline.load_lora_weights(source, weight_name=path.name, adapter_name=name,
@@ -192,9 +195,10 @@ def load_words(parts: Parts, path: Path,
 
 
 def modules_in(path: Path) -> int:
-    """LoRA modules of a file: one down (or A) matrix each."""
+    """Adapted layers of a file: one of these each."""
     files = path.rglob("*.safetensors") if path.is_dir() else [path]
-    return sum(k.endswith((".lora_down.weight", ".lora_A.weight"))
+    return sum(k.endswith((".lora_down.weight", ".lora_A.weight", ".hada_w1_a", ".lokr_w1",
+                           ".lokr_w1_a", ".oft_blocks"))
                for file in files for k in read_header(file).tensors)
 
 

@@ -33,6 +33,10 @@ V_VERSIONS = {"sd_v1": "sd_v1_v", "sd_v2": "sd_v2_v"}         # kohya's names of
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}     # modelspec's; flow has none
 SCHEDULES_WITH_WARMUP = {"constant": "constant_with_warmup"}  # the others warm up by themselves
 
+# LyCORIS' names of the kinds that plain LoRA readers don't know.
+ALGORITHMS = {"dora": {"algo": "locon", "dora_wd": "True", "wd_on_output": "False"},
+              "loha": {"algo": "loha"}, "lokr": {"algo": "lokr"}, "oft": {"algo": "diag-oft"}}
+
 # Things that kohya's trainer can do and this one never does, in kohya's spelling.
 NEVER: dict[str, Any] = {
     "ss_full_fp16": False, "ss_lowram": False, "ss_fp8_base": False, "ss_fp8_base_unet": False,
@@ -147,13 +151,23 @@ def _run(facts: TrainFacts) -> dict[str, Any]:
 
 
 def _network(facts: TrainFacts) -> dict[str, Any]:
+    """As the file is read: alpha / dim is the scale whatever rule gave it, PiSSA has twice the
+    rank."""
     config = facts.config
+    times = 2 if config.adapter == "pissa" else 1
+    root = config.lora_rank ** 0.5 if config.adapter == "rslora" else 1.0
+    given = {"target_modules": config.target_modules}
+    if config.conv_rank:
+        given |= {"conv_dim": str(config.conv_rank),
+                  "conv_alpha": str(config.conv_alpha or config.conv_rank)}
+    if algo := ALGORITHMS.get(config.adapter):
+        given |= algo
     return {
-        "ss_network_module": "networks.lora",          # the format, whoever wrote it
-        "ss_network_dim": config.lora_rank,
-        "ss_network_alpha": float(config.alpha),
+        "ss_network_module": "lycoris.kohya" if algo else "networks.lora",  # whoever wrote it
+        "ss_network_dim": config.lora_rank * times,
+        "ss_network_alpha": float(config.alpha * times * root),
         "ss_network_dropout": config.lora_dropout or None,
-        "ss_network_args": json.dumps({"target_modules": config.target_modules}),
+        "ss_network_args": json.dumps(given),
     }
 
 

@@ -7,11 +7,12 @@ Figures are bytes. core/plan.py asks for them and keeps the answers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from core import families, lora
+from core import families, lora, optim
 from core.config import TrainConfig
 from core.families.base import ALL_PARTS, Cond, Family, Part, Parts, Precision
 from core.objective import Diffusion, Draw
@@ -73,18 +74,21 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
          rank: int, dropout: bool, targets: str | list[str], checkpointing: bool,
          accumulating: bool, kept: QuantKind = "same", offload: float = 0.0,
          eight_bit: bool = False, text: Mapping[str, float] | None = None,
-         variant: str = "lora", variant_source: str = "") -> Figures:
+         adapter: dict[str, Any] | None = None, variant_source: str = "",
+         rule: dict[str, Any] | None = None, rule_source: str = "") -> Figures:
     """One micro-batch forward and backward, as the engine runs it; `text`: the config keys of
     encoders that learn in it.
 
+
     `gradients_inside`: bytes of `peak` that are gradients, made by this very backward; when
-    accumulating they were there before and stand apart.
+    accumulating they were there before and stand apart. `adapter`, `rule`: further config keys of
+    the adapter and of the optimizer; `stepping`: what the latter holds for a moment.
     """
     family, parts = _skeleton(base, numbers, "denoiser", "vae", "text")
     latents, cond = _inputs(family, parts, numbers, width, height, batch)
     _keep(parts, kind, kept, offload)
     config = TrainConfig(lora_rank=rank, lora_dropout=0.1 if dropout else 0.0,
-                         target_modules=targets, adapter=variant)
+                         target_modules=targets, **(adapter or {}), **(rule or {}))
     parameters = lora.attach(parts.denoiser, config, family.spec)
     kernels = Kernels(kind, DTYPES[numbers["compute"]])
     learner = None
@@ -95,8 +99,8 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
     if checkpointing:
         parts.denoiser.enable_gradient_checkpointing(kernels.checkpoint)
     lora.set_training(parts.denoiser, True)
-    adapter = sum(-(-p.numel() * 4 // 512) * 512 if kind == "cuda" else p.numel() * 4
-                  for p in parameters)
+    gradients = sum(_held(p, kind) for p in parameters)
+    fixed = sum(_held(p, kind) for p in lora.starts(parts.denoiser))
     if accumulating:
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
@@ -110,23 +114,25 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
         losses = diffusion.losses(family, parts.denoiser, inputs[0], draw, inputs[1],
                                   kernels.autocast)
         torch.autograd.backward([losses.sum() / batch])
-    return {"peak": tally.peak, "adapter": adapter, "gradients": adapter,
-            "gradients_inside": 0 if accumulating else min(adapter, tally.peak),
-            "optimizer": (sum(map(_eight_bit_states, parameters)) if eight_bit else
-                          ADAM_STATES * adapter
-                          + len(parameters) * (512 if kind == "cuda" else 4)),
+    states, stepping = (
+        (sum(map(_eight_bit_states, parameters)), 0) if eight_bit else
+        _stepped(config, parameters, kernels) if rule else
+        (ADAM_STATES * gradients + len(parameters) * (512 if kind == "cuda" else 4), 0))
+    return {"peak": tally.peak, "adapter": gradients + fixed, "gradients": gradients,
+            "gradients_inside": 0 if accumulating else min(gradients, tally.peak),
+            "optimizer": states, "stepping": stepping,
             "parameters": sum(p.numel() for p in parameters), "tensors": len(parameters)}
 
 
 def draw(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: int, batch: int,
          rank: int, targets: str | list[str], kept: QuantKind = "same", offload: float = 0.0,
-         variant: str = "lora", variant_source: str = "") -> Figures:
+         adapter: dict[str, Any] | None = None, variant_source: str = "") -> Figures:
     """A preview: denoising with the adapter, `batch` 2 with guidance; then decoding one picture."""
     family, parts = _skeleton(base, numbers, "denoiser", "vae", "text")
     latents, cond = _inputs(family, parts, numbers, width, height, batch)
     _keep(parts, kind, kept, offload)
-    lora.attach(parts.denoiser, TrainConfig(lora_rank=rank, target_modules=targets,
-                                            adapter=variant), family.spec)
+    config = TrainConfig(lora_rank=rank, target_modules=targets, **(adapter or {}))
+    lora.attach(parts.denoiser, config, family.spec)
     lora.set_training(parts.denoiser, False)
     known = [parts.denoiser, parts.vae]
     t = torch.empty(batch, dtype=torch.int64, device=META)
@@ -170,6 +176,28 @@ def _learn_order(family: Family, parts: Parts, latents: Tensor, cond: Cond) -> N
         family.predict(parts.denoiser, latents.to(parts.denoiser.dtype), t, {
             k: v.to(parts.denoiser.dtype) for k, v in cond.items()})
     stage.clear()
+
+
+def _held(tensor: Tensor, kind: Kind) -> int:
+    grain = 512 if kind == "cuda" else 1
+    return -(-tensor.numel() * tensor.element_size() // grain) * grain
+
+
+def _stepped(config: TrainConfig, parameters: list[torch.nn.Parameter], kernels: Kernels
+             ) -> tuple[int, int]:
+    """Bytes of the optimizer's state after a step, and of what a second one holds besides. A rule
+    that asks for numbers, which there are none of here, counts as Adam."""
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer = optim.create(config, parameters)
+    try:
+        optimizer.step()
+        with traced(kernels, []) as tally:
+            optimizer.step()
+    except (RuntimeError, NotImplementedError):
+        return ADAM_STATES * sum(_held(p, kernels.kind) for p in parameters), 0
+    held = [v for own in optimizer.state.values() for v in own.values() if isinstance(v, Tensor)]
+    return sum(_held(v, kernels.kind) for v in held), tally.peak
 
 
 def _eight_bit_states(parameter: Tensor) -> int:

@@ -35,6 +35,8 @@ WORKSPACE_MB = 150.0                    # cuBLAS and cuDNN scratch memory
 FRAGMENTS = 0.06                        # of the tensors: what the allocator reserves and can't use
 PROCESS_MB = {"cuda": 2600.0, "mps": 1200.0, "cpu": 750.0}     # RAM of the imports
 MARGIN = 0.08                           # of the memory: "tight" below it
+_ADAPTER_KEYS = ("adapter", "conv_rank", "block_ranks", "rank_dropout", "module_dropout",
+                 "lokr_factor")
 _PROOF_SIDE = 256                       # px; verify draws no larger on the CPU
 
 
@@ -159,8 +161,8 @@ def step_settings(config: TrainConfig, machine: Machine, bucket: tuple[int, int]
             "targets": targets if isinstance(targets, str) else sorted(targets),
             "checkpointing": config.gradient_checkpointing,
             "accumulating": config.gradient_accumulation_steps > 1,
-            **variant_settings(config), **kept_settings(config, machine.kind),
-            **({"eight_bit": True} if eight_bit(config, machine.kind) else {}),
+            **adapter_settings(config), **kept_settings(config, machine.kind),
+            **optimizer_settings(config, machine.kind),
             **({"text": _text_settings(config)} if config.trains_text else {})}
 
 
@@ -171,11 +173,28 @@ def _text_settings(config: TrainConfig) -> dict[str, float]:
             "pivotal_tokens": config.pivotal_tokens}
 
 
-def variant_settings(config: TrainConfig) -> dict[str, Any]:
-    """The user's own adapter, which may leave a part of the LoRA untrained; empty: none."""
-    if not extensions.is_named(config.adapter):
+def adapter_settings(config: TrainConfig) -> dict[str, Any]:
+    """What of the adapter, besides its rank, decides what it holds; empty: LoRA."""
+    fields = TrainConfig.model_fields
+    changed = {key: getattr(config, key) for key in _ADAPTER_KEYS
+               if getattr(config, key) != fields[key].default}
+    for key in ("rank_dropout", "module_dropout"):          # how much is no matter
+        changed |= {key: 0.1} if key in changed else {}
+    found: dict[str, Any] = {"adapter": changed} if changed else {}
+    if extensions.is_named(config.adapter):                 # which may leave a part untrained
+        found["variant_source"] = extensions.mark(config.adapter)
+    return found
+
+
+def optimizer_settings(config: TrainConfig, kind: str) -> dict[str, Any]:
+    """Empty: torch's AdamW."""
+    if eight_bit(config, kind):
+        return {"eight_bit": True}
+    if config.optimizer in ("adamw", "adamw8bit"):
         return {}
-    return {"variant": config.adapter, "variant_source": extensions.mark(config.adapter)}
+    rule = {"optimizer": config.optimizer, "optimizer_args": config.optimizer_args}
+    named = extensions.is_named(config.optimizer)
+    return {"rule": rule, **({"rule_source": extensions.mark(config.optimizer)} if named else {})}
 
 
 def kept_settings(config: TrainConfig, kind: str) -> dict[str, Any]:
@@ -234,7 +253,8 @@ def _training(config: TrainConfig, facts: Mapping[str, float],
               step: Mapping[str, float]) -> Phase:
     return _phase("train", denoiser=facts["denoiser"], adapter=step["adapter"],
                   optimizer=step["optimizer"], gradients=step["gradients"],
-                  activations=max(0.0, step["peak"] - step["gradients_inside"]),
+                  activations=max(0.0, step["peak"] - step["gradients_inside"],
+                                  step.get("stepping", 0.0)),
                   **_beside(config, facts, step))
 
 
@@ -242,7 +262,7 @@ def _beside(config: TrainConfig, facts: Mapping[str, float],
             step: Mapping[str, float]) -> dict[str, float]:
     """What some runs hold from the first step to the proof."""
     return ({"text_encoder": facts["text"]} if config.trains_text else {}) | (
-        {"average": step["adapter"]} if config.ema_decay else {})
+        {"average": step["gradients"]} if config.ema_decay else {})
 
 
 def _drawing(config: TrainConfig, base: Base, numbers: dict[str, str], machine: Machine,
@@ -259,8 +279,8 @@ def _drawing(config: TrainConfig, base: Base, numbers: dict[str, str], machine: 
     phases = []
     for name, (size, batch) in wanted.items():
         drawn = ask("draw", base, numbers, kind=machine.kind, width=size[0], height=size[1],
-                    batch=batch, rank=config.lora_rank, targets=targets,
-                    **variant_settings(config), **kept)
+                    batch=batch, rank=config.lora_rank, targets=targets, **kept,
+                    **adapter_settings(config))
         phases.append(_phase(name, denoiser=facts["denoiser"], vae=facts["vae"],
                              adapter=step["adapter"], optimizer=step["optimizer"],
                              activations=drawn["peak"], **_beside(config, facts, step)))

@@ -14,6 +14,7 @@ import torch
 
 from core import (
     __version__,
+    adapter_file,
     captions,
     checkpoint,
     lora,
@@ -58,6 +59,7 @@ class Keeper:
                                    params={"folder": str(self.output)}))
             return 0
         position, adapter, optimizer = checkpoint.load(found)
+        optim.check_same(position.config.get("optimizer", "adamw"), self.config.optimizer)
         self.trainer.load_state(adapter)
         checkpoint.restore_optimizer(self.trainer.optimizer, optimizer)
         if position.scaler:
@@ -122,7 +124,8 @@ class Keeper:
         config, text = self.config, self.trainer.text
         dtype = SAVE_DTYPES[config.save_precision]
         with self.trainer.averaged():
-            tensors = lora_file.to_kohya(lora.state(self.trainer.denoiser), config.alpha, dtype)
+            model = self.trainer.denoiser
+            tensors = adapter_file.tensors(model, lora.state(model), dtype)
             if text is not None:
                 tensors |= lora_file.to_kohya(text.adapter_state(), text.alpha, dtype)
             word = text.word() if text is not None else None

@@ -1,4 +1,5 @@
-"""The proof that a LoRA file works: diffusers' own loader reads it into a fresh pipeline.
+"""The proof that a LoRA file works: diffusers' own loader reads it into a fresh pipeline, or
+adapter_file.py what that loader doesn't know.
 
 Shown: every module of the file is found again in the pipeline, the picture changes, and (after
 a training) it is the picture of the adapter in memory, within what rounding to the file's number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import types
 from collections.abc import Iterable
 from typing import Any, Literal, Union, get_args, get_origin
@@ -12,7 +13,7 @@ import gradio as gr
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from core.config import TrainConfig
+from core.config import OPTIMIZERS, AdapterKind, TrainConfig
 from core.faults import Fault
 from gui.context import Context, Snapshot, Updates
 
@@ -20,6 +21,8 @@ LEVELS = ("basic", "advanced", "expert")
 ELSEWHERE = frozenset({"base_model", "resume", "task_type"})    # asked for in another place
 WIDE = frozenset({"train_data_dir", "output_dir", "sample_prompts", "metadata_path",
                   "target_modules", "trigger_word"})
+CHOICES = {"target_modules": ["attention", "attention+ff", "all-linear"],
+           "adapter": list(get_args(AdapterKind)), "optimizer": list(OPTIMIZERS)}   # or typed
 LIMITS = {"ge": "at_least", "gt": "above", "le": "at_most", "lt": "below"}
 
 
@@ -126,6 +129,8 @@ def parsed(key: str, raw: Any) -> Any:
 
 def shown(key: str, value: Any) -> Any:
     """What the config holds -> what the input shows."""
+    if isinstance(value, dict):                     # the config reads it back
+        return "\n".join(f"{name}: {json.dumps(one)}" for name, one in value.items())
     if isinstance(value, list):
         return ("\n" if _kind(key) is list else ", ").join(map(str, value))
     return value
@@ -144,15 +149,14 @@ def _input(ctx: Context, key: str) -> Any:
             _choice(key) is not about.annotation), **settings)
     if kind in (int, float):
         return gr.Number(precision=0 if kind is int else None, **settings)
-    if key == "target_modules":
-        return gr.Dropdown(["attention", "attention+ff", "all-linear"], allow_custom_value=True,
-                           **settings)
-    return gr.Textbox(lines=2 if kind is list else 1, max_lines=8 if kind is list else 1,
-                      **settings)
+    if key in CHOICES:
+        return gr.Dropdown(CHOICES[key], allow_custom_value=True, **settings)
+    many = kind in (list, dict)
+    return gr.Textbox(lines=2 if many else 1, max_lines=8 if many else 1, **settings)
 
 
 def _kind(key: str) -> Any:
-    """bool | int | float | list | str | Literal"""
+    """bool | int | float | list | dict | str | Literal"""
     kind = TrainConfig.model_fields[key].annotation
     if _choice(key) is not None:
         return Literal

@@ -1,9 +1,11 @@
 """The engine's step against the bare loop, interleaved in one process.
 
     python -m tests.bench.step [--full] [--rounds 15]
+    python -m tests.bench.step --adapters [--rounds 15]
 
 Prints the median seconds of both and their ratio: demo base at batch 8, and with --full a
-full-size random SD 1.5 UNet at 64x64 px, batch 1 (about 6 GB of memory).
+full-size random SD 1.5 UNet at 64x64 px, batch 1 (about 6 GB of memory). --adapters: the step of
+every kind of adapter against plain LoRA's, demo base at batch 8, CPU seconds.
 """
 
 from __future__ import annotations
@@ -11,14 +13,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import torch
 from diffusers import UNet2DConditionModel
 
 from core import families, paths
-from core.config import TrainConfig
+from core.config import AdapterKind, TrainConfig
 from core.control import Control
 from core.engine import Trainer
 from core.examples import Encoder, find
@@ -76,6 +79,29 @@ def compare(trainer: Trainer, rounds: int) -> tuple[float, float, float]:
             statistics.median(ratios))
 
 
+def adapters(rounds: int) -> Iterator[tuple[str, float, float]]:
+    """-> kind, median CPU seconds of its step, median ratio to LoRA's step just before."""
+    plain = demo_trainer()
+    for kind, changes in {**{k: {"adapter": k} for k in get_args(AdapterKind)},
+                          "lora, LoCon": {"conv_rank": 8}}.items():
+        trainer = plain if kind == "lora" else demo_trainer(**changes)
+        ratios, own = [], []
+        for n in range(-2, rounds):
+            numbers = iter(range(10 * n + 20, 10**9))
+            update = _full(trainer, numbers)
+            first, second = (_cpu_seconds(plain, update), _cpu_seconds(trainer, update))
+            if n >= 0:
+                ratios.append(second / first)
+                own.append(second)
+        yield kind, statistics.median(own), statistics.median(ratios)
+
+
+def _cpu_seconds(trainer: Trainer, update: int) -> float:
+    began = time.process_time()
+    trainer.update(update)
+    return time.process_time() - began
+
+
 def _full(trainer: Trainer, numbers: object) -> int:
     """The next update whose batch is as large as the bare loop's."""
     size = trainer.config.batch_size
@@ -87,7 +113,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--adapters", action="store_true")
     args = parser.parse_args()
+    if args.adapters:
+        print("| adapter | CPU s/step | to lora |\n|---|---|---|")
+        for kind, seconds, ratio in adapters(args.rounds):
+            print(f"| {kind} | {seconds:.3f} | {ratio:.2f} |", flush=True)
+        return
     rows = [("demo base, 64 px, batch 8", lambda: demo_trainer())]
     if args.full:
         rows.append(("SD 1.5 UNet, 64 px, batch 1", full_trainer))
