@@ -16,6 +16,7 @@ from typing import Any
 from captioner.base import Captioner, Description
 from core import pictures
 from core.control import Control
+from core.failures import ran_out
 from core.faults import Fault
 
 OnResult = Callable[[Path, Description], None]
@@ -132,7 +133,7 @@ class _Run:
         try:
             return self.captioner.describe(batch)
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+            if not ran_out(error):
                 raise
             return None
 
@@ -143,12 +144,6 @@ class _Run:
         self.size = max(1, tried // 2)
         if self.on_halved:
             self.on_halved(self.size)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """The machine's, CUDA's, or of torch's allocator on the CPU, which has no class of its own."""
-    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-            or "can't allocate memory" in str(error) or "not enough memory" in str(error))
 
 
 def _free_memory() -> None:

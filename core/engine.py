@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core import extensions, families, lora, lora_init, optim, regularise
+from core import extensions, families, lora, lora_init, optim, randomness, regularise
 from core.callbacks import Callbacks
+from core.checkpoint import State
 from core.config import TrainConfig, resolve
 from core.control import Control
 from core.course import Batch, Course, Regular
@@ -29,15 +30,13 @@ from core.examples import Encoder, Examples, Stopped, find, say_too_long
 from core.families.base import Cond, Family, Parts, Precision
 from core.faults import Fault
 from core.lookout import Lookout, weigh
-from core.meter import Meter
 from core.naming import NAMINGS
 from core.objective import Diffusion, Draw, split_mask, zero_terminal
 from core.plan import Base
 from core.precision import autocast, choose, free_memory, load_denoiser
-from core.preview import Previewer
 from core.saving import Keeper
+from core.session import Session
 from core.text_training import TextTraining
-from core.verify import verify_run
 
 VALIDATION_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)      # of the noise schedule
 _FIXED_SEED = 20_240_607                           # validation noise, the same in every run
@@ -62,7 +61,7 @@ def _train(config: TrainConfig, emit: Callbacks, control: Control, beside: Path 
     began = time.time()
     for key, name in extensions.named_in(config):
         emit(Note(key="extensions.used", params={"key": key, "name": name}))
-    torch.manual_seed(config.seed)
+    randomness.seed(config.seed)
     source = _source(config, beside)
     kind = families.detect(source) if config.family == "auto" else config.family
     family = families.get(kind)
@@ -88,7 +87,7 @@ def _train(config: TrainConfig, emit: Callbacks, control: Control, beside: Path 
     parts.denoiser = load_denoiser(config, family, source, precision, emit)
     trainer = Trainer(config, family, parts, precision, examples, emit, control)
     keeper = Keeper(trainer, _output(config), began)
-    with lookout:
+    with lookout, contextlib.closing(keeper):
         return Session(trainer, keeper, lookout, began, emit.after_update).run()
 
 
@@ -112,54 +111,96 @@ class Trainer:
         if self.text is not None:
             self.parameters = [*self.parameters, *self.text.parameters]
         self.ema = Ema(self.parameters, config.ema_decay) if config.ema_decay else None
-        self.scaler = torch.amp.GradScaler(
-            precision.device.type, enabled=precision.compute == torch.float16)
+        self.scaler = self.new_scaler()
         self.diffusion = Diffusion(parts, config, precision.device)
         self.course = _course(config, examples)
         self.total = config.max_train_steps or config.epochs * self.course.updates_per_epoch
-        self.loss_sum = torch.zeros((), device=precision.device)
-        self.micro_batch = config.batch_size        # samples at once; see `lower`
+        self.micro_batch = config.batch_size        # samples at once; see core/lowering.py
+        self.lowered: dict[str, Any] = {}           # config keys that this run has changed
+        self.stepping = False                       # weights may be half changed
+        self._seen: list[tuple[int, Tensor, Tensor]] = []   # update, loss, 1.0 if not finite
+        self.skipped: list[int] = []                # updates that were not finite, as far as
+        self.read = -1                              # the device was asked
         self.drops = any((config.lora_dropout, config.rank_dropout, config.module_dropout))
 
     def update(self, number: int) -> None:
-        """One optimizer step on the batches of update `number`."""
+        """One optimizer step on the batches of update `number`. Where its loss or gradient isn't
+        finite nothing changes, which is found out later: nobody waits for the device here."""
         if self.text is not None and 0 < self.config.text_encoder_stop <= number:
             self._rest_text(self.text)
-        optim.set_rate(self.optimizer, optim.rate(self.config, number, self.total))
+        optim.set_rate(self.optimizer,
+                       optim.rate(self.config, number, self.total) * self._ease())
         if self.drops:                      # the masks are the only use of torch's own generator
             torch.manual_seed(self.config.seed + number)
-        self.accumulate(self.course.update(number))
-        if self.config.max_grad_norm:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm,
-                                           foreach=True)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.accumulate(self.course.update(number))
+        self.scaler.unscale_(self.optimizer)
+        bad = (~torch.isfinite(self._clip() + loss)).float()
+        self.stepping = True
+        self._step(bad)
         if self.ema is not None:
             self.ema.update(number)
+        self.stepping = False
+        self.optimizer.zero_grad(set_to_none=True)
+        self._seen.append((number, loss, bad))
 
-    def accumulate(self, batches: Sequence[Batch]) -> None:
-        """Adds the gradient of the mean loss over all samples of all batches."""
+    def accumulate(self, batches: Sequence[Batch]) -> Tensor:
+        """Adds the gradient of the mean loss over all samples of all batches. -> that loss"""
         samples = sum(len(b.indices) for b in batches)
+        total = torch.zeros((), device=self.precision.device)
         for batch in (part for whole in batches for part in whole.parts(self.micro_batch)):
             latents, weights = self._latents(batch)
             draw = self.diffusion.draw(self.config.seed, batch.numbers, latents.shape[1:])
             losses = self.losses(latents, draw, self._cond(batch), weights)
             loss = losses.sum() / samples
-            self.loss_sum += loss.detach()
+            total += loss.detach()
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        return total
 
-    def lower(self) -> dict[str, Any] | None:
-        """The next gentler way to make the same updates: half the samples at once, then
-        activation checkpointing. -> the config keys that it amounts to; None: nothing is left."""
-        if self.micro_batch > 1:
-            self.micro_batch = -(-self.micro_batch // 2)
-            return {"batch_size": self.micro_batch}
-        if not getattr(self.denoiser, "is_gradient_checkpointing", True):
-            self.denoiser.enable_gradient_checkpointing()
-            return {"gradient_checkpointing": True}
-        return None
+    def _clip(self) -> Tensor:
+        """-> the gradient's norm before clipping."""
+        if self.config.max_grad_norm:
+            return torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm,
+                                                  foreach=True)
+        return torch.nn.utils.get_total_norm(
+            [p.grad for p in self.parameters if p.grad is not None], foreach=True)
+
+    def _step(self, bad: Tensor) -> None:
+        """A step of the optimizer, none where `bad`. Fused kernels look at it on the device."""
+        optimizer: Any = self.optimizer
+        if self.scaler.is_enabled():                # looks for itself
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        elif bad.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.grad_scale, optimizer.found_inf = None, bad
+            optimizer.step()
+        elif not bad:
+            optimizer.step()
+
+    def new_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.precision.device.type,
+                                    enabled=self.precision.compute == torch.float16)
+
+    def snapshot(self, update: int) -> State:
+        """How training stands after `update` updates; whatever decides how it goes on is here."""
+        return State(update, self.state(), optim.state(self.optimizer),
+                     randomness.state(self.precision.device),
+                     self.scaler.state_dict() or None, dict(self.lowered))
+
+    def restore(self, state: State) -> None:
+        """Puts `state` back, but for what was lowered since. Raises Fault where it is another
+        adapter's or optimizer's."""
+        self.load_state(state.adapter)
+        self.optimizer.state.clear()
+        optim.load_state(self.optimizer, state.optimizer)
+        randomness.load_state(state.random, self.precision.device)
+        self._seen = []
+        if state.scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state.scaler)
+
+    def _ease(self) -> float:
+        """What is left of the rate after it was lowered."""
+        rate = self.config.learning_rate
+        return float(min(1.0, self.lowered.get("learning_rate", rate) / rate))
 
     def losses(self, latents: Tensor, draw: Draw, cond: Cond,
                weights: Tensor | None = None) -> Tensor:
@@ -188,11 +229,17 @@ class Trainer:
         self._set_training(True)
         return total / (len(held_out) * len(VALIDATION_SHARES))
 
-    def mean_loss(self, updates: int) -> float:
-        """Mean since the last call. Waits for the device, so it is asked for seldom."""
-        value = float(self.loss_sum) / max(1, updates)
-        self.loss_sum.zero_()
-        return value
+    def mean_loss(self) -> float | None:
+        """Mean of the finite ones since the last call, None without any; the others' updates are
+        in `skipped`. Waits for the device, so it is asked for seldom."""
+        if not self._seen:
+            return None
+        seen, self._seen = self._seen, []
+        self.read = seen[-1][0]
+        values = torch.stack([one for _, *pair in seen for one in pair]).view(-1, 2).tolist()
+        self.skipped += [seen[i][0] for i, (_, bad) in enumerate(values) if bad]
+        good = [loss for loss, bad in values if not bad]
+        return sum(good) / len(good) if good else None
 
     def cond(self, texts: Sequence[str]) -> Cond:
         """Embeddings of a batch of captions, (B, ...): cached, or of the encoder in training."""
@@ -279,91 +326,6 @@ class Trainer:
 
     def _dice(self, number: int, use: str) -> float:
         return random.Random(f"{self.config.seed}-{use}-{number}").random()
-
-
-class Session:
-    """A run around the step: progress, requests, checkpoints, previews, the end."""
-
-    def __init__(self, trainer: Trainer, keeper: Keeper, lookout: Lookout,
-                 began: float, after_update: Callable[[Trainer, int], None]) -> None:
-        self.trainer, self.keeper, self.lookout, self.began = trainer, keeper, lookout, began
-        self.after_update = after_update
-        self.config, self.emit, self.control = trainer.config, trainer.emit, trainer.control
-        self.previewer = Previewer(trainer.family, trainer.parts, trainer.precision, self.config,
-                                   trainer.cond, keeper.output / "samples", self.emit)
-        self.samples: list[str] = []
-        self.first_step_s = 0.0
-
-    def run(self) -> dict[str, Any]:
-        start = self.keeper.resume() if self.config.resume else 0
-        meter = Meter(self.trainer, start, self.lookout)
-        self.emit(Phase(name="train", done=start, total=self.trainer.total))
-        if not start:
-            self._preview(0)
-        for update in range(start, self.trainer.total):
-            if self._asked_to_stop(update):
-                return self._stopped(update, meter)
-            begins = time.perf_counter()
-            self.trainer.update(update)
-            self.after_update(self.trainer, update + 1)
-            meter.tick(update + 1)
-            self.lookout.between_steps(self.trainer, time.perf_counter() - begins)
-            self._after(update + 1, meter)
-        return self._finish(meter)
-
-    def _after(self, done: int, meter: Meter) -> None:
-        config, last = self.config, done == self.trainer.total
-        saves = bool(config.save_steps) and done % config.save_steps == 0
-        validates = done % config.validation_steps == 0 if config.validation_steps else saves
-        if validates or last:
-            meter.show(done, self._validate(done))
-        if saves or last or self.control.take("save"):
-            with meter.paused():
-                self.keeper.checkpoint(done)
-        draws = bool(config.sample_every) and (done % config.sample_every == 0 or last)
-        if draws or self.control.take("sample"):
-            with meter.paused():
-                self._preview(done)
-
-    def _validate(self, done: int) -> float | None:
-        with self.trainer.averaged():
-            loss = self.trainer.validate()
-        if loss is not None:
-            self.keeper.remember(done, loss)
-        return loss
-
-    def _preview(self, step: int) -> None:
-        if self.config.sample_prompts:
-            with self.trainer.averaged():
-                self.samples += self.previewer.draw(step, self.keeper.name, self.trainer.text)
-
-    def _asked_to_stop(self, update: int) -> bool:
-        self.control.wait_while_paused()
-        return self.control.stopping
-
-    def _stopped(self, update: int, meter: Meter) -> dict[str, Any]:
-        if update:
-            self.keeper.checkpoint(update)
-        return {"state": "stopped", "steps": update, "seconds": time.time() - self.began,
-                "checkpoint": str(self.keeper.last) if self.keeper.last else None}
-
-    def _finish(self, meter: Meter) -> dict[str, Any]:
-        trainer, keeper = self.trainer, self.keeper
-        self.emit(Phase(name="save"))
-        final = keeper.final()
-        trainer.optimizer.zero_grad(set_to_none=True)
-        self.emit(Phase(name="verify"))
-        with trainer.averaged():
-            proof = verify_run(trainer, final)
-        free_memory()
-        self.emit(Note(key="engine.proof" if proof["ok"] else "engine.proof_failed",
-                       params=proof))
-        return {"state": "done", "lora": str(final), "name": keeper.name,
-                "steps": trainer.total, "seconds": time.time() - self.began,
-                "best": keeper.best(), "samples": self.samples, "proof": proof,
-                "checkpoints": keeper.kept(), "parameters": sum(
-                    p.numel() for p in trainer.parameters), **meter.facts(),
-                **self.lookout.facts()}
 
 
 def _course(config: TrainConfig, examples: Examples) -> Course:

@@ -7,11 +7,13 @@ only if something is missing there, and leave memory before the training begins.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import isqrt
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,13 +26,16 @@ from core.cache import Cache, file_digest, fingerprint, key
 from core.config import TrainConfig, size_of
 from core.control import Control
 from core.events import Event, Note, Phase
+from core.failures import one_line
 from core.families.base import Cond, Family, Parts, Precision
 from core.faults import Fault
+from core.gently import Gently, Way
 from core.looks import Looks
 from core.precision import autocast, free_memory
 from core.processors import Processors
 
 MOST_SHUFFLES = 8           # caption variants kept for each picture when tags are shuffled
+_Item = TypeVar("_Item")
 _DECODERS = 4               # threads; Pillow decodes outside the interpreter's lock
 
 
@@ -163,63 +168,123 @@ class Encoder:
         parts = self.family.load(self.source, self.precision, frozenset({"text"}))
         say_too_long(self.family, parts, missing, self.emit)
         size = self.config.cache_batch_size * 2
-        for start in range(0, len(missing), size):
-            chunk = missing[start:start + size]
-            with autocast(self.precision):
-                cond = self.family.encode_text(parts, chunk)
-            for i, text in enumerate(chunk):
-                one = {k: v[i:i + 1].to("cpu", self.precision.compute) for k, v in cond.items()}
-                examples.texts[text] = one
-                cache.put(names[text], one)
-            self.emit(Phase(name="texts", done=start + len(chunk), total=len(missing)))
+        gently, wanted, done = Gently(size, self._to_cpu(*parts.text.values()), self.emit), set(
+            missing), 0
+        for chunk in _batches(texts, size, wanted):
+            rows = gently(lambda some: self._embed(parts, some), chunk)
+            for text, one in zip(chunk, rows, strict=True):
+                if text in wanted:
+                    examples.texts[text] = one
+                    self._keep(cache, names[text], one)
+                    done += 1
+            self.emit(Phase(name="texts", done=done, total=len(missing)))
+
+    def _embed(self, parts: Parts, texts: Sequence[str]) -> list[Cond]:
+        with autocast(self.precision):
+            cond = self.family.encode_text(parts, texts)
+        return [{k: v[i:i + 1].to("cpu", self.precision.compute) for k, v in cond.items()}
+                for i in range(len(texts))]
+
+    def _to_cpu(self, *modules: object) -> list[Way]:
+        """The last way to encode where a GPU has no room: slowly, beside it."""
+        if self.precision.device.type == "cpu":
+            return []
+        return [("engine.cache_on_cpu", lambda: [
+            module.to("cpu", torch.float32) for module in modules
+            if isinstance(module, torch.nn.Module)])]
+
+    def _keep(self, cache: Cache, name: str, tensors: dict[str, Tensor]) -> None:
+        """A cache that takes no more is done without: all is in memory anyway."""
+        try:
+            cache.put(name, tensors)
+        except OSError as error:
+            cache.folder = None
+            self.emit(Note(key="engine.cache_not_kept", params={"reason": one_line(error)}))
 
     def _fill_latents(self, examples: Examples) -> None:
         cache = self._cache("vae")
-        flips = (False, True) if self.config.flip else (False,)
-        names = [[self._latent_key(item, flip) for flip in flips] for item in examples.items]
+        names = [self._latent_keys(item) for item in examples.items]
         found = [[cache.get(n) for n in row] for row in names]
-        examples.latents = [torch.stack([f["latents"] for f in row if f]) if all(row)
+        examples.latents = [torch.stack([f["latents"] for f in row if f]) if row and all(row)
                             else torch.empty(0) for row in found]
-        missing = [i for i, row in enumerate(found) if not all(row)]
+        missing = {i for i, row in enumerate(found) if row and not all(row)}
         if missing:
             self._encode_pictures(examples, missing, names, cache)
         if not self.config.flip:
-            examples.latents = [x[0] for x in examples.latents]
+            examples.latents = [x[0] if len(x) else x for x in examples.latents]
+        self._drop_gone(examples)
 
-    def _encode_pictures(self, examples: Examples, missing: list[int], names: list[list[str]],
+    def _drop_gone(self, examples: Examples) -> None:
+        """Pictures that were deleted or broken since the scan are told and left out."""
+        kept = [i for i, latents in enumerate(examples.latents) if len(latents)]
+        for i in sorted({*range(len(examples.items))} - {*kept}):
+            self.emit(Note(key="engine.picture_gone", params={
+                "file": str(examples.items[i].picture.path)}))
+        if not set(kept).intersection(examples.trained()):
+            raise Fault("engine.pictures_gone", folder=examples.data.folder)
+        examples.items = [examples.items[i] for i in kept]
+        examples.latents = [examples.latents[i] for i in kept]
+        examples.held_out, examples.regular = (
+            frozenset(n for n, i in enumerate(kept) if i in chosen)
+            for chosen in (examples.held_out, examples.regular))
+
+    def _encode_pictures(self, examples: Examples, missing: set[int], names: list[list[str]],
                          cache: Cache) -> None:
         """Decoding in threads, a batch ahead of the encoder; each batch is of one bucket."""
         parts = self.family.load(self.source, self.precision, frozenset({"vae"}))
         groups: dict[tuple[int, int], list[int]] = {}
-        for i in missing:
-            groups.setdefault(examples.items[i].bucket, []).append(i)
+        for i, item in enumerate(examples.items):
+            groups.setdefault(item.bucket, []).append(i)
         size = self.config.cache_batch_size
-        batches = [g[s:s + size] for g in groups.values() for s in range(0, len(g), size)]
+        batches = [b for group in groups.values() for b in _batches(group, size, missing)]
+        gently = Gently(size, [("engine.cache_tiled", parts.vae.enable_tiling),
+                               *self._to_cpu(parts.vae)], self.emit)
         done = 0
         with ThreadPoolExecutor(_DECODERS) as pool:
-            def decode(batch: list[int]) -> list[object]:
+            def decode(batch: list[int]) -> list[Future[np.ndarray | None]]:
                 return [pool.submit(self._pixels, examples.items[i]) for i in batch]
             ahead = decode(batches[0])
             for n, batch in enumerate(batches):
-                pixels = np.stack([f.result() for f in ahead])  # type: ignore[attr-defined]
+                pixels = {i: one for i, f in zip(batch, ahead, strict=True)
+                          if (one := f.result()) is not None}
                 ahead = decode(batches[n + 1]) if n + 1 < len(batches) else []
-                self._encode_batch(parts, examples, batch, pixels, names, cache)
-                done += len(batch)
+                for i, rows in self._encode_batch(parts, examples, pixels, gently):
+                    if i in missing:
+                        examples.latents[i] = rows
+                        for name, one in zip(names[i], rows, strict=True):
+                            self._keep(cache, name, {"latents": one})
+                done += len(missing.intersection(batch))
                 self.emit(Phase(name="cache", done=done, total=len(missing)))
                 if self.control.stopping:
                     raise Stopped
 
-    def _encode_batch(self, parts: Parts, examples: Examples, batch: list[int],
-                      pixels: np.ndarray, names: list[list[str]], cache: Cache) -> None:
-        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    def _encode_batch(self, parts: Parts, examples: Examples, pixels: dict[int, np.ndarray],
+                      gently: Gently) -> Iterator[tuple[int, Tensor]]:
+        """-> index of each picture with its latents, (1 or 2, C, h, w)."""
+        if not pixels:
+            return
+        x = torch.from_numpy(np.stack([*pixels.values()])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        latents = gently(lambda some: self._latents(parts, some), x)
+        for place, (i, rows) in enumerate(zip(pixels, latents, strict=True)):
+            path = examples.items[i].picture.path
+            if not torch.isfinite(rows).all():
+                rows = self._in_full(parts, x[place:place + 1], path)
+            yield i, rows.clone()
+
+    def _latents(self, parts: Parts, x: Tensor) -> list[Tensor]:
         views = [x, x.flip(3)] if self.config.flip else [x]
-        latents = torch.stack([self._encoded(parts, v) for v in views], 1)
-        if not torch.isfinite(latents).all():
-            raise Fault("engine.bad_latents", path=examples.items[batch[0]].picture.path)
-        for i, rows in zip(batch, latents, strict=True):
-            examples.latents[i] = rows.clone()
-            for name, one in zip(names[i], rows, strict=True):
-                cache.put(name, {"latents": one})
+        return [*torch.stack([self._encoded(parts, v) for v in views], 1)]
+
+    def _in_full(self, parts: Parts, x: Tensor, path: Path) -> Tensor:
+        """Once more in fp32: some VAEs overflow in fp16."""
+        numbers = parts.vae.dtype
+        parts.vae.float()
+        rows = self._latents(parts, x)[0]
+        parts.vae.to(numbers)
+        if not torch.isfinite(rows).all():
+            raise Fault("engine.bad_latents", path=path)
+        self.emit(Note(key="engine.latents_again", params={"file": str(path)}))
+        return rows
 
     def _encoded(self, parts: Parts, view: Tensor) -> Tensor:
         """(B, 3 or 4, H, W) in [-1, 1] -> latents, and the mask of 0 to 1 as their last channel."""
@@ -229,9 +294,12 @@ class Encoder:
         mask = F.interpolate((view[:, 3:] + 1) / 2, latents.shape[2:], mode="area")
         return torch.cat([latents, mask], 1)
 
-    def _pixels(self, item: Example) -> np.ndarray:
-        """(H, W, 3), with masks (H, W, 4)."""
-        image = pictures.open_picture(item.picture.path, self.config.alpha_background)
+    def _pixels(self, item: Example) -> np.ndarray | None:
+        """(H, W, 3), with masks (H, W, 4); None where the picture is gone."""
+        try:
+            image = pictures.open_picture(item.picture.path, self.config.alpha_background)
+        except (OSError, Fault):
+            return None
         image = self.processors(image, item.picture.path)
         fitted = buckets.fit_picture(image, item.bucket, item.focus)
         if not self.config.masked_loss:
@@ -239,14 +307,20 @@ class Encoder:
         mask = masks.fit(item.mask, item.picture.size, item.bucket, item.focus)
         return np.dstack([fitted, mask])
 
-    def _latent_key(self, item: Example, flip: bool) -> str:
+    def _latent_keys(self, item: Example) -> list[str]:
+        """One a view; none where the picture is gone."""
         background = self.config.alpha_background if item.picture.has_alpha else ""
         crop = buckets.crop_to(item.picture.size, item.bucket, item.focus).box
-        return key("latents", file_digest(item.picture.path), item.bucket, background, flip,
-                   str(self.precision.vae), *((crop,) if item.focus else ()), *self.marks,
-                   *self.processors.marks(item.picture.path),
-                   *(("mask", item.mask and file_digest(item.mask))
-                     if self.config.masked_loss else ()))
+        try:
+            digest = file_digest(item.picture.path)
+            mask = (("mask", item.mask and file_digest(item.mask))
+                    if self.config.masked_loss else ())
+        except OSError:
+            return []
+        return [key("latents", digest, item.bucket, background, flip, str(self.precision.vae),
+                    *((crop,) if item.focus else ()), *self.marks,
+                    *self.processors.marks(item.picture.path), *mask)
+                for flip in ((False, True) if self.config.flip else (False,))]
 
     def _cache(self, part: str) -> Cache:
         files = self.family.weight_files(self.source, "vae" if part == "vae" else "text")
@@ -262,6 +336,13 @@ def say_too_long(family: Family, parts: Parts, texts: list[str],
         emit(Note(key="engine.caption_too_long", params={
             "count": len(long), "limit": limit, "tokens": long[0][1],
             "example": long[0][0][:80]}))
+
+
+def _batches(items: Sequence[_Item], size: int, missing: AbstractSet[_Item]) -> list[list[_Item]]:
+    """Batches that hold something missing. They are cut from all items: numbers in a batch depend
+    a little on its size, and a run that is broken while caching must come to the same."""
+    cut = [list(items[start:start + size]) for start in range(0, len(items), size)]
+    return [batch for batch in cut if not missing.isdisjoint(batch)]
 
 
 class Stopped(Exception):

@@ -158,15 +158,10 @@ def load_adapter(pipeline: Any, path: Path, name: str) -> str:
         with warnings.catch_warnings():     # peft warns of a second adapter, which is meant
             warnings.simplefilter("ignore")
             # diffusers refuses a file that holds words
-<<<<<<< HEAD
             plain = new_words.unbundled(path)
-            if plain:
-=======
-            plain = None if path.is_dir() else new_words.unbundled(path)
             if isinstance(source, dict) and adapter_file.is_ours(source):
                 adapter_file.load(pipeline.components, source, name)
             elif plain:
->>>>>>> adapters
                 pipeline.load_lora_weights(plain, adapter_name=name)
             else:
                 pipeline.load_lora_weights(source, weight_name=path.name, adapter_name=name,

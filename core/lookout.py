@@ -1,7 +1,8 @@
 """A run's plan beside the run: planned before it starts, watched while it goes, compared after.
 
 When another program takes the memory that the plan counts on, the run is lowered before it fails:
-smaller micro-batches first (the same samples, the same update), then activation checkpointing.
+smaller micro-batches first (the same samples, the same update), then activation checkpointing,
+then blocks of the base in RAM.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from core import gpu, plan
+from core import gpu, lowering, plan
 from core.config import TrainConfig
 from core.events import Event, Note, Planned
 from core.examples import Example
@@ -38,7 +39,7 @@ class Lookout:
         self.device, self.machine = device, here(device.type)
         self.plan: Plan | None = None
         self.watch: Watch | None = None
-        self.lowered: dict[str, Any] = {}           # config keys that this run has changed
+        self.lowered: dict[str, Any] = {}           # the trainer's own, see `go_on`
 
     def announce(self) -> None:
         """Plans and tells. A plan that can't be made must not keep a run from starting."""
@@ -67,23 +68,45 @@ class Lookout:
         """Asked after every update; cheap: two flags that the watching thread sets."""
         if self.watch is None:
             return
-        self.watch.spilling(step_s)
+        if self.watch.spilling(step_s):
+            self.lower(trainer, "engine.lowered_for_spill")
         if self.watch.pressure():
             self.lower(trainer, "engine.lowered_for_others")
 
-    def lower(self, trainer: Trainer, why: str) -> bool:
-        """The next gentler setting, kept for the rest of the run; False: there is none."""
-        changes = trainer.lower()
+    def lower(self, trainer: Trainer, why: str, most: int = 0) -> bool:
+        """The next gentler setting, kept for the rest of the run; False: there is none. `most`:
+        samples that were there at once."""
+        changes = lowering.lower(trainer, most)
         if changes is None:
             return False
-        self.lowered |= changes
-        lower = self._plan(self.config.with_changes(**self.lowered))
-        if lower is not None and self.watch is not None:
-            self.watch.lowered(lower.needs_mb)
+        needs = self._planned_anew(trainer)
         for key, value in changes.items():
-            self.emit(Note(key=why, params={"key": key, "value": value, "needs": round(
-                lower.needs_mb) if lower else "?"}))
+            self.emit(Note(key=why, params={"key": key, "value": value, "needs": needs}))
         return True
+
+    def ease(self, trainer: Trainer) -> dict[str, Any]:
+        """Gentler numbers or a lower rate, kept likewise. -> the config keys"""
+        changes = lowering.gentler_numbers(trainer)
+        self._planned_anew(trainer)
+        return changes
+
+    def go_on(self, trainer: Trainer) -> None:
+        """What the run before this one had lowered stays lowered."""
+        self.lowered = trainer.lowered
+        if self.lowered:
+            needs = self._planned_anew(trainer)
+            for key, value in self.lowered.items():
+                self.emit(Note(key="engine.stays_lowered", params={
+                    "key": key, "value": value, "needs": needs}))
+
+    def _planned_anew(self, trainer: Trainer) -> int | str:
+        """-> MB that the lowered run needs at its peak."""
+        lower = self._plan(self.config.with_changes(**trainer.lowered))
+        if lower is None:
+            return "?"
+        if self.watch is not None:
+            self.watch.lowered(lower.needs_mb)
+        return round(lower.needs_mb)
 
     def facts(self) -> dict[str, Any]:
         """Planned and real, for the run's summary; remembered for this card's next plans."""

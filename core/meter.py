@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,6 @@ import psutil
 import torch
 
 from core.events import Step
-from core.faults import Fault, Fix
 
 if TYPE_CHECKING:
     from core.engine import Trainer
@@ -28,22 +26,29 @@ class Meter:
         self.shown = self.began = time.perf_counter()
         self.shown_step = self.done = start
         self.speed = 0.0                    # steps/s, smoothed
-        self.training_s = 0.0
+        self.training_s, self.steps = 0.0, 0
         self.losses: list[float] = []
 
-    def tick(self, done: int) -> None:
+    def tick(self, done: int, whole: bool = False) -> None:
+        """`whole`: the run's last update, after which nothing may be left unread."""
         self.done = done
-        if time.perf_counter() - self.shown >= SHOW_EVERY_S or done == self.start + 1:
+        late = time.perf_counter() - self.shown >= SHOW_EVERY_S
+        if late or whole or done == self.start + 1:
             self.show(done)
 
+    def go_back(self, done: int) -> None:
+        """The run goes on from an earlier state."""
+        self.done = self.shown_step = done
+        self.shown = time.perf_counter()
+
     def show(self, done: int, validation: float | None = None) -> None:
-        """Emits a Step. Raises Fault where the loss isn't a number any more."""
+        """Emits a Step."""
         trainer, updates = self.trainer, done - self.shown_step
         if updates:
-            loss = trainer.mean_loss(updates)
-            if not math.isfinite(loss):
-                raise _not_finite(trainer, done)
-            self.losses.append(loss)
+            loss = trainer.mean_loss()
+            if loss is not None:
+                self.losses.append(loss)
+            self.steps += updates
             now = time.perf_counter()
             fresh = updates / max(1e-9, now - self.shown)
             self.speed = fresh if not self.speed else _SMOOTH * self.speed + (1 - _SMOOTH) * fresh
@@ -69,8 +74,7 @@ class Meter:
         self.shown = time.perf_counter()
 
     def facts(self) -> dict[str, Any]:
-        steps = self.shown_step - self.start
-        return {"steps_per_second": steps / self.training_s if self.training_s else 0.0,
+        return {"steps_per_second": self.steps / self.training_s if self.training_s else 0.0,
                 "loss": self.losses[-1] if self.losses else None}
 
 
@@ -79,12 +83,3 @@ def memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**20
     return float(psutil.Process().memory_info().rss) / 2**20
-
-
-def _not_finite(trainer: Trainer, step: int) -> Fault:
-    config = trainer.config
-    fixes = [Fix("fixes.half_rate", {"learning_rate": config.learning_rate / 2})]
-    if trainer.precision.compute != torch.float32:
-        fixes.insert(0, Fix("fixes.fp32", {"precision": "fp32"}))
-    return Fault("engine.not_finite", step=step, rate=config.learning_rate,
-                 precision=str(trainer.precision.compute).removeprefix("torch."), fixes=fixes)

@@ -119,21 +119,25 @@ def offload_(model: nn.Module, share: float, device: torch.device) -> Offloaded:
     """Moves `share` (0 to 1, by bytes) of the blocks' weights to RAM, evenly over the model, so
     that resident blocks compute while others travel. The rest of the model is left where it is.
 
-    Before adapters are attached; after `quantise_`, so that fewer bytes travel. Works on meta
-    tensors and, for tests, with the CPU as `device`.
+    After `quantise_`, so that fewer bytes travel; again with a larger share, adapters attached or
+    not, for a run that must hold less from now on. Works on meta tensors and, for tests, with the
+    CPU as `device`.
     """
     found = [layers for block in blocks(model) if (layers := list(heavy_layers(block)))]
-    chosen, total, gone = [], 0, 0
+    before = stage_of(model)
+    chosen, total, gone, going = [], 0, 0, 0
     for layers in found:
         size = sum(map(_size, layers))
         total += size
-        if share and gone + size / 2 <= share * total:
+        if _waits(layers[0]):
             gone += size
+        elif share and gone + size / 2 <= share * total:
+            gone, going = gone + size, going + size
             chosen.append(layers)
-    stage, ram = Stage(device), _Ram(device, gone)
+    stage, ram = before or Stage(device), _Ram(device, going)
     for layers in chosen:
         stage.blocks.append([_away(layer, stage, n, ram) for n, layer in enumerate(layers)])
-    return Offloaded(len(chosen), len(found), gone, ram.pinned)
+    return Offloaded(len(stage.blocks), len(found), gone, ram.pinned)
 
 
 def _away(layer: nn.Linear | nn.Conv2d, stage: Stage, place: int, ram: _Ram) -> Tensor:
@@ -144,8 +148,15 @@ def _away(layer: nn.Linear | nn.Conv2d, stage: Stage, place: int, ram: _Ram) -> 
     return waiting
 
 
+def _waits(layer: nn.Linear | nn.Conv2d) -> bool:
+    return isinstance(layer, Frozen) and layer.away is not None
+
+
 def _size(layer: nn.Linear | nn.Conv2d) -> int:
-    held = layer.codes if isinstance(layer, Frozen) else layer.weight
+    held: Tensor | None = layer.codes if isinstance(layer, Frozen) else layer.weight
+    if isinstance(layer, Frozen) and isinstance(layer.away, partial):
+        block, place = layer.away.args
+        held = layer.away.func.__self__.blocks[block][place]    # type: ignore[attr-defined]
     assert held is not None
     return held.numel() * held.element_size()
 

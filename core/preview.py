@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from core import generate, lora
+from core import generate, lora, randomness
 from core.config import TrainConfig, size_of
-from core.events import Event, Sample
+from core.events import Event, Note, Sample
+from core.failures import one_line, ran_out
 from core.families.base import Cond, Family, Parts, Precision
+from core.offload import stage_of
 from core.precision import free_memory
 from core.text_training import TextTraining
 
@@ -24,25 +27,53 @@ class Previewer:
                  emit: Callable[[Event], None]) -> None:
         self.family, self.parts, self.precision = family, parts, precision
         self.config, self.cond, self.folder, self.emit = config, cond, folder, emit
+        self.tiled = self._out_of_memory = False
 
     def draw(self, step: int, name: str, text: TextTraining | None = None) -> list[str]:
-        """-> the files; training's randomness and adapter weight are left as they were."""
-        config = self.config
-        self.parts.vae = self.family.load(
-            self.parts.source, self.precision, frozenset({"vae"})).vae
+        """-> the files. Training's randomness and adapter weight are left as they were. Where
+        memory runs out the VAE draws in tiles from then on; what fails is told and left out."""
         learning = [self.parts.denoiser, *(text.models.values() if text else ())]
-        for model in learning:
-            lora.set_weight(model, config.sample_weight)
-            lora.set_training(model, False)
+        found: list[str] = []
+        reason = self._try(step, name, learning, found)
+        if reason and self._out_of_memory and not self.tiled:
+            self.tiled = True
+            found.clear()
+            reason = self._try(step, name, learning, found)
+        if reason:
+            self.emit(Note(key="engine.no_preview", params={"step": step, "reason": reason}))
+        return found
+
+    def _try(self, step: int, name: str, learning: Sequence[Any], found: list[str]) -> str:
+        """Fills `found`. -> why it failed, or nothing; the error and its frames are gone then."""
+        before = randomness.state(self.precision.device)
         try:
-            return [self._one(i, prompt, step, name)
-                    for i, prompt in enumerate(config.sample_prompts)]
+            self._draw(step, name, learning, found)
+            return ""
+        except Exception as error:          # a preview never ends a run
+            self._out_of_memory = ran_out(error)
+            return one_line(error)
         finally:
             for model in learning:
                 lora.set_training(model, True)
                 lora.set_weight(model, 1.0)
+            if stage := stage_of(self.parts.denoiser):
+                stage.clear()
+            randomness.load_state(before, self.precision.device)
             self.parts.vae = None
             free_memory()
+
+    def _draw(self, step: int, name: str, learning: Sequence[Any], found: list[str]) -> None:
+        config = self.config
+        self.parts.vae = self.family.load(
+            self.parts.source, self.precision, frozenset({"vae"})).vae
+        if self.tiled:
+            self.parts.vae.enable_slicing()
+            self.parts.vae.enable_tiling()
+        for model in learning:
+            lora.set_weight(model, config.sample_weight)
+            lora.set_training(model, False)
+        for i, prompt in enumerate(config.sample_prompts):
+            found.append(self._one(i, prompt, step, name))
 
     def _one(self, index: int, prompt: str, step: int, name: str) -> str:
         config = self.config

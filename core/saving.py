@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import threading
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,19 +24,27 @@ from core import (
     lora_file,
     lora_formats,
     lora_metadata,
+    lowering,
     new_words,
     optim,
+    paths,
     pictures,
 )
+from core.cache import key
+from core.checkpoint import Position, State
 from core.config import dump_yaml, size_of
 from core.events import Checkpoint, Note
 from core.examples import Example
+from core.failures import one_line
+from core.faults import Fault, Fix
 from core.lora_metadata import Bucket, Folder, TrainFacts, build_metadata
 
 if TYPE_CHECKING:
     from core.engine import Trainer
 
 SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Made = tuple[dict[str, torch.Tensor], new_words.NewWord | None]
+AGAIN_S = 60.0              # after a checkpoint failed: a disk may be emptied meanwhile
 _THUMBNAIL = 256            # px
 
 
@@ -49,24 +60,41 @@ class Keeper:
         self.last: Path | None = None
         self.best_loss: float | None = None
         self.best_step: int | None = None
+        self.before_s, self._since = 0.0, began     # s that earlier runs trained; Unix time
         self._base = _BaseHash(trainer.parts.source)
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[Path] | None = None
+        self._again: float | None = None        # monotonic, s: when to try a failed one again
 
     def resume(self) -> int:
-        """Restores the newest checkpoint; 0 and a note where there is none."""
-        found = checkpoint.find(self.output, self.config.name)
-        if found is None:
-            self.trainer.emit(Note(key="engine.nothing_to_resume",
-                                   params={"folder": str(self.output)}))
-            return 0
-        position, adapter, optimizer = checkpoint.load(found)
+        """Restores the newest checkpoint that can be read; 0 and a note where there is none."""
+        folders = [self.output, _spare(self.output)]
+        for folder in folders:
+            checkpoint.sweep(folder, self.config.name)
+        for found in checkpoint.find(folders, self.config.name):
+            try:
+                position, state = checkpoint.load(found)
+            except Fault as fault:              # torn by a power cut or a full disk
+                self.trainer.emit(Note(key=fault.code, params=fault.params))
+                continue
+            return self._restore(found, position, state)
+        self.trainer.emit(Note(key="engine.nothing_to_resume",
+                               params={"folder": str(self.output)}))
+        return 0
+
+    def _restore(self, found: Path, position: Position, state: State) -> int:
+        trainer = self.trainer
         optim.check_same(position.config.get("optimizer", "adamw"), self.config.optimizer)
-        self.trainer.load_state(adapter)
-        checkpoint.restore_optimizer(self.trainer.optimizer, optimizer)
-        if position.scaler:
-            self.trainer.scaler.load_state_dict(position.scaler)
+        lowering.apply(trainer, position.lowered)
+        trainer.restore(state)
         self.name, self.session, self.last = position.name, position.session, found
         self.best_loss, self.best_step = position.best_loss, position.best_step
-        self.trainer.emit(Note(key="engine.resumed", params={
+        self.began, self.before_s = position.started, position.seconds
+        self._since = time.time()
+        if position.samples not in (0, trainer.course.samples_per_epoch):
+            trainer.emit(Note(key="engine.other_pictures", params={
+                "here": trainer.course.samples_per_epoch, "there": position.samples}))
+        trainer.emit(Note(key="engine.resumed", params={
             "step": position.update, "path": str(found)}))
         return position.update
 
@@ -74,26 +102,90 @@ class Keeper:
         if self.best_loss is None or validation < self.best_loss:
             self.best_loss, self.best_step = validation, step
 
-    def checkpoint(self, step: int) -> None:
-        trainer = self.trainer
-        scaler = trainer.scaler.state_dict() or None
-        position = checkpoint.Position(
+    def checkpoint(self, step: int, last: bool = False) -> None:
+        """Copies the state now and writes it beside the training; waits for the one before. One
+        that fails is told and tried again. `last`: written when this returns, in the spare
+        folder if it must be; raises Fault `engine.cant_save`."""
+        self.settle()
+        state, made = self.trainer.snapshot(step), self._made()
+        position = Position(
             update=step, name=self.name, config=self.config.model_dump(), session=self.session,
-            started=self.began, seconds=time.time() - self.began, best_loss=self.best_loss,
-            best_step=self.best_step, scaler=scaler)
-        self.last = checkpoint.save(self.output, position, trainer.state(), trainer.optimizer,
-                                    lambda path: self._write(path, step))
-        trainer.emit(Checkpoint(step=step, path=str(self.last), best=step == self.best_step))
-        checkpoint.prune(self.output, self.name, self.config.keep_checkpoints,
-                         {s for s in (self.best_step,) if s is not None})
+            started=self.began, seconds=self.before_s + time.time() - self._since,
+            best_loss=self.best_loss, best_step=self.best_step, scaler=state.scaler,
+            lowered=state.lowered, samples=self.trainer.course.samples_per_epoch)
+        if last:
+            self._saved(self._somewhere(lambda folder: self._save(folder, position, state, made)))
+        else:
+            self._writing = self._writer.submit(self._save, self.output, position, state, made)
+
+    def tend(self, step: int) -> None:
+        """Between updates: hears what became of a checkpoint, tries a failed one again."""
+        if self._writing and self._writing.done():
+            self.settle()
+        if self._again is not None and time.monotonic() >= self._again:
+            self.checkpoint(step)
+
+    def settle(self) -> None:
+        """Waits for the checkpoint that is being written; a failed one becomes a note."""
+        writing, self._writing, self._again = self._writing, None, None
+        if writing is None:
+            return
+        try:
+            path = writing.result()
+        except Exception as error:          # whatever it was, the training can go on
+            self._again = time.monotonic() + AGAIN_S
+            self.trainer.emit(Note(key="engine.checkpoint_failed", params={
+                "folder": str(self.output), "reason": one_line(error)}))
+            return
+        self._saved(path)
+
+    def _saved(self, path: Path) -> None:
+        """Told from the training's own thread: listeners may look at it."""
+        self.last, step = path, int(path.name.rpartition("-")[2])
+        self.trainer.emit(Checkpoint(step=step, path=str(path), best=step == self.best_step))
 
     def final(self) -> Path:
-        """Writes the LoRA file that the user takes away."""
-        step = self.trainer.total
-        path = self.output / lora_formats.file_name(self.name, self.config.save_format)
-        self._write(path, step, self.config.save_format)
+        """Writes the LoRA file that the user takes away. Raises Fault `engine.cant_save` where
+        neither the output folder nor the spare one takes it."""
+        self.settle()
+        step, made, format_ = self.trainer.total, self._made(), self.config.save_format
+
+        def write(folder: Path) -> Path:
+            path = folder / lora_formats.file_name(self.name, format_)
+            self._write(path, made, step, format_)
+            return path
+        path = self._somewhere(write)
         self.trainer.emit(Checkpoint(step=step, path=str(path), final=True,
                                      best=step == self.best_step))
+        return path
+
+    def close(self) -> None:
+        """Whatever ends the run: a checkpoint that is being written is finished."""
+        self.settle()
+        self._writer.shutdown()
+
+    def _somewhere(self, write: Callable[[Path], Path]) -> Path:
+        """`write` to the output folder; where that is full, gone or forbidden, to the spare one."""
+        try:
+            return write(self.output)
+        except OSError as error:
+            reason, spare = one_line(error), _spare(self.output)
+        try:
+            path = write(spare)
+        except OSError:
+            raise Fault("engine.cant_save", folder=self.output, spare=spare, reason=reason, fixes=[
+                Fix("fixes.save_again", {"resume": True}),
+                Fix("fixes.other_folder", {"output_dir": str(Path.home() / self.output.name)}),
+            ]) from None
+        self.trainer.emit(Note(key="engine.saved_elsewhere", params={
+            "folder": str(self.output), "path": str(path), "reason": reason}))
+        return path
+
+    def _save(self, folder: Path, position: Position, state: State, made: Made) -> Path:
+        path = checkpoint.save(folder, position, state,
+                               lambda path: self._write(path, made, position.update))
+        checkpoint.prune(folder, self.name, self.config.keep_checkpoints,
+                         {s for s in (self.best_step,) if s is not None})
         return path
 
     def best(self) -> dict[str, object] | None:
@@ -119,8 +211,8 @@ class Keeper:
             name = f"{self.config.name}-{n}"
         return name
 
-    def _write(self, path: Path, step: int, format_: str = "kohya") -> None:
-        """The LoRA, and beside it the new words, if there are any."""
+    def _made(self) -> Made:
+        """What a LoRA file holds now: the adapter, or its average, and the new words."""
         config, text = self.config, self.trainer.text
         dtype = SAVE_DTYPES[config.save_precision]
         with self.trainer.averaged():
@@ -128,9 +220,14 @@ class Keeper:
             tensors = adapter_file.tensors(model, lora.state(model), dtype)
             if text is not None:
                 tensors |= lora_file.to_kohya(text.adapter_state(), text.alpha, dtype)
-            word = text.word() if text is not None else None
+            return tensors, text.word() if text is not None else None
+
+    def _write(self, path: Path, made: Made, step: int, format_: str = "kohya") -> None:
+        """The LoRA, and beside it the new words, if there are any. In the writer's thread: the
+        trainer's weights are moving."""
+        tensors, word = made
         if word is not None:
-            new_words.write(new_words.beside(path), word, dtype)
+            new_words.write(new_words.beside(path), word, SAVE_DTYPES[self.config.save_precision])
         metadata = build_metadata(self._facts(step))
         if format_ == "kohya":
             lora_file.write_lora(path, tensors, metadata)
@@ -177,11 +274,19 @@ class Keeper:
         previews = sorted((self.output / "samples").glob(f"{self.name}-*.png"))
         path = (previews[-1] if previews
                 else self.trainer.examples.items[0].picture.path)
-        image = pictures.open_picture(path)
+        try:
+            image = pictures.open_picture(path)
+        except (OSError, Fault):            # deleted in the meantime
+            return b""
         image.thumbnail((_THUMBNAIL, _THUMBNAIL))
         buffer = io.BytesIO()
         image.save(buffer, "WEBP", quality=80)
         return buffer.getvalue()
+
+
+def _spare(output: Path) -> Path:
+    """Where a run's last state goes if its own folder takes nothing any more."""
+    return paths.data_dir() / "rescued" / f"{output.name}-{key(str(output))[:8]}"
 
 
 class _BaseHash:
@@ -194,8 +299,9 @@ class _BaseHash:
             self._thread.start()
 
     def _compute(self, source: Path) -> None:
-        self.short = lora_metadata.short_hash(source)
-        self._sha256 = lora_metadata.model_hash(source)
+        with contextlib.suppress(OSError):          # gone: the LoRA can do without
+            self.short = lora_metadata.short_hash(source)
+            self._sha256 = lora_metadata.model_hash(source)
 
     def sha256(self) -> str:
         if self._thread.ident is not None:

@@ -171,6 +171,8 @@ class Watch:
         """The engine now needs `planned_mb` at its peak."""
         with self._lock:
             self.planned_mb, self._armed, self._pressed = planned_mb, True, False
+            self._steps.clear()
+            self._said.pop("watch.spilling", None)      # it may go on
 
     def spilling(self, step_s: float) -> bool:
         """Told each step's seconds: True once when steps got several times slower while the card

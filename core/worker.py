@@ -7,7 +7,6 @@ Torch comes with the job's own module, loaded by name: this file stays light for
 from __future__ import annotations
 
 import contextlib
-import errno
 import faulthandler
 import importlib
 import json
@@ -18,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,12 +28,14 @@ import psutil
 from core import paths
 from core.control import Control, Request
 from core.events import Event, Faulted, JobEnded, JobStarted, Note, Step
+from core.failures import causes, disk_full, gpu_memory, memory, one_line
 from core.faults import Fault, Fix
 from core.journal import CONFIG, LOG, Journal, tail_lines
 from core.reading import from_json
 from core.runs import REQUESTS, RUN, claim, owner_of
 
 POLL_S = 0.1
+MOST_WAITING = 1000                   # events that a full disk didn't take
 
 
 class Job(NamedTuple):
@@ -55,18 +57,21 @@ def run_job(job: str, config: Any, folder: Path, control: Control,
     if (owner := owner_of(folder)) is None or owner.pid != os.getpid():
         claim(folder)
     with Journal(folder) as journal:
-        lock = threading.Lock()
+        lock, waiting = threading.Lock(), deque[Event](maxlen=MOST_WAITING)
 
         def emit(event: Event) -> None:
             with lock:
-                journal.append(event)
+                waiting.append(event)
+                with contextlib.suppress(OSError):    # a full disk: they wait, the job goes on
+                    while waiting:
+                        journal.append(waiting[0])
+                        waiting.popleft()
                 if listen:
                     listen(event)
 
         with _desk(folder, control, emit):
             end = _attempt(job, config, folder, control, emit)
-        with contextlib.suppress(OSError):            # a full disk must not hide the fault
-            emit(end)
+        emit(end)
         return end
 
 
@@ -259,39 +264,17 @@ def faulted(error: BaseException, config: Any = None) -> Faulted:
 def _recognise(error: BaseException, config: Any) -> tuple[str, dict[str, Any], tuple[Fix, ...]]:
     if isinstance(error, Fault):
         return error.code, error.params, error.fixes
-    reason = _one_line(error)
-    for cause in _causes(error):
-        if _is_gpu_memory(cause):
+    reason = one_line(error)
+    for cause in causes(error):
+        if gpu_memory(cause):
             return "jobs.out_of_gpu_memory", {"reason": reason}, _lighter(config)
-        if _is_memory(cause):
+        if memory(cause):
             return "jobs.out_of_memory", {"reason": reason}, _lighter(config)
-        if _is_disk_full(cause):
+        if disk_full(cause):
             return "jobs.disk_full", {"file": _file(cause, config)}, ()
         if isinstance(cause, PermissionError):
             return "jobs.no_permission", {"file": _file(cause, config)}, ()
     return "jobs.crash", {"reason": reason}, ()
-
-
-def _is_gpu_memory(error: BaseException) -> bool:
-    known = getattr(sys.modules.get("torch"), "OutOfMemoryError", ())
-    return isinstance(error, known) or (isinstance(error, RuntimeError) and _says(
-        error, "CUDA out of memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))
-
-
-def _is_memory(error: BaseException) -> bool:
-    code, windows = getattr(error, "errno", 0), getattr(error, "winerror", 0)
-    return (isinstance(error, MemoryError) or code == errno.ENOMEM
-            or windows == 1455                            # the paging file is too small
-            or _says(error, "DefaultCPUAllocator"))
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    return (getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)
-            or _says(error, "(os error 28)", "(os error 112)"))      # as safetensors tells it
-
-
-def _says(error: BaseException, *texts: str) -> bool:
-    return any(text in str(error) for text in texts)
 
 
 def _file(error: BaseException, config: Any) -> str:
@@ -310,19 +293,6 @@ def _lighter(config: Any) -> tuple[Fix, ...]:
     if not getattr(config, "gradient_checkpointing", True):
         fixes.append(Fix("checkpointing", {"gradient_checkpointing": True}))
     return tuple(fixes)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from captioner import get
 from captioner.base import CaptionerSpec, Description
 from captioner.blip import Blip, GumbelNoise, seed_of, with_prompt
 from captioner.config import CaptionConfig
-from captioner.pipeline import describe_all, is_out_of_memory
+from captioner.pipeline import describe_all
 from core.control import Control
+from core.failures import ran_out
 from core.faults import Fault
 from core.pictures import open_picture
 from tests import tiny_captioners as tiny
@@ -240,10 +241,10 @@ def test_out_of_memory_halves_the_batch_and_goes_on(files: list[Path],
 def test_other_errors_are_not_taken_for_memory(files: list[Path]) -> None:
     with pytest.raises(RuntimeError, match="CUDA out"):
         told(Counting(fits=0, error=RuntimeError), files, 2)
-    assert not is_out_of_memory(RuntimeError("shapes"))
+    assert not ran_out(RuntimeError("shapes"))
     with pytest.raises(RuntimeError) as caught:     # torch's own words on the CPU
         torch.empty(2**46, dtype=torch.float64)
-    assert is_out_of_memory(caught.value)
+    assert ran_out(caught.value)
 
 
 def test_stop_ends_after_the_batch_and_pause_waits(files: list[Path]) -> None:

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +18,9 @@ from core.config import TrainConfig
 from core.control import Control
 from core.events import Event, Note, Phase
 from core.examples import Encoder, Examples, find
+from core.families.base import Cond, Parts, Precision
+from core.families.sd15 import StableDiffusion1
+from core.faults import Fault
 from core.precision import choose
 from tests import tiny
 
@@ -141,3 +148,151 @@ def test_fingerprint_follows_the_weights(tmp_path: Path) -> None:
     save_file(weights | {"vae.a": weights["vae.a"] + 1e-3}, path)
     assert cache.fingerprint([(path, "vae.")]) != first
     assert load_file(path)
+
+
+# --- memory, numbers and pictures that go ---
+
+class Encoding(StableDiffusion1):
+    """The real encoders in a memory for `most` items at once."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.sizes, self.tiled = most, list[int](), False
+
+    def encode_image(self, parts: Parts, pixels: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(pixels))
+        if len(pixels) > self.most and not (len(pixels) == 1 and parts.vae.use_tiling):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.tiled = self.tiled or parts.vae.use_tiling
+        return super().encode_image(parts, pixels)
+
+    def encode_text(self, parts: Parts, prompts: Sequence[str]) -> Cond:
+        if len(prompts) > max(1, self.most):
+            raise MemoryError
+        return super().encode_text(parts, prompts)
+
+
+def encode_with(family: Encoding, config: TrainConfig, precision: Precision | None = None
+                ) -> tuple[Examples, list[Note]]:
+    events: list[Event] = []
+    precision, source = precision or choose("fp32", "cpu"), Path(config.base_model)
+    parts = family.load(source, precision, frozenset())
+    examples = find(config, Path(config.train_data_dir), None, parts.native_size,
+                    parts.bucket_step, events.append)
+    Encoder(family, source, precision, config, events.append, Control()).fill(examples)
+    return examples, [e for e in events if isinstance(e, Note)]
+
+
+@pytest.mark.parametrize(("most", "told"), [
+    (2, ["engine.cache_fewer"] * 3), (1, ["engine.cache_fewer"] * 4),
+    (0, ["engine.cache_fewer"] * 4 + ["engine.cache_tiled"])])
+def test_encoding_in_little_memory(config: TrainConfig, most: int, told: list[str]) -> None:
+    """Six captions at once, then three, then one; four pictures, then two, one, one in tiles."""
+    config = config.with_changes(cache_batch_size=4, cache_to_disk=False)
+    plain, _ = encode_with(Encoding(99), config)
+    family = Encoding(most)
+    little, notes = encode_with(family, config)
+    assert [n.key for n in notes if n.key.startswith("engine.cache")] == told
+    assert family.tiled == (most == 0)
+    for item, a, b in zip(plain.items, plain.latents, little.latents, strict=True):
+        if not family.tiled or item.bucket == (32, 32):     # larger ones are of several tiles
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+        assert a.shape == b.shape
+    for text, cond in plain.texts.items():
+        torch.testing.assert_close(cond["text"], little.texts[text]["text"], atol=1e-5, rtol=1e-4)
+
+
+def test_what_never_fits_is_one_fault(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(Encoding, "encode_image", never)
+    with pytest.raises(Fault) as caught:
+        encode_with(Encoding(99), config)
+    assert caught.value.code == "engine.cache_too_big"
+
+
+def test_a_vae_that_overflows_in_fp16_encodes_that_picture_in_fp32(
+        config: TrainConfig, base: Path, tmp_path: Path) -> None:
+    """A base whose VAE leaves fp16's range for bright pictures, not for dark ones."""
+    hot = shutil.copytree(base, tmp_path / "hot")
+    file = hot / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["encoder.conv_in.weight"] = torch.full_like(weights["encoder.conv_in.weight"], 1300.0)
+    weights["encoder.conv_in.bias"] = torch.full_like(weights["encoder.conv_in.bias"], 1300.0 * 27)
+    save_file(weights, file, {"format": "pt"})
+    for path in (tmp_path / "p").glob("**/*.png"):
+        Image.new("RGB", (48, 48), "white" if path.name == "003.png" else "black").save(path)
+    config = config.with_changes(base_model=str(hot), cache_batch_size=4)
+    half = replace(choose("fp32", "cpu"), vae=torch.float16)
+    examples, notes = encode_with(Encoding(99), config, half)
+    assert [Path(n.params["file"]).name for n in notes if n.key == "engine.latents_again"] == [
+        "003.png"]
+    assert all(torch.isfinite(latents).all() for latents in examples.latents)
+    whole, _ = encode_with(Encoding(99), config)
+    place = [i.picture.path.name for i in examples.items].index("003.png")
+    # weights went through fp16: 11 bits
+    torch.testing.assert_close(examples.latents[place], whole.latents[place], atol=1e-3, rtol=1e-2)
+
+
+def test_a_vae_that_is_broken_names_the_picture(config: TrainConfig,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    def third(self: Encoding, parts: Parts, pixels: torch.Tensor) -> torch.Tensor:
+        latents = StableDiffusion1.encode_image(self, parts, pixels)
+        return latents * torch.where(pixels.sum((1, 2, 3)) == darkest, torch.nan, 1.0).view(
+            -1, 1, 1, 1)
+    path = sorted(Path(config.train_data_dir).glob("*.png"))[2]
+    Image.new("RGB", (48, 48)).save(path)
+    darkest = -3.0 * 32 * 32
+    monkeypatch.setattr(Encoding, "encode_image", third)
+    with pytest.raises(Fault) as caught:
+        encode_with(Encoding(99), config)
+    assert (caught.value.code, caught.value.params["path"]) == ("engine.bad_latents", path)
+
+
+def test_pictures_that_go_while_encoding_are_left_out(
+        config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One between the scan and its hash, one between its hash and its decoding."""
+    pictures_found = sorted((tmp_path / "p").glob("*.png"))
+
+    whole_find = find
+
+    def find_and_lose(*rest: Any) -> Examples:
+        examples = whole_find(*rest)
+        pictures_found[0].unlink()
+        return examples
+    monkeypatch.setitem(globals(), "find", find_and_lose)
+    keys = Encoder._latent_keys
+
+    def hash_and_lose(self: Encoder, item: Any) -> list[str]:
+        names = keys(self, item)
+        if item.picture.path == pictures_found[1]:
+            item.picture.path.unlink()
+        return names
+    monkeypatch.setattr(Encoder, "_latent_keys", hash_and_lose)
+    examples, notes = encode_with(Encoding(99), config.with_changes(validation_split=0.3))
+    assert sorted(n.params["file"] for n in notes if n.key == "engine.picture_gone") == [
+        str(path) for path in pictures_found[:2]]
+    names = [item.picture.path for item in examples.items]
+    assert not set(names) & set(pictures_found[:2])
+    assert len(names) == len(examples.latents) == 5
+    assert examples.held_out <= {*range(5)}
+
+
+def test_a_cache_that_takes_nothing_is_done_without(config: TrainConfig, own_home: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = prepared(config.with_changes(cache_to_disk=False))
+    (own_home / "cache" / "vae").write_text("a file where a folder is wanted")
+    examples, events = prepared(config)
+    assert [e.key for e in events if isinstance(e, Note)].count("engine.cache_not_kept") == 1
+    assert all(torch.equal(a, b) for a, b in zip(plain.latents, examples.latents, strict=True))
+
+
+def test_a_broken_caching_goes_on_with_the_same_numbers(config: TrainConfig) -> None:
+    """Numbers in a batch depend a little on its size: batches stay what they were."""
+    config = config.with_changes(cache_batch_size=4)
+    whole, _ = prepared(config)
+    for n, file in enumerate(sorted(paths.cache_dir().glob("**/*.safetensors"))):
+        if n % 3:
+            file.unlink()
+    again, _ = prepared(config)
+    assert all(torch.equal(a, b) for a, b in zip(whole.latents, again.latents, strict=True))
+    assert all(torch.equal(a["text"], again.texts[t]["text"]) for t, a in whole.texts.items())

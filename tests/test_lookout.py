@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from core import lookout
+from core import lookout, lowering
 from core.config import TrainConfig
 from core.control import Control
 from core.engine import train
 from core.events import Event, Note, Planned, Step
-from core.watch import Reading
-from tests import tiny
+from core.plan import Base
+from core.watch import NvmlReader, Reading, Watch
+from tests import nvml_stub, tiny
 
 Make = Callable[..., TrainConfig]
 
@@ -106,7 +108,7 @@ def test_planned_and_real_stand_in_events_and_summary(
 def test_every_step_of_lowering(make: Make) -> None:
     from tests.test_engine import trainer_of
     trainer = trainer_of(make("steps"))
-    assert [trainer.lower() for _ in range(4)] == [
+    assert [lowering.lower(trainer) for _ in range(4)] == [
         {"batch_size": 2}, {"batch_size": 1}, {"gradient_checkpointing": True}, None]
 
 
@@ -114,7 +116,7 @@ def test_micro_batches_add_up_to_the_same_gradient(make: Make) -> None:
     from tests.test_engine import gradient, trainer_of
     whole = trainer_of(make("whole"))
     parts = trainer_of(make("parts"))
-    parts.lower()
+    lowering.lower(parts)
     batches = whole.course.update(0)
     assert torch.allclose(gradient(whole, batches), gradient(parts, batches),
                           rtol=1e-4, atol=1e-7)
@@ -129,3 +131,34 @@ def test_a_base_without_a_plan_still_trains(make: Make, monkeypatch: pytest.Monk
     assert result["proof"]["ok"]
     assert "memory" not in result
     assert any(isinstance(e, Note) and e.key == "engine.no_plan" for e in events)
+
+
+def test_memory_that_spills_into_ram_lowers_the_run(make: Make) -> None:
+    """A full card by NVML and steps six times slower: Windows says no more than that."""
+    from tests.test_engine import trainer_of
+    events: list[Event] = []
+    config, card = make("spill"), nvml_stub.Card.of(8)
+    trainer = trainer_of(config)
+    sentinel = lookout.Lookout(config, Base.of(Path(config.base_model)), torch.device("cpu"),
+                               lookout.weigh(trainer.examples.items, config), events.append)
+
+    def steps(*seconds: float) -> list[int]:
+        for one in seconds:
+            sentinel.between_steps(trainer, one)
+        return [e.params["value"] for e in events
+                if isinstance(e, Note) and e.key == "engine.lowered_for_spill"]
+    with nvml_stub.loaded([card]):
+        sentinel.watch = Watch(NvmlReader(0, held=lambda: 7000.0), 100.0, 10.0, events.append,
+                               spills=True)
+        sentinel.watch.poll()
+        assert steps(*[1.0] * 9, *[6.0] * 9) == []          # slow alone is no sign
+    with nvml_stub.loaded([replace(card, free_mb=90)]):
+        sentinel.watch = Watch(NvmlReader(0, held=lambda: 7000.0), 100.0, 10.0, events.append,
+                               spills=True)
+        sentinel.watch.poll()
+        assert steps(*[1.0] * 9) == []                      # nor is full alone
+        assert steps(*[6.0] * 5) == [2]
+        assert trainer.micro_batch == 2
+        assert steps(*[1.2] * 9) == [2]                     # it helped
+        assert steps(*[6.0] * 5) == [2, 1]
+    assert [e.key for e in events if isinstance(e, Note)].count("watch.spilling") == 2

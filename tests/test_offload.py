@@ -181,6 +181,22 @@ def test_trace_sees_the_visitors() -> None:
     assert tally.peak >= 256 * 256 * 4
 
 
+def test_more_blocks_leave_in_mid_run() -> None:
+    """A run that needs room sends blocks away with its adapters on: the same step."""
+    model, _ = model_of()
+    out, grads = step(model)
+    done = [offload_(model, share, CPU) for share in (0.5, 1.0)]
+    assert 0 < done[0].blocks < done[1].blocks == done[1].total
+    assert 0 < done[0].bytes < done[1].bytes == waiting(model)
+    again, same = step(model)
+    torch.testing.assert_close(again, out)
+    for a, b in zip(grads, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    stage = stage_of(model)
+    assert stage
+    assert stage.fetched
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["same", "int8", "nf4"])
 @pytest.mark.parametrize("checkpointing", [False, True])

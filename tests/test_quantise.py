@@ -253,10 +253,9 @@ def demo_losses(kind: Kind, updates: int = 12) -> tuple[list[float], Trainer]:
     batch = trainer.course.update(0)
     losses = []
     for _ in range(updates):
-        trainer.accumulate(batch)
+        losses.append(float(trainer.accumulate(batch)))
         trainer.optimizer.step()
         trainer.optimizer.zero_grad(set_to_none=True)
-        losses.append(trainer.mean_loss(1))
     return losses, trainer
 
 

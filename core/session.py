@@ -1,0 +1,132 @@
+"""The run around the step: progress, requests, checkpoints, previews, rescue, the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core import randomness
+from core.events import Note, Phase
+from core.failures import one_line, ran_out
+from core.faults import Fault
+from core.lookout import Lookout
+from core.meter import Meter
+from core.precision import free_memory
+from core.preview import Previewer
+from core.rescue import Rescue
+from core.saving import Keeper
+from core.verify import verify_run
+
+if TYPE_CHECKING:
+    from core.engine import Trainer
+
+
+class Session:
+    """One run, from its first update or its last checkpoint to its proven file."""
+
+    def __init__(self, trainer: Trainer, keeper: Keeper, lookout: Lookout,
+                 began: float, after_update: Callable[[Trainer, int], None]) -> None:
+        self.trainer, self.keeper, self.lookout, self.began = trainer, keeper, lookout, began
+        self.after_update = after_update
+        self.config, self.emit, self.control = trainer.config, trainer.emit, trainer.control
+        self.previewer = Previewer(trainer.family, trainer.parts, trainer.precision, self.config,
+                                   trainer.cond, keeper.output / "samples", self.emit)
+        self.rescue = Rescue(trainer, lookout, self.emit)
+        self.samples: list[str] = []
+
+    def run(self) -> dict[str, Any]:
+        randomness.seed(self.config.seed)
+        start = self.keeper.resume() if self.config.resume else 0
+        self.lookout.go_on(self.trainer)
+        meter = Meter(self.trainer, start, self.lookout)
+        self.emit(Phase(name="train", done=start, total=self.trainer.total))
+        if not start:
+            self._preview(0)
+        done = self.rescue.begin(start)
+        while done < self.trainer.total:
+            if self._asked_to_stop():
+                return self._stopped(done)
+            done = self._update(done, meter)
+        return self._finish(meter)
+
+    def _update(self, done: int, meter: Meter) -> int:
+        """-> updates done after this one; fewer where the run had to go back."""
+        begins = time.perf_counter()
+        after = self.rescue.update(done)
+        if after == done + 1:
+            self.after_update(self.trainer, after)
+            meter.tick(after, whole=after == self.trainer.total)
+            self.lookout.between_steps(self.trainer, time.perf_counter() - begins)
+            after = self.rescue.look(after)
+        if after <= done:
+            meter.go_back(after)
+            return after
+        self._after(after, meter)
+        self.rescue.keep(after)
+        return after
+
+    def _after(self, done: int, meter: Meter) -> None:
+        config, last = self.config, done == self.trainer.total
+        self.keeper.tend(done)
+        saves = bool(config.save_steps) and done % config.save_steps == 0
+        validates = done % config.validation_steps == 0 if config.validation_steps else saves
+        if validates or last:
+            meter.show(done, self._validate(done))
+        if saves or last or self.control.take("save"):
+            with meter.paused():
+                self.keeper.checkpoint(done)
+        draws = bool(config.sample_every) and (done % config.sample_every == 0 or last)
+        if draws or self.control.take("sample"):
+            with meter.paused():
+                self._preview(done)
+
+    def _validate(self, done: int) -> float | None:
+        with self.trainer.averaged():
+            loss = self.trainer.validate()
+        if loss is not None:
+            self.keeper.remember(done, loss)
+        return loss
+
+    def _preview(self, step: int) -> None:
+        if self.config.sample_prompts:
+            with self.trainer.averaged():
+                self.samples += self.previewer.draw(step, self.keeper.name, self.trainer.text)
+
+    def _asked_to_stop(self) -> bool:
+        self.control.wait_while_paused()
+        return self.control.stopping
+
+    def _stopped(self, update: int) -> dict[str, Any]:
+        if update:
+            self.keeper.checkpoint(update, last=True)
+        return {"state": "stopped", "steps": update, "seconds": time.time() - self.began,
+                "checkpoint": str(self.keeper.last) if self.keeper.last else None}
+
+    def _finish(self, meter: Meter) -> dict[str, Any]:
+        trainer, keeper = self.trainer, self.keeper
+        self.emit(Phase(name="save"))
+        final = keeper.final()
+        trainer.optimizer.zero_grad(set_to_none=True)
+        self.emit(Phase(name="verify"))
+        with trainer.averaged():
+            proof = self._prove(final)
+        free_memory()
+        told = "engine.proof" if proof["ok"] else "engine.proof_failed"
+        self.emit(Note(key="engine.not_proven" if "reason" in proof else told, params=proof))
+        return {"state": "done", "lora": str(final), "name": keeper.name,
+                "steps": trainer.total, "seconds": time.time() - self.began,
+                "best": keeper.best(), "samples": self.samples, "proof": proof,
+                "checkpoints": keeper.kept(), "parameters": sum(
+                    p.numel() for p in trainer.parameters), **meter.facts(),
+                **self.lookout.facts()}
+
+    def _prove(self, final: Path) -> dict[str, Any]:
+        """The LoRA is there; what keeps it from being proven must not fail the run."""
+        try:
+            return verify_run(self.trainer, final)
+        except Exception as error:
+            if not (isinstance(error, (Fault, OSError)) or ran_out(error)):
+                raise
+            return {"ok": False, "file": str(final), "reason": one_line(error)}
