@@ -19,7 +19,7 @@ from core.control import Control
 from core.draw_config import SHEET, DrawConfig
 from core.events import Event, Phase, Sample
 from core.generate import Shot, Studio
-from core.lora_names import Lora, find_lora, parse_lora, split_prompt
+from core.lora_names import Lora, find_lora, parse_lora, refuse_paths, split_prompt
 from core.sheet import draw_sheet
 
 TELL_S = 0.4                                # between two reports of progress
@@ -100,6 +100,7 @@ def wanted(config: DrawConfig) -> tuple[str, list[Lora]]:
     """The prompt without its tags, and each LoRA once: a tag's weight goes before the list's.
     Raises Fault for a name that is not known."""
     prompt, tagged = split_prompt(config.prompt)
+    refuse_paths(name for name, _ in tagged)
     weights: dict[Path, float] = {}
     for name, weight in [*map(parse_lora, config.loras), *tagged]:
         lora = find_lora(config.names.get(name, name), weight)

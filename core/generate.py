@@ -20,7 +20,7 @@ from core.families.base import ALL_PARTS, Family, Parts
 from core.faults import Fault
 from core.lora_file import read_lora
 from core.lora_metadata import CONFIG_KEY
-from core.lora_names import Lora, find_lora, parse_lora, split_prompt
+from core.lora_names import Lora, find_lora, parse_lora, refuse_paths, split_prompt
 from core.precision import autocast, choose
 from core.safetensors_header import data_hash, read_header
 from core.sheet import draw_sheet
@@ -46,9 +46,7 @@ def generate(config: GenerateConfig, emit: Callable[[Event], None],
              lora_folders: Sequence[Path] = ()) -> list[Path]:
     """Draws `count` pictures, or a sheet, into `config.out`; returns the files."""
     prompt, tagged = split_prompt(config.prompt)
-    for name, _ in tagged:                  # prompts are passed on: they name, they don't reach
-        if not paths.is_file_name(name):
-            raise Fault("generate.lora_path", name=name)
+    refuse_paths(name for name, _ in tagged)
     loras = [find_lora(name, weight, lora_folders)
              for name, weight in [*tagged, *map(parse_lora, config.loras)]]
     studio = Studio(Path(config.base).expanduser(), config, emit)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from core import lora_file, words
+from core import lora_file, paths, words
 from core.faults import Fault
 
 DEFAULT_WEIGHT = 0.8
@@ -29,6 +29,13 @@ def split_prompt(prompt: str) -> tuple[str, list[tuple[str, float]]]:
     found = [(m[1].strip(), float(m[2]) if m[2] else DEFAULT_WEIGHT)
              for m in TAG.finditer(prompt)]
     return re.sub(r"\s{2,}", " ", TAG.sub("", prompt)).strip(), found
+
+
+def refuse_paths(names: Iterable[str]) -> None:
+    """Of a prompt's tags: prompts are passed on, so they name and don't reach. Raises Fault."""
+    for name in names:
+        if not paths.is_file_name(name):
+            raise Fault("generate.lora_path", name=name)
 
 
 def parse_lora(text: str) -> tuple[str, float]:
