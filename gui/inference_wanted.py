@@ -228,6 +228,7 @@ def job(snap: Snapshot, desk: Desk, kind: str, values: Mapping[str, Any], device
 def _called(prompt: str, known: Mapping[str, str]) -> dict[str, str]:
     """The files of the prompt's tags. Raises Fault for a name that nothing has."""
     called = [name for name, _ in lora_names.split_prompt(prompt)[1]]
+    lora_names.refuse_paths(called)
     for name in called:
         with contextlib.suppress(Fault):
             if name in known or lora_names.find_lora(name, DEFAULT_WEIGHT):

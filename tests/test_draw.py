@@ -87,6 +87,13 @@ def test_a_tag_s_weight_goes_before_the_list_s(tmp_path: Path) -> None:
     assert [(one.path.stem, one.weight) for one in loras] == [("mia", 0.2), ("ink", 0.4)]
 
 
+def test_tags_name_and_don_t_reach(tmp_path: Path) -> None:
+    (tmp_path / "mia.safetensors").touch()
+    with pytest.raises(Fault) as caught:
+        draw.wanted(DrawConfig(base="x", prompt=f"<lora:{tmp_path / 'mia'}:1>"))
+    assert caught.value.code == "generate.lora_path"
+
+
 def test_a_comparison_ends_with_its_sheet(base: Path, tmp_path: Path) -> None:
     """And a stop within a picture keeps what is whole."""
     from tests.tiny import tiny_lora
