@@ -27,13 +27,14 @@ from core.project import Project
 from core.runs import JobView, fold
 from gui.album import Album
 from gui.context import Context, Snapshot
+from gui.page import Page
 from gui.tabs import captioning
 from gui.tabs.captioning import CaptioningTab, config_of, kept_of, offers, progress, status
 from gui.widgets import caption_rows
 from gui.widgets.caption_rows import are_tags, difference, next_empty, search_of
 
-ENGLISH = Context(None, "en", None)         # type: ignore[arg-type]
-CHINESE = Context(None, "zh-CN", None)      # type: ignore[arg-type]
+ENGLISH = Context(None, "en", Page())       # type: ignore[arg-type]
+CHINESE = Context(None, "zh-CN", Page())    # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
@@ -195,7 +196,7 @@ def tab(album: Album, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Captioni
     made = object.__new__(CaptioningTab)
     house = SimpleNamespace(snapshot=lambda: snapshot(folder),
                             projects=SimpleNamespace(update=lambda how: None))
-    made.ctx, made.album = Context(house, "en", None), album    # type: ignore[arg-type]
+    made.ctx, made.album = Context(house, "en", Page()), album
     made.would = "would"                    # type: ignore[assignment]
     return made
 
