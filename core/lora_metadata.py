@@ -151,23 +151,19 @@ def _run(facts: TrainFacts) -> dict[str, Any]:
 
 
 def _network(facts: TrainFacts) -> dict[str, Any]:
-    """As the file is read: alpha / dim is the scale whatever rule gave it, PiSSA has twice the
-    rank."""
+    """As the file is read: alpha / dim is the scale, PiSSA has twice the rank."""
     config = facts.config
     times = 2 if config.adapter == "pissa" else 1
     root = config.lora_rank ** 0.5 if config.adapter == "rslora" else 1.0
-    given = {"target_modules": config.target_modules}
-    if config.conv_rank:
-        given |= {"conv_dim": str(config.conv_rank),
-                  "conv_alpha": str(config.conv_alpha or config.conv_rank)}
-    if algo := ALGORITHMS.get(config.adapter):
-        given |= algo
+    algo = ALGORITHMS.get(config.adapter, {})
+    conv = {"conv_dim": str(config.conv_rank),
+            "conv_alpha": str(config.conv_alpha or config.conv_rank)} if config.conv_rank else {}
     return {
         "ss_network_module": "lycoris.kohya" if algo else "networks.lora",  # whoever wrote it
         "ss_network_dim": config.lora_rank * times,
         "ss_network_alpha": float(config.alpha * times * root),
         "ss_network_dropout": config.lora_dropout or None,
-        "ss_network_args": json.dumps(given),
+        "ss_network_args": json.dumps({"target_modules": config.target_modules} | conv | algo),
     }
 
 

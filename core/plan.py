@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from core import buckets, extensions, paths
 from core.config import TrainConfig, size_of
+from core.plan_keys import adapter_settings, rule_settings
 from core.reading import from_json
 from core.safetensors_header import read_header
 
@@ -35,8 +36,6 @@ WORKSPACE_MB = 150.0                    # cuBLAS and cuDNN scratch memory
 FRAGMENTS = 0.06                        # of the tensors: what the allocator reserves and can't use
 PROCESS_MB = {"cuda": 2600.0, "mps": 1200.0, "cpu": 750.0}     # RAM of the imports
 MARGIN = 0.08                           # of the memory: "tight" below it
-_ADAPTER_KEYS = ("adapter", "conv_rank", "block_ranks", "rank_dropout", "module_dropout",
-                 "lokr_factor")
 _PROOF_SIDE = 256                       # px; verify draws no larger on the CPU
 
 
@@ -162,7 +161,7 @@ def step_settings(config: TrainConfig, machine: Machine, bucket: tuple[int, int]
             "checkpointing": config.gradient_checkpointing,
             "accumulating": config.gradient_accumulation_steps > 1,
             **adapter_settings(config), **kept_settings(config, machine.kind),
-            **optimizer_settings(config, machine.kind),
+            **({"eight_bit": True} if eight_bit(config, machine.kind) else rule_settings(config)),
             **({"text": _text_settings(config)} if config.trains_text else {})}
 
 
@@ -171,30 +170,6 @@ def _text_settings(config: TrainConfig) -> dict[str, float]:
     learns = config.text_encoder_lr > 0
     return {"text_encoder_lr": 1e-4 if learns else 0.0, "text_encoder_rank": rank if learns else 0,
             "pivotal_tokens": config.pivotal_tokens}
-
-
-def adapter_settings(config: TrainConfig) -> dict[str, Any]:
-    """What of the adapter, besides its rank, decides what it holds; empty: LoRA."""
-    fields = TrainConfig.model_fields
-    changed = {key: getattr(config, key) for key in _ADAPTER_KEYS
-               if getattr(config, key) != fields[key].default}
-    for key in ("rank_dropout", "module_dropout"):          # how much is no matter
-        changed |= {key: 0.1} if key in changed else {}
-    found: dict[str, Any] = {"adapter": changed} if changed else {}
-    if extensions.is_named(config.adapter):                 # which may leave a part untrained
-        found["variant_source"] = extensions.mark(config.adapter)
-    return found
-
-
-def optimizer_settings(config: TrainConfig, kind: str) -> dict[str, Any]:
-    """Empty: torch's AdamW."""
-    if eight_bit(config, kind):
-        return {"eight_bit": True}
-    if config.optimizer in ("adamw", "adamw8bit"):
-        return {}
-    rule = {"optimizer": config.optimizer, "optimizer_args": config.optimizer_args}
-    named = extensions.is_named(config.optimizer)
-    return {"rule": rule, **({"rule_source": extensions.mark(config.optimizer)} if named else {})}
 
 
 def kept_settings(config: TrainConfig, kind: str) -> dict[str, Any]:

@@ -1,0 +1,31 @@
+"""What of an adapter and of an optimizer decides how much a step holds: keys of its trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from core import extensions
+from core.config import TrainConfig
+
+_ADAPTER_KEYS = ("adapter", "conv_rank", "block_ranks", "rank_dropout", "module_dropout",
+                 "lokr_factor")
+
+
+def adapter_settings(config: TrainConfig) -> dict[str, Any]:
+    """What of the adapter, besides its rank, decides what it holds; empty: LoRA."""
+    changed = {key: getattr(config, key) for key in _ADAPTER_KEYS
+               if getattr(config, key) != TrainConfig.model_fields[key].default}
+    for key in ("rank_dropout", "module_dropout"):          # how much is no matter
+        changed |= {key: 0.1} if key in changed else {}
+    named = extensions.is_named(config.adapter)             # may leave a part untrained
+    return ({"adapter": changed} if changed else {}) | (
+        {"variant_source": extensions.mark(config.adapter)} if named else {})
+
+
+def rule_settings(config: TrainConfig) -> dict[str, Any]:
+    """Empty: torch's AdamW."""
+    if config.optimizer in ("adamw", "adamw8bit"):
+        return {}
+    named = extensions.is_named(config.optimizer)
+    return {"rule": {"optimizer": config.optimizer, "optimizer_args": config.optimizer_args},
+            **({"rule_source": extensions.mark(config.optimizer)} if named else {})}
