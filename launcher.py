@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 ROOMS = ("core.commands", "core.config_commands", "core.plan_commands",
-         "core.dataset_commands", "core.hub_commands",
+         "core.dataset_commands", "core.hub_commands", "core.family_commands",
          "captioner.commands", "gui.commands")              # each has add_commands(subparsers)
 
 # OpenMP threads that spin while they wait make a run several times slower beside another program.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from core import extensions, words
 from core.faults import Fault
@@ -12,8 +13,20 @@ from core.faults import Fault
 if TYPE_CHECKING:
     from core.families.base import Family
 
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A family as far as it is known without loading it."""
+
+    module: str
+    title: str
+    native_size: int                        # px a side
+    # What a single file of it holds: everything, the denoiser with other parts beside it, none.
+    file: Literal["whole", "denoiser", "none"]
+
+
 MODULES = {
-    "sd15": "core.families.sd15:StableDiffusion1",
+    "sd15": Listed("core.families.sd15:StableDiffusion1", "Stable Diffusion 1.x", 512, "whole"),
 }
 
 
@@ -26,7 +39,7 @@ def get(family_id: str) -> Family:
         raise Fault("families.unknown", family=family_id, known=", ".join(MODULES),
                     nearest=close[0] if close else next(iter(MODULES)))
     _quiet()
-    module, name = MODULES[family_id].split(":")
+    module, name = MODULES[family_id].module.split(":")
     family: Family = getattr(importlib.import_module(module), name)()
     return family
 
@@ -45,10 +58,14 @@ def _own(name: str) -> Family:
 
 
 def detect(source: Path) -> str:
-    """The family of a base, told from what it is. Raises Fault where nothing is there."""
-    if not source.exists():
-        raise Fault("families.missing", path=source, folder=source.parent)
-    return "sd15"                       # its loader says what a file is that isn't one
+    """The family of a base, told from what it is. Raises Fault, with what it is instead, where no
+    LoRA can be trained on it, and where nothing is there."""
+    from core.families.detection import identify
+    found = identify(source)
+    if found.family not in MODULES:
+        raise Fault("families.not_a_base", path=source, found=found.said(),
+                    known=", ".join(one.title for one in MODULES.values()))
+    return found.family
 
 
 def _quiet() -> None:

@@ -1,0 +1,289 @@
+"""What a file or folder is, told from its tensors' names and shapes; needs no torch.
+
+The names are those of the original code of each model: CompVis' LDM and Stability's sgm (UNets),
+Black Forest Labs' Flux, Stability's MMDiT, and the single files that ComfyUI publishes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from core import words
+from core.faults import Fault
+from core.safetensors_header import PICKLES, TensorInfo, opened, read_header
+
+Tensors = Mapping[str, TensorInfo]
+Shapes = dict[str, tuple[int, ...]]
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "net.", "unet.")
+# Marks that merging programs leave in checkpoints that predict v; ztsnr: with zero terminal SNR.
+V_MARKS, ZERO_SNR_MARKS = ("v_pred",), ("ztsnr",)
+# Weights that mean nothing without scales beside them.
+QUANTISED = (".scale_weight", ".weight_scale", ".absmax", ".weight.scb", ".weight.SCB", ".qweight",
+             "scaled_fp8")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """`what` is a key of families.is_...; `family` is empty where no LoRA can be trained on it."""
+
+    what: str
+    family: str = ""
+    v_prediction: bool = False             # marked in the file; configs of folders tell it, too
+    zero_snr: bool = False
+
+    def said(self, language: str | None = None) -> str:
+        return words.say(f"families.is_{self.what}", lang=language)
+
+
+def identify(path: Path) -> Found:
+    """Raises Fault where nothing is there, or the file is torn."""
+    if not path.exists():
+        raise Fault("families.missing", path=path, folder=path.parent)
+    return _folder(path) if path.is_dir() else _file(path)
+
+
+def expect(path: Path, family: str) -> Found:
+    """What `path` is. Raises Fault where it is no base of the family."""
+    found = identify(path)
+    if found.family != family:
+        from core.families import MODULES
+        raise Fault("families.other_model", path=path, found=found.said(),
+                    wanted=MODULES[family].title)
+    return found
+
+
+# --- folders ---
+
+# _class_name of model_index.json, without what stands for a use of the same weights.
+PIPELINES = {
+    "StableDiffusionXLPipeline": ("sdxl", "sdxl"), "StableDiffusion3Pipeline": ("sd3", "sd3"),
+    "FluxPipeline": ("flux_dev", "flux"), "FluxFillPipeline": ("flux_fill", ""),
+    "FluxControlPipeline": ("flux_control", ""), "FluxKontextPipeline": ("flux_kontext", ""),
+    "Flux2Pipeline": ("flux2_dev", ""), "Flux2KleinPipeline": ("flux2_klein", "flux2"),
+    "ChromaPipeline": ("chroma", "chroma"), "ZImagePipeline": ("zimage", "zimage"),
+    "QwenImagePipeline": ("qwen", "qwen"), "QwenImageEditPipeline": ("qwen_edit", ""),
+    "QwenImageEditPlusPipeline": ("qwen_edit", ""), "Lumina2Pipeline": ("lumina2", "lumina2"),
+    "Lumina2Text2ImgPipeline": ("lumina2", "lumina2"), "SanaPipeline": ("sana", "sana"),
+    "Krea2Pipeline": ("krea2", ""),
+    "StableDiffusionInpaintPipeline": ("inpainting", ""),
+    "StableDiffusionXLInpaintPipeline": ("inpainting", ""),
+    "StableDiffusionXLImg2ImgPipeline": ("sdxl_refiner", ""),
+}
+
+
+def _folder(path: Path) -> Found:
+    index = _json(path / "model_index.json")
+    name = str(index.get("_class_name", ""))
+    unet = _json(path / "unet" / "config.json")
+    if unet and name in ("", "StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+        return _unet_folder(unet, path)
+    if name in PIPELINES:
+        return _named(*PIPELINES[name], path)
+    if name:
+        return Found("other_pipeline")
+    if (path / "adapter_config.json").is_file():
+        return Found("lora")
+    if _json(path / "config.json"):
+        return Found("part_folder")
+    missing = "model_index.json" if not (path / "unet").exists() else "unet/config.json"
+    raise Fault("families.not_a_folder", path=path, missing=missing)
+
+
+def _unet_folder(unet: Mapping[str, Any], path: Path) -> Found:
+    if unet.get("in_channels") == 9:
+        return Found("inpainting")
+    if unet.get("in_channels") not in (4, None):
+        return Found("editing")
+    if unet.get("addition_embed_type") == "text_time":
+        refiner = unet.get("projection_class_embeddings_input_dim") == 2560
+        return Found("sdxl_refiner") if refiner else _named("sdxl", "sdxl", path)
+    if not isinstance(unet.get("cross_attention_dim"), int):
+        return Found("other_pipeline")
+    # SD 2's transformers begin and end with linear layers; sizes don't tell, small bases have any.
+    two = bool(unet.get("use_linear_projection"))
+    return _named(*(("sd2", "sd2") if two else ("sd1", "sd15")), path)
+
+
+def _named(what: str, family: str, path: Path) -> Found:
+    scheduler = _json(path / "scheduler" / "scheduler_config.json")
+    if what == "flux_dev" and not _json(path / "transformer" / "config.json").get(
+            "guidance_embeds"):
+        what = "flux_schnell"
+    return Found(what, family, scheduler.get("prediction_type") == "v_prediction",
+                 bool(scheduler.get("rescale_betas_zero_snr")))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# --- files ---
+
+def _file(path: Path) -> Found:
+    with opened(path) as file:
+        head = file.read(64)
+    if head[:4] == b"GGUF" or path.suffix.lower() == ".gguf":
+        return Found("gguf")
+    if head.lstrip()[:1] == b"<":
+        return Found("web_page")
+    if head.startswith(b"version https://git-lfs"):
+        return Found("lfs_pointer")
+    if path.suffix.lower() in PICKLES or head[:1] == b"\x80" or head[:4] == b"PK\x03\x04":
+        raise Fault("families.pickle", path=path)
+    try:
+        header = read_header(path)
+    except Fault as fault:
+        raise Fault("families.unreadable", path=path, reason=str(fault)) from fault
+    found = of_tensors(header.tensors)
+    return replace(found, v_prediction=True) if found.family and _says_v(header.metadata) else found
+
+
+def _says_v(metadata: Mapping[str, str]) -> bool:
+    """modelspec's own words for it."""
+    return (metadata.get("modelspec.prediction_type") in ("v", "v_prediction")
+            or metadata.get("modelspec.architecture", "").endswith("-v"))
+
+
+def of_tensors(tensors: Tensors) -> Found:
+    """What tensors of these names and shapes make up; LoRAs first: they carry any model's names."""
+    from core.lora_file import detect_format
+    if any("lora" in k or k.endswith((".alpha", "hada_w1_a", ".lokr_w1", ".oft_blocks"))
+           for k in tensors) and detect_format(tensors) not in ("checkpoint", "unknown", "vae"):
+        return Found("lora")
+    if any(name.endswith(QUANTISED) for name in tensors):
+        return Found("quantised")
+    if "edm_mean" in tensors:
+        return Found("playground")
+    denoiser = _denoiser(tensors)
+    for rule in RULES:
+        if found := rule(denoiser):
+            marked = bool(found.family) and any(mark in tensors for mark in V_MARKS)
+            return replace(found, v_prediction=marked,
+                           zero_snr=marked and any(mark in tensors for mark in ZERO_SNR_MARKS))
+    shapes = {name: info.shape for name, info in tensors.items()}
+    return next((Found(what) for what, fits in PARTS if fits(shapes)), Found("unknown"))
+
+
+def _denoiser(tensors: Tensors) -> Shapes:
+    """The denoiser's tensors without the prefix that whole checkpoints put before them."""
+    prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in tensors)), "")
+    return {name.removeprefix(prefix): info.shape for name, info in tensors.items()
+            if name.startswith(prefix)}
+
+
+def _side(shapes: Shapes, name: str, side: int) -> int:
+    """The length of one side of a tensor; 0 where it isn't there."""
+    shape = shapes.get(name, ())
+    return shape[side] if -len(shape) <= side < len(shape) else 0
+
+
+def _unet(shapes: Shapes) -> Found | None:
+    if "input_blocks.0.0.weight" not in shapes:
+        return Found("unet") if "conv_in.weight" in shapes and any(
+            name.startswith("down_blocks.") for name in shapes) else None
+    channels = _side(shapes, "input_blocks.0.0.weight", 1)
+    if channels != 4:
+        return Found("inpainting" if channels == 9 else "editing")
+    early, late = (_side(shapes, f"input_blocks.{n}.1.transformer_blocks.0.attn2.to_k.weight", -1)
+                   for n in (1, 4))
+    if "label_emb.0.0.weight" in shapes:
+        return Found("sdxl_refiner") if late == 1280 else Found("sdxl", "sdxl")
+    return {768: Found("sd1", "sd15"), 1024: Found("sd2", "sd2")}.get(
+        early, Found("other_pipeline"))
+
+
+def _sd3(shapes: Shapes) -> Found | None:
+    return Found("sd3", "sd3") if any(
+        name.startswith("joint_blocks.0.") for name in shapes) else None
+
+
+def _flux(shapes: Shapes) -> Found | None:
+    if any(name.startswith("distilled_guidance_layer.") for name in shapes):
+        return Found("chroma", "chroma")
+    if any(name.startswith("single_stream_modulation.") for name in shapes):
+        dev = "guidance_in.in_layer.weight" in shapes
+        return Found("flux2_dev") if dev else Found("flux2_klein", "flux2")
+    if "double_blocks.0.img_attn.norm.key_norm.scale" not in shapes:
+        return None
+    if "img_in.weight" not in shapes or any(name.startswith("txt_in.individual") for name in shapes):
+        return Found("video")
+    wide = _side(shapes, "img_in.weight", 1)
+    if wide == 384:
+        return Found("flux_fill")
+    if wide == 128:
+        return Found("flux_control")
+    return Found("flux_dev" if "guidance_in.in_layer.weight" in shapes else "flux_schnell", "flux")
+
+
+def _lumina(shapes: Shapes) -> Found | None:
+    if "layers.0.adaLN_modulation.0.weight" in shapes:
+        return Found("zimage", "zimage")
+    if "cap_embedder.0.weight" in shapes and "layers.0.adaLN_modulation.1.weight" in shapes:
+        return Found("lumina2", "lumina2")
+    return None
+
+
+def _qwen(shapes: Shapes) -> Found | None:
+    if "txt_in.text_norm.weight" in shapes:
+        return Found("qwen21")
+    fits = "txt_norm.weight" in shapes and "transformer_blocks.0.img_mod.1.weight" in shapes
+    return Found("qwen", "qwen") if fits else None
+
+
+def _others(shapes: Shapes) -> Found | None:
+    return next((Found(what, family) for name, what, family in OTHERS if name in shapes), None)
+
+
+OTHERS = (
+    ("blocks.0.mlp.inverted_conv.conv.weight", "sana", "sana"),
+    ("transformer_blocks.0.ff.conv_inverted.weight", "sana", "sana"),
+    ("txtfusion.projector.weight", "krea2", ""),
+    ("double_stream_blocks.0.block.adaLN_modulation.1.bias", "hidream", ""),
+    ("double_layers.0.attn.w1q.weight", "auraflow", ""),
+    ("early_stream_modulations.image.lin.weight", "flux3", ""),
+    ("clip_txt_mapper.weight", "cascade", ""), ("head.modulation", "video", ""),
+    ("patchify_proj.weight", "video", ""),
+)
+RULES: tuple[Callable[[Shapes], Found | None], ...] = (_unet, _sd3, _flux, _lumina, _qwen, _others)
+
+
+def _starts(*beginnings: str) -> Callable[[Shapes], bool]:
+    return lambda shapes: any(name.startswith(beginnings) for name in shapes)
+
+
+# What isn't a denoiser, the most particular first.
+PARTS: tuple[tuple[str, Callable[[Shapes], bool]], ...] = (
+    ("controlnet", _starts("control_model.", "controlnet_", "lora_controlnet", "input_hint_block.")),
+    ("t5", _starts("encoder.block.0.layer.0.SelfAttention", "shared.weight")),
+    ("clip_g", lambda s: _width(s) == 1280), ("clip_l", lambda s: _width(s) == 768),
+    ("clip", _starts("text_model.", "cond_stage_model.", "conditioner.", "transformer.resblocks.",
+                     "transformer.text_model.")),
+    ("vae_16", lambda s: _latents(s) == 16), ("vae_32", lambda s: _latents(s) == 32),
+    ("vae", _starts("first_stage_model.", "encoder.conv_in", "decoder.conv_in", "encoder.down",
+                    "decoder.conv1", "decoder.stages.", "taesd_")),
+    ("language_model", _starts("model.layers.", "model.embed_tokens", "language_model.",
+                               "model.language_model.")),
+    ("embedding", lambda s: len(s) <= 3 and bool({"emb_params", "clip_l", "clip_g"} & s.keys())),
+    ("upscaler", _starts("body.0.rdb1.", "model.1.sub.0.RDB1.", "RRDB_trunk.")),
+)
+
+
+def _width(shapes: Shapes) -> int:
+    """Of a CLIP text encoder, whatever stands before its names."""
+    return next((shape[-1] for name, shape in shapes.items()
+                 if name.endswith("text_model.embeddings.token_embedding.weight") and shape), 0)
+
+
+def _latents(shapes: Shapes) -> int:
+    """Channels that a VAE decodes from."""
+    return max(_side(shapes, f"{prefix}decoder.conv_in.weight", 1)
+               for prefix in ("", "first_stage_model.", "vae."))
