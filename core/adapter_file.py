@@ -34,8 +34,9 @@ _KINDS = (("loha", "hada_w1_a"), ("lokr", "lokr_w1"), ("lokr", "lokr_w1_a"),
 # --- out ---
 
 def tensors(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype,
-            part: str = "unet", naming: Naming = SD1) -> dict[str, Tensor]:
-    """What a file holds: `state` as core.lora.state gives it, of the layers of `model`.
+            part: str = "unet", naming: Naming | None = SD1) -> dict[str, Tensor]:
+    """What a file holds: `state` as core.lora.state gives it, of the layers of `model`. Without
+    `naming`, layers have their own paths.
 
     PiSSA is stored as the difference to its start, at twice the rank: a plain LoRA for the
     unchanged base. Alpha is such that alpha / rank is the scale, whatever rule gave it. Alpha and
@@ -45,7 +46,7 @@ def tensors(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype,
     for path, layer in lora.layers(model):
         own = {key[len(path) + 1:]: value for key, value in state.items()
                if key.startswith(f"{path}.")}
-        name = kohya_name(f"{part}.{path}", naming)
+        name = kohya_name(f"{part}.{path}", naming) if naming else f"{part}.{path}"
         for end, value in _written(layer, own).items():
             exact = end in ("alpha", "dora_scale")
             found[f"{name}.{end}"] = value.detach().to(torch.float32 if exact else dtype)

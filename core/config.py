@@ -149,6 +149,10 @@ class TrainConfig(BaseModel):
         ge=0)
     pivotal_lr: float = _field(1e-3, "expert", "rate of the new words", gt=0, le=10)
     pivotal_init: str = _field("", "expert", "text that new words start as; empty: the trigger")
+    timestep_sampling: Literal["auto", "uniform", "logit_normal", "mode"] = _field(
+        "auto", "expert", "which noise levels a flow model (Flux, SD 3) learns most")
+    flow_shift: float = _field(
+        0.0, "expert", "shift of these levels towards noise; 0: the base's own", ge=0, le=100)
     weight_decay: float = _field(0.01, "expert", "AdamW weight decay", ge=0)
     max_grad_norm: float = _field(1.0, "expert", "gradient clipping; 0: off", ge=0)
     adam_beta1: float = _field(0.9, "expert", "AdamW beta 1", ge=0, lt=1)
@@ -163,12 +167,13 @@ class TrainConfig(BaseModel):
     cache_to_disk: bool = _field(True, "expert", "keep latents and embeddings for the next run")
     save_precision: Literal["fp16", "fp32", "bf16"] = _field(
         "fp16", "expert", "number format in the LoRA file")
-    save_format: Literal["kohya", "peft", "diffusers", "comfyui"] = _field(
-        "kohya", "expert", "names of the layers in the LoRA file")
+    save_format: Literal["auto", "kohya", "peft", "diffusers", "comfyui"] = _field(
+        "auto", "expert", "names of the layers in the LoRA file")
     init_lora_resize: bool = _field(
         False, "expert", "change the rank of init_lora_weights by SVD where it differs")
     sample_size: str = _field("", "expert", "'W,H' of previews; empty: the base's own", "px")
-    sample_cfg: float = _field(7.0, "expert", "guidance of previews", ge=0, le=50)
+    sample_cfg: float | None = _field(
+        None, "expert", "guidance of previews; empty: the family's", ge=0, le=50)
     sample_inference_steps: int = _field(20, "expert", "denoising steps of previews", ge=1)
     sample_sampler: str = _field("auto", "expert", "sampler of previews")
     sample_weight: float = _field(0.8, "expert", "LoRA weight of previews", ge=-4, le=4)
@@ -253,6 +258,10 @@ class TrainConfig(BaseModel):
     @property
     def regularised(self) -> bool:
         return bool(self.reg_data_dir) or self.reg_from_base > 0
+
+    def guidance(self, own: float) -> float:
+        """Of previews; `own`: the family's."""
+        return own if self.sample_cfg is None else self.sample_cfg
 
     def with_changes(self, **changes: Any) -> Self:
         return type(self).model_validate(self.model_dump() | changes)

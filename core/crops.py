@@ -10,7 +10,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from core import buckets, focus, paths
+from core import buckets, families, focus, paths
 from core.buckets import Crop, Point, Size
 from core.choices import Choices
 from core.dataset import Dataset, relative_name
@@ -19,9 +19,6 @@ from core.looks import Table, subject_of
 from core.reading import from_json
 
 TOKENIZER = paths.DEMO / "base" / "tokenizer"       # CLIP's own, shipped once
-SINGLE_FILE = {"sd15": paths.FAMILY_CONFIGS / "sd15"}   # configs of bases that are one file
-SD1_KEY = "model.diffusion_model.input_blocks.0.0.weight"
-SD1_TEXT = "cond_stage_model.transformer."          # SDXL has another text encoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +93,20 @@ def count_buckets(planned: Sequence[Planned], repeats: Sequence[int]) -> dict[Si
 # --- the base ---------------------------------------------------------------------------------
 
 def base_facts(source: Path, area: Size | None = None, no_upscale: bool = False) -> BaseFacts:
-    """Facts of a diffusers folder or a single .safetensors file with a UNet, as the engine
-    derives them. Raises Fault where that can't be told."""
-    configs = _configs(source)
+    """Facts of a diffusers folder or a single .safetensors file, as the engine derives them.
+    Raises Fault where that can't be told."""
+    family = families.detect(source)
+    configs = source if source.is_dir() else paths.FAMILY_CONFIGS / family
+    if not (configs / "unet").is_dir():
+        listed = families.MODULES[family]
+        side = listed.native_size
+        return facts_for(area or (side, side), listed.step, no_upscale, listed.tokens)
     unet, vae = (_read(configs / part / "config.json", source) for part in ("unet", "vae"))
     try:
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         native = int(unet["sample_size"]) * factor
         step = factor * 2 ** (len(unet["block_out_channels"]) - 1)
+        step *= 2 if unet.get("addition_embed_type") == "text_time" else 1     # SDXL's buckets
     except (KeyError, TypeError, ValueError):
         raise Fault("checks.base_unknown", path=source) from None
     tokenizer = source / "tokenizer" if (source / "tokenizer").is_dir() else TOKENIZER
@@ -116,20 +119,6 @@ def facts_for(area: Size, step: int, no_upscale: bool = False, token_limit: int 
     """The engine's rule for the sides of buckets: from half to twice the square's side."""
     side = isqrt(area[0] * area[1])
     return BaseFacts(area, step, side // 2, side * 2, no_upscale, token_limit, count_tokens)
-
-
-def _configs(source: Path) -> Path:
-    if source.is_dir():
-        if not (source / "unet" / "config.json").is_file():
-            raise Fault("checks.base_unknown", path=source)
-        return source
-    if not source.exists():
-        raise Fault("families.missing", path=source, folder=source.parent)
-    from core.safetensors_header import read_header
-    names = read_header(source).tensors
-    if SD1_KEY not in names or not any(name.startswith(SD1_TEXT) for name in names):
-        raise Fault("checks.base_unknown", path=source)
-    return SINGLE_FILE["sd15"]
 
 
 def _read(path: Path, source: Path) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core import extensions, families, lora, lora_init, optim, randomness, regularise
+from core import extensions, families, lora, lora_init, objective, optim, randomness, regularise
 from core.callbacks import Callbacks
 from core.checkpoint import State
 from core.config import TrainConfig, resolve
@@ -28,10 +28,10 @@ from core.ema import Ema
 from core.events import Event, Note, Phase
 from core.examples import Encoder, Examples, Stopped, find, say_too_long
 from core.families.base import Cond, Family, Parts, Precision
-from core.faults import Fault
+from core.faults import Fault, Fix
 from core.lookout import Lookout, weigh
-from core.naming import NAMINGS
-from core.objective import Diffusion, Draw, split_mask, zero_terminal
+from core.naming import NAMINGS, SD1
+from core.objective import Draw, split_mask, zero_terminal
 from core.plan import Base
 from core.precision import autocast, choose, free_memory, load_denoiser
 from core.saving import Keeper
@@ -39,6 +39,8 @@ from core.session import Session
 from core.text_training import TextTraining
 
 VALIDATION_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)      # of the noise schedule
+NOT_FOR_FLOWS = ("min_snr_gamma", "debiased_estimation", "zero_terminal_snr", "loss_type",
+                 "multires_noise_iterations", "prediction_type")
 _FIXED_SEED = 20_240_607                           # validation noise, the same in every run
 
 Emit = Callable[[Event], None]
@@ -67,9 +69,11 @@ def _train(config: TrainConfig, emit: Callbacks, control: Control, beside: Path 
     family = families.get(kind)
     precision = choose(config.precision, config.device)
     parts = family.load(source, precision, frozenset())
-    if config.prediction_type != "auto":
+    if config.prediction_type != "auto" and parts.flow is None:
         parts.objective = config.prediction_type
-    if config.zero_terminal_snr:
+    if parts.flow is not None:
+        _say_unused(config, emit)
+    elif config.zero_terminal_snr:
         zero_terminal(parts)
     examples = find(config, *_picture_paths(config, beside), parts.native_size,
                     parts.bucket_step, emit)
@@ -112,7 +116,7 @@ class Trainer:
             self.parameters = [*self.parameters, *self.text.parameters]
         self.ema = Ema(self.parameters, config.ema_decay) if config.ema_decay else None
         self.scaler = self.new_scaler()
-        self.diffusion = Diffusion(parts, config, precision.device)
+        self.diffusion = objective.create(parts, config, precision.device)
         self.course = _course(config, examples)
         self.total = config.max_train_steps or config.epochs * self.course.updates_per_epoch
         self.micro_batch = config.batch_size        # samples at once; see core/lowering.py
@@ -222,7 +226,7 @@ class Trainer:
         total = 0.0
         for i in held_out:
             latents, weights = self._weighed(self._view(i, False)[None], [i])
-            cond = self.cond([self.examples.items[i].captions[0]])
+            cond = self.cond([self.examples.items[i].captions[0]]) | self._framing([i], [False])
             for share in VALIDATION_SHARES:
                 draw = self.diffusion.draw_fixed(_FIXED_SEED, [i], latents.shape[1:], share)
                 total += float(self.losses(latents, draw, cond, weights))
@@ -271,9 +275,12 @@ class Trainer:
     def _trained_models(self) -> dict[str, Any]:
         """By part, as LoRA files name them; the denoiser first."""
         texts = self.text.models if self.text is not None else {}
-        return {NAMINGS[self.family.spec.id][0].name: self.denoiser, **texts}
+        return {NAMINGS.get(self.family.spec.id, SD1)[0].name: self.denoiser, **texts}
 
     def _text_training(self) -> TextTraining:
+        if not self.family.spec.text_targets:
+            raise Fault("engine.no_text_training", family=self.family.spec.title, fixes=[
+                Fix("fixes.no_text_training", {"text_encoder_lr": 0, "pivotal_tokens": 0})])
         text = self.family.load(self.parts.source, self.precision, frozenset({"text"})).text
         self.parts.text = text
         say_too_long(self.family, self.parts, self.examples.captions(), self.emit)
@@ -293,11 +300,19 @@ class Trainer:
 
     def _latents(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Latents (B, C, h, w), and how much each place counts; None: all the same."""
-        flips = ([self._dice(n, "flip") < 0.5 for n in batch.numbers] if self.config.flip
-                 else [False] * len(batch.numbers))
-        stacked = torch.stack([self._view(i, f)
-                               for i, f in zip(batch.indices, flips, strict=True)])
+        stacked = torch.stack([self._view(i, f) for i, f
+                               in zip(batch.indices, self._flips(batch), strict=True)])
         return self._weighed(stacked, batch.indices)
+
+    def _flips(self, batch: Batch) -> list[bool]:
+        return [self.config.flip and self._dice(n, "flip") < 0.5 for n in batch.numbers]
+
+    def _framing(self, indices: Sequence[int], flips: Sequence[bool]) -> Cond:
+        """What the family tells the denoiser of each picture's cut, (B, ...)."""
+        rows = [self.family.framing(self.examples.items[i].frame(flipped))
+                for i, flipped in zip(indices, flips, strict=True)]
+        return {name: torch.cat([row[name] for row in rows]).to(self.precision.device)
+                for name in rows[0]}
 
     def _weighed(self, latents: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         config, regular, weights = self.config, self.examples.regular, None
@@ -322,7 +337,7 @@ class Trainer:
             choice = (int(self._dice(number, "caption") * len(variants)) if len(variants) > 1
                       else 0)
             texts.append("" if dropped else variants[choice])
-        return self.cond(texts)
+        return self.cond(texts) | self._framing(batch.indices, self._flips(batch))
 
     def _dice(self, number: int, use: str) -> float:
         return random.Random(f"{self.config.seed}-{use}-{number}").random()
@@ -337,6 +352,14 @@ def _course(config: TrainConfig, examples: Examples) -> Course:
                       config.seed) if more else None
     return Course(chosen, buckets(chosen), repeats, config.batch_size,
                   config.gradient_accumulation_steps, config.seed, regular)
+
+
+def _say_unused(config: TrainConfig, emit: Emit) -> None:
+    """Keys that mean something for noise schedules, and nothing for a flow."""
+    keys = [key for key in NOT_FOR_FLOWS
+            if getattr(config, key) != TrainConfig.model_fields[key].default]
+    if keys:
+        emit(Note(key="engine.not_for_flows", params={"keys": ", ".join(keys)}))
 
 
 def _source(config: TrainConfig, beside: Path | None) -> Path:

@@ -27,7 +27,7 @@ from core.config import TrainConfig, size_of
 from core.control import Control
 from core.events import Event, Note, Phase
 from core.failures import one_line
-from core.families.base import Cond, Family, Parts, Precision
+from core.families.base import Cond, Family, Frame, Part, Parts, Precision
 from core.faults import Fault
 from core.gently import Gently, Way
 from core.looks import Looks
@@ -48,6 +48,11 @@ class Example:
     captions: tuple[str, ...]               # variants; one unless tags are shuffled
     focus: Point | None = None              # what the crop keeps; None: the centre
     mask: Path | None = None                # its file, or the picture's own for its transparency
+
+    def frame(self, flipped: bool = False) -> Frame:
+        cut = buckets.crop_to(self.picture.size, self.bucket, self.focus)
+        left = cut.resized[0] - self.bucket[0] - cut.left if flipped else cut.left
+        return Frame(self.picture.size, (left, cut.top), self.bucket)
 
 
 @dataclass(slots=True)
@@ -73,8 +78,25 @@ class Examples:
     def cond(self, texts: Sequence[str], device: torch.device) -> Cond:
         """Embeddings of a batch of captions, (B, ...)."""
         rows = [self.texts[t] for t in texts]
-        return {k: torch.cat([r[k] for r in rows]).to(device, non_blocking=True)
-                for k in rows[0]}
+        return {k: joined([r[k] for r in rows]).to(device, non_blocking=True) for k in rows[0]}
+
+
+def trimmed(one: Cond) -> Cond:
+    """A text without its padding, where a mask (1, L) tells it; (1, L, C) and (1, L) each."""
+    if "mask" not in one:
+        return one
+    length, kept = one["mask"].shape[1], max(1, int(one["mask"].sum()))
+    return {k: v[:, :kept].clone() if v.ndim > 1 and v.shape[1] == length else v
+            for k, v in one.items()}
+
+
+def joined(rows: Sequence[Tensor]) -> Tensor:
+    """(1, ...) each -> (B, ...); shorter texts get zeros at their end, so also masks."""
+    longest = max((row.shape[1] for row in rows if row.ndim > 1), default=0)
+    if all(row.ndim < 2 or row.shape[1] == longest for row in rows):
+        return torch.cat(list(rows))
+    return torch.cat([F.pad(row, (*[0, 0] * (row.ndim - 2), 0, longest - row.shape[1]))
+                      for row in rows])
 
 
 def find(config: TrainConfig, folder: Path, metadata: Path | None, native: int, step: int,
@@ -165,25 +187,39 @@ class Encoder:
         missing = [t for t in texts if t not in examples.texts]
         if not missing:
             return
-        parts = self.family.load(self.source, self.precision, frozenset({"text"}))
-        say_too_long(self.family, parts, missing, self.emit)
+        fresh: dict[str, Cond] = {text: {} for text in missing}
+        encoders = self.family.spec.encoders
+        for n, encoder in enumerate(encoders):      # one in memory at a time
+            self._encode_texts(encoder, texts, fresh, n, len(encoders))
+            free_memory()
+        for text, one in fresh.items():
+            self._keep(cache, names[text], one)
+        examples.texts |= fresh
+
+    def _encode_texts(self, encoder: Part, texts: list[str], fresh: dict[str, Cond], turn: int,
+                      turns: int) -> None:
+        """One encoder's entries for the texts in `fresh`."""
+        parts = self.family.load(self.source, self.precision, frozenset({encoder}))
+        if not parts.text:                          # an encoder that this base does without
+            return
+        if turn == turns - 1:
+            say_too_long(self.family, parts, list(fresh), self.emit)
         size = self.config.cache_batch_size * 2
-        gently, wanted, done = Gently(size, self._to_cpu(*parts.text.values()), self.emit), set(
-            missing), 0
-        for chunk in _batches(texts, size, wanted):
+        gently = Gently(size, self._to_cpu(*parts.text.values()), self.emit)
+        done = turn * len(fresh)
+        for chunk in _batches(texts, size, set(fresh)):
             rows = gently(lambda some: self._embed(parts, some), chunk)
             for text, one in zip(chunk, rows, strict=True):
-                if text in wanted:
-                    examples.texts[text] = one
-                    self._keep(cache, names[text], one)
+                if text in fresh:
+                    fresh[text] |= one
                     done += 1
-            self.emit(Phase(name="texts", done=done, total=len(missing)))
+            self.emit(Phase(name="texts", done=done, total=turns * len(fresh)))
 
     def _embed(self, parts: Parts, texts: Sequence[str]) -> list[Cond]:
         with autocast(self.precision):
             cond = self.family.encode_text(parts, texts)
-        return [{k: v[i:i + 1].to("cpu", self.precision.compute) for k, v in cond.items()}
-                for i in range(len(texts))]
+        return [trimmed({k: v[i:i + 1].to("cpu", self.precision.compute)
+                         for k, v in cond.items()}) for i in range(len(texts))]
 
     def _to_cpu(self, *modules: object) -> list[Way]:
         """The last way to encode where a GPU has no room: slowly, beside it."""

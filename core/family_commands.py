@@ -27,8 +27,8 @@ def _families(options: argparse.Namespace) -> int:
         print_json({"ok": True, "families": listed})
         return FINE
     from core.terminal import table
-    print("\n".join(table([(f"{one['id']}  ({one['title']}, {one['size']} px)", one["files"])
-                           for one in listed])))
+    print("\n".join(table([(f"{one['id']}  ({one['title']}, {one['size']} px)",
+                            str(one["files"])) for one in listed])))
     return FINE
 
 

@@ -21,6 +21,7 @@ from core.faults import Fault
 from core.lora_file import read_lora
 from core.lora_metadata import CONFIG_KEY
 from core.lora_names import Lora, find_lora, parse_lora, refuse_paths, split_prompt
+from core.naming import NAMINGS, SD1
 from core.precision import autocast, choose
 from core.safetensors_header import data_hash, read_header
 from core.sheet import draw_sheet
@@ -97,8 +98,10 @@ class Studio:
                  {self._adapters[item.path]: item.weight for item in active})
 
     def _load(self, path: Path) -> str:
-        name = load_adapter(self.pipeline, path, f"lora{len(self._adapters)}")
-        found, expected = lora.count(self.pipeline.components.values(), name), modules_in(path)
+        family = self.family.spec.id
+        name = load_adapter(self.pipeline, path, f"lora{len(self._adapters)}", family)
+        found = lora.count(self.pipeline.components.values(), name)
+        expected = modules_in(path, family)
         if found < expected:
             self.emit(Note(key="generate.lora_partly", params={
                 "file": str(path), "found": found, "expected": expected}))
@@ -139,20 +142,19 @@ def draw(pipeline: Any, parts: Parts, shot: Shot, arguments: dict[str, Any],
     with torch.no_grad(), autocast(precision):
         image: Image.Image = pipeline(
             **arguments, width=shot.size[0], height=shot.size[1], num_inference_steps=shot.steps,
-            guidance_scale=shot.cfg, generator=torch.Generator().manual_seed(shot.seed),
+            **{parts.guidance: shot.cfg - 1 + parts.unguided},
+            generator=torch.Generator().manual_seed(shot.seed),
         ).images[0]
     return image
 
 
-def load_adapter(pipeline: Any, path: Path, name: str) -> str:
+def load_adapter(pipeline: Any, path: Path, name: str, family: str) -> str:
     """Loads a LoRA file by diffusers' own reader, or what that can't read by core.adapter_file.
     Raises Fault where none of it fits the base."""
-    source: Any = path.parent
-    if lora_formats.needs_respelling(path):
-        source = lora_formats.spell(lora_formats.read(path), "kohya")
-    else:
+    source: Any = lora_formats.for_diffusers(path, family)
+    if source is None:
         weights = read_lora(path)[0]        # refuses what is none, and NaN
-        source = weights if adapter_file.is_ours(weights) else source
+        source = weights if adapter_file.is_ours(weights) else path.parent
     keys = read_header(lora_formats.weights_file(path)).tensors
     try:
         with warnings.catch_warnings():     # peft warns of a second adapter, which is meant
@@ -160,7 +162,8 @@ def load_adapter(pipeline: Any, path: Path, name: str) -> str:
             # diffusers refuses a file that holds words
             plain = new_words.unbundled(path)
             if isinstance(source, dict) and adapter_file.is_ours(source):
-                adapter_file.load(pipeline.components, source, name)
+                adapter_file.load(pipeline.components, source, name,
+                                  NAMINGS.get(family, SD1))
             elif plain:
                 pipeline.load_lora_weights(plain, adapter_name=name)
             else:
@@ -189,8 +192,10 @@ def load_words(parts: Parts, path: Path,
     return found
 
 
-def modules_in(path: Path) -> int:
-    """Adapted layers of a file: one of these each."""
+def modules_in(path: Path, family: str) -> int:
+    """Adapted layers of a file: one of these each, but fused ones count as their parts."""
+    if lora_formats.fuses(family):
+        return len(lora_formats.read(path, family).layers)
     files = path.rglob("*.safetensors") if path.is_dir() else [path]
     return sum(k.endswith((".lora_down.weight", ".lora_A.weight", ".hada_w1_a", ".lokr_w1",
                            ".lokr_w1_a", ".oft_blocks"))

@@ -39,7 +39,7 @@ from core.lora_layers import (
     with_alpha,
     without_mid,
 )
-from core.naming import NAMINGS, Naming, Part, dotted
+from core.naming import NAMINGS, SD1, Naming, Part, dotted
 from core.safetensors_header import read_header
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ HOLDS = {"kohya": {"lora", "dora", "loha", "lokr", "oft", "full"},
          "comfyui": {"lora", "dora", "loha", "lokr", "oft", "full"},
          "diffusers": {"lora", "dora"}, "peft": {"lora", "dora", "loha"}}
 FORMATS = tuple(HOLDS)
+COMFY = ("diffusion_model.", "text_encoders.")
+SINGLE = ("kohya", "comfyui", "diffusers")  # one file each
 CONFIG, WEIGHTS, DIFFUSERS = ("adapter_config.json", "adapter_model.safetensors",
                               "pytorch_lora_weights.safetensors")
 LARGEST = 2.0**63                          # an alpha beyond it is none
@@ -85,13 +87,26 @@ def read(path: Path, family: str = "") -> Lora:
 
 
 def from_tensors(tensors: Mapping[str, Tensor], family: str) -> Lora:
-    return _gathered(tensors, NAMINGS[family], {})
+    return _gathered(tensors, NAMINGS.get(family, SD1), {})
 
 
-def needs_respelling(path: Path) -> bool:
-    """Whether diffusers' loader can't read it as it is."""
-    return path.is_dir() or any(key.startswith(("diffusion_model.", "text_encoders."))
-                                for key in read_header(path).tensors)
+def for_diffusers(path: Path, family: str) -> dict[str, Tensor] | None:
+    """Names that diffusers' loader of the family surely reads; None: the file's own are.
+
+    Its tables for the original code's names hold sizes and orders of single published models."""
+    unet = NAMINGS.get(family, SD1)[0].name == "unet"
+    if not path.is_dir():
+        names = read_header(path).tensors
+        peft = lora_file.detect_format(names) in ("peft", "diffusers-old")
+        if peft or (unet and not any(name.startswith(COMFY) for name in names)):
+            return None
+    found = read(path, family)
+    return spell(found, "kohya" if unet else "diffusers")
+
+
+def fuses(family: str) -> bool:
+    """Whether the original code has one matrix where diffusers has several."""
+    return any(len(one.ours) > 1 for one in NAMINGS.get(family, SD1)[0].renames)
 
 
 def _naming(path: Path, family: str) -> Naming:

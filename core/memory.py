@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core import families, lora, optim
+from core import families, lora, objective, optim
 from core.config import TrainConfig
-from core.families.base import ALL_PARTS, Cond, Family, Part, Parts, Precision
-from core.objective import Diffusion, Draw
+from core.families.base import ALL_PARTS, Cond, Family, Frame, Part, Parts, Precision
+from core.objective import Draw
 from core.offload import stage_of, waiting
 from core.plan import Base
 from core.precision import DTYPES, keep_
@@ -33,7 +33,7 @@ def base(base: Base, numbers: dict[str, str]) -> Figures:
     _, parts = _skeleton(base, numbers)
     encoders = [m for m in parts.text.values() if isinstance(m, torch.nn.Module)]
     return {"denoiser": size_of(parts.denoiser), "vae": size_of(parts.vae),
-            "text": sum(map(size_of, encoders)),
+            "text": sum(map(size_of, encoders)), "encoder": max(map(size_of, encoders)),
             "denoiser_parameters": sum(p.numel() for p in parts.denoiser.parameters()),
             "native": parts.native_size, "step": parts.bucket_step}
 
@@ -47,16 +47,20 @@ def kept(base: Base, numbers: dict[str, str], kept: QuantKind = "same", offload:
 
 
 def texts(base: Base, numbers: dict[str, str], kind: Kind, batch: int) -> Figures:
-    """Encoding `batch` captions; `embedding`: what one takes in the cache."""
-    family, parts = _skeleton(base, numbers, "text")
-    encoders = [m for m in parts.text.values() if isinstance(m, torch.nn.Module)]
-    compute = DTYPES[numbers["compute"]]
-    kernels = Kernels(kind, compute)
-    with torch.no_grad(), traced(kernels, encoders) as tally, kernels.autocast():
-        cond = family.encode_text(parts, [""] * batch)
-        rows = {k: v.to(compute) for k, v in cond.items()}
-    kept = sum(v[:1].numel() * v.element_size() for v in rows.values())
-    return {"peak": tally.peak, "embedding": kept}
+    """Encoding `batch` captions. `weights`, `peak`: of the encoder that takes the most;
+    `embedding`: what one caption takes in the cache."""
+    family = families.get(base.family)
+    compute, most, kept = DTYPES[numbers["compute"]], (0, 0), 0
+    for encoder in family.spec.encoders:            # one after the other, as the engine loads them
+        _, parts = _skeleton(base, numbers, encoder)
+        known = [m for m in parts.text.values() if isinstance(m, torch.nn.Module)]
+        kernels = Kernels(kind, compute)
+        with torch.no_grad(), traced(kernels, known) as tally, kernels.autocast():
+            cond = family.encode_text(parts, [""] * batch) if known else {}
+            rows = {k: v.to(compute) for k, v in cond.items()}
+        most = max(most, (sum(map(size_of, known)), tally.peak), key=sum)
+        kept += sum(v[:1].numel() * v.element_size() for v in rows.values())
+    return {"weights": most[0], "peak": most[1], "embedding": kept}
 
 
 def cache(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: int,
@@ -104,13 +108,13 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
     if accumulating:
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
-    diffusion = Diffusion(parts, device=META)
+    diffusion = objective.create(parts, config, META)
     _learn_order(family, parts, latents, cond)
     encoders = learner.models.values() if learner else ()
     with traced(kernels, [parts.denoiser, *encoders]) as tally:
         inputs = latents.clone(), (learner.cond([""] * batch) if learner else
                                    {k: v.clone() for k, v in cond.items()})
-        draw = Draw(torch.empty_like(latents), torch.empty(batch, dtype=torch.int64, device=META))
+        draw = Draw(torch.empty_like(latents), _times(parts, batch))
         losses = diffusion.losses(family, parts.denoiser, inputs[0], draw, inputs[1],
                                   kernels.autocast)
         torch.autograd.backward([losses.sum() / batch])
@@ -135,7 +139,7 @@ def draw(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
     lora.attach(parts.denoiser, config, family.spec)
     lora.set_training(parts.denoiser, False)
     known = [parts.denoiser, parts.vae]
-    t = torch.empty(batch, dtype=torch.int64, device=META)
+    t = _times(parts, batch)
     kernels = Kernels(kind, DTYPES[numbers["compute"]])
     _learn_order(family, parts, latents, cond)
     with torch.no_grad(), traced(kernels, known) as tally, kernels.autocast():
@@ -171,7 +175,7 @@ def _learn_order(family: Family, parts: Parts, latents: Tensor, cond: Cond) -> N
     stage = stage_of(parts.denoiser)
     if stage is None:
         return
-    t = torch.empty(len(latents), dtype=torch.int64, device=META)
+    t = _times(parts, len(latents))
     with torch.no_grad():
         family.predict(parts.denoiser, latents.to(parts.denoiser.dtype), t, {
             k: v.to(parts.denoiser.dtype) for k, v in cond.items()})
@@ -200,6 +204,11 @@ def _stepped(config: TrainConfig, parameters: list[torch.nn.Parameter], kernels:
     return sum(_held(v, kernels.kind) for v in held), tally.peak
 
 
+def _times(parts: Parts, batch: int) -> Tensor:
+    dtype = torch.int64 if parts.flow is None else torch.float32
+    return torch.empty(batch, dtype=dtype, device=META)
+
+
 def _eight_bit_states(parameter: Tensor) -> int:
     """bitsandbytes: two states of one byte a weight with an fp32 scale for every 256; in full
     below 4096 weights."""
@@ -211,9 +220,11 @@ def _eight_bit_states(parameter: Tensor) -> int:
 def _inputs(family: Family, parts: Parts, numbers: dict[str, str], width: int, height: int,
             batch: int) -> tuple[Tensor, Cond]:
     """Latents (B, C, h, w) and embeddings (B, ...) of the shapes that the encoders give."""
+    size = width, height
     with torch.no_grad():
         latents = family.encode_image(parts, torch.empty(1, 3, height, width, device=META))
-        cond = family.encode_text(parts, [""])
+        cond = family.encode_text(parts, [""]) | {
+            k: v.to(META) for k, v in family.framing(Frame(size, (0, 0), size)).items()}
     compute = DTYPES[numbers["compute"]]
     return (latents.float().repeat(batch, 1, 1, 1),
             {k: v.to(compute).repeat(batch, *[1] * (v.ndim - 1)) for k, v in cond.items()})

@@ -135,6 +135,45 @@ def _flux_renames() -> tuple[Rename, ...]:
             Rename(("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped=True))
 
 
+def _sd3_renames() -> tuple[Rename, ...]:
+    joint, block = "joint_blocks.{}", "transformer_blocks.{}"
+    fused = tuple(
+        Rename(tuple(f"{block}.{name.format(x)}" for x in "qkv"), f"{joint}.{theirs}.qkv")
+        for name, theirs in (("attn.to_{}", "x_block.attn"), ("attn2.to_{}", "x_block.attn2"),
+                             ("attn.add_{}_proj", "context_block.attn")))
+    own = (("attn.to_out.0", "x_block.attn.proj"), ("attn2.to_out.0", "x_block.attn2.proj"),
+           ("attn.to_add_out", "context_block.attn.proj"),
+           ("attn.norm_q", "x_block.attn.ln_q"), ("attn.norm_k", "x_block.attn.ln_k"),
+           ("attn2.norm_q", "x_block.attn2.ln_q"), ("attn2.norm_k", "x_block.attn2.ln_k"),
+           ("attn.norm_added_q", "context_block.attn.ln_q"),
+           ("attn.norm_added_k", "context_block.attn.ln_k"),
+           ("ff.net.0.proj", "x_block.mlp.fc1"), ("ff.net.2", "x_block.mlp.fc2"),
+           ("ff_context.net.0.proj", "context_block.mlp.fc1"),
+           ("ff_context.net.2", "context_block.mlp.fc2"),
+           ("norm1.linear", "x_block.adaLN_modulation.1"),
+           ("norm1_context.linear", "context_block.adaLN_modulation.1"))
+    ends = (("time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
+            ("time_text_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+            ("time_text_embed.text_embedder.linear_1", "y_embedder.mlp.0"),
+            ("time_text_embed.text_embedder.linear_2", "y_embedder.mlp.2"),
+            ("pos_embed.proj", "x_embedder.proj"), ("proj_out", "final_layer.linear"))
+    return (*fused, *(Rename((f"{block}.{a}",), f"{joint}.{b}") for a, b in own),
+            *(Rename((a,), b) for a, b in ends),
+            Rename(("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped=True))
+
+
+def _zimage_renames() -> tuple[Rename, ...]:
+    found: list[Rename] = []
+    for block in ("layers.{}", "noise_refiner.{}", "context_refiner.{}"):
+        inner = f"{block}.attention"
+        found += [Rename(tuple(f"{inner}.to_{x}" for x in "qkv"), f"{inner}.qkv"),
+                  Rename((f"{inner}.to_out.0",), f"{inner}.out"),
+                  Rename((f"{inner}.norm_q",), f"{inner}.q_norm"),
+                  Rename((f"{inner}.norm_k",), f"{inner}.k_norm")]
+    return (*found, Rename(("all_x_embedder.2-1",), "x_embedder"),
+            Rename(("all_final_layer.2-1",), "final_layer"))
+
+
 def _clip(name: str, kohya: str, native: str) -> Part:
     """transformers 5 has no text_model; files have."""
     return Part(name, kohya, "text_model", f"text_encoders.{native}.transformer")
@@ -155,7 +194,18 @@ FLUX: Naming = (
     _clip("text_encoder", "lora_te1", "clip_l"),
     Part("text_encoder_2", "lora_te3", native="text_encoders.t5xxl.transformer"),
 )
-NAMINGS: dict[str, Naming] = {"sd15": SD1, "sd2": SD1, "sdxl": SDXL, "flux": FLUX}
+SD3: Naming = (
+    Part("transformer", "lora_unet", native="diffusion_model", renames=_sd3_renames(),
+         kohya_native=True),
+    _clip("text_encoder", "lora_te1", "clip_l"), _clip("text_encoder_2", "lora_te2", "clip_g"),
+    Part("text_encoder_3", "lora_te3", native="text_encoders.t5xxl.transformer"),
+)
+ZIMAGE: Naming = (
+    Part("transformer", "lora_unet", native="diffusion_model", renames=_zimage_renames(),
+         kohya_native=True),
+)
+NAMINGS: dict[str, Naming] = {"sd15": SD1, "sd2": SD1, "sdxl": SDXL, "sd3": SD3, "flux": FLUX,
+                             "zimage": ZIMAGE}
 
 
 # --- diffusers <-> original code ---------------------------------------------------------------
@@ -238,7 +288,8 @@ _WORDS = frozenset((
     "add_v_proj", "to_add_out", "norm_q", "norm_k", "norm_added_q", "norm_added_k", "norm_out",
     "x_embedder", "context_embedder", "time_text_embed", "timestep_embedder", "text_embedder",
     "guidance_embedder", "proj_mlp", "adaLN_modulation", "patch_embed", "input_blocks",
-    "middle_block", "output_blocks"))
+    "middle_block", "output_blocks", "joint_blocks", "x_block", "context_block", "t_embedder",
+    "y_embedder", "noise_refiner", "context_refiner", "feed_forward", "cap_embedder"))
 
 
 @functools.cache

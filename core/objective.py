@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from core.config import TrainConfig
 from core.families.base import Cond, Family, Objective, Parts
 from core.faults import Fault, Fix
+from core.flow import Flow, sampling_of
 
 _MIX = 0x9E3779B97F4A7C15
 
@@ -41,15 +42,25 @@ class Draw:
     """Random part of a batch; drawn on the CPU."""
 
     noise: Tensor          # (B, C, h, w)
-    timesteps: Tensor      # (B,) int64
+    timesteps: Tensor      # (B,) int64; of flows float32
 
     def to(self, device: torch.device) -> Draw:
         return Draw(self.noise.to(device, non_blocking=True),
                     self.timesteps.to(device, non_blocking=True))
 
 
+def create(parts: Parts, config: TrainConfig, device: torch.device | str = "cpu"
+           ) -> Diffusion | Flow:
+    """What this base learns, as its family says."""
+    if parts.flow is not None:
+        return Flow(sampling_of(parts.flow, config), config.noise_offset)
+    return Diffusion(parts, config, device)
+
+
 class Diffusion:
     """Noise schedule of a base with its target and per-sample weights."""
+
+    times = torch.int64                     # dtype of a draw's timesteps
 
     def __init__(self, parts: Parts, config: TrainConfig | None = None,
                  device: torch.device | str = "cpu") -> None:

@@ -27,7 +27,7 @@ from core.reading import from_json
 from core.safetensors_header import read_header
 
 MB = 2**20
-VERSION = 3                             # of the traces; raise it when tracing changes
+VERSION = 5                             # of the traces; raise it when tracing changes
 Kind = Literal["cuda", "mps", "cpu"]
 Verdict = Literal["fits", "tight", "too_big"]
 
@@ -135,7 +135,7 @@ def plan_run(config: TrainConfig, base: Base, machine: Machine, data: Data | Non
     texts = ask("texts", base, numbers, kind=machine.kind, batch=config.cache_batch_size * 2)
     cache = ask("cache", base, numbers, kind=machine.kind, width=bucket[0], height=bucket[1],
                 batch=min(config.cache_batch_size, data.pictures))
-    phases = (_phase("texts", text_encoder=facts["text"], activations=texts["peak"]),
+    phases = (_phase("texts", text_encoder=texts["weights"], activations=texts["peak"]),
               _phase("cache", vae=facts["vae"], activations=cache["peak"]),
               *_loading(machine, facts), _training(config, facts, step),
               *_drawing(config, base, numbers, machine, facts, step),
@@ -248,7 +248,7 @@ def _drawing(config: TrainConfig, base: Base, numbers: dict[str, str], machine: 
     wanted = {"verify": ((proof, proof), 1)}
     if config.sample_prompts:
         size = size_of(config.sample_size) or (native, native)
-        wanted["preview"] = (size, 1 if config.sample_cfg <= 1 else 2)
+        wanted["preview"] = (size, 1 if _unguided(config) else 2)
     targets = step_settings(config, machine, (0, 0))["targets"]
     kept = kept_settings(config, machine.kind)
     phases = []
@@ -269,10 +269,15 @@ def _regular(config: TrainConfig, base: Base, numbers: dict[str, str], machine: 
         return []
     settings = step_settings(config, machine, bucket)
     drawn = ask("draw", base, numbers, kind=machine.kind, width=bucket[0], height=bucket[1],
-                batch=1 if config.sample_cfg <= 1 else 2, rank=config.lora_rank,
+                batch=1 if _unguided(config) else 2, rank=config.lora_rank,
                 targets=settings["targets"], **kept_settings(config, machine.kind))
     return [_phase("regular", denoiser=facts["denoiser"], vae=facts["vae"],
                    text_encoder=facts["text"], activations=drawn["peak"])]
+
+
+def _unguided(config: TrainConfig) -> bool:
+    """Pictures of a run without guidance take half the batch."""
+    return config.sample_cfg is not None and config.sample_cfg <= 1
 
 
 def _outside(machine: Machine, tensors: float, host: Mapping[str, float]
@@ -293,7 +298,7 @@ def _ram(machine: Machine, phases: Sequence[Phase], facts: Mapping[str, float],
     if machine.kind == "cpu":
         return process | {"tensors": max(phase.mb for phase in phases)}
     waiting = facts["waiting"] / MB
-    loading = max(facts[part] for part in ("whole", "vae", "text")) / MB
+    loading = max(facts[part] for part in ("whole", "vae", "encoder")) / MB
     return process | ({"waiting": waiting} if waiting else {}) | {
         "loading": max(0.0, loading - waiting)}
 

@@ -79,7 +79,8 @@ class Previewer:
         config = self.config
         side = self.parts.native_size
         shot = generate.Shot(prompt, "", config.seed + index, config.sample_inference_steps,
-                             config.sample_cfg, size_of(config.sample_size) or (side, side),
+                             config.guidance(self.family.spec.cfg),
+                             size_of(config.sample_size) or (side, side),
                              config.sample_sampler)
         with torch.no_grad():
             arguments = self.family.prompt_arguments(self.cond([prompt]), self.cond([""]))

@@ -27,21 +27,22 @@ def add(config: TrainConfig, examples: Examples, family: Family, parts: Parts,
     won't do; Stopped."""
     folders = [resolve(config.reg_data_dir, beside)] if config.reg_data_dir else []
     if config.reg_from_base:
-        folders.append(draw(config, shots(config, examples), family, parts, precision, emit,
+        wanted = shots(config, examples, family.spec.cfg)
+        folders.append(draw(config, wanted, family, parts, precision, emit,
                             control))
     for folder in folders:
         add_regular(config, examples, folder, parts.native_size, parts.bucket_step, emit)
 
 
-def shots(config: TrainConfig, examples: Examples) -> list[Shot]:
+def shots(config: TrainConfig, examples: Examples, own: float = 7.0) -> list[Shot]:
     """The captions in turn without the trigger word, each in its picture's own bucket, so that
-    the trigger is all that tells the two kinds apart."""
+    the trigger is all that tells the two kinds apart. `own`: the family's guidance."""
     if not config.trigger_word.strip():
         raise Fault("engine.regular_needs_trigger", count=config.reg_from_base)
     items = [examples.items[i] for i in examples.trained()]
     chosen = [items[n % len(items)] for n in range(config.reg_from_base)]
     return [Shot(captions.without_trigger(item.picture.caption, config.trigger_word), "",
-                 config.seed + n, config.sample_inference_steps, config.sample_cfg, item.bucket,
+                 config.seed + n, config.sample_inference_steps, config.guidance(own), item.bucket,
                  config.sample_sampler) for n, item in enumerate(chosen)]
 
 

@@ -28,11 +28,15 @@ SAMPLERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "pndm": ("PLMS", "PNDMScheduler", {"skip_prk_steps": True}),
 }
 FALLBACK = "dpm++2m"
+FLOW = {"euler": "FlowMatchEulerDiscreteScheduler"}     # of bases that learn a flow
 
 
 def create(name: str, parts: Parts) -> Any:
     """A scheduler with the base's noise schedule. auto: the base's own sampler, except that
-    PNDM, the old default, gives way to DPM++ 2M. Raises Fault for an unknown name."""
+    PNDM, the old default, gives way to DPM++ 2M. Raises Fault for a name that is unknown, or
+    of no use to this base."""
+    if parts.flow is not None:
+        return _flow(name, parts)
     if name == "auto":
         own = parts.scheduler.get("_class_name", "")
         name = next((n for n, (_, cls, _) in SAMPLERS.items()
@@ -48,9 +52,21 @@ def create(name: str, parts: Parts) -> Any:
     return getattr(diffusers, cls).from_config(config, **options)
 
 
+def _flow(name: str, parts: Parts) -> Any:
+    name = "euler" if name == "auto" else name
+    if name not in FLOW:
+        code = "generate.not_for_flow" if name in SAMPLERS else "generate.unknown_sampler"
+        raise Fault(code, name=name, known=", ".join(FLOW), nearest="euler")
+    import diffusers
+    config = {k: v for k, v in parts.scheduler.items() if not k.startswith("_")}
+    return getattr(diffusers, FLOW[name]).from_config(config)
+
+
 def label(scheduler: Any) -> str:
     """The A1111 name of a scheduler, for the parameters inside a PNG."""
     cls: str = type(scheduler).__name__
+    if cls in FLOW.values():
+        return "Euler"
     matches = [(text, options) for text, name, options in SAMPLERS.values() if name == cls]
     for text, options in reversed(matches):     # the most particular options stand last
         if all(scheduler.config.get(k) == v for k, v in options.items()):

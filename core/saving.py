@@ -37,13 +37,15 @@ from core.events import Checkpoint, Note
 from core.examples import Example
 from core.failures import one_line
 from core.faults import Fault, Fix
+from core.lora_layers import Lora
 from core.lora_metadata import Bucket, Folder, TrainFacts, build_metadata
+from core.naming import NAMINGS, SD1
 
 if TYPE_CHECKING:
     from core.engine import Trainer
 
 SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-Made = tuple[dict[str, torch.Tensor], new_words.NewWord | None]
+Made = tuple[Lora, new_words.NewWord | None]
 AGAIN_S = 60.0              # after a checkpoint failed: a disk may be emptied meanwhile
 _THUMBNAIL = 256            # px
 
@@ -56,6 +58,9 @@ class Keeper:
         self.trainer, self.output, self.began = trainer, output, began
         self.config = trainer.config
         self.session = str(uuid.uuid4().int % 10**10)
+        auto = self.config.save_format == "auto"
+        self.dtype = SAVE_DTYPES[self.config.save_precision]
+        self.format = trainer.family.spec.lora_format if auto else self.config.save_format
         self.name = self._free_name()
         self.last: Path | None = None
         self.best_loss: float | None = None
@@ -148,7 +153,7 @@ class Keeper:
         """Writes the LoRA file that the user takes away. Raises Fault `engine.cant_save` where
         neither the output folder nor the spare one takes it."""
         self.settle()
-        step, made, format_ = self.trainer.total, self._made(), self.config.save_format
+        step, made, format_ = self.trainer.total, self._made(), self.format
 
         def write(folder: Path) -> Path:
             path = folder / lora_formats.file_name(self.name, format_)
@@ -204,7 +209,7 @@ class Keeper:
     def _free_name(self) -> str:
         name, n = self.config.name, 1
         while (any((self.output / lora_formats.file_name(name, f)).exists()
-                   for f in ("kohya", self.config.save_format))
+                   for f in ("kohya", self.format))
                or new_words.beside(self.output / f"{name}.safetensors").exists()
                or checkpoint.steps_of(self.output, name)):
             n += 1
@@ -213,28 +218,30 @@ class Keeper:
 
     def _made(self) -> Made:
         """What a LoRA file holds now: the adapter, or its average, and the new words."""
-        config, text = self.config, self.trainer.text
-        dtype = SAVE_DTYPES[config.save_precision]
+        text, family = self.trainer.text, self.trainer.family.spec.id
         with self.trainer.averaged():
-            model = self.trainer.denoiser
-            tensors = adapter_file.tensors(model, lora.state(model), dtype)
+            model, part = self.trainer.denoiser, NAMINGS.get(family, SD1)[0].name
+            tensors = adapter_file.tensors(model, lora.state(model), self.dtype, part, None)
+            found = lora_formats.from_tensors(tensors, family)
             if text is not None:
-                tensors |= lora_file.to_kohya(text.adapter_state(), text.alpha, dtype)
-            return tensors, text.word() if text is not None else None
+                found.layers |= lora_formats.from_tensors(lora_file.to_kohya(
+                    text.adapter_state(), text.alpha, self.dtype,
+                    naming=NAMINGS.get(family, SD1)), family).layers
+            return found, text.word() if text is not None else None
 
-    def _write(self, path: Path, made: Made, step: int, format_: str = "kohya") -> None:
-        """The LoRA, and beside it the new words, if there are any. In the writer's thread: the
-        trainer's weights are moving."""
-        tensors, word = made
+    def _write(self, path: Path, made: Made, step: int, format_: str = "") -> None:
+        """The LoRA, and beside it the new words, if there are any. A checkpoint's file is in its
+        family's own format, whatever the final one's is. In the writer's thread: the trainer's
+        weights are moving."""
+        found, word = made
+        format_ = format_ or self.trainer.family.spec.lora_format
         if word is not None:
-            new_words.write(new_words.beside(path), word, SAVE_DTYPES[self.config.save_precision])
-        metadata = build_metadata(self._facts(step))
-        if format_ == "kohya":
-            lora_file.write_lora(path, tensors, metadata)
-            return
-        found = lora_formats.from_tensors(tensors, self.trainer.family.spec.id)
-        found.metadata = metadata
-        lora_formats.save(found, format_, path)
+            new_words.write(new_words.beside(path), word, self.dtype)
+        found.metadata = build_metadata(self._facts(step))
+        if format_ in lora_formats.SINGLE:
+            lora_file.write_lora(path, lora_formats.spell(found, format_), found.metadata)
+        else:
+            lora_formats.save(found, format_, path)
 
     def _facts(self, step: int) -> TrainFacts:
         trainer, config, spec = self.trainer, self.config, self.trainer.family.spec
@@ -249,7 +256,8 @@ class Keeper:
         return TrainFacts(
             config=named, config_text=dump_yaml(config), title=self.name,
             description=f"LoRA Darkroom {__version__}", thumbnail=self._thumbnail(),
-            base_version=spec.base_version, architecture=spec.architecture,
+            base_version=spec.base_version,
+            architecture=trainer.parts.architecture or spec.architecture,
             implementation=spec.implementation, prediction_type=trainer.parts.objective,
             base_name=trainer.parts.source.name, base_sha256=self._base.sha256(),
             base_short_hash=self._base.short, folders=_folders(chosen),

@@ -72,8 +72,8 @@ def _draw_and_compare(family: Family, parts: Parts, precision: Precision, path: 
     pipeline = family.pipeline(parts)
     arguments = prompt if isinstance(prompt, dict) else {"prompt": prompt}
     plain = _picture(pipeline, parts, arguments, precision)
-    generate.load_adapter(pipeline, path, "proof")
-    modules = generate.modules_in(path)
+    generate.load_adapter(pipeline, path, "proof", family.spec.id)
+    modules = generate.modules_in(path, family.spec.id)
     matched = lora.count(pipeline.components.values(), "proof")
     new = generate.load_words(parts, path)
     if isinstance(prompt, str):

@@ -80,7 +80,9 @@ def _shapes(family: str) -> Path:
 
 
 def _tokenizer(configs: Path) -> Sequence[Path]:
-    """CLIP's, where the family brings none."""
+    """CLIP's, where the family brings none and reads with CLIP first."""
+    if b'"clip_text_model"' not in (configs / "text_encoder" / "config.json").read_bytes():
+        return ()
     if (configs / "tokenizer").is_dir():
         return tuple(path for path in (configs / "tokenizer").iterdir() if path.suffix != ".json")
     return tuple((paths.DEMO / "base" / "tokenizer").iterdir())

@@ -67,12 +67,12 @@ def _resnet(name: str) -> str:
     return name
 
 
-def vae_name(name: str) -> str:
+def vae_name(name: str, levels: int = 4) -> str:
     name = name.replace("mid_block.resnets.0", "mid.block_1").replace(
         "mid_block.resnets.1", "mid.block_2").replace("conv_norm_out", "norm_out").replace(
         "conv_shortcut", "nin_shortcut")
     name = re.sub(r"down_blocks\.(\d)\.", r"down.\1.", name)
-    name = re.sub(r"up_blocks\.(\d)\.", lambda m: f"up.{3 - int(m[1])}.", name)
+    name = re.sub(r"up_blocks\.(\d)\.", lambda m: f"up.{levels - 1 - int(m[1])}.", name)
     name = name.replace(".resnets.", ".block.").replace(".downsamplers.0.", ".downsample.")
     name = name.replace(".upsamplers.0.", ".upsample.")
     if ".attentions.0." in name:

@@ -525,7 +525,7 @@ def test_facts_of_bases(tmp_path: Path) -> None:
     assert (facts.area, facts.step, facts.shortest, facts.longest) == ((64, 64), 16, 32, 128)
     assert base_facts(DEMO, (128, 64)).area == (128, 64)
     for path, code in ((tmp_path / "nothing", "families.missing"),
-                       (tmp_path, "checks.base_unknown")):
+                       (tmp_path, "families.not_a_folder")):
         with pytest.raises(Fault) as caught:
             base_facts(path)
         assert caught.value.code == code

@@ -167,7 +167,7 @@ def test_folders(configs: dict[str, Any], what: str, tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(Fault, match="model_index.json"):
+    with pytest.raises(Fault, match=r"model_index\.json"):
         identify(tmp_path)
 
 

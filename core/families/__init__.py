@@ -23,10 +23,18 @@ class Listed:
     native_size: int                        # px a side
     # What a single file of it holds: everything, the denoiser with other parts beside it, none.
     file: Literal["whole", "denoiser", "none"]
+    tokens: int = 75                        # of a caption that it reads
+    step: int = 64                          # px; sides of buckets at the native size
 
 
 MODULES = {
     "sd15": Listed("core.families.sd15:StableDiffusion1", "Stable Diffusion 1.x", 512, "whole"),
+    "sd2": Listed("core.families.sd2:StableDiffusion2", "Stable Diffusion 2.x", 768, "whole"),
+    "sdxl": Listed("core.families.sdxl:StableDiffusionXL", "Stable Diffusion XL", 1024, "whole"),
+    "sd3": Listed("core.families.sd3:StableDiffusion3", "Stable Diffusion 3 / 3.5", 1024,
+                  "denoiser", 255),
+    "flux": Listed("core.families.flux:Flux1", "Flux.1", 1024, "denoiser", 511),
+    "zimage": Listed("core.families.zimage:ZImage", "Z-Image", 1024, "denoiser", 500),
 }
 
 

@@ -10,7 +10,11 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from core.flow import Sampling
+
 Objective = Literal["epsilon", "v_prediction", "flow"]
+# "text": all encoders; by name: one of them, with its tokenizer.
+Part = Literal["denoiser", "vae", "text", "text_encoder", "text_encoder_2", "text_encoder_3"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,9 @@ class FamilySpec:
     architecture: str                       # modelspec.architecture without "/lora"
     implementation: str                     # modelspec.implementation
     text_targets: tuple[str, ...] = ()      # of a LoRA on the text encoders
+    encoders: tuple[Part, ...] = ("text_encoder",)   # in the order in which they are loaded
+    cfg: float = 7.0                        # guidance where the user says nothing
+    lora_format: str = "kohya"              # of its LoRA files where the user says nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +54,27 @@ class Parts:
     objective: Objective
     native_size: int                        # px; this base's own
     bucket_step: int                        # px; this base's own
+    flow: Sampling | None = None            # of a base that learns a flow
+    guidance: str = "guidance_scale"        # the pipeline's argument for a shot's cfg
+    unguided: float = 1.0                   # that argument's value for none; cfg's is 1
+    architecture: str = ""                  # where it isn't the spec's
+    text_width: int = 0                     # of the last CLIP's text, where it is padded
     denoiser: Any = None                    # UNet or transformer
     vae: Any = None
     text: dict[str, Any] = field(default_factory=dict)  # tokenizers, encoders by pipeline name
 
 
-Part = Literal["denoiser", "vae", "text"]
 ALL_PARTS: frozenset[Part] = frozenset({"denoiser", "vae", "text"})
 Cond = dict[str, Tensor]                    # name -> (B, ...)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """How a picture was cut; px, width before height."""
+
+    original: tuple[int, int]               # before scaling
+    left_top: tuple[int, int]               # where the cut begins, in the scaled picture
+    target: tuple[int, int]                 # what is kept: the bucket
 
 
 class Family(Protocol):
@@ -75,13 +95,17 @@ class Family(Protocol):
         """Where a part's weights lie: (file, prefix of its tensors' names)."""
 
     def encode_text(self, parts: Parts, prompts: Sequence[str]) -> Cond:
-        """Embeddings of B prompts, on the base's device; `encode_tokens` of `tokenize`."""
+        """Embeddings of B prompts, on the base's device, of the encoders that are loaded: each
+        gives entries of its own, so that they can be loaded one after the other."""
 
     def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Token numbers (B, L) by encoder, padded, on the CPU."""
+        """Token numbers (B, L) by encoder, padded, on the CPU; masks as `<encoder>.mask`."""
 
     def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
         """Embeddings of tokens, on the base's device, with gradients where an encoder trains."""
+
+    def framing(self, frame: Frame) -> Cond:
+        """What the denoiser is told of a picture's cut, (1, ...) each; empty: nothing."""
 
     def count_tokens(self, parts: Parts, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt without start and end."""
@@ -92,7 +116,8 @@ class Family(Protocol):
         """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), the posterior's mean."""
 
     def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The denoiser's output for noisy latents (B, C, h, w) at timesteps (B,)."""
+        """The denoiser's output (B, C, h, w) for noisy latents (B, C, h, w) at timesteps (B,),
+        0 to 1000; integers of diffusion bases, any number of flows."""
 
     def pipeline(self, parts: Parts) -> Any:
         """A diffusers text-to-image pipeline that shares the weights; missing parts are None."""

@@ -6,7 +6,6 @@ Black Forest Labs' Flux, Stability's MMDiT, and the single files that ComfyUI pu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 
 from core import words
 from core.faults import Fault
-from core.safetensors_header import PICKLES, TensorInfo, opened, read_header
+from core.reading import from_json
+from core.safetensors_header import PICKLES, TensorInfo, is_pickle, opened, read_header
 
 Tensors = Mapping[str, TensorInfo]
 Shapes = dict[str, tuple[int, ...]]
@@ -120,7 +120,7 @@ def _named(what: str, family: str, path: Path) -> Found:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = from_json(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -137,7 +137,7 @@ def _file(path: Path) -> Found:
         return Found("web_page")
     if head.startswith(b"version https://git-lfs"):
         return Found("lfs_pointer")
-    if path.suffix.lower() in PICKLES or head[:1] == b"\x80" or head[:4] == b"PK\x03\x04":
+    if path.suffix.lower() in PICKLES or is_pickle(head[:9]):
         raise Fault("families.pickle", path=path)
     try:
         header = read_header(path)
@@ -163,7 +163,7 @@ def of_tensors(tensors: Tensors) -> Found:
         return Found("quantised")
     if "edm_mean" in tensors:
         return Found("playground")
-    denoiser = _denoiser(tensors)
+    denoiser = denoiser_shapes(tensors)
     for rule in RULES:
         if found := rule(denoiser):
             marked = bool(found.family) and any(mark in tensors for mark in V_MARKS)
@@ -173,7 +173,7 @@ def of_tensors(tensors: Tensors) -> Found:
     return next((Found(what) for what, fits in PARTS if fits(shapes)), Found("unknown"))
 
 
-def _denoiser(tensors: Tensors) -> Shapes:
+def denoiser_shapes(tensors: Tensors) -> Shapes:
     """The denoiser's tensors without the prefix that whole checkpoints put before them."""
     prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in tensors)), "")
     return {name.removeprefix(prefix): info.shape for name, info in tensors.items()
@@ -214,7 +214,7 @@ def _flux(shapes: Shapes) -> Found | None:
         return Found("flux2_dev") if dev else Found("flux2_klein", "flux2")
     if "double_blocks.0.img_attn.norm.key_norm.scale" not in shapes:
         return None
-    if "img_in.weight" not in shapes or any(name.startswith("txt_in.individual") for name in shapes):
+    if "img_in.weight" not in shapes:
         return Found("video")
     wide = _side(shapes, "img_in.weight", 1)
     if wide == 384:
@@ -262,7 +262,7 @@ def _starts(*beginnings: str) -> Callable[[Shapes], bool]:
 
 # What isn't a denoiser, the most particular first.
 PARTS: tuple[tuple[str, Callable[[Shapes], bool]], ...] = (
-    ("controlnet", _starts("control_model.", "controlnet_", "lora_controlnet", "input_hint_block.")),
+    ("controlnet", _starts("control_model.", "controlnet_", "input_hint_block.")),
     ("t5", _starts("encoder.block.0.layer.0.SelfAttention", "shared.weight")),
     ("clip_g", lambda s: _width(s) == 1280), ("clip_l", lambda s: _width(s) == 768),
     ("clip", _starts("text_model.", "cond_stage_model.", "conditioner.", "transformer.resblocks.",

@@ -1,0 +1,250 @@
+"""What families have in common: a table of their models, from which they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPTokenizer
+
+from core import paths, samplers
+from core.families import companions, detection, loading, text
+from core.families.base import ALL_PARTS, Cond, FamilySpec, Frame, Objective, Part, Parts, Precision
+from core.families.loading import Layout, Piece
+from core.faults import Fault
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """An encoder's tokenizer."""
+
+    title: str = ""                         # empty: CLIP's, which ships with the app
+    kinds: tuple[str, ...] = ()             # names of its class in tokenizer_config.json
+    length: int = 77                        # tokens that the pipeline feeds
+    pad: str = "<|endoftext|>"              # of CLIP's
+
+    @property
+    def shipped(self) -> bool:
+        return not self.title
+
+
+class Loaded:
+    """The part of the Family protocol that follows from `pieces` and `vocabularies`."""
+
+    spec: ClassVar[FamilySpec]
+    kind: ClassVar[str]                     # its id among the built-in ones, also of heirs
+    pieces: ClassVar[tuple[Piece, ...]]
+    vocabularies: ClassVar[Mapping[str, Vocabulary]]
+    pipe: ClassVar[Any]                     # of diffusers
+
+    def layout(self, source: Path) -> Layout:
+        """Raises Fault where `source` is no base of this family, or lacks a config."""
+        found = detection.expect(source, self.kind)
+        configs = source if source.is_dir() else paths.FAMILY_CONFIGS / self.kind
+        scheduler = loading.read_json(configs / "scheduler" / "scheduler_config.json", configs)
+        layout = Layout(source, found, loading.configs_in(configs, self.pieces), scheduler,
+                        {} if source.is_dir() else loading.files_of(source, self.pieces))
+        if not source.is_dir():
+            with loading.told(source):
+                self.adapt(layout)
+        return layout
+
+    def adapt(self, layout: Layout) -> None:
+        """Makes the shipped configs fit a single file."""
+
+    def empty(self, layout: Layout) -> Parts:
+        raise NotImplementedError
+
+    def load(self, source: Path, precision: Precision,
+             only: frozenset[Part] = ALL_PARTS) -> Parts:
+        layout, parts = self._begin(source)
+        for piece in self._wanted(layout, only):
+            read = loading.from_folder if layout.folder else loading.from_file
+            model = read(layout, piece, precision.vae if piece.part == "vae" else
+                         precision.weights)
+            if model is not None:
+                self._put(parts, layout, piece, loading.settle(model, precision), real=True)
+        return parts
+
+    def skeleton(self, source: Path, precision: Precision,
+                 only: frozenset[Part] = ALL_PARTS) -> Parts:
+        layout, parts = self._begin(source)
+        for piece in self._wanted(layout, only):
+            with loading.told(source), torch.device("meta"):
+                model = loading.create(piece, layout.configs[piece.name])
+            model.to(dtype=precision.vae if piece.part == "vae" else precision.weights)
+            self._put(parts, layout, piece, loading.settle(model, precision), real=False)
+        return parts
+
+    def _begin(self, source: Path) -> tuple[Layout, Parts]:
+        layout = self.layout(source)
+        with loading.told(source):          # configs may say anything
+            return layout, self.empty(layout)
+
+    def _wanted(self, layout: Layout, only: frozenset[Part]) -> list[Piece]:
+        return [piece for piece in self.pieces if piece.name in layout.configs
+                and (piece.part in only or piece.name in only)]
+
+    def _put(self, parts: Parts, layout: Layout, piece: Piece, model: Any, real: bool) -> None:
+        if piece.part == "text":
+            parts.text[_tokenizer_of(piece.name)] = self._tokenizer(layout, piece.name, real)
+            parts.text[piece.name] = model
+        else:
+            setattr(parts, piece.part, model)
+
+    def _tokenizer(self, layout: Layout, encoder: str, real: bool) -> Any:
+        kind = self.vocabularies[encoder]
+        folder = layout.source / _tokenizer_of(encoder)
+        if layout.folder and folder.is_dir():
+            with loading.told(folder):
+                return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if kind.shipped:
+            return CLIPTokenizer.from_pretrained(loading.TOKENIZER, pad_token=kind.pad)
+        try:
+            return AutoTokenizer.from_pretrained(companions.find_tokenizer(
+                layout.source, kind.kinds, kind.title), local_files_only=True)
+        except Fault as fault:
+            if real:
+                raise
+            return text.Blank(kind.length, fault)
+
+    def weight_files(self, source: Path, part: Part) -> list[tuple[Path, str]]:
+        layout = self.layout(source)
+        wanted = self._wanted(layout, frozenset({part}))
+        if layout.folder:
+            return [one for piece in wanted for one in loading.weights_in(source / piece.name)]
+        found = [loading.file_of(layout, piece) for piece in wanted]
+        return [one for one in found if one is not None]
+
+    def encode_text(self, parts: Parts, prompts: Sequence[str]) -> Cond:
+        with torch.no_grad():
+            return self.encode_tokens(parts, self.tokenize(parts, prompts))
+
+    def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {name: text.padded(parts.text[_tokenizer_of(name)], prompts, kind.length).input_ids
+                for name, kind in self.vocabularies.items() if name in parts.text}
+
+    def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
+        raise NotImplementedError
+
+    def count_tokens(self, parts: Parts, prompts: Sequence[str]) -> list[int]:
+        return text.count(parts.text[_tokenizer_of(self._last(parts))], prompts)
+
+    def token_limit(self, parts: Parts) -> int:
+        kind = self.vocabularies[self._last(parts)]
+        return kind.length - (2 if kind.shipped else 1)
+
+    def _last(self, parts: Parts) -> str:
+        """The encoder that reads the most of a prompt."""
+        return [name for name in self.vocabularies if name in parts.text][-1]
+
+    def encode_image(self, parts: Parts, pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            vae = parts.vae
+            latents: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+            shift = float(vae.config.get("shift_factor") or 0.0)
+            return (latents - shift) * float(vae.config.scaling_factor)
+
+    def framing(self, frame: Frame) -> Cond:
+        return {}
+
+    def pipeline(self, parts: Parts) -> Any:
+        models = {piece.name: {"denoiser": parts.denoiser, "vae": parts.vae}.get(
+            piece.part, parts.text.get(piece.name)) for piece in self.pieces}
+        words = {_tokenizer_of(name): parts.text.get(_tokenizer_of(name))
+                 for name in self.vocabularies}
+        made = self.pipe(**models, **words, scheduler=samplers.create("auto", parts),
+                         **self.pipe_options(parts))
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    def pipe_options(self, parts: Parts) -> dict[str, Any]:
+        return {}
+
+
+def _tokenizer_of(encoder: str) -> str:
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+def vae_factor(layout: Layout) -> int:
+    """Pixels of a latent pixel, a side."""
+    return int(2 ** (len(layout.configs["vae"]["block_out_channels"]) - 1))
+
+
+def dit_sizes(layout: Layout, patch: int = 2) -> tuple[int, int]:
+    """Native side and bucket step, in px, of a transformer with tokens of `patch` latent pixels a
+    side: what its VAE was made for, and four tokens, which are 64 px in practice."""
+    native = layout.configs["vae"]["sample_size"]
+    if not isinstance(native, int) or not 1 <= native <= 8192:
+        raise ValueError(f"sample_size: {native}")
+    return native, 4 * patch * vae_factor(layout)
+
+
+def layer_count(shapes: Mapping[str, Any], prefix: str) -> int:
+    """Blocks called `<prefix>0.`, `<prefix>1.` ..."""
+    numbers = {name[len(prefix):].split(".")[0] for name in shapes if name.startswith(prefix)}
+    return max((int(n) for n in numbers if n.isdigit()), default=-1) + 1
+
+
+def shift_line(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """Of core.flow.Sampling: the shift as a scheduler's config has it."""
+    if not scheduler.get("use_dynamic_shifting"):
+        return {"shift": float(scheduler.get("shift", 1.0))}
+    return {"line": ((int(scheduler.get("base_image_seq_len", 256)),
+                      float(scheduler.get("base_shift", 0.5))),
+                     (int(scheduler.get("max_image_seq_len", 4096)),
+                      float(scheduler.get("max_shift", 1.15))))}
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h/2 * w/2, C * 4): tokens of 2 x 2 latent pixels."""
+    b, c, h, w = latents.shape
+    split = latents.reshape(b, c, h // 2, 2, w // 2, 2)
+    return split.permute(0, 2, 4, 1, 3, 5).reshape(b, h // 2 * (w // 2), c * 4)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The way back; height and width in tokens."""
+    b, _, c = tokens.shape
+    split = tokens.reshape(b, height, width, c // 4, 2, 2)
+    return split.permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, height * 2, width * 2)
+
+
+class UNetFamily(Loaded):
+    """Stable Diffusion 1, 2 and XL."""
+
+    step_multiple: ClassVar[int] = 1        # of what the UNet itself asks of sides
+
+    def empty(self, layout: Layout) -> Parts:
+        unet, scheduler = layout.configs["unet"], dict(layout.scheduler)
+        if not isinstance(unet["sample_size"], int) or not 1 <= unet["sample_size"] <= 1024:
+            raise ValueError(f"sample_size: {unet['sample_size']}")
+        factor, levels = vae_factor(layout), len(unet["block_out_channels"])
+        objective: Objective = scheduler.get("prediction_type", "epsilon")
+        if layout.found.v_prediction:
+            objective = "v_prediction"
+            scheduler["prediction_type"] = objective
+        if layout.found.zero_snr:           # as its makers draw with it (arXiv 2305.08891)
+            scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return Parts(layout.source, scheduler, objective, native_size=unet["sample_size"] * factor,
+                     bucket_step=factor * 2 ** (levels - 1) * self.step_multiple)
+
+
+def clip_names(prefix: str) -> loading.Convert:
+    """CLIP in transformers' own names behind a prefix."""
+    return lambda tensors, config: {name.removeprefix(prefix): value
+                                    for name, value in tensors.items()}
+
+
+T5 = ("T5Tokenizer",)
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")   # of CLIP
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+ALIASES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out.0",
+           "o_proj": "to_out.0", "to_out": "to_out.0", "fc1": "ff.net.0.proj", "fc2": "ff.net.2"}
+UNET_PRESETS = {"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD,
+                "all-linear": (*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out")}

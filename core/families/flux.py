@@ -1,0 +1,106 @@
+"""Flux.1 dev and schnell (Black Forest Labs 2024): a flow; T5 for the text, CLIP-L for its gist.
+
+No paper; the reference code and diffusers' agree on what is here: latents in tokens of 2 x 2, a
+shift towards noise that grows with the picture (mu from 0.5 at 256 tokens to 1.15 at 4096), none
+for schnell. dev was distilled with guidance as an input: LoRAs learn at guidance 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+from transformers import CLIPTextModel, T5EncoderModel
+
+from core.families.base import Cond, FamilySpec, Parts
+from core.families.common import (
+    ALIASES,
+    T5,
+    Loaded,
+    Vocabulary,
+    clip_names,
+    dit_sizes,
+    layer_count,
+    pack,
+    shift_line,
+    unpack,
+)
+from core.families.detection import denoiser_shapes
+from core.families.loading import Layout, Piece
+from core.families.sd3 import CLIP_L, JOINT, JOINT_FF, T5XXL
+from core.flow import STEPS, Sampling
+from core.safetensors_header import read_header
+
+GUIDANCE = 1.0                              # told to dev while it learns
+
+
+class Flux1(Loaded):
+    kind = "flux"
+    spec: ClassVar[FamilySpec] = FamilySpec(
+        id="flux", title="Flux.1", native_size=1024, bucket_step=64,
+        lora_presets={"attention": JOINT, "attention+ff": (*JOINT, *JOINT_FF, "proj_mlp"),
+                      "all-linear": (*JOINT, *JOINT_FF, "proj_mlp", "proj_out")},
+        lora_aliases=ALIASES, kohya_prefix="lora_unet", base_version="flux1",
+        architecture="flux-1-dev", implementation="https://github.com/black-forest-labs/flux",
+        encoders=("text_encoder", "text_encoder_2"), cfg=3.5)
+    pieces = (
+        Piece("transformer", FluxTransformer2DModel, "denoiser", ("model.diffusion_model.",)),
+        Piece("vae", AutoencoderKL, "vae", ("vae.", "first_stage_model."), alone="vae_16"),
+        Piece("text_encoder", CLIPTextModel, "text", (CLIP_L,), clip_names(CLIP_L),
+              alone="clip_l"),
+        Piece("text_encoder_2", T5EncoderModel, "text", (T5XXL,), clip_names(T5XXL), alone="t5"))
+    vocabularies: ClassVar = {"text_encoder": Vocabulary(),
+                              "text_encoder_2": Vocabulary("T5", T5, 512)}
+    pipe = FluxPipeline
+
+    def adapt(self, layout: Layout) -> None:
+        shapes = denoiser_shapes(read_header(layout.source).tensors)
+        guided = layout.found.what == "flux_dev"
+        layout.configs["transformer"] |= {
+            "num_layers": layer_count(shapes, "double_blocks."),
+            "num_single_layers": layer_count(shapes, "single_blocks."),
+            "guidance_embeds": guided}
+        if not guided:
+            layout.scheduler.update(use_dynamic_shifting=False, shift=1.0)
+
+    def empty(self, layout: Layout) -> Parts:
+        native, step = dit_sizes(layout)
+        return Parts(layout.source, layout.scheduler, "flow", native, step,
+                     flow=Sampling("logit_normal", **shift_line(layout.scheduler)),
+                     architecture="" if layout.found.what == "flux_dev" else "flux-1-schnell")
+
+    def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
+        cond: Cond = {}
+        for name, ids in tokens.items():
+            encoder = parts.text[name]
+            out = encoder(ids.to(encoder.device))
+            if name == "text_encoder":
+                cond["pooled"] = out.pooler_output
+            else:
+                cond["text"] = out.last_hidden_state
+        return cond
+
+    def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        height, width = noisy.shape[2] // 2, noisy.shape[3] // 2
+        guidance = (torch.full_like(t, GUIDANCE) if denoiser.config.guidance_embeds else None)
+        found = denoiser(
+            hidden_states=pack(noisy), timestep=t / STEPS, guidance=guidance,
+            encoder_hidden_states=cond["text"], pooled_projections=cond["pooled"],
+            txt_ids=noisy.new_zeros(cond["text"].shape[1], 3),
+            img_ids=positions(height, width, noisy), return_dict=False)[0]
+        return unpack(found, height, width)
+
+    def prompt_arguments(self, cond: Cond, negative: Cond) -> dict[str, Tensor]:
+        """Without the negative: dev's guidance is an input, schnell has none."""
+        return {"prompt_embeds": cond["text"], "pooled_prompt_embeds": cond["pooled"]}
+
+
+def positions(height: int, width: int, like: Tensor) -> Tensor:
+    """(height * width, 3): 0, row and column of each token."""
+    rows = torch.arange(height, device=like.device, dtype=like.dtype)
+    columns = torch.arange(width, device=like.device, dtype=like.dtype)
+    grid = torch.stack([like.new_zeros(height, width), rows[:, None].expand(height, width),
+                        columns[None].expand(height, width)], -1)
+    return grid.flatten(0, 1)

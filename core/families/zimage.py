@@ -1,0 +1,80 @@
+"""Z-Image (Tongyi-MAI 2025): a flow in one stream of text and picture tokens; Qwen3 reads the text.
+
+As its pipeline has it: time runs from noise (0) to the picture (1), the output is the way to the
+picture, captions go through the tokenizer's chat template, the last but one layer is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
+from torch import Tensor
+from transformers import Qwen3Model
+
+from core.families import text
+from core.families.base import Cond, FamilySpec, Parts
+from core.families.common import ATTENTION, Loaded, Vocabulary, clip_names, dit_sizes, shift_line
+from core.families.loading import Layout, Piece
+from core.flow import STEPS, Sampling
+
+FEED_FORWARD = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+LENGTH = 512                                # tokens
+
+
+class ZImage(Loaded):
+    kind = "zimage"
+    spec: ClassVar[FamilySpec] = FamilySpec(
+        id="zimage", title="Z-Image", native_size=1024, bucket_step=64,
+        lora_presets={"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD,
+                      "all-linear": (*ATTENTION, *FEED_FORWARD, "adaLN_modulation.0")},
+        lora_aliases={"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v",
+                      "out_proj": "to_out.0", "o_proj": "to_out.0", "to_out": "to_out.0"},
+        kohya_prefix="lora_unet", base_version="zimage", architecture="z-image",
+        implementation="https://github.com/Tongyi-MAI/Z-Image", cfg=5.0, lora_format="diffusers")
+    pieces = (
+        Piece("transformer", ZImageTransformer2DModel, "denoiser", ("model.diffusion_model.",)),
+        Piece("vae", AutoencoderKL, "vae", ("vae.",), alone="vae_16"),
+        Piece("text_encoder", Qwen3Model, "text", (), clip_names("model."),
+              alone="language_model"))
+    vocabularies: ClassVar = {
+        "text_encoder": Vocabulary("Qwen3", ("Qwen2Tokenizer",), LENGTH)}
+    pipe = ZImagePipeline
+
+    def empty(self, layout: Layout) -> Parts:
+        native, step = dit_sizes(layout)
+        return Parts(layout.source, layout.scheduler, "flow", native, step, unguided=0.0,
+                     flow=Sampling("logit_normal", **shift_line(layout.scheduler)))
+
+    def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
+        tokenizer = parts.text["tokenizer"]
+        if not isinstance(tokenizer, text.Blank):
+            prompts = [tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False,
+                add_generation_prompt=True, enable_thinking=True) for prompt in prompts]
+        found = text.padded(tokenizer, prompts, LENGTH)
+        return {"text_encoder": found.input_ids, "text_encoder.mask": found.attention_mask}
+
+    def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
+        encoder = parts.text["text_encoder"]
+        mask = tokens["text_encoder.mask"].to(encoder.device)
+        out = encoder(input_ids=tokens["text_encoder"].to(encoder.device),
+                      attention_mask=mask.bool(), output_hidden_states=True)
+        return {"text": out.hidden_states[-2], "mask": mask}
+
+    def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        found = denoiser(list(noisy.unsqueeze(2).unbind(0)), 1 - t / STEPS, _texts(cond),
+                         return_dict=False)[0]
+        return -torch.stack(list(found)).squeeze(2)
+
+    def prompt_arguments(self, cond: Cond, negative: Cond) -> dict[str, Any]:
+        return {"prompt_embeds": _texts(cond), "negative_prompt_embeds": _texts(negative)}
+
+
+def _texts(cond: Cond) -> list[Tensor]:
+    """Each sample's (L, C) without padding; in plans nothing is known of that."""
+    if cond["mask"].is_meta:
+        return list(cond["text"].unbind(0))
+    return [one[kept.bool()] for one, kept in zip(cond["text"], cond["mask"], strict=True)]

@@ -1,0 +1,116 @@
+"""Flow matching: what a step learns on Flux, SD 3 and their like; the sibling of objective.py.
+
+Latents go to noise in a straight line, x = (1 - s) latents + s noise, and the target is its
+direction, noise - latents (Liu et al. 2022, arXiv 2209.03003; Lipman et al. 2022, 2210.02747).
+How often each s is drawn, and its shift towards noise for large pictures: Esser et al. 2024
+(2403.03206), sections 3.1 and 5.3.2; a sample's draw is a function of (seed, sample number).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from core.config import TrainConfig
+    from core.families.base import Cond, Family
+    from core.objective import Draw
+
+STEPS = 1000                                # timesteps are s x 1000, as the models count them
+Curve = Literal["uniform", "logit_normal", "mode"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a family's timesteps are drawn."""
+
+    curve: Curve = "logit_normal"
+    mean: float = 0.0                       # of the logit; "mode": unused
+    spread: float = 1.0                     # its deviation; "mode": the weight of both ends
+    shift: float = 1.0                      # towards noise; 1: none
+    # With a size-dependent shift: e^mu, mu on the line through these (tokens, mu).
+    line: tuple[tuple[int, float], tuple[int, float]] | None = None
+    patch: int = 2                          # latent pixels of a token, a side
+
+    def shift_at(self, height: int, width: int) -> float:
+        """For latents of this size."""
+        if self.line is None:
+            return self.shift
+        (low, base), (high, top) = self.line
+        tokens = (height // self.patch) * (width // self.patch)
+        return math.exp(base + (top - base) * (tokens - low) / (high - low))
+
+    def draw(self, generator: torch.Generator) -> float:
+        """s in (0, 1), before the shift."""
+        if self.curve == "logit_normal":
+            normal = float(torch.randn((), generator=generator))
+            return 1 / (1 + math.exp(-(self.mean + self.spread * normal)))
+        u = float(torch.rand((), generator=generator))
+        if self.curve == "mode":
+            u = 1 - u - self.spread * (math.cos(math.pi * u / 2) ** 2 - 1 + u)
+        return min(max(u, 1e-5), 1 - 1e-5)
+
+
+def sampling_of(own: Sampling, config: TrainConfig) -> Sampling:
+    """The family's, with what the user wants otherwise."""
+    if config.timestep_sampling != "auto":
+        own = replace(own, curve=config.timestep_sampling)
+    if config.flow_shift:
+        own = replace(own, shift=config.flow_shift, line=None)
+    return own
+
+
+def shifted(s: float, shift: float) -> float:
+    """When a picture of `shift`^2 times the pixels is as noisy (2403.03206, eq. 23)."""
+    return shift * s / (1 + (shift - 1) * s)
+
+
+class Flow:
+    """The interface of objective.Diffusion."""
+
+    kind = "flow"
+    times = torch.float32                   # dtype of a draw's timesteps
+
+    def __init__(self, sampling: Sampling, noise_offset: float = 0.0) -> None:
+        self.sampling, self.noise_offset = sampling, noise_offset
+
+    def draw(self, seed: int, numbers: Sequence[int], shape: Sequence[int]) -> Draw:
+        """Noise and timesteps of samples `numbers`; `shape` (C, h, w) is of one sample."""
+        from core.objective import Draw, sample_generator
+        shift = self.sampling.shift_at(shape[1], shape[2])
+        noise, times = [], []
+        for number in numbers:
+            generator = sample_generator(seed, number)
+            times.append(STEPS * shifted(self.sampling.draw(generator), shift))
+            one = torch.randn(tuple(shape), generator=generator)
+            if self.noise_offset:
+                one += self.noise_offset * torch.randn((shape[0], 1, 1), generator=generator)
+            noise.append(one)
+        return Draw(torch.stack(noise), torch.tensor(times))
+
+    def draw_fixed(self, seed: int, numbers: Sequence[int], shape: Sequence[int],
+                   share: float) -> Draw:
+        """For validation: s = `share`, and noise that never changes."""
+        from core.objective import Draw, sample_generator
+        noise = [torch.randn(tuple(shape), generator=sample_generator(seed, n)) for n in numbers]
+        return Draw(torch.stack(noise), torch.full((len(noise),), share * STEPS))
+
+    def noisy_and_target(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        s = (t / STEPS).view(-1, 1, 1, 1)
+        return (1 - s) * latents + s * noise, noise - latents
+
+    def losses(self, family: Family, denoiser: Any, latents: Tensor, draw: Draw, cond: Cond,
+               autocast: Callable[[], contextlib.AbstractContextManager[object]],
+               weights: Tensor | None = None) -> Tensor:
+        """The forward pass of a step: loss of each sample (B,), fp32; all on one device."""
+        noisy, target = self.noisy_and_target(latents, draw.noise, draw.timesteps)
+        with autocast():
+            predicted = family.predict(denoiser, noisy, draw.timesteps, cond)
+        errors = (predicted.float() - target).square()
+        return (errors if weights is None else errors * weights).mean((1, 2, 3))

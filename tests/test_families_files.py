@@ -1,0 +1,190 @@
+"""Single files of each family, written in the original code's names, and read back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from core import families, paths
+from core.families import loading
+from core.faults import Fault
+from core.naming import NAMINGS, Part, to_native
+from core.precision import choose
+from tests import tiny_families
+from tests.ldm_layout import vae_name
+
+FP32 = choose("fp32", "cpu")
+OPEN_CLIP = {"encoder.layers": "transformer.resblocks", "self_attn.out_proj": "attn.out_proj",
+             "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc",
+             "mlp.fc2": "mlp.c_proj", "embeddings.token_embedding": "token_embedding",
+             "embeddings.position_embedding.weight": "positional_embedding",
+             "final_layer_norm": "ln_final"}
+SCALES = ("query_norm", "key_norm")         # what Flux calls `scale`
+
+
+def original(part: Part, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A denoiser's weights in the original code's names, its matrices fused."""
+    found: dict[str, Tensor] = {}
+    rows: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for name, value in state.items():
+        path, _, leaf = name.rpartition(".")
+        place = to_native(part, path)
+        leaf = "scale" if place.name.endswith(SCALES) else leaf
+        if place.of is not None and place.of.swapped:
+            found[f"{place.name}.{leaf}"] = value.roll(value.shape[0] // 2, 0)
+        elif place.fused:
+            rows[f"{place.name}.{leaf}"][place.number] = value
+        else:
+            found[f"{place.name}.{leaf}"] = value
+    return found | {name: torch.cat([own[i] for i in sorted(own)]) for name, own in rows.items()}
+
+
+def open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        name = name.removeprefix("text_model.")
+        for ours, theirs in OPEN_CLIP.items():
+            name = name.replace(ours, theirs)
+        found[name] = value
+    for name in [n for n in found if ".self_attn.q_proj." in n]:
+        leaf = name.rpartition(".")[2]
+        parts = [found.pop(name.replace("q_proj", f"{x}_proj")) for x in "qkv"]
+        stem = name.split(".self_attn.")[0]
+        found[f"{stem}.attn.in_proj_{leaf}"] = torch.cat(parts)
+    if "text_projection.weight" in found:
+        found["text_projection"] = found.pop("text_projection.weight").T.contiguous()
+    return found
+
+
+def vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for name, value in state.items():
+        name = vae_name(name, levels=3)
+        conv = ".attn_1." in name and value.ndim == 2
+        found[name] = value[:, :, None, None] if conv else value
+    return found
+
+
+def behind(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value.clone().contiguous() for name, value in state.items()}
+
+
+def clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the outer module that transformers 5 dropped."""
+    return {name if name.startswith("text_") else f"text_model.{name}": value
+            for name, value in state.items()}
+
+
+@pytest.fixture
+def made(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+         ) -> tuple[str, Path, Any]:
+    """A tiny base as a folder, whose configs stand for those that ship."""
+    name = request.param
+    folder = tiny_families.base(name, tmp_path / "folder")
+    for path in folder.rglob("*config.json"):
+        place = tmp_path / "configs" / name / path.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+    monkeypatch.setattr(paths, "FAMILY_CONFIGS", tmp_path / "configs")
+    return name, folder, families.get(name).load(folder, FP32)
+
+
+def compare(name: str, folder: Any, file: Any) -> None:
+    pairs = [(folder.denoiser, file.denoiser), (folder.vae, file.vae),
+             *((folder.text[k], file.text[k]) for k in folder.text if k.startswith("text_"))]
+    for one, other in pairs:
+        ours, theirs = one.state_dict(), other.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+
+
+@pytest.mark.parametrize("made", ["sdxl"], indirect=True)
+def test_sdxl(made: tuple[str, Path, Any], tmp_path: Path) -> None:
+    name, _, parts = made
+    unet = original(NAMINGS[name][0], parts.denoiser.state_dict())
+    tensors = (behind("model.diffusion_model.", unet)
+               | behind("first_stage_model.", vae(parts.vae.state_dict()))
+               | behind("conditioner.embedders.0.transformer.",
+                        clip(parts.text["text_encoder"].state_dict()))
+               | behind("conditioner.embedders.1.model.",
+                        open_clip(parts.text["text_encoder_2"].state_dict())))
+    path = tmp_path / "noob.safetensors"
+    save_file(tensors | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, path)
+    found = families.get(families.detect(path)).load(path, FP32)
+    compare(name, parts, found)
+    assert found.objective == "v_prediction"
+    assert found.scheduler["rescale_betas_zero_snr"]
+    assert found.text["tokenizer_2"].pad_token == "!"
+    del tensors[next(key for key in tensors if "input_blocks.0.0.bias" in key)]
+    save_file(tensors, path)
+    with pytest.raises(Fault) as caught:
+        families.get(name).load(path, FP32, frozenset({"denoiser"}))
+    assert caught.value.code == "families.unreadable" or (
+        caught.value.code == "families.weights_missing")
+
+
+@pytest.mark.parametrize("made", ["sd3"], indirect=True)
+def test_sd3_beside_its_text_encoders(made: tuple[str, Path, Any], tmp_path: Path) -> None:
+    """The transformer and VAE in one file; encoders and T5's tokenizer beside it."""
+    name, folder, parts = made
+    state = parts.denoiser.state_dict()
+    grid = state.pop("pos_embed.pos_embed")
+    own = original(NAMINGS[name][0], state) | {"pos_embed": grid}
+    models = tmp_path / "models"
+    (models / "clip").mkdir(parents=True)
+    path = models / "sd3.safetensors"
+    save_file(behind("model.diffusion_model.", own)
+              | behind("first_stage_model.", vae(parts.vae.state_dict())), path)
+    family = families.get(families.detect(path))
+    with pytest.raises(Fault, match="CLIP-L") as caught:
+        family.load(path, FP32, frozenset({"text_encoder"}))
+    assert caught.value.code == "families.companion_missing"
+    assert family.load(path, FP32, frozenset({"text_encoder_3"})).text == {}    # works without
+    save_file(behind("", parts.text["text_encoder_3"].state_dict()),
+              models / "clip" / "t5xxl.safetensors")
+    with pytest.raises(Fault) as caught:
+        family.load(path, FP32, frozenset({"text_encoder_3"}))
+    assert caught.value.code == "families.tokenizer_missing"
+    kept = models / "tokenizers" / "t5"
+    shutil.copytree(folder / "tokenizer_3", kept)
+    told = json.loads((kept / "tokenizer_config.json").read_text())
+    (kept / "tokenizer_config.json").write_text(json.dumps(told | {
+        "tokenizer_class": "T5TokenizerFast"}))
+    found = family.load(path, FP32, frozenset({"denoiser", "vae", "text_encoder_3"}))
+    assert len(found.text["tokenizer_3"](["red disc"]).input_ids[0]) == 3
+    ours = parts.text["text_encoder_3"].state_dict()
+    assert all(torch.equal(value, ours[key])
+               for key, value in found.text["text_encoder_3"].state_dict().items())
+    for one, other in ((parts.denoiser, found.denoiser), (parts.vae, found.vae)):
+        assert all(torch.equal(value, other.state_dict()[key])
+                   for key, value in one.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd2", "flux", "sd3"])
+def test_full_size_names_and_shapes(name: str) -> None:
+    """Of the shipped configs: the published shapes' names go there and back, without weights."""
+    family: Any = families.get(name)
+    piece = next(p for p in family.pieces if p.part == "denoiser")
+    config = loading.configs_in(paths.FAMILY_CONFIGS / name, family.pieces)[piece.name]
+    with torch.device("meta"):
+        model = loading.create(piece, config)
+    state = model.state_dict()
+    grid = state.pop("pos_embed.pos_embed", None)
+    native = original(NAMINGS[name][0], state)
+    native |= {} if grid is None else {"pos_embed": grid}
+    tensors = {f"model.diffusion_model.{key}": value for key, value in native.items()}
+    found = loading.converted(piece, config, tensors)
+    expected = model.state_dict()
+    assert expected.keys() <= found.keys()
+    assert all(found[key].shape == value.shape for key, value in expected.items())
+    count = sum(p.numel() for p in model.parameters())
+    assert count == {"sdxl": 2_567_463_684, "sd2": 865_910_724, "flux": 11_901_408_320,
+                     "sd3": 2_028_328_000}[name]

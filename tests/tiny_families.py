@@ -1,0 +1,155 @@
+"""A tiny random-weight base of each family's real classes, as a diffusers folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
+
+from tests.tiny import TOKENIZER
+
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+            "steps_offset": 1}
+WORDS = ["<pad>", "</s>", "<unk>", "red", "green", "blue", "orange", "purple", "teal", "disc",
+         ",", "flat", "number", *map(str, range(10))]
+
+
+def vae(channels: int = 4, **more: Any) -> AutoencoderKL:
+    """f4: 32 px are 8 latent pixels."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=channels, norm_num_groups=4,
+        sample_size=32, **more)
+
+
+def clip(cls: Any = CLIPTextModel, width: int = 32) -> Any:
+    return cls(CLIPTextConfig(
+        vocab_size=49408, hidden_size=width, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, projection_dim=width, bos_token_id=49406, eos_token_id=49407))
+
+
+def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(TOKENIZER, pad_token=pad)
+
+
+def t5(width: int = 32) -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=len(WORDS), d_model=width, d_ff=64, d_kv=8,
+                                   num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"))
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words; an end mark, as T5 has it."""
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
+    made.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>",
+                                   unk_token="<unk>", model_max_length=512)
+
+
+def unet(cross: int, **more: Any) -> UNet2DConditionModel:
+    """Three levels of two layers, as SDXL's: names in files follow from them."""
+    return UNet2DConditionModel(
+        sample_size=8, layers_per_block=2, block_out_channels=(8, 16, 16), attention_head_dim=4,
+        norm_num_groups=4, cross_attention_dim=cross, use_linear_projection=True,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), **more)
+
+
+def sd2() -> Any:
+    return StableDiffusionPipeline(
+        vae=vae(), unet=unet(32), text_encoder=clip(),
+        tokenizer=clip_tokenizer("!"), safety_checker=None, feature_extractor=None,
+        scheduler=DDIMScheduler(**SCHEDULE, prediction_type="v_prediction", clip_sample=False,
+                                set_alpha_to_one=False), requires_safety_checker=False)
+
+
+def sdxl() -> Any:
+    return StableDiffusionXLPipeline(
+        vae=vae(), text_encoder=clip(), tokenizer=clip_tokenizer(),
+        text_encoder_2=clip(CLIPTextModelWithProjection), tokenizer_2=clip_tokenizer("!"),
+        unet=unet(64, addition_embed_type="text_time",
+                  addition_time_embed_dim=8, projection_class_embeddings_input_dim=80),
+        scheduler=EulerDiscreteScheduler(**SCHEDULE))
+
+
+def sd3() -> Any:
+    return StableDiffusion3Pipeline(
+        vae=vae(16, shift_factor=0.06, scaling_factor=1.5),
+        transformer=SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=2,
+            attention_head_dim=8, num_attention_heads=4, joint_attention_dim=64,
+            caption_projection_dim=32, pooled_projection_dim=56, pos_embed_max_size=24,
+            dual_attention_layers=(0,), qk_norm="rms_norm"),
+        text_encoder=clip(CLIPTextModelWithProjection), tokenizer=clip_tokenizer(),
+        text_encoder_2=clip(CLIPTextModelWithProjection, 24), tokenizer_2=clip_tokenizer("!"),
+        text_encoder_3=t5(64), tokenizer_3=word_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+def flux(guided: bool = True) -> Any:
+    dynamic = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15,
+               "base_image_seq_len": 256, "max_image_seq_len": 4096}
+    return FluxPipeline(
+        vae=vae(4, shift_factor=0.1, scaling_factor=0.36),
+        transformer=FluxTransformer2DModel(
+            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1,
+            attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+            pooled_projection_dim=32, guidance_embeds=guided, axes_dims_rope=(4, 4, 8)),
+        text_encoder=clip(), tokenizer=clip_tokenizer(), text_encoder_2=t5(),
+        tokenizer_2=word_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(**(dynamic if guided else {})))
+
+
+def zimage() -> Any:
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return ZImagePipeline(
+        vae=vae(16, shift_factor=0.1, scaling_factor=0.36), tokenizer=tokenizer,
+        transformer=ZImageTransformer2DModel(
+            in_channels=16, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+            cap_feat_dim=32, axes_dims=[8, 4, 4], axes_lens=[1024, 64, 64]),
+        text_encoder=Qwen3Model(Qwen3Config(
+            vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=16)),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+MADE: dict[str, Callable[[], Any]] = {"sd2": sd2, "sdxl": sdxl, "sd3": sd3, "flux": flux,
+                                    "zimage": zimage}
+
+
+def base(family: str, folder: Path) -> Path:
+    torch.manual_seed(7)
+    MADE[family]().save_pretrained(folder, safe_serialization=True)
+    return folder
