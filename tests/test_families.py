@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from core import families, generate, lora, lora_formats, objective, samplers
+from core import families, generate, lora, lora_formats, objective, plan, samplers
 from core.config import GenerateConfig, TrainConfig
 from core.control import Control
 from core.engine import train
@@ -215,6 +215,20 @@ def test_skeletons_have_the_models_shapes(name: str, base: Path, loaded: tuple[F
         assert all(value.is_meta for value in one.parameters())
     assert (made.native_size, made.bucket_step) == (parts.native_size, parts.bucket_step)
     assert made.text.keys() == parts.text.keys()
+
+
+def test_plans_count_every_phase(name: str, base: Path, tmp_path: Path,
+                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """The traces run on the family's own code without weights."""
+    monkeypatch.setenv("DARKROOM_HOME", str(tmp_path))
+    card = plan.Machine("cuda", "a card", 8192, 8000, (8, 6), ram_mb=16000, disk_mb=1e5)
+    made = plan.plan_run(TrainConfig(gradient_checkpointing=True, max_resolution="32,32"),
+                         plan.Base.of(base), card)
+    assert {phase.name for phase in made.phases} >= {"texts", "cache", "train", "verify"}
+    assert all(phase.mb > 0 for phase in made.phases)
+    assert made.phase("train").parts["activations"] > 0
+    parts = families.get(name).load(base, FP32, frozenset({"denoiser"}))
+    assert made.base_parameters == sum(p.numel() for p in parts.denoiser.parameters())
 
 
 def test_presets_of_targets_exist(loaded: tuple[Family, Parts]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core import families, words
+from core import families, family_commands, words
 from core.families import detection
 from core.families.detection import Found, identify
 from core.faults import Fault
@@ -184,3 +185,17 @@ def test_every_sentence_is_there() -> None:
         f"families.is_{what}" for what, _ in detection.PARTS}
     for language in words.LANGUAGES:
         assert told <= words.catalogue(language).keys()
+
+
+def test_the_command_lists_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "noob.safetensors", FILES["SDXL"][0] | {"v_pred": []})
+    answers = []
+    for file in (None, path, write(tmp_path / "vae.safetensors", FILES["SD VAE"][0])):
+        code = family_commands._families(Namespace(file=file, json=True))
+        answers.append((code, json.loads(capsys.readouterr().out)))
+    assert [one["id"] for one in answers[0][1]["families"]] == list(families.MODULES)
+    assert (answers[1][1]["family"], answers[1][1]["v_prediction"]) == ("sdxl", True)
+    assert answers[2][0] == 2
+    assert answers[2][1]["what"] == "vae"
+    assert family_commands._families(Namespace(file=None, json=False)) == 0
+    assert "sdxl" in capsys.readouterr().out

@@ -60,8 +60,9 @@ class ZImage(Loaded):
     def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
         encoder = parts.text["text_encoder"]
         mask = tokens["text_encoder.mask"].to(encoder.device)
-        out = encoder(input_ids=tokens["text_encoder"].to(encoder.device),
-                      attention_mask=mask.bool(), output_hidden_states=True)
+        seen = None if mask.is_meta else mask.bool()        # a plan has no numbers to look at
+        out = encoder(input_ids=tokens["text_encoder"].to(encoder.device), attention_mask=seen,
+                      output_hidden_states=True)
         return {"text": out.hidden_states[-2], "mask": mask}
 
     def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
