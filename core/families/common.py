@@ -105,8 +105,9 @@ class Loaded:
         if kind.shipped:
             return CLIPTokenizer.from_pretrained(loading.TOKENIZER, pad_token=kind.pad)
         try:
-            return AutoTokenizer.from_pretrained(companions.find_tokenizer(
-                layout.source, kind.kinds, kind.title), local_files_only=True)
+            folder = companions.find_tokenizer(layout.source, kind.kinds, kind.title)
+            with loading.told(folder):
+                return AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Fault as fault:
             if real:
                 raise
