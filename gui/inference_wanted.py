@@ -227,14 +227,14 @@ def job(snap: Snapshot, desk: Desk, kind: str, values: Mapping[str, Any], device
 
 def _called(prompt: str, known: Mapping[str, str]) -> dict[str, str]:
     """The files of the prompt's tags. Raises Fault for a name that nothing has."""
-    called = [name for name, _ in lora_names.split_prompt(prompt)[1]]
-    lora_names.refuse_paths(called)
-    for name in called:
+    tagged = lora_names.split_prompt(prompt)[1]
+    lora_names.refuse_paths(tagged)
+    for name, _ in tagged:
         with contextlib.suppress(Fault):
             if name in known or lora_names.find_lora(name, DEFAULT_WEIGHT):
                 continue
         raise lora_names.unknown(name, known)
-    return {name: known[name] for name in called if name in known}
+    return {name: known[name] for name, _ in tagged if name in known}
 
 
 def _checked(data: dict[str, Any]) -> DrawConfig:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -202,6 +202,7 @@ def test_the_chart_draws_what_was_measured(ctx: Context) -> None:
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=60), st.integers(0, 500))
+@example([0.0, 5e-324], 0)
 def test_any_losses_make_a_chart(values: list[float], total: int) -> None:
     fake: Any = Context(None, "en", Page())  # type: ignore[arg-type]
     points = tuple((float(n + 1), value) for n, value in enumerate(values))

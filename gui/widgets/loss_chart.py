@@ -89,8 +89,8 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     """Without the one in fifty highest: a single spike must not flatten the curve."""
     ordered = sorted(values)
     low, high = ordered[0], ordered[min(len(ordered) - 1, ceil(0.98 * len(ordered)))]
-    return (low, high) if high > low else (low - 0.5 * abs(low) - 1e-6, high + 0.5 * abs(high)
-                                           + 1e-6)
+    return (low, high) if high - low > 1e-12 else (low - 0.5 * abs(low) - 1e-6,
+                                                   high + 0.5 * abs(high) + 1e-6)
 
 
 def _ticks(low: float, high: float) -> list[float]:
