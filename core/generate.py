@@ -148,7 +148,7 @@ def draw(pipeline: Any, parts: Parts, shot: Shot, arguments: dict[str, Any],
     return image
 
 
-def load_adapter(pipeline: Any, path: Path, name: str, family: str) -> str:
+def load_adapter(pipeline: Any, path: Path, name: str, family: str = "") -> str:
     """Loads a LoRA file by diffusers' own reader, or what that can't read by core.adapter_file.
     Raises Fault where none of it fits the base."""
     source: Any = lora_formats.for_diffusers(path, family)
@@ -192,7 +192,7 @@ def load_words(parts: Parts, path: Path,
     return found
 
 
-def modules_in(path: Path, family: str) -> int:
+def modules_in(path: Path, family: str = "") -> int:
     """Adapted layers of a file: one of these each, but fused ones count as their parts."""
     if lora_formats.fuses(family):
         return len(lora_formats.read(path, family).layers)

@@ -226,7 +226,7 @@ def _load_into_base(file: Path) -> None:
     from core.generate import load_adapter
     pipeline = _pipeline()
     try:
-        load_adapter(pipeline, file, "fuzz", "sd15")
+        load_adapter(pipeline, file, "fuzz")
     finally:
         pipeline.unload_lora_weights()
 

@@ -208,7 +208,7 @@ def test_all_spellings_name_the_same_layer(tmp_path: Path, down: str, up: str, p
 
 
 @pytest.mark.parametrize("keys", [
-    ["lora_unet_joint_blocks_0_x_block_attn_qkv"], ["lora_unet_blocks_0_self_attn_q"],
+    ["lora_unet_double_layers_0_attn_w1q"], ["lora_unet_blocks_0_self_attn_q"],
     ["diffusion_model.layers.0.attention.qkv"]])
 def test_names_of_unknown_families_are_not_guessed(tmp_path: Path, keys: list[str]) -> None:
     save_file({f"{key}.lora_{half}.weight": torch.ones(2, 2) for key in keys
