@@ -40,9 +40,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_base(tmp_path_factory.mktemp("base") / "tiny")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
     reasons = {"network": "no model hub can be reached in this suite"}
+    if "slow" not in config.option.markexpr:
+        reasons["slow"] = "takes minutes: pytest -m slow"
     if not torch.cuda.is_available():
         reasons["gpu"] = "no NVIDIA GPU here"
     for item in items:
