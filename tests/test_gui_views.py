@@ -167,9 +167,9 @@ def test_a_fault_is_a_card_with_its_fixes_and_no_traceback_first(
     shown = view(tmp_path, state="failed", fault=fault, step=1)
     text = fault_card(ctx, shown)
     found = [(b["data-act"], b["data-id"]) for b in Tags(text).buttons() if "data-act" in b]
-    assert found[:2] == [("fix", f"{shown.id}/0"), ("fix", f"{shown.id}/1")]
-    assert found[-2:] == [("resume", shown.id), ("folder", shown.id)]
-    assert {act for act, _ in found[2:-2]} == {"remedy"}
+    assert found[:4] == [("fix", f"{shown.id}/0"), ("fix", f"{shown.id}/1"),
+                         ("resume", shown.id), ("folder", shown.id)]
+    assert {act for act, _ in found[4:]} == {"remedy"}
     assert f"/diagnostics/{shown.id}" in [b.get("data-copy") for b in Tags(text).buttons()]
     assert text.index("data-act") < text.index("<details>") < text.index("Traceback")
     assert fault_card(ctx, view(tmp_path)) == ""
