@@ -278,7 +278,7 @@ class GenerateConfig(BaseModel):
     loras: list[str] = []                  # "file-or-name[:weight]"
     seed: int = Field(default=42, ge=0, lt=2**63)
     steps: int = Field(default=25, ge=1, le=1000)
-    cfg: float = Field(default=7.0, ge=0, le=50)
+    cfg: float | None = Field(default=None, ge=0, le=50)    # None: the family's own
     size: str = ""                         # "W,H"; empty: the base's own
     sampler: str = "auto"
     count: int = Field(default=1, ge=1, le=1000)

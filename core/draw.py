@@ -64,7 +64,7 @@ def draw(config: DrawConfig, emit: Callable[[Event], None], control: Control) ->
     studio = Studio(base, config, emit)
     studio.load()
     side = studio.parts.native_size
-    shot = Shot(prompt, config.negative, config.seed, config.steps, config.cfg,
+    shot = Shot(prompt, config.negative, config.seed, config.steps, studio.guidance(config),
                 size_of(config.size) or (side, side), config.sampler)
     columns = columns_of(config, loras)
     watch = _Watch(config.count * len(columns) * shot.steps, emit, control)

@@ -54,7 +54,7 @@ def generate(config: GenerateConfig, emit: Callable[[Event], None],
     emit(Phase(name="load"))
     studio.load()
     side = studio.parts.native_size
-    shot = Shot(prompt, config.negative, config.seed, config.steps, config.cfg,
+    shot = Shot(prompt, config.negative, config.seed, config.steps, studio.guidance(config),
                 size_of(config.size) or (side, side), config.sampler)
     if config.sheet:
         return _draw_sheet(studio, config, shot, loras, emit)
@@ -80,6 +80,9 @@ class Studio:
         self._adapters: dict[Path, str] = {}
         self._words: dict[Path, dict[str, str]] = {}
         self._active: dict[str, str] = {}           # new words -> their tokens
+
+    def guidance(self, config: GenerateConfig) -> float:
+        return self.family.spec.cfg if config.cfg is None else config.cfg
 
     def load(self) -> None:
         self.parts: Parts = self.family.load(self.source, self.precision, ALL_PARTS)

@@ -70,8 +70,8 @@ class Inference:
             self.steps = gr.Number(label=say("draw_steps"), precision=0, value=28, min_width=80,
                                    elem_id="draw-steps", minimum=1)
         with gr.Row(elem_id="draw-more"):
-            self.cfg = gr.Number(label=say("cfg"), value=7, min_width=100, elem_id="draw-cfg",
-                                 minimum=0)
+            self.cfg = gr.Number(label=say("cfg"), min_width=100, elem_id="draw-cfg", minimum=0,
+                                 placeholder=say("tab_inference.auto"))
             self.sampler = gr.Dropdown(
                 [(say("tab_inference.auto"), "auto"),
                  *((label, name) for name, (label, _, _) in SAMPLERS.items())],
