@@ -520,12 +520,13 @@ def _prepare(home: Path) -> None:
     from PIL import Image
     from safetensors.torch import save_file
 
-    from core.families.sd15 import UNET_KEY
     diffusers.utils.logging.set_verbosity(100)
     _made["picture"], _made["state"] = home / "one.png", home / "state.safetensors"
     Image.new("RGB", (8, 8), "red").save(_made["picture"])
     save_file({"adapter.x": torch.ones(1), "optimizer.0.step": torch.ones(1)}, _made["state"])
-    save_file({UNET_KEY: torch.ones(4, 4), "first_stage_model.x": torch.ones(1)},
+    unet = "model.diffusion_model.input_blocks"
+    save_file({f"{unet}.0.0.weight": torch.ones(8, 4, 3, 3), "first_stage_model.x": torch.ones(1),
+               f"{unet}.1.1.transformer_blocks.0.attn2.to_k.weight": torch.ones(4, 768)},
               home / "checkpoint.safetensors")
     _made["checkpoint"] = (home / "checkpoint.safetensors").read_bytes()
     os.chdir(home)

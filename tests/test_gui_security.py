@@ -166,7 +166,7 @@ def make_run(name: str, picture: Path, lora: Path) -> str:
 
 def test_pictures_and_files_of_runs_by_number_only(served: Served, tmp_path: Path) -> None:
     from PIL import Image
-    Image.new("RGB", (900, 700), "red").save(tmp_path / "p.png")
+    Image.effect_noise((900, 700), 60).convert("RGB").save(tmp_path / "p.png")
     (tmp_path / "l.safetensors").write_bytes(b"weights")
     run_id = make_run("mia", tmp_path / "p.png", tmp_path / "l.safetensors")
     deadline = time.monotonic() + 5

@@ -140,11 +140,11 @@ def test_listed_by_family_and_size() -> None:
     assert presets.list_presets(family="sd15")[0].said("title", "zh-CN") == "4GB 显存"
 
 
-def test_families_of_bases(tmp_path: Path) -> None:
+def test_families_of_bases(tmp_path: Path, base: Path) -> None:
     assert presets.family_of("demo") == "demo"
     assert presets.family_of(str(paths.DEMO / "base")) == "demo"
     assert presets.family_of("") == presets.family_of("sd15") == "sd15"
-    assert presets.family_of(str(tmp_path)) == "sd15"
+    assert presets.family_of(str(base)) == "sd15"
     with pytest.raises(Fault) as caught:
         presets.family_of(str(tmp_path / "none.safetensors"))
     assert caught.value.code == "families.missing"

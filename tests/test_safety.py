@@ -63,8 +63,8 @@ def test_no_pickle_is_opened_anywhere(tmp_path: Path, monkeypatch: pytest.Monkey
     for read, code in (
             (lambda: read_header(file), "lora_file"),
             (lambda: lora_file.describe(file), "lora_file"),
-            (lambda: lora_file.read_lora(file), "lora_file"), (lambda: Base.of(file), "lora_file"),
-            (lambda: generate.load_adapter(None, file, "a"), "lora_file"),
+            (lambda: lora_file.read_lora(file), "lora_file"), (lambda: Base.of(file), "families"),
+            (lambda: generate.load_adapter(None, file, "a", "sd15"), "lora_file"),
             (lambda: family.load(file, CPU), "families"),
             (lambda: family.skeleton(file, CPU), "families")):
         assert code_of(read) == f"{code}.pickle"
