@@ -3,7 +3,8 @@
 window.darkroom = (() => {
   const address = location.pathname.replace(/\/*$/, '/') + 'live';
   const told = {}, marks = {}, places = {};
-  let version = '', painted = '', filled = null, busy = false, again = false, misses = 0;
+  const done = {refill: 0, repaint: ''}, wanted = {...done};
+  let version = '', busy = false, again = false, misses = 0;
 
   // Nodes that stay keep their focus, scroll position and open folds.
   function morph(old, fresh) {
@@ -64,7 +65,14 @@ window.darkroom = (() => {
     put(id);
   }
 
-  function press(id) { document.getElementById(id)?.click(); }
+  function settle() {                           // Gradio's part; its buttons may come late
+    for (const id in wanted) {
+      const button = document.getElementById(id);
+      if (!button || done[id] === wanted[id]) continue;
+      done[id] = wanted[id];
+      button.click();
+    }
+  }
 
   async function poll() {
     if (busy) { again = true; return; }
@@ -76,6 +84,7 @@ window.darkroom = (() => {
       lost(false);
       if (answer.status === 200) take(await answer.json());
       for (const id in told) id.startsWith('tab-') ? name(id, told[id]) : put(id);
+      settle();
     } catch (error) { lost(true); }
     busy = false;
     if (again) { again = false; poll(); }
@@ -87,10 +96,8 @@ window.darkroom = (() => {
       marks[id] = mark;
     }
     version = news.version;
-    if (filled !== null && filled !== news.filled) press('refill');
-    if (painted !== news.painted) press('repaint');
-    filled = news.filled;
-    painted = news.painted;
+    wanted.refill = news.filled;
+    wanted.repaint = news.painted;
   }
 
   function lost(now) {

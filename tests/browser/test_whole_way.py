@@ -110,15 +110,18 @@ def test_two_pages_show_the_same(page: Any, served: Any) -> None:
     other.wait_for_selector("#header .header")
     served.house.projects.edit(output_name="from-one")
     served.house.filled()
-    for one in (page, other):
+    for one in (other, page):
+        one.bring_to_front()                # pages that are hidden don't ask
         until(lambda one=one: one.locator("#field-output_name input, #field-output_name textarea")
               .first.input_value() == "from-one")
-    page.locator("#field-output_name input, #field-output_name textarea").first.fill("by hand")
+    page.locator("#field-output_name input, #field-output_name textarea").first.select_text()
+    page.keyboard.type("by hand")
     until(lambda: served.house.projects.now.edits.get("output_name") == "by hand")
     page.locator("#header .menu summary").click()           # another project, on both
     page.locator("#header .menu form input").fill("second")
     page.keyboard.press("Enter")
     for one in (page, other):
+        one.bring_to_front()
         until(lambda one=one: "second" in one.locator("#header .menu summary").inner_text())
         until(lambda one=one: one.locator("#field-output_name input, #field-output_name textarea")
               .first.input_value() != "by hand")
@@ -141,7 +144,9 @@ def test_a_torn_picture_and_a_bad_yaml(page: Any, served: Any, language: str,
     until(lambda: "torn.png" in page.locator("#dataset-report .findings").text_content())
     tab(page, "parameters")
     page.locator("#level-yaml button").first.click()
-    page.evaluate("document.querySelector('#level-yaml .cm-content').textContent = 'lora_rnk: 8'")
+    page.locator("#level-yaml .cm-content").click()
+    page.keyboard.press("Control+a")
+    page.keyboard.type("lora_rnk: 8")
     page.locator("#yaml-take").click()
     message = page.locator("#messages .message.warning")
     message.wait_for()
@@ -176,17 +181,20 @@ def test_a_killed_worker_can_be_resumed(page: Any, served: Any) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0,
                     reason="only root can make a disk of its own")
-def test_a_full_disk_has_its_card(page: Any, served: Any, tmp_path: Path) -> None:
+def test_a_full_disk_is_told_and_nothing_is_lost(page: Any, served: Any, tmp_path: Path) -> None:
     import subprocess
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk]).returncode:
         pytest.skip("no file system may be mounted here")
     try:
-        started(page, served, max_train_steps=3, output_dir=str(disk))
-        card = page.locator("#run-head .card.fault")
-        card.wait_for(timeout=150_000)
-        assert str(disk) in card.inner_text()
-        assert card.locator("pre").is_hidden() or card.locator("pre").count() == 0
+        run = started(page, served, max_train_steps=3, output_dir=str(disk))
+        done = served.house.jobs.wait(run.id, 150)
+        assert done.state == "done"
+        until(lambda: str(disk) in page.locator("#run-notes").inner_text())
+        saved = Path(done.checkpoints[-1].path)             # where it says
+        assert saved.is_file()
+        assert not saved.is_relative_to(disk)
+        assert str(saved) in page.locator("#run-notes").inner_text()
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
