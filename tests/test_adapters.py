@@ -517,7 +517,12 @@ RUNS = [("lora", {"optimizer": "schedulefree", "lora_plus_ratio": 4.0, "sample_e
         ("oft", {"optimizer": "adamw", "module_dropout": 0.2})]
 
 
-@pytest.mark.parametrize(("kind", "changes"), RUNS, ids=[kind for kind, _ in RUNS])
+DAILY = ("lora", "dora", "lokr")             # the others with `-m slow`
+
+
+@pytest.mark.parametrize(("kind", "changes"), [
+    pytest.param(kind, changes, id=kind, marks=[] if kind in DAILY else [pytest.mark.slow])
+    for kind, changes in RUNS])
 def test_runs_are_proven_and_resume_to_the_bit(kind: str, changes: dict[str, Any], base: Path,
                                                tmp_path: Path) -> None:
     pictures = tiny.pictures(tmp_path / "pictures", 4)

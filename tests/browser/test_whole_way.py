@@ -94,14 +94,24 @@ def test_from_pictures_to_an_exported_lora(page: Any, served: Any, language: str
     keep("done")
 
     press(page, say("try_it"))                              # 0.8, compare slider
-    weight = page.locator("#tab-inference input[type=number]").first
-    weight.wait_for(state="attached")
-    page.locator("#compare").click()
-    page.locator("#slider .compare img").nth(1).wait_for(state="visible", timeout=120_000)
+    weight = page.locator("#loras input[type=number]")
+    weight.wait_for(state="visible")
+    assert weight.input_value() == "0.8"
+    page.locator("#draw-acts [data-act=compare]").click()
+    page.locator("#draw-large .compare img").nth(1).wait_for(state="visible", timeout=120_000)
     drawn = next(view for view in house.jobs.views() if view.job == "generate")
     assert drawn.config["weights"] == [0.0, 0.8]
     keep("inference")
     assert not faults(page)
+
+    forge = tmp_path_factory.mktemp("forge")                # export
+    page.locator("#lora-export summary").click()
+    page.locator("#lora-export select[name=program]").select_option("forge")
+    page.locator("#lora-export input[name=folder]").fill(str(forge))
+    page.locator("#lora-export form button").click()
+    page.locator("#lora-export [role=status]").wait_for()
+    (copied,) = forge.rglob("*.safetensors")
+    assert copied.read_bytes() == Path(done.checkpoints[-1].path).read_bytes()
 
 
 def test_two_pages_show_the_same(page: Any, served: Any) -> None:
