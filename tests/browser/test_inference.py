@@ -46,15 +46,15 @@ def test_loras_are_mixed_swept_and_exported(page: Any, served: Any, base: Path, 
 
     prompt.fill("a cat")
     page.locator("#loras [data-word=inky]").click()
-    assert prompt.input_value() == "inky, a cat"
+    until(lambda: prompt.input_value() == "inky, a cat")
     prompt.press("End")
     prompt.press_sequentially(" <lora:in")
     names = page.locator("#lora-names-list li")
-    assert names.all_inner_texts() == ["ink-20", "ink-10"]
+    until(lambda: names.all_inner_texts() == ["ink-20", "ink-10"])
     prompt.press("ArrowDown")
     prompt.press("Enter")
-    assert prompt.input_value() == "inky, a cat <lora:ink-10:0.8>"
-    assert page.locator("#lora-names-list").is_hidden()
+    until(lambda: prompt.input_value() == "inky, a cat <lora:ink-10:0.8>")
+    until(page.locator("#lora-names-list").is_hidden)
     prompt.blur()
     until(lambda: served.house.projects.now.inference.get("prompt", "").endswith(":0.8>"))
     prompt.fill("inky, a cat")
@@ -63,8 +63,9 @@ def test_loras_are_mixed_swept_and_exported(page: Any, served: Any, base: Path, 
     page.locator("#draw-acts [data-act=checkpoints]").click()
     sheet = page.locator("#draw-large img.sheet")
     sheet.wait_for(state="visible", timeout=90_000)
-    assert page.locator("#gallery figure").count() == 3     # two pictures and their sheet
-    assert page.locator("#gallery figcaption small").nth(1).inner_text().count("ink-20 0.8") == 1
+    until(lambda: page.locator("#gallery figure").count() == 3)     # two pictures, their sheet
+    until(lambda: page.locator("#gallery figcaption small").nth(1).inner_text().count(
+        "ink-20 0.8") == 1)
     job = next(view for view in served.house.jobs.views() if view.job == "generate")
     first, last = (Path(sample.path) for sample in job.samples[:2])
     assert first.read_bytes() != last.read_bytes()
@@ -75,9 +76,9 @@ def test_loras_are_mixed_swept_and_exported(page: Any, served: Any, base: Path, 
     page.locator("#inference-drop input[name=files]").set_input_files(str(first))
     until(lambda: row.count() == 2)                 # the picture's own LoRAs, steps and weights
     page.locator("#loras .added li").nth(1).wait_for()
-    assert page.locator("#loras .name b").first.inner_text() == "ink · step 10"
+    until(lambda: page.locator("#loras .name b").first.inner_text() == "ink · step 10")
     page.wait_for_function("document.querySelector('#draw-steps input').value === '2'")
-    assert second.input_value() == "0.35"
+    until(lambda: second.input_value() == "0.35")
 
     page.locator("#gallery [data-act=delete]").first.click()
     until(lambda: page.locator("#gallery figure").count() == 2)
