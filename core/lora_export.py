@@ -6,22 +6,16 @@ spelled otherwise is converted by `darkroom lora convert` in a child process, wh
 
 from __future__ import annotations
 
-import contextlib
 import filecmp
 import os
-import re
 import shutil
-import string
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-
-from core import lora_file, paths
+from core import lora_file, model_search, paths
 from core.faults import Fault
 
 PROGRAMS = {"a1111": ("models", "Lora"), "forge": ("models", "Lora"),
@@ -30,8 +24,6 @@ READS = {"a1111": ("kohya",), "forge": ("kohya",), "comfyui": ("kohya", "comfyui
          "diffusers": ("diffusers",)}       # the first is what others are converted to
 CONVERT_S = 300.0                           # a large file on a slow disk
 _RUN = "import sys; from launcher import _run; sys.exit(_run(sys.argv[1:]))"
-_NAMES = re.compile(r"webui|comfyui|stability ?matrix|forge|automatic", re.IGNORECASE)
-_USUAL = ("Desktop", "Documents", "Downloads", "AI", "ai", "apps", "git", "src", "Projects")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +33,11 @@ class Place:
 
 
 def find_places() -> list[Place]:
-    """Installed programs in the usual places, two folders deep; what can't be read is passed
-    over."""
+    """Installed programs in the usual places."""
     found: dict[str, Place] = {}
-    for parent in _parents():
-        for app in (one for one in _folders(parent) if _NAMES.search(one.name)):
-            for root in (app, *_folders(app)):          # portable builds lie one folder deeper
-                if place := place_of(root):
-                    found.setdefault(os.path.realpath(place.folder), place)
+    for root in model_search.installed():
+        if place := place_of(root):
+            found.setdefault(os.path.realpath(place.folder), place)
     return list(found.values())
 
 
@@ -126,23 +115,3 @@ def free_name(file: Path, folder: Path) -> Path:
         number += 1
         target = folder / f"{file.stem}-{number}{file.suffix}"
     return target
-
-
-def _folders(parent: Path) -> list[Path]:
-    with contextlib.suppress(OSError), os.scandir(parent) as entries:
-        return sorted(parent / one.name for one in entries
-                      if not one.name.startswith((".", "$")) and one.is_dir())
-    return []
-
-
-def _parents() -> Iterator[Path]:
-    """Where people unpack such programs: home, its usual folders, and each drive."""
-    home = Path.home()
-    yield home
-    yield from (home / name for name in _USUAL)
-    yield Path(platformdirs.user_documents_dir())
-    drives = [Path(f"{letter}:\\") for letter in string.ascii_uppercase] if os.name == "nt" else [
-        Path("/opt")]
-    for drive in drives:
-        yield drive
-        yield from (drive / name for name in ("AI", "SD", "Stable Diffusion"))

@@ -6,7 +6,6 @@ Only headers and small JSON files are read, within bounds of time and depth. Wit
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import string
@@ -17,9 +16,10 @@ from pathlib import Path
 
 import platformdirs
 
-from core import families, hub_index, lora_file
+from core import families, hub_index, words
+from core.families import detection
 from core.faults import Fault
-from core.safetensors_header import PICKLES, read_header
+from core.safetensors_header import PICKLES
 
 SECONDS = 20.0                          # for one search
 DEPTH = 4                               # folders below a place that holds models
@@ -28,11 +28,9 @@ APPS = re.compile(r"webui|comfyui|fooocus|stability ?matrix|forge|sd\.?next|swar
                   re.IGNORECASE)
 INSIDE = ("models/Stable-diffusion", "models/StableDiffusion", "models/checkpoints",
           "Models/Stable-Diffusion", "Models/StableDiffusion", "Data/Models/StableDiffusion")
-FIRST_CONV = "model.diffusion_model.input_blocks.0.0.weight"
-# by the class that a diffusers folder names
-PIPELINES = (("StableDiffusionXL", "sdxl"), ("StableDiffusion3", "sd3"), ("Flux", "flux"),
-             ("StableDiffusion", "sd15"))
-SD2_WIDTH = 1024                        # of its text encoder; SD 1.x: 768
+# What lies beside bases and is none; not worth a line in a list.
+PARTS = frozenset(("lora", "controlnet", "embedding", "upscaler", "unknown", "part_folder",
+                   "language_model", "t5", "clip", "clip_l", "clip_g", "vae", "vae_16", "vae_32"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +39,15 @@ class Found:
     strings/*/model_search.yaml."""
 
     path: Path
-    family: str                         # sd15 | sd2 | sdxl | sd3 | flux | unknown
+    family: str                         # a key of families.MODULES; "": none of these
     mb: int                             # 10^6 bytes
     reason: str = ""
+    what: str = ""                      # a key of strings/*/families.yaml, after "is_"
+
+    def why(self, language: str) -> str:
+        """The reason as a sentence."""
+        kind = words.say(f"families.is_{self.what}", lang=language) if self.what else ""
+        return words.say(f"model_search.{self.reason}", {"what": kind}, language)
 
 
 def search(folders: Iterable[Path], seconds: float = SECONDS, depth: int = DEPTH
@@ -60,62 +64,46 @@ def search(folders: Iterable[Path], seconds: float = SECONDS, depth: int = DEPTH
 
 def look(path: Path) -> Found | None:
     """What a file or folder is; None: no base. Raises Fault where a file is malformed."""
-    if path.is_dir():
-        return _folder(path)
-    mb = round(path.stat().st_size / 1e6)
-    if path.suffix.lower() in PICKLES:
-        return Found(path, "unknown", mb, "pickle")
-    info = lora_file.describe(path)
-    if info.format == "unet" and info.size > 1e9:
-        return Found(path, info.family, mb, "denoiser_only")
-    if info.format != "checkpoint":
+    is_folder = path.is_dir()
+    if not is_folder and path.suffix.lower() in PICKLES:
+        return Found(path, "", round(path.stat().st_size / 1e6), "pickle")
+    try:
+        found = detection.identify(path)
+    except Fault as fault:
+        if fault.code == "families.not_a_folder":
+            return None
+        raise
+    if found.what in PARTS:
         return None
-    names = read_header(path).tensors
-    first = names.get(FIRST_CONV)
-    if first and len(first.shape) > 1 and first.shape[1] > 4:
-        return Found(path, info.family, mb, "inpainting")
-    return Found(path, info.family, mb, _untrained(info.family))
+    mb, reason = _weights(path) if is_folder else (round(path.stat().st_size / 1e6), "")
+    if found.family not in families.MODULES:
+        reason = "other"
+    return Found(path, found.family, mb, reason, found.what)
 
 
 def usual_places(extra: Sequence[str] = ()) -> list[Path]:
     """The user's own folders first, then those that are there of all that we know."""
     own = [Path(one).expanduser() for one in extra if one.strip()]
-    found = [*own, hub_index.models_dir(), _hub_cache()]
-    for parent in _parents():
-        for app in (one for one in _folders(parent) if APPS.search(one.name)):
-            for root in (app, *_folders(app)):          # portable builds lie one folder deeper
-                found += [root / inner for inner in INSIDE]
+    found = [*own, hub_index.models_dir(), _hub_cache(),
+             *(root / inner for root in installed() for inner in INSIDE)]
     there = {os.path.realpath(one): one for one in reversed(found) if one.is_dir()}
     return list(reversed(there.values()))
 
 
-def _untrained(family: str) -> str:
-    return "" if family in families.MODULES else (
-        "unknown" if family == "unknown" else "not_yet")
+def installed() -> Iterator[Path]:
+    """Folders named as other programs' are, in the usual places, and the folders within: portable
+    builds lie one deeper."""
+    for parent in _parents():
+        for app in (one for one in _folders(parent) if APPS.search(one.name)):
+            yield from (app, *_folders(app))
 
 
-# --- folders of diffusers ---
-
-def _folder(path: Path) -> Found | None:
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        index = json.loads((path / "model_index.json").read_text("utf-8"))
-        name = str(index.get("_class_name", ""))
-        family = next((one for start, one in PIPELINES if name.startswith(start)), "unknown")
-        if family == "sd15" and _width(path) == SD2_WIDTH:
-            family = "sd2"
-        weights = [one for one in path.glob("*/*") if one.suffix in (".safetensors", ".bin")]
-        safe = [one for one in weights if one.suffix == ".safetensors"]
-        mb = round(sum(one.stat().st_size for one in safe or weights) / 1e6)
-        reason = "inpainting" if "Inpaint" in name else _untrained(family)
-        return Found(path, family, mb, reason if safe else "pickle" if weights else "no_weights")
-    return None
-
-
-def _width(path: Path) -> int:
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        config = json.loads((path / "text_encoder" / "config.json").read_text("utf-8"))
-        return int(config["hidden_size"])
-    return 0
+def _weights(folder: Path) -> tuple[int, str]:
+    """-> 10^6 bytes, and what is wrong with them."""
+    weights = [one for one in folder.glob("*/*") if one.suffix in (".safetensors", ".bin")]
+    safe = [one for one in weights if one.suffix == ".safetensors"]
+    mb = round(sum(one.stat().st_size for one in safe or weights) / 1e6)
+    return mb, "" if safe else "pickle" if weights else "no_weights"
 
 
 # --- walking ---

@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from core import model_search, presets
+from core import model_search, presets, words
 from core.faults import Fault
 from gui.context import Context, Snapshot
 from gui.form import problems, said
@@ -66,28 +66,29 @@ def _base(ctx: Context, snap: Snapshot) -> Item:
         family = presets.family_of(base)
     except Fault as fault:
         return Item("bad", ctx.told(fault))
-    if unfit := _unfit(base):
-        return Item("bad", ctx.say(unfit, base=Path(base).name, family=family))
+    if unfit := _unfit(ctx, base):
+        return Item("bad", unfit)
     return Item("ok", ctx.say("base_is", base=Path(base).name, family=family))
 
 
-def _unfit(base: str) -> str:
+def _unfit(ctx: Context, base: str) -> str:
     """Why a file or folder is no base that can be trained; "": it is one."""
     path = Path(base).expanduser()
     try:
-        return "" if base == "demo" else _looked(path, path.stat().st_mtime_ns)
+        return "" if base == "demo" else _looked(path, path.stat().st_mtime_ns, ctx.language)
     except OSError:
         return ""                       # its absence is told already
 
 
 @functools.lru_cache(maxsize=32)
-def _looked(path: Path, mark: int) -> str:
+def _looked(path: Path, mark: int, language: str) -> str:
     try:
         found = model_search.look(path)
     except Fault:
-        return "base_model.damaged"
-    return "base_model.no_base" if found is None else (
-        f"model_search.{found.reason}" if found.reason else "")
+        return words.say("base_model.damaged", {"base": path.name}, language)
+    if found is None:
+        return words.say("base_model.no_base", {"base": path.name}, language)
+    return found.why(language) if found.reason else ""
 
 
 def _memory(ctx: Context, snap: Snapshot) -> list[Item]:

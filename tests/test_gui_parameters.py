@@ -66,7 +66,7 @@ def whole(text: str) -> str:
 def test_bases_are_listed_with_what_stands_against_them(ctx: Context, tmp_path: Path) -> None:
     house = ctx.house
     good = Found(tmp_path / "<b>good.safetensors", "sd15", 2100)
-    house.bases._set(found=(good, Found(tmp_path / "xl", "sdxl", 6900, "not_yet")), searched=True)
+    house.bases._set(found=(good, Found(tmp_path / "xl", "chroma", 6900, "other", "chroma")), searched=True)
     text = whole(base_chooser(ctx, house.snapshot()))
     assert "<b>good" not in text
     assert "SDXL" in text

@@ -45,7 +45,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("width", "channels", "family", "reason"), [
-    (768, 4, "sd15", ""), (1024, 4, "sd2", ""), (768, 9, "sd15", "inpainting")])
+    (768, 4, "sd15", ""), (1024, 4, "sd2", ""), (768, 9, "", "other")])
 def test_checkpoints_are_told_apart(tmp_path: Path, width: int, channels: int, family: str,
                                     reason: str) -> None:
     found = look(checkpoint(tmp_path / "a.safetensors", width, channels))
@@ -55,9 +55,18 @@ def test_checkpoints_are_told_apart(tmp_path: Path, width: int, channels: int, f
 
 def test_sdxl_is_known_as_such(tmp_path: Path) -> None:
     found = look(checkpoint(tmp_path / "xl.safetensors", 2048, **{
+        "model.diffusion_model.label_emb.0.0.weight": (1280, 2816),
         "conditioner.embedders.1.model.ln_final.weight": (8,)}))
     assert found is not None
     assert found.family == "sdxl"
+
+
+def test_a_denoiser_alone_is_a_base_where_its_family_trains_so(tmp_path: Path) -> None:
+    """Start in the window must not be barred for what the engine trains."""
+    found = look(safetensors(tmp_path / "flux.safetensors", **{
+        "double_blocks.0.img_attn.norm.key_norm.scale": (128,), "img_in.weight": (3072, 64)}))
+    assert found is not None
+    assert (found.family, found.reason, found.what) == ("flux", "", "flux_schnell")
 
 
 def test_loras_vaes_and_embeddings_are_no_bases(tmp_path: Path) -> None:
@@ -78,8 +87,12 @@ def test_model_folders_are_one_base(base: Path, tmp_path: Path) -> None:
     assert look(DEMO / "base") is not None
     index = tmp_path / "xl" / "model_index.json"
     index.parent.mkdir()
-    index.write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    assert look(index.parent) == Found(index.parent, "sdxl", 0, "no_weights")
+    index.write_text('{"_class_name": "FluxPipeline"}')
+    assert look(index.parent) == Found(index.parent, "flux", 0, "no_weights", "flux_schnell")
+    index.write_text('{"_class_name": "ChromaPipeline"}')
+    found = look(index.parent)
+    assert found is not None
+    assert (found.reason, "Chroma" in found.why("en")) == ("other", True)
     index.write_text("[1]")
     assert look(index.parent) is None
 

@@ -53,7 +53,7 @@ def _here(ctx: Context, snap: Snapshot, good: list[Found]) -> str:
 def _found(ctx: Context, snap: Snapshot, one: Found, number: int) -> str:
     family = TITLES.get(one.family, "")
     if one.reason:
-        act = esc(ctx.say(f"model_search.{one.reason}", family=family))
+        act = esc(one.why(ctx.language))
     elif str(one.path) == snap.config.base_model:
         act = f"✓ {esc(ctx.say('base_model.used'))}"
     else:
