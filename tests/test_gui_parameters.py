@@ -66,10 +66,12 @@ def whole(text: str) -> str:
 def test_bases_are_listed_with_what_stands_against_them(ctx: Context, tmp_path: Path) -> None:
     house = ctx.house
     good = Found(tmp_path / "<b>good.safetensors", "sd15", 2100)
-    house.bases._set(found=(good, Found(tmp_path / "xl", "chroma", 6900, "other", "chroma")), searched=True)
+    refused = Found(tmp_path / "c", "chroma", 6900, "other", "chroma")
+    house.bases._set(found=(good, refused), searched=True)
     text = whole(base_chooser(ctx, house.snapshot()))
     assert "<b>good" not in text
-    assert "SDXL" in text
+    assert "Chroma" in refused.why(ctx.language)
+    assert refused.why(ctx.language) in text
     assert [b["data-id"] for b in Tags(text).buttons() if b["data-act"] == "use_base"] == ["0"]
     deeds.act(ctx, "use_base", "0")
     assert house.projects.now.edits["base_model"] == str(good.path)
