@@ -4,7 +4,7 @@ window.darkroom = (() => {
   const address = location.pathname.replace(/\/*$/, '/') + 'live';
   const told = {}, marks = {}, places = {};
   const done = {refill: 0, repaint: ''}, wanted = {...done};
-  let version = '', busy = false, again = false, misses = 0;
+  let version = '', busy = false, again = false, misses = 0, typed = null;
 
   // Nodes that stay keep their focus, scroll position and open folds.
   function morph(old, fresh) {
@@ -68,7 +68,7 @@ window.darkroom = (() => {
   function settle() {                           // Gradio's part; its buttons may come late
     for (const id in wanted) {
       const button = document.getElementById(id);
-      if (!button || done[id] === wanted[id]) continue;
+      if (!button || done[id] === wanted[id] || (typed && id === 'refill')) continue;
       done[id] = wanted[id];
       button.click();
     }
@@ -162,10 +162,38 @@ window.darkroom = (() => {
     if (button && !button.disabled) copy(button);
   });
 
+  // What is typed stays until it is saved: a refill waits, one that was on its way is undone.
+  document.addEventListener('input', ({target: box}) => {
+    if (box.matches('textarea, input:not([type=range], [type=checkbox], [type=radio])')
+        && (box === document.activeElement || box === typed?.box) && !box.closest('.live'))
+      typed = {box, value: box.value};
+  });
+  document.addEventListener('keydown', ({key}) => { if (key === 'Enter') typed = null; });
+  document.addEventListener('focusout', ({target: box}) => {
+    if (typed?.box === box) setTimeout(saved, 1000, box);       // nothing to save: no handler ends
+  });
+
+  function saved(box) {
+    if (typed?.box === box && box !== document.activeElement) typed = null;
+  }
+
+  function keep() {
+    const {box, value} = typed ?? {};
+    if (!box || box.value === value || box !== document.activeElement) return;
+    const at = [box.selectionStart, box.selectionEnd];
+    box.value = value;
+    if (at[0] !== null) box.setSelectionRange(...at);       // numbers have none
+    box.dispatchEvent(new Event('input', {bubbles: true}));
+  }
+
   const plain = window.fetch.bind(window);
   window.fetch = async (what, ...more) => {     // a handler has ended: look at once
     const answer = await plain(what, ...more);
-    if (String(what?.url ?? what).includes('/gradio_api/run')) setTimeout(poll, 0);
+    if (String(what?.url ?? what).includes('/gradio_api/run')) {
+      setTimeout(poll, 0);
+      for (const wait of [0, 50, 250]) setTimeout(keep, wait);
+      setTimeout(saved, 250, typed?.box);
+    }
     return answer;
   };
   setInterval(() => { if (document.visibilityState === 'visible') poll(); }, 1000);

@@ -15,6 +15,7 @@ async function inside(entry) {
 }
 
 async function take(files) {
+  document.activeElement?.blur();               // what comes may fill the box there
   const wanted = files.filter(fits), paths = [];
   if (!wanted.length) { said.textContent = zone.dataset.none; return; }
   let next = 0;

@@ -102,12 +102,15 @@ def _tile(ctx: Context, album: Album, name: str, troubled: bool) -> str:
 
 def pager(ctx: Context, page: int, pages: int, count: int) -> str:
     say = ctx.say
-    back = button(say("tab_dataset.previous"), "page", str(page - 1),
-                  why_not="" if page else say("tab_dataset.first_page"))
-    on = button(say("tab_dataset.next"), "page", str(page + 1),
-                why_not="" if page + 1 < pages else say("tab_dataset.last_page"))
-    where = say("tab_dataset.page", page=page + 1, pages=pages, count=count)
-    return f'<div class="tools">{back}<span>{esc(where)}</span>{on}</div>'
+    first = "" if page else say("tab_dataset.first_page")
+    last = "" if page + 1 < pages else say("tab_dataset.last_page")
+    turns = [button(say(f"tab_dataset.{name}"), "page", str(to), why_not=why_not)
+             for name, to, why_not in (("first", 0, first), ("previous", page - 1, first),
+                                       ("next", page + 1, last), ("last", pages - 1, last))
+             if pages > 2 or name in ("previous", "next")]
+    where = f'<span>{esc(say("tab_dataset.page", page=page + 1, pages=pages, count=count))}</span>'
+    half = len(turns) // 2
+    return f'<div class="tools">{"".join([*turns[:half], where, *turns[half:]])}</div>'
 
 
 def address(album: Album, name: str, view: bool = False) -> str:

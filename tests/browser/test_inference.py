@@ -51,6 +51,9 @@ def test_loras_are_mixed_swept_and_exported(page: Any, served: Any, base: Path, 
     prompt.press_sequentially(" <lora:in")
     names = page.locator("#lora-names-list li")
     until(lambda: names.all_inner_texts() == ["ink-20", "ink-10"])
+    served.house.filled()                           # what is being typed is not written over
+    page.wait_for_timeout(2500)
+    assert prompt.input_value() == "inky, a cat <lora:in"
     prompt.press("ArrowDown")
     prompt.press("Enter")
     until(lambda: prompt.input_value() == "inky, a cat <lora:ink-10:0.8>")

@@ -79,8 +79,7 @@ def test_a_fault_has_remedies_and_its_diagnostics_can_be_copied(page: Any, serve
     failed = run(served, "too-big", "failed", fault="jobs.out_of_gpu_memory", batch_size=4)
     key = f"{failed}/oom_run"
     house = served.house
-    house.planning.remedy(key, {})                  # the planner itself: tests/test_plan_service.py
-    with house.planning._changed:
+    with house.planning._changed:                   # the planner itself: tests/test_plan_service.py
         house.planning._mended(key, [{"key": "advisor.do_batch", "saves_mb": 2048.0, "params": {
             "now": 2, "before": 4, "times": 2}, "changes": {
                 "batch_size": 2, "gradient_accumulation_steps": 2}}])
