@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from core import captions, paths, reading, words
 from core.faults import Fault
@@ -193,7 +194,7 @@ class TrainConfig(BaseModel):
     @classmethod
     def _no_path(cls, value: str) -> str:
         if value and not paths.is_file_name(value):
-            raise ValueError("expected a file name without folders")
+            raise PydanticCustomError("file_name", "expected a file name without folders")
         return value
 
     @field_validator("block_ranks", "block_rates", "optimizer_args", mode="before")
@@ -206,14 +207,14 @@ class TrainConfig(BaseModel):
         try:
             found = reading.from_yaml("{" + lines + "}")
         except reading.BadYaml:
-            raise ValueError("expected 'name: value, name: value'") from None
+            raise PydanticCustomError("pairs", "expected 'name: value, name: value'") from None
         return {str(k): v for k, v in found.items()} if isinstance(found, dict) else value
 
     @field_validator("block_ranks", "block_rates")
     @classmethod
     def _no_negative(cls, value: dict[str, float]) -> dict[str, float]:
         if bad := [key for key, number in value.items() if not 0 <= number <= 1024]:
-            raise ValueError(f"expected a number from 0 to 1024 for {bad[0]}")
+            raise PydanticCustomError("rank", "expected 0 to 1024 for {name}", {"name": bad[0]})
         return value
 
     @field_validator("optimizer")
@@ -222,8 +223,8 @@ class TrainConfig(BaseModel):
         if value not in OPTIMIZERS and not re.fullmatch(
                 r"[A-Za-z_]\w*(\.\w+)+|.+:[A-Za-z_]\w*", value):
             nearest = (words.nearest(value, OPTIMIZERS, 1) or OPTIMIZERS)[0]
-            raise ValueError(f"expected {', '.join(OPTIMIZERS)} or package.module.Class; "
-                             f"did you mean {nearest}?")
+            raise PydanticCustomError("optimizer", "expected {known}; did you mean {nearest}?",
+                                      {"known": ", ".join(OPTIMIZERS), "nearest": nearest})
         return value
 
     @field_validator("max_resolution", "sample_size", mode="before")
@@ -238,7 +239,7 @@ class TrainConfig(BaseModel):
             return value or ""
         numbers = re.fullmatch(r"\s*(\d+)\s*(?:[,x×*]\s*(\d+)\s*)?", value)
         if not numbers or not all(8 <= int(n) <= 16384 for n in numbers.groups() if n):
-            raise ValueError("expected 'width,height' in pixels, such as 512,512")
+            raise PydanticCustomError("size", "expected 'width,height' in pixels")
         return f"{int(numbers[1])},{int(numbers[2] or numbers[1])}"
 
     @property
@@ -348,8 +349,21 @@ def parse_train_config(text: str, source: str, overrides: Mapping[str, str] | No
         first = error.errors()[0]
         key = str(first["loc"][0])
         raise Fault("config.bad_value", file=source, line=lines.get(key, "--set"), key=key,
-                    value=_told(data.get(key)), problem=first["msg"].removeprefix("Value error, ")
-                    ) from None
+                    value=_told(data.get(key)), problem=_problem(first)) from None
+
+
+_SAME = {"int_parsing": "int", "int_type": "int", "int_from_float": "int",
+         "float_parsing": "float", "float_type": "float", "bool_parsing": "bool",
+         "bool_type": "bool"}          # pydantic's kinds of error -> ours
+
+
+def _problem(error: Any) -> Any:
+    """What pydantic found wrong, in our words; its own where we have none."""
+    code = f"config.must_{_SAME.get(error['type'], error['type'])}"
+    if code not in words.catalogue("en"):
+        return error["msg"]
+    return {"say": code, **{name: str(value).replace(" or ", ", ")
+                            for name, value in error.get("ctx", {}).items()}}
 
 
 def read_flat_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:

@@ -37,11 +37,12 @@ def language() -> str:
 
 
 def say(key: str, params: Mapping[str, Any] | None = None, lang: str | None = None) -> str:
-    """The sentence for a key, its placeholders filled; the bare key where no sentence exists."""
+    """The sentence for a key, its placeholders filled; the bare key where no sentence exists. A
+    parameter `{"say": key, ...}` is a part of a sentence, told in the same language."""
     text = catalogue(lang or language()).get(key) or catalogue("en").get(key)
     if text is None:
         return f"{key} {dict(params)}" if params else key
-    return text.format_map(_Kept(params or {}))
+    return text.format_map(_Kept(params or {}, lang))
 
 
 def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
@@ -53,8 +54,14 @@ class _Kept(dict[str, Any]):
     """A missing parameter stays visible as its placeholder: a fault must not fail. Text of others'
     files can't steer the terminal that shows it."""
 
+    def __init__(self, params: Mapping[str, Any], lang: str | None) -> None:
+        super().__init__(params)
+        self.lang = lang
+
     def __getitem__(self, key: str) -> Any:
         value = super().__getitem__(key)
+        if isinstance(value, Mapping) and "say" in value:
+            return say(value["say"], value, self.lang)
         return _CONTROL.sub("�", str(value)) if isinstance(value, (str, Path)) else value
 
     def __missing__(self, key: str) -> str:

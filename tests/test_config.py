@@ -148,3 +148,15 @@ def test_paths_are_looked_up_beside_the_config_first(tmp_path: Path,
     assert resolve("a", near) == near / "a"
     assert resolve("b", near) == here / "b"
     assert resolve(str(near), here) == near
+
+
+@pytest.mark.parametrize(("line", "says"), [
+    ("lora_rank: 0", "不能小于 1"), ("batch_size: many", "应为整数"),
+    ("precision: fp7", "'bf16' 之一"),
+    ("optimizer: adamm", "最接近的是 `adamw`"), ("trigger_word: 3", "请加引号"),
+    ("block_ranks: {mid: 4000}", "mid 应为 0 到 1024")])
+def test_what_is_wrong_with_a_value_is_told_in_the_users_language(line: str, says: str) -> None:
+    with pytest.raises(Fault) as caught:
+        parse_train_config(f"base_model: demo\n{line}\n", "x.yaml")
+    assert says in words.say(caught.value.code, caught.value.params, "zh-CN")
+    assert "expected" in str(caught.value) or "at least" in str(caught.value)
