@@ -18,7 +18,8 @@ from tests.browser.test_short_way import step_of, tab, until
 
 STEPS = 60
 PICTURES = sorted((paths.DEMO / "pictures").glob("*.png"))[:8]
-LANGUAGES = pytest.mark.parametrize("language", ["en", "zh-CN"])
+LANGUAGES = pytest.mark.parametrize("language", [        # daily English: test_short_way.py
+    pytest.param("en", marks=pytest.mark.slow), "zh-CN"])
 
 
 def speak(page: Any, served: Any, language: str) -> Any:
