@@ -23,7 +23,7 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-from core import paths, words
+from core import paths, thumbnails, words
 from core.jobs import JobManager
 from gui.album_routes import add_album_routes
 from gui.context import Context, House, pictures_folder
@@ -145,6 +145,7 @@ def serve(port: int = 0, jobs: JobManager | None = None, planning: Planning | No
 def _warm(house: House) -> None:
     """What is likely to be wanted next: a worker, and the bases that lie on this machine."""
     house.jobs.warm()
+    thumbnails.prune()
     house.bases.look(tuple(house.settings.now.model_folders))
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,3 +69,14 @@ def test_many_threads_agree(tmp_path: Path) -> None:
         found = set(pool.map(lambda _: thumbnails.thumbnail(path), range(32)))
     assert len(found) == 1
     assert len(list((paths.cache_dir() / "thumbs").rglob("*"))) == 2    # a folder, a file
+
+
+def test_those_wanted_last_are_kept(tmp_path: Path) -> None:
+    made = [thumbnails.thumbnail(picture(tmp_path / f"{n}.png")) for n in range(3)]
+    for days, small in ((9, made[0]), (5, made[1]), (7, made[2])):
+        os.utime(small, (time.time() - 86_400 * days,) * 2)
+    thumbnails.thumbnail(tmp_path / "0.png")            # looked at again
+    thumbnails.prune(2 * max(small.stat().st_size for small in made))
+    assert [small.exists() for small in made] == [True, True, False]
+    thumbnails.prune()
+    assert made[0].exists()
