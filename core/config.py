@@ -349,21 +349,7 @@ def parse_train_config(text: str, source: str, overrides: Mapping[str, str] | No
         first = error.errors()[0]
         key = str(first["loc"][0])
         raise Fault("config.bad_value", file=source, line=lines.get(key, "--set"), key=key,
-                    value=_told(data.get(key)), problem=_problem(first)) from None
-
-
-_SAME = {"int_parsing": "int", "int_type": "int", "int_from_float": "int",
-         "float_parsing": "float", "float_type": "float", "bool_parsing": "bool",
-         "bool_type": "bool"}          # pydantic's kinds of error -> ours
-
-
-def _problem(error: Any) -> Any:
-    """What pydantic found wrong, in our words; its own where we have none."""
-    code = f"config.must_{_SAME.get(error['type'], error['type'])}"
-    if code not in words.catalogue("en"):
-        return error["msg"]
-    return {"say": code, **{name: str(value).replace(" or ", ", ")
-                            for name, value in error.get("ctx", {}).items()}}
+                    value=_told(data.get(key)), problem=reading.problem_of(first)) from None
 
 
 def read_flat_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from core import words
+
 MOST_DEEP = 30                              # brackets
 MOST_YAML = 2**18                           # characters; PyYAML reads some 100 kB a second
 
@@ -88,3 +90,17 @@ def construct(node: yaml.Node) -> Any:
     except (TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise BadYaml("a value that its tag doesn't allow, or nested too deeply",
                       node.start_mark.line + 1) from None
+
+
+_SAME = {"int_parsing": "int", "int_type": "int", "int_from_float": "int",
+         "float_parsing": "float", "float_type": "float", "bool_parsing": "bool",
+         "bool_type": "bool"}          # pydantic's kinds of error -> ours
+
+
+def problem_of(error: Any) -> Any:
+    """What pydantic found wrong, in our words; its own where we have none."""
+    code = f"config.must_{_SAME.get(error['type'], error['type'])}"
+    if code not in words.catalogue("en"):
+        return error["msg"]
+    return {"say": code, **{name: str(value).replace(" or ", ", ")
+                            for name, value in error.get("ctx", {}).items()}}
