@@ -10,49 +10,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 from PIL import Image
 
-import launcher
 from captioner import commands
-from core import words, worker
+from core import words
 from core.dataset import scan
+from tests.calls import ROOT, Run, run
 
-ROOT = Path(__file__).resolve().parent.parent
+__all__ = ["run"]
+
 COLOURS = "tests.caption_colours:Colours"
-Run = Callable[..., "Told"]
-
-
-class Told(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out.splitlines()[-1])
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-        tmp_path: Path) -> Iterator[Run]:
-    monkeypatch.setattr(launcher, "ROOMS", ("core.commands", "captioner.commands"))
-    monkeypatch.setitem(worker.JOBS, "caption",
-                        worker.Job("captioner.runner:load", "captioner.runner:caption"))
-
-    def call(*argv: str | Path, lang: str = "en") -> Told:
-        monkeypatch.setenv("DARKROOM_RESTARTED", str(ROOT / ".venv"))
-        monkeypatch.setenv("DARKROOM_LANG", lang)
-        words.language.cache_clear()
-        code = launcher.main([str(word) for word in argv])
-        return Told(code, *capsys.readouterr())
-    monkeypatch.chdir(tmp_path)
-    yield call
-    words.language.cache_clear()
 
 
 @pytest.fixture

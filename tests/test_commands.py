@@ -8,48 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-import launcher
 from core import commands, console, runs, words, worker
 from core.config import TrainConfig
 from core.control import Control
 from core.events import Step
 from core.faults import Fault
 from tests import tiny
+from tests.calls import ROOT, Run, run
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-class Told(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out.splitlines()[-1])
-
-
-Run = Callable[..., Told]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-        tmp_path: Path) -> Iterator[Run]:
-    def call(*argv: str | Path, lang: str = "en") -> Told:
-        monkeypatch.setenv("DARKROOM_RESTARTED", str(ROOT / ".venv"))
-        monkeypatch.setenv("DARKROOM_LANG", lang)
-        words.language.cache_clear()
-        code = launcher.main([str(word) for word in argv])
-        return Told(code, *capsys.readouterr())
-    monkeypatch.chdir(tmp_path)
-    yield call
-    words.language.cache_clear()
+__all__ = ["run"]
 
 
 @pytest.fixture

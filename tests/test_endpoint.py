@@ -9,7 +9,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,18 +19,12 @@ from PIL import Image
 from captioner import endpoint
 from captioner.config import CaptionConfig
 from core.faults import Fault
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.calls import ROOT, serving
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    process = subprocess.Popen([sys.executable, "-m", "tests.chat_server"], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-    process.kill()
-    process.wait()
+    yield from serving("tests.chat_server")
 
 
 @pytest.fixture(autouse=True)

@@ -23,19 +23,14 @@ from core.control import Control
 from core.events import Event, Note, Phase
 from core.faults import Fault
 from tests import hub_server
+from tests.calls import ROOT, serving
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = hub_server.FILES["model.safetensors"]
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    process = subprocess.Popen([sys.executable, "-m", "tests.hub_server"], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-    process.kill()
-    process.wait()
+    yield from serving("tests.hub_server")
 
 
 @pytest.fixture(autouse=True)

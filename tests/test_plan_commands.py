@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,52 +14,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from core import advisor, buckets, paths, plan, plan_commands, weigh, words
+from core import advisor, buckets, paths, plan, plan_commands, weigh
 from core.config import TrainConfig, load_train_config, parse_train_config
-from core.console import guarded
 from core.faults import Fault
 from core.pictures import decode
 from core.plan import Data
 from core.weigh import Pictures
 from tests import nvml_stub, tiny
+from tests.calls import Run, run
 from tests.nvml_stub import Card
 from tests.planned import lasting_home, traces
 
-__all__ = ["lasting_home", "traces"]
+__all__ = ["lasting_home", "run", "traces"]
 
 
-class Told(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out.splitlines()[-1])
-
-
-Run = Callable[..., Told]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path,
-        traces: Path) -> Iterator[Run]:
-    """A command as the launcher runs it: parsed, one sentence instead of a traceback."""
-    def call(*argv: str | Path, lang: str = "en") -> Told:
-        monkeypatch.setenv("DARKROOM_LANG", lang)
-        words.language.cache_clear()
-        parser = argparse.ArgumentParser()
-        plan_commands.add_commands(parser.add_subparsers(dest="command"))
-        given = [str(word) for word in argv]
-
-        def called() -> int:
-            options = parser.parse_args(given)
-            return int(options.run(options))
-        code = guarded(called, given)
-        return Told(code, *capsys.readouterr())
-    monkeypatch.chdir(tmp_path)
-    yield call
-    words.language.cache_clear()
+pytestmark = pytest.mark.usefixtures("traces")
 
 
 @pytest.fixture
