@@ -21,7 +21,7 @@ from core.faults import Fault
 PROGRAMS = {"a1111": ("models", "Lora"), "forge": ("models", "Lora"),
             "comfyui": ("models", "loras"), "diffusers": ()}
 READS = {"a1111": ("kohya",), "forge": ("kohya",), "comfyui": ("kohya", "comfyui", "diffusers"),
-         "diffusers": ("diffusers",)}       # the first is what others are converted to
+         "diffusers": ("diffusers", "peft", "diffusers-old")}   # others are converted to the first
 CONVERT_S = 300.0                           # a large file on a slow disk
 _RUN = "import sys; from launcher import _run; sys.exit(_run(sys.argv[1:]))"
 
