@@ -20,6 +20,7 @@ ROOMS = ("core.commands", "core.config_commands", "core.plan_commands",
          "captioner.commands", "gui.commands")              # each has add_commands(subparsers)
 
 # OpenMP threads that spin while they wait make a run several times slower beside another program.
+RESTARTED = "DARKROOM_RESTARTED"        # as build/bootstrap.py has it
 QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 
@@ -27,13 +28,15 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 fine, 1 a run failed, 2 bad input,
     130 Ctrl+C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    nested = RESTARTED in os.environ    # our own first half waits for us
     for name, value in QUIET_THREADS.items():
         os.environ.setdefault(name, value)
     _forgiving_streams()
     code = _prepared(arguments)
     if code is None:
         code = _run(arguments)
-    _hold_window(code, arguments)
+    if not nested:
+        _hold_window(code, arguments)
     return code
 
 
@@ -51,6 +54,7 @@ def _prepared(argv: list[str]) -> int | None:
         return None if python is None else bootstrap.restart(python, Path(__file__).resolve(), argv)
     except bootstrap.Stop as stop:
         print(stop, file=sys.stderr)
+        _alert(str(stop), argv)
         return int(stop.exit_code)
     except KeyboardInterrupt:
         return 130
@@ -62,7 +66,7 @@ def _run(argv: list[str]) -> int:
     own, rest = (argv[:at + 1], argv[at + 1:]) if _command(argv) == "test" else (argv, [])
     if rest[:1] in (["-h"], ["--help"]):
         own, rest = [*own, "--help"], []
-    return guarded(lambda: _dispatch(own, rest), own)
+    return guarded(lambda: _dispatch(own, rest), own, lambda sentence: _alert(sentence, argv))
 
 
 def _dispatch(argv: list[str], pytest_arguments: list[str]) -> int:
@@ -106,8 +110,7 @@ def _test(arguments: list[str]) -> int:
 
 def _window() -> int:
     from gui.window import open_window
-    open_window()
-    return 0
+    return open_window()
 
 
 def _say(key: str, params: dict[str, Any] | None = None) -> str:
@@ -143,6 +146,13 @@ def _bootstrap() -> Any:
         sys.path.remove(str(ROOT / "build"))
 
 
+def _alert(sentence: str, argv: list[str]) -> None:
+    """A double click has no arguments, and often no console."""
+    from core import alert              # standard library only
+    if not argv and alert.unseen():
+        alert.show(sentence)
+
+
 def _forgiving_streams() -> None:
     """A terminal that lacks a character shows its code instead of failing; pipes get UTF-8."""
     for stream in (sys.stdout, sys.stderr):
@@ -155,7 +165,7 @@ def _forgiving_streams() -> None:
 
 def _hold_window(code: int, argv: list[str]) -> None:
     """On Windows a double-clicked program's window closes before its words are read."""
-    if os.name == "nt" and not argv and sys.stdin is not None and sys.stdin.isatty():
+    if os.name == "nt" and code and not argv and sys.stdin is not None and sys.stdin.isatty():
         import contextlib
         with contextlib.suppress(EOFError, KeyboardInterrupt):
             input("Enter ⏎ ")

@@ -65,8 +65,10 @@ class _Plain(argparse.RawDescriptionHelpFormatter):
 
 # --- one sentence instead of a traceback ---
 
-def guarded(call: Callable[[], int], argv: Sequence[str]) -> int:
-    """Runs a command and returns its exit code; what goes wrong becomes one sentence on stderr."""
+def guarded(call: Callable[[], int], argv: Sequence[str],
+            tell: Callable[[str], object] = bool) -> int:
+    """Runs a command and returns its exit code; what goes wrong becomes one sentence on stderr,
+    which `tell` gets too."""
     try:
         return call()
     except SystemExit as ended:         # argparse: 0 after --help, 2 after a wrong argument
@@ -78,10 +80,12 @@ def guarded(call: Callable[[], int], argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FINE
     except Fault as fault:
+        tell(str(fault))
         return _told(fault.code, str(fault), BAD_INPUT, argv)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        return _told("commands.unexpected", say("unexpected", reason=reason), FAILED, argv)
+        sentence = say("unexpected", reason=f"{type(error).__name__}: {error}")
+        tell(sentence)
+        return _told("commands.unexpected", sentence, FAILED, argv)
 
 
 def _told(code: str, sentence: str, exit_code: int, argv: Sequence[str]) -> int:

@@ -164,6 +164,7 @@ class JobManager:
         self._wake.set()
         self._thread.join()
         if self._spare:
+            self._spare.kill()            # without a run; it may be importing for seconds yet
             worker.dismiss(self._spare)
         for run in self._runs.values():
             if run.child:

@@ -34,6 +34,13 @@ def cache_dir() -> Path:
             else Path(platformdirs.user_cache_dir(APP, appauthor=False)))
 
 
+def log_dir() -> Path:
+    """Of the program itself; each run's log lies in its own folder."""
+    home = os.environ.get("DARKROOM_HOME")
+    return (Path(home) / "logs" if home
+            else Path(platformdirs.user_log_dir(APP, appauthor=False)))
+
+
 def runs_dir() -> Path:
     return data_dir() / "runs"
 
@@ -81,6 +88,14 @@ def free(path: Path) -> Path:
         number += 1
         found = path.with_name(f"{stem}-{number}{suffix}")
     return found
+
+
+def set_aside(path: Path) -> Path:
+    """A file of ours that can't be read gets out of the way, never lost: x.yaml.broken."""
+    aside = free(path.with_name(path.name + ".broken"))
+    with contextlib.suppress(OSError):
+        os.replace(path, aside)
+    return aside
 
 
 def umask() -> int:

@@ -1,4 +1,4 @@
-"""The window's server: pages of all languages over one house, behind one door.
+"""The window's pages in all languages over one house, for the server of gui/server.py.
 
 Gradio's analytics must be off before it is imported, which is why nothing else imports it first.
 """
@@ -12,15 +12,10 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import importlib
 import importlib.util
-import secrets
-import socket
 import threading
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
-import uvicorn
 from fastapi import FastAPI
 
 from core import paths, thumbnails, words
@@ -31,14 +26,12 @@ from gui.header import Header
 from gui.page import Page
 from gui.planning import Planning
 from gui.routes import add_live_route, add_routes
-from gui.security import Guard
+from gui.server import Served, listen
 from gui.theme import HEAD, theme
 
 TABS = ("dataset", "captioning", "parameters", "inference", "settings")     # files in gui/tabs
 STYLES = [Path(__file__).parent / name for name in ("style.css", "panels.css")]
-QUIET_S = 60.0                          # without a page and without a run: the app ends
 WARM_AFTER_S = 3.0
-FAREWELL_S = 2.0
 
 
 def build(ctx: Context) -> gr.Blocks:
@@ -80,66 +73,25 @@ def application(house: House) -> FastAPI:
     return app
 
 
-@dataclass(slots=True)
-class Served:
-    """A running server. `url` opens a page once; whoever has it has the token."""
-
-    house: House
-    guard: Guard
-    server: uvicorn.Server
-    thread: threading.Thread
-    port: int
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/?token={self.guard.token}"
-
-    @property
-    def left_alone(self) -> bool:
-        """No page for a while, and nothing that runs or waits."""
-        quiet = self.guard.pages == 0 and time.monotonic() - self.guard.quiet_since > QUIET_S
-        return quiet and all(view.over for view in self.house.jobs.views())
-
-    def wait(self) -> None:
-        """Until someone quits, nobody is left, or Ctrl+C."""
-        quit = self.house.desktop.quit
-        while self.thread.is_alive() and not self.left_alone and not quit.wait(1.0):
-            pass
-        if quit.is_set():
-            time.sleep(FAREWELL_S)      # pages ask once a second: they get to show the end
-
-    def close(self) -> None:
-        """Runs that go on go on; their worker writes its own journal."""
-        self.server.should_exit = True
-        self.thread.join(6)             # open pages' heartbeats get 2 s
-        self.server.force_exit = True
-        self.house.close()
-
-
 def serve(port: int = 0, jobs: JobManager | None = None, planning: Planning | None = None,
           warm: bool = True) -> Served:
-    """Starts the server in a thread. `port` 0: a free one. Raises OSError where it is taken."""
+    """A server whose pages are there. `port` 0: a free one. Raises OSError where it is taken."""
+    served = listen(port)
+    move_in(served, jobs, planning, warm)
+    return served
+
+
+def move_in(served: Served, jobs: JobManager | None = None, planning: Planning | None = None,
+            warm: bool = True) -> None:
+    """Pages for a server that shows the waiting page. Raises OSError for folders of ours that
+    can't be written."""
     _settle()
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    if os.name != "nt":                 # there it would let two servers share a port
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", port))
-    port = listener.getsockname()[1]
     house = House(jobs or JobManager(), planning)
-    guard = Guard(application(house), secrets.token_urlsafe(32), port)
-    server = uvicorn.Server(uvicorn.Config(
-        guard, log_level="warning", access_log=False, timeout_graceful_shutdown=2,
-        server_header=False, ws="none"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True,
-                              name="server")
-    thread.start()
-    while thread.is_alive() and not server.started:
-        time.sleep(0.02)
+    served.move_in(application(house), house)
     if warm:
         timer = threading.Timer(WARM_AFTER_S, _warm, [house])
         timer.daemon = True
         timer.start()
-    return Served(house, guard, server, thread, port)
 
 
 def _warm(house: House) -> None:

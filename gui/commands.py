@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from core import words
-from core.console import FINE, add_command
+from core.console import add_command
 
 
 def add_commands(commands: Any) -> None:
@@ -22,5 +22,4 @@ def say(key: str, **params: Any) -> str:
 def run(options: argparse.Namespace) -> int:
     """Gradio comes in here, so that other commands stay quick."""
     from gui import window
-    window.open_window(options.port, show=not options.no_window)
-    return FINE
+    return window.open_window(options.port, show=not options.no_window)

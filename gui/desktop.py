@@ -25,6 +25,10 @@ class Window(Protocol):
 
     def close(self) -> None: ...
 
+    def forward(self) -> None:
+        """Before all other windows."""
+        ...
+
 
 class Desktop:
     """`state` asked: every page shows the question; `quit`: the server is to end."""
@@ -98,6 +102,13 @@ class WebviewWindow:
 
     def __init__(self, window: Any) -> None:
         self._window = window
+        self._minimised = False         # restore() would make a maximised window small
+        window.events.minimized += lambda: self._note(True)
+        window.events.restored += lambda: self._note(False)
+        window.events.maximized += lambda: self._note(False)
+
+    def _note(self, minimised: bool) -> None:
+        self._minimised = minimised
 
     def choose(self, folder: bool, start: str) -> str:
         import webview
@@ -109,3 +120,10 @@ class WebviewWindow:
 
     def close(self) -> None:
         self._window.destroy()
+
+    def forward(self) -> None:
+        if self._minimised:
+            self._window.restore()
+        self._window.show()
+        self._window.on_top = True      # systems keep other programs from taking the front
+        self._window.on_top = False

@@ -19,9 +19,10 @@ from core import runs
 from core.events import Checkpoint, Sample
 from core.jobs import JobManager
 from core.journal import Journal
-from gui import app
-from gui.app import Served, serve
+from gui import server
+from gui.app import serve
 from gui.planning import Planning
+from gui.server import Served
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("/", "/en/", "/zh-CN/", "/en/config", "/en/gradio_api/info", "/language/zh-CN",
@@ -40,9 +41,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     before, home = os.getcwd(), tmp_path_factory.mktemp("served")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DARKROOM_HOME", str(home))
-        server = serve(jobs=JobManager(dispatch=False), planning=Silent(), warm=False)
-        yield server
-        server.close()
+        running = serve(jobs=JobManager(dispatch=False), planning=Silent(), warm=False)
+        yield running
+        running.close()
         os.chdir(before)
 
 
@@ -206,7 +207,7 @@ def test_the_server_knows_when_it_is_left_alone(served: Served,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     served.guard.quiet_since = time.monotonic()
     assert not served.left_alone
-    served.guard.quiet_since -= app.QUIET_S + 1
+    served.guard.quiet_since -= server.QUIET_S + 1
     monkeypatch.setattr(served.house.jobs, "views", list)
     assert served.left_alone
     served.guard.pages = 1
@@ -226,6 +227,7 @@ socket.socket.connect = connect
 from gui.app import serve
 from core.jobs import JobManager
 from gui.planning import Planning
+from gui.server import Served
 class Silent(Planning):
     def _loop(self): return
 server = serve(jobs=JobManager(dispatch=False), planning=Silent(), warm=False)
