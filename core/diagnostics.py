@@ -12,11 +12,11 @@ import platform
 import re
 from pathlib import Path
 
-from core import __version__, doctor, paths
+from core import __version__, doctor, logs, paths
 from core.journal import CONFIG
 from core.runs import JobView, log_tail
 
-LINES = 60                              # of the log
+LINES = 60                              # of each log
 
 
 def text(view: JobView | None = None) -> str:
@@ -25,6 +25,8 @@ def text(view: JobView | None = None) -> str:
         line for finding in doctor.examine() for line in doctor.lines(finding))]
     if view is not None:
         parts += _run(view)
+    if log := logs.tail(LINES):
+        parts.append(f"--- {logs.NAME} ---\n{log}")
     return without_names("\n\n".join(parts)) + "\n"
 
 

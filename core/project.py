@@ -69,6 +69,7 @@ class Projects:
 
     def __init__(self, name: str = "") -> None:
         self.version = 0
+        self.broken: Fault | None = None     # the last file that couldn't be read
         self._lock = threading.RLock()
         known = self.names()
         first = name if name in known else known[0] if known else FIRST
@@ -118,11 +119,17 @@ class Projects:
             return new
 
     def _read(self, name: str) -> Project:
-        """A file that can't be read counts as a new project, and stays until something changes."""
+        """A file that can't be read is put aside and counts as a new project."""
+        file = _folder() / f"{name}.yaml"
         try:
-            found = reading.from_yaml((_folder() / f"{name}.yaml").read_text("utf-8"))
+            found = reading.from_yaml(file.read_text("utf-8"))
             return Project.model_validate({**found, "name": name})
-        except (OSError, ValueError, TypeError):
+        except FileNotFoundError:
+            return Project(name=name)
+        except (OSError, ValueError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            self.broken = Fault("window.project_broken", file=file, reason=reason, name=name,
+                                aside=paths.set_aside(file).name)
             return Project(name=name)
 
 

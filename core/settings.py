@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import platformdirs
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from core import paths, reading, words
+from core.faults import Fault
 
 FILE = "settings.yaml"
 Theme = Literal["auto", "light", "dark"]
@@ -47,12 +48,20 @@ class Settings(BaseModel):
 
 
 class SettingsFile:
-    """Safe to share between threads. A torn or foreign file counts as none."""
+    """Safe to share between threads. What of the file can't be used counts as not set; such a file
+    is put aside before anything is written, and `broken` tells of it."""
 
     def __init__(self) -> None:
         self.version = 0
+        self.broken: Fault | None = None
         self._lock = threading.Lock()
-        self._settings = read()
+        self._settings, reason = _load()
+        if reason:
+            file = paths.data_dir() / FILE
+            self.broken = Fault("window.settings_broken", file=file, reason=reason,
+                                aside=paths.set_aside(file).name)
+            with contextlib.suppress(OSError):
+                write(self._settings)
 
     @property
     def now(self) -> Settings:
@@ -69,11 +78,29 @@ class SettingsFile:
 
 
 def read() -> Settings:
-    with contextlib.suppress(OSError, ValueError):
+    return _load()[0]
+
+
+def _load() -> tuple[Settings, str]:
+    """The settings, and what is wrong with their file; "": nothing."""
+    try:
         found = reading.from_yaml((paths.data_dir() / FILE).read_text("utf-8"))
-        if isinstance(found, dict):
-            return Settings.model_validate(found)
-    return Settings()
+        found = {} if found is None else found
+        if not isinstance(found, dict):
+            return Settings(), "line 1: not `key: value`"
+    except FileNotFoundError:
+        return Settings(), ""
+    except (OSError, ValueError) as error:
+        return Settings(), str(error)
+    try:
+        return Settings.model_validate(found), ""
+    except ValidationError as error:
+        wrong = {one["loc"][0] for one in error.errors() if one["loc"]}
+        first = error.errors()[0]
+        kept = {key: value for key, value in found.items()
+                if isinstance(key, str) and key not in wrong}
+        return (Settings.model_validate(kept),
+                f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
 
 
 def write(settings: Settings) -> None:

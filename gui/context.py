@@ -133,6 +133,15 @@ class House:
             self.desktop.state, time.time())
         return self._snapshot
 
+    @property
+    def broken(self) -> list[Fault]:
+        """Files of ours that were found damaged."""
+        return [one for one in (self.settings.broken, self.projects.broken) if one]
+
+    def dismiss(self) -> None:
+        self.settings.broken = self.projects.broken = None
+        self.touch()
+
     def _busy(self) -> bool:
         """Something runs; what waits would start by itself with the next start."""
         return any(not view.over and view.state != "queued" for view in self.jobs.views())

@@ -39,6 +39,8 @@ class Header:
             house.replan(self.ctx.language)
         desktop = house.desktop
         match act:
+            case "dismiss":
+                house.dismiss()
             case "quit":
                 if desktop.may_close():
                     desktop.end()
@@ -55,7 +57,15 @@ class Header:
 def header(ctx: Context, snap: Snapshot) -> str:
     return (f'<div class="header">{_project(ctx, snap)}{_gauge(ctx, snap)}{_pill(ctx, snap)}'
             f'<span class="spring"></span>{_language(ctx)}{_theme(ctx, snap)}'
-            f'{button(ctx.say("close.quit"), "quit", kind="link")}</div>')
+            f'{button(ctx.say("close.quit"), "quit", kind="link")}</div>{_broken(ctx)}')
+
+
+def _broken(ctx: Context) -> str:
+    """Files of ours that were damaged and are put aside."""
+    return "".join(
+        f'<section class="card warning" role="alert"><p>{esc(ctx.told(fault))} '
+        f'{button(ctx.say("close.dismiss"), "dismiss")}</p></section>'
+        for fault in ctx.house.broken)
 
 
 def _project(ctx: Context, snap: Snapshot) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -87,21 +86,6 @@ def test_help_answers_at_once_and_without_torch() -> None:
 
 def test_version() -> None:
     assert start("--version").stdout == f"LoRA Darkroom {__version__}\n"
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
-def test_without_a_command_the_window_opens() -> None:
-    env = {**os.environ, "DARKROOM_RESTARTED": str(ROOT / ".venv"), "BROWSER": "true",
-           "PYTHONUNBUFFERED": "1"}
-    child = subprocess.Popen([sys.executable, str(ROOT / "launcher.py")], env=env, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        assert child.stdout is not None
-        assert "http://127.0.0.1:" in child.stdout.readline()
-    finally:
-        child.send_signal(signal.SIGINT)
-        _, errors = child.communicate(timeout=60)
-    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize("argv", [["bogus"], ["lora"], ["lora", "info"], ["--bogus"],

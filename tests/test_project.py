@@ -59,15 +59,32 @@ def test_own_edits_win_over_advice_over_preset(own_home: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", "name: {", "edits: 5", "\x00\xff"])
-def test_a_torn_file_counts_as_new_and_is_not_overwritten_by_looking(own_home: Path,
-                                                                    content: str) -> None:
+def test_a_torn_file_counts_as_new_and_is_put_aside(own_home: Path, content: str) -> None:
     file = own_home / "projects" / "mia.yaml"
     file.parent.mkdir()
     file.write_text(content, "utf-8")
     (own_home / settings.FILE).write_text(content, "utf-8")
-    assert Projects("mia").now.edits == {}
-    assert SettingsFile().now.theme == "auto"
-    assert file.read_text("utf-8") == content
+    projects, kept = Projects("mia"), SettingsFile()
+    assert projects.now.edits == {}
+    assert kept.now.theme == "auto"
+    assert projects.broken is not None
+    assert file.with_name("mia.yaml.broken").read_text("utf-8") == content
+    assert "mia.yaml.broken" in str(projects.broken)
+    if content not in ("", "edits: 5"):             # no settings, and one that is not known
+        assert kept.broken is not None
+        assert (own_home / "settings.yaml.broken").read_text("utf-8") == content
+    assert Projects("mia").broken is None
+    assert SettingsFile().broken is None
+
+
+def test_one_bad_setting_takes_no_other_with_it(own_home: Path) -> None:
+    (own_home / settings.FILE).write_text("theme: dark\nlanguage: fr\nmirror: x\n7: 8\nnew: 1\n")
+    kept = SettingsFile()
+    assert (kept.now.theme, kept.now.language, kept.now.mirror) == ("dark", "", "x")
+    assert "language" in str(kept.broken)
+    text = (own_home / settings.FILE).read_text()
+    assert "new: 1" in text
+    assert "fr" not in text
 
 
 @given(st.text(max_size=70))
