@@ -148,7 +148,8 @@ def _bootstrap() -> Any:
 
 def _alert(sentence: str, argv: list[str]) -> None:
     """A double click has no arguments, and often no console."""
-    from core import alert              # standard library only
+    from core import alert  # standard library only
+
     if not argv and alert.unseen():
         alert.show(sentence)
 

@@ -66,8 +66,8 @@ def _ran(command: list[str]) -> bool:
 def _page(text: str) -> bool:
     body = "".join("<p>" + html.escape(line) for line in text.splitlines())
     page = ('<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
-            f"<title>{TITLE}</title><body style=\"font:18px/1.6 system-ui,sans-serif;max-width:40em;"
-            f'margin:15vh auto;padding:1em;overflow-wrap:anywhere"><h1>{TITLE}</h1>{body}')
+            f'<title>{TITLE}</title><body style="font:18px/1.6 system-ui,sans-serif;'
+            f'max-width:40em;margin:15vh auto;overflow-wrap:anywhere"><h1>{TITLE}</h1>{body}')
     with contextlib.suppress(OSError):
         folder = Path(tempfile.mkdtemp(prefix="darkroom-"))     # stays: the browser reads it later
         (folder / "message.html").write_text(page, "utf-8")

@@ -38,7 +38,7 @@ class _Stream(io.TextIOBase):
     """A stream whose lines go to the log: libraries that draw bars, or ask for a terminal, find
     one."""
 
-    encoding = "utf-8"                  # type: ignore[assignment]  # libraries ask for it
+    encoding = "utf-8"                  # libraries ask for it
 
     def __init__(self) -> None:
         self._rest, self._lock = "", threading.RLock()

@@ -156,7 +156,7 @@ class _Stage:
             return self._in_webview()
         except Exception as error:      # no display, no GTK: the browser is there
             _log.warning("no window of its own", exc_info=True)
-            print(say("no_native", reason=error))
+            print(say("no_native", reason=str(error).rstrip(".")))
             return False
         finally:
             self._take(None)
@@ -200,7 +200,7 @@ def _can_show(renderer: str) -> bool:
 def _why_not(error: BaseException) -> str:
     if isinstance(error, Fault):
         return words.say(error.code, error.params, _language())
-    if isinstance(error, OSError) and not isinstance(error, ImportError):
+    if isinstance(error, OSError):
         fault = _fault(error, paths.data_dir())
         return words.say(fault.code, fault.params, _language())
     reason = f"{type(error).__name__}: {error}"

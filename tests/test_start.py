@@ -172,7 +172,7 @@ def test_a_broken_package_is_told_in_the_window(desk: Desk) -> None:
     path = shadowed(desk, gradio="raise ImportError('DLL load failed')", webview=NO_VIEW)
     process = desk.start(PYTHONPATH=path, DARKROOM_LANG="zh-CN")
     url = desk.page()
-    kind, text = until(lambda: (found := fetch(url))[0] == "fault" and found)
+    text = until(lambda: (found := fetch(url))[0] == "fault" and found)[1]
     assert "launcher.py repair" in text
     assert "DLL load failed" in text
     out, err = process.communicate(timeout=60)
@@ -261,9 +261,8 @@ def test_without_a_message_box_a_page_tells_it(desk: Desk, monkeypatch: pytest.M
 
 
 def test_a_port_that_is_taken_is_named(own_home: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        with pytest.raises(Fault) as caught:
-            window.open_window(taken.getsockname()[1], show=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(Fault) as caught:
+        window.open_window(taken.getsockname()[1], show=False)
     assert caught.value.code == "window.port_taken"
     assert not (own_home / "window.json").exists()
 
