@@ -50,6 +50,8 @@ def _prepared(argv: list[str]) -> int | None:
         if _wants_help(argv) and not (ROOT / ".venv").exists() and bootstrap.missing(ROOT):
             print(f"LoRA Darkroom {_version()}\n\n{bootstrap.say('help')}")
             return 0
+        if _command(argv) == "repair" and not _wants_help(argv):
+            return int(bootstrap.repair(ROOT))
         python = bootstrap.prepare(ROOT, extra)
         return None if python is None else bootstrap.restart(python, Path(__file__).resolve(), argv)
     except bootstrap.Stop as stop:
@@ -75,6 +77,9 @@ def _dispatch(argv: list[str], pytest_arguments: list[str]) -> int:
         return _window()
     if options.command == "test":
         return _test(pytest_arguments)
+    if options.command == "repair":     # from source it was done before the packages were needed
+        print(_say("commands.repair_app"))
+        return 1
     if options.command == "setup":
         print(_say("commands.setup_done", {"python": sys.executable}))
         return 0
@@ -89,6 +94,7 @@ def _parser() -> Any:
         importlib.import_module(room).add_commands(commands)
     add_command(commands, "test", line="test tests/test_config.py -q",
                 usage=_say("commands.usage_test"))
+    add_command(commands, "repair", line="repair")
     setup = add_command(commands, "setup", line="setup --test")
     setup.add_argument("--test", action="store_true", help=_say("commands.arg_setup_test"))
     return parser
@@ -148,10 +154,10 @@ def _bootstrap() -> Any:
 
 def _alert(sentence: str, argv: list[str]) -> None:
     """A double click has no arguments, and often no console."""
-    from core import alert  # standard library only
-
-    if not argv and alert.unseen():
-        alert.show(sentence)
+    if not argv:
+        from core import alert  # standard library only
+        if alert.unseen():
+            alert.show(sentence)
 
 
 def _forgiving_streams() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -20,10 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+import repair as packages
 from environment import (
     OLDEST,
     dotted,
@@ -43,6 +45,7 @@ from environment import (
 )
 
 RESTARTED = "DARKROOM_RESTARTED"        # tells the second start that the first prepared it
+RESUMING_PIP = (25, 2)
 
 
 class Stop(Exception):
@@ -90,6 +93,30 @@ def make(root: Path, extra: str = "") -> Path:
     return python_of(venv)
 
 
+def repair(root: Path) -> int:
+    """Checks the environment and mends only what is broken. The user's files lie elsewhere."""
+    venv = root / ".venv"
+    with _alone(root):
+        if not venv.exists() and not missing(root):
+            return _check_own(Path(sys.prefix))
+        python = make(root)
+        tell("checking", count=packages.count(venv))
+        found, unfit = packages.broken(venv), packages.unfit_torch(venv, nvidia_cards())
+        for one in found:
+            tell("found_" + one.why, name=one.name, version=one.version, file=one.file)
+        if unfit:
+            tell("found_torch")
+        lacking = not _complete(python, root, "")
+        if not (found or unfit or lacking or any(packages.leftovers(venv))):
+            tell("sound")
+            return 0
+        _mend(root, found, unfit)
+        if packages.broken(venv) or not _complete(python, root, ""):
+            raise Stop("still_broken", path=venv)
+    tell("mended")
+    return 0
+
+
 def restart(python: Path, script: Path, argv: list[str]) -> int:
     """Starts `script` again with `python`. On POSIX this process becomes the new one."""
     os.environ[RESTARTED] = str(script.parent / ".venv")
@@ -129,11 +156,45 @@ def _why_anew(root: Path) -> str:
 
 def _complete_without_us(root: Path, extra: str) -> bool:
     """A .venv that someone filled by hand, offline perhaps: use it as it is."""
-    if read_stamp(root):
-        return False
-    check = [str(python_of(root / ".venv")), str(Path(__file__)), "complete", str(root), extra]
+    return not read_stamp(root) and _complete(python_of(root / ".venv"), root, extra)
+
+
+def _complete(python: Path, root: Path, extra: str) -> bool:
+    check = [str(python), str(Path(__file__)), "complete", str(root), extra]
     return subprocess.run(check, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                           stderr=subprocess.DEVNULL).returncode == 0
+
+
+def _check_own(prefix: Path) -> int:
+    """An environment of the user's own is told about, and not touched."""
+    tell("checking", count=packages.count(prefix))
+    found = packages.broken(prefix)
+    for one in found:
+        tell("found_" + one.why, name=one.name, version=one.version, file=one.file)
+    if found:
+        raise Stop("mend_own", python=sys.executable,
+                   packages=" ".join(f"{one.name}=={one.version}" for one in found))
+    tell("sound")
+    return 0
+
+
+def _mend(root: Path, found: list[packages.Broken], unfit: bool) -> None:
+    """The same versions again, a torch for the card, then whatever lacks."""
+    write_stamp(root, "installing", version_of(python_of(root / ".venv")),
+                read_stamp(root).get("extras") or [])
+    packages.clear_away(root / ".venv", found)
+    wanted: dict[str, list[str]] = {}               # index -> requirements
+    for one in found:
+        if one.why in ("file", "record") and not (unfit and one.name in ("torch", "torchvision")):
+            index = packages.torch_source(one.version)
+            wanted.setdefault(index, []).append(f"{one.name}=={one.version}")
+    if unfit:
+        wanted.setdefault(torch_index(nvidia_cards()), []).extend(torch_lines(root))
+    for index, lines in wanted.items():
+        source = ["--index-url", index] if index else []
+        again = [*source, "--force-reinstall", "--no-deps", *lines]
+        _with_one_of(root, functools.partial(_installer, root, again))
+    _install(root, "")
 
 
 def _create(root: Path) -> None:
@@ -180,37 +241,50 @@ def _install(root: Path, extra: str) -> None:
         drop_half_installed(root / ".venv")
     write_stamp(root, "installing", version_of(python), extras)
     try:
-        _with_one_of(["uv", "pip"] if shutil.which("uv") else ["pip"], root, extras)
+        _with_one_of(root, functools.partial(_install_with, root, extras))
     except KeyboardInterrupt:
         raise Stop("interrupted", 130) from None
     write_stamp(root, "ready", version_of(python), extras)
     tell("ready", minutes=f"{(time.monotonic() - started) / 60:.1f}")
 
 
-def _with_one_of(tools: list[str], root: Path, extras: list[str]) -> None:
+def _with_one_of(root: Path, install: Callable[[str], None]) -> None:
     """uv is quick, but pip may know a mirror or proxy that uv wasn't told of."""
-    for tool in tools:
+    for tool in ["uv", "pip"] if shutil.which("uv") else ["pip"]:
         tell("installing", tool=tool)
         try:
-            return _install_with(tool, root, extras)
+            if tool == "pip":
+                _have_pip(root)
+            return install(tool)
         except Stop:
             if tool == "pip" or not importlib.util.find_spec("ensurepip"):
                 raise
             tell("uv_failed")
 
 
-def _install_with(tool: str, root: Path, extras: list[str]) -> None:
-    if tool == "pip" and not any((s / "pip").exists() for s in site_packages(root / ".venv")):
-        subprocess.run([str(python_of(root / ".venv")), "-m", "ensurepip"], stdout=_stderr())
+def _install_with(root: Path, extras: list[str], tool: str) -> None:
     torch_first = torch_lines(root)
     index = torch_index(nvidia_cards()) if torch_first else ""
     if index:
         tell("torch_for_card", index=index)
-        _installer(root, tool, ["--index-url", index, *torch_first])
-    _installer(root, tool, ["-e", f".[{','.join(extras)}]" if extras else "."])
+        _installer(root, ["--index-url", index, *torch_first], tool)
+    _installer(root, ["-e", f".[{','.join(extras)}]" if extras else "."], tool)
 
 
-def _installer(root: Path, tool: str, what: list[str]) -> None:
+def _have_pip(root: Path) -> None:
+    """Since 25.2 pip goes on with a download that broke off; torch's has gigabytes."""
+    python = str(python_of(root / ".venv"))
+    found = [info.name for site in site_packages(root / ".venv")
+             for info in site.glob("pip-*.dist-info")]
+    if not found:
+        subprocess.run([python, "-m", "ensurepip"], stdout=_stderr())
+    if torch_lines(root) and not any(numbers(name[4:]) >= RESUMING_PIP for name in found):
+        newer = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet",
+                 "--upgrade", "pip"]
+        subprocess.run(newer, stdout=_stderr(), stderr=subprocess.DEVNULL)      # or else without
+
+
+def _installer(root: Path, what: list[str], tool: str) -> None:
     """Runs pip or uv in `root`, its progress visible; Stop with the reason where it fails."""
     python = str(python_of(root / ".venv"))
     command = ([python, "-m", "pip", "install", "--disable-pip-version-check", *what]

@@ -7,6 +7,8 @@ and requirements that a folder of two hand-made wheels fulfils.
 from __future__ import annotations
 
 import ast
+import base64
+import hashlib
 import importlib
 import json
 import os
@@ -31,13 +33,14 @@ REAL = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REAL / "build"))
 bootstrap = importlib.import_module("bootstrap")
 environment = importlib.import_module("environment")
+repair = importlib.import_module("repair")
 sys.path.remove(str(REAL / "build"))
 
 HERE_PYTHON = environment.dotted(sys.version_info[:2])
 
 CONSOLE = """
 import json, sys
-def guarded(call, argv):
+def guarded(call, argv, tell):
     import darkroom_dep
     print(json.dumps({"prefix": sys.prefix, "argv": sys.argv[1:], "dep": darkroom_dep.VERSION}))
     return int(argv[-1]) if argv and argv[-1].isdigit() else 0
@@ -48,6 +51,7 @@ import os, time, zipfile
 def get_requires_for_build_editable(settings=None): return []
 def build_editable(folder, settings=None, metadata=None):
     if os.environ.get("SLOW_BUILD"):
+        open("building", "w").close()
         time.sleep(60)
     name, info = "fake_darkroom-1.0-py3-none-any.whl", "fake_darkroom-1.0.dist-info"
     with zipfile.ZipFile(os.path.join(folder, name), "w") as wheel:
@@ -88,22 +92,29 @@ def make_checkout(root: Path) -> Path:
         (root / name).write_text(text, "utf-8")
     (root / "build").mkdir()
     for name in ("launcher.py", "build/bootstrap.py", "build/environment.py",
-                 "core/strings/en/bootstrap.yaml", "core/strings/zh-CN/bootstrap.yaml"):
+                 "build/repair.py", "core/alert.py", "core/strings/en/bootstrap.yaml", "core/strings/zh-CN/bootstrap.yaml"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REAL / name, root / name)
     return root
 
 
-def make_wheel(folder: Path, name: str, version: str) -> None:
+def make_wheel(folder: Path, name: str, version: str, more: dict[str, str] | None = None
+               ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     info = f"{name}-{version}.dist-info"
+    files = {f"{name}.py": f'VERSION = "{version}"\n', **(more or {}),
+             f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+             f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: fake\nRoot-Is-Purelib: true\n"
+                              "Tag: py3-none-any\n"}
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"{name}.py", f'VERSION = "{version}"\n')
-        wheel.writestr(f"{info}/METADATA",
-                       f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: fake\n"
-                                        "Root-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
+        for path, text in files.items():
+            wheel.writestr(path, text)
+        wheel.writestr(f"{info}/RECORD", "".join(
+            f"{path},sha256={digest(text)},{len(text)}\n" for path, text in files.items()))
+
+
+def digest(text: str) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
 
 
 @pytest.fixture(scope="module")
@@ -166,10 +177,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory, wheels: Path
 def checkout(installed: tuple[Path, Any], wheels: Path) -> Iterator[Path]:
     """The installed checkout, whose .venv a test may spoil: it is complete again after."""
     root = installed[0]
+    sound = (root / ".venv" / "darkroom.json").read_bytes()
     yield root
-    if (root / "pyproject.toml").read_text("utf-8") != PYPROJECT:
-        (root / "pyproject.toml").write_text(PYPROJECT, "utf-8")
-    if not environment.is_current(root):
+    (root / "pyproject.toml").write_text(PYPROJECT, "utf-8")
+    if stamp(root)["state"] == "ready":             # nothing is half done: no need to install
+        (root / ".venv" / "darkroom.json").write_bytes(sound)
+    elif not environment.is_current(root):
         assert start(root, surroundings(wheels), "0").returncode == 0
 
 
@@ -223,65 +236,184 @@ def test_changed_requirements_are_installed(checkout: Path, wheels: Path) -> Non
 
 # --- interrupted, broken, moved ---
 
-def test_interrupted_install_goes_on_and_repairs(checkout: Path, wheels: Path) -> None:
-    """As a kill between unpacking a package and finishing it leaves things."""
-    path = checkout / ".venv" / "darkroom.json"
-    path.write_text(json.dumps(stamp(checkout) | {"state": "installing"}), "utf-8")
-    (site(checkout) / "darkroom_dep.py").unlink()
-    (site(checkout) / "darkroom_dep-1.5.dist-info" / "INSTALLER").unlink()
-    done = start(checkout, surroundings(wheels), "0")
-    assert done.returncode == 0, done.stderr
-    assert "it goes on now" in done.stderr
-    assert answer(done)["dep"] == "1.5"
-    assert stamp(checkout)["state"] == "ready"
-
-
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl+C of a process group needs POSIX")
-def test_ctrl_c_while_installing(checkout: Path, wheels: Path) -> None:
+def test_ctrl_c_while_installing_and_the_next_start_goes_on(checkout: Path, wheels: Path) -> None:
     path = checkout / ".venv" / "darkroom.json"
     path.write_text(json.dumps(stamp(checkout) | {"pyproject": "old"}), "utf-8")
     process = subprocess.Popen(
         [sys.executable, checkout / "launcher.py", "0"], start_new_session=True, text=True,
         env=surroundings(wheels, SLOW_BUILD="1"), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    wait_until(lambda: stamp(checkout)["state"] == "installing")
-    time.sleep(2)
+    wait_until((checkout / "building").exists)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
+    (checkout / "building").unlink()
     assert process.returncode == 130, said
     assert said.strip().endswith("and the installation goes on.")
     assert "Traceback" not in said.split("Interrupted.")[1]
     assert stamp(checkout)["state"] == "installing"
+    done = start(checkout, surroundings(wheels), "0")
+    assert done.returncode == 0, done.stderr
+    assert "it goes on now" in done.stderr
+    assert stamp(checkout)["state"] == "ready"
 
 
-def wait_until(happened: Any, seconds: float = 60) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="process groups")
+def test_a_killed_pip_is_gone_on_with(checkout: Path, tmp_path: Path, wheels: Path) -> None:
+    """Killed while it unpacks a package: half its files are there, and no list of them."""
+    files = {f"darkroom_big/{n}.txt": str(n) for n in range(4000)}
+    make_wheel(tmp_path / "more", "darkroom_big", "1.0", files)
+    env = surroundings(wheels, PIP_FIND_LINKS=f"{wheels} {tmp_path / 'more'}")
+    text = PYPROJECT.replace("darkroom-dep>=1.2", 'darkroom-dep>=1.2", "darkroom-big')
+    (checkout / "pyproject.toml").write_text(text, "utf-8")
+    backend = checkout / "backend/backend.py"
+    backend.write_text(BACKEND.replace("Requires-Dist: darkroom-dep>=1.2",
+                                       "Requires-Dist: darkroom-big"), "utf-8")
+    process = subprocess.Popen([sys.executable, checkout / "launcher.py", "0"], env=env,
+                               start_new_session=True, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    try:
+        wait_until((site(checkout) / "darkroom_big" / "9.txt").exists, step=0.001)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert len(list((site(checkout) / "darkroom_big").iterdir())) < 4000
+        done = start(checkout, env, "0")
+        assert done.returncode == 0, done.stderr
+        assert "it goes on now" in done.stderr
+        assert len(list((site(checkout) / "darkroom_big").iterdir())) == 4000
+        assert not repair.broken(checkout / ".venv")
+    finally:
+        process.kill()
+        backend.write_text(BACKEND, "utf-8")
+
+
+# --- repair ---
+
+def test_repair_mends_what_is_broken_and_only_that(checkout: Path, wheels: Path) -> None:
+    site_ = site(checkout)
+    whole = start(checkout, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "repair")
+    assert (whole.returncode, whole.stdout) == (0, "")
+    assert whole.stderr.splitlines()[-1] == "All packages are whole."
+    pip_before = {path: path.stat().st_mtime_ns for path in (site_ / "pip").rglob("*.py")}
+    (site_ / "darkroom_dep.py").write_text('VERSION = "9.9"\n')
+    (site_ / "~arkroom_dep").mkdir()
+    (site_ / "fake_darkroom-1.0.dist-info" / "INSTALLER").unlink()
+    (checkout / "my.txt").write_text("mine")
+    done = start(checkout, surroundings(wheels), "repair")
+    assert done.returncode == 0, done.stderr
+    assert "darkroom_dep 1.5 is damaged: darkroom_dep.py" in done.stderr
+    assert "fake_darkroom 1.0 was never fully installed" in done.stderr
+    assert done.stderr.splitlines()[-1] == "Mended: all packages are whole again."
+    assert (site_ / "darkroom_dep.py").read_text() == 'VERSION = "1.5"\n'
+    assert not (site_ / "~arkroom_dep").exists()
+    assert {path: path.stat().st_mtime_ns for path in (site_ / "pip").rglob("*.py")} == pip_before
+    assert (checkout / "my.txt").read_text() == "mine"
+
+
+def test_repair_that_gets_no_packages_leaves_what_works(checkout: Path, wheels: Path) -> None:
+    (site(checkout) / "darkroom_dep.py").write_text('VERSION = "edited"\n')
+    done = start(checkout, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "repair")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == bootstrap.say("failed_network")
+    assert (site(checkout) / "darkroom_dep.py").exists()
+
+
+def test_an_environment_of_ones_own_is_only_told_about(tmp_path: Path, wheels: Path) -> None:
+    root = make_checkout(tmp_path / "c")
+    own_dependencies(root, "pytest>=8", "x")
+    folder = tmp_path / "own" / "lib" / "python3.11" / "site-packages" / "a_b-1.0.dist-info"
+    folder.mkdir(parents=True)
+    done = start(root, surroundings(wheels), "repair",
+                 before=f"sys.prefix = {str(tmp_path)!r} + '/own'")
+    assert done.returncode == 1
+    assert "a_b==1.0" in done.stderr.splitlines()[-1]
+    assert folder.exists()
+    assert not (root / ".venv").exists()
+
+
+def installed_package(site_: Path, name: str, rows: str = "", installer: bool = True) -> Path:
+    info = site_ / f"{name}.dist-info"
+    info.mkdir(parents=True)
+    (info / "RECORD").write_text(rows or f"{name}.dist-info/RECORD,,\n")
+    if installer:
+        (info / "INSTALLER").write_text("pip\n")
+    return info
+
+
+@pytest.mark.parametrize(("rows", "why"), [
+    ("a.py,sha256=ypeBEsobvcr6wjGzmiPcTaeG7_gUfE5yuYB3ha_uSLs,1\n", ""),
+    ("a.py,sha256=ypeBEsobvcr6wjGzmiPcTaeG7_gUfE5yuYB3ha_uSLs,2\n", "file"),
+    ("a.py,sha256=xpeBEsobvcr6wjGzmiPcTaeG7_gUfE5yuYB3ha_uSLs,1\n", "file"),
+    ("gone.py,sha256=ypeBEsobvcr6wjGzmiPcTaeG7_gUfE5yuYB3ha_uSLs,1\n", "file"),
+    ("gone.pyc,,\n", ""), ("a.py,unknown=xx,1\n", ""), ("half a row\n", "record"),
+    ('"a,b.py",,\n', ""), ("\0\n", "record"), ("\n", "record")])
+def test_files_are_compared_with_their_record(tmp_path: Path, rows: str, why: str) -> None:
+    site_ = tmp_path / "lib" / "python3.11" / "site-packages"
+    info = installed_package(site_, "x-1.0", rows)
+    (site_ / "a.py").write_text("a")
+    assert [one.why for one in repair.broken(tmp_path)] == ([why] if why else [])
+    (info / "INSTALLER").unlink()
+    assert [one.why for one in repair.broken(tmp_path)] == ["half"]
+
+
+def test_two_versions_of_one_package_are_both_in_the_way(tmp_path: Path) -> None:
+    site_ = tmp_path / "Lib" / "site-packages"
+    for name in ("My_Pack-1.0", "my_pack-2.0", "other-1.0"):
+        installed_package(site_, name)
+    found = repair.broken(tmp_path)
+    assert {one.version for one in found} == {"1.0", "2.0"}
+    assert {one.why for one in found} == {"double"}
+    repair.clear_away(tmp_path, found)
+    assert [path.name for path in site_.iterdir()] == ["other-1.0.dist-info"]
+
+
+CUDA = "cuda: Optional[str] = {!r}\nhip: Optional[str] = {!r}\n"
+
+
+@pytest.mark.parametrize(("cards", "built", "hip", "unfit"), [
+    ([], None, None, False), ([(8.6, 591.4)], "13.0", None, False),
+    ([(8.6, 591.4)], None, None, True),
+    ([(6.1, 591.4)], "13.0", None, True), ([(6.1, 591.4)], "12.6", None, False),
+    ([(8.9, 551.8)], "13.0", None, True), ([(12.0, 591.4)], "12.6", None, True),
+    ([(12.0, 591.4)], "12.8", None, False), ([(8.6, 591.4)], None, "6.4", False)])
+def test_a_torch_that_does_not_fit_the_card(tmp_path: Path, cards: list[tuple[float, float]],
+                                            built: str | None, hip: str | None, unfit: bool,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DARKROOM_TORCH_INDEX", raising=False)
+    folder = tmp_path / "lib" / "python3.11" / "site-packages" / "torch"
+    folder.mkdir(parents=True)
+    (folder / "version.py").write_text(CUDA.format(built, hip))
+    assert repair.unfit_torch(tmp_path, cards) is unfit
+
+
+@pytest.mark.parametrize(("version", "index"), [
+    ("2.14.1", ""), ("2.9.1+cu126", environment.TORCH_CUDA_OLD), ("2.9.1+git1234", ""),
+    ("2.9.1+cpu", "https://download.pytorch.org/whl/cpu")])
+def test_a_damaged_torch_comes_from_where_it_came(version: str, index: str) -> None:
+    assert repair.torch_source(version) == index
+
+
+def wait_until(happened: Any, seconds: float = 60, step: float = 0.05) -> None:
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end
-        time.sleep(0.05)
+        time.sleep(step)
 
 
-def test_lost_interpreter_is_rebuilt_once_by_two_starts(checkout: Path, wheels: Path) -> None:
-    python = environment.python_of(checkout / ".venv")
-    python.unlink()
-    python.symlink_to(checkout / "gone")
-    both = [subprocess.Popen([sys.executable, checkout / "launcher.py", "0"], text=True,
-                             env=surroundings(wheels), stderr=subprocess.PIPE,
-                             stdout=subprocess.PIPE) for _ in range(2)]
-    said = [process.communicate(timeout=200)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert sum("no longer runs" in text for text in said) == 1
-    assert sum("Making the environment" in text for text in said) == 1
-    assert sum("waiting for it" in text for text in said) == 1
-    assert not list(checkout.glob(".venv-old*"))
-
-
-def test_copied_checkout_gets_its_own(checkout: Path, tmp_path: Path, wheels: Path) -> None:
+def test_copied_checkout_gets_its_own_once_by_two_starts(checkout: Path, tmp_path: Path,
+                                                         wheels: Path) -> None:
     copy = tmp_path / "copy 副本"
     shutil.copytree(checkout, copy, symlinks=True)
-    done = start(copy, surroundings(wheels), "0")
-    assert done.returncode == 0, done.stderr
-    assert "was made at another place" in done.stderr
-    assert Path(answer(done)["prefix"]) == copy / ".venv"
+    both = [subprocess.Popen([sys.executable, copy / "launcher.py", "0"], text=True,
+                             env=surroundings(wheels), stderr=subprocess.PIPE,
+                             stdout=subprocess.PIPE) for _ in range(2)]
+    told = [process.communicate(timeout=200) for process in both]
+    said = [errors for _, errors in told]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sum("was made at another place" in text for text in said) == 1
+    assert sum("Making the environment" in text for text in said) == 1
+    assert sum("waiting for it" in text for text in said) == 1
+    assert {json.loads(out)["prefix"] for out, _ in told} == {str(copy / ".venv")}
+    assert not list(copy.glob(".venv-old*"))
 
 
 def test_half_made_environment_is_rebuilt(tmp_path: Path) -> None:
@@ -292,6 +424,11 @@ def test_half_made_environment_is_rebuilt(tmp_path: Path) -> None:
     environment.write_stamp(root, "made", HERE_PYTHON, [])
     assert bootstrap._why_anew(root) == ""
     environment.write_stamp(root, "ready", "3.0", [])                   # Python was exchanged
+    assert bootstrap._why_anew(root) == "broken"
+    environment.write_stamp(root, "ready", HERE_PYTHON, [])
+    python = environment.python_of(root / ".venv")
+    python.unlink()
+    python.symlink_to(root / "gone")                                    # or uninstalled
     assert bootstrap._why_anew(root) == "broken"
 
 
@@ -401,7 +538,7 @@ def test_too_old_python(tmp_path: Path, wheels: Path, lang: str) -> None:
     wanted = {"en": "needs Python 3.11 or newer, and this is Python 3.9",
               "zh-CN": "需要 Python 3.11"}
     assert wanted[lang] in one_sentence(told)
-    for python in old_pythons():
+    for python in old_pythons() if lang == "en" else ():
         done = subprocess.run([python, root / "launcher.py", "demo"], env=env, text=True,
                               encoding="utf-8", capture_output=True)
         assert done.returncode == 2
@@ -420,14 +557,15 @@ def test_old_python_uses_an_environment_that_is_there(checkout: Path, wheels: Pa
         assert (done.returncode, done.stderr) == (4, b"")
 
 
-@pytest.mark.parametrize("name", ["launcher.py", "build/bootstrap.py", "build/environment.py"])
+@pytest.mark.parametrize("name", ["launcher.py", "build/bootstrap.py", "build/environment.py",
+                                  "build/repair.py", "core/alert.py"])
 def test_old_pythons_can_read_it(name: str) -> None:
     tree = ast.parse((REAL / name).read_text("utf-8"), feature_version=(3, 8))
     assert not [node for node in ast.walk(tree) if type(node).__name__ == "Match"]
     top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     modules = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
     modules |= {str(node.module) for node in top if isinstance(node, ast.ImportFrom)}
-    allowed = sys.stdlib_module_names | {"environment"}
+    allowed = sys.stdlib_module_names | {"environment", "repair"}
     assert not {module.split(".")[0] for module in modules} - allowed
     assert "tomllib" not in modules
 
@@ -496,7 +634,7 @@ def test_every_text_is_there_and_used() -> None:
     source = "".join((REAL / name).read_text("utf-8") for name in ("launcher.py",
                                                                    "build/bootstrap.py"))
     assert not [key for key in bootstrap.texts("en") if f'"{key}"' not in source
-                and f"'{key}'" not in source]
+                and f"'{key}'" not in source and not key.startswith("found_")]
 
 
 # --- which torch ---
@@ -598,6 +736,6 @@ def test_bounds_agree_with_packaging(found: str, local: str, low: str, high: str
         f">={low},<{high}").contains(Version(found + local))
 
 
-@given(st.text(max_size=20))
+@given(st.text("0123456789.+abc -", max_size=20))
 def test_numbers_never_fail(text: str) -> None:
     assert all(isinstance(n, int) for n in environment.numbers(text))

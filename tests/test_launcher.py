@@ -17,7 +17,7 @@ from core import __version__, words
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("demo", "train", "generate", "lora", "lora info", "lora verify", "runs", "runs list",
-            "runs show", "runs resume", "runs stop", "doctor", "test", "setup")
+            "runs show", "runs resume", "runs stop", "doctor", "test", "setup", "repair")
 
 
 def start(*argv: str, cwd: Path = ROOT.parent, **more: str) -> subprocess.CompletedProcess[str]:
@@ -103,13 +103,13 @@ def test_train_asks_for_a_config_or_a_preset(run: Any) -> None:
     assert "--preset NAME" in err
 
 
-@pytest.mark.parametrize("before", [[], ["--debug"]])
-def test_test_hands_all_arguments_to_pytest(before: list[str], tmp_path: Path) -> None:
-    done = start(*before, "test", "--noconftest", "-n0", "-q", "--collect-only",
+def test_test_hands_all_arguments_to_pytest(tmp_path: Path) -> None:
+    quick = ("-p", "no:hypothesispytest", "-p", "no:xdist", "-o", "addopts=", "--noconftest")
+    done = start("--debug", "test", *quick, "-q", "--collect-only",
                  "-k", "test_version or bogus", "tests/test_launcher.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tests/test_launcher.py::test_version" in done.stdout
-    missing = start("test", "--noconftest", "-n0", "tests/no_such_file.py", cwd=tmp_path)
+    missing = start("test", *quick, "tests/no_such_file.py", cwd=tmp_path)
     assert missing.returncode == 4      # pytest's own
 
 
