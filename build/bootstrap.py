@@ -180,8 +180,8 @@ def _check_own(prefix: Path) -> int:
 
 def _mend(root: Path, found: list[packages.Broken], unfit: bool) -> None:
     """The same versions again, a torch for the card, then whatever lacks."""
-    write_stamp(root, "installing", version_of(python_of(root / ".venv")),
-                read_stamp(root).get("extras") or [])
+    stamp, python = read_stamp(root), version_of(python_of(root / ".venv"))
+    write_stamp(root, "installing", python, stamp.get("extras") or [])
     packages.clear_away(root / ".venv", found)
     wanted: dict[str, list[str]] = {}               # index -> requirements
     for one in found:
@@ -193,7 +193,12 @@ def _mend(root: Path, found: list[packages.Broken], unfit: bool) -> None:
     for index, lines in wanted.items():
         source = ["--index-url", index] if index else []
         again = [*source, "--force-reinstall", "--no-deps", *lines]
-        _with_one_of(root, functools.partial(_installer, root, again))
+        try:
+            _with_one_of(root, functools.partial(_installer, root, again))
+        except Stop:                    # installers take nothing away before they have the new
+            if all(one.why == "file" for one in found):
+                write_stamp(root, str(stamp.get("state")), python, stamp.get("extras") or [])
+            raise
     _install(root, "")
 
 

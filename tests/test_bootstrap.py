@@ -92,7 +92,8 @@ def make_checkout(root: Path) -> Path:
         (root / name).write_text(text, "utf-8")
     (root / "build").mkdir()
     for name in ("launcher.py", "build/bootstrap.py", "build/environment.py",
-                 "build/repair.py", "core/alert.py", "core/strings/en/bootstrap.yaml", "core/strings/zh-CN/bootstrap.yaml"):
+                 "build/repair.py", "core/alert.py",
+                 "core/strings/en/bootstrap.yaml", "core/strings/zh-CN/bootstrap.yaml"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REAL / name, root / name)
     return root
@@ -314,7 +315,8 @@ def test_repair_that_gets_no_packages_leaves_what_works(checkout: Path, wheels: 
     done = start(checkout, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "repair")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == bootstrap.say("failed_network")
-    assert (site(checkout) / "darkroom_dep.py").exists()
+    assert start(checkout, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "3").returncode == 3
+    (site(checkout) / "darkroom_dep.py").write_text('VERSION = "1.5"\n')
 
 
 def test_an_environment_of_ones_own_is_only_told_about(tmp_path: Path, wheels: Path) -> None:
