@@ -25,7 +25,7 @@ LIGHT = ("advisor", "captions", "caption_checks", "checks", "choices", "commands
          "hub", "hub_commands", "hub_index", "jobs", "journal", "ladder", "looks", "lora_file",
          "lora_metadata", "lora_commands", "lora_export", "lora_formats", "lora_layers",
          "lora_names", "naming", "foreign", "config_commands", "machine", "measures", "paths",
-         "model_search", "diagnostics", "records",
+         "model_search", "diagnostics", "records", "alert", "logs",
          "picture_checks", "picture_settings", "plan", "samplers", "trash",
          "plan_commands", "pool", "prepare", "presets", "remedies", "runs",
          "safetensors_header", "settings", "sheet", "terminal", "watch", "weigh", "words", "worker")
