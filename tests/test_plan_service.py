@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+import pytest
+
 from core import paths, plan_service
 from gui.planning import Planning, service_command
 
@@ -81,3 +84,27 @@ def test_closing_ends_the_child() -> None:
     assert child is not None
     assert child.wait(10) is not None
     assert not planning._thread.is_alive()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="hands a pipe's end on")
+def test_a_child_whose_window_was_killed_leaves(tmp_path: Path) -> None:
+    """Even one that isn't reading: its stdin stays open here."""
+    code = ("import subprocess, sys, time\n"
+            "child = subprocess.Popen(sys.argv[1:], start_new_session=True)\n"
+            "print(child.pid, flush=True)\ntime.sleep(100)")
+    reader, writer = os.pipe()
+    window = subprocess.Popen([sys.executable, "-c", code, *service_command()], stdin=reader,
+                              stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        assert window.stdout is not None
+        child = psutil.Process(int(window.stdout.readline()))
+        os.write(writer, b'{"config": {"epochs": 0}}\n')
+        assert "fault" in window.stdout.readline()      # the child's own answer
+        window.kill()
+        window.wait()
+        assert not psutil.wait_procs([child], timeout=60)[1]
+    finally:
+        window.kill()
+        os.close(reader)
+        os.close(writer)
