@@ -52,6 +52,18 @@ assert b"header" in opener.open(told).read()
 print(time.process_time(), flush=True)
 os._exit(0)
 """
+# As `launcher.py` comes to it: what is shown while Gradio is imported.
+WAITING = """
+import os, time, urllib.request
+import launcher
+from gui import window
+launcher._parser()
+served = window.listen()
+opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+assert b"starting" in opener.open(served.url).read()
+print(time.process_time(), flush=True)
+os._exit(0)
+"""
 
 
 def start(code: str) -> tuple[float, float]:
@@ -141,6 +153,10 @@ def main() -> None:
     asked = parser.parse_args()
     pairs = [(start(EMPTY), start(OURS)) for _ in range(asked.rounds)]
     print("| what | figure |\n|---|---|")
+    first = [start(WAITING) for _ in range(asked.rounds)]
+    print("| process start to the waiting page, seconds / CPU seconds | "
+          + " / ".join(f"{statistics.median(one[at] for one in first):.1f}" for at in (0, 1))
+          + " |")
     for name, at in (("seconds", 0), ("CPU seconds", 1)):
         empty, ours = (statistics.median(pair[n][at] for pair in pairs) for n in (0, 1))
         ratio = statistics.median(pair[1][at] / pair[0][at] for pair in pairs)
