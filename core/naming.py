@@ -204,8 +204,9 @@ ZIMAGE: Naming = (
     Part("transformer", "lora_unet", native="diffusion_model", renames=_zimage_renames(),
          kohya_native=True),
 )
+QWEN: Naming = (Part("transformer", "lora_unet", native="diffusion_model"),)
 NAMINGS: dict[str, Naming] = {"sd15": SD1, "sd2": SD1, "sdxl": SDXL, "sd3": SD3, "flux": FLUX,
-                             "zimage": ZIMAGE}
+                             "zimage": ZIMAGE, "qwen": QWEN}
 
 
 # --- diffusers <-> original code ---------------------------------------------------------------
@@ -289,7 +290,8 @@ _WORDS = frozenset((
     "x_embedder", "context_embedder", "time_text_embed", "timestep_embedder", "text_embedder",
     "guidance_embedder", "proj_mlp", "adaLN_modulation", "patch_embed", "input_blocks",
     "middle_block", "output_blocks", "joint_blocks", "x_block", "context_block", "t_embedder",
-    "y_embedder", "noise_refiner", "context_refiner", "feed_forward", "cap_embedder"))
+    "y_embedder", "noise_refiner", "context_refiner", "feed_forward", "cap_embedder",
+    "img_in", "txt_in", "img_mlp", "txt_mlp", "img_mod", "txt_mod"))
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -22,13 +26,15 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3Model,
     T5Config,
@@ -41,6 +47,7 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
             "steps_offset": 1}
 WORDS = ["<pad>", "</s>", "<unk>", "red", "green", "blue", "orange", "purple", "teal", "disc",
          ",", "flat", "number", *map(str, range(10))]
+QWEN_WORDS = ["system", "user", "assistant", "Describe", "the", "image", "by", ":"]
 
 
 def vae(channels: int = 4, **more: Any) -> AutoencoderKL:
@@ -75,6 +82,24 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
         single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>",
                                    unk_token="<unk>", model_max_length=512)
+
+
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """Words, marks and line breaks, so that a request is cut in as many tokens as by Qwen's own."""
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    words = [*WORDS, "\n", *QWEN_WORDS, *marks]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|[^\w\s]|\w+"), "removed", invert=True)
+    made.add_special_tokens(marks)
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<|endoftext|>",
+                                   unk_token="<unk>", model_max_length=2048)
+
+
+def film_vae() -> AutoencoderKLQwenImage:
+    """f4, of videos."""
+    return AutoencoderKLQwenImage(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 2], num_res_blocks=1, temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.7, 1.0, 2.0])
 
 
 def unet(cross: int, **more: Any) -> UNet2DConditionModel:
@@ -145,11 +170,36 @@ def zimage() -> Any:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
 
 
+READER = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
+          "num_key_value_heads": 1}
+TOWER = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2,
+         "out_hidden_size": 32}
+
+
+def qwen() -> Any:
+    read = {**READER, "num_hidden_layers": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6,
+                                "mrope_section": [2, 3, 3]}}
+    return QwenImagePipeline(
+        vae=film_vae(), tokenizer=qwen_tokenizer(),
+        transformer=QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=(4, 6, 6)),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+            text_config=read, vision_config=TOWER | {"fullatt_block_indexes": [0]})),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256,
+            max_image_seq_len=8192, shift_terminal=0.02))
+
+
 MADE: dict[str, Callable[[], Any]] = {"sd2": sd2, "sdxl": sdxl, "sd3": sd3, "flux": flux,
-                                    "zimage": zimage}
+                                    "zimage": zimage, "qwen": qwen}
 
 
 def base(family: str, folder: Path) -> Path:
     torch.manual_seed(7)
     MADE[family]().save_pretrained(folder, safe_serialization=True)
+    told = folder / "vae" / "config.json"
+    config = json.loads(told.read_text("utf-8"))
+    told.write_text(json.dumps(config | {"sample_size": 32}), "utf-8")     # which some leave out
     return folder

@@ -35,6 +35,7 @@ MODULES = {
                   "denoiser", 255),
     "flux": Listed("core.families.flux:Flux1", "Flux.1", 1024, "denoiser", 511),
     "zimage": Listed("core.families.zimage:ZImage", "Z-Image", 1024, "denoiser", 500),
+    "qwen": Listed("core.families.qwen:QwenImage", "Qwen-Image", 1024, "denoiser", 507),
 }
 
 

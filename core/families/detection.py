@@ -235,6 +235,10 @@ def _lumina(shapes: Shapes) -> Found | None:
 def _qwen(shapes: Shapes) -> Found | None:
     if "txt_in.text_norm.weight" in shapes:
         return Found("qwen21")
+    if "__index_timestep_zero__" in shapes:     # a mark in files of Edit's later versions
+        return Found("qwen_edit")
+    if "time_text_embed.addition_t_embedding.weight" in shapes:
+        return Found("qwen_layered")
     fits = "txt_norm.weight" in shapes and "transformer_blocks.0.img_mod.1.weight" in shapes
     return Found("qwen", "qwen") if fits else None
 
@@ -256,6 +260,17 @@ OTHERS = (
 RULES: tuple[Callable[[Shapes], Found | None], ...] = (_unet, _sd3, _flux, _lumina, _qwen, _others)
 
 
+FILM = ("decoder.conv1", "decoder.conv_in")     # of a VAE of videos, whose kernels have five sides
+
+
+DECODERS = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
+
+
+def _layer(shapes: Shapes, part: str) -> bool:
+    """Whether the layers of a language model have such a part."""
+    return any(f"{prefix}layers.0.{part}" in shapes for prefix in DECODERS)
+
+
 def _starts(*beginnings: str) -> Callable[[Shapes], bool]:
     return lambda shapes: any(name.startswith(beginnings) for name in shapes)
 
@@ -267,9 +282,15 @@ PARTS: tuple[tuple[str, Callable[[Shapes], bool]], ...] = (
     ("clip_g", lambda s: _width(s) == 1280), ("clip_l", lambda s: _width(s) == 768),
     ("clip", _starts("text_model.", "cond_stage_model.", "conditioner.", "transformer.resblocks.",
                      "transformer.text_model.")),
+    ("vae_film", lambda s: any(len(s.get(f"{x}.weight", ())) == 5 for x in FILM)),
     ("vae_16", lambda s: _latents(s) == 16), ("vae_32", lambda s: _latents(s) == 32),
     ("vae", _starts("first_stage_model.", "encoder.conv_in", "decoder.conv_in", "encoder.down",
                     "decoder.conv1", "decoder.stages.", "taesd_")),
+    ("qwen3_vl", lambda s: _layer(s, "self_attn.q_norm.weight")
+     and _starts("visual.", "model.visual.")(s)),
+    ("qwen3", lambda s: _layer(s, "self_attn.q_norm.weight")
+     and not _layer(s, "pre_feedforward_layernorm.weight")),    # which Gemma 3 has
+    ("qwen25_vl", lambda s: _layer(s, "self_attn.q_proj.bias")),
     ("language_model", _starts("model.layers.", "model.embed_tokens", "language_model.",
                                "model.language_model.")),
     ("embedding", lambda s: len(s) <= 3 and bool({"emb_params", "clip_l", "clip_g"} & s.keys())),
