@@ -249,6 +249,10 @@ NOT_LORA = {"controlnet", "checkpoint", "vae", "unet", "text-encoder", "embeddin
 
 # (family, pattern of a key, its tensor's last side; None: any), the first that fits.
 FAMILY_SIGNS = tuple((family, re.compile(pattern), side) for family, pattern, side in (
+    ("flux2", r"to_qkv_mlp_proj|ff(_context)?[._]linear_(in|out)\b|_stream_modulation", None),
+    # Files in the original code's names: by the sides of a single block's second matrix.
+    *(("flux2", r"single_blocks[._]\d+[._]linear2\b.*(down|lora_A)", side)
+      for side in (12288, 16384)),
     ("flux", r"double_blocks|single_blocks|single_transformer_blocks", None),
     ("sd3", r"joint_blocks", None),
     ("qwen", r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]", None),

@@ -135,6 +135,32 @@ def _flux_renames() -> tuple[Rename, ...]:
             Rename(("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped=True))
 
 
+def _flux2_renames() -> tuple[Rename, ...]:
+    double, single, block = "double_blocks.{}", "single_blocks.{}", "transformer_blocks.{}"
+    alone = "single_transformer_blocks.{}"
+    fused = (Rename(tuple(f"{block}.attn.to_{x}" for x in "qkv"), f"{double}.img_attn.qkv"),
+             Rename(tuple(f"{block}.attn.add_{x}_proj" for x in "qkv"), f"{double}.txt_attn.qkv"))
+    own = (("attn.to_out.0", "img_attn.proj"), ("attn.to_add_out", "txt_attn.proj"),
+           ("attn.norm_q", "img_attn.norm.query_norm"), ("attn.norm_k", "img_attn.norm.key_norm"),
+           ("attn.norm_added_q", "txt_attn.norm.query_norm"),
+           ("attn.norm_added_k", "txt_attn.norm.key_norm"),
+           ("ff.linear_in", "img_mlp.0"), ("ff.linear_out", "img_mlp.2"),
+           ("ff_context.linear_in", "txt_mlp.0"), ("ff_context.linear_out", "txt_mlp.2"))
+    lone = (("attn.to_qkv_mlp_proj", "linear1"), ("attn.to_out", "linear2"),
+            ("attn.norm_q", "norm.query_norm"), ("attn.norm_k", "norm.key_norm"))
+    ends = (("x_embedder", "img_in"), ("context_embedder", "txt_in"),
+            ("proj_out", "final_layer.linear"),
+            ("time_guidance_embed.timestep_embedder.linear_1", "time_in.in_layer"),
+            ("time_guidance_embed.timestep_embedder.linear_2", "time_in.out_layer"),
+            *((f"{name}.linear", f"{name}.lin") for name in (
+                "double_stream_modulation_img", "double_stream_modulation_txt",
+                "single_stream_modulation")))
+    return (*fused, *(Rename((f"{block}.{a}",), f"{double}.{b}") for a, b in own),
+            *(Rename((f"{alone}.{a}",), f"{single}.{b}") for a, b in lone),
+            *(Rename((a,), b) for a, b in ends),
+            Rename(("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped=True))
+
+
 def _sd3_renames() -> tuple[Rename, ...]:
     joint, block = "joint_blocks.{}", "transformer_blocks.{}"
     fused = tuple(
@@ -205,8 +231,12 @@ ZIMAGE: Naming = (
          kohya_native=True),
 )
 QWEN: Naming = (Part("transformer", "lora_unet", native="diffusion_model"),)
+FLUX2: Naming = (
+    Part("transformer", "lora_unet", native="diffusion_model", renames=_flux2_renames(),
+         kohya_native=True),
+)
 NAMINGS: dict[str, Naming] = {"sd15": SD1, "sd2": SD1, "sdxl": SDXL, "sd3": SD3, "flux": FLUX,
-                             "zimage": ZIMAGE, "qwen": QWEN}
+                             "zimage": ZIMAGE, "qwen": QWEN, "flux2": FLUX2}
 
 
 # --- diffusers <-> original code ---------------------------------------------------------------

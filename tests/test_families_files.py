@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import T5Tokenizer
+from transformers import Qwen2Tokenizer, T5Tokenizer
 
-from core import families, paths
+from core import families, generate, paths
 from core.families import loading
 from core.faults import Fault
 from core.naming import NAMINGS, Part, to_native
@@ -71,6 +74,35 @@ def vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
         conv = ".attn_1." in name and value.ndim == 2
         found[name] = value[:, :, None, None] if conv else value
     return found
+
+
+def batch_normed_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Flux.2's."""
+    found = vae(state)
+    del found["bn.num_batches_tracked"]
+    return {re.sub("^quant_conv", "encoder.quant_conv", name).replace(
+        "post_quant_conv", "decoder.post_quant_conv"): value for name, value in found.items()}
+
+
+FILM = {"conv_in": "conv1", "conv_out": "head.2", "norm_out": "head.0", "norm1": "residual.0",
+        "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6", "quant_conv": "conv1",
+        "conv_shortcut": "shortcut", "post_quant_conv": "conv2", "mid_block.resnets.0": "middle.0",
+        "mid_block.attentions.0": "middle.1", "mid_block.resnets.1": "middle.2",
+        "down_blocks": "downsamples"}
+
+
+def film_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Wan's, three layers a level."""
+    def place(match: re.Match[str]) -> str:
+        within = 3 if match[2] == "upsamplers" else int(match[3])
+        return f"upsamples.{4 * int(match[1]) + within}"
+    words = re.compile("|".join(rf"(?<![^.]){re.escape(one)}(?![^.])" for one in FILM))
+    return {words.sub(lambda found: FILM[found[0]], re.sub(
+        r"up_blocks\.(\d)\.(resnets|upsamplers)\.(\d)", place, name)): value
+        for name, value in state.items()}
+
+
+VAES = {"qwen": film_vae, "flux2": batch_normed_vae}
 
 
 def behind(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -169,7 +201,40 @@ def test_sd3_beside_its_text_encoders(made: tuple[str, Path, Any], tmp_path: Pat
                    for key, value in one.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd2", "flux", "sd3"])
+@pytest.mark.parametrize("made", list(VAES), indirect=True)
+def test_a_denoiser_with_vae_and_text_encoder_beside_it(made: tuple[str, Path, Any],
+                                                        tmp_path: Path) -> None:
+    """The encoder's file holds a vision tower or a head, too: neither is there once loaded."""
+    name, folder, parts = made
+    models = tmp_path / "models"
+    (models / "text_encoders").mkdir(parents=True)
+    path = models / "base.safetensors"
+    state = original(NAMINGS[name][0], parts.denoiser.state_dict())
+    save_file(behind("model.diffusion_model.", state), path)
+    family = families.get(families.detect(path))
+    with pytest.raises(Fault, match="VAE"):
+        family.load(path, FP32, frozenset({"vae"}))
+    save_file(behind("", VAES[name](parts.vae.state_dict())), models / "vae.safetensors")
+    reader = folder / "text_encoder" / "model.safetensors"
+    assert any("visual." in key or key.startswith("lm_head.") for key in load_file(reader))
+    shutil.copyfile(reader, models / "text_encoders" / "reader.safetensors")
+    Qwen2Tokenizer({"a": 0}, []).save_pretrained(models / "tokenizers" / "qwen")
+    found = family.load(path, FP32)
+    compare(name, parts, found)
+    assert not any("visual" in key or "head" in key for key in found.text["text_encoder"].state_dict())
+    _same_picture(folder, family, parts)
+
+
+def _same_picture(folder: Path, family: Any, parts: Any) -> None:
+    """As diffusers' own pipeline with the encoder's whole class."""
+    shot = generate.Shot("", "", 5, 2, 3.0, (32, 32))
+    texts = {"prompt": "red disc, flat"}
+    drawn = [np.asarray(generate.draw(pipeline, parts, shot, texts, FP32), dtype=float)
+             for pipeline in (DiffusionPipeline.from_pretrained(folder), family.pipeline(parts))]
+    assert np.abs(drawn[0] - drawn[1]).mean() < 0.05
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd2", "flux", "sd3", "flux2", "qwen"])
 def test_full_size_names_and_shapes(name: str) -> None:
     """Of the shipped configs: the published shapes' names go there and back, without weights."""
     family: Any = families.get(name)
@@ -188,4 +253,5 @@ def test_full_size_names_and_shapes(name: str) -> None:
     assert all(found[key].shape == value.shape for key, value in expected.items())
     count = sum(p.numel() for p in model.parameters())
     assert count == {"sdxl": 2_567_463_684, "sd2": 865_910_724, "flux": 11_901_408_320,
-                     "sd3": 2_028_328_000}[name]
+                     "sd3": 2_028_328_000, "flux2": 3_875_544_576,
+                     "qwen": 20_430_401_088}[name]

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
@@ -36,6 +39,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -98,7 +102,7 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
 def film_vae() -> AutoencoderKLQwenImage:
     """f4, of videos."""
     return AutoencoderKLQwenImage(
-        base_dim=4, z_dim=4, dim_mult=[1, 1, 2], num_res_blocks=1, temperal_downsample=[False, True],
+        base_dim=4, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=2, temperal_downsample=[False, True],
         latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.7, 1.0, 2.0])
 
 
@@ -156,11 +160,15 @@ def flux(guided: bool = True) -> Any:
         scheduler=FlowMatchEulerDiscreteScheduler(**(dynamic if guided else {})))
 
 
-def zimage() -> Any:
+def chat_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = word_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def zimage() -> Any:
     return ZImagePipeline(
-        vae=vae(16, shift_factor=0.1, scaling_factor=0.36), tokenizer=tokenizer,
+        vae=vae(16, shift_factor=0.1, scaling_factor=0.36), tokenizer=chat_tokenizer(),
         transformer=ZImageTransformer2DModel(
             in_channels=16, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
             cap_feat_dim=32, axes_dims=[8, 4, 4], axes_lens=[1024, 64, 64]),
@@ -192,8 +200,29 @@ def qwen() -> Any:
             max_image_seq_len=8192, shift_terminal=0.02))
 
 
+def flux2() -> Any:
+    batch_norm = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, norm_num_groups=4,
+        sample_size=32)
+    batch_norm.bn.running_mean.uniform_(-0.3, 0.3)
+    batch_norm.bn.running_var.uniform_(0.2, 2.0)
+    return Flux2KleinPipeline(
+        vae=batch_norm, tokenizer=chat_tokenizer(),
+        transformer=Flux2Transformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=48, guidance_embeds=False,
+            axes_dims_rope=(4, 4, 4, 4)),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(
+            vocab_size=len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=29,
+            num_attention_heads=1, num_key_value_heads=1, head_dim=8)),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
+            base_image_seq_len=256, max_image_seq_len=4096))
+
+
 MADE: dict[str, Callable[[], Any]] = {"sd2": sd2, "sdxl": sdxl, "sd3": sd3, "flux": flux,
-                                    "zimage": zimage, "qwen": qwen}
+                                    "zimage": zimage, "qwen": qwen, "flux2": flux2}
 
 
 def base(family: str, folder: Path) -> Path:

@@ -6,7 +6,7 @@ Black Forest Labs' Flux, Stability's MMDiT, and the single files that ComfyUI pu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -173,9 +173,13 @@ def of_tensors(tensors: Tensors) -> Found:
     return next((Found(what) for what, fits in PARTS if fits(shapes)), Found("unknown"))
 
 
+def denoiser_prefix(names: Iterable[str]) -> str:
+    return next((p for p in PREFIXES if any(name.startswith(p) for name in names)), "")
+
+
 def denoiser_shapes(tensors: Tensors) -> Shapes:
     """The denoiser's tensors without the prefix that whole checkpoints put before them."""
-    prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in tensors)), "")
+    prefix = denoiser_prefix(tensors)
     return {name.removeprefix(prefix): info.shape for name, info in tensors.items()
             if name.startswith(prefix)}
 
@@ -283,7 +287,8 @@ PARTS: tuple[tuple[str, Callable[[Shapes], bool]], ...] = (
     ("clip", _starts("text_model.", "cond_stage_model.", "conditioner.", "transformer.resblocks.",
                      "transformer.text_model.")),
     ("vae_film", lambda s: any(len(s.get(f"{x}.weight", ())) == 5 for x in FILM)),
-    ("vae_16", lambda s: _latents(s) == 16), ("vae_32", lambda s: _latents(s) == 32),
+    ("vae_32", lambda s: _latents(s) == 32 or "bn.running_mean" in s),
+    ("vae_16", lambda s: _latents(s) == 16),
     ("vae", _starts("first_stage_model.", "encoder.conv_in", "decoder.conv_in", "encoder.down",
                     "decoder.conv1", "decoder.stages.", "taesd_")),
     ("qwen3_vl", lambda s: _layer(s, "self_attn.q_norm.weight")

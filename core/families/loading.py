@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from core import paths
 from core.families import companions
 from core.families.base import Part, Precision
-from core.families.detection import Found
+from core.families.detection import Found, denoiser_prefix
 from core.faults import Fault
 from core.reading import from_json
 from core.safetensors_header import PICKLES, read_header
@@ -105,7 +105,8 @@ def file_of(layout: Layout, piece: Piece) -> tuple[Path, str] | None:
         return layout.files[piece.name]
     if not piece.alone:
         raise Fault("families.part_missing", path=layout.source, part=piece.name)
-    width = layout.configs[piece.name].get("hidden_size", 0) if piece.transformers else 0
+    config = layout.configs[piece.name]
+    width = config.get("text_config", config).get("hidden_size", 0)
     path = companions.find_file(layout.source, piece.alone, width)
     if path is None and not piece.optional:
         raise companions.missing(layout.source, piece.alone)
@@ -172,9 +173,22 @@ def converted(piece: Piece, config: dict[str, Any], tensors: Tensors) -> Tensors
     """By the names of diffusers' models. Some tables read `tensors` empty."""
     if piece.convert is not None:
         return piece.convert(tensors, config)
-    table = SINGLE_FILE_LOADABLE_CLASSES[piece.cls.__name__]["checkpoint_mapping_fn"]
-    found: Tensors = table(checkpoint=tensors, config=config)
-    return found
+    return _table(piece.cls)(tensors, config)
+
+
+def _table(cls: Any) -> Convert:
+    """diffusers' own."""
+    table = SINGLE_FILE_LOADABLE_CLASSES[cls.__name__]["checkpoint_mapping_fn"]
+    return lambda tensors, config: table(checkpoint=tensors, config=config)
+
+
+def bare(cls: Any) -> Convert:
+    """diffusers' table for a denoiser, of those that know no prefix before the names."""
+    def convert(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+        prefix = denoiser_prefix(tensors)
+        return _table(cls)({name.removeprefix(prefix): value for name, value in tensors.items()},
+                           config)
+    return convert
 
 
 def fill(model: nn.Module, tensors: Tensors, dtype: torch.dtype, path: Path) -> None:

@@ -22,7 +22,7 @@ from core.families import text
 from core.families.base import Cond, FamilySpec, Parts
 from core.families.common import ALIASES, Loaded, Vocabulary, layer_count, pack, shift_line, unpack
 from core.families.detection import denoiser_shapes
-from core.families.loading import Layout, Piece, Tensors
+from core.families.loading import Layout, Piece, Tensors, bare
 from core.families.sd3 import JOINT
 from core.flow import STEPS, Sampling
 from core.safetensors_header import read_header
@@ -68,7 +68,8 @@ class QwenImage(Filmed):
         kohya_prefix="lora_unet", base_version="qwen_image", architecture="qwen-image",
         implementation="https://github.com/QwenLM/Qwen-Image", cfg=4.0, lora_format="diffusers")
     pieces = (
-        Piece("transformer", QwenImageTransformer2DModel, "denoiser", ("model.diffusion_model.",)),
+        Piece("transformer", QwenImageTransformer2DModel, "denoiser", ("model.diffusion_model.",),
+              bare(QwenImageTransformer2DModel)),
         Piece("vae", AutoencoderKLQwenImage, "vae", ("vae.",), vae_names, alone="vae_film"),
         Piece("text_encoder", Qwen2_5_VLTextModel, "text", (), text.decoder_names,
               alone="qwen25_vl", config=lambda read: Qwen2_5_VLConfig.from_dict(read).text_config))
