@@ -255,6 +255,7 @@ FAMILY_SIGNS = tuple((family, re.compile(pattern), side) for family, pattern, si
       for side in (12288, 16384)),
     ("flux", r"double_blocks|single_blocks|single_transformer_blocks", None),
     ("sd3", r"joint_blocks", None),
+    ("krea2", r"txtfusion|text_fusion|blocks[._]\d+[._]attn[._](to_gate|w[qkvo])\b", None),
     ("qwen", r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]", None),
     # Attention alone: a block beyond the last that Flux.1 has of them.
     ("qwen", r"transformer_blocks[._](19|[2-5]\d)[._]attn[._](to|add)_[qkv].*(down|lora_A)", 3072),

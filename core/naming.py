@@ -200,6 +200,23 @@ def _zimage_renames() -> tuple[Rename, ...]:
             Rename(("all_final_layer.2-1",), "final_layer"))
 
 
+def _krea2_renames() -> tuple[Rename, ...]:
+    blocks = (("transformer_blocks.{}", "blocks.{}"),
+              *((f"text_fusion.{one}.{{}}", f"txtfusion.{one}.{{}}")
+                for one in ("layerwise_blocks", "refiner_blocks")))
+    own = (("attn.to_q", "attn.wq"), ("attn.to_k", "attn.wk"), ("attn.to_v", "attn.wv"),
+           ("attn.to_out.0", "attn.wo"), ("attn.to_gate", "attn.gate"), ("ff", "mlp"),
+           ("attn.norm_q", "attn.qknorm.qnorm"), ("attn.norm_k", "attn.qknorm.knorm"),
+           ("norm1", "prenorm"), ("norm2", "postnorm"))
+    ends = (("img_in", "first"), ("time_embed.linear_1", "tmlp.0"),
+            ("time_embed.linear_2", "tmlp.2"), ("time_mod_proj", "tproj.1"),
+            ("txt_in.norm", "txtmlp.0"), ("txt_in.linear_1", "txtmlp.1"),
+            ("txt_in.linear_2", "txtmlp.3"), ("text_fusion.projector", "txtfusion.projector"),
+            ("final_layer.linear", "last.linear"), ("final_layer.norm", "last.norm"))
+    return (*(Rename((f"{ours}.{a}",), f"{theirs}.{b}") for ours, theirs in blocks
+              for a, b in own), *(Rename((a,), b) for a, b in ends))
+
+
 def _clip(name: str, kohya: str, native: str) -> Part:
     """transformers 5 has no text_model; files have."""
     return Part(name, kohya, "text_model", f"text_encoders.{native}.transformer")
@@ -235,8 +252,13 @@ FLUX2: Naming = (
     Part("transformer", "lora_unet", native="diffusion_model", renames=_flux2_renames(),
          kohya_native=True),
 )
+KREA2: Naming = (
+    Part("transformer", "lora_unet", native="diffusion_model", renames=_krea2_renames(),
+         kohya_native=True),
+)
 NAMINGS: dict[str, Naming] = {"sd15": SD1, "sd2": SD1, "sdxl": SDXL, "sd3": SD3, "flux": FLUX,
-                             "zimage": ZIMAGE, "qwen": QWEN, "flux2": FLUX2}
+                             "zimage": ZIMAGE, "qwen": QWEN, "flux2": FLUX2,
+                             "krea2": KREA2}
 
 
 # --- diffusers <-> original code ---------------------------------------------------------------

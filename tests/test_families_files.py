@@ -30,7 +30,9 @@ OPEN_CLIP = {"encoder.layers": "transformer.resblocks", "self_attn.out_proj": "a
              "mlp.fc2": "mlp.c_proj", "embeddings.token_embedding": "token_embedding",
              "embeddings.position_embedding.weight": "positional_embedding",
              "final_layer_norm": "ln_final"}
-SCALES = ("query_norm", "key_norm")         # what Flux calls `scale`
+# What Flux and Krea 2 call `scale`.
+SCALES = ("query_norm", "key_norm", "qnorm", "knorm", "prenorm", "postnorm", "txtmlp.0",
+          "last.norm")
 
 
 def original(part: Part, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -40,6 +42,11 @@ def original(part: Part, state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         path, _, leaf = name.rpartition(".")
         place = to_native(part, path)
+        if leaf == "scale_shift_table":     # Krea 2's
+            blocks = path.startswith("transformer_blocks.")
+            found[f"{path.removeprefix('transformer_')}.mod.lin" if blocks else
+                  "last.modulation.lin"] = value.flatten() if blocks else value
+            continue
         leaf = "scale" if place.name.endswith(SCALES) else leaf
         if place.of is not None and place.of.swapped:
             found[f"{place.name}.{leaf}"] = value.roll(value.shape[0] // 2, 0)
@@ -102,7 +109,7 @@ def film_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, value in state.items()}
 
 
-VAES = {"qwen": film_vae, "flux2": batch_normed_vae}
+VAES = {"qwen": film_vae, "flux2": batch_normed_vae, "krea2": film_vae}
 
 
 def behind(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -234,7 +241,7 @@ def _same_picture(folder: Path, family: Any, parts: Any) -> None:
     assert np.abs(drawn[0] - drawn[1]).mean() < 0.05
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd2", "flux", "sd3", "flux2", "qwen"])
+@pytest.mark.parametrize("name", ["sdxl", "sd2", "flux", "sd3", "flux2", "qwen", "krea2"])
 def test_full_size_names_and_shapes(name: str) -> None:
     """Of the shipped configs: the published shapes' names go there and back, without weights."""
     family: Any = families.get(name)
@@ -254,4 +261,4 @@ def test_full_size_names_and_shapes(name: str) -> None:
     count = sum(p.numel() for p in model.parameters())
     assert count == {"sdxl": 2_567_463_684, "sd2": 865_910_724, "flux": 11_901_408_320,
                      "sd3": 2_028_328_000, "flux2": 3_875_544_576,
-                     "qwen": 20_430_401_088}[name]
+                     "qwen": 20_430_401_088, "krea2": 12_820_073_036}[name]

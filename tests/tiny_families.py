@@ -19,6 +19,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -41,6 +43,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
 )
@@ -221,8 +225,28 @@ def flux2() -> Any:
             base_image_seq_len=256, max_image_seq_len=4096))
 
 
+def krea2() -> Any:
+    read = {**READER, "num_hidden_layers": 3, "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6,
+                                "mrope_section": [2, 3, 3], "mrope_interleaved": True}}
+    tower = TOWER | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    return Krea2Pipeline(
+        vae=film_vae(), tokenizer=qwen_tokenizer(), text_encoder_select_layers=(1, 2),
+        transformer=Krea2Transformer2DModel(
+            in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            num_key_value_heads=1, intermediate_size=48, timestep_embed_dim=16,
+            text_hidden_dim=32, num_text_layers=2, text_num_attention_heads=2,
+            text_num_key_value_heads=2, text_intermediate_size=32, num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1, axes_dims_rope=(4, 6, 6)),
+        text_encoder=Qwen3VLModel(Qwen3VLConfig(text_config=read, vision_config=tower)),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
+            max_image_seq_len=6400))
+
+
 MADE: dict[str, Callable[[], Any]] = {"sd2": sd2, "sdxl": sdxl, "sd3": sd3, "flux": flux,
-                                    "zimage": zimage, "qwen": qwen, "flux2": flux2}
+                                    "zimage": zimage, "qwen": qwen, "flux2": flux2,
+                                    "krea2": krea2}
 
 
 def base(family: str, folder: Path) -> Path:

@@ -174,6 +174,11 @@ def _tokenizer_of(encoder: str) -> str:
     return encoder.replace("text_encoder", "tokenizer")
 
 
+def index_of(source: Path) -> dict[str, Any]:
+    """A folder's model_index.json; a single file has none."""
+    return loading.read_json(source / "model_index.json", source) if source.is_dir() else {}
+
+
 def vae_factor(layout: Layout) -> int:
     """Pixels of a latent pixel, a side."""
     return int(2 ** (len(layout.configs["vae"]["block_out_channels"]) - 1))

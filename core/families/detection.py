@@ -69,7 +69,7 @@ PIPELINES = {
     "QwenImagePipeline": ("qwen", "qwen"), "QwenImageEditPipeline": ("qwen_edit", ""),
     "QwenImageEditPlusPipeline": ("qwen_edit", ""), "Lumina2Pipeline": ("lumina2", "lumina2"),
     "Lumina2Text2ImgPipeline": ("lumina2", "lumina2"), "SanaPipeline": ("sana", "sana"),
-    "Krea2Pipeline": ("krea2", ""),
+    "Krea2Pipeline": ("krea2", "krea2"),
     "StableDiffusionInpaintPipeline": ("inpainting", ""),
     "StableDiffusionXLInpaintPipeline": ("inpainting", ""),
     "StableDiffusionXLImg2ImgPipeline": ("sdxl_refiner", ""),
@@ -254,7 +254,7 @@ def _others(shapes: Shapes) -> Found | None:
 OTHERS = (
     ("blocks.0.mlp.inverted_conv.conv.weight", "sana", "sana"),
     ("transformer_blocks.0.ff.conv_inverted.weight", "sana", "sana"),
-    ("txtfusion.projector.weight", "krea2", ""),
+    ("txtfusion.projector.weight", "krea2", "krea2"),
     ("double_stream_blocks.0.block.adaLN_modulation.1.bias", "hidream", ""),
     ("double_layers.0.attn.w1q.weight", "auraflow", ""),
     ("early_stream_modulations.image.lin.weight", "flux3", ""),

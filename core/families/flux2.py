@@ -21,9 +21,17 @@ from transformers import Qwen3Config, Qwen3Model
 
 from core.families import text
 from core.families.base import Cond, FamilySpec, Parts
-from core.families.common import Loaded, Vocabulary, dit_sizes, layer_count, pack, unpack
+from core.families.common import (
+    Loaded,
+    Vocabulary,
+    dit_sizes,
+    index_of,
+    layer_count,
+    pack,
+    unpack,
+)
 from core.families.detection import denoiser_shapes
-from core.families.loading import Layout, Piece, Tensors, bare, read_json
+from core.families.loading import Layout, Piece, Tensors, bare
 from core.families.sd3 import JOINT
 from core.flow import STEPS, Sampling
 from core.safetensors_header import read_header
@@ -133,9 +141,7 @@ class Flux2(Loaded):
         return {"prompt_embeds": cond["text"], "negative_prompt_embeds": negative["text"]}
 
     def pipe_options(self, parts: Parts) -> dict[str, Any]:
-        index = (read_json(parts.source / "model_index.json", parts.source)
-                 if parts.source.is_dir() else {})
-        return {"is_distilled": bool(index.get("is_distilled"))}
+        return {"is_distilled": bool(index_of(parts.source).get("is_distilled"))}
 
 
 def places(like: Tensor, sides: tuple[int, ...], axis: int) -> Tensor:
