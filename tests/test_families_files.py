@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders import lora_conversion_utils
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen2Tokenizer, T5Tokenizer
 
-from core import families, generate, paths
+from core import families, generate, lora, lora_formats, paths
+from core.config import TrainConfig
 from core.families import loading
 from core.faults import Fault
 from core.naming import NAMINGS, Part, to_native
@@ -228,7 +230,8 @@ def test_a_denoiser_with_vae_and_text_encoder_beside_it(made: tuple[str, Path, A
     Qwen2Tokenizer({"a": 0}, []).save_pretrained(models / "tokenizers" / "qwen")
     found = family.load(path, FP32)
     compare(name, parts, found)
-    assert not any("visual" in key or "head" in key for key in found.text["text_encoder"].state_dict())
+    weights = found.text["text_encoder"].state_dict()
+    assert not any("visual" in key or "head" in key for key in weights)
     _same_picture(folder, family, parts)
 
 
@@ -239,6 +242,40 @@ def _same_picture(folder: Path, family: Any, parts: Any) -> None:
     drawn = [np.asarray(generate.draw(pipeline, parts, shot, texts, FP32), dtype=float)
              for pipeline in (DiffusionPipeline.from_pretrained(folder), family.pipeline(parts))]
     assert np.abs(drawn[0] - drawn[1]).mean() < 0.05
+
+
+@pytest.mark.parametrize(("name", "spelling", "reader"), [
+    ("qwen", "kohya", "_convert_non_diffusers_qwen_lora_to_diffusers"),
+    ("qwen", "comfyui", "_convert_non_diffusers_qwen_lora_to_diffusers"),
+    ("flux2", "kohya", "_convert_kohya_flux2_lora_to_diffusers"),
+    ("flux2", "comfyui", "_convert_non_diffusers_flux2_lora_to_diffusers"),
+    ("krea2", "comfyui", "_convert_non_diffusers_krea2_lora_to_diffusers"),
+])
+def test_diffusers_reads_the_same_lora_in_other_spellings(name: str, spelling: str, reader: str
+                                                          ) -> None:
+    """By its own tables of the original code's names, which our loading does without."""
+    model = tiny_families.MADE[name]().transformer
+    sizes = lora.choose(model, TrainConfig(lora_rank=2, target_modules="attention+ff"),
+                        families.get(name).spec)
+    made = lora_formats.from_tensors({
+        f"transformer.{path}.lora_{half}.weight": torch.randn(
+            (2, layer.in_features) if half == "A" else (layer.out_features, 2))
+        for path in sizes for half in "AB" for layer in [model.get_submodule(path)]}, name)
+    spelled = lora_formats.spell(made, spelling)
+    if spelling == "comfyui":               # some of its readers know no alpha, which is the rank
+        spelled = {key: value for key, value in spelled.items() if not key.endswith(".alpha")}
+    theirs, ours = (_products(one) for one in (
+        getattr(lora_conversion_utils, reader)(dict(spelled)),
+        lora_formats.spell(made, "diffusers")))
+    assert theirs.keys() == ours.keys()
+    for path, product in ours.items():
+        torch.testing.assert_close(theirs[path], product)
+
+
+def _products(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: state[f"{key}.lora_B.weight"] @ state[f"{key}.lora_A.weight"]
+            for key in (name.removesuffix(".lora_A.weight") for name in state
+                        if name.endswith(".lora_A.weight"))}
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd2", "flux", "sd3", "flux2", "qwen", "krea2"])

@@ -106,7 +106,8 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
 def film_vae() -> AutoencoderKLQwenImage:
     """f4, of videos."""
     return AutoencoderKLQwenImage(
-        base_dim=4, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=2, temperal_downsample=[False, True],
+        base_dim=4, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=2,
+        temperal_downsample=[False, True],
         latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.7, 1.0, 2.0])
 
 
