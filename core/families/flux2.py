@@ -2,8 +2,8 @@
 
 No paper; what is here is the reference code's and diffusers' own: latents normalised by the VAE's
 batch norm in tokens of 2 x 2; layers 9, 18 and 27 of the text side by side, padding included, since
-the transformer has no mask; a shift (e^mu) that falls with the picture's size and the number of
-steps: here that of 50 steps, mu 2.3 at 256 tokens and 2.0 at 4096. klein has no guidance as an
+the transformer has no mask; a shift (e^mu) that grows with the picture and falls with the number
+of steps: here that of 50 steps, mu 1.6 at 256 tokens and 2.0 at 4096. klein has no guidance as an
 input. The base models draw with true guidance, the distilled ones (told by their folders) without.
 """
 
@@ -88,8 +88,8 @@ class Flux2(Loaded):
         Piece("vae", AutoencoderKLFlux2, "vae", ("vae.",), vae_names, alone="vae_32"),
         Piece("text_encoder", Qwen3Model, "text", (), text.decoder_names, alone="qwen3",
               config=read_layers))
-    vocabularies: ClassVar = {
-        "text_encoder": Vocabulary("Qwen3", ("Qwen2Tokenizer",), LENGTH)}
+    vocabularies: ClassVar = {      # eleven of its tokens are the template's
+        "text_encoder": Vocabulary("Qwen3", ("Qwen2Tokenizer",), LENGTH - 11)}
     pipe = Klein
 
     def adapt(self, layout: Layout) -> None:
