@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,12 @@ def test_a_denoiser_with_vae_and_text_encoder_beside_it(made: tuple[str, Path, A
     weights = found.text["text_encoder"].state_dict()
     assert not any("visual" in key or "head" in key for key in weights)
     _same_picture(folder, family, parts)
+    half = choose("bf16", "cpu")            # Krea 2 keeps its norms in fp32 then
+    numbers = [{key: value.dtype for key, value in one.denoiser.state_dict().items()} for one in (
+        load(source, replace(half, device=torch.device(device)), frozenset({"denoiser"}))
+        for load, device in ((family.load, "cpu"), (family.skeleton, "meta"))
+        for source in (folder, path))]
+    assert all(one == numbers[0] for one in numbers)
 
 
 def _same_picture(folder: Path, family: Any, parts: Any) -> None:
@@ -242,6 +249,23 @@ def _same_picture(folder: Path, family: Any, parts: Any) -> None:
     drawn = [np.asarray(generate.draw(pipeline, parts, shot, texts, FP32), dtype=float)
              for pipeline in (DiffusionPipeline.from_pretrained(folder), family.pipeline(parts))]
     assert np.abs(drawn[0] - drawn[1]).mean() < 0.05
+
+
+@pytest.mark.parametrize("made", ["flux2", "krea2"], indirect=True)
+def test_distilled_bases_and_negative_prompts(made: tuple[str, Path, Any]) -> None:
+    """A folder says that its base is distilled; klein's pipeline knows no negative prompt."""
+    name, folder, parts = made
+    family = families.get(name)
+    shot = generate.Shot("", "", 5, 2, 3.0, (32, 32))
+    drawn = [np.asarray(generate.draw(family.pipeline(parts), parts, shot, {
+        "prompt": "red disc", "negative_prompt": negative}, FP32)) for negative in ("", "blue")]
+    assert not np.array_equal(*drawn)
+    index = folder / "model_index.json"
+    index.write_text(index.read_text("utf-8").replace('"is_distilled": false',
+                                                      '"is_distilled": true'), "utf-8")
+    turbo = family.load(folder, FP32, frozenset())
+    assert family.pipeline(turbo).config.is_distilled
+    assert (turbo.flow.shift == pytest.approx(3.158, abs=1e-3)) == (name == "krea2")
 
 
 @pytest.mark.parametrize(("name", "spelling", "reader"), [
