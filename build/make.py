@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,31 +29,51 @@ CONTENTS = "app"                        # in the app's folder; short, for Window
 SIZES = (16, 24, 32, 48, 64, 128, 256)  # px of the icon on Windows
 Entry = tuple[str, str, str]            # PyInstaller's: place in the app, file, kind
 
-IMPORTS = """
-import importlib, json, sys
-import diffusers, captioner
-from core import families, samplers
+USED = """
+import json, shutil, sys
+from pathlib import Path
+import captioner, diffusers
+from captioner import runner
+from captioner.config import CaptionConfig
+from core import demo, families, lora_algebra, memory, paths, plan_service, samplers, tracing
+from core.control import Control
+home = Path(sys.argv[1])
 for name in families.MODULES: families.get(name)
 for name in captioner.REGISTRY: captioner.get(name)
-for name in ("core.engine", "core.verify", "core.draw", "core.plan_service", "core.demo",
-             "core.lora_algebra", "captioner.runner", "core.memory", "core.tracing"):
-    importlib.import_module(name)
-for table in (samplers.SAMPLERS.values(), ((0, name) for name in samplers.FLOW.values())):
-    for row in table: getattr(diffusers, row[1])
+for name in (*(row[1] for row in samplers.SAMPLERS.values()), *samplers.FLOW.values()):
+    getattr(diffusers, name)
+config = demo.demo_config(home).with_changes(max_train_steps=1, lr_warmup_steps=0, batch_size=1)
+demo.train(config, lambda event: None, Control())
+plan_service.answer({"config": config.model_dump(mode="json"), "purpose": "style"})
+shutil.copy(next((paths.DEMO / "pictures").glob("*.png")), home)
+runner.caption(CaptionConfig(folder=str(home)), lambda event: None, Control())
 print(json.dumps(sorted(name for name, module in sys.modules.items()
-                        if name.split(".")[0] in sys.argv[1:] and hasattr(module, "__file__"))))
+                        if name.split(".")[0] in sys.argv[2:] and getattr(module, "__file__", 0))))
 """
 
 
 # What the spec asks for
 
 
-def loaded_modules(packages: Sequence[str]) -> list[str]:
-    """The modules of `packages` that our families and captioners load, whatever names them."""
-    done = subprocess.run([sys.executable, "-P", "-W", "ignore", "-c", IMPORTS, *packages],
-                          cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True,
-                          stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+def used_modules(packages: Sequence[str]) -> list[str]:
+    """The modules of `packages` that a run of the demo, its captions and all families load,
+    whatever names them. Takes a minute."""
+    with tempfile.TemporaryDirectory() as home:
+        done = subprocess.run(
+            [sys.executable, "-P", "-W", "ignore", "-c", USED, home, *packages], cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "DARKROOM_HOME": home}, check=True,
+            stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
     return list(json.loads(done.stdout.decode().splitlines()[-1]))
+
+
+def all_modules(packages: Iterable[str]) -> Iterator[str]:
+    """Those written in Python, by their files."""
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            for path in Path(folder).rglob("*.py"):
+                parts = path.relative_to(Path(folder).parent).with_suffix("").parts
+                yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def installed(packages: Iterable[str]) -> list[str]:
@@ -143,7 +164,7 @@ def version_resource(work: Path, name: str) -> str:
 def icon(work: Path) -> str:
     """The file that this system takes: .ico, .icns or .png."""
     from PIL import Image, ImageDraw
-    unit = 64                           # px for each of the drawing's 64 units: 4096
+    unit = 32                           # px for each of the drawing's 64 units
     image = Image.new("RGBA", (64 * unit, 64 * unit))
     pen = ImageDraw.Draw(image)
     pen.rounded_rectangle((0, 0, 64 * unit, 64 * unit), 14 * unit, "#1d1b26")
@@ -163,6 +184,7 @@ def icon(work: Path) -> str:
 
 
 def make_app(_: argparse.Namespace) -> None:
+    """Needs the extra `app`; torch as the environment has it, for CPU or CUDA."""
     began = time.monotonic()
     subprocess.run([sys.executable, "-m", "PyInstaller", "--noconfirm", "--log-level", "WARN",
                     "--distpath", str(DIST), "--workpath", str(WORK), str(SPEC)],

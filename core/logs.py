@@ -25,6 +25,11 @@ def to_file() -> None:
                       errors="backslashreplace")
     except OSError:
         stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for handle in range(3):             # closed ones would go to the next file that is opened
+        try:
+            os.fstat(handle)
+        except OSError:
+            os.dup2(stream.fileno(), handle)
     sys.stdout, sys.stderr = sys.stdout or stream, sys.stderr or stream
 
 

@@ -28,6 +28,7 @@ import captioner
 from captioner.config import CaptionConfig
 from core import __version__, children, doctor, families, gpu, journal, lora_export, paths
 from core.config import TrainConfig, load_train_config
+from core.events import Step
 from core.jobs import JobManager, JobView
 
 STEPS = 3                               # updates; as many again after the resume
@@ -133,7 +134,7 @@ def train(bench: Bench) -> Facts:
     config = _config(bench)
     first = _done(bench, config)
     again = _done(bench, config.with_changes(max_train_steps=2 * STEPS, resume=True))
-    steps = [event.step for event in journal.read(again.folder) if event.kind == "step"]
+    steps = [event.step for event in journal.read(again.folder) if isinstance(event, Step)]
     if again.step != 2 * STEPS or min(steps) <= STEPS:
         raise RuntimeError(f"not resumed: steps {steps}")
     if not (again.folder / journal.LOG).stat().st_size:

@@ -10,6 +10,7 @@ import json
 import os
 import webbrowser
 from typing import Any
+from unittest import mock
 
 import psutil
 from filelock import FileLock, Timeout
@@ -80,11 +81,8 @@ def served_by(port: int, **options: Any) -> Any:
         if isinstance(found, type):
             raise OSError
         return find(found)
-    inspect.getfile = nowhere
-    try:
+    with mock.patch.object(inspect, "getfile", nowhere):
         from gui.app import serve
-    finally:
-        inspect.getfile = find
     return serve(port, **options)
 
 
