@@ -56,8 +56,11 @@ class Finding:
 
     @property
     def mend(self) -> str:
-        key = f"{self.subject}.{self.key}_mend"
-        return "" if self.level == "ok" else words.say(key, self.params)
+        if self.level == "ok":
+            return ""
+        text = words.say(f"{self.subject}.{self.key}_mend", self.params)
+        inside = children.frozen() and "pip install" in text    # no pip there, and no way to mend
+        return words.say("doctor.in_app_mend") if inside else text
 
 
 def examine(base: Path | None = None) -> list[Finding]:
