@@ -132,6 +132,7 @@ def cuda_libraries() -> list[tuple[str, str]]:
 
 
 def without(entries: Iterable[Entry], patterns: Sequence[str]) -> list[Entry]:
+    """`entries` without those whose place in the app fits a pattern."""
     return [entry for entry in entries if not any(
         fnmatch.fnmatch(entry[0].replace("\\", "/"), pattern) for pattern in patterns)]
 
@@ -185,6 +186,8 @@ def icon(work: Path) -> str:
 
 def make_app(_: argparse.Namespace) -> None:
     """Needs the extra `app`; torch as the environment has it, for CPU or CUDA."""
+    if not importlib.util.find_spec("PyInstaller"):
+        raise SystemExit('PyInstaller is missing here: pip install -e ".[app]"')
     began = time.monotonic()
     subprocess.run([sys.executable, "-m", "PyInstaller", "--noconfirm", "--log-level", "WARN",
                     "--distpath", str(DIST), "--workpath", str(WORK), str(SPEC)],
