@@ -41,7 +41,7 @@ def start(command: list[str], browser: Any) -> tuple[float, float]:
         page = browser.new_page()
         began = time.perf_counter()
         child = subprocess.Popen([*command, "gui", "--no-window"], stdout=subprocess.DEVNULL,
-                                 env=children.environment(DARKROOM_HOME=home))
+                                             env=children.environment(DARKROOM_HOME=home))
         address = Path(home, "window.json")
         while not address.exists():
             time.sleep(0.02)
@@ -66,10 +66,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     app = options.app.absolute()
-    library = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
+    read = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
+    read += [paths.ROOT / room for room in ("core", "captioner", "gui")]
     ways = {"frozen": ([str(next(app.glob("darkroom-cli*")))], [app]),
             "source": ([sys.executable, "-P", "-c", "import sys, launcher; "
-                        "sys.exit(launcher.run(sys.argv[1:]))"], [paths.ROOT, *library])}
+                        "sys.exit(launcher.run(sys.argv[1:]))"], read)}
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         print("| start | frozen, s | source, s | ratio | CPU frozen, s | CPU source, s | ratio |\n"

@@ -103,14 +103,13 @@ def test_selftest(app: Path, bare: dict[str, str], tmp_path: Path) -> None:
 
 def test_the_network_is_really_refused(app: Path) -> None:
     """Else the test above would show nothing."""
-    if "unshare" not in walled(app, [])[0:1][0:1].__str__():
-        pytest.skip("no namespaces here")
     ask = "import socket; socket.create_connection(('192.0.2.1', 80), 3)"
-    done = subprocess.run(walled(app, [sys.executable, "-c", ask]), capture_output=True, text=True)
-    assert "unreachable" in done.stderr
-    touch = subprocess.run(walled(app, ["/bin/sh", "-c", 'echo > "$0/x"', str(app)]),
-                           capture_output=True, text=True)
-    assert "ead-only" in touch.stderr
+    for command, refusal in (([sys.executable, "-c", ask], "unreachable"),
+                             (["/bin/sh", "-c", 'echo > "$0/x"', str(app)], "ead-only")):
+        if walled(app, command) == command:
+            pytest.skip("no namespaces here")
+        done = subprocess.run(walled(app, command), capture_output=True, text=True)
+        assert refusal in done.stderr
 
 
 @contextlib.contextmanager
