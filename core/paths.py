@@ -34,6 +34,13 @@ def cache_dir() -> Path:
             else Path(platformdirs.user_cache_dir(APP, appauthor=False)))
 
 
+def log_dir() -> Path:
+    """Of the program itself; each run's log lies in its own folder."""
+    home = os.environ.get("DARKROOM_HOME")
+    return (Path(home) / "logs" if home
+            else Path(platformdirs.user_log_dir(APP, appauthor=False)))
+
+
 def runs_dir() -> Path:
     return data_dir() / "runs"
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
@@ -111,7 +112,7 @@ def _suggestion(question: dict[str, Any], base: Base, planner: weigh.Weigher,
             "notes": [note.text(lang) for note in found.notes]}
 
 
-def main() -> int:
+def main(_: Sequence[str] = ()) -> int:
     output = sys.stdout
     sys.stdout = sys.stderr             # what libraries print must not get between the answers
     for line in sys.stdin:
@@ -123,6 +124,3 @@ def main() -> int:
         output.flush()
     return 0
 
-
-if __name__ == "__main__":
-    sys.exit(main())

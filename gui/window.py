@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import json
 import os
 import webbrowser
 from typing import Any
+from unittest import mock
 
 import psutil
 from filelock import FileLock, Timeout
@@ -44,9 +46,8 @@ def say(key: str, **params: Any) -> str:
 
 
 def _serve(port: int, show: bool) -> None:
-    from gui.app import serve
     try:
-        served = serve(port)
+        served = served_by(port)
     except (OSError, OverflowError) as error:
         raise Fault("window.port_taken", port=port, reason=error) from None
     try:
@@ -66,6 +67,23 @@ def _serve(port: int, show: bool) -> None:
     finally:
         served.close()
         (paths.data_dir() / ADDRESS).unlink(missing_ok=True)
+
+
+def served_by(port: int, **options: Any) -> Any:
+    """gui.app.serve(), whose module takes seconds to import.
+
+    Gradio parses and rewrites a .pyi beside each component, unless its class tells no file: half
+    of its import, and in a folder that may be read only.
+    """
+    find = inspect.getfile
+
+    def nowhere(found: Any) -> str:
+        if isinstance(found, type):
+            raise OSError
+        return find(found)
+    with mock.patch.object(inspect, "getfile", nowhere):
+        from gui.app import serve
+    return serve(port, **options)
 
 
 def _native(served: Any) -> bool:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-from core import paths, plan_service
-from gui.planning import Planning, service_command
+from core import children, paths, plan_service
+from gui.planning import Planning
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,8 +39,8 @@ def test_faults_are_answers(tmp_path: Path) -> None:
 def test_one_line_in_one_line_out_and_noise_is_skipped() -> None:
     lines = ["no json", json.dumps({"config": {"epochs": 0}}),
              json.dumps(demo(base_model="/no/base"))]
-    done = subprocess.run(service_command(), input="\n".join(lines) + "\n", text=True, timeout=120,
-                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(children.command("plan-service"), input="\n".join(lines) + "\n",
+                          env=children.environment(), text=True, timeout=120, capture_output=True)
     first, second = map(json.loads, done.stdout.splitlines())
     assert first["fault"]["code"] == "gui.plan_failed"
     assert second["fault"]["code"] == "plan.no_base"
