@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     _forgiving_streams()
     code = _prepared(arguments)
     if code is None:
-        code = _run(arguments)
+        code = run(arguments)
     if not nested:
         _hold_window(code, arguments)
     return code
@@ -62,7 +62,11 @@ def _prepared(argv: list[str]) -> int | None:
         return 130
 
 
-def _run(argv: list[str]) -> int:
+def run(argv: list[str]) -> int:
+    """A command, or one of those that the program starts itself with; the packages are here."""
+    from core.children import run_inner
+    if (code := run_inner(argv)) is not None:
+        return code
     from core.console import guarded
     at = _index_of_command(argv)
     own, rest = (argv[:at + 1], argv[at + 1:]) if _command(argv) == "test" else (argv, [])

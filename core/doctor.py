@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from core import gpu, machine, paths, words
+from core import children, gpu, machine, paths, words
 from core.faults import Fault
 from core.gpu import GpuInfo, GpuReport
 from core.safetensors_header import PICKLES, read_header
@@ -56,8 +56,11 @@ class Finding:
 
     @property
     def mend(self) -> str:
-        key = f"{self.subject}.{self.key}_mend"
-        return "" if self.level == "ok" else words.say(key, self.params)
+        if self.level == "ok":
+            return ""
+        text = words.say(f"{self.subject}.{self.key}_mend", self.params)
+        inside = children.frozen() and "pip install" in text    # no pip there, and no way to mend
+        return words.say("doctor.in_app_mend") if inside else text
 
 
 def examine(base: Path | None = None) -> list[Finding]:
@@ -251,13 +254,10 @@ def index_for(cards: Iterable[GpuInfo]) -> str:
 
 def torch_facts() -> dict[str, Any]:
     """version, cuda, hip, available, archs, mps; or error, with the reason."""
-    if getattr(sys, "frozen", False):
-        return _ask_torch()
-    environment = {**os.environ, "PYTHONPATH": str(paths.ROOT), "PYTHONIOENCODING": "utf-8"}
     try:
-        done = subprocess.run([sys.executable, "-P", "-W", "ignore", "-m", "core.doctor"],
-                              env=environment, stdin=subprocess.DEVNULL, capture_output=True,
-                              timeout=TORCH_PATIENCE_S)
+        done = subprocess.run(children.command("torch-facts"), timeout=TORCH_PATIENCE_S,
+                              env=children.environment(PYTHONWARNINGS="ignore"),
+                              stdin=subprocess.DEVNULL, capture_output=True)
         facts: dict[str, Any] = json.loads(done.stdout.decode("utf-8", "replace"))
     except (OSError, subprocess.SubprocessError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
@@ -265,6 +265,12 @@ def torch_facts() -> dict[str, Any]:
         said = done.stderr.decode("utf-8", "replace").strip().splitlines()
         return {"error": said[-1] if said else f"exit code {done.returncode}"}
     return facts
+
+
+def tell_torch(_: Sequence[str] = ()) -> int:
+    """The process of its own, see torch_facts."""
+    print(json.dumps(_ask_torch()))
+    return 0
 
 
 def _ask_torch() -> dict[str, Any]:
@@ -393,6 +399,3 @@ def _room(files: dict[str, list[Path]], shown: dict[str, Any]) -> Iterator[Findi
             yield Finding("base_disk", "warning",
                           facts | {"folder": str(folder), "room": f"{room / 1024:.1f}"})
 
-
-if __name__ == "__main__":              # the process of its own, see torch_facts
-    print(json.dumps(_ask_torch()))

@@ -56,8 +56,8 @@ class JobManager:
 
     def __init__(self, *, command: Sequence[str] | None = None, dispatch: bool = True,
                  poll_s: float = 0.15, grace_s: float = 10.0, term_s: float = 5.0) -> None:
-        """`command`: see worker_command(). `dispatch` False: watch and stop, but start nothing.
-        A stop waits `grace_s` before it terminates, then `term_s` before it kills."""
+        """`command`: another than children.command("worker"). `dispatch` False: watch and stop,
+        but start nothing. A stop waits `grace_s` before it terminates, `term_s` until it kills."""
         self.version = 0                  # differs whenever any view does
         self._command = command
         self._dispatch = dispatch

@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import io
 import logging
+import os
 import sys
 import threading
 from logging.handlers import RotatingFileHandler
@@ -73,8 +74,8 @@ def begin() -> None:
         _log.setLevel(logging.INFO)
         logging.captureWarnings(True)
         threading.excepthook = _thread_died
-        if not faulthandler.is_enabled():       # crashes of C code; the file stays open
-            faulthandler.enable(open(file().with_suffix(".crash"), "a"))  # noqa: SIM115
+        if not faulthandler.is_enabled():
+            faulthandler.enable(_crashes())
         _log.info("LoRA Darkroom %s, Python %s", __version__, sys.version.split()[0])
 
 
@@ -82,8 +83,21 @@ def to_file() -> None:
     """What is missing of stdout and stderr (a program without a console) becomes the log."""
     if sys.stdout is None or sys.stderr is None:
         begin()
+        crashes = _crashes()
+        for handle in range(3):         # closed ones would go to the next file that is opened
+            try:
+                os.fstat(handle)
+            except OSError:
+                os.dup2(crashes, handle)
         stream: Any = _Stream()
         sys.stdout, sys.stderr = sys.stdout or stream, sys.stderr or stream
+
+
+def _crashes() -> int:
+    """A file that stays open, for what C code says when it dies."""
+    with contextlib.suppress(OSError):
+        return os.open(file().with_suffix(".crash"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    return os.open(os.devnull, os.O_WRONLY)
 
 
 def tail(lines: int) -> str:

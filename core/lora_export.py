@@ -10,12 +10,11 @@ import filecmp
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from core import lora_file, model_search, paths
+from core import children, lora_file, model_search, paths
 from core.faults import Fault
 
 PROGRAMS = {"a1111": ("models", "Lora"), "forge": ("models", "Lora"),
@@ -23,7 +22,6 @@ PROGRAMS = {"a1111": ("models", "Lora"), "forge": ("models", "Lora"),
 READS = {"a1111": ("kohya",), "forge": ("kohya",), "comfyui": ("kohya", "comfyui", "diffusers"),
          "diffusers": ("diffusers", "peft", "diffusers-old")}   # others are converted to the first
 CONVERT_S = 300.0                           # a large file on a slow disk
-_RUN = "import sys; from launcher import _run; sys.exit(_run(sys.argv[1:]))"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +74,11 @@ def convert_to(file: Path, program: str, folder: Path, language: str) -> Path:
     """-> a copy in the program's own spelling, as `copy_to`. Takes seconds. Raises Fault."""
     with tempfile.TemporaryDirectory(dir=paths.cache_dir(), prefix="export-") as holder:
         fresh = Path(holder) / file.name
-        frozen = getattr(sys, "frozen", False)
         done = subprocess.run(
-            [sys.executable, *([] if frozen else ["-P", "-c", _RUN]), "lora", "convert", str(file),
-             "--to", READS[program][0], "--out", str(fresh)],
-            env={**os.environ, "PYTHONPATH": str(paths.ROOT), "DARKROOM_LANG": language,
-                 "PYTHONIOENCODING": "utf-8"}, stdin=subprocess.DEVNULL, capture_output=True,
-            text=True, encoding="utf-8", errors="replace", timeout=CONVERT_S,
+            children.command("lora", "convert", str(file), "--to", READS[program][0],
+                             "--out", str(fresh)),
+            env=children.environment(DARKROOM_LANG=language), stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=CONVERT_S,
             creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
         if done.returncode or not fresh.is_file():
             said = [line for line in done.stderr.splitlines() if line.strip()]

@@ -249,8 +249,16 @@ NOT_LORA = {"controlnet", "checkpoint", "vae", "unet", "text-encoder", "embeddin
 
 # (family, pattern of a key, its tensor's last side; None: any), the first that fits.
 FAMILY_SIGNS = tuple((family, re.compile(pattern), side) for family, pattern, side in (
+    ("flux2", r"to_qkv_mlp_proj|ff(_context)?[._]linear_(in|out)\b|_stream_modulation", None),
+    # Files in the original code's names: by the sides of a single block's second matrix.
+    *(("flux2", r"single_blocks[._]\d+[._]linear2\b.*(down|lora_A)", side)
+      for side in (12288, 16384)),
     ("flux", r"double_blocks|single_blocks|single_transformer_blocks", None),
     ("sd3", r"joint_blocks", None),
+    ("krea2", r"txtfusion|text_fusion|blocks[._]\d+[._]attn[._](to_gate|w[qkvo])\b", None),
+    ("qwen", r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]", None),
+    # Attention alone: a block beyond the last that Flux.1 has of them.
+    ("qwen", r"transformer_blocks[._](19|[2-5]\d)[._]attn[._](to|add)_[qkv].*(down|lora_A)", 3072),
     ("sdxl", r"lora_te2_|text_encoder_2\.|conditioner\.embedders", None),
     ("sdxl", r"attn2[._]to_[kv]\b.*(down|lora_A|weight$)", 2048),
     ("sdxl", r"_blocks?[._].*[._]transformer_blocks[._][2-9][._]", None),
@@ -280,7 +288,7 @@ class Info:
     path: Path
     size: int                              # bytes
     format: str                            # one of FORMATS, or unknown
-    family: str                            # sd15 | sd2 | sdxl | sd3 | flux | unknown
+    family: str                            # one of FAMILY_SIGNS, or unknown
     dtype: str                             # of most of the bytes: F16, BF16, F32
     ranks: tuple[int, ...]                 # different ones, ascending
     alphas: tuple[float, ...]              # none: the format has none

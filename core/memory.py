@@ -145,6 +145,7 @@ def draw(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
     with torch.no_grad(), traced(kernels, known) as tally, kernels.autocast():
         one = latents[:1].clone()                       # the picture in the making stays
         family.predict(parts.denoiser, latents.clone(), t, cond)
+        one = one.unsqueeze(2) if parts.film else one
         parts.vae.decode(one.to(parts.vae.dtype), return_dict=False)
     return {"peak": tally.peak}
 

@@ -135,6 +135,32 @@ def _flux_renames() -> tuple[Rename, ...]:
             Rename(("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped=True))
 
 
+def _flux2_renames() -> tuple[Rename, ...]:
+    double, single, block = "double_blocks.{}", "single_blocks.{}", "transformer_blocks.{}"
+    alone = "single_transformer_blocks.{}"
+    fused = (Rename(tuple(f"{block}.attn.to_{x}" for x in "qkv"), f"{double}.img_attn.qkv"),
+             Rename(tuple(f"{block}.attn.add_{x}_proj" for x in "qkv"), f"{double}.txt_attn.qkv"))
+    own = (("attn.to_out.0", "img_attn.proj"), ("attn.to_add_out", "txt_attn.proj"),
+           ("attn.norm_q", "img_attn.norm.query_norm"), ("attn.norm_k", "img_attn.norm.key_norm"),
+           ("attn.norm_added_q", "txt_attn.norm.query_norm"),
+           ("attn.norm_added_k", "txt_attn.norm.key_norm"),
+           ("ff.linear_in", "img_mlp.0"), ("ff.linear_out", "img_mlp.2"),
+           ("ff_context.linear_in", "txt_mlp.0"), ("ff_context.linear_out", "txt_mlp.2"))
+    lone = (("attn.to_qkv_mlp_proj", "linear1"), ("attn.to_out", "linear2"),
+            ("attn.norm_q", "norm.query_norm"), ("attn.norm_k", "norm.key_norm"))
+    ends = (("x_embedder", "img_in"), ("context_embedder", "txt_in"),
+            ("proj_out", "final_layer.linear"),
+            ("time_guidance_embed.timestep_embedder.linear_1", "time_in.in_layer"),
+            ("time_guidance_embed.timestep_embedder.linear_2", "time_in.out_layer"),
+            *((f"{name}.linear", f"{name}.lin") for name in (
+                "double_stream_modulation_img", "double_stream_modulation_txt",
+                "single_stream_modulation")))
+    return (*fused, *(Rename((f"{block}.{a}",), f"{double}.{b}") for a, b in own),
+            *(Rename((f"{alone}.{a}",), f"{single}.{b}") for a, b in lone),
+            *(Rename((a,), b) for a, b in ends),
+            Rename(("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped=True))
+
+
 def _sd3_renames() -> tuple[Rename, ...]:
     joint, block = "joint_blocks.{}", "transformer_blocks.{}"
     fused = tuple(
@@ -174,6 +200,23 @@ def _zimage_renames() -> tuple[Rename, ...]:
             Rename(("all_final_layer.2-1",), "final_layer"))
 
 
+def _krea2_renames() -> tuple[Rename, ...]:
+    blocks = (("transformer_blocks.{}", "blocks.{}"),
+              *((f"text_fusion.{one}.{{}}", f"txtfusion.{one}.{{}}")
+                for one in ("layerwise_blocks", "refiner_blocks")))
+    own = (("attn.to_q", "attn.wq"), ("attn.to_k", "attn.wk"), ("attn.to_v", "attn.wv"),
+           ("attn.to_out.0", "attn.wo"), ("attn.to_gate", "attn.gate"), ("ff", "mlp"),
+           ("attn.norm_q", "attn.qknorm.qnorm"), ("attn.norm_k", "attn.qknorm.knorm"),
+           ("norm1", "prenorm"), ("norm2", "postnorm"))
+    ends = (("img_in", "first"), ("time_embed.linear_1", "tmlp.0"),
+            ("time_embed.linear_2", "tmlp.2"), ("time_mod_proj", "tproj.1"),
+            ("txt_in.norm", "txtmlp.0"), ("txt_in.linear_1", "txtmlp.1"),
+            ("txt_in.linear_2", "txtmlp.3"), ("text_fusion.projector", "txtfusion.projector"),
+            ("final_layer.linear", "last.linear"), ("final_layer.norm", "last.norm"))
+    return (*(Rename((f"{ours}.{a}",), f"{theirs}.{b}") for ours, theirs in blocks
+              for a, b in own), *(Rename((a,), b) for a, b in ends))
+
+
 def _clip(name: str, kohya: str, native: str) -> Part:
     """transformers 5 has no text_model; files have."""
     return Part(name, kohya, "text_model", f"text_encoders.{native}.transformer")
@@ -204,8 +247,18 @@ ZIMAGE: Naming = (
     Part("transformer", "lora_unet", native="diffusion_model", renames=_zimage_renames(),
          kohya_native=True),
 )
+QWEN: Naming = (Part("transformer", "lora_unet", native="diffusion_model"),)
+FLUX2: Naming = (
+    Part("transformer", "lora_unet", native="diffusion_model", renames=_flux2_renames(),
+         kohya_native=True),
+)
+KREA2: Naming = (
+    Part("transformer", "lora_unet", native="diffusion_model", renames=_krea2_renames(),
+         kohya_native=True),
+)
 NAMINGS: dict[str, Naming] = {"sd15": SD1, "sd2": SD1, "sdxl": SDXL, "sd3": SD3, "flux": FLUX,
-                             "zimage": ZIMAGE}
+                             "zimage": ZIMAGE, "qwen": QWEN, "flux2": FLUX2,
+                             "krea2": KREA2}
 
 
 # --- diffusers <-> original code ---------------------------------------------------------------
@@ -289,7 +342,8 @@ _WORDS = frozenset((
     "x_embedder", "context_embedder", "time_text_embed", "timestep_embedder", "text_embedder",
     "guidance_embedder", "proj_mlp", "adaLN_modulation", "patch_embed", "input_blocks",
     "middle_block", "output_blocks", "joint_blocks", "x_block", "context_block", "t_embedder",
-    "y_embedder", "noise_refiner", "context_refiner", "feed_forward", "cap_embedder"))
+    "y_embedder", "noise_refiner", "context_refiner", "feed_forward", "cap_embedder",
+    "img_in", "txt_in", "img_mlp", "txt_mlp", "img_mod", "txt_mod"))
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
@@ -115,7 +116,7 @@ def _suggestion(question: dict[str, Any], base: Base, planner: weigh.Weigher,
             "notes": [note.text(lang) for note in found.notes]}
 
 
-def main() -> int:
+def main(_: Sequence[str] = ()) -> int:
     threading.Thread(target=_leave_with, args=[psutil.Process().parent()], daemon=True).start()
     output = sys.stdout
     sys.stdout = sys.stderr             # what libraries print must not get between the answers
@@ -134,7 +135,3 @@ def _leave_with(window: psutil.Process | None) -> None:
     while window is not None and os.getppid() == window.pid and window.is_running():
         time.sleep(1)
     os._exit(0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

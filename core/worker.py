@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, get_args
 
 import psutil
 
-from core import paths
+from core import children
 from core.control import Control, Request
 from core.events import Event, Faulted, JobEnded, JobStarted, Note, Step
 from core.failures import causes, disk_full, gpu_memory, memory, one_line
@@ -151,22 +151,14 @@ def _request(line: str) -> Request | None:
 
 # --- starting one ---
 
-def worker_command() -> list[str]:
-    """How this app starts a worker. The frozen app has one executable for everything."""
-    if getattr(sys, "frozen", False):
-        return [sys.executable, "worker"]
-    return [sys.executable, "-P", "-m", "core.worker"]    # -P: no modules of the working folder
-
-
 def spawn_worker(command: Sequence[str] | None = None, log: Path | None = None,
                  preload: Sequence[str] = ()) -> subprocess.Popen[bytes]:
     """A worker that waits for `hand_over`, having imported the jobs in `preload`. It outlives
     this process once it has a run, and ends with it before."""
-    env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(
-        filter(None, [str(paths.ROOT), os.environ.get("PYTHONPATH")]))}
     with open(log or os.devnull, "ab") as output:
         return subprocess.Popen(
-            [*(command or worker_command()), *preload], env=env, stdin=subprocess.PIPE,
+            [*(command or children.command("worker")), *preload], stdin=subprocess.PIPE,
+            env=children.environment(PYTHONUNBUFFERED="1"),
             stdout=output, stderr=subprocess.STDOUT,
             start_new_session=True,                       # the terminal's Ctrl-C is not for it
             creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0)
@@ -294,6 +286,3 @@ def _lighter(config: Any) -> tuple[Fix, ...]:
         fixes.append(Fix("checkpointing", {"gradient_checkpointing": True}))
     return tuple(fixes)
 
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from core import paths
+from core import children
 
 _log = logging.getLogger(__name__)
 
@@ -148,17 +146,8 @@ class Planning:
                     pipe.close()
 
     def _spawn(self) -> subprocess.Popen[str]:
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(
-            filter(None, [str(paths.ROOT), os.environ.get("PYTHONPATH")])),
-            "PYTHONIOENCODING": "utf-8"}
         return subprocess.Popen(
-            list(self._command or service_command()), env=env, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
-            start_new_session=True, creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
-
-
-def service_command() -> list[str]:
-    """How this app starts the child. The frozen app has one executable for everything."""
-    if getattr(sys, "frozen", False):
-        return [sys.executable, "plan-service"]
-    return [sys.executable, "-P", "-m", "core.plan_service"]
+            list(self._command or children.command("plan-service")), stdin=subprocess.PIPE,
+            env=children.environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True, encoding="utf-8", start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))

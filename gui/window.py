@@ -7,6 +7,7 @@ import contextlib
 import errno
 import http.client
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import parse_qs, urlsplit
 
 import psutil
@@ -138,8 +140,7 @@ class _Stage:
     def _make(self) -> None:
         """Gradio's import is most of it. What goes wrong becomes the page that is shown."""
         try:
-            from gui import app
-            app.move_in(self.served)
+            pages().move_in(self.served)
             if self.window:
                 self.served.house.desktop.window = self.window
             print(say("open", url=self.served.url), flush=True)
@@ -190,6 +191,23 @@ class _Stage:
         print(told, flush=True)
         if alert.unseen():
             threading.Thread(target=alert.show, args=[told], daemon=True).start()
+
+
+def pages() -> Any:
+    """The module gui.app, which takes seconds to import.
+
+    Gradio parses and rewrites a .pyi beside each component, unless its class tells no file: half
+    of its import, and in a folder that may be read only.
+    """
+    find = inspect.getfile
+
+    def nowhere(found: Any) -> str:
+        if isinstance(found, type):
+            raise OSError
+        return find(found)
+    with mock.patch.object(inspect, "getfile", nowhere):
+        from gui import app
+    return app
 
 
 def _can_show(renderer: str) -> bool:

@@ -45,6 +45,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     reasons = {"network": "no model hub can be reached in this suite"}
     if "slow" not in config.option.markexpr:
         reasons["slow"] = "takes minutes: pytest -m slow"
+    if "frozen" not in config.option.markexpr:
+        reasons["frozen"] = "builds the standalone app: pytest -n 0 -m frozen"
     if not torch.cuda.is_available():
         reasons["gpu"] = "no NVIDIA GPU here"
     for item in items:

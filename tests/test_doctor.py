@@ -334,3 +334,12 @@ def test_the_command_finds_a_card_by_the_loader() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, env=env, text=True,
                           capture_output=True)
     assert done.stdout.strip() == "['card', 'card_hot']", done.stderr
+
+
+def test_the_frozen_app_is_not_mended_by_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = Finding("torch_broken", "error", {"error": "x", "python": "p"})
+    assert "pip install" in finding.mend
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert "pip" not in finding.mend
+    assert "PyTorch" in finding.mend
+    assert Finding("memory_low", "warning", {"free": "1"}).mend != finding.mend

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from diffusers import DiffusionPipeline
+from diffusers.loaders import lora_conversion_utils
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import T5Tokenizer
+from transformers import Qwen2Tokenizer, T5Tokenizer
 
-from core import families, paths
+from core import families, generate, lora, lora_formats, paths
+from core.config import TrainConfig
 from core.families import loading
 from core.faults import Fault
 from core.naming import NAMINGS, Part, to_native
@@ -27,7 +33,9 @@ OPEN_CLIP = {"encoder.layers": "transformer.resblocks", "self_attn.out_proj": "a
              "mlp.fc2": "mlp.c_proj", "embeddings.token_embedding": "token_embedding",
              "embeddings.position_embedding.weight": "positional_embedding",
              "final_layer_norm": "ln_final"}
-SCALES = ("query_norm", "key_norm")         # what Flux calls `scale`
+# What Flux and Krea 2 call `scale`.
+SCALES = ("query_norm", "key_norm", "qnorm", "knorm", "prenorm", "postnorm", "txtmlp.0",
+          "last.norm")
 
 
 def original(part: Part, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -37,6 +45,11 @@ def original(part: Part, state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         path, _, leaf = name.rpartition(".")
         place = to_native(part, path)
+        if leaf == "scale_shift_table":     # Krea 2's
+            blocks = path.startswith("transformer_blocks.")
+            found[f"{path.removeprefix('transformer_')}.mod.lin" if blocks else
+                  "last.modulation.lin"] = value.flatten() if blocks else value
+            continue
         leaf = "scale" if place.name.endswith(SCALES) else leaf
         if place.of is not None and place.of.swapped:
             found[f"{place.name}.{leaf}"] = value.roll(value.shape[0] // 2, 0)
@@ -71,6 +84,35 @@ def vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
         conv = ".attn_1." in name and value.ndim == 2
         found[name] = value[:, :, None, None] if conv else value
     return found
+
+
+def batch_normed_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Flux.2's."""
+    found = vae(state)
+    del found["bn.num_batches_tracked"]
+    return {re.sub("^quant_conv", "encoder.quant_conv", name).replace(
+        "post_quant_conv", "decoder.post_quant_conv"): value for name, value in found.items()}
+
+
+FILM = {"conv_in": "conv1", "conv_out": "head.2", "norm_out": "head.0", "norm1": "residual.0",
+        "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6", "quant_conv": "conv1",
+        "conv_shortcut": "shortcut", "post_quant_conv": "conv2", "mid_block.resnets.0": "middle.0",
+        "mid_block.attentions.0": "middle.1", "mid_block.resnets.1": "middle.2",
+        "down_blocks": "downsamples"}
+
+
+def film_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Wan's, three layers a level."""
+    def place(match: re.Match[str]) -> str:
+        within = 3 if match[2] == "upsamplers" else int(match[3])
+        return f"upsamples.{4 * int(match[1]) + within}"
+    words = re.compile("|".join(rf"(?<![^.]){re.escape(one)}(?![^.])" for one in FILM))
+    return {words.sub(lambda found: FILM[found[0]], re.sub(
+        r"up_blocks\.(\d)\.(resnets|upsamplers)\.(\d)", place, name)): value
+        for name, value in state.items()}
+
+
+VAES = {"qwen": film_vae, "flux2": batch_normed_vae, "krea2": film_vae}
 
 
 def behind(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -169,7 +211,98 @@ def test_sd3_beside_its_text_encoders(made: tuple[str, Path, Any], tmp_path: Pat
                    for key, value in one.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd2", "flux", "sd3"])
+@pytest.mark.parametrize("made", list(VAES), indirect=True)
+def test_a_denoiser_with_vae_and_text_encoder_beside_it(made: tuple[str, Path, Any],
+                                                        tmp_path: Path) -> None:
+    """The encoder's file holds a vision tower or a head, too: neither is there once loaded."""
+    name, folder, parts = made
+    models = tmp_path / "models"
+    (models / "text_encoders").mkdir(parents=True)
+    path = models / "base.safetensors"
+    state = original(NAMINGS[name][0], parts.denoiser.state_dict())
+    save_file(behind("model.diffusion_model.", state), path)
+    family = families.get(families.detect(path))
+    with pytest.raises(Fault, match="VAE"):
+        family.load(path, FP32, frozenset({"vae"}))
+    save_file(behind("", VAES[name](parts.vae.state_dict())), models / "vae.safetensors")
+    reader = folder / "text_encoder" / "model.safetensors"
+    assert any("visual." in key or key.startswith("lm_head.") for key in load_file(reader))
+    shutil.copyfile(reader, models / "text_encoders" / "reader.safetensors")
+    Qwen2Tokenizer({"a": 0}, []).save_pretrained(models / "tokenizers" / "qwen")
+    found = family.load(path, FP32)
+    compare(name, parts, found)
+    weights = found.text["text_encoder"].state_dict()
+    assert not any("visual" in key or "head" in key for key in weights)
+    _same_picture(folder, family, parts)
+    half = choose("bf16", "cpu")            # Krea 2 keeps its norms in fp32 then
+    numbers = [{key: value.dtype for key, value in one.denoiser.state_dict().items()} for one in (
+        load(source, replace(half, device=torch.device(device)), frozenset({"denoiser"}))
+        for load, device in ((family.load, "cpu"), (family.skeleton, "meta"))
+        for source in (folder, path))]
+    assert all(one == numbers[0] for one in numbers)
+
+
+def _same_picture(folder: Path, family: Any, parts: Any) -> None:
+    """As diffusers' own pipeline with the encoder's whole class."""
+    shot = generate.Shot("", "", 5, 2, 3.0, (32, 32))
+    texts = {"prompt": "red disc, flat"}
+    drawn = [np.asarray(generate.draw(pipeline, parts, shot, texts, FP32), dtype=float)
+             for pipeline in (DiffusionPipeline.from_pretrained(folder), family.pipeline(parts))]
+    assert np.abs(drawn[0] - drawn[1]).mean() < 0.05
+
+
+@pytest.mark.parametrize("made", ["flux2", "krea2"], indirect=True)
+def test_distilled_bases_and_negative_prompts(made: tuple[str, Path, Any]) -> None:
+    """A folder says that its base is distilled; klein's pipeline knows no negative prompt."""
+    name, folder, parts = made
+    family = families.get(name)
+    shot = generate.Shot("", "", 5, 2, 3.0, (32, 32))
+    drawn = [np.asarray(generate.draw(family.pipeline(parts), parts, shot, {
+        "prompt": "red disc", "negative_prompt": negative}, FP32)) for negative in ("", "blue")]
+    assert not np.array_equal(*drawn)
+    index = folder / "model_index.json"
+    index.write_text(index.read_text("utf-8").replace('"is_distilled": false',
+                                                      '"is_distilled": true'), "utf-8")
+    turbo = family.load(folder, FP32, frozenset())
+    assert family.pipeline(turbo).config.is_distilled
+    assert (turbo.flow.shift == pytest.approx(3.158, abs=1e-3)) == (name == "krea2")
+
+
+@pytest.mark.parametrize(("name", "spelling", "reader"), [
+    ("qwen", "kohya", "_convert_non_diffusers_qwen_lora_to_diffusers"),
+    ("qwen", "comfyui", "_convert_non_diffusers_qwen_lora_to_diffusers"),
+    ("flux2", "kohya", "_convert_kohya_flux2_lora_to_diffusers"),
+    ("flux2", "comfyui", "_convert_non_diffusers_flux2_lora_to_diffusers"),
+    ("krea2", "comfyui", "_convert_non_diffusers_krea2_lora_to_diffusers"),
+])
+def test_diffusers_reads_the_same_lora_in_other_spellings(name: str, spelling: str, reader: str
+                                                          ) -> None:
+    """By its own tables of the original code's names, which our loading does without."""
+    model = tiny_families.MADE[name]().transformer
+    sizes = lora.choose(model, TrainConfig(lora_rank=2, target_modules="attention+ff"),
+                        families.get(name).spec)
+    made = lora_formats.from_tensors({
+        f"transformer.{path}.lora_{half}.weight": torch.randn(
+            (2, layer.in_features) if half == "A" else (layer.out_features, 2))
+        for path in sizes for half in "AB" for layer in [model.get_submodule(path)]}, name)
+    spelled = lora_formats.spell(made, spelling)
+    if spelling == "comfyui":               # some of its readers know no alpha, which is the rank
+        spelled = {key: value for key, value in spelled.items() if not key.endswith(".alpha")}
+    theirs, ours = (_products(one) for one in (
+        getattr(lora_conversion_utils, reader)(dict(spelled)),
+        lora_formats.spell(made, "diffusers")))
+    assert theirs.keys() == ours.keys()
+    for path, product in ours.items():
+        torch.testing.assert_close(theirs[path], product)
+
+
+def _products(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: state[f"{key}.lora_B.weight"] @ state[f"{key}.lora_A.weight"]
+            for key in (name.removesuffix(".lora_A.weight") for name in state
+                        if name.endswith(".lora_A.weight"))}
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd2", "flux", "sd3", "flux2", "qwen", "krea2"])
 def test_full_size_names_and_shapes(name: str) -> None:
     """Of the shipped configs: the published shapes' names go there and back, without weights."""
     family: Any = families.get(name)
@@ -188,4 +321,5 @@ def test_full_size_names_and_shapes(name: str) -> None:
     assert all(found[key].shape == value.shape for key, value in expected.items())
     count = sum(p.numel() for p in model.parameters())
     assert count == {"sdxl": 2_567_463_684, "sd2": 865_910_724, "flux": 11_901_408_320,
-                     "sd3": 2_028_328_000}[name]
+                     "sd3": 2_028_328_000, "flux2": 3_875_544_576,
+                     "qwen": 20_430_401_088, "krea2": 12_820_073_036}[name]

@@ -156,7 +156,7 @@ def test_a_worker_that_dies_without_a_word_is_interrupted(manager, what, exit_co
 
 
 def test_the_real_worker_command_runs(make):
-    """`python -m core.worker` and the real job list, up to a config that it refuses."""
+    """The real command and the real job list, up to a config that it refuses."""
     folder = runs.create_run("train", "epoch: 3", "x")
     make(command=None)
     view = until(lambda: (v := load_run(folder.name)).over and v)

@@ -16,8 +16,9 @@ import launcher
 from core import __version__, words
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("demo", "train", "generate", "lora", "lora info", "lora verify", "runs", "runs list",
-            "runs show", "runs resume", "runs stop", "doctor", "test", "setup", "repair")
+COMMANDS = ("demo", "train", "generate", "lora", "lora info", "lora verify", "selftest", "runs",
+            "runs list", "runs show", "runs resume", "runs stop", "doctor", "test", "setup",
+            "repair")
 
 
 def start(*argv: str, cwd: Path = ROOT.parent, **more: str) -> subprocess.CompletedProcess[str]:

@@ -655,6 +655,17 @@ def test_describe_mixed_ranks_and_no_alpha(tmp_path):
     ("sd15", "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight", 768),
     ("flux", "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", 3072),
     ("flux", "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", 3072),
+    ("flux", "lora_unet_single_blocks_0_linear2.lora_down.weight", 15360),
+    ("flux2", "lora_unet_single_blocks_0_linear2.lora_down.weight", 12288),
+    ("flux2", "diffusion_model.single_blocks.0.linear2.lora_A.weight", 16384),
+    ("flux2", "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj.lora_A.weight", 3072),
+    ("flux2", "transformer.transformer_blocks.0.ff.linear_in.lora_A.weight", 3072),
+    ("qwen", "transformer.transformer_blocks.0.img_mlp.net.2.lora_A.weight", 12288),
+    ("qwen", "lora_unet_transformer_blocks_59_attn_to_q.lora_down.weight", 3072),
+    ("qwen", "transformer.transformer_blocks.59.attn.add_q_proj.lora_A.weight", 3072),
+    ("krea2", "transformer.transformer_blocks.0.attn.to_gate.lora_A.weight", 6144),
+    ("krea2", "diffusion_model.blocks.0.attn.wq.lora_A.weight", 6144),
+    ("krea2", "lora_unet_blocks_0_attn_wq.lora_down.weight", 6144),
     ("unknown", "transformer.transformer_blocks.5.attn.to_q.lora_A.weight", 1536),
     ("unknown", f"unet.{UNET_Q}.lora_A.weight", 320)])
 def test_family_by_names_and_shapes(tmp_path, family, key, side):

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from core import paths, plan_service
-from gui.planning import Planning, service_command
+from core import children, paths, plan_service
+from gui.planning import Planning
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,8 +43,8 @@ def test_faults_are_answers(tmp_path: Path) -> None:
 def test_one_line_in_one_line_out_and_noise_is_skipped() -> None:
     lines = ["no json", json.dumps({"config": {"epochs": 0}}),
              json.dumps(demo(base_model="/no/base"))]
-    done = subprocess.run(service_command(), input="\n".join(lines) + "\n", text=True, timeout=120,
-                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(children.command("plan-service"), input="\n".join(lines) + "\n",
+                          env=children.environment(), text=True, timeout=120, capture_output=True)
     first, second = map(json.loads, done.stdout.splitlines())
     assert first["fault"]["code"] == "gui.plan_failed"
     assert second["fault"]["code"] == "plan.no_base"
@@ -93,9 +93,9 @@ def test_a_child_whose_window_was_killed_leaves(tmp_path: Path) -> None:
             "child = subprocess.Popen(sys.argv[1:], start_new_session=True)\n"
             "print(child.pid, flush=True)\ntime.sleep(100)")
     reader, writer = os.pipe()
-    window = subprocess.Popen([sys.executable, "-c", code, *service_command()], stdin=reader,
-                              stdout=subprocess.PIPE, text=True,
-                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+    window = subprocess.Popen([sys.executable, "-c", code, *children.command("plan-service")],
+                              stdin=reader, stdout=subprocess.PIPE, text=True,
+                              env=children.environment())
     try:
         assert window.stdout is not None
         child = psutil.Process(int(window.stdout.readline()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,19 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -22,15 +31,20 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
 )
@@ -41,6 +55,7 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
             "steps_offset": 1}
 WORDS = ["<pad>", "</s>", "<unk>", "red", "green", "blue", "orange", "purple", "teal", "disc",
          ",", "flat", "number", *map(str, range(10))]
+QWEN_WORDS = ["system", "user", "assistant", "Describe", "the", "image", "by", ":"]
 
 
 def vae(channels: int = 4, **more: Any) -> AutoencoderKL:
@@ -75,6 +90,25 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
         single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>",
                                    unk_token="<unk>", model_max_length=512)
+
+
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """Words, marks and line breaks, so that a request is cut in as many tokens as by Qwen's own."""
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    words = [*WORDS, "\n", *QWEN_WORDS, *marks]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|[^\w\s]|\w+"), "removed", invert=True)
+    made.add_special_tokens(marks)
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<|endoftext|>",
+                                   unk_token="<unk>", model_max_length=2048)
+
+
+def film_vae() -> AutoencoderKLQwenImage:
+    """f4, of videos."""
+    return AutoencoderKLQwenImage(
+        base_dim=4, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=2,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.7, 1.0, 2.0])
 
 
 def unet(cross: int, **more: Any) -> UNet2DConditionModel:
@@ -131,11 +165,15 @@ def flux(guided: bool = True) -> Any:
         scheduler=FlowMatchEulerDiscreteScheduler(**(dynamic if guided else {})))
 
 
-def zimage() -> Any:
+def chat_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = word_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def zimage() -> Any:
     return ZImagePipeline(
-        vae=vae(16, shift_factor=0.1, scaling_factor=0.36), tokenizer=tokenizer,
+        vae=vae(16, shift_factor=0.1, scaling_factor=0.36), tokenizer=chat_tokenizer(),
         transformer=ZImageTransformer2DModel(
             in_channels=16, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
             cap_feat_dim=32, axes_dims=[8, 4, 4], axes_lens=[1024, 64, 64]),
@@ -145,11 +183,77 @@ def zimage() -> Any:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
 
 
+READER = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
+          "num_key_value_heads": 1}
+TOWER = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2,
+         "out_hidden_size": 32}
+
+
+def qwen() -> Any:
+    read = {**READER, "num_hidden_layers": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6,
+                                "mrope_section": [2, 3, 3]}}
+    return QwenImagePipeline(
+        vae=film_vae(), tokenizer=qwen_tokenizer(),
+        transformer=QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=(4, 6, 6)),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+            text_config=read, vision_config=TOWER | {"fullatt_block_indexes": [0]})),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256,
+            max_image_seq_len=8192, shift_terminal=0.02))
+
+
+def flux2() -> Any:
+    batch_norm = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, norm_num_groups=4,
+        sample_size=32)
+    batch_norm.bn.running_mean.uniform_(-0.3, 0.3)
+    batch_norm.bn.running_var.uniform_(0.2, 2.0)
+    return Flux2KleinPipeline(
+        vae=batch_norm, tokenizer=chat_tokenizer(),
+        transformer=Flux2Transformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=48, guidance_embeds=False,
+            axes_dims_rope=(4, 4, 4, 4)),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(
+            vocab_size=len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=29,
+            num_attention_heads=1, num_key_value_heads=1, head_dim=8)),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
+            base_image_seq_len=256, max_image_seq_len=4096))
+
+
+def krea2() -> Any:
+    read = {**READER, "num_hidden_layers": 3, "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6,
+                                "mrope_section": [2, 3, 3], "mrope_interleaved": True}}
+    tower = TOWER | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    return Krea2Pipeline(
+        vae=film_vae(), tokenizer=qwen_tokenizer(), text_encoder_select_layers=(1, 2),
+        transformer=Krea2Transformer2DModel(
+            in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            num_key_value_heads=1, intermediate_size=48, timestep_embed_dim=16,
+            text_hidden_dim=32, num_text_layers=2, text_num_attention_heads=2,
+            text_num_key_value_heads=2, text_intermediate_size=32, num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1, axes_dims_rope=(4, 6, 6)),
+        text_encoder=Qwen3VLModel(Qwen3VLConfig(text_config=read, vision_config=tower)),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
+            max_image_seq_len=6400))
+
+
 MADE: dict[str, Callable[[], Any]] = {"sd2": sd2, "sdxl": sdxl, "sd3": sd3, "flux": flux,
-                                    "zimage": zimage}
+                                    "zimage": zimage, "qwen": qwen, "flux2": flux2,
+                                    "krea2": krea2}
 
 
 def base(family: str, folder: Path) -> Path:
     torch.manual_seed(7)
     MADE[family]().save_pretrained(folder, safe_serialization=True)
+    told = folder / "vae" / "config.json"
+    config = json.loads(told.read_text("utf-8"))
+    told.write_text(json.dumps(config | {"sample_size": 32}), "utf-8")     # which some leave out
     return folder

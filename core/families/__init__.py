@@ -35,6 +35,9 @@ MODULES = {
                   "denoiser", 255),
     "flux": Listed("core.families.flux:Flux1", "Flux.1", 1024, "denoiser", 511),
     "zimage": Listed("core.families.zimage:ZImage", "Z-Image", 1024, "denoiser", 500),
+    "qwen": Listed("core.families.qwen:QwenImage", "Qwen-Image", 1024, "denoiser", 507),
+    "flux2": Listed("core.families.flux2:Flux2", "Flux.2 klein", 1024, "denoiser", 500),
+    "krea2": Listed("core.families.krea2:Krea2", "Krea 2", 1024, "denoiser", 507),
 }
 
 

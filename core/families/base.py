@@ -59,6 +59,7 @@ class Parts:
     unguided: float = 1.0                   # that argument's value for none; cfg's is 1
     architecture: str = ""                  # where it isn't the spec's
     text_width: int = 0                     # of the last CLIP's text, where it is padded
+    film: bool = False                      # the VAE is one of videos: (B, C, frames, h, w)
     denoiser: Any = None                    # UNet or transformer
     vae: Any = None
     text: dict[str, Any] = field(default_factory=dict)  # tokenizers, encoders by pipeline name

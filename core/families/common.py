@@ -76,7 +76,10 @@ class Loaded:
         for piece in self._wanted(layout, only):
             with loading.told(source), torch.device("meta"):
                 model = loading.create(piece, layout.configs[piece.name])
-            model.to(dtype=precision.vae if piece.part == "vae" else precision.weights)
+            dtype = precision.vae if piece.part == "vae" else precision.weights
+            numbers = loading.numbers_of(model.to(dtype=dtype), dtype)
+            for name, weight in model.named_parameters():
+                weight.data = weight.data.to(numbers(name))
             self._put(parts, layout, piece, loading.settle(model, precision), real=False)
         return parts
 
@@ -169,6 +172,11 @@ class Loaded:
 
 def _tokenizer_of(encoder: str) -> str:
     return encoder.replace("text_encoder", "tokenizer")
+
+
+def index_of(source: Path) -> dict[str, Any]:
+    """A folder's model_index.json; a single file has none."""
+    return loading.read_json(source / "model_index.json", source) if source.is_dir() else {}
 
 
 def vae_factor(layout: Layout) -> int:

@@ -14,6 +14,7 @@ from core import paths, words
 from core.families.detection import identify
 from core.faults import Fault
 from core.reading import from_json
+from core.safetensors_header import read_header
 
 FOLDERS = ("vae", "text_encoders", "clip", "tokenizers", "tokenizer")
 VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
@@ -27,11 +28,12 @@ def folders(source: Path) -> list[Path]:
     return [folder for folder in dict.fromkeys(wanted) if folder.is_dir()]
 
 
-def find_file(source: Path, what: str) -> Path | None:
-    """A .safetensors file that is `what` (a word of core/families/detection.py)."""
+def find_file(source: Path, what: str, width: int = 0) -> Path | None:
+    """A .safetensors file that is `what` (a word of core/families/detection.py); `width`: of a
+    language model's words, which come in several sizes."""
     for folder in folders(source):
         for path in sorted(folder.glob("*.safetensors")):
-            if path != source and _is(path, what):
+            if path != source and _is(path, what) and _is_wide(path, width):
                 return path
     return None
 
@@ -41,6 +43,12 @@ def _is(path: Path, what: str) -> bool:
         return identify(path).what == what
     except Fault:
         return False
+
+
+def _is_wide(path: Path, width: int) -> bool:
+    words = [info.shape for name, info in read_header(path).tensors.items()
+             if name.endswith("embed_tokens.weight")] if width else []
+    return all(shape[-1:] == (width,) for shape in words)
 
 
 def missing(source: Path, what: str) -> Fault:

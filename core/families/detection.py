@@ -6,7 +6,7 @@ Black Forest Labs' Flux, Stability's MMDiT, and the single files that ComfyUI pu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ PIPELINES = {
     "QwenImagePipeline": ("qwen", "qwen"), "QwenImageEditPipeline": ("qwen_edit", ""),
     "QwenImageEditPlusPipeline": ("qwen_edit", ""), "Lumina2Pipeline": ("lumina2", "lumina2"),
     "Lumina2Text2ImgPipeline": ("lumina2", "lumina2"), "SanaPipeline": ("sana", "sana"),
-    "Krea2Pipeline": ("krea2", ""),
+    "Krea2Pipeline": ("krea2", "krea2"),
     "StableDiffusionInpaintPipeline": ("inpainting", ""),
     "StableDiffusionXLInpaintPipeline": ("inpainting", ""),
     "StableDiffusionXLImg2ImgPipeline": ("sdxl_refiner", ""),
@@ -173,9 +173,13 @@ def of_tensors(tensors: Tensors) -> Found:
     return next((Found(what) for what, fits in PARTS if fits(shapes)), Found("unknown"))
 
 
+def denoiser_prefix(names: Iterable[str]) -> str:
+    return next((p for p in PREFIXES if any(name.startswith(p) for name in names)), "")
+
+
 def denoiser_shapes(tensors: Tensors) -> Shapes:
     """The denoiser's tensors without the prefix that whole checkpoints put before them."""
-    prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in tensors)), "")
+    prefix = denoiser_prefix(tensors)
     return {name.removeprefix(prefix): info.shape for name, info in tensors.items()
             if name.startswith(prefix)}
 
@@ -235,6 +239,10 @@ def _lumina(shapes: Shapes) -> Found | None:
 def _qwen(shapes: Shapes) -> Found | None:
     if "txt_in.text_norm.weight" in shapes:
         return Found("qwen21")
+    if "__index_timestep_zero__" in shapes:     # a mark in files of Edit's later versions
+        return Found("qwen_edit")
+    if "time_text_embed.addition_t_embedding.weight" in shapes:
+        return Found("qwen_layered")
     fits = "txt_norm.weight" in shapes and "transformer_blocks.0.img_mod.1.weight" in shapes
     return Found("qwen", "qwen") if fits else None
 
@@ -246,7 +254,7 @@ def _others(shapes: Shapes) -> Found | None:
 OTHERS = (
     ("blocks.0.mlp.inverted_conv.conv.weight", "sana", "sana"),
     ("transformer_blocks.0.ff.conv_inverted.weight", "sana", "sana"),
-    ("txtfusion.projector.weight", "krea2", ""),
+    ("txtfusion.projector.weight", "krea2", "krea2"),
     ("double_stream_blocks.0.block.adaLN_modulation.1.bias", "hidream", ""),
     ("double_layers.0.attn.w1q.weight", "auraflow", ""),
     ("early_stream_modulations.image.lin.weight", "flux3", ""),
@@ -254,6 +262,17 @@ OTHERS = (
     ("patchify_proj.weight", "video", ""),
 )
 RULES: tuple[Callable[[Shapes], Found | None], ...] = (_unet, _sd3, _flux, _lumina, _qwen, _others)
+
+
+FILM = ("decoder.conv1", "decoder.conv_in")     # of a VAE of videos, whose kernels have five sides
+
+
+DECODERS = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
+
+
+def _layer(shapes: Shapes, part: str) -> bool:
+    """Whether the layers of a language model have such a part."""
+    return any(f"{prefix}layers.0.{part}" in shapes for prefix in DECODERS)
 
 
 def _starts(*beginnings: str) -> Callable[[Shapes], bool]:
@@ -267,9 +286,16 @@ PARTS: tuple[tuple[str, Callable[[Shapes], bool]], ...] = (
     ("clip_g", lambda s: _width(s) == 1280), ("clip_l", lambda s: _width(s) == 768),
     ("clip", _starts("text_model.", "cond_stage_model.", "conditioner.", "transformer.resblocks.",
                      "transformer.text_model.")),
-    ("vae_16", lambda s: _latents(s) == 16), ("vae_32", lambda s: _latents(s) == 32),
+    ("vae_film", lambda s: any(len(s.get(f"{x}.weight", ())) == 5 for x in FILM)),
+    ("vae_32", lambda s: _latents(s) == 32 or "bn.running_mean" in s),
+    ("vae_16", lambda s: _latents(s) == 16),
     ("vae", _starts("first_stage_model.", "encoder.conv_in", "decoder.conv_in", "encoder.down",
                     "decoder.conv1", "decoder.stages.", "taesd_")),
+    ("qwen3_vl", lambda s: _layer(s, "self_attn.q_norm.weight")
+     and _starts("visual.", "model.visual.")(s)),
+    ("qwen3", lambda s: _layer(s, "self_attn.q_norm.weight")
+     and not _layer(s, "pre_feedforward_layernorm.weight")),    # which Gemma 3 has
+    ("qwen25_vl", lambda s: _layer(s, "self_attn.q_proj.bias")),
     ("language_model", _starts("model.layers.", "model.embed_tokens", "language_model.",
                                "model.language_model.")),
     ("embedding", lambda s: len(s) <= 3 and bool({"emb_params", "clip_l", "clip_g"} & s.keys())),

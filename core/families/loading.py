@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from diffusers import ModelMixin
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from core import paths
 from core.families import companions
 from core.families.base import Part, Precision
-from core.families.detection import Found
+from core.families.detection import Found, denoiser_prefix
 from core.faults import Fault
 from core.reading import from_json
 from core.safetensors_header import PICKLES, read_header
@@ -42,6 +43,8 @@ class Piece:
     convert: Convert | None = None          # None: diffusers' own table for the class
     alone: str = ""                         # what a file is that holds only this; detection's word
     optional: bool = False
+    # A text encoder that is a part of what its folder holds: config.json -> the part's own.
+    config: Callable[[dict[str, Any]], Any] | None = None
 
     @property
     def transformers(self) -> bool:
@@ -102,7 +105,9 @@ def file_of(layout: Layout, piece: Piece) -> tuple[Path, str] | None:
         return layout.files[piece.name]
     if not piece.alone:
         raise Fault("families.part_missing", path=layout.source, part=piece.name)
-    path = companions.find_file(layout.source, piece.alone)
+    config = layout.configs[piece.name]
+    width = config.get("text_config", config).get("hidden_size", 0)
+    path = companions.find_file(layout.source, piece.alone, width)
     if path is None and not piece.optional:
         raise companions.missing(layout.source, piece.alone)
     return (path, "") if path else None
@@ -125,6 +130,12 @@ def told(path: Path) -> Iterator[None]:
 def from_folder(layout: Layout, piece: Piece, dtype: torch.dtype) -> Any:
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
     with told(layout.source):
+        if piece.config is not None:
+            files = [one for one in weights_in(layout.source / piece.name)
+                     if one[0].suffix == ".safetensors"]
+            if not files:
+                raise OSError(f"{piece.name} holds no .safetensors")
+            return _built(layout, piece, dtype, files)
         if piece.transformers:
             return piece.cls.from_pretrained(layout.source / piece.name, dtype=dtype, **options)
         return piece.cls.from_pretrained(layout.source, subfolder=piece.name, torch_dtype=dtype,
@@ -136,19 +147,25 @@ def from_file(layout: Layout, piece: Piece, dtype: torch.dtype) -> Any:
     where = file_of(layout, piece)
     if where is None:
         return None
-    path, prefix = where
-    with told(path):
-        with init_empty_weights():
-            model = create(piece, layout.configs[piece.name])
-        tensors = converted(piece, layout.configs[piece.name], read_tensors(path, prefix))
-        fill(model, tensors, dtype, path)
+    with told(where[0]):
+        return _built(layout, piece, dtype, [where])
+
+
+def _built(layout: Layout, piece: Piece, dtype: torch.dtype, files: list[tuple[Path, str]]) -> Any:
+    """What of the files is no weight of the model is never read."""
+    config = layout.configs[piece.name]
+    with init_empty_weights():
+        model = create(piece, config)
+    tensors = {name: value for path, prefix in files
+               for name, value in read_tensors(path, prefix).items()}
+    fill(model, converted(piece, config, tensors), dtype, files[0][0])
     return model
 
 
 def create(piece: Piece, config: Mapping[str, Any]) -> Any:
     """A model of the config, where torch's default device says."""
     if piece.transformers:
-        return piece.cls(piece.cls.config_class.from_dict(dict(config)))
+        return piece.cls((piece.config or piece.cls.config_class.from_dict)(dict(config)))
     return piece.cls.from_config(dict(config))
 
 
@@ -156,9 +173,22 @@ def converted(piece: Piece, config: dict[str, Any], tensors: Tensors) -> Tensors
     """By the names of diffusers' models. Some tables read `tensors` empty."""
     if piece.convert is not None:
         return piece.convert(tensors, config)
-    table = SINGLE_FILE_LOADABLE_CLASSES[piece.cls.__name__]["checkpoint_mapping_fn"]
-    found: Tensors = table(checkpoint=tensors, config=config)
-    return found
+    return _table(piece.cls)(tensors, config)
+
+
+def _table(cls: Any) -> Convert:
+    """diffusers' own."""
+    table = SINGLE_FILE_LOADABLE_CLASSES[cls.__name__]["checkpoint_mapping_fn"]
+    return lambda tensors, config: table(checkpoint=tensors, config=config)
+
+
+def bare(cls: Any) -> Convert:
+    """diffusers' table for a denoiser, of those that know no prefix before the names."""
+    def convert(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+        prefix = denoiser_prefix(tensors)
+        return _table(cls)({name.removeprefix(prefix): value for name, value in tensors.items()},
+                           config)
+    return convert
 
 
 def fill(model: nn.Module, tensors: Tensors, dtype: torch.dtype, path: Path) -> None:
@@ -171,11 +201,22 @@ def fill(model: nn.Module, tensors: Tensors, dtype: torch.dtype, path: Path) -> 
     if lacking:
         raise Fault("families.weights_missing", path=path, model=type(model).__name__,
                     count=len(lacking), example=lacking[0])
-    model.load_state_dict({name: tensors[name].to(dtype) if tensors[name].is_floating_point()
-                           else tensors[name] for name in names if name in tensors},
+    numbers = numbers_of(model, dtype)
+    model.load_state_dict({name: tensors[name].to(numbers(name))
+                           if tensors[name].is_floating_point() else tensors[name]
+                           for name in names if name in tensors},
                           strict=False, assign=True)
     if tied:
         model.tie_weights()                 # type: ignore[operator]
+
+
+def numbers_of(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """What each weight is kept in: the libraries name some that must stay in fp32, transformers'
+    for fp16 alone."""
+    exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if not isinstance(model, ModelMixin) and dtype != torch.float16:
+        exact = set()
+    return lambda name: torch.float32 if exact & set(name.split(".")) else dtype
 
 
 def read_tensors(path: Path, prefix: str) -> Tensors:
@@ -196,7 +237,7 @@ def weights_in(folder: Path) -> list[tuple[Path, str]]:
 def settle(model: Any, precision: Precision) -> Any:
     """Frozen, in eval mode, where it works; convolutions are 1.1x to 1.4x faster channels_last."""
     model.requires_grad_(False).eval().to(precision.device)
-    if any(p.ndim == 4 for p in model.parameters()):
+    if {p.ndim for p in model.parameters()} & {4, 5} == {4}:    # a video VAE's layout is its own
         model.to(memory_format=torch.channels_last)
     return model
 

@@ -1,7 +1,8 @@
-"""What families share of text: CLIP's tokens, stand-ins for tokenizers in plans."""
+"""What families share of text: tokens, language models that read them, stand-ins in plans."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,36 @@ def count(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
     """Tokens of each prompt without start and end."""
     ids = tokenizer(list(prompts), add_special_tokens=False).input_ids
     return [len(one) for one in ids]
+
+
+def chat(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> Sequence[str]:
+    """Each prompt as what a user says, in the tokenizer's own chat template."""
+    if isinstance(tokenizer, Blank):
+        return prompts
+    return [tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
+        enable_thinking=thinking) for prompt in prompts]
+
+
+def read(encoder: Any, tokens: dict[str, Tensor], **options: Any) -> tuple[Any, Tensor]:
+    """What a language model makes of `text_encoder`'s tokens (B, L); their mask, where it works."""
+    mask = tokens["text_encoder.mask"].to(encoder.device)
+    seen: Any = mask.bool()
+    if mask.is_meta:                    # a plan has no numbers to look at: a mask that is made
+        seen = None if "position_ids" in options else {"full_attention": None}
+    return encoder(input_ids=tokens["text_encoder"].to(encoder.device), attention_mask=seen,
+                   use_cache=False, **options), mask
+
+
+_DECODER = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?"
+                      r"((?:layers|embed_tokens|norm)\..+)")
+
+
+def decoder_names(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """The layers of a language model without what stands before their names, and without the parts
+    that no text is read with: a vision tower, the head."""
+    return {match[1]: value for name, value in tensors.items()
+            if (match := _DECODER.fullmatch(name))}
 
 
 class Blank:

@@ -16,7 +16,7 @@ from transformers import Qwen3Model
 
 from core.families import text
 from core.families.base import Cond, FamilySpec, Parts
-from core.families.common import ATTENTION, Loaded, Vocabulary, clip_names, dit_sizes, shift_line
+from core.families.common import ATTENTION, Loaded, Vocabulary, dit_sizes, shift_line
 from core.families.loading import Layout, Piece
 from core.flow import STEPS, Sampling
 
@@ -37,8 +37,7 @@ class ZImage(Loaded):
     pieces = (
         Piece("transformer", ZImageTransformer2DModel, "denoiser", ("model.diffusion_model.",)),
         Piece("vae", AutoencoderKL, "vae", ("vae.",), alone="vae_16"),
-        Piece("text_encoder", Qwen3Model, "text", (), clip_names("model."),
-              alone="language_model"))
+        Piece("text_encoder", Qwen3Model, "text", (), text.decoder_names, alone="qwen3"))
     vocabularies: ClassVar = {
         "text_encoder": Vocabulary("Qwen3", ("Qwen2Tokenizer",), LENGTH)}
     pipe = ZImagePipeline
@@ -50,19 +49,11 @@ class ZImage(Loaded):
 
     def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
         tokenizer = parts.text["tokenizer"]
-        if not isinstance(tokenizer, text.Blank):
-            prompts = [tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False,
-                add_generation_prompt=True, enable_thinking=True) for prompt in prompts]
-        found = text.padded(tokenizer, prompts, LENGTH)
+        found = text.padded(tokenizer, text.chat(tokenizer, prompts, thinking=True), LENGTH)
         return {"text_encoder": found.input_ids, "text_encoder.mask": found.attention_mask}
 
     def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
-        encoder = parts.text["text_encoder"]
-        mask = tokens["text_encoder.mask"].to(encoder.device)
-        seen = None if mask.is_meta else mask.bool()        # a plan has no numbers to look at
-        out = encoder(input_ids=tokens["text_encoder"].to(encoder.device), attention_mask=seen,
-                      output_hidden_states=True)
+        out, mask = text.read(parts.text["text_encoder"], tokens, output_hidden_states=True)
         return {"text": out.hidden_states[-2], "mask": mask}
 
     def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:

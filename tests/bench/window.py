@@ -42,8 +42,8 @@ os._exit(0)
 """
 OURS = """
 import os, time, urllib.request
-from gui.app import serve
-served = serve(warm=False)
+from gui.window import pages
+served = pages().serve(warm=False)
 opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
 opener.open(served.url.replace("/?", "/en/?")).read()
 told = urllib.request.Request(f"http://127.0.0.1:{served.port}/en/live", b"{}", {

@@ -1,0 +1,153 @@
+"""Flux.2 klein (Black Forest Labs 2026), 4B and 9B: a flow; three layers of Qwen3 are the text.
+
+No paper; what is here is the reference code's and diffusers' own: latents normalised by the VAE's
+batch norm in tokens of 2 x 2; layers 9, 18 and 27 of the text side by side, padding included, since
+the transformer has no mask; a shift (e^mu) that grows with the picture and falls with the number
+of steps: here that of 50 steps, mu 1.6 at 256 tokens and 2.0 at 4096. klein has no guidance as an
+input. The base models draw with true guidance, the distilled ones (told by their folders) without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3Model
+
+from core.families import text
+from core.families.base import Cond, FamilySpec, Parts
+from core.families.common import (
+    Loaded,
+    Vocabulary,
+    dit_sizes,
+    index_of,
+    layer_count,
+    pack,
+    unpack,
+)
+from core.families.detection import denoiser_shapes
+from core.families.loading import Layout, Piece, Tensors, bare
+from core.families.sd3 import JOINT
+from core.flow import STEPS, Sampling
+from core.safetensors_header import read_header
+
+LENGTH = 512                                # tokens
+LAYERS = (9, 18, 27)                        # of the text encoder, by their outputs
+STEPS_DRAWN = 50                            # of the base models; decides the shift
+QWEN3_8B = {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
+SINGLE = ("attn.to_qkv_mlp_proj", "attn.to_out")        # a single block's attention is one matrix
+FF = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
+ENDS = ("x_embedder", "context_embedder", "proj_out")
+
+
+def vae_names(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """Of the VAE alone: as the original code calls its weights, or diffusers."""
+    if not any(name.startswith("encoder.down_blocks.") for name in tensors):
+        plain = {name.replace("encoder.quant_conv", "quant_conv")
+                 .replace("decoder.post_quant_conv", "post_quant_conv"): value
+                 for name, value in tensors.items()}
+        norm = {name: value for name, value in tensors.items() if name.startswith("bn.")}
+        tensors = convert_ldm_vae_checkpoint(plain, config) | norm
+    return {"bn.num_batches_tracked": torch.tensor(0)} | tensors
+
+
+def read_layers(config: dict[str, Any]) -> Any:
+    """Qwen3 up to the last layer that is read, and one: the very last is normalised."""
+    wanted = min(config["num_hidden_layers"], LAYERS[-1] + 1)
+    return Qwen3Config.from_dict(config | {"num_hidden_layers": wanted, "layer_types": None})
+
+
+class Klein(Flux2KleinPipeline):            # type: ignore[misc]
+    """Takes a negative prompt, as the other families' pipelines do."""
+
+    def __call__(self, negative_prompt: str = "", **options: Any) -> Any:
+        if negative_prompt:
+            options["negative_prompt_embeds"] = self.encode_prompt(negative_prompt)[0]
+        return super().__call__(**options)
+
+
+class Flux2(Loaded):
+    kind = "flux2"
+    spec: ClassVar[FamilySpec] = FamilySpec(
+        id="flux2", title="Flux.2 klein", native_size=1024, bucket_step=64,
+        lora_presets={"attention": JOINT + SINGLE, "attention+ff": JOINT + SINGLE + FF,
+                      "all-linear": (*JOINT, *SINGLE, *FF, *ENDS)},
+        lora_aliases={"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v",
+                      "out_proj": "to_out.0", "o_proj": "to_out.0", "to_out": "to_out.0",
+                      "fc1": "ff.linear_in", "fc2": "ff.linear_out"},
+        kohya_prefix="lora_unet", base_version="flux2", architecture="flux-2-klein",
+        implementation="https://github.com/black-forest-labs/flux2", cfg=4.0)
+    pieces = (
+        Piece("transformer", Flux2Transformer2DModel, "denoiser", ("model.diffusion_model.",),
+              bare(Flux2Transformer2DModel)),
+        Piece("vae", AutoencoderKLFlux2, "vae", ("vae.",), vae_names, alone="vae_32"),
+        Piece("text_encoder", Qwen3Model, "text", (), text.decoder_names, alone="qwen3",
+              config=read_layers))
+    vocabularies: ClassVar = {      # eleven of its tokens are the template's
+        "text_encoder": Vocabulary("Qwen3", ("Qwen2Tokenizer",), LENGTH - 11)}
+    pipe = Klein
+
+    def adapt(self, layout: Layout) -> None:
+        """4B and 9B differ in sizes that the shapes tell."""
+        shapes = denoiser_shapes(read_header(layout.source).tensors)
+        config = layout.configs["transformer"]
+        config |= {"num_layers": layer_count(shapes, "double_blocks."),
+                   "num_single_layers": layer_count(shapes, "single_blocks."),
+                   "num_attention_heads":
+                       shapes["img_in.weight"][0] // config["attention_head_dim"],
+                   "joint_attention_dim": shapes["txt_in.weight"][1]}
+        if config["joint_attention_dim"] == len(LAYERS) * QWEN3_8B["hidden_size"]:
+            layout.configs["text_encoder"] |= QWEN3_8B
+
+    def empty(self, layout: Layout) -> Parts:
+        native, step = dit_sizes(layout)
+        ends = tuple((tokens, compute_empirical_mu(tokens, STEPS_DRAWN)) for tokens in (256, 4096))
+        return Parts(layout.source, layout.scheduler, "flow", native, step,
+                     flow=Sampling("logit_normal", line=(ends[0], ends[1])))
+
+    def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
+        tokenizer = parts.text["tokenizer"]
+        found = text.padded(tokenizer, text.chat(tokenizer, prompts, thinking=False), LENGTH)
+        return {"text_encoder": found.input_ids, "text_encoder.mask": found.attention_mask}
+
+    def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
+        out, _ = text.read(parts.text["text_encoder"], tokens, output_hidden_states=True)
+        return {"text": torch.cat([out.hidden_states[layer] for layer in LAYERS], -1)}
+
+    def encode_image(self, parts: Parts, pixels: Tensor) -> Tensor:
+        """(B, 32, h, w), whose tokens of 2 x 2 are what the batch norm normalises."""
+        with torch.no_grad():
+            vae = parts.vae
+            latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+            height, width = latents.shape[2] // 2, latents.shape[3] // 2
+            spread = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+            normal = (pack(latents) - vae.bn.running_mean) / spread
+            return unpack(normal.to(latents), height, width)
+
+    def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        height, width = noisy.shape[2] // 2, noisy.shape[3] // 2
+        found = denoiser(
+            hidden_states=pack(noisy), timestep=t / STEPS, encoder_hidden_states=cond["text"],
+            txt_ids=places(noisy, (cond["text"].shape[1],), 3),
+            img_ids=places(noisy, (height, width), 1), return_dict=False)[0]
+        return unpack(found, height, width)
+
+    def prompt_arguments(self, cond: Cond, negative: Cond) -> dict[str, Tensor]:
+        return {"prompt_embeds": cond["text"], "negative_prompt_embeds": negative["text"]}
+
+    def pipe_options(self, parts: Parts) -> dict[str, Any]:
+        return {"is_distilled": bool(index_of(parts.source).get("is_distilled"))}
+
+
+def places(like: Tensor, sides: tuple[int, ...], axis: int) -> Tensor:
+    """(tokens, 4): time, row, column and word of each token, counted from `axis` on."""
+    ids = like.new_zeros(*sides, 4)
+    for n, side in enumerate(sides):
+        count = torch.arange(side, device=like.device, dtype=like.dtype)
+        ids[..., axis + n] = count.view([-1 if m == n else 1 for m in range(len(sides))])
+    return ids.flatten(0, -2)

@@ -1,0 +1,197 @@
+"""`darkroom selftest`: shows that this installation is whole, on the ways that users take.
+
+Families and captioners are imported, the demo LoRA is trained and resumed in a worker, its file
+verified, a picture captioned, the window fetched. Runs lie in a temporary folder; the user's
+folders are only tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+import traceback
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.cookiejar import CookieJar
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin
+
+import captioner
+from captioner.config import CaptionConfig
+from core import __version__, children, doctor, families, gpu, journal, lora_export, paths
+from core.config import TrainConfig, load_train_config
+from core.events import Step
+from core.jobs import JobManager, JobView
+
+STEPS = 3                               # updates; as many again after the resume
+PATIENCE_S = 600.0                      # for a job, on a slow disk
+Facts = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Bench:
+    home: Path
+    jobs: JobManager
+    lora: Path = field(default_factory=Path)
+
+
+def run(tell: Callable[[Facts], None]) -> Facts:
+    """-> {"ok", "version", "frozen", "seconds", "parts": [{"part", "ok", "seconds", ...}]}; `tell`
+    hears each part as it ends. Never raises: what fails is a part that is not ok."""
+    began, parts = time.perf_counter(), [_timed("folders", folders)]
+    tell(parts[0])
+    with _own_home() as home, JobManager() as jobs:
+        bench = Bench(home, jobs)
+        for part in (card, torch, modules, plan, train, verify, convert, caption, window):
+            parts.append(_timed(part.__name__, part, bench))
+            tell(parts[-1])
+    return {"ok": all(part["ok"] for part in parts), "version": __version__,
+            "frozen": children.frozen(), "system": platform.platform(),
+            "seconds": round(time.perf_counter() - began, 1), "parts": parts}
+
+
+def _timed(name: str, part: Callable[..., Facts], *arguments: Any) -> Facts:
+    began = time.perf_counter()
+    try:
+        facts = {"ok": True, **part(*arguments)}
+    except Exception as error:
+        facts = {"ok": False, "error": f"{type(error).__name__}: {error}",
+                 "details": traceback.format_exc()}
+    return {"part": name, "seconds": round(time.perf_counter() - began, 2), **facts}
+
+
+@contextlib.contextmanager
+def _own_home() -> Iterator[Path]:
+    """A data folder that goes away again, on Windows with what is still held open left."""
+    before, where = os.environ.get("DARKROOM_HOME"), os.getcwd()
+    with tempfile.TemporaryDirectory(prefix="darkroom-", ignore_cleanup_errors=True) as home:
+        os.environ["DARKROOM_HOME"] = home
+        paths.cache_dir().mkdir()
+        try:
+            yield Path(home)
+        finally:
+            os.chdir(where)
+            os.environ.pop("DARKROOM_HOME")
+            if before is not None:
+                os.environ["DARKROOM_HOME"] = before
+
+
+# --- the parts ---
+
+def folders() -> Facts:
+    """The user's own: data, caches, logs."""
+    wanted = [paths.data_dir(), paths.cache_dir(), paths.log_dir()]
+    locked = [finding.text for finding in doctor.folders(wanted) if finding.key == "folder_locked"]
+    if locked:
+        raise OSError("; ".join(locked))
+    return {"folders": [str(folder) for folder in wanted]}
+
+
+def card(_: Bench) -> Facts:
+    """NVML; no card and no library are fine, and said."""
+    report = gpu.report()
+    return {"nvml": report.state, "cards": [one.name for one in report.gpus]}
+
+
+def torch(_: Bench) -> Facts:
+    """Asked in the process of its own that doctor uses."""
+    facts = doctor.torch_facts()
+    return {**facts, "ok": "error" not in facts}
+
+
+def modules(_: Bench) -> Facts:
+    for name in families.MODULES:
+        families.get(name)
+    for name in captioner.REGISTRY:
+        captioner.get(name)
+    return {"families": list(families.MODULES), "captioners": list(captioner.REGISTRY)}
+
+
+def plan(bench: Bench) -> Facts:
+    """By the window's child process."""
+    from gui.planning import Planning
+    planning = Planning()
+    try:
+        planning.ask({"config": _config(bench).model_dump(mode="json"), "purpose": "style",
+                      "language": "en"})
+        answer = planning.wait(PATIENCE_S).answer or {}
+    finally:
+        planning.close()
+    if "plan" not in answer:
+        raise RuntimeError(f"no plan: {answer}")
+    return {"needs_mb": answer["plan"]["needs_mb"]}
+
+
+def train(bench: Bench) -> Facts:
+    config = _config(bench)
+    first = _done(bench, config)
+    again = _done(bench, config.with_changes(max_train_steps=2 * STEPS, resume=True))
+    steps = [event.step for event in journal.read(again.folder) if isinstance(event, Step)]
+    if again.step != 2 * STEPS or min(steps) <= STEPS:
+        raise RuntimeError(f"not resumed: steps {steps}")
+    if not (again.folder / journal.LOG).stat().st_size:
+        raise RuntimeError("the worker wrote no log")
+    bench.lora = Path(again.result["lora"])
+    return {"steps": again.step, "resumed_at": first.step,
+            "proof": again.result["proof"]}
+
+
+def verify(bench: Bench) -> Facts:
+    prove = importlib.import_module("core.verify").verify       # takes torch
+    proof: Facts = prove(bench.lora, paths.DEMO / "base", lambda _: None)
+    return proof
+
+
+def convert(bench: Bench) -> Facts:
+    """For another program, by a command of our own in a child process."""
+    made = lora_export.convert_to(bench.lora, "diffusers", bench.home / "export", "en")
+    return {"bytes": made.stat().st_size}
+
+
+def caption(bench: Bench) -> Facts:
+    folder = bench.home / "pictures"
+    folder.mkdir()
+    picture = shutil.copy(sorted((paths.DEMO / "pictures").glob("*.png"))[0], folder)
+    _done(bench, CaptionConfig(folder=str(folder)), "caption")
+    return {"caption": Path(picture).with_suffix(".txt").read_text("utf-8")}
+
+
+def window(bench: Bench) -> Facts:
+    """Its page, and the first script that the page asks for."""
+    from gui.window import pages
+    served = pages().serve(0, jobs=bench.jobs, warm=False)
+    try:
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPCookieProcessor(CookieJar()))
+        with opener.open(served.url, timeout=60) as answer:
+            page, address = answer.read().decode(), answer.url
+        script = re.search(r'src="([^"]*/assets/[^"]+\.js)"', page)
+        if "LoRA Darkroom" not in page or script is None:
+            raise RuntimeError(f"not our page: {page[:200]}")
+        with opener.open(urljoin(address, script[1]), timeout=60) as answer:
+            return {"page_bytes": len(page), "asset_bytes": len(answer.read())}
+    finally:
+        served.close()
+
+
+def _config(bench: Bench) -> TrainConfig:
+    return load_train_config(paths.DEMO / "demo.yaml").with_changes(
+        output_dir=str(bench.home / "out"), train_data_dir=str(paths.DEMO / "pictures"),
+        max_train_steps=STEPS, batch_size=2, lr_warmup_steps=1, sample_every=0)
+
+
+def _done(bench: Bench, config: Any, job: str = "train") -> JobView:
+    view = bench.jobs.wait(bench.jobs.start(config, job=job), PATIENCE_S)
+    if view.state != "done":
+        fault = view.fault
+        raise RuntimeError(f"{job}: {view.state}, {fault and (fault.code, fault.params)}\n"
+                           f"{fault.details if fault else ''}")
+    return view
