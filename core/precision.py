@@ -47,17 +47,14 @@ def load_denoiser(config: config.TrainConfig, family: Family, source: Path, prec
                   emit: Callable[[Event], None] | None = None) -> Any:
     """The base's denoiser as the run keeps it: quantised, part of it in RAM; frozen.
 
-    What doesn't stay in full comes by way of the CPU, one weight after the other: it never has
-    to fit the GPU. Raises Fault as the family's `load` does.
+    Weights come one after the other, in the bits that they keep: the whole never has to fit the
+    GPU. Raises Fault as the family's `load` does.
     """
     kept = plan.kept_settings(config, precision.device.type)
     if config.offload and "offload" not in kept and emit:
         emit(Note(key="precision.offload_useless", params={"device": precision.device.type}))
-    if not kept:
-        return family.load(source, precision, frozenset({"denoiser"})).denoiser
-    by_cpu = replace(precision, device=torch.device("cpu"))
-    model = family.load(source, by_cpu, frozenset({"denoiser"})).denoiser
-    done = keep_(model, precision.device, **kept)
+    model = family.load(source, replace(precision, **kept), frozenset({"denoiser"})).denoiser
+    done = keep_(model, precision.device, **kept)   # families of one's own may have left it
     if done.blocks and not done.pinned and emit:
         emit(Note(key="precision.not_pinned"))
     return model
