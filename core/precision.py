@@ -38,9 +38,9 @@ def choose(precision: config.Precision, device: str = "auto") -> Precision:
     where = pick_device(device)
     cuda = where.type == "cuda"
     capability = torch.cuda.get_device_capability(where) if cuda else (0, 0)
-    numbers = {use: DTYPES[name] for use, name in
-               plan.numbers_for(precision, where.type, capability).items()}
-    return Precision(device=where, **numbers)
+    numbers = plan.numbers_for(precision, where.type, capability)
+    return Precision(device=where, weights=DTYPES[numbers["weights"]],
+                     compute=DTYPES[numbers["compute"]], vae=DTYPES[numbers["vae"]])
 
 
 def load_denoiser(config: config.TrainConfig, family: Family, source: Path, precision: Precision,
@@ -74,6 +74,11 @@ def autocast(precision: Precision) -> contextlib.AbstractContextManager[object]:
     if precision.compute == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(precision.device.type, precision.compute)
+
+
+def total_memory(device: torch.device) -> float:
+    """Bytes of a CUDA card; elsewhere 0."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
 
 
 def free_memory() -> None:

@@ -285,7 +285,8 @@ def fill_(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.
           device: torch.device, by: torch.device | None = None) -> list[str]:
     """Puts weights into a model on the meta device, quantising as they come: never is more than
     one of them in memory in full. For loaders: `tensors` are (name in the model, weight), read
-    one by one from a file, and copied. They stay on `device`; `by` quantises them.
+    one by one from a file, and copied. They stay on `device` in the numbers that the empty
+    model has, buffers in `dtype`; `by` quantises them.
     -> names that the model doesn't have; what stays on meta wasn't there.
     """
     unknown = []

@@ -22,7 +22,8 @@ from core import paths
 from core.families import companions
 from core.families.base import Part, Precision
 from core.families.detection import Found, denoiser_prefix
-from core.families.weights import File, Tensors, Weights, files_in
+from core.families.weights import File, Weights, files_in
+from core.families.weights import Tensors as Tensors
 from core.faults import Fault
 from core.offload import offload_
 from core.quantise import fill_, quantise_
