@@ -6,6 +6,7 @@ Figures are bytes. core/plan.py asks for them and keeps the answers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -39,7 +40,8 @@ def base(base: Base, numbers: dict[str, str]) -> Figures:
     return {"denoiser": size_of(parts.denoiser), "vae": size_of(parts.vae),
             "text": sum(encoders), "encoder": max(encoders), "encoder_int8": max(eight),
             "denoiser_parameters": sum(p.numel() for p in parts.denoiser.parameters()),
-            "native": parts.native_size, "step": parts.bucket_step}
+            "native": parts.native_size, "step": parts.bucket_step,
+            "flow": float(parts.flow is not None)}
 
 
 def kept(base: Base, numbers: dict[str, str], kept: QuantKind = "same", offload: float = 0.0
@@ -101,8 +103,8 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
     accumulating they were there before and stand apart. `adapter`, `rule`: further config keys of
     the adapter and of the optimizer; `stepping`: what the latter holds for a moment.
     """
-    family, parts = _skeleton(base, numbers, "denoiser", "vae", "text")
-    latents, cond = _inputs(family, parts, numbers, width, height, batch)
+    family, parts = _skeleton(base, numbers, "denoiser", "vae", *(["text"] if text else ()))
+    latents, cond = _inputs(base, family, parts, numbers, width, height, batch)
     _keep(parts, kind, kept, offload)
     config = TrainConfig(lora_rank=rank, lora_dropout=0.1 if dropout else 0.0,
                          target_modules=targets, **(adapter or {}), **(rule or {}))
@@ -145,8 +147,8 @@ def draw(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
          rank: int, targets: str | list[str], kept: QuantKind = "same", offload: float = 0.0,
          adapter: dict[str, Any] | None = None, variant_source: str = "") -> Figures:
     """A preview: denoising with the adapter, `batch` 2 with guidance; then decoding one picture."""
-    family, parts = _skeleton(base, numbers, "denoiser", "vae", "text")
-    latents, cond = _inputs(family, parts, numbers, width, height, batch)
+    family, parts = _skeleton(base, numbers, "denoiser", "vae")
+    latents, cond = _inputs(base, family, parts, numbers, width, height, batch)
     _keep(parts, kind, kept, offload)
     config = TrainConfig(lora_rank=rank, target_modules=targets, **(adapter or {}))
     lora.attach(parts.denoiser, config, family.spec)
@@ -235,16 +237,23 @@ def _eight_bit_states(parameter: Tensor) -> int:
     return 2 * sum(-(-size // 512) * 512 for size in sizes)
 
 
-def _inputs(family: Family, parts: Parts, numbers: dict[str, str], width: int, height: int,
-            batch: int) -> tuple[Tensor, Cond]:
+def _inputs(base: Base, family: Family, parts: Parts, numbers: dict[str, str], width: int,
+            height: int, batch: int) -> tuple[Tensor, Cond]:
     """Latents (B, C, h, w) and embeddings (B, ...) of the shapes that the encoders give."""
     size = width, height
     with torch.no_grad():
         latents = family.encode_image(parts, torch.empty(1, 3, height, width, device=META))
-        cond = family.encode_text(parts, [""]) | {
-            k: v.to(META) for k, v in family.framing(Frame(size, (0, 0), size)).items()}
+    cond = _embedding(base, numbers["weights"]) | {
+        k: v.to(META) for k, v in family.framing(Frame(size, (0, 0), size)).items()}
     compute = DTYPES[numbers["compute"]]
     return (latents.float().repeat(batch, 1, 1, 1),
             {k: v.to(compute).repeat(batch, *[1] * (v.ndim - 1)) for k, v in cond.items()})
 
 
+@functools.lru_cache(8)
+def _embedding(base: Base, weights: str) -> Cond:
+    """Of one caption, (1, ...), without numbers."""
+    family, parts = _skeleton(base, {"weights": weights, "compute": weights, "vae": weights},
+                              "text")
+    with torch.no_grad():
+        return family.encode_text(parts, [""])

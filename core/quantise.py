@@ -107,8 +107,19 @@ def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 _WRITE: dict[Kind, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "int8": _write_int8, "fp8": _write_fp8, "nf4": _write_nf4}
+
 _READ: dict[Kind, Callable[[Tensor, Tensor, torch.dtype, bool], Tensor]] = {
     "int8": _read_int8, "fp8": _read_fp8, "nf4": _read_nf4}
+
+
+def _codes_without_numbers(kind: Kind, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    codes, scales = _shapes_of_codes(kind, shape)
+    return torch.empty_like(codes), torch.empty_like(scales)
+
+
+@functools.cache
+def _shapes_of_codes(kind: Kind, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    return _WRITE[kind](torch.empty(shape[0], shape.numel() // shape[0], device="meta"))
 
 
 # --- layers ---
@@ -153,6 +164,9 @@ class Frozen(nn.Module):
         where = self.codes.device
         if self.scales is None:
             self.codes = weight.to(where, self.dtype)
+            return
+        if weight.is_meta:
+            self.codes, self.scales = _codes_without_numbers(self.kind, weight.shape)
             return
         flat = weight.detach().permute(0, 2, 3, 1) if self.last else weight.detach()
         codes, scales = _WRITE[self.kind](flat.reshape(self.shape[0], -1).float())
