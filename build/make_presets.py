@@ -7,9 +7,11 @@ Run it when the advisor's tables or the plans change; tests/test_presets.py hold
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from core import advisor, ladder, paths, plan, weigh, words  # noqa: E402
-from core.advisor import Suggestion  # noqa: E402
-from core.plan import Machine  # noqa: E402
+from core import advisor, families, ladder, paths, plan, weigh, words  # noqa: E402
+from core.advisor import Shape, Suggestion  # noqa: E402
+from core.config import TrainConfig  # noqa: E402
+from core.ladder import Rungs  # noqa: E402
+from core.plan import Base, Machine, Phase, Plan  # noqa: E402
 
 PURPOSES = ("style", "character", "object")
 RAM_GB = (2, 4, 8, 16, 32, 64)
@@ -34,24 +38,31 @@ class Size:
     slug: str
     vram_gb: int                        # 0: CPU
     title: dict[str, str]
+    # Given up, as config keys, in place of a search: over a large base's plans it takes an hour.
+    least: dict[str, Any] = field(default_factory=dict)
+    side: int = 0                       # px; 0: the base's own
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    base: str                           # for weigh.base_of
-    sizes: tuple[Size, ...]
+def card(gb: int, side: int = 0, **least: Any) -> Size:
+    kind = {8: ("8gb-laptop", " laptop", " 笔记本"), 12: ("12gb-desktop", " desktop", " 台式机"),
+            24: ("24gb-workstation", " workstation", " 工作站")}.get(
+                gb, (f"{gb}gb", "", " 显存"))
+    small = (f"-{side}px", f", {side} px", f"，{side} 像素") if side else ("", "", "")
+    return Size(kind[0] + small[0], gb, {"en": f"{gb}GB{kind[1]}{small[1]}",
+                                         "zh-CN": f"{gb}GB{kind[2]}{small[2]}"}, least, side)
 
 
-FAMILIES = {
-    "demo": Family("demo", (
-        Size("cpu", 0, {"en": "CPU", "zh-CN": "仅 CPU"}),)),
-    "sd15": Family("sd15", (
-        Size("4gb", 4, {"en": "4GB", "zh-CN": "4GB 显存"}),
-        Size("6gb", 6, {"en": "6GB", "zh-CN": "6GB 显存"}),
-        Size("8gb-laptop", 8, {"en": "8GB laptop", "zh-CN": "8GB 笔记本"}),
-        Size("12gb-desktop", 12, {"en": "12GB desktop", "zh-CN": "12GB 台式机"}),
-        Size("16gb", 16, {"en": "16GB", "zh-CN": "16GB 显存"}),
-        Size("24gb-workstation", 24, {"en": "24GB workstation", "zh-CN": "24GB 工作站"})))}
+LEAN = {"gradient_checkpointing": True}
+INT8, NF4 = LEAN | {"base_precision": "int8"}, LEAN | {"base_precision": "nf4"}
+FAMILIES: dict[str, tuple[Size, ...]] = {
+    "demo": (Size("cpu", 0, {"en": "CPU", "zh-CN": "仅 CPU"}),),
+    "sd15": tuple(map(card, (4, 6, 8, 12, 16, 24))),
+    "sd2": (card(8, **LEAN, batch_size=2),),
+    "sdxl": (card(6, **NF4, batch_size=2), card(8, **INT8, batch_size=2),
+             card(12, **LEAN, batch_size=4)),
+    "sd3": (card(12, **LEAN, batch_size=2),),
+    "flux": (card(8, 512, **NF4, batch_size=1, offload=0.5), card(12, 512, **NF4, batch_size=2)),
+    "zimage": (card(12, **INT8, batch_size=1),)}
 
 ABOUT = {
     "en": "A LoRA of one {purpose} on {base}: {side} px, batch {batch} x {times}, "
@@ -63,6 +74,12 @@ MORE = {"base_precision": {"en": ", base in {value}", "zh-CN": "，底模 {value
         "offload": {"en": ", {value:.0%} offloaded", "zh-CN": "，卸载 {value:.0%}"}}
 BASES = {"demo": {"en": "the demo base", "zh-CN": "演示底模"},
          "sd15": {"en": "Stable Diffusion 1.5", "zh-CN": " Stable Diffusion 1.5 "}}
+TRACES = ROOT / "tests" / "data" / "preset_traces.json"     # of the presets' own plans
+
+
+def base_name(family: str, lang: str) -> str:
+    title = families.MODULES[family].title if family in families.MODULES else ""
+    return BASES.get(family, {"en": title, "zh-CN": f" {title} "})[lang]
 
 
 def machine_for(size: Size) -> Machine:
@@ -73,16 +90,48 @@ def machine_for(size: Size) -> Machine:
 
 def made(family: str, only: str = "") -> Iterator[tuple[Path, dict[str, Any]]]:
     """The files of a family, or the one called `only`, and what stands in each."""
-    base = weigh.base_of(FAMILIES[family].base)
-    for size in FAMILIES[family].sizes:
+    for size in FAMILIES[family]:
         for purpose in PURPOSES:
             name = f"{size.slug}-{purpose}"
             if only in ("", name):
-                found = advisor.suggest(machine_for(size), base, None, purpose)
-                if not found.fits:
+                found = suggestion(family, size, purpose)
+                if not found.fits or ladder.verdict(found.plan) != "fits" or not found.plan.ram:
                     raise SystemExit(f"{family} {name}: nothing fits")
                 yield (paths.PRESETS / family / f"{name}.yaml",
                        content(family, size, purpose, found))
+
+
+def suggestion(family: str, size: Size, purpose: str) -> Suggestion:
+    base, machine = weigh.base_of(family), machine_for(size)
+    if not size.least:
+        return advisor.suggest(machine, base, None, purpose)
+    shape = Shape.of(base, machine)
+    shape = replace(shape, native=size.side or shape.native)
+    planner = advisor.planner_of(base, machine)
+
+    def planned(config: TrainConfig) -> Plan:
+        by_dial = given_up(config, size.least)
+        if any(one < 0 for one in by_dial):
+            return pretended(machine, inf)
+        return pretended(machine, 0.0) if any(by_dial) or config.max_resolution != (
+            f"{shape.native},{shape.native}") else planner(config)
+    return advisor.suggest(machine, base, None, purpose, planned, shape)
+
+
+def given_up(config: TrainConfig, least: dict[str, Any]) -> list[float]:
+    """By dial: 0: as much as was asked for, below: less, above: more."""
+    wanted = TrainConfig.model_validate({"cache_batch_size": 1} | least)
+    order, rank = Rungs().base_precisions, advisor.PURPOSES["style"].rank
+    return [wanted.batch_size - config.batch_size, config.offload - wanted.offload,
+            config.gradient_checkpointing - wanted.gradient_checkpointing,
+            order.index(config.base_precision) - order.index(wanted.base_precision),
+            wanted.cache_batch_size - config.cache_batch_size,
+            float(config.lora_rank < rank)]
+
+
+def pretended(machine: Machine, mb: float) -> Plan:
+    """Too big or nothing, so that the search ends where `least` says; it is planned then."""
+    return Plan(machine, (Phase("train", {"denoiser": mb}),), {}, {}, {}, (0, 0), 0, 0)
 
 
 def content(family: str, size: Size, purpose: str, found: Suggestion) -> dict[str, Any]:
@@ -105,7 +154,7 @@ def _about(lang: str, family: str, purpose: str, found: Suggestion) -> str:
                    if values[key] not in (False, 0.0, "same"))
     side = ladder.side_of(found.config(), 0)
     return ABOUT[lang].format(
-        purpose=words.say(f"presets.purpose_{purpose}", lang=lang), base=BASES[family][lang],
+        purpose=words.say(f"presets.purpose_{purpose}", lang=lang), base=base_name(family, lang),
         side=side, batch=values["batch_size"], times=values["gradient_accumulation_steps"],
         rank=values["lora_rank"], more=more, needs=advisor.gigabytes(found.plan.needs_mb))
 
@@ -115,11 +164,44 @@ def text_of(data: dict[str, Any]) -> str:
             + yaml.safe_dump(data, allow_unicode=True, sort_keys=False, width=96))
 
 
-def main(families: list[str]) -> None:
-    for family in families or FAMILIES:
+def traces_of(data: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What a preset's plan asks for, with the answers; the keys name no version."""
+    found, asked = {}, plan.ask
+
+    def recorded(what: str, base: Base, numbers: dict[str, str], **settings: Any
+                 ) -> dict[str, float]:
+        answer = asked(what, base, numbers, **settings)
+        found[trace_key(what, base, numbers, settings)] = answer
+        return answer
+    plan.ask = recorded                 # type: ignore[assignment]
+    try:
+        planned(data)
+    finally:
+        plan.ask = asked
+    return found
+
+
+def planned(data: dict[str, Any]) -> Plan:
+    """A preset's plan on the smallest machine that it is for."""
+    size = next(one for one in FAMILIES[data["family"]]
+                if one.vram_gb == data["needs"]["vram_gb"])
+    return plan.plan_run(TrainConfig.model_validate(data["set"]), weigh.base_of(data["family"]),
+                         machine_for(size))
+
+
+def trace_key(what: str, base: Base, numbers: dict[str, str], settings: dict[str, Any]) -> str:
+    return json.dumps([what, base.digest, numbers, settings], sort_keys=True)
+
+
+def main(wanted: list[str]) -> None:
+    for family in wanted or FAMILIES:
+        traces: dict[str, dict[str, float]] = {}
         for path, data in made(family):
             paths.write_atomic(path, text_of(data))
-            print(path.relative_to(ROOT))
+            traces |= traces_of(data)
+            print(path.relative_to(ROOT), advisor.gigabytes(planned(data).needs_mb), flush=True)
+        kept = json.loads(TRACES.read_text("utf-8")) if TRACES.exists() else {}
+        paths.write_atomic(TRACES, json.dumps(kept | {family: traces}, indent=0, sort_keys=True))
 
 
 if __name__ == "__main__":

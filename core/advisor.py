@@ -66,13 +66,15 @@ class Shape:
     step: int                           # px; sides of buckets are multiples of it
     parameters: int                     # of the denoiser
     weights_mb: float = 0.0
+    flow: bool = False                  # min-SNR means nothing there
 
     @staticmethod
     def of(base: Base, machine: Machine) -> Shape:
         numbers = plan.numbers_for("auto", machine.kind, machine.capability)
         facts = plan.ask("base", base, numbers)
         return Shape(int(facts["native"]), int(facts["step"]),
-                     int(facts["denoiser_parameters"]), facts["denoiser"] / plan.MB)
+                     int(facts["denoiser_parameters"]), facts["denoiser"] / plan.MB,
+                     bool(facts["flow"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,7 @@ def samples(purpose: Purpose, pictures: int, low_rank: bool) -> int:
 
 
 def _course(purpose: Purpose, config: TrainConfig, data: Data | None, low_rank: bool,
-            parameters: int) -> dict[str, Any]:
+            shape: Shape) -> dict[str, Any]:
     """Length, rate and what goes with them."""
     pictures = data.pictures if data else PICTURES
     effective = config.batch_size * config.gradient_accumulation_steps
@@ -185,10 +187,12 @@ def _course(purpose: Purpose, config: TrainConfig, data: Data | None, low_rank: 
     epochs = ceil(total / pictures)
     updates = epochs * ceil(pictures / effective) if data else ceil(total / effective)
     return {**({"epochs": epochs} if data else {"max_train_steps": updates}),
-            "learning_rate": learning_rate(effective, config.lora_rank, config.alpha, parameters),
+            "learning_rate": learning_rate(effective, config.lora_rank, config.alpha,
+                                           shape.parameters),
             "lr_scheduler": "cosine",
             "lr_warmup_steps": min(MOST_WARMUP, round(updates * WARMUP)),
-            "caption_dropout": purpose.dropout, "min_snr_gamma": MIN_SNR,
+            "caption_dropout": purpose.dropout,
+            **({} if shape.flow else {"min_snr_gamma": MIN_SNR}),
             "save_steps": max(1, updates // SAVES)}
 
 
@@ -198,7 +202,7 @@ def _told(name: str, fits: bool, found: ladder.Found, needs_mb: float, data: Dat
           shape: Shape, wish: TrainConfig) -> Suggestion:
     purpose, low = PURPOSES[name], found.chosen["rank"] > 0
     memory = {key: getattr(found.config, key) for key in _MEMORY}
-    course = _course(purpose, found.config, data, low, shape.parameters)
+    course = _course(purpose, found.config, data, low, shape)
     config = found.config.with_changes(**course)
     reasons = {key: Reason(f"advisor.{what}", params)
                for key, (what, params) in {**_memory_reasons(name, config, found, wish, shape),
@@ -271,7 +275,8 @@ def _course_reasons(config: TrainConfig, course: Mapping[str, Any], data: Data |
         "lr_scheduler": ("scheduler", {}),
         "lr_warmup_steps": ("warmup", {"steps": config.lr_warmup_steps}),
         "caption_dropout": ("dropout", {"share": f"{config.caption_dropout:.0%}"}),
-        "min_snr_gamma": ("min_snr", {"gamma": f"{config.min_snr_gamma:g}"}),
+        **({"min_snr_gamma": ("min_snr", {"gamma": f"{config.min_snr_gamma:g}"})}
+           if "min_snr_gamma" in course else {}),
         "save_steps": ("saves", {"steps": course["save_steps"], "count": SAVES})}
 
 

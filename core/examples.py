@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isqrt
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from core import buckets, captions, choices, crops, dataset, extensions, masks, pictures
+from core import buckets, captions, choices, crops, dataset, extensions, masks, pictures, plan
 from core.buckets import Point
 from core.cache import Cache, file_digest, fingerprint, key
 from core.config import TrainConfig, size_of
@@ -31,7 +31,8 @@ from core.families.base import Cond, Family, Frame, Part, Parts, Precision
 from core.faults import Fault
 from core.gently import Gently, Way
 from core.looks import Looks
-from core.precision import autocast, free_memory
+from core.offload import stage_of
+from core.precision import autocast, free_memory, total_memory
 from core.processors import Processors
 
 MOST_SHUFFLES = 8           # caption variants kept for each picture when tags are shuffled
@@ -77,8 +78,12 @@ class Examples:
 
     def cond(self, texts: Sequence[str], device: torch.device) -> Cond:
         """Embeddings of a batch of captions, (B, ...)."""
-        rows = [self.texts[t] for t in texts]
-        return {k: joined([r[k] for r in rows]).to(device, non_blocking=True) for k in rows[0]}
+        return batched([self.texts[t] for t in texts], device)
+
+
+def batched(rows: Sequence[Cond], device: torch.device) -> Cond:
+    """(1, ...) each -> (B, ...)"""
+    return {k: joined([r[k] for r in rows]).to(device, non_blocking=True) for k in rows[0]}
 
 
 def trimmed(one: Cond) -> Cond:
@@ -168,6 +173,8 @@ class Encoder:
                  emit: Callable[[Event], None], control: Control) -> None:
         self.family, self.source, self.precision = family, source, precision
         self.config, self.emit, self.control = config, emit, control
+        kind, total = precision.device.type, total_memory(precision.device) / plan.MB
+        self.encoders = plan.encoder_settings(config, kind, total)
         self.processors = Processors(config.picture_processors)
         own = extensions.is_named(config.family)
         self.marks = (extensions.mark(config.family),) if own else ()      # it encodes as it likes
@@ -175,18 +182,20 @@ class Encoder:
     def fill(self, examples: Examples, more_texts: Iterable[str] = ()) -> None:
         """`more_texts`: prompts of previews, encoded along with the captions."""
         if not self.config.trains_text:
-            self._fill_texts(examples, examples.captions(*more_texts))
+            examples.texts = self.embeddings(examples.captions(*more_texts))
             free_memory()
         self._fill_latents(examples)
         free_memory()
 
-    def _fill_texts(self, examples: Examples, texts: list[str]) -> None:
+    def embeddings(self, texts: list[str]) -> dict[str, Cond]:
+        """(1, ...) each, on the CPU; of large encoders as core.plan has it for this device."""
         cache = self._cache("text")
-        names = {t: key("text", t, str(self.precision.compute), *self.marks) for t in texts}
-        examples.texts = {t: found for t in texts if (found := cache.get(names[t])) is not None}
-        missing = [t for t in texts if t not in examples.texts]
+        marks = (*self.marks, *([kept] if (kept := self.encoders.get("kept")) else ()))
+        names = {t: key("text", t, str(self.precision.compute), *marks) for t in texts}
+        known = {t: found for t in texts if (found := cache.get(names[t])) is not None}
+        missing = [t for t in texts if t not in known]
         if not missing:
-            return
+            return known
         fresh: dict[str, Cond] = {text: {} for text in missing}
         encoders = self.family.spec.encoders
         for n, encoder in enumerate(encoders):      # one in memory at a time
@@ -194,12 +203,13 @@ class Encoder:
             free_memory()
         for text, one in fresh.items():
             self._keep(cache, names[text], one)
-        examples.texts |= fresh
+        return known | fresh
 
     def _encode_texts(self, encoder: Part, texts: list[str], fresh: dict[str, Cond], turn: int,
                       turns: int) -> None:
         """One encoder's entries for the texts in `fresh`."""
-        parts = self.family.load(self.source, self.precision, frozenset({encoder}))
+        parts = self.family.load(self.source, replace(self.precision, **self.encoders),
+                                 frozenset({encoder}))
         if not parts.text:                          # an encoder that this base does without
             return
         if turn == turns - 1:
@@ -225,9 +235,11 @@ class Encoder:
         """The last way to encode where a GPU has no room: slowly, beside it."""
         if self.precision.device.type == "cpu":
             return []
+        models = [module for module in modules if isinstance(module, torch.nn.Module)]
+        if any(stage_of(model) for model in models):        # next to nothing of it is there
+            return []
         return [("engine.cache_on_cpu", lambda: [
-            module.to("cpu", torch.float32) for module in modules
-            if isinstance(module, torch.nn.Module)])]
+            model.to("cpu", torch.float32) for model in models])]
 
     def _keep(self, cache: Cache, name: str, tensors: dict[str, Tensor]) -> None:
         """A cache that takes no more is done without: all is in memory anyway."""

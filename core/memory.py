@@ -6,7 +6,9 @@ Figures are bytes. core/plan.py asks for them and keeps the answers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,12 +32,16 @@ ADAM_STATES = 2                             # fp32 numbers per weight: first and
 
 def base(base: Base, numbers: dict[str, str]) -> Figures:
     """Weights of each part, and the base's own sizes."""
-    _, parts = _skeleton(base, numbers)
-    encoders = [m for m in parts.text.values() if isinstance(m, torch.nn.Module)]
+    family, parts = _skeleton(base, numbers)
+    small = family.skeleton(base.source, replace(_precision(numbers), kept="int8"),
+                            frozenset({"text"}))
+    encoders, eight = ([size_of(m) for m in found.text.values() if isinstance(m, torch.nn.Module)]
+                       for found in (parts, small))
     return {"denoiser": size_of(parts.denoiser), "vae": size_of(parts.vae),
-            "text": sum(map(size_of, encoders)), "encoder": max(map(size_of, encoders)),
+            "text": sum(encoders), "encoder": max(encoders), "encoder_int8": max(eight),
             "denoiser_parameters": sum(p.numel() for p in parts.denoiser.parameters()),
-            "native": parts.native_size, "step": parts.bucket_step}
+            "native": parts.native_size, "step": parts.bucket_step,
+            "flow": float(parts.flow is not None)}
 
 
 def kept(base: Base, numbers: dict[str, str], kept: QuantKind = "same", offload: float = 0.0
@@ -46,21 +52,30 @@ def kept(base: Base, numbers: dict[str, str], kept: QuantKind = "same", offload:
     return {"denoiser": size_of(parts.denoiser), "waiting": waiting(parts.denoiser)}
 
 
-def texts(base: Base, numbers: dict[str, str], kind: Kind, batch: int) -> Figures:
+def texts(base: Base, numbers: dict[str, str], kind: Kind, batch: int,
+          kept: QuantKind = "same", room: float | None = None) -> Figures:
     """Encoding `batch` captions. `weights`, `peak`: of the encoder that takes the most;
-    `embedding`: what one caption takes in the cache."""
+    `waiting`: in RAM, the most; `embedding`: what one caption takes in the cache."""
     family = families.get(base.family)
-    compute, most, kept = DTYPES[numbers["compute"]], (0, 0), 0
+    compute, most, away, row = DTYPES[numbers["compute"]], (0, 0), 0, 0
+    precision = replace(_precision(numbers), kept=kept, room=room)
     for encoder in family.spec.encoders:            # one after the other, as the engine loads them
-        _, parts = _skeleton(base, numbers, encoder)
+        parts = family.skeleton(base.source, precision, frozenset({encoder}))
         known = [m for m in parts.text.values() if isinstance(m, torch.nn.Module)]
         kernels = Kernels(kind, compute)
-        with torch.no_grad(), traced(kernels, known) as tally, kernels.autocast():
-            cond = family.encode_text(parts, [""] * batch) if known else {}
-            rows = {k: v.to(compute) for k, v in cond.items()}
+        with torch.no_grad():
+            for model in known:
+                _as_on(model, kind)
+                if stage := stage_of(model):
+                    family.encode_text(parts, [""])
+                    stage.clear()
+            with traced(kernels, known) as tally, kernels.autocast():
+                cond = family.encode_text(parts, [""] * batch) if known else {}
+                rows = {k: v.to(compute) for k, v in cond.items()}
         most = max(most, (sum(map(size_of, known)), tally.peak), key=sum)
-        kept += sum(v[:1].numel() * v.element_size() for v in rows.values())
-    return {"weights": most[0], "peak": most[1], "embedding": kept}
+        away = max(away, sum(map(waiting, known)))
+        row += sum(v[:1].numel() * v.element_size() for v in rows.values())
+    return {"weights": most[0], "peak": most[1], "waiting": away, "embedding": row}
 
 
 def cache(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: int,
@@ -88,8 +103,8 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
     accumulating they were there before and stand apart. `adapter`, `rule`: further config keys of
     the adapter and of the optimizer; `stepping`: what the latter holds for a moment.
     """
-    family, parts = _skeleton(base, numbers, "denoiser", "vae", "text")
-    latents, cond = _inputs(family, parts, numbers, width, height, batch)
+    family, parts = _skeleton(base, numbers, "denoiser", "vae", *(["text"] if text else ()))
+    latents, cond = _inputs(base, family, parts, numbers, width, height, batch)
     _keep(parts, kind, kept, offload)
     config = TrainConfig(lora_rank=rank, lora_dropout=0.1 if dropout else 0.0,
                          target_modules=targets, **(adapter or {}), **(rule or {}))
@@ -132,8 +147,8 @@ def draw(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
          rank: int, targets: str | list[str], kept: QuantKind = "same", offload: float = 0.0,
          adapter: dict[str, Any] | None = None, variant_source: str = "") -> Figures:
     """A preview: denoising with the adapter, `batch` 2 with guidance; then decoding one picture."""
-    family, parts = _skeleton(base, numbers, "denoiser", "vae", "text")
-    latents, cond = _inputs(family, parts, numbers, width, height, batch)
+    family, parts = _skeleton(base, numbers, "denoiser", "vae")
+    latents, cond = _inputs(base, family, parts, numbers, width, height, batch)
     _keep(parts, kind, kept, offload)
     config = TrainConfig(lora_rank=rank, target_modules=targets, **(adapter or {}))
     lora.attach(parts.denoiser, config, family.spec)
@@ -166,7 +181,11 @@ def _precision(numbers: dict[str, str]) -> Precision:
 
 def _keep(parts: Parts, kind: Kind, kept: QuantKind, offload: float) -> None:
     keep_(parts.denoiser, META, kept, offload)
-    for layer in parts.denoiser.modules():
+    _as_on(parts.denoiser, kind)
+
+
+def _as_on(model: torch.nn.Module, kind: Kind) -> None:
+    for layer in model.modules():
         if isinstance(layer, Frozen):
             layer.native = kind == "cuda"
 
@@ -218,16 +237,23 @@ def _eight_bit_states(parameter: Tensor) -> int:
     return 2 * sum(-(-size // 512) * 512 for size in sizes)
 
 
-def _inputs(family: Family, parts: Parts, numbers: dict[str, str], width: int, height: int,
-            batch: int) -> tuple[Tensor, Cond]:
+def _inputs(base: Base, family: Family, parts: Parts, numbers: dict[str, str], width: int,
+            height: int, batch: int) -> tuple[Tensor, Cond]:
     """Latents (B, C, h, w) and embeddings (B, ...) of the shapes that the encoders give."""
     size = width, height
     with torch.no_grad():
         latents = family.encode_image(parts, torch.empty(1, 3, height, width, device=META))
-        cond = family.encode_text(parts, [""]) | {
-            k: v.to(META) for k, v in family.framing(Frame(size, (0, 0), size)).items()}
+    cond = _embedding(base, numbers["weights"]) | {
+        k: v.to(META) for k, v in family.framing(Frame(size, (0, 0), size)).items()}
     compute = DTYPES[numbers["compute"]]
     return (latents.float().repeat(batch, 1, 1, 1),
             {k: v.to(compute).repeat(batch, *[1] * (v.ndim - 1)) for k, v in cond.items()})
 
 
+@functools.lru_cache(8)
+def _embedding(base: Base, weights: str) -> Cond:
+    """Of one caption, (1, ...), without numbers."""
+    family, parts = _skeleton(base, {"weights": weights, "compute": weights, "vae": weights},
+                              "text")
+    with torch.no_grad():
+        return family.encode_text(parts, [""])

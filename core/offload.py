@@ -137,7 +137,8 @@ def offload_(model: nn.Module, share: float, device: torch.device) -> Offloaded:
     stage, ram = before or Stage(device), _Ram(device, going)
     for layers in chosen:
         stage.blocks.append([_away(layer, stage, n, ram) for n, layer in enumerate(layers)])
-    return Offloaded(len(stage.blocks), len(found), gone, ram.pinned)
+    pinned = device.type == "cuda" and all(t.is_pinned() for b in stage.blocks for t in b)
+    return Offloaded(len(stage.blocks), len(found), gone, pinned)
 
 
 def _away(layer: nn.Linear | nn.Conv2d, stage: Stage, place: int, ram: _Ram) -> Tensor:

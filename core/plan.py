@@ -27,7 +27,7 @@ from core.reading import from_json
 from core.safetensors_header import read_header
 
 MB = 2**20
-VERSION = 5                             # of the traces; raise it when tracing changes
+VERSION = 6                             # of the traces; raise it when tracing changes
 Kind = Literal["cuda", "mps", "cpu"]
 Verdict = Literal["fits", "tight", "too_big"]
 
@@ -36,7 +36,9 @@ WORKSPACE_MB = 150.0                    # cuBLAS and cuDNN scratch memory
 FRAGMENTS = 0.06                        # of the tensors: what the allocator reserves and can't use
 PROCESS_MB = {"cuda": 2600.0, "mps": 1200.0, "cpu": 750.0}     # RAM of the imports
 MARGIN = 0.08                           # of the memory: "tight" below it
-_PROOF_SIDE = 256                       # px; verify draws no larger on the CPU
+READ_MB = 256.0                         # RAM: what of a file is mapped at a time while it's loaded
+ENCODER_SHARE = 0.25                    # of a card: a large text encoder that takes more travels
+PROOF_SIDE = {"cpu": 256, "mps": 512, "cuda": 512}      # px; the proof draws no larger
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,19 +134,20 @@ def plan_run(config: TrainConfig, base: Base, machine: Machine, data: Data | Non
     facts = _as_kept(config, base, numbers, machine, ask("base", base, numbers))
     bucket = data.bucket or largest_bucket(config, facts)
     step = ask("step", base, numbers, **step_settings(config, machine, bucket, data))
-    texts = ask("texts", base, numbers, kind=machine.kind, batch=config.cache_batch_size * 2)
+    texts = ask("texts", base, numbers, kind=machine.kind, batch=config.cache_batch_size * 2,
+                **_encoders(config, machine, facts))
     cache = ask("cache", base, numbers, kind=machine.kind, width=bucket[0], height=bucket[1],
                 batch=min(config.cache_batch_size, data.pictures))
     phases = (_phase("texts", text_encoder=texts["weights"], activations=texts["peak"]),
               _phase("cache", vae=facts["vae"], activations=cache["peak"]),
-              *_loading(machine, facts), _training(config, facts, step),
+              _training(config, facts, step),
               *_drawing(config, base, numbers, machine, facts, step),
               *_regular(config, base, numbers, machine, facts, bucket))
     host = {"dataset": _cached(config, data, cache, texts) / MB}
     outside, learned = _outside(machine, max(phase.mb for phase in phases), host)
     return Plan(
         machine=machine, phases=phases, outside=outside, bucket=bucket,
-        ram=_ram(machine, phases, facts, host),
+        ram=_ram(machine, phases, facts, texts, host),
         disk=_disk(config, step, host["dataset"] if config.cache_to_disk else 0.0),
         parameters=int(step["parameters"]), base_parameters=int(facts["denoiser_parameters"]),
         learned=learned)
@@ -183,6 +186,23 @@ def kept_settings(config: TrainConfig, kind: str) -> dict[str, Any]:
     return found
 
 
+def encoder_settings(config: TrainConfig, kind: str, total_mb: float) -> dict[str, Any]:
+    """How frozen text encoders of a billion parameters and more are kept while captions are
+    encoded: in int8 where the base is in few bits (4 bits would cost what they say, and they stay
+    for minutes), in RAM but for two blocks where they'd take much of a card."""
+    found: dict[str, Any] = {} if config.base_precision == "same" else {"kept": "int8"}
+    return found | ({"room": total_mb * MB * ENCODER_SHARE} if kind == "cuda" else {})
+
+
+def _encoders(config: TrainConfig, machine: Machine, facts: Mapping[str, float]
+              ) -> dict[str, Any]:
+    """The same for a trace, in as few ways as there are."""
+    found = encoder_settings(config, machine.kind, machine.total_mb)
+    held = facts["encoder_int8" if "kept" in found else "encoder"]
+    room = found.pop("room", None)
+    return found | ({} if room is None or held <= room else {"room": 0.0})
+
+
 def eight_bit(config: TrainConfig, kind: str) -> bool:
     """Whether the 8-bit optimizer is wanted and can be had: bitsandbytes on CUDA."""
     return (config.optimizer == "adamw8bit" and kind == "cuda"
@@ -211,17 +231,10 @@ def largest_bucket(config: TrainConfig, facts: Mapping[str, float]) -> tuple[int
 
 def _as_kept(config: TrainConfig, base: Base, numbers: dict[str, str], machine: Machine,
              facts: Mapping[str, float]) -> dict[str, float]:
-    """`denoiser`: bytes on the device; `waiting`: in RAM; `whole`: while it is loaded."""
+    """`denoiser`: bytes on the device; `waiting`: in RAM."""
     kept = kept_settings(config, machine.kind)
     held = ask("kept", base, numbers, **kept) if kept else {}
-    return {**facts, "waiting": 0.0, "whole": facts["denoiser"], **held}
-
-
-def _loading(machine: Machine, facts: Mapping[str, float]) -> list[Phase]:
-    """A base that is quantised is there in full first: in RAM, which on the CPU is the memory."""
-    if machine.kind != "cpu" or facts["whole"] <= facts["denoiser"]:
-        return []
-    return [_phase("load", denoiser=facts["whole"])]
+    return {**facts, "waiting": 0.0, **held}
 
 
 def _training(config: TrainConfig, facts: Mapping[str, float],
@@ -244,7 +257,7 @@ def _drawing(config: TrainConfig, base: Base, numbers: dict[str, str], machine: 
              facts: Mapping[str, float], step: Mapping[str, float]) -> list[Phase]:
     """Previews, if asked for, and the proof at the end: the optimizer stays, gradients don't."""
     native = int(facts["native"])
-    proof = native if machine.kind != "cpu" else min(native, _PROOF_SIDE)
+    proof = min(native, PROOF_SIDE[machine.kind])
     wanted = {"verify": ((proof, proof), 1)}
     if config.sample_prompts:
         size = size_of(config.sample_size) or (native, native)
@@ -264,7 +277,7 @@ def _drawing(config: TrainConfig, base: Base, numbers: dict[str, str], machine: 
 
 def _regular(config: TrainConfig, base: Base, numbers: dict[str, str], machine: Machine,
              facts: Mapping[str, float], bucket: tuple[int, int]) -> list[Phase]:
-    """The base alone, whole, drawing regularisation pictures before the training."""
+    """The base alone drawing regularisation pictures before the training."""
     if not config.reg_from_base:
         return []
     settings = step_settings(config, machine, bucket)
@@ -272,7 +285,7 @@ def _regular(config: TrainConfig, base: Base, numbers: dict[str, str], machine: 
                 batch=1 if _unguided(config) else 2, rank=config.lora_rank,
                 targets=settings["targets"], **kept_settings(config, machine.kind))
     return [_phase("regular", denoiser=facts["denoiser"], vae=facts["vae"],
-                   text_encoder=facts["text"], activations=drawn["peak"])]
+                   activations=drawn["peak"])]
 
 
 def _unguided(config: TrainConfig) -> bool:
@@ -292,15 +305,16 @@ def _outside(machine: Machine, tensors: float, host: Mapping[str, float]
 
 
 def _ram(machine: Machine, phases: Sequence[Phase], facts: Mapping[str, float],
-         host: Mapping[str, float]) -> dict[str, float]:
-    """Loading reads a part at a time; on the CPU everything is RAM."""
+         texts: Mapping[str, float], host: Mapping[str, float]) -> dict[str, float]:
+    """Weights go from a mapped file to where they stay; what waits in RAM comes there by way of
+    ordinary RAM. On the CPU everything is RAM."""
     process = {"process": PROCESS_MB[machine.kind], **host}
     if machine.kind == "cpu":
-        return process | {"tensors": max(phase.mb for phase in phases)}
-    waiting = facts["waiting"] / MB
-    loading = max(facts[part] for part in ("whole", "vae", "encoder")) / MB
+        return process | {"tensors": max(phase.mb for phase in phases), "loading": READ_MB}
+    waiting, encoder = facts["waiting"] / MB, texts["waiting"] / MB
+    by_way = facts["denoiser"] / MB if waiting else 0.0
     return process | ({"waiting": waiting} if waiting else {}) | {
-        "loading": max(0.0, loading - waiting)}
+        "loading": READ_MB + max(by_way, encoder - waiting)}
 
 
 def _disk(config: TrainConfig, step: Mapping[str, float], cached_mb: float) -> dict[str, float]:

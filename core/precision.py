@@ -38,26 +38,23 @@ def choose(precision: config.Precision, device: str = "auto") -> Precision:
     where = pick_device(device)
     cuda = where.type == "cuda"
     capability = torch.cuda.get_device_capability(where) if cuda else (0, 0)
-    numbers = {use: DTYPES[name] for use, name in
-               plan.numbers_for(precision, where.type, capability).items()}
-    return Precision(device=where, **numbers)
+    numbers = plan.numbers_for(precision, where.type, capability)
+    return Precision(device=where, weights=DTYPES[numbers["weights"]],
+                     compute=DTYPES[numbers["compute"]], vae=DTYPES[numbers["vae"]])
 
 
 def load_denoiser(config: config.TrainConfig, family: Family, source: Path, precision: Precision,
                   emit: Callable[[Event], None] | None = None) -> Any:
     """The base's denoiser as the run keeps it: quantised, part of it in RAM; frozen.
 
-    What doesn't stay in full comes by way of the CPU, one weight after the other: it never has
-    to fit the GPU. Raises Fault as the family's `load` does.
+    Weights come one after the other, in the bits that they keep: the whole never has to fit the
+    GPU. Raises Fault as the family's `load` does.
     """
     kept = plan.kept_settings(config, precision.device.type)
     if config.offload and "offload" not in kept and emit:
         emit(Note(key="precision.offload_useless", params={"device": precision.device.type}))
-    if not kept:
-        return family.load(source, precision, frozenset({"denoiser"})).denoiser
-    by_cpu = replace(precision, device=torch.device("cpu"))
-    model = family.load(source, by_cpu, frozenset({"denoiser"})).denoiser
-    done = keep_(model, precision.device, **kept)
+    model = family.load(source, replace(precision, **kept), frozenset({"denoiser"})).denoiser
+    done = keep_(model, precision.device, **kept)   # families of one's own may have left it
     if done.blocks and not done.pinned and emit:
         emit(Note(key="precision.not_pinned"))
     return model
@@ -77,6 +74,11 @@ def autocast(precision: Precision) -> contextlib.AbstractContextManager[object]:
     if precision.compute == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(precision.device.type, precision.compute)
+
+
+def total_memory(device: torch.device) -> float:
+    """Bytes of a CUDA card; elsewhere 0."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
 
 
 def free_memory() -> None:

@@ -8,6 +8,7 @@ Order, the later wins: family default (TrainConfig) -> preset -> advisor -> own 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -119,6 +120,15 @@ def _files() -> Iterator[Path]:
 
 def _read(path: Path) -> Preset | None:
     """None: a plain config lies there, such as the demo's."""
+    try:
+        mark = path.stat()
+    except OSError as error:
+        raise Fault("presets.unreadable", file=path, reason=_first_line(error)) from None
+    return _parsed(path, mark.st_mtime_ns, mark.st_size)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(path: Path, changed: int, size: int) -> Preset | None:
     try:
         data = reading.from_yaml(captions.decode_text(path.read_bytes()))
     except (OSError, ValueError) as error:

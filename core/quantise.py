@@ -107,8 +107,19 @@ def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 _WRITE: dict[Kind, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "int8": _write_int8, "fp8": _write_fp8, "nf4": _write_nf4}
+
 _READ: dict[Kind, Callable[[Tensor, Tensor, torch.dtype, bool], Tensor]] = {
     "int8": _read_int8, "fp8": _read_fp8, "nf4": _read_nf4}
+
+
+def _codes_without_numbers(kind: Kind, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    codes, scales = _shapes_of_codes(kind, shape)
+    return torch.empty_like(codes), torch.empty_like(scales)
+
+
+@functools.cache
+def _shapes_of_codes(kind: Kind, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    return _WRITE[kind](torch.empty(shape[0], shape.numel() // shape[0], device="meta"))
 
 
 # --- layers ---
@@ -153,6 +164,9 @@ class Frozen(nn.Module):
         where = self.codes.device
         if self.scales is None:
             self.codes = weight.to(where, self.dtype)
+            return
+        if weight.is_meta:
+            self.codes, self.scales = _codes_without_numbers(self.kind, weight.shape)
             return
         flat = weight.detach().permute(0, 2, 3, 1) if self.last else weight.detach()
         codes, scales = _WRITE[self.kind](flat.reshape(self.shape[0], -1).float())
@@ -282,10 +296,12 @@ def freeze_(layer: nn.Linear | nn.Conv2d, kind: Kind, device: torch.device) -> F
 
 
 def fill_(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype,
-          device: torch.device) -> list[str]:
+          device: torch.device, by: torch.device | None = None) -> list[str]:
     """Puts weights into a model on the meta device, quantising as they come: never is more than
     one of them in memory in full. For loaders: `tensors` are (name in the model, weight), read
-    one by one from a file. -> names that the model doesn't have; what stays on meta wasn't there.
+    one by one from a file, and copied. They stay on `device` in the numbers that the empty
+    model has, buffers in `dtype`; `by` quantises them.
+    -> names that the model doesn't have; what stays on meta wasn't there.
     """
     unknown = []
     for name, tensor in tensors:
@@ -297,7 +313,7 @@ def fill_(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.
             continue
         if isinstance(module, Frozen) and leaf == "weight":
             module.codes = torch.empty(0, device=device)
-            module.write(tensor.to(device, dtype))
+            module.write(tensor.to(by or device, module.dtype))
         elif leaf in module._parameters or leaf in module._buffers:
             _place(module, leaf, tensor, dtype, device)
         else:
@@ -310,7 +326,8 @@ def _place(module: nn.Module, leaf: str, tensor: Tensor, dtype: torch.dtype,
     held = getattr(module, leaf)
     layout = (torch.channels_last if tensor.ndim == 4 and held.stride(1) == 1
               else torch.contiguous_format)
-    value = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype,
+    dtype = held.dtype if leaf in module._parameters else dtype
+    value = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True,
                       memory_format=layout)
     if leaf in module._parameters:
         value = nn.Parameter(value, requires_grad=False)
@@ -318,10 +335,13 @@ def _place(module: nn.Module, leaf: str, tensor: Tensor, dtype: torch.dtype,
 
 
 def trunk(model: nn.Module) -> Iterator[nn.Module]:
-    """The repeated part of a denoiser: its ModuleLists, and a UNet's middle."""
-    for name, child in model.named_children():
-        if isinstance(child, nn.ModuleList) or name == "mid_block":
-            yield child
+    """The repeated part of a model: its ModuleLists, and a UNet's middle; a text encoder has them
+    a level further in."""
+    found = [child for name, child in model.named_children()
+             if isinstance(child, nn.ModuleList) or name == "mid_block"]
+    yield from found
+    for child in () if found else model.children():
+        yield from trunk(child)
 
 
 def trunk_layers(module: nn.Module) -> Iterator[nn.Linear | nn.Conv2d]:

@@ -13,7 +13,7 @@ from core.cache import fingerprint, key
 from core.config import TrainConfig, resolve
 from core.control import Control
 from core.events import Event, Phase
-from core.examples import Examples, Stopped, add_regular
+from core.examples import Encoder, Examples, Stopped, add_regular, batched
 from core.families.base import Family, Parts, Precision
 from core.faults import Fault
 from core.generate import Shot
@@ -54,7 +54,10 @@ def draw(config: TrainConfig, wanted: list[Shot], family: Family, parts: Parts,
     missing = [n for n in range(len(wanted)) if not _picture(folder, n).exists()]
     if not missing:
         return folder
-    own = family.load(parts.source, precision, frozenset({"vae", "text"}))
+    texts = Encoder(family, parts.source, precision, config, emit, control).embeddings(
+        list(dict.fromkeys(["", *(shot.prompt for shot in wanted)])))
+    free_memory()
+    own = family.load(parts.source, precision, frozenset({"vae"}))
     own.scheduler, own.objective = parts.scheduler, parts.objective
     own.denoiser = load_denoiser(config, family, parts.source, precision)
     pipeline: Any = family.pipeline(own)
@@ -62,7 +65,9 @@ def draw(config: TrainConfig, wanted: list[Shot], family: Family, parts: Parts,
         if control.stopping:
             raise Stopped
         shot, path = wanted[number], _picture(folder, number)
-        image = generate.draw(pipeline, own, shot, {"prompt": shot.prompt}, precision)
+        arguments = family.prompt_arguments(*(
+            batched([texts[text]], precision.device) for text in (shot.prompt, "")))
+        image = generate.draw(pipeline, own, shot, arguments, precision)
         paths.write_atomic(path.with_suffix(".txt"), shot.prompt)
         generate.save_png(image, path, shot.prompt)
         emit(Phase(name="regular", done=done, total=len(missing)))

@@ -21,6 +21,7 @@ from core.events import Event, Phase
 from core.families.base import ALL_PARTS, Family, Parts, Precision
 from core.lora_file import describe
 from core.lora_formats import weights_file
+from core.plan import PROOF_SIDE
 from core.precision import choose, free_memory, load_denoiser
 from core.safetensors_header import read_header
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 # Mean difference of 8-bit values. fp16 keeps 11 bits of each weight, which moves single values
 # by a step or two; another adapter moves the mean by tens.
 TOLERANCE = 1.5
-_STEPS, _SEED, _CPU_SIDE = 6, 1, 256
+_STEPS, _SEED = 6, 1
 
 
 def verify(path: Path, base: Path | None, emit: Callable[[Event], None]) -> dict[str, Any]:
@@ -92,9 +93,7 @@ def _draw_and_compare(family: Family, parts: Parts, precision: Precision, path: 
 def _picture(pipeline: Any, parts: Parts, arguments: dict[str, Any],
              precision: Precision) -> np.ndarray:
     """A small, quick picture: the proof is the same at any size."""
-    side = parts.native_size
-    if precision.device.type == "cpu":
-        side = min(side, _CPU_SIDE)
+    side = min(parts.native_size, PROOF_SIDE[precision.device.type])
     shot = generate.Shot("", "", _SEED, _STEPS, 1.0, (side, side))
     image: Image.Image = generate.draw(pipeline, parts, shot, arguments, precision)
     return np.asarray(image, dtype=np.float32)

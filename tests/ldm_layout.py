@@ -1,12 +1,16 @@
-"""Random weights in the single-file layout of Stable Diffusion 1.x (v1-5-pruned).
+"""Random weights in single files, full-size ones too.
 
-The names are those of the original LDM code; here they are made from the diffusers modules, the
+The names are those of the original code; here they are made from the diffusers modules, the
 other way round than the loader goes.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import struct
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from core import families, weigh
+from core.families.base import Precision
 from core.families.sd15 import CONFIGS
+from core.naming import NAMINGS, Part, to_native
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
           "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
@@ -23,6 +30,14 @@ UNET = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0"
         "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2",
         "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
         "mid_block.resnets.1": "middle_block.2"}
+OPEN_CLIP = {"encoder.layers": "transformer.resblocks", "self_attn.out_proj": "attn.out_proj",
+             "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc",
+             "mlp.fc2": "mlp.c_proj", "embeddings.token_embedding": "token_embedding",
+             "embeddings.position_embedding.weight": "positional_embedding",
+             "final_layer_norm": "ln_final"}
+# What Flux and Krea 2 call `scale`.
+SCALES = ("query_norm", "key_norm", "qnorm", "knorm", "prenorm", "postnorm", "txtmlp.0",
+          "last.norm")
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
                  "to_out.0": "proj_out"}
 
@@ -83,6 +98,64 @@ def vae_name(name: str, levels: int = 4) -> str:
     return name
 
 
+def original(part: Part, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A denoiser's weights in the original code's names, its matrices fused."""
+    found: dict[str, Tensor] = {}
+    rows: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for name, value in state.items():
+        path, _, leaf = name.rpartition(".")
+        place = to_native(part, path)
+        if leaf == "scale_shift_table":     # Krea 2's
+            blocks = path.startswith("transformer_blocks.")
+            found[f"{path.removeprefix('transformer_')}.mod.lin" if blocks else
+                  "last.modulation.lin"] = value.flatten() if blocks else value
+            continue
+        leaf = "scale" if place.name.endswith(SCALES) else leaf
+        if place.of is not None and place.of.swapped:
+            found[f"{place.name}.{leaf}"] = value.roll(value.shape[0] // 2, 0)
+        elif place.fused:
+            rows[f"{place.name}.{leaf}"][place.number] = value
+        else:
+            found[f"{place.name}.{leaf}"] = value
+    return found | {name: torch.cat([own[i] for i in sorted(own)]) for name, own in rows.items()}
+
+
+def open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        name = name.removeprefix("text_model.")
+        for ours, theirs in OPEN_CLIP.items():
+            name = name.replace(ours, theirs)
+        found[name] = value
+    for name in [n for n in found if ".self_attn.q_proj." in n]:
+        leaf = name.rpartition(".")[2]
+        parts = [found.pop(name.replace("q_proj", f"{x}_proj")) for x in "qkv"]
+        stem = name.split(".self_attn.")[0]
+        found[f"{stem}.attn.in_proj_{leaf}"] = torch.cat(parts)
+    if "text_projection.weight" in found:
+        found["text_projection"] = found.pop("text_projection.weight").T.contiguous()
+    return found
+
+
+def vae(state: dict[str, Tensor], levels: int = 4) -> dict[str, Tensor]:
+    found = {}
+    for name, value in state.items():
+        name = vae_name(name, levels)
+        conv = ".attn_1." in name and value.ndim == 2       # 1x1 convolutions there
+        found[name] = value[:, :, None, None] if conv else value
+    return found
+
+
+def behind(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value.clone().contiguous() for name, value in state.items()}
+
+
+def clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the outer module that transformers 5 dropped."""
+    return {name if name.startswith("text_") else f"text_model.{name}": value
+            for name, value in state.items()}
+
+
 def full_size(seed: int = 0) -> dict[str, nn.Module]:
     return {
         "unet": filled(UNet2DConditionModel, UNet2DConditionModel.load_config(CONFIGS / "unet"),
@@ -97,13 +170,46 @@ def write(path: Path, models: dict[str, nn.Module], dtype: torch.dtype = torch.f
     tensors: dict[str, Tensor] = {}
     for name, value in models["unet"].state_dict().items():
         tensors[f"model.diffusion_model.{unet_name(name)}"] = value
-    for name, value in models["vae"].state_dict().items():
-        ours = vae_name(name)
-        conv = ".attn_1." in ours and value.ndim == 2       # 1x1 convolutions there
-        tensors[f"first_stage_model.{ours}"] = value[:, :, None, None] if conv else value
-    for name, value in models["text"].state_dict().items():
-        name = name.removeprefix("text_model.")
-        tensors[f"cond_stage_model.transformer.text_model.{name}"] = value
+    tensors |= behind("first_stage_model.", vae(models["vae"].state_dict()))
+    tensors |= behind("cond_stage_model.transformer.", clip(models["text"].state_dict()))
     tensors["model_ema.decay"] = torch.tensor(0.9999)
     save_file({k: v.to(dtype).contiguous() if v.is_floating_point() else v
                for k, v in tensors.items()}, path)
+
+
+def write_full_size(family: str, path: Path) -> Path:
+    """Stable Diffusion 1.5 or XL as one fp16 file, written piece by piece: 2 and 7 GB."""
+    meta = Precision(torch.device("meta"), torch.float16, torch.float16, torch.float16)
+    parts = families.get(family).skeleton(weigh.base_of(family).source, meta)
+    unet, text = parts.denoiser.state_dict(), parts.text["text_encoder"].state_dict()
+    tensors = behind("first_stage_model.", vae(parts.vae.state_dict()))
+    if family == "sd15":
+        tensors |= {f"model.diffusion_model.{unet_name(k)}": v for k, v in unet.items()}
+        tensors |= behind("cond_stage_model.transformer.", clip(text))
+    else:
+        other = parts.text["text_encoder_2"].state_dict()
+        tensors |= behind("model.diffusion_model.", original(NAMINGS[family][0], unet))
+        tensors |= behind("conditioner.embedders.0.transformer.", clip(text))
+        tensors |= behind("conditioner.embedders.1.model.", open_clip(other))
+    stream(path, {name: tuple(value.shape) for name, value in tensors.items()})
+    return path
+
+
+def stream(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A safetensors file of fp16 noise; scales of norms are near one."""
+    noise = (torch.randn(2**22, generator=torch.Generator().manual_seed(0)) * 0.02).half()
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    told = json.dumps(header).encode()
+    told += b" " * (-len(told) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(told)) + told)
+        for name, shape in shapes.items():
+            left, near = torch.Size(shape).numel(), len(shape) == 1 and name.endswith("weight")
+            while left > 0:
+                part = noise[:left] + 1 if near else noise[:left]
+                file.write(part.numpy().tobytes())
+                left -= len(part)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,73 +21,17 @@ from core import families, generate, lora, lora_formats, paths
 from core.config import TrainConfig
 from core.families import loading
 from core.faults import Fault
-from core.naming import NAMINGS, Part, to_native
+from core.naming import NAMINGS
 from core.precision import choose
 from tests import tiny_families
-from tests.ldm_layout import vae_name
+from tests.ldm_layout import behind, clip, open_clip, original, vae
 
 FP32 = choose("fp32", "cpu")
-OPEN_CLIP = {"encoder.layers": "transformer.resblocks", "self_attn.out_proj": "attn.out_proj",
-             "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc",
-             "mlp.fc2": "mlp.c_proj", "embeddings.token_embedding": "token_embedding",
-             "embeddings.position_embedding.weight": "positional_embedding",
-             "final_layer_norm": "ln_final"}
-# What Flux and Krea 2 call `scale`.
-SCALES = ("query_norm", "key_norm", "qnorm", "knorm", "prenorm", "postnorm", "txtmlp.0",
-          "last.norm")
-
-
-def original(part: Part, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A denoiser's weights in the original code's names, its matrices fused."""
-    found: dict[str, Tensor] = {}
-    rows: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    for name, value in state.items():
-        path, _, leaf = name.rpartition(".")
-        place = to_native(part, path)
-        if leaf == "scale_shift_table":     # Krea 2's
-            blocks = path.startswith("transformer_blocks.")
-            found[f"{path.removeprefix('transformer_')}.mod.lin" if blocks else
-                  "last.modulation.lin"] = value.flatten() if blocks else value
-            continue
-        leaf = "scale" if place.name.endswith(SCALES) else leaf
-        if place.of is not None and place.of.swapped:
-            found[f"{place.name}.{leaf}"] = value.roll(value.shape[0] // 2, 0)
-        elif place.fused:
-            rows[f"{place.name}.{leaf}"][place.number] = value
-        else:
-            found[f"{place.name}.{leaf}"] = value
-    return found | {name: torch.cat([own[i] for i in sorted(own)]) for name, own in rows.items()}
-
-
-def open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for name, value in state.items():
-        name = name.removeprefix("text_model.")
-        for ours, theirs in OPEN_CLIP.items():
-            name = name.replace(ours, theirs)
-        found[name] = value
-    for name in [n for n in found if ".self_attn.q_proj." in n]:
-        leaf = name.rpartition(".")[2]
-        parts = [found.pop(name.replace("q_proj", f"{x}_proj")) for x in "qkv"]
-        stem = name.split(".self_attn.")[0]
-        found[f"{stem}.attn.in_proj_{leaf}"] = torch.cat(parts)
-    if "text_projection.weight" in found:
-        found["text_projection"] = found.pop("text_projection.weight").T.contiguous()
-    return found
-
-
-def vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = {}
-    for name, value in state.items():
-        name = vae_name(name, levels=3)
-        conv = ".attn_1." in name and value.ndim == 2
-        found[name] = value[:, :, None, None] if conv else value
-    return found
 
 
 def batch_normed_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Flux.2's."""
-    found = vae(state)
+    found = vae(state, 3)
     del found["bn.num_batches_tracked"]
     return {re.sub("^quant_conv", "encoder.quant_conv", name).replace(
         "post_quant_conv", "decoder.post_quant_conv"): value for name, value in found.items()}
@@ -113,16 +56,6 @@ def film_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 VAES = {"qwen": film_vae, "flux2": batch_normed_vae, "krea2": film_vae}
-
-
-def behind(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}{name}": value.clone().contiguous() for name, value in state.items()}
-
-
-def clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With the outer module that transformers 5 dropped."""
-    return {name if name.startswith("text_") else f"text_model.{name}": value
-            for name, value in state.items()}
 
 
 @pytest.fixture
@@ -153,7 +86,7 @@ def test_sdxl(made: tuple[str, Path, Any], tmp_path: Path) -> None:
     name, _, parts = made
     unet = original(NAMINGS[name][0], parts.denoiser.state_dict())
     tensors = (behind("model.diffusion_model.", unet)
-               | behind("first_stage_model.", vae(parts.vae.state_dict()))
+               | behind("first_stage_model.", vae(parts.vae.state_dict(), 3))
                | behind("conditioner.embedders.0.transformer.",
                         clip(parts.text["text_encoder"].state_dict()))
                | behind("conditioner.embedders.1.model.",
@@ -187,7 +120,7 @@ def test_sd3_beside_its_text_encoders(made: tuple[str, Path, Any], tmp_path: Pat
     (models / "clip").mkdir(parents=True)
     path = models / "sd3.safetensors"
     save_file(behind("model.diffusion_model.", own)
-              | behind("first_stage_model.", vae(parts.vae.state_dict())), path)
+              | behind("first_stage_model.", vae(parts.vae.state_dict(), 3)), path)
     family = families.get(families.detect(path))
     with pytest.raises(Fault, match="CLIP-L") as caught:
         family.load(path, FP32, frozenset({"text_encoder"}))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from core.flow import Sampling
+from core.quantise import Kind
 
 Objective = Literal["epsilon", "v_prediction", "flow"]
 # "text": all encoders; by name: one of them, with its tokenizer.
@@ -43,6 +44,9 @@ class Precision:
     weights: torch.dtype                    # of the frozen base
     compute: torch.dtype                    # of autocast; float32: no autocast
     vae: torch.dtype
+    kept: Kind = "same"                     # of the denoiser's blocks and of large text encoders'
+    offload: float = 0.0                    # share of the denoiser's blocks that waits in RAM
+    room: float | None = None               # bytes; blocks of larger text encoders wait in RAM
 
 
 @dataclass(slots=True)

@@ -63,11 +63,9 @@ class Loaded:
              only: frozenset[Part] = ALL_PARTS) -> Parts:
         layout, parts = self._begin(source)
         for piece in self._wanted(layout, only):
-            read = loading.from_folder if layout.folder else loading.from_file
-            model = read(layout, piece, precision.vae if piece.part == "vae" else
-                         precision.weights)
+            model = loading.load(layout, piece, precision)
             if model is not None:
-                self._put(parts, layout, piece, loading.settle(model, precision), real=True)
+                self._put(parts, layout, piece, model, real=True)
         return parts
 
     def skeleton(self, source: Path, precision: Precision,
@@ -76,11 +74,9 @@ class Loaded:
         for piece in self._wanted(layout, only):
             with loading.told(source), torch.device("meta"):
                 model = loading.create(piece, layout.configs[piece.name])
-            dtype = precision.vae if piece.part == "vae" else precision.weights
-            numbers = loading.numbers_of(model.to(dtype=dtype), dtype)
-            for name, weight in model.named_parameters():
-                weight.data = weight.data.to(numbers(name))
-            self._put(parts, layout, piece, loading.settle(model, precision), real=False)
+            dtype = loading.dtype_of(piece, precision)
+            loading.cast(model.to(dtype=dtype), dtype)
+            self._put(parts, layout, piece, loading.settle(model, piece, precision), real=False)
         return parts
 
     def _begin(self, source: Path) -> tuple[Layout, Parts]:

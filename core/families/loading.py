@@ -16,19 +16,22 @@ import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from diffusers import ModelMixin
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from core import paths
 from core.families import companions
 from core.families.base import Part, Precision
 from core.families.detection import Found, denoiser_prefix
+from core.families.weights import File, Weights, files_in
+from core.families.weights import Tensors as Tensors
 from core.faults import Fault
+from core.offload import offload_
+from core.quantise import fill_, quantise_
 from core.reading import from_json
 from core.safetensors_header import PICKLES, read_header
 
 TOKENIZER = paths.DEMO / "base" / "tokenizer"       # CLIP's own, shipped once
-Tensors = dict[str, Tensor]
+LARGE_ENCODER = 1e9                                 # parameters; smaller ones stay as they are
 Convert = Callable[[Tensors, dict[str, Any]], Tensors]  # the file's names -> the model's
 
 
@@ -127,39 +130,114 @@ def told(path: Path) -> Iterator[None]:
         raise Fault("families.unreadable", path=path, reason=first_line(error)) from error
 
 
-def from_folder(layout: Layout, piece: Piece, dtype: torch.dtype) -> Any:
-    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
-    with told(layout.source):
-        if piece.config is not None:
-            files = [one for one in weights_in(layout.source / piece.name)
-                     if one[0].suffix == ".safetensors"]
-            if not files:
-                raise OSError(f"{piece.name} holds no .safetensors")
-            return _built(layout, piece, dtype, files)
-        if piece.transformers:
-            return piece.cls.from_pretrained(layout.source / piece.name, dtype=dtype, **options)
-        return piece.cls.from_pretrained(layout.source, subfolder=piece.name, torch_dtype=dtype,
-                                         **options)
-
-
-def from_file(layout: Layout, piece: Piece, dtype: torch.dtype) -> Any:
-    """None: an optional piece that isn't there."""
-    where = file_of(layout, piece)
-    if where is None:
+def load(layout: Layout, piece: Piece, precision: Precision) -> Any:
+    """One model as `precision` has it; None: an optional one that isn't there. What of the files is
+    no weight of the model is never read. Raises Fault."""
+    plain = layout.folder and piece.config is None      # by the model's own names, or nearly
+    if layout.folder:
+        files: list[File] = [(path, "") for path in files_in(layout.source / piece.name)]
+    elif (where := file_of(layout, piece)) is None:
         return None
-    with told(where[0]):
-        return _built(layout, piece, dtype, [where])
-
-
-def _built(layout: Layout, piece: Piece, dtype: torch.dtype, files: list[tuple[Path, str]]) -> Any:
-    """What of the files is no weight of the model is never read."""
+    else:
+        files = [where]
+    path = layout.source if layout.folder else files[0][0]
     config = layout.configs[piece.name]
-    with init_empty_weights():
-        model = create(piece, config)
-    tensors = {name: value for path, prefix in files
-               for name, value in read_tensors(path, prefix).items()}
-    fill(model, converted(piece, config, tensors), dtype, files[0][0])
-    return model
+    with told(path):
+        if not files and not plain:
+            raise OSError(f"{piece.name} holds no .safetensors")
+        with init_empty_weights():
+            model = create(piece, config)
+        weights = Weights(files, lambda tensors: _named(
+            model, tensors if plain else converted(piece, config, tensors)))
+        if plain and (_lacking(model, weights) or _misshapen(model, weights)):
+            return settle(_by_library(layout, piece, precision), piece, precision)
+        if lacking := _lacking(model, weights):
+            raise Fault("families.weights_missing", path=path, model=type(model).__name__,
+                        count=len(lacking), example=lacking[0])
+        if wrong := _misshapen(model, weights):
+            raise ValueError(wrong)
+        return _filled(model, piece, weights, precision)
+
+
+def _named(model: nn.Module, tensors: Tensors) -> Tensors:
+    """transformers 5 has no `text_model`, files have."""
+    if hasattr(model, "text_model"):
+        return tensors
+    return {name.removeprefix("text_model."): value for name, value in tensors.items()}
+
+
+def _lacking(model: nn.Module, weights: Weights) -> list[str]:
+    tied = getattr(model, "_tied_weights_keys", None) or ()
+    return sorted(model.state_dict().keys() - weights.shapes.keys() - {*tied})
+
+
+def _misshapen(model: nn.Module, weights: Weights) -> str:
+    """The first weight of another shape, with both."""
+    pairs = ((name, value.shape, weights.shapes[name].shape)
+             for name, value in model.state_dict().items() if name in weights.shapes)
+    return next((f"{name} is {[*there]}, not {[*here]}" for name, here, there in pairs
+                 if here != there), "")
+
+
+def _by_library(layout: Layout, piece: Piece, precision: Precision) -> Any:
+    """Folders with older names in their files, which the libraries know; whole, in RAM."""
+    dtype = dtype_of(piece, precision)
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+    if piece.transformers:
+        return piece.cls.from_pretrained(layout.source / piece.name, dtype=dtype, **options)
+    return piece.cls.from_pretrained(layout.source, subfolder=piece.name, torch_dtype=dtype,
+                                     **options)
+
+
+def _filled(model: Any, piece: Piece, weights: Weights, precision: Precision) -> Any:
+    """Weight after weight goes to where it stays, in the bits that it keeps."""
+    names = [name for name in model.state_dict() if name in weights.shapes]
+    dtype, device = dtype_of(piece, precision), precision.device
+    cast(model, dtype)
+    share = quantised(model, piece, precision)
+    there = torch.device("cpu") if share else device
+    fill_(model, ((name, weights[name]) for name in names), dtype, there, device)
+    if getattr(model, "_tied_weights_keys", None):
+        model.tie_weights()
+    offload_(model, share, device)
+    return model.to(device)
+
+
+def settle(model: Any, piece: Piece, precision: Precision) -> Any:
+    """The same of a model that is there already, or has no weights at all."""
+    share = quantised(model, piece, precision)
+    offload_(model, share, precision.device)
+    return model if precision.device.type == "meta" else model.to(precision.device)
+
+
+def quantised(model: Any, piece: Piece, precision: Precision) -> float:
+    """Frozen, in eval mode, its blocks in few bits; convolutions are 1.1x to 1.4x faster
+    channels_last. -> share of the blocks that is to wait in RAM"""
+    model.requires_grad_(False).eval()
+    if {p.ndim for p in model.parameters()} & {4, 5} == {4}:    # a video VAE's layout is its own
+        model.to(memory_format=torch.channels_last)
+    if piece.part == "denoiser":
+        quantise_(model, precision.kept, precision.device)
+        return precision.offload
+    if piece.part == "vae" or sum(p.numel() for p in model.parameters()) < LARGE_ENCODER:
+        return 0.0
+    quantise_(model, precision.kept, precision.device)
+    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    return 1.0 if precision.room is not None and held > precision.room else 0.0
+
+
+def dtype_of(piece: Piece, precision: Precision) -> torch.dtype:
+    return precision.vae if piece.part == "vae" else precision.weights
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Weights to what each is kept in: the libraries name some that must stay in fp32,
+    transformers' for fp16 alone."""
+    exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if not isinstance(model, ModelMixin) and dtype != torch.float16:
+        exact = set()
+    for name, weight in model.named_parameters():
+        weight.data = weight.data.to(torch.float32 if exact & set(name.split(".")) else dtype)
 
 
 def create(piece: Piece, config: Mapping[str, Any]) -> Any:
@@ -191,55 +269,10 @@ def bare(cls: Any) -> Convert:
     return convert
 
 
-def fill(model: nn.Module, tensors: Tensors, dtype: torch.dtype, path: Path) -> None:
-    """Puts weights into a model without any. Raises Fault where one is missing."""
-    if not hasattr(model, "text_model"):    # transformers 5 has none, files have
-        tensors = {name.removeprefix("text_model."): value for name, value in tensors.items()}
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    names = model.state_dict().keys()
-    lacking = sorted(names - tensors.keys() - tied)
-    if lacking:
-        raise Fault("families.weights_missing", path=path, model=type(model).__name__,
-                    count=len(lacking), example=lacking[0])
-    numbers = numbers_of(model, dtype)
-    model.load_state_dict({name: tensors[name].to(numbers(name))
-                           if tensors[name].is_floating_point() else tensors[name]
-                           for name in names if name in tensors},
-                          strict=False, assign=True)
-    if tied:
-        model.tie_weights()                 # type: ignore[operator]
-
-
-def numbers_of(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
-    """What each weight is kept in: the libraries name some that must stay in fp32, transformers'
-    for fp16 alone."""
-    exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    if not isinstance(model, ModelMixin) and dtype != torch.float16:
-        exact = set()
-    return lambda name: torch.float32 if exact & set(name.split(".")) else dtype
-
-
-def read_tensors(path: Path, prefix: str) -> Tensors:
-    """One part of a file, memory-mapped; an unpruned file's EMA copy is never touched."""
-    with safe_open(path, "pt") as file:
-        found = {k: file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
-    if not found:
-        raise Fault("families.part_missing", path=path, part=prefix.rstrip("."))
-    return found
-
-
 def weights_in(folder: Path) -> list[tuple[Path, str]]:
     """The files of a model's folder that decide what it computes."""
     return [(path, "") for path in sorted(folder.iterdir())
             if path.suffix in (".safetensors", ".json")] if folder.is_dir() else []
-
-
-def settle(model: Any, precision: Precision) -> Any:
-    """Frozen, in eval mode, where it works; convolutions are 1.1x to 1.4x faster channels_last."""
-    model.requires_grad_(False).eval().to(precision.device)
-    if {p.ndim for p in model.parameters()} & {4, 5} == {4}:    # a video VAE's layout is its own
-        model.to(memory_format=torch.channels_last)
-    return model
 
 
 def first_line(error: Exception) -> str:

@@ -12,7 +12,8 @@ from gui.bases import Fetch
 from gui.context import Context, Snapshot
 from gui.html import bar, button, card, esc
 
-TITLES = {"sd15": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "sd3": "SD 3", "flux": "Flux"}
+TITLES = {"sd15": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "sd3": "SD 3", "flux": "Flux",
+          "zimage": "Z-Image"}
 
 
 def base_chooser(ctx: Context, snap: Snapshot) -> str:

@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
-from torch import Tensor
 
 from core.engine import Trainer
+from core.precision import autocast
 
 
 class BareLoop:
@@ -22,8 +22,8 @@ class BareLoop:
         self.schedule = DDPMScheduler.from_config(config)
         batch = max((trainer.course.update(n)[0] for n in range(8)), key=lambda b: len(b.indices))
         self.latents = torch.stack([trainer.examples.latents[i] for i in batch.indices])
-        texts = [trainer.examples.items[i].captions[0] for i in batch.indices]
-        self.cond: Tensor = trainer.examples.cond(texts, torch.device("cpu"))["text"]
+        self.cond, self.predict = trainer._cond(batch), trainer.family.predict
+        self.precision = trainer.precision
         self.velocity = trainer.parts.objective == "v_prediction"
 
     def step(self) -> None:
@@ -32,8 +32,9 @@ class BareLoop:
         noisy = self.schedule.add_noise(self.latents, noise, t)
         target = (self.schedule.get_velocity(self.latents, noise, t) if self.velocity else noise)
         noisy = noisy.contiguous(memory_format=torch.channels_last)
-        predicted = self.unet(noisy, t, self.cond, return_dict=False)[0]
-        F.mse_loss(predicted, target).backward()
+        with autocast(self.precision):
+            predicted = self.predict(self.unet, noisy, t, self.cond)
+        F.mse_loss(predicted.float(), target).backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,79 @@
+"""Writes the table of families into README.md and README.zh-CN.md: planned, not by hand.
+
+    python build/make_family_table.py [FAMILY ...]
+
+All that core.families lists, or anew only the rows of some. GB: the whole card of a run at the
+base's own size, batch 1, rank 16 on attention, activation checkpointing, on a 12 GB card.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from core import advisor, families, lora_formats, paths, plan, weigh  # noqa: E402
+from core.config import TrainConfig  # noqa: E402
+
+READMES = {"en": ROOT / "README.md", "zh-CN": ROOT / "README.zh-CN.md"}
+MARKS = "<!-- families: build/make_family_table.py -->", "<!-- /families -->"
+KEPT = ("same", "int8", "nf4")
+HEAD = {"en": ("Family", "Loads", "Trains", "LoRA file, or by `save_format`",
+               "GB: base in 16 bits", "int8", "nf4"),
+        "zh-CN": ("系列", "可读取", "可训练", "LoRA 格式（可用 `save_format` 另选）",
+                  "显存 GB：16 位底模", "int8", "nf4")}
+FILES = {"en": {"whole": "folder, file", "denoiser": "folder, file with parts beside it",
+                "none": "folder"},
+         "zh-CN": {"whole": "文件夹、单文件", "denoiser": "文件夹、单文件（其余部件放旁边）",
+                   "none": "文件夹"}}
+TRAINS = {"en": ("UNet", "transformer", ", text encoders"),
+          "zh-CN": ("UNet", "transformer", "、文本编码器")}
+
+
+def gigabytes(family: str, kept: str) -> str:
+    config = TrainConfig.model_validate({
+        "base_precision": kept, "gradient_checkpointing": True, "lora_rank": 16,
+        "cache_batch_size": 1, "precision": "bf16"})
+    needs = plan.plan_run(config, weigh.base_of(family), advisor.card_of(12)).needs_mb
+    return f"{needs / 1024:.1f}"
+
+
+def row(family: str, lang: str, sizes: list[str]) -> str:
+    listed, spec = families.MODULES[family], families.get(family).spec
+    unet, transformer, text = TRAINS[lang]
+    trained = unet if (paths.FAMILY_CONFIGS / family / "unet").is_dir() else transformer
+    others = [name for name in lora_formats.FORMATS if name != spec.lora_format]
+    cells = (f"{listed.title} (`{family}`, {listed.native_size} px)", FILES[lang][listed.file],
+             trained + (text if spec.text_targets else ""),
+             f"**{spec.lora_format}**, {', '.join(others)}", *sizes)
+    return f"| {' | '.join(cells)} |"
+
+
+def known(path: Path) -> dict[str, list[str]]:
+    """GB by family, as the file has them."""
+    found = re.findall(r"^\| .*\(`(\w+)`, .*\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
+                       path.read_text("utf-8"), re.MULTILINE)
+    return {family: sizes for family, *sizes in found}
+
+
+def main(wanted: list[str]) -> None:
+    before = known(READMES["en"])
+    sizes = {}
+    for family in families.MODULES:
+        anew = not wanted or family in wanted or family not in before
+        sizes[family] = [gigabytes(family, kept) for kept in KEPT] if anew else before[family]
+        print(family, *sizes[family], flush=True)
+    for lang, path in READMES.items():
+        table = "\n".join([f"| {' | '.join(HEAD[lang])} |", "|---" * len(HEAD[lang]) + "|",
+                           *(row(family, lang, found) for family, found in sizes.items())])
+        text, (begin, end) = path.read_text("utf-8"), MARKS
+        paths.write_atomic(path, f"{text.split(begin)[0]}{begin}\n{table}\n{end}"
+                                 f"{text.split(end)[1]}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
