@@ -71,6 +71,12 @@ _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "ou
 _UNET = re.compile(r"^unet\.|(down|up|input|output)_blocks|mid_block|middle_block|text_model"
                    r"|text_encoder|^(base_model\.model\.)?encoder\.layers")
 _WRAPPER = "base_model.model."
+# Names that diffusers' loaders read. In kohya's its UNet layers are its own or, SDXL's, sgm's.
+_KNOWN = re.compile(r"(unet|transformer|text_encoder(_[23])?)\..*\.(lora_[AB]\.weight"
+                    r"|lora_magnitude_vector|lora(_linear_layer)?\.(up|down)\.weight)$"
+                    r"|unet\..*_lora\.(up|down)\.weight$|text_encoder.*_lora\.(up|down)\.weight$")
+_UNET_KNOWN = re.compile(rf"{_KNOWN.pattern}"
+                         r"|lora_(unet_(down|up|mid)_block|te[12]?_).*(?<!lora_mid\.weight)$")
 
 
 def read(path: Path, family: str = "") -> Lora:
@@ -96,12 +102,15 @@ def for_diffusers(path: Path, family: str) -> dict[str, Tensor] | None:
     Its tables for the original code's names hold sizes and orders of single published models."""
     unet = NAMINGS.get(family, SD1)[0].name == "unet"
     if not path.is_dir():
-        names = read_header(path).tensors
-        peft = lora_file.detect_format(names) in ("peft", "diffusers-old")
-        if peft or (unet and not any(name.startswith(COMFY) for name in names)):
+        known, names = _UNET_KNOWN if unet else _KNOWN, read_header(path).tensors
+        if all(known.match(name) or name.startswith(_BUNDLED) for name in names):
             return None
-    found = read(path, family)
-    return spell(found, "kohya" if unet else "diffusers")
+    found = replace(read(path, family), bundled={})
+    found.layers = {name: without_mid(layer) for name, layer in found.layers.items()}
+    if not unet:
+        return spell(found, "diffusers")
+    naming = tuple(replace(part, kohya_native=False) for part in found.naming)
+    return spell(replace(found, naming=naming), "kohya")
 
 
 def fuses(family: str) -> bool:
@@ -288,20 +297,22 @@ def spell(lora: Lora, to: str) -> dict[str, Tensor]:
 
 
 def _kohya(part: Part, layers: dict[str, Layer]) -> Iterator[tuple[str, Tensor]]:
-    named = native(part, layers) if part.kohya_native else {
-        part.rooted(inner): layer for inner, layer in layers.items()}
-    for name, layer in named.items():
-        for end, value in with_alpha(layer).items():
-            yield f"{part.kohya}_{name.replace('.', '_')}.{end}", value
+    """What can't be fused goes by SimpleTuner's names, which ComfyUI and Forge read as well."""
+    named, apart = native(part, layers) if part.kohya_native else (
+        {part.rooted(inner): layer for inner, layer in layers.items()}, {})
+    for prefix, some in ((part.kohya, named), ("lycoris", apart)):
+        for name, layer in some.items():
+            for end, value in with_alpha(layer).items():
+                yield f"{prefix}_{name.replace('.', '_')}.{end}", value
 
 
 def _comfyui(part: Part, layers: dict[str, Layer]) -> Iterator[tuple[str, Tensor]]:
-    ends = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
-    for name, layer in native(part, layers).items():
-        if MID in layer:                   # ComfyUI looks for it beside kohya's pair alone
-            ends = {}
-        for end, value in with_alpha(layer).items():
-            yield f"{part.native}.{name}.{ends.get(end, end)}", value
+    for prefix, some in zip((part.native, part.name), native(part, layers), strict=True):
+        for name, layer in some.items():
+            # ComfyUI looks for a middle matrix beside kohya's pair alone
+            ends = {} if MID in layer else {DOWN: "lora_A.weight", UP: "lora_B.weight"}
+            for end, value in with_alpha(layer).items():
+                yield f"{prefix}.{name}.{ends.get(end, end)}", value
 
 
 def _diffusers(part: Part, layers: dict[str, Layer]) -> Iterator[tuple[str, Tensor]]:
@@ -384,7 +395,7 @@ def weights_file(path: Path) -> Path:
     """The file itself, or the first one of PEFT's folder."""
     if not path.is_dir():
         return path
-    return next(iter(sorted(path.rglob(WEIGHTS))), path / WEIGHTS)
+    return next(iter([*path.glob(DIFFUSERS), *sorted(path.rglob(WEIGHTS))]), path / WEIGHTS)
 
 
 def file_name(name: str, format_: str) -> str:
