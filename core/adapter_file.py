@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from core import adapters, lora
 from core.lora_file import kohya_name
 from core.lora_layers import Lora
-from core.naming import SD1, Naming
+from core.naming import SD1, Naming, Part
 
 Ends = dict[str, Tensor]                    # what follows a layer's name -> tensor
 _HALVES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight",
@@ -82,7 +82,7 @@ def load(models: Mapping[str, object], found: Lora, adapter: str) -> list[str]:
 
     Raises RuntimeError where shapes don't fit the layers that they name.
     """
-    names = {part: _layers(models.get(part)) for part in {p.name for p in found.naming}}
+    names = {part.name: _layers(models.get(part.name), part) for part in found.naming}
     strangers = [*found.unknown]
     by_part: dict[str, dict[str, Ends]] = {}
     for path, ends in found.layers.items():
@@ -99,10 +99,10 @@ def load(models: Mapping[str, object], found: Lora, adapter: str) -> list[str]:
     return strangers
 
 
-def _layers(model: object) -> dict[str, str]:
+def _layers(model: object, part: Part) -> dict[str, str]:
     """Layers by their flat names: a file may not tell underscores from dots."""
     found = model.named_modules() if isinstance(model, nn.Module) else ()
-    return {path.replace(".", "_"): path for path, module in found
+    return {part.unrooted(path).replace(".", "_"): path for path, module in found
             if isinstance(module, nn.Linear | nn.Conv2d | BaseTunerLayer)}
 
 

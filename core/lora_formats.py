@@ -51,7 +51,6 @@ HOLDS = {"kohya": {"lora", "dora", "loha", "lokr", "oft", "full"},
          "comfyui": {"lora", "dora", "loha", "lokr", "oft", "full"},
          "diffusers": {"lora", "dora"}, "peft": {"lora", "dora", "loha"}}
 FORMATS = tuple(HOLDS)
-COMFY = ("diffusion_model.", "text_encoders.")
 SINGLE = ("kohya", "comfyui", "diffusers")  # one file each
 CONFIG, WEIGHTS, DIFFUSERS = ("adapter_config.json", "adapter_model.safetensors",
                               "pytorch_lora_weights.safetensors")
@@ -71,12 +70,8 @@ _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "ou
 _UNET = re.compile(r"^unet\.|(down|up|input|output)_blocks|mid_block|middle_block|text_model"
                    r"|text_encoder|^(base_model\.model\.)?encoder\.layers")
 _WRAPPER = "base_model.model."
-# Names that diffusers' loaders read. In kohya's its UNet layers are its own or, SDXL's, sgm's.
-_KNOWN = re.compile(r"(unet|transformer|text_encoder(_[23])?)\..*\.(lora_[AB]\.weight"
-                    r"|lora_magnitude_vector|lora(_linear_layer)?\.(up|down)\.weight)$"
-                    r"|unet\..*_lora\.(up|down)\.weight$|text_encoder.*_lora\.(up|down)\.weight$")
-_UNET_KNOWN = re.compile(rf"{_KNOWN.pattern}"
-                         r"|lora_(unet_(down|up|mid)_block|te[12]?_).*(?<!lora_mid\.weight)$")
+_PEFT = re.compile(r"(unet|transformer|text_encoder(_[23])?)\..*\.(lora_[AB]\.weight"
+                   r"|lora_magnitude_vector)$")
 
 
 def read(path: Path, family: str = "") -> Lora:
@@ -97,20 +92,18 @@ def from_tensors(tensors: Mapping[str, Tensor], family: str) -> Lora:
 
 
 def for_diffusers(path: Path, family: str) -> dict[str, Tensor] | None:
-    """Names that diffusers' loader of the family surely reads; None: the file's own are.
+    """A LoRA in PEFT's names, which diffusers' loader of the family surely reads, alpha folded in
+    as fp32; None: the file has them.
 
-    Its tables for the original code's names hold sizes and orders of single published models."""
-    unet = NAMINGS.get(family, SD1)[0].name == "unet"
-    if not path.is_dir():
-        known, names = _UNET_KNOWN if unet else _KNOWN, read_header(path).tensors
-        if all(known.match(name) or name.startswith(_BUNDLED) for name in names):
-            return None
+    Its tables for other names hold sizes and orders of single published models, and want certain
+    layers to be there."""
+    if not path.is_dir() and all(_PEFT.match(name) or name.startswith(_BUNDLED)
+                                 for name in read_header(path).tensors):
+        return None
     found = replace(read(path, family), bundled={})
-    found.layers = {name: without_mid(layer) for name, layer in found.layers.items()}
-    if not unet:
-        return spell(found, "diffusers")
-    naming = tuple(replace(part, kohya_native=False) for part in found.naming)
-    return spell(replace(found, naming=naming), "kohya")
+    found.layers = {name: {end: value.float() for end, value in layer.items()}
+                    for name, layer in found.layers.items()}
+    return spell(found, "diffusers")
 
 
 def fuses(family: str) -> bool:

@@ -23,7 +23,10 @@ def main(path: Path) -> None:
         mode = int(sd.LoraApplyMode[shot["mode"]])
         if context is None or params.lora_apply_mode != mode:
             params.lora_apply_mode, context = mode, None    # the one before leaves memory first
-            context = sd.SDContext(params)
+            try:
+                context = sd.SDContext(params)
+            except RuntimeError as error:
+                raise SystemExit(f"{error}\n{log[-20:]}") from None
         asked = sd.SDImageGenParams(
             prompt=job["prompt"], negative_prompt="", width=job["size"], height=job["size"],
             seed=job["seed"], sample_steps=len(job["sigmas"]) - 1, cfg_scale=1.0,

@@ -3,6 +3,7 @@ through a file, a resume and the plan."""
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from pathlib import Path
@@ -23,7 +24,7 @@ from core.engine import train
 from core.events import Event, Note
 from core.faults import Fault
 from core.quantise import quantise_
-from tests import tiny
+from tests import tiny, tiny_families
 
 KINDS = ("lora", "rslora", "dora", "pissa", "loha", "lokr", "oft")
 SPEC = families.get("sd15").spec
@@ -494,6 +495,36 @@ def test_any_size_survives_its_file(kind: str, rank: int, alpha: float, conv: in
     lora.use([fresh], {"a": 1.0})
     x = torch.randn(2, IN)
     torch.testing.assert_close(fresh(x), model(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module", params=["flux", "zimage"])
+def fused(request: pytest.FixtureRequest) -> tuple[str, Any]:
+    return request.param, tiny_families.MADE[request.param]()
+
+
+@pytest.mark.parametrize("kind", ["dora", "loha", "lokr", "oft"])
+def test_families_with_fused_layers_have_files_of_every_kind(
+        kind: str, fused: tuple[str, Any], tmp_path: Path) -> None:
+    """What the family's own format can't say goes into kohya's, of layers that aren't fused."""
+    family, pipe = fused[0], copy.deepcopy(fused[1])
+    spec, model = families.get(family).spec, copy.deepcopy(pipe.transformer)
+    chosen = config(adapter=kind, target_modules="attention", conv_rank=0)
+    lora.attach(model, chosen, spec)
+    with torch.no_grad():
+        for parameter in lora.trainable(model):
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    found = lora_formats.from_tensors(adapter_file.tensors(
+        model, lora.state(model), torch.float32, "transformer", None), family)
+    format_ = lora.file_format(chosen, spec)
+    path = lora_formats.save(found, format_, tmp_path / "a.safetensors")
+    generate.load_adapter(pipe, path, "a", family)
+    lora.use([pipe.transformer], {"a": 1.0})
+    lora.set_training(model, False)
+    for name, layer in lora.layers(model):
+        unit = torch.eye(layer.get_base_layer().in_features)
+        there = pipe.transformer.get_submodule(name)
+        close((there(unit) - there(0 * unit)).detach(), (layer(unit) - layer(0 * unit)).detach())
+        assert not torch.allclose(layer(unit), layer.get_base_layer()(unit), atol=1e-3)
 
 
 def test_state_of_another_adapter_is_refused() -> None:

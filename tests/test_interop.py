@@ -35,13 +35,13 @@ from tests import ldm_layout, tiny
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.xdist_group("interop")]
 
 INFERNA = "inferna==0.7.0"
-PROMPT, SEED, SIZE, STEPS = "a red disc on white paper", 11, 64, 3
+PROMPT, SEED, SIZE, STEPS = "a red disc on white paper", 11, 64, 2
 WEIGHTS = (0.4, 0.8, 1.2)
 SPEC = families.get("sd15").spec
 # What is trained, with numbers as large as a strong LoRA's: adapter, spread of its weights, keys.
 KINDS: dict[str, tuple[float, dict[str, Any]]] = {
     "lora": (0.05, {}), "locon": (0.05, {"conv_rank": 4}), "dora": (0.05, {}),
-    "loha": (0.15, {"conv_rank": 4}), "lokr": (0.05, {"conv_rank": 4}), "oft": (0.02, {})}
+    "loha": (0.15, {"conv_rank": 4}), "lokr": (0.1, {"conv_rank": 4}), "oft": (0.02, {})}
 
 
 # --- the base, and files by our own saving code ------------------------------------------------
@@ -104,7 +104,7 @@ def files(models: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> d
     folder, found = tmp_path_factory.mktemp("loras"), {}
     for kind in KINDS:
         made = drawn(kind, models, text=kind == "lora")
-        for to in ("kohya", "comfyui", "diffusers") if kind == "lora" else ("kohya", "comfyui"):
+        for to in ("kohya", "comfyui", "diffusers") if kind == "lora" else ("kohya",):
             path = lora_formats.save(made, to, folder / f"{kind}-{to}.safetensors")
             found[f"{kind}-{to}"] = File(path, made, len(generate.read_header(path).tensors))
     return found
@@ -119,7 +119,7 @@ def pipeline(models: dict[str, Any]) -> Any:
         tokenizer=CLIPTokenizer.from_pretrained(tiny.TOKENIZER), safety_checker=None,
         feature_extractor=None, requires_safety_checker=False, scheduler=EulerDiscreteScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-            timestep_spacing="linspace"))
+            timestep_spacing="trailing", steps_offset=1))
 
 
 @torch.no_grad()
@@ -140,7 +140,7 @@ def reference(pipeline: Any, files: dict[str, File]) -> dict[tuple[str, float], 
         kind, _, to = name.partition("-")
         if to == "comfyui":                 # the same layers in other words
             continue
-        if kind in ("lora", "locon"):
+        if kind in ("lora", "locon"):       # kohya's keys by its own converter
             pipeline.load_lora_weights(file.path.parent, weight_name=file.path.name,
                                        adapter_name=name)
         else:
@@ -244,7 +244,7 @@ def drawn_there(sdcpp: str, single: Path, files: dict[str, File], pipeline: Any,
              ("lora-kohya", 0.8, "AT_RUNTIME")]
     job = tmp_path_factory.mktemp("sdcpp") / "job.json"
     job.write_text(json.dumps({
-        "model": str(single), "threads": 2, "prompt": PROMPT, "size": SIZE, "seed": SEED,
+        "model": str(single), "threads": 1, "prompt": PROMPT, "size": SIZE, "seed": SEED,
         "sigmas": pipeline.scheduler.sigmas.tolist(), "shots": [
             {"loras": [[str(files[name].path), weight]] if name else [], "mode": mode}
             for name, weight, mode in shots]}), "utf-8")
@@ -266,8 +266,8 @@ def drawn_there(sdcpp: str, single: Path, files: dict[str, File], pipeline: Any,
                      lines)
 
 
-READ_THERE = ("lora-kohya", "lora-comfyui", "lora-diffusers", "locon-kohya", "locon-comfyui",
-              "loha-kohya", "loha-comfyui", "lokr-kohya", "lokr-comfyui")
+READ_THERE = ("lora-kohya", "lora-comfyui", "lora-diffusers", "locon-kohya", "loha-kohya",
+              "lokr-kohya")
 NOT_READ_THERE = ("dora", "oft")            # it has no code for `dora_scale` and `oft_blocks`
 
 
