@@ -113,7 +113,8 @@ def files(models: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> d
 # --- diffusers ---------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def pipeline(models: dict[str, Any]) -> Any:
+def pipeline(models: dict[str, Any], single: Path) -> Any:
+    """After the file is written: adapters change what its tensors are called."""
     return StableDiffusionPipeline(
         unet=models["unet"], vae=models["vae"], text_encoder=models["text"],
         tokenizer=CLIPTokenizer.from_pretrained(tiny.TOKENIZER), safety_checker=None,
@@ -133,7 +134,8 @@ def by_diffusers(pipeline: Any) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def reference(pipeline: Any, files: dict[str, File]) -> dict[tuple[str, float], np.ndarray]:
+def reference(pipeline: Any, files: dict[str, File], running: Running
+              ) -> dict[tuple[str, float], np.ndarray]:
     """(file, weight) -> picture. Files that diffusers has a reader for go through its own."""
     found = {("", 0.0): by_diffusers(pipeline)}
     for name, file in files.items():
@@ -203,23 +205,23 @@ def _new_enough(python: str) -> bool:
     return subprocess.run([python, "-c", asked], capture_output=True).returncode == 0
 
 
-@pytest.fixture(scope="module")
-def sdcpp() -> str:
-    """The Python of an environment with stable-diffusion.cpp, made once in the cache folder."""
+def _environment() -> tuple[str, str]:
+    """The Python of an environment with stable-diffusion.cpp, made once in the cache folder; or
+    the reason why there is none."""
     folder = platformdirs.user_cache_path("darkroom-tests") / INFERNA.replace("==", "-")
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     ready = [str(python), "-c", "import inferna.sd, numpy"]
     if python.exists() and subprocess.run(ready, capture_output=True).returncode == 0:
-        return str(python)
+        return str(python), ""
     maker = next(filter(_new_enough, _pythons()), None)
     if maker is None:
-        pytest.skip("its wheel needs Python 3.12 or newer: name one in DARKROOM_PYTHON312")
+        return "", "its wheel needs Python 3.12 or newer: name one in DARKROOM_PYTHON312"
     for command in ([maker, "-m", "venv", "--clear", str(folder)],
                     [str(python), "-m", "pip", "install", "-q", INFERNA, "numpy"], ready):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            pytest.skip(f"{INFERNA} can't be had here: {done.stderr.strip()[-300:]}")
-    return str(python)
+            return "", f"{INFERNA} can't be had here: {done.stderr.strip()[-300:]}"
+    return str(python), ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,9 +237,19 @@ class Drawn:
         return sum(one for one, _ in found), max(all_ for _, all_ in found)
 
 
+@dataclass(frozen=True, slots=True)
+class Running:
+    """It draws beside diffusers."""
+
+    job: Path
+    shots: list[tuple[str, float, str]]
+    process: subprocess.Popen[bytes] | None
+    reason: str = ""                        # why there is no process
+
+
 @pytest.fixture(scope="module")
-def drawn_there(sdcpp: str, single: Path, files: dict[str, File], pipeline: Any,
-                tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+def running(single: Path, files: dict[str, File], pipeline: Any,
+            tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     pipeline.scheduler.set_timesteps(STEPS)
     shots = [("", 0.0, "IMMEDIATELY"), *(("lora-kohya", w, "IMMEDIATELY") for w in WEIGHTS),
              *((name, 0.8, "IMMEDIATELY") for name in files if name != "lora-kohya"),
@@ -248,9 +260,23 @@ def drawn_there(sdcpp: str, single: Path, files: dict[str, File], pipeline: Any,
         "sigmas": pipeline.scheduler.sigmas.tolist(), "shots": [
             {"loras": [[str(files[name].path), weight]] if name else [], "mode": mode}
             for name, weight, mode in shots]}), "utf-8")
+    python, reason = _environment()
+    if reason:
+        yield Running(job, shots, None, reason)
+        return
     script = Path(__file__).with_name("sdcpp_draw.py")
-    done = subprocess.run([sdcpp, str(script), str(job)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    with job.with_suffix(".out").open("wb") as said, subprocess.Popen(
+            [python, str(script), str(job)], stdout=said, stderr=said) as process:
+        yield Running(job, shots, process)
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def drawn_there(running: Running) -> Drawn:
+    if running.process is None:
+        pytest.skip(running.reason)
+    job, shots = running.job, running.shots
+    assert running.process.wait() == 0, job.with_suffix(".out").read_text("utf-8")[-2000:]
     told = json.loads(job.with_suffix(".log.json").read_text("utf-8"))
     assert told["family"] == "SD 1.x"
     names = [(name if mode == "IMMEDIATELY" else f"{name}-at-runtime", weight)
