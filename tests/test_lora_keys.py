@@ -101,6 +101,14 @@ ZIMAGE_DIFFUSERS = (
 QWEN = (rf"transformer_blocks.{N}.({_ATTN}|(img|txt)_mlp.net.(0.proj|2)|(img|txt)_mod.1)",
         "img_in", "txt_in", "proj_out", "norm_out.linear",
         "time_text_embed.timestep_embedder.linear_[12]")
+_KREA = rf"(transformer_blocks|text_fusion.(layerwise|refiner)_blocks).{N}"
+KREA2 = (rf"(blocks|txtfusion.(layerwise|refiner)_blocks).{N}.(attn.(w[qkvo]|gate)"
+         r"|mlp.(gate|up|down))", "first", "tmlp.[02]", "tproj.1", "txtmlp.[13]",
+         "txtfusion.projector", "last.linear")
+KREA2_DIFFUSERS = (
+    rf"{_KREA}.(attn.(to_[qkv]|to_gate|to_out.0)|ff.(gate|up|down))", "img_in",
+    "time_embed.linear_[12]", "time_mod_proj", "txt_in.linear_[12]", "text_fusion.projector",
+    "final_layer.linear")
 
 # --- which of these names a program looks for: prefix, layers, what stands for a dot ------------
 
@@ -148,6 +156,7 @@ COMFYUI: dict[str, tuple[Look, ...]] = {
     "sd3": _transformer(SD3, SD3_DIFFUSERS), "flux": _transformer(FLUX, FLUX_DIFFUSERS),
     "chroma": _transformer(CHROMA, FLUX_DIFFUSERS), "flux2": _transformer(FLUX2, FLUX2_DIFFUSERS),
     "zimage": _transformer(ZIMAGE, ZIMAGE_DIFFUSERS), "qwen": _transformer(QWEN, QWEN),
+    "krea2": _transformer(KREA2, KREA2_DIFFUSERS),
     # its q, k and v are of different heights, which ComfyUI's table for diffusers' names ignores
     "lumina2": _native(ZIMAGE)}
 LOOKS: dict[str, dict[str, tuple[Look, ...]]] = {
