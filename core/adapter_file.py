@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from core import adapters, lora
-from core.lora_file import kohya_name, kohya_names
-from core.naming import SD1, Naming
+from core.lora_file import kohya_name
+from core.lora_layers import Lora
+from core.naming import SD1, Naming, Part
 
 Ends = dict[str, Tensor]                    # what follows a layer's name -> tensor
 _HALVES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight",
            "lora_magnitude_vector.weight": "dora_scale"}
-_END = re.compile(r"\.(lora_(down|up|mid)\.weight|dora_scale|alpha|hada_\w+|lokr_\w+|oft_blocks"
-                  r"|rescale)$")
 _BEYOND_DIFFUSERS = re.compile(r"\.(dora_scale|hada_\w+|lokr_\w+|oft_blocks)$")
 _KINDS = (("loha", "hada_w1_a"), ("lokr", "lokr_w1"), ("lokr", "lokr_w1_a"),
           ("oft", "oft_blocks"), ("lora", "lora_down.weight"))
@@ -77,37 +77,40 @@ def is_ours(keys: Iterable[str]) -> bool:
     return any(_BEYOND_DIFFUSERS.search(key) for key in keys)
 
 
-def load(models: Mapping[str, nn.Module], weights: Mapping[str, Tensor], adapter: str,
-         naming: Naming = SD1) -> list[str]:
-    """Puts a file's tensors into a pipeline's models ({"unet": ...}). -> keys that fit no layer.
+def load(models: Mapping[str, object], found: Lora, adapter: str) -> list[str]:
+    """Puts a file's layers into a pipeline's models ({"unet": ...}). -> those that fit none.
 
     Raises RuntimeError where shapes don't fit the layers that they name.
     """
-    models = {p.name: models[p.name] for p in naming if isinstance(models.get(p.name), nn.Module)}
-    names = kohya_names(models, naming)
-    by_layer: dict[str, Ends] = {}
-    strangers = []
-    for key, value in weights.items():
-        end = _END.search(key)
-        if end and key[:end.start()] in names:
-            by_layer.setdefault(names[key[:end.start()]], {})[end[1]] = value
+    names = {part.name: _layers(models.get(part.name), part) for part in found.naming}
+    strangers = [*found.unknown]
+    by_part: dict[str, dict[str, Ends]] = {}
+    for path, ends in found.layers.items():
+        part, _, inner = path.partition(".")
+        if own := names[part].get(inner.replace(".", "_")):
+            by_part.setdefault(part, {})[own] = ends
         else:
-            strangers.append(key)
-    for part, model in models.items():
-        own = {path.partition(".")[2]: ends for path, ends in by_layer.items()
-               if path.startswith(f"{part}.")}
+            strangers.append(path)
+    for part, layers in by_part.items():
         for kind in ("lora", "loha", "lokr", "oft"):
-            some = {path: ends for path, ends in own.items() if _kind(ends) == kind}
+            some = {path: ends for path, ends in layers.items() if _kind(ends) == kind}
             if some:
-                _put(kind, model, some, adapter)
+                _put(kind, models[part], some, adapter)
     return strangers
+
+
+def _layers(model: object, part: Part) -> dict[str, str]:
+    """Layers by their flat names: a file may not tell underscores from dots."""
+    found = model.named_modules() if isinstance(model, nn.Module) else ()
+    return {part.unrooted(path).replace(".", "_"): path for path, module in found
+            if isinstance(module, nn.Linear | nn.Conv2d | BaseTunerLayer)}
 
 
 def _kind(ends: Ends) -> str:
     return next((kind for kind, sign in _KINDS if sign in ends), "")
 
 
-def _put(kind: str, model: nn.Module, found: Mapping[str, Ends], adapter: str) -> None:
+def _put(kind: str, model: Any, found: Mapping[str, Ends], adapter: str) -> None:
     if kind == "oft":
         for path, ends in found.items():
             _put_rotation(adapters.rotate(model, path), ends, adapter)

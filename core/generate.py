@@ -21,7 +21,7 @@ from core.faults import Fault
 from core.lora_file import read_lora
 from core.lora_metadata import CONFIG_KEY
 from core.lora_names import Lora, find_lora, parse_lora, refuse_paths, split_prompt
-from core.naming import NAMINGS, SD1
+from core.naming import NAMINGS
 from core.precision import autocast, choose
 from core.safetensors_header import data_hash, read_header
 from core.sheet import draw_sheet
@@ -154,23 +154,24 @@ def draw(pipeline: Any, parts: Parts, shot: Shot, arguments: dict[str, Any],
 def load_adapter(pipeline: Any, path: Path, name: str, family: str = "") -> str:
     """Loads a LoRA file by diffusers' own reader, or what that can't read by core.adapter_file.
     Raises Fault where none of it fits the base."""
-    source: Any = lora_formats.for_diffusers(path, family)
-    if source is None:
-        weights = read_lora(path)[0]        # refuses what is none, and NaN
-        source = weights if adapter_file.is_ours(weights) else path.parent
     keys = read_header(lora_formats.weights_file(path)).tensors
+    known = family if family in NAMINGS else ""
+    ours = adapter_file.is_ours(keys)
+    source: Any = lora_formats.read(path, known) if ours else (
+        lora_formats.for_diffusers(path, known))
+    if source is None:
+        read_lora(path)                     # refuses what is none, and NaN
     try:
         with warnings.catch_warnings():     # peft warns of a second adapter, which is meant
             warnings.simplefilter("ignore")
             # diffusers refuses a file that holds words
             plain = new_words.unbundled(path)
-            if isinstance(source, dict) and adapter_file.is_ours(source):
-                adapter_file.load(pipeline.components, source, name,
-                                  NAMINGS.get(family, SD1))
-            elif plain:
-                pipeline.load_lora_weights(plain, adapter_name=name)
+            if ours:
+                adapter_file.load(pipeline.components, source, name)
+            elif source or plain:
+                pipeline.load_lora_weights(source or plain, adapter_name=name)
             else:
-                pipeline.load_lora_weights(source, weight_name=path.name, adapter_name=name,
+                pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name,
                                            local_files_only=True)
     except Exception as error:              # its key parsers raise nearly anything
         if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):

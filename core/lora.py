@@ -46,6 +46,13 @@ class Size:
     alpha: float
 
 
+def file_format(config: TrainConfig, spec: FamilySpec, wanted: str = "auto") -> str:
+    """`auto` is the family's own, or kohya's where that can't say what is trained."""
+    unwritten = config.adapter in _UNWRITTEN.get(spec.lora_format, ())
+    own = "kohya" if unwritten else spec.lora_format
+    return own if wanted == "auto" else wanted
+
+
 def resolve_targets(wanted: list[str] | str, spec: FamilySpec, model: nn.Module) -> list[str]:
     """Preset or layer names of users -> suffixes that exist in the model.
 

@@ -2,6 +2,7 @@
 
 A1111 and Forge read models/Lora, ComfyUI models/loras; all three read kohya's format. What is
 spelled otherwise is converted by `darkroom lora convert` in a child process, which takes torch.
+docs/interop.md has the table of who reads what; tests/test_lora_keys.py proves it, key by key.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from pathlib import Path
 
 from core import children, lora_file, model_search, paths
 from core.faults import Fault
+from core.naming import NAMINGS, SD1
+from core.safetensors_header import read_header
 
 PROGRAMS = {"a1111": ("models", "Lora"), "forge": ("models", "Lora"),
             "comfyui": ("models", "loras"), "diffusers": ()}
-READS = {"a1111": ("kohya",), "forge": ("kohya",), "comfyui": ("kohya", "comfyui", "diffusers"),
+READS = {"a1111": ("kohya",), "forge": ("kohya",), "comfyui": ("kohya", "comfyui"),
          "diffusers": ("diffusers", "peft", "diffusers-old")}   # others are converted to the first
+_PARTS = ("unet.", "transformer.", "text_encoder")     # what keys begin with in diffusers' files
 CONVERT_S = 300.0                           # a large file on a slow disk
 
 
@@ -62,12 +66,25 @@ def target_folder(typed: str, program: str) -> Path:
     return folder
 
 
+def reads(program: str, family: str) -> tuple[str, ...]:
+    """The formats of a family's LoRA that a program reads.
+
+    ComfyUI knows diffusers' names of transformers; of a UNet's attention only those before PEFT.
+    It takes q, k and v for equally high there."""
+    part = NAMINGS.get(family, SD1)[0]
+    equal = all(len(set(one.rows[:3])) == 1 for one in part.renames)
+    known = program == "comfyui" and part.name == "transformer" and equal
+    return (*READS[program], "diffusers") if known else READS[program]
+
+
 def fits(file: Path, program: str) -> bool:
     """Whether a program reads the file as it is. Raises Fault where it is no LoRA."""
-    format_ = lora_file.describe(file).format
-    if format_ in lora_file.NOT_LORA:
-        raise Fault("lora_file.not_a_lora", file=file, what=format_)
-    return format_ in READS[program]
+    info = lora_file.describe(file)
+    if not info.is_lora:
+        raise Fault("lora_file.not_a_lora", file=file, what=info.format)
+    named = all(key.startswith(_PARTS) for key in read_header(file).tensors)
+    format_ = "diffusers" if info.format == "peft" and named else info.format
+    return format_ in reads(program, info.family)
 
 
 def convert_to(file: Path, program: str, folder: Path, language: str) -> Path:

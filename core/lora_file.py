@@ -255,6 +255,8 @@ FAMILY_SIGNS = tuple((family, re.compile(pattern), side) for family, pattern, si
       for side in (12288, 16384)),
     ("flux", r"double_blocks|single_blocks|single_transformer_blocks", None),
     ("sd3", r"joint_blocks", None),
+    *(("sd3", r"(^|\.)transformer_blocks[._]\d+[._](attn2?|ff(_context)?)[._].*(down|lora_A)", side)
+      for side in (1536, 2432)),
     ("krea2", r"txtfusion|text_fusion|blocks[._]\d+[._]attn[._](to_gate|w[qkvo])\b", None),
     ("qwen", r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]", None),
     # Attention alone: a block beyond the last that Flux.1 has of them.

@@ -51,7 +51,6 @@ HOLDS = {"kohya": {"lora", "dora", "loha", "lokr", "oft", "full"},
          "comfyui": {"lora", "dora", "loha", "lokr", "oft", "full"},
          "diffusers": {"lora", "dora"}, "peft": {"lora", "dora", "loha"}}
 FORMATS = tuple(HOLDS)
-COMFY = ("diffusion_model.", "text_encoders.")
 SINGLE = ("kohya", "comfyui", "diffusers")  # one file each
 CONFIG, WEIGHTS, DIFFUSERS = ("adapter_config.json", "adapter_model.safetensors",
                               "pytorch_lora_weights.safetensors")
@@ -71,6 +70,8 @@ _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "ou
 _UNET = re.compile(r"^unet\.|(down|up|input|output)_blocks|mid_block|middle_block|text_model"
                    r"|text_encoder|^(base_model\.model\.)?encoder\.layers")
 _WRAPPER = "base_model.model."
+_PEFT = re.compile(r"(unet|transformer|text_encoder(_[23])?)\..*\.(lora_[AB]\.weight"
+                   r"|lora_magnitude_vector)$")
 
 
 def read(path: Path, family: str = "") -> Lora:
@@ -91,17 +92,18 @@ def from_tensors(tensors: Mapping[str, Tensor], family: str) -> Lora:
 
 
 def for_diffusers(path: Path, family: str) -> dict[str, Tensor] | None:
-    """Names that diffusers' loader of the family surely reads; None: the file's own are.
+    """A LoRA in PEFT's names, which diffusers' loader of the family surely reads, alpha folded in
+    as fp32; None: the file has them.
 
-    Its tables for the original code's names hold sizes and orders of single published models."""
-    unet = NAMINGS.get(family, SD1)[0].name == "unet"
-    if not path.is_dir():
-        names = read_header(path).tensors
-        peft = lora_file.detect_format(names) in ("peft", "diffusers-old")
-        if peft or (unet and not any(name.startswith(COMFY) for name in names)):
-            return None
-    found = read(path, family)
-    return spell(found, "kohya" if unet else "diffusers")
+    Its tables for other names hold sizes and orders of single published models, and want certain
+    layers to be there."""
+    if not path.is_dir() and all(_PEFT.match(name) or name.startswith(_BUNDLED)
+                                 for name in read_header(path).tensors):
+        return None
+    found = replace(read(path, family), bundled={})
+    found.layers = {name: {end: value.float() for end, value in layer.items()}
+                    for name, layer in found.layers.items()}
+    return spell(found, "diffusers")
 
 
 def fuses(family: str) -> bool:
@@ -288,20 +290,22 @@ def spell(lora: Lora, to: str) -> dict[str, Tensor]:
 
 
 def _kohya(part: Part, layers: dict[str, Layer]) -> Iterator[tuple[str, Tensor]]:
-    named = native(part, layers) if part.kohya_native else {
-        part.rooted(inner): layer for inner, layer in layers.items()}
-    for name, layer in named.items():
-        for end, value in with_alpha(layer).items():
-            yield f"{part.kohya}_{name.replace('.', '_')}.{end}", value
+    """What can't be fused goes by SimpleTuner's names, which ComfyUI and Forge read as well."""
+    named, apart = native(part, layers) if part.kohya_native else (
+        {part.rooted(inner): layer for inner, layer in layers.items()}, {})
+    for prefix, some in ((part.kohya, named), ("lycoris", apart)):
+        for name, layer in some.items():
+            for end, value in with_alpha(layer).items():
+                yield f"{prefix}_{name.replace('.', '_')}.{end}", value
 
 
 def _comfyui(part: Part, layers: dict[str, Layer]) -> Iterator[tuple[str, Tensor]]:
-    ends = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
-    for name, layer in native(part, layers).items():
-        if MID in layer:                   # ComfyUI looks for it beside kohya's pair alone
-            ends = {}
-        for end, value in with_alpha(layer).items():
-            yield f"{part.native}.{name}.{ends.get(end, end)}", value
+    for prefix, some in zip((part.native, part.name), native(part, layers), strict=True):
+        for name, layer in some.items():
+            # ComfyUI looks for a middle matrix beside kohya's pair alone
+            ends = {} if MID in layer else {DOWN: "lora_A.weight", UP: "lora_B.weight"}
+            for end, value in with_alpha(layer).items():
+                yield f"{prefix}.{name}.{ends.get(end, end)}", value
 
 
 def _diffusers(part: Part, layers: dict[str, Layer]) -> Iterator[tuple[str, Tensor]]:
@@ -384,7 +388,7 @@ def weights_file(path: Path) -> Path:
     """The file itself, or the first one of PEFT's folder."""
     if not path.is_dir():
         return path
-    return next(iter(sorted(path.rglob(WEIGHTS))), path / WEIGHTS)
+    return next(iter([*path.glob(DIFFUSERS), *sorted(path.rglob(WEIGHTS))]), path / WEIGHTS)
 
 
 def file_name(name: str, format_: str) -> str:

@@ -33,7 +33,8 @@ def start(models: Mapping[str, nn.Module], config: TrainConfig, spec: FamilySpec
         raise Fault("lora_init.other_adapter", adapter=adapter)
     path = Path(config.init_lora_weights).expanduser()
     found = lora_formats.read(path, spec.id)
-    layers = {f"{part}.{name}": layer for part, model in models.items()
+    parts = {part.name: part for part in found.naming}
+    layers = {f"{part}.{parts[part].unrooted(name)}": layer for part, model in models.items()
               for name, layer in lora.layers(model)}
     denoiser = f"{next(iter(models))}."
     own = {name: layer for name, layer in found.layers.items()

@@ -121,59 +121,83 @@ def refuse_broken(lora: Lora, kinds: Iterable[str], to: str) -> None:
 # --- matrices that the original code fuses ------------------------------------------------------
 
 def split(part: Part, inner: str, layer: Layer) -> list[tuple[str, Layer]]:
-    """A layer of the original code -> those of diffusers. A fused one of another kind than LoRA
-    stays whole, under its own name."""
+    """A layer of the original code -> those of diffusers. A fused one whose rows can't be told
+    apart stays whole, under its own name."""
     names, rename = from_native(part, inner)
     if rename is None or (len(names) == 1 and not rename.swapped):
         return [(names[0], layer)]
-    if kind_of(layer) not in ("lora", "dora") or layer[UP].shape[0] % sum(rename.rows) or (
-            DORA in layer and layer[DORA].shape[0] != layer[UP].shape[0]):
+    ends = _rowed(layer, sum(rename.rows) * (2 if rename.swapped else 1))
+    if not ends:
         return [(inner, layer)]
     if rename.swapped:
-        return [(names[0], _swapped(layer))]
+        return [(names[0], _swapped(layer, ends))]
     import torch
-    unit = layer[UP].shape[0] // sum(rename.rows)
-    sizes = [unit * share for share in rename.rows]
-    cut = {end: torch.split(layer[end], sizes) for end in (UP, DORA) if end in layer}
-    return [(name, {**layer, **{end: pieces[i] for end, pieces in cut.items()}})
+    pieces = {end: torch.split(layer[end], [len(layer[end]) // sum(rename.rows) * share
+                                            for share in rename.rows]) for end in ends}
+    return [(name, {**layer, **{end: pieces[end][i] for end in ends}})
             for i, name in enumerate(names)]
 
 
-def _swapped(layer: Layer) -> Layer:
-    return {**layer, **{end: layer[end].roll(layer[end].shape[0] // 2, 0)
-                        for end in (UP, DORA) if end in layer}}
+_ROWED = {"lora": (UP,), "dora": (UP,), "loha": ("hada_w1_a", "hada_w2_a"),
+          "lokr": ("lokr_w1", "lokr_w1_a"), "full": ("diff",)}
 
 
-def native(part: Part, layers: dict[str, Layer]) -> dict[str, Layer]:
-    """Layers by the original code's names, fused where it fuses them."""
+def _rowed(layer: Layer, parts: int) -> list[str]:
+    """The tensors whose rows are the matrix's rows, in order; none: it can't be cut in so many
+    equal parts. A Kronecker product's rows are its first factor's, a Hadamard product's are
+    those of both its factors; lengths of columns belong to all rows at once."""
+    ends = [end for end in (*_ROWED.get(kind_of(layer), ()), DORA, "diff_b") if end in layer]
+    if "hada_t1" in layer or any(not layer[end].ndim or len(layer[end]) % parts for end in ends):
+        return []
+    return ends
+
+
+def _swapped(layer: Layer, ends: Iterable[str]) -> Layer:
+    return {**layer, **{end: layer[end].roll(len(layer[end]) // 2, 0) for end in ends}}
+
+
+def native(part: Part, layers: dict[str, Layer]) -> tuple[dict[str, Layer], dict[str, Layer]]:
+    """Layers by the original code's names, fused where it fuses them. And, by diffusers' names,
+    those that can't be rows of one matrix: factors of LoHa, LoKr and OFT, lengths of columns."""
     named: dict[str, Layer] = {}
-    groups: dict[str, tuple[Rename, dict[int, Layer]]] = {}
+    apart: dict[str, Layer] = {}
+    groups: dict[str, tuple[Rename, dict[int, str]]] = {}
     for inner, layer in layers.items():
         place = to_native(part, inner)
         if place.fused and place.of is not None:
-            groups.setdefault(place.name, (place.of, {}))[1][place.number] = layer
+            groups.setdefault(place.name, (place.of, {}))[1][place.number] = inner
         else:
             named[part.rooted(place.name)] = layer
-    return named | {name: _joined(rename, members, name)
-                    for name, (rename, members) in groups.items()}
+    for name, (rename, inners) in groups.items():
+        members = {number: layers[inner] for number, inner in inners.items()}
+        if rename.swapped and (ends := _rowed(members[0], 2)):
+            named[name] = _swapped(members[0], ends)
+        elif not rename.swapped and _joins(rename, members):
+            named[name] = _joined(rename, members, name)
+        else:
+            apart |= {inner: layers[inner] for inner in inners.values()}
+    return named, apart
+
+
+def _joins(rename: Rename, members: Mapping[int, Layer]) -> bool:
+    """Plain products; with lengths only where all rows have theirs."""
+    lengths = [DORA in layer for layer in members.values()]
+    return all(kind_of(layer) in ("lora", "dora") and MID not in layer
+               and (DORA not in layer or len(layer[DORA]) == len(layer[UP]))
+               for layer in members.values()) and (
+        not any(lengths) or (all(lengths) and len(lengths) == len(rename.ours)))
 
 
 def _joined(rename: Rename, members: Mapping[int, Layer], name: str) -> Layer:
     """Layers that are rows of one matrix -> one layer with the same products, exactly: their
     common down matrix where they have one, else their downs one below the other."""
     import torch
-    if any(kind_of(layer) not in ("lora", "dora") or MID in layer for layer in members.values()):
-        raise Fault("lora_convert.not_fusible", layer=name)
-    if rename.swapped:
-        return _swapped(members[0])
     _check_rows(rename, members, name)
-    magnitudes = [layer[DORA] for layer in members.values() if DORA in layer]
-    if magnitudes and len(magnitudes) < len(rename.ours):
-        raise Fault("lora_convert.not_fusible", layer=name)
+    magnitudes = [members[i][DORA] for i in sorted(members) if DORA in members[i]]
     ordered = [members[i] for i in sorted(members)]
     first = ordered[0]
     scales = {scale_of(layer) for layer in ordered}
-    dora = {DORA: torch.cat([layer[DORA] for layer in ordered])} if magnitudes else {}
+    dora = {DORA: torch.cat(magnitudes)} if magnitudes else {}
     if len(ordered) == len(rename.ours) and len(scales) == 1 and all(
             torch.equal(layer[DOWN], first[DOWN]) for layer in ordered):
         return {**first, UP: torch.cat([layer[UP] for layer in ordered]), **dora}

@@ -226,6 +226,7 @@ SD1: Naming = (
     Part("unet", "lora_unet", native="diffusion_model", renames=unet_renames(4, 2, (0, 1, 2))),
     _clip("text_encoder", "lora_te", "clip_l"),
 )
+SD2: Naming = (SD1[0], _clip("text_encoder", "lora_te", "clip_h"))
 SDXL: Naming = (
     Part("unet", "lora_unet", native="diffusion_model", renames=unet_renames(3, 2, (1, 2)),
          kohya_native=True),
@@ -256,7 +257,7 @@ KREA2: Naming = (
     Part("transformer", "lora_unet", native="diffusion_model", renames=_krea2_renames(),
          kohya_native=True),
 )
-NAMINGS: dict[str, Naming] = {"sd15": SD1, "sd2": SD1, "sdxl": SDXL, "sd3": SD3, "flux": FLUX,
+NAMINGS: dict[str, Naming] = {"sd15": SD1, "sd2": SD2, "sdxl": SDXL, "sd3": SD3, "flux": FLUX,
                              "zimage": ZIMAGE, "qwen": QWEN, "flux2": FLUX2,
                              "krea2": KREA2}
 

@@ -58,9 +58,9 @@ class Keeper:
         self.trainer, self.output, self.began = trainer, output, began
         self.config = trainer.config
         self.session = str(uuid.uuid4().int % 10**10)
-        auto = self.config.save_format == "auto"
         self.dtype = SAVE_DTYPES[self.config.save_precision]
-        self.format = trainer.family.spec.lora_format if auto else self.config.save_format
+        self.own = lora.file_format(self.config, trainer.family.spec)
+        self.format = lora.file_format(self.config, trainer.family.spec, self.config.save_format)
         self.name = self._free_name()
         self.last: Path | None = None
         self.best_loss: float | None = None
@@ -234,7 +234,7 @@ class Keeper:
         family's own format, whatever the final one's is. In the writer's thread: the trainer's
         weights are moving."""
         found, word = made
-        format_ = format_ or self.trainer.family.spec.lora_format
+        format_ = format_ or self.own
         if word is not None:
             new_words.write(new_words.beside(path), word, self.dtype)
         found.metadata = build_metadata(self._facts(step))

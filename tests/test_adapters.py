@@ -3,6 +3,7 @@ through a file, a resume and the plan."""
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from core import adapter_file, families, generate, lora, lora_file, plan
+from core import adapter_file, families, generate, lora, lora_file, lora_formats, plan
 from core.checkpoint import FOLDER
 from core.config import TrainConfig, parse_train_config
 from core.control import Control
@@ -23,7 +24,7 @@ from core.engine import train
 from core.events import Event, Note
 from core.faults import Fault
 from core.quantise import quantise_
-from tests import tiny
+from tests import tiny, tiny_families
 
 KINDS = ("lora", "rslora", "dora", "pissa", "loha", "lokr", "oft")
 SPEC = families.get("sd15").spec
@@ -355,11 +356,15 @@ def file_of(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, T
     return adapter_file.tensors(model, lora.state(model), dtype)
 
 
+def load(model: nn.Module, tensors: dict[str, Tensor], name: str = "a") -> list[str]:
+    return adapter_file.load({"unet": model}, lora_formats.from_tensors(tensors, "sd15"), name)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_gives_the_same_weights(kind: str) -> None:
     model = trained(kind)
     fresh = Net()
-    assert adapter_file.load({"unet": fresh}, file_of(model), "a") == []
+    assert load(fresh, file_of(model)) == []
     assert lora.count([fresh], "a") == 9
     lora.use([fresh], {"a": 1.0})
     for path, layer in lora.layers(model):
@@ -380,7 +385,7 @@ def test_files_of_every_kind_work_together_in_any_order() -> None:
     for order in (adding, adding[::-1]):
         model, effects = Net(), 0
         for kind in order:
-            adapter_file.load({"unet": model}, files[kind], kind)
+            load(model, files[kind], kind)
         for kind in order:
             lora.use([model], {kind: 0.6})
             effects += model(x) - plain
@@ -388,10 +393,10 @@ def test_files_of_every_kind_work_together_in_any_order() -> None:
         close((model(x) - plain).detach(), torch.as_tensor(effects).detach())
     model = Net()
     for kind in ("oft", "dora", "lora"):
-        adapter_file.load({"unet": model}, files[kind], kind)
+        load(model, files[kind], kind)
     for kind in ("lora", "dora", "oft"):
         alone = Net()
-        adapter_file.load({"unet": alone}, files[kind], kind)
+        load(alone, files[kind], kind)
         lora.use([alone], {kind: 0.8})
         lora.use([model], {kind: 0.8})
         close(model(x).detach(), alone(x).detach())
@@ -464,20 +469,20 @@ def test_lycoris_files_of_other_shapes_are_read() -> None:
                     for k, v in module.state_dict().items()}
                 expected = weight_of(module.eval(), getattr(base, leaf))
             fresh = Net()
-            assert adapter_file.load({"unet": fresh}, tensors, "a") == [], type(module)
+            assert load(fresh, tensors) == [], type(module)
             lora.use([fresh], {"a": 1.0})
             close(weight_of(fresh.get_submodule(f"mid_block.{leaf}")), expected)
 
 
 def test_strange_keys_are_told_and_wrong_shapes_refused() -> None:
     found = file_of(trained("loha"))
-    assert adapter_file.load({"unet": Net()}, found | {"lora_unet_nowhere.hada_w1_a": torch.ones(
-        2, 2), "junk": torch.ones(1)}, "a") == ["lora_unet_nowhere.hada_w1_a", "junk"]
+    assert load(Net(), found | {"lora_unet_nowhere.hada_w1_a": torch.ones(2, 2),
+                                "junk": torch.ones(1)}) == ["junk", "unet.nowhere"]
     for kind in ("dora", "loha", "lokr", "oft"):
         bad = {k: (torch.ones(5, 5, 5) if v.ndim > 1 else v)
                for k, v in file_of(trained(kind)).items()}
-        with pytest.raises((RuntimeError, ValueError, KeyError, TypeError)):
-            adapter_file.load({"unet": Net()}, bad, "a")
+        with pytest.raises((RuntimeError, ValueError, KeyError, TypeError, Fault)):
+            load(Net(), bad)
 
 
 @settings(max_examples=20, deadline=None)
@@ -486,10 +491,40 @@ def test_strange_keys_are_told_and_wrong_shapes_refused() -> None:
 def test_any_size_survives_its_file(kind: str, rank: int, alpha: float, conv: int) -> None:
     model = trained(kind, lora_rank=rank, lora_alpha=alpha, conv_rank=conv)
     fresh = Net()
-    assert adapter_file.load({"unet": fresh}, file_of(model), "a") == []
+    assert load(fresh, file_of(model)) == []
     lora.use([fresh], {"a": 1.0})
     x = torch.randn(2, IN)
     torch.testing.assert_close(fresh(x), model(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module", params=["flux", "zimage"])
+def fused(request: pytest.FixtureRequest) -> tuple[str, Any]:
+    return request.param, tiny_families.MADE[request.param]()
+
+
+@pytest.mark.parametrize("kind", ["dora", "loha", "lokr", "oft"])
+def test_families_with_fused_layers_have_files_of_every_kind(
+        kind: str, fused: tuple[str, Any], tmp_path: Path) -> None:
+    """What the family's own format can't say goes into kohya's, of layers that aren't fused."""
+    family, pipe = fused[0], copy.deepcopy(fused[1])
+    spec, model = families.get(family).spec, copy.deepcopy(pipe.transformer)
+    chosen = config(adapter=kind, target_modules="attention", conv_rank=0)
+    lora.attach(model, chosen, spec)
+    with torch.no_grad():
+        for parameter in lora.trainable(model):
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    found = lora_formats.from_tensors(adapter_file.tensors(
+        model, lora.state(model), torch.float32, "transformer", None), family)
+    format_ = lora.file_format(chosen, spec)
+    path = lora_formats.save(found, format_, tmp_path / "a.safetensors")
+    generate.load_adapter(pipe, path, "a", family)
+    lora.use([pipe.transformer], {"a": 1.0})
+    lora.set_training(model, False)
+    for name, layer in lora.layers(model):
+        unit = torch.eye(layer.get_base_layer().in_features)
+        there = pipe.transformer.get_submodule(name)
+        close((there(unit) - there(0 * unit)).detach(), (layer(unit) - layer(0 * unit)).detach())
+        assert not torch.allclose(layer(unit), layer.get_base_layer()(unit), atol=1e-3)
 
 
 def test_state_of_another_adapter_is_refused() -> None:

@@ -666,7 +666,8 @@ def test_describe_mixed_ranks_and_no_alpha(tmp_path):
     ("krea2", "transformer.transformer_blocks.0.attn.to_gate.lora_A.weight", 6144),
     ("krea2", "diffusion_model.blocks.0.attn.wq.lora_A.weight", 6144),
     ("krea2", "lora_unet_blocks_0_attn_wq.lora_down.weight", 6144),
-    ("unknown", "transformer.transformer_blocks.5.attn.to_q.lora_A.weight", 1536),
+    ("sd3", "transformer.transformer_blocks.5.attn.to_q.lora_A.weight", 1536),
+    ("unknown", "transformer.transformer_blocks.5.attn.to_q.lora_A.weight", 1920),
     ("unknown", f"unet.{UNET_Q}.lora_A.weight", 320)])
 def test_family_by_names_and_shapes(tmp_path, family, key, side):
     save_file({key: torch.ones(2, side)}, tmp_path / "a.safetensors")

@@ -333,16 +333,56 @@ def test_swapped_halves_of_flux_come_back() -> None:
     assert same(lora_formats.from_tensors(tensors, "flux"), lora)
 
 
-def test_other_kinds_on_fused_layers_stay_whole_or_are_refused() -> None:
+HALVES = {"loha": {end: (24 if end.endswith("_a") else 2, 2 if end.endswith("_a") else 5)
+                   for end in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
+          "lokr": {"lokr_w1": (6, 1), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 5)},
+          "full": {"diff": (24, 5), "diff_b": (24,)}}
+
+
+def whole(one: Layer) -> Tensor:
+    """What these kinds add to a matrix."""
+    if "hada_w1_a" in one:
+        return (one["hada_w1_a"] @ one["hada_w1_b"]) * (one["hada_w2_a"] @ one["hada_w2_b"])
+    if "lokr_w1" in one:
+        return torch.kron(one["lokr_w1"], one["lokr_w2_a"] @ one["lokr_w2_b"])
+    return one["diff"]
+
+
+@pytest.mark.parametrize("kind", sorted(HALVES))
+def test_fused_layers_of_other_kinds_are_cut_by_rows(kind: str) -> None:
+    made = {end: torch.randn(shape) for end, shape in HALVES[kind].items()}
     tensors = {f"lora_unet_double_blocks_0_img_attn_qkv.{end}": value
-               for end, value in OTHER_KINDS["loha"]().items()}
-    lora = lora_formats.from_tensors(tensors, "flux")
-    again = spell(lora, "kohya")
-    assert again.keys() == tensors.keys()
-    apart = Lora({f"{BLOCK}.to_{x}": OTHER_KINDS["loha"]() for x in "qkv"}, FLUX)
-    with pytest.raises(Fault) as caught:
-        spell(apart, "kohya")
-    assert caught.value.code == "lora_convert.not_fusible"
+               for end, value in made.items()}
+    found = lora_formats.from_tensors(tensors, "flux")
+    assert sorted(found.layers) == [f"{BLOCK}.to_{x}" for x in "kqv"]
+    torch.testing.assert_close(
+        torch.cat([whole(found.layers[f"{BLOCK}.to_{x}"]) for x in "qkv"]), whole(made))
+    assert {len(one["diff_b"]) for one in found.layers.values() if "diff_b" in one} <= {8}
+
+
+@pytest.mark.parametrize("to", ["kohya", "comfyui"])
+@pytest.mark.parametrize("kind", ["loha", "lokr", "oft", "dora"])
+def test_what_cannot_be_fused_has_names_of_its_own(kind: str, to: str) -> None:
+    """Other kinds of layers, and DoRA's lengths of columns: those of one row each is no row."""
+    def made() -> Layer:
+        return OTHER_KINDS[kind]() | ({"dora_scale": torch.rand(1, 5)} if kind == "dora" else {})
+    lora = Lora({f"{BLOCK}.to_{x}": made() for x in "qkv"} | {
+        "transformer.norm_out.linear": made()}, FLUX)
+    tensors = spell(lora, to)
+    beginning = {"kohya": "lycoris_transformer_blocks_0_attn_to_q.",
+                 "comfyui": "transformer.transformer_blocks.0.attn.to_q."}[to]
+    assert sum(key.startswith(beginning) for key in tensors) >= 3
+    again = lora_formats.from_tensors(tensors, "flux")
+    lora.layers = {path: {**layer, **({"alpha": again.layers[path]["alpha"]}
+                                      if "alpha" in again.layers[path] else {})}
+                   for path, layer in lora.layers.items()}
+    assert same(again, lora)
+
+
+def test_fused_layers_that_cannot_be_cut_stay_whole() -> None:
+    tensors = {f"lora_unet_double_blocks_0_img_attn_qkv.{end}": value
+               for end, value in OTHER_KINDS["oft"]().items()}
+    assert spell(lora_formats.from_tensors(tensors, "flux"), "kohya").keys() == tensors.keys()
 
 
 # --- Tucker, DoRA by columns -------------------------------------------------------------------
