@@ -82,13 +82,17 @@ def begin() -> None:
 def to_file() -> None:
     """What is missing of stdout and stderr (a program without a console) becomes the log."""
     if sys.stdout is None or sys.stderr is None:
-        begin()
-        crashes = _crashes()
         for handle in range(3):         # closed ones would go to the next file that is opened
             try:
                 os.fstat(handle)
             except OSError:
-                os.dup2(crashes, handle)
+                opened = _crashes() if handle else os.open(os.devnull, os.O_RDONLY)
+                if opened == handle:
+                    os.set_inheritable(handle, True)
+                else:
+                    os.dup2(opened, handle)
+                    os.close(opened)
+        begin()
         stream: Any = _Stream()
         sys.stdout, sys.stderr = sys.stdout or stream, sys.stderr or stream
 
@@ -96,6 +100,7 @@ def to_file() -> None:
 def _crashes() -> int:
     """A file that stays open, for what C code says when it dies."""
     with contextlib.suppress(OSError):
+        file().parent.mkdir(parents=True, exist_ok=True)
         return os.open(file().with_suffix(".crash"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     return os.open(os.devnull, os.O_WRONLY)
 

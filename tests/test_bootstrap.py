@@ -86,7 +86,8 @@ test = [
 
 def make_checkout(root: Path) -> Path:
     files = {"pyproject.toml": PYPROJECT, "backend/backend.py": BACKEND,
-             "core/__init__.py": '__version__ = "1.0"\n', "core/console.py": CONSOLE}
+             "core/__init__.py": '__version__ = "1.0"\n', "core/console.py": CONSOLE,
+             "core/children.py": "def run_inner(argv): return None\n"}
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text, "utf-8")

@@ -326,6 +326,21 @@ def test_logs_rotate_and_take_what_has_no_console(own_log: Path, monkeypatch: py
     assert all((own_log / name).stat().st_size <= 2000 for name in files)
 
 
+@posix
+def test_a_start_without_any_stream(own_home: Path) -> None:
+    """As a double click starts it: handles 0 to 2 must not become the next files."""
+    code = ("import os, subprocess; from core import logs; logs.to_file(); print('学习')\n"
+            "os.write(2, b'from C'); subprocess.run(['/bin/sh', '-c', 'echo child']); "
+            "print(*(os.readlink(f'/proc/self/fd/{n}') for n in range(3)))")
+    subprocess.run(["/bin/sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code],
+                   cwd=ROOT, check=True)
+    said = (own_home / "logs" / "app.log").read_text("utf-8")
+    assert "学习" in said
+    assert (own_home / "logs" / "app.crash").read_text() == "from Cchild\n"
+    if sys.platform == "linux":
+        assert "/dev/null" in said.splitlines()[-1]
+
+
 def test_a_log_that_can_not_be_written_harms_nobody(own_home: Path, own_log: Path,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     own_log.write_text("a file where the folder should be")
