@@ -14,7 +14,17 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from core import families, generate, lora, lora_formats, objective, plan, samplers
+from core import (
+    families,
+    generate,
+    lookout,
+    lora,
+    lora_formats,
+    objective,
+    plan,
+    samplers,
+    verify,
+)
 from core.config import GenerateConfig, TrainConfig
 from core.control import Control
 from core.engine import train
@@ -53,6 +63,8 @@ def config(base: Path, folder: Path, **changes: Any) -> TrainConfig:
 def test_trains_resumes_saves_and_draws(name: str, base: Path, tmp_path: Path,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DARKROOM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(lookout.Lookout, "announce", lambda self: None)     # planned further below
+    monkeypatch.setattr(verify, "_STEPS", 2)
     assert families.detect(base) == name
     run = config(base, tmp_path)
     whole = train(run, lambda event: None, Control())
