@@ -334,7 +334,8 @@ FAILURES = {
     "failed_rights": r"permission denied|access is denied|Errno 13\b|WinError 5\b",
     "failed_network": r"connection (broken|refused|reset|error)|failed to establish|getaddrinfo|"
                       r"name resolution|name or service|timed? ?out|proxyerror|SSLError|"
-                      r"network is unreachable|dns error|error sending request|from versions: none",
+                      r"network is unreachable|dns error|error sending request|from versions: none|"
+                      r"IncompleteRead|Wheel '.*' .* is invalid",
 }
 
 

@@ -615,6 +615,7 @@ def test_failed_install_says_why_and_goes_on_later(checkout: Path, tmp_path: Pat
      "failed_network"),
     ("error: Request failed after 3 retries: dns error", "failed_network"),
     ("ReadTimeoutError: Read timed out.", "failed_network"),
+    ("ERROR: Wheel 'torch' located at /tmp/torch-2.9.whl is invalid.", "failed_network"),
     ("error: subprocess-exited-with-error", "failed"),
 ])
 def test_reasons_are_recognised(said: str, key: str, tmp_path: Path,

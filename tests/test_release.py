@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +94,7 @@ def test_what_is_wrong_with_a_release_is_named(bundle: Path, tmp_path: Path) -> 
         release.main(["verify", str(out)])
 
 
+@settings(max_examples=40)
 @given(pieces=st.lists(st.binary(max_size=50), max_size=8), largest=st.integers(1, 40),
        reads=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 60)), max_size=6))
 def test_parts_are_one_file(pieces: list[bytes], largest: int, reads: list[tuple[int, int]]
