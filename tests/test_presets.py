@@ -118,6 +118,21 @@ def test_what_was_promised_of_small_cards(family: str, gb: int, side: int, most:
         assert planned.needs_mb <= most * 1024
 
 
+@pytest.mark.usefixtures("recorded")
+def test_t5_travels_on_small_cards_only() -> None:
+    """It takes 9.1 GB in 16 bits, 4.8 in int8, and less than one of the card while it travels."""
+    numbers, found = plan.numbers_for("auto", "cuda", (8, 6)), {}
+    for family, kept in (("sd3", "same"), ("flux", "nf4")):
+        base, config = weigh.base_of(family), TrainConfig(base_precision=kept)
+        facts = plan.ask("base", base, numbers)
+        ways = plan._encoders(config, advisor.card_of(12), facts)
+        assert ways["room"] == 0.0
+        assert "room" not in plan._encoders(config, advisor.card_of(48), facts)
+        found[family] = plan.ask("texts", base, numbers, kind="cuda", batch=2, **ways)
+    assert (found["flux"]["weights"] + found["flux"]["peak"]) / plan.MB < 1000
+    assert found["sd3"]["waiting"] / plan.MB > 8800 > 4500 > found["flux"]["waiting"] / plan.MB
+
+
 def test_traces_are_what_is_traced_now(recorded: dict[str, dict[str, float]]) -> None:
     """The cheapest live: one of each kind of the demo's."""
     memory, base = importlib.import_module("core.memory"), weigh.base_of("demo")

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from core.faults import Fault
 from core.reading import from_json
 
-WINDOW = 2**28      # bytes; a mapped file counts as the process's memory, so it's mapped anew
+WINDOW = 2**26      # bytes; a mapped file counts as the process's memory, so it's mapped anew
 Tensors = dict[str, Tensor]
 File = tuple[Path, str]                     # and the prefix of the model's names in it
 
