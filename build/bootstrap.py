@@ -14,7 +14,6 @@ import importlib.util
 import json
 import locale
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -321,22 +320,11 @@ def _installer(root: Path, what: list[str], tool: str) -> None:
 
 
 def _why_failed(root: Path, tool: str, code: int, last: list[str]) -> Stop:
-    key = next((key for key, signs in FAILURES.items()
-                if re.search(signs, "\n".join(last), re.IGNORECASE)), "failed")
+    key = packages.why_failed("\n".join(last))
     if last:
         print("\n".join([say("said_last", tool=tool), *("  " + line for line in last)]),
               file=sys.stderr)
     return Stop(key, tool=tool, code=code, path=root)
-
-
-FAILURES = {
-    "failed_disk": r"no space left|disk full|not enough space|Errno 28\b",
-    "failed_rights": r"permission denied|access is denied|Errno 13\b|WinError 5\b",
-    "failed_network": r"connection (broken|refused|reset|error)|failed to establish|getaddrinfo|"
-                      r"name resolution|name or service|timed? ?out|proxyerror|SSLError|"
-                      r"network is unreachable|dns error|error sending request|from versions: none|"
-                      r"IncompleteRead|Wheel '.*' .* is invalid",
-}
 
 
 # Words and small things

@@ -19,6 +19,15 @@ from typing import NamedTuple
 from environment import TORCH_CUDA_OLD, numbers, site_packages, torch_index
 
 TORCH_WHEELS = "https://download.pytorch.org/whl/"      # + cpu, cu126, ...: a version's local part
+# What installers say last, and the sentence it stands for.
+FAILURES = {
+    "failed_disk": r"no space left|disk full|not enough space|Errno 28\b",
+    "failed_rights": r"permission denied|access is denied|Errno 13\b|WinError 5\b",
+    "failed_network": r"connection (broken|refused|reset|error)|failed to establish|getaddrinfo|"
+                      r"name resolution|name or service|timed? ?out|proxyerror|SSLError|"
+                      r"network is unreachable|dns error|error sending request|from versions: none|"
+                      r"IncompleteRead|Wheel '.*' .* is invalid",
+}
 
 
 class Broken(NamedTuple):
@@ -126,3 +135,9 @@ def clear_away(venv: Path, found: list[Broken]) -> None:
     for one in found:
         if one.why != "file":           # without a sound RECORD none can be uninstalled
             shutil.rmtree(str(one.info), ignore_errors=True)
+
+
+def why_failed(said: str) -> str:
+    """The key of the sentence for an installer's last words."""
+    return next((key for key, signs in FAILURES.items()
+                 if re.search(signs, said, re.IGNORECASE)), "failed")

@@ -635,8 +635,8 @@ def test_texts_are_yaml_and_the_same_in_both_languages() -> None:
 
 
 def test_every_text_is_there_and_used() -> None:
-    source = "".join((REAL / name).read_text("utf-8") for name in ("launcher.py",
-                                                                   "build/bootstrap.py"))
+    source = "".join((REAL / name).read_text("utf-8") for name in (
+        "launcher.py", "build/bootstrap.py", "build/repair.py"))
     assert not [key for key in bootstrap.texts("en") if f'"{key}"' not in source
                 and f"'{key}'" not in source and not key.startswith("found_")]
 
