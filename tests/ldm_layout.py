@@ -50,7 +50,9 @@ def filled(model: type[nn.Module], config: object, seed: int) -> nn.Module:
     made.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
-        if tensor.is_floating_point():
+        if name.endswith("position_ids"):           # in no file; empty memory would be any places
+            tensor.copy_(torch.arange(tensor.shape[-1]).expand_as(tensor))
+        elif tensor.is_floating_point():
             scale = 0.02 if tensor.ndim > 1 else 0.01
             tensor.data.normal_(0, scale, generator=generator)
             if tensor.ndim == 1 and "norm" in name and name.endswith("weight"):

@@ -96,7 +96,7 @@ def drawn(kind: str, models: dict[str, Any], text: bool) -> Lora:
 class File:
     path: Path
     lora: Lora
-    keys: int                               # tensors besides alpha, which programs don't count
+    keys: int                               # tensors, alphas among them
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ class Drawn:
         counts = [re.search(r"\((\d+) / (\d+)\) LoRA tensors have been applied", line)
                   for line in self.lines[shot]]
         found = [(int(one[1]), int(one[2])) for one in counts if one]
-        return sum(one for one, _ in found), max(all_ for _, all_ in found)
+        return sum(one for one, _ in found), max((all_ for _, all_ in found), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,9 +292,9 @@ def drawn_there(running: Running) -> Drawn:
                      lines)
 
 
-READ_THERE = ("lora-kohya", "lora-comfyui", "lora-diffusers", "locon-kohya", "loha-kohya",
-              "lokr-kohya")
-NOT_READ_THERE = ("dora", "oft")            # it has no code for `dora_scale` and `oft_blocks`
+READ_THERE = ("lora-kohya", "lora-diffusers", "locon-kohya", "loha-kohya", "lokr-kohya")
+# It has no code for `dora_scale` and `oft_blocks`, nor for ComfyUI's names of text encoders.
+LEFT_OUT_THERE = ("dora-kohya", "oft-kohya", "lora-comfyui")
 
 
 def _known(name: str) -> str:
@@ -330,9 +330,10 @@ def test_stable_diffusion_cpp_takes_every_key(drawn_there: Drawn, files: dict[st
         assert applied == total == files[name].keys, name
 
 
-def test_what_stable_diffusion_cpp_leaves_out_is_what_the_docs_say(drawn_there: Drawn) -> None:
-    """When it learns these, docs/interop.md has to say so."""
-    for kind in NOT_READ_THERE:
-        lines = drawn_there.lines[f"{kind}-kohya", 0.8]
-        print(f"\nsd.cpp: {kind}:", [one for one in lines if "LoRA tensors have" in one][:3])
-        assert any("unused" in one or "Only (" in one for one in lines), kind
+def test_what_stable_diffusion_cpp_leaves_out_is_what_the_docs_say(
+        drawn_there: Drawn, files: dict[str, File]) -> None:
+    """It tells a count, no more. When it learns them, docs/interop.md has to say so."""
+    for name in LEFT_OUT_THERE:
+        applied, total = drawn_there.applied((name, 0.8))[0], files[name].keys
+        print(f"\nsd.cpp: {name}: {applied} of {total} tensors")
+        assert applied < total, name
