@@ -60,19 +60,22 @@ def known(path: Path) -> dict[str, list[str]]:
     return {family: sizes for family, *sizes in found}
 
 
-def main(wanted: list[str]) -> None:
-    before = known(READMES["en"])
-    sizes = {}
-    for family in families.MODULES:
-        anew = not wanted or family in wanted or family not in before
-        sizes[family] = [gigabytes(family, kept) for kept in KEPT] if anew else before[family]
-        print(family, *sizes[family], flush=True)
+def write(sizes: dict[str, list[str]]) -> None:
     for lang, path in READMES.items():
         table = "\n".join([f"| {' | '.join(HEAD[lang])} |", "|---" * len(HEAD[lang]) + "|",
-                           *(row(family, lang, found) for family, found in sizes.items())])
+                           *(row(family, lang, sizes[family]) for family in families.MODULES
+                             if family in sizes)])
         text, (begin, end) = path.read_text("utf-8"), MARKS
         paths.write_atomic(path, f"{text.split(begin)[0]}{begin}\n{table}\n{end}"
                                  f"{text.split(end)[1]}")
+
+
+def main(wanted: list[str]) -> None:
+    sizes = known(READMES["en"])
+    for family in wanted or families.MODULES:
+        sizes[family] = [gigabytes(family, kept) for kept in KEPT]
+        print(family, *sizes[family], flush=True)
+        write(sizes)                    # a large base takes minutes: what is there stays
 
 
 if __name__ == "__main__":
