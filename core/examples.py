@@ -28,6 +28,7 @@ from core.control import Control
 from core.events import Event, Note, Phase
 from core.failures import one_line
 from core.families.base import Cond, Family, Frame, Part, Parts, Precision
+from core.families.text import alike
 from core.faults import Fault
 from core.gently import Gently, Way
 from core.looks import Looks
@@ -97,11 +98,7 @@ def trimmed(one: Cond) -> Cond:
 
 def joined(rows: Sequence[Tensor]) -> Tensor:
     """(1, ...) each -> (B, ...); shorter texts get zeros at their end, so also masks."""
-    longest = max((row.shape[1] for row in rows if row.ndim > 1), default=0)
-    if all(row.ndim < 2 or row.shape[1] == longest for row in rows):
-        return torch.cat(list(rows))
-    return torch.cat([F.pad(row, (*[0, 0] * (row.ndim - 2), 0, longest - row.shape[1]))
-                      for row in rows])
+    return torch.cat(alike(*rows))
 
 
 def find(config: TrainConfig, folder: Path, metadata: Path | None, native: int, step: int,

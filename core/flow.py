@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from core.objective import Draw
 
 STEPS = 1000                                # timesteps are s x 1000, as the models count them
-Curve = Literal["uniform", "logit_normal", "mode"]
+Curve = Literal["uniform", "logit_normal", "mode", "parabola"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,8 @@ class Sampling:
 
     curve: Curve = "logit_normal"
     mean: float = 0.0                       # of the logit; "mode": unused
-    spread: float = 1.0                     # its deviation; "mode": the weight of both ends
+    # Its deviation; "mode": the weight of both ends; "parabola": density 2 - spread (s - 1/2)^2.
+    spread: float = 1.0
     shift: float = 1.0                      # towards noise; 1: none
     # With a size-dependent shift: e^mu, mu on the line through these (tokens, mu).
     line: tuple[tuple[int, float], tuple[int, float]] | None = None
@@ -52,6 +53,9 @@ class Sampling:
             normal = float(torch.randn((), generator=generator))
             return 1 / (1 + math.exp(-(self.mean + self.spread * normal)))
         u = float(torch.rand((), generator=generator))
+        while self.curve == "parabola" and (        # by rejection
+                2 * float(torch.rand((), generator=generator)) > 2 - self.spread * (u - 0.5) ** 2):
+            u = float(torch.rand((), generator=generator))
         if self.curve == "mode":
             u = 1 - u - self.spread * (math.cos(math.pi * u / 2) ** 2 - 1 + u)
         return min(max(u, 1e-5), 1 - 1e-5)

@@ -249,6 +249,7 @@ NOT_LORA = {"controlnet", "checkpoint", "vae", "unet", "text-encoder", "embeddin
 
 # (family, pattern of a key, its tensor's last side; None: any), the first that fits.
 FAMILY_SIGNS = tuple((family, re.compile(pattern), side) for family, pattern, side in (
+    ("chroma", r"distilled_guidance_layer", None),
     ("flux2", r"to_qkv_mlp_proj|ff(_context)?[._]linear_(in|out)\b|_stream_modulation", None),
     # Files in the original code's names: by the sides of a single block's second matrix.
     *(("flux2", r"single_blocks[._]\d+[._]linear2\b.*(down|lora_A)", side)
@@ -261,6 +262,12 @@ FAMILY_SIGNS = tuple((family, re.compile(pattern), side) for family, pattern, si
     ("qwen", r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]", None),
     # Attention alone: a block beyond the last that Flux.1 has of them.
     ("qwen", r"transformer_blocks[._](19|[2-5]\d)[._]attn[._](to|add)_[qkv].*(down|lora_A)", 3072),
+    ("zimage", r"(layers|refiner)[._]\d+[._](attention[._]to_|adaLN_modulation[._]0\.)", None),
+    ("lumina2", r"(layers|refiner)[._]\d+[._](attn[._]to_|adaLN_modulation[._]1\.)", None),
+    ("zimage", r"(layers|refiner)[._]\d+[._](attention|feed_forward)[._].*(down|lora_A)", 3840),
+    ("lumina2", r"(layers|refiner)[._]\d+[._](attention|feed_forward)[._].*(down|lora_A)", 2304),
+    ("sana", r"[._]ff[._]conv_(inverted|point)\b|attn1[._]to_[qkv]\.", 2240),
+    ("sana", r"[._]ff[._]conv_(inverted|point)\b", None),
     ("sdxl", r"lora_te2_|text_encoder_2\.|conditioner\.embedders", None),
     ("sdxl", r"attn2[._]to_[kv]\b.*(down|lora_A|weight$)", 2048),
     ("sdxl", r"_blocks?[._].*[._]transformer_blocks[._][2-9][._]", None),
@@ -269,6 +276,7 @@ FAMILY_SIGNS = tuple((family, re.compile(pattern), side) for family, pattern, si
     ("sd15", r"attn2[._]to_[kv]\b.*(down|lora_A|weight$)", 768),
     ("sd15", r"lora_te_.*[qkv]_proj.*down", 768),
 ))
+TWINS = {"chroma": "flux"}                 # the first has the names of the second
 PARTS = (
     ("text encoder", re.compile(r"lora_te\d?[_.]|text_encoder|clip_[lg]\.|t5\.")),
     ("unet", re.compile(r"lora_(unet|transformer)[_.]|lycoris_|(base_model\.model\.|model\.)?"
@@ -323,7 +331,7 @@ def describe(path: Path) -> Info:
     alphas = _alphas(path, header, ranks)
     return Info(
         path=path, size=header.size, format=format_,
-        family=family_of(header.tensors) or facts.family or "unknown",
+        family=_family(header.tensors, facts.family),
         dtype=_main_dtype(header.tensors.values()),
         ranks=tuple(sorted(set(ranks.values()))), alphas=tuple(sorted(set(alphas.values()))),
         scales=tuple(sorted({alphas.get(layer, rank) / rank
@@ -356,6 +364,12 @@ def family_of(tensors: Mapping[str, TensorInfo]) -> str:
                for key, info in tensors.items()):
             return family
     return ""
+
+
+def _family(tensors: Mapping[str, TensorInfo], said: str) -> str:
+    """`said` is the metadata's, which decides where two families' layers are called the same."""
+    found = family_of(tensors)
+    return said if said and TWINS.get(said, "") == found else found or "unknown"
 
 
 def _part(layer: str) -> str:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from core.faults import Fault
-from core.naming import Naming, Part, Rename, from_native, to_native
+from core.naming import Naming, Part, from_native, to_native
+from core.renames import Rename
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -297,7 +297,9 @@ FAMILIES = {"sd_v1": "sd15", "sd_v2": "sd2", "sdxl": "sdxl", "sd3": "sd3", "flux
             "stable-diffusion-v1": "sd15", "stable-diffusion-v2": "sd2",
             "stable-diffusion-xl": "sdxl", "stable-diffusion-3": "sd3", "flux-1": "flux",
             "qwen_image": "qwen", "qwen-image": "qwen", "flux2": "flux2", "flux-2": "flux2",
-            "krea2": "krea2", "krea-2": "krea2"}
+            "krea2": "krea2", "krea-2": "krea2",
+            "chroma": "chroma", "zimage": "zimage", "z-image": "zimage", "lumina": "lumina2",
+            "sana": "sana"}
 TOP_TAGS = 10
 MAX_TRIGGERS = 3                           # tags that all captions share and that may be triggers
 

@@ -5,6 +5,7 @@ The table is for the window too: diffusers comes in only where one is made.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from core import words
@@ -28,7 +29,8 @@ SAMPLERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "pndm": ("PLMS", "PNDMScheduler", {"skip_prk_steps": True}),
 }
 FALLBACK = "dpm++2m"
-FLOW = {"euler": "FlowMatchEulerDiscreteScheduler"}     # of bases that learn a flow
+# Of bases that learn a flow; all but the first only where it is the base's own.
+FLOW = {"euler": "FlowMatchEulerDiscreteScheduler", "dpm++2m": "DPMSolverMultistepScheduler"}
 
 
 def create(name: str, parts: Parts) -> Any:
@@ -53,19 +55,23 @@ def create(name: str, parts: Parts) -> Any:
 
 
 def _flow(name: str, parts: Parts) -> Any:
-    name = "euler" if name == "auto" else name
-    if name not in FLOW:
+    own = parts.scheduler.get("_class_name", "")
+    known = {n: cls for n, cls in FLOW.items() if n == "euler" or cls == own}
+    name = [*known][-1] if name == "auto" else name
+    if name not in known:
         code = "generate.not_for_flow" if name in SAMPLERS else "generate.unknown_sampler"
-        raise Fault(code, name=name, known=", ".join(FLOW), nearest="euler")
+        raise Fault(code, name=name, known=", ".join(known), nearest="euler")
     import diffusers
     config = {k: v for k, v in parts.scheduler.items() if not k.startswith("_")}
+    if config.get("use_beta_sigmas") and not find_spec("scipy"):
+        config["use_beta_sigmas"] = False   # evenly spaced steps then
     return getattr(diffusers, FLOW[name]).from_config(config)
 
 
 def label(scheduler: Any) -> str:
     """The A1111 name of a scheduler, for the parameters inside a PNG."""
     cls: str = type(scheduler).__name__
-    if cls in FLOW.values():
+    if cls == FLOW["euler"]:
         return "Euler"
     matches = [(text, options) for text, name, options in SAMPLERS.values() if name == cls]
     for text, options in reversed(matches):     # the most particular options stand last

@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from core import families, weigh
 from core.families.base import Precision
 from core.families.sd15 import CONFIGS
-from core.naming import NAMINGS, Part, to_native
+from core.naming import KREA2, NAMINGS, Part, to_native
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
           "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
@@ -35,9 +35,9 @@ OPEN_CLIP = {"encoder.layers": "transformer.resblocks", "self_attn.out_proj": "a
              "mlp.fc2": "mlp.c_proj", "embeddings.token_embedding": "token_embedding",
              "embeddings.position_embedding.weight": "positional_embedding",
              "final_layer_norm": "ln_final"}
-# What Flux and Krea 2 call `scale`.
+# What Flux, Chroma and Krea 2 call `scale`.
 SCALES = ("query_norm", "key_norm", "qnorm", "knorm", "prenorm", "postnorm", "txtmlp.0",
-          "last.norm")
+          "last.norm", *(f"distilled_guidance_layer.norms.{i}" for i in range(5)))
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
                  "to_out.0": "proj_out"}
 
@@ -107,7 +107,7 @@ def original(part: Part, state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         path, _, leaf = name.rpartition(".")
         place = to_native(part, path)
-        if leaf == "scale_shift_table":     # Krea 2's
+        if leaf == "scale_shift_table" and part is KREA2[0]:
             blocks = path.startswith("transformer_blocks.")
             found[f"{path.removeprefix('transformer_')}.mod.lin" if blocks else
                   "last.modulation.lin"] = value.flatten() if blocks else value
@@ -117,8 +117,8 @@ def original(part: Part, state: dict[str, Tensor]) -> dict[str, Tensor]:
             found[f"{place.name}.{leaf}"] = value.roll(value.shape[0] // 2, 0)
         elif place.fused:
             rows[f"{place.name}.{leaf}"][place.number] = value
-        else:
-            found[f"{place.name}.{leaf}"] = value
+        else:                               # Sana's last layer has a weight of the whole model's
+            found[f"{place.name or 'final_layer'}.{leaf}"] = value
     return found | {name: torch.cat([own[i] for i in sorted(own)]) for name, own in rows.items()}
 
 

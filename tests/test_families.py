@@ -29,7 +29,8 @@ from core.config import GenerateConfig, TrainConfig
 from core.control import Control
 from core.engine import train
 from core.families.base import Family, Frame, Parts
-from core.precision import choose
+from core.naming import NAMINGS
+from core.precision import choose, keep_
 from tests import tiny, tiny_families
 
 FP32 = choose("fp32", "cpu")
@@ -160,6 +161,27 @@ def test_embeddings_given_equal_a_prompt(loaded: tuple[Family, Parts]) -> None:
     assert np.abs(drawn[0].astype(float) - drawn[1]).mean() < 0.05
 
 
+def test_activation_checkpointing_changes_nothing(loaded: tuple[Family, Parts]) -> None:
+    """Texts of different lengths in one batch; what is beyond their ends is hidden both times."""
+    family, parts = loaded
+    cond = family.encode_text(parts, ["red disc, flat", "red"])
+    cond |= {k: v.repeat(2, 1) for k, v in family.framing(Frame(SIZE, (0, 0), SIZE)).items()}
+    size = family.encode_image(parts, torch.zeros(1, 3, 32, 32)).shape[1:]
+    found = []
+    try:
+        for checkpointing in (False, True):
+            if checkpointing:
+                parts.denoiser.enable_gradient_checkpointing()
+            noisy = torch.linspace(-1, 1, 2 * size.numel()).view(2, *size).requires_grad_()
+            predicted = family.predict(parts.denoiser, noisy, torch.tensor([100.0, 700.0]), cond)
+            predicted.square().sum().backward()
+            found.append((predicted, noisy.grad))
+    finally:
+        parts.denoiser.disable_gradient_checkpointing()
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
 class Toy(torch.nn.Module):
     """A denoiser of latents (B, 1, 4, 4) that knows the time."""
 
@@ -234,13 +256,31 @@ def test_plans_count_every_phase(name: str, base: Path, tmp_path: Path,
     """The traces run on the family's own code without weights."""
     monkeypatch.setenv("DARKROOM_HOME", str(tmp_path))
     card = plan.Machine("cuda", "a card", 8192, 8000, (8, 6), ram_mb=16000, disk_mb=1e5)
-    made = plan.plan_run(TrainConfig(gradient_checkpointing=True, max_resolution="32,32"),
+    made = plan.plan_run(TrainConfig(gradient_checkpointing=True, max_resolution="64,64"),
                          plan.Base.of(base), card)
     assert {phase.name for phase in made.phases} >= {"texts", "cache", "train", "verify"}
     assert all(phase.mb > 0 for phase in made.phases)
     assert made.phase("train").parts["activations"] > 0
     parts = families.get(name).load(base, FP32, frozenset({"denoiser"}))
     assert made.base_parameters == sum(p.numel() for p in parts.denoiser.parameters())
+
+
+def test_a_lora_loads_into_a_base_that_is_kept_in_int8(name: str, base: Path, tmp_path: Path
+                                                       ) -> None:
+    family = families.get(name)
+    parts = family.load(base, FP32)
+    keep_(parts.denoiser, FP32.device, "int8")
+    targets = lora.resolve_targets("all-linear", family.spec, parts.denoiser)
+    weights = {}
+    for path, layer in parts.denoiser.named_modules():
+        if path.endswith(tuple(targets)) and hasattr(layer, "in_features"):
+            weights |= {f"transformer.{path}.lora_A.weight": torch.ones(1, layer.in_features),
+                        f"transformer.{path}.lora_B.weight": torch.ones(layer.out_features, 1)}
+    part = NAMINGS[name][0].name
+    save_file({key.replace("transformer.", f"{part}.", 1): value
+               for key, value in weights.items()}, tmp_path / "a.safetensors")
+    generate.load_adapter(family.pipeline(parts), tmp_path / "a.safetensors", "a", name)
+    assert 2 * lora.count([parts.denoiser], "a") == len(weights) > 0
 
 
 def test_presets_of_targets_exist(loaded: tuple[Family, Parts]) -> None:

@@ -15,11 +15,13 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders import lora_conversion_utils
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Qwen2Tokenizer, T5Tokenizer
+from transformers import GemmaTokenizer, Qwen2Tokenizer, T5Tokenizer
 
 from core import families, generate, lora, lora_formats, paths
 from core.config import TrainConfig
 from core.families import loading
+from core.families.base import Precision
+from core.families.lumina2 import GEMMA
 from core.faults import Fault
 from core.naming import NAMINGS
 from core.precision import choose
@@ -235,7 +237,8 @@ def _products(state: dict[str, Tensor]) -> dict[str, Tensor]:
                         if name.endswith(".lora_A.weight"))}
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd2", "flux", "sd3", "flux2", "qwen", "krea2"])
+@pytest.mark.parametrize("name", ["sdxl", "sd2", "flux", "sd3", "flux2", "qwen", "krea2", "chroma",
+                                  "lumina2", "sana"])
 def test_full_size_names_and_shapes(name: str) -> None:
     """Of the shipped configs: the published shapes' names go there and back, without weights."""
     family: Any = families.get(name)
@@ -255,4 +258,67 @@ def test_full_size_names_and_shapes(name: str) -> None:
     count = sum(p.numel() for p in model.parameters())
     assert count == {"sdxl": 2_567_463_684, "sd2": 865_910_724, "flux": 11_901_408_320,
                      "sd3": 2_028_328_000, "flux2": 3_875_544_576,
-                     "qwen": 20_430_401_088, "krea2": 12_820_073_036}[name]
+                     "qwen": 20_430_401_088, "krea2": 12_820_073_036,
+                     "chroma": 8_899_983_424, "lumina2": 2_609_769_152,
+                     "sana": 1_604_462_752}[name]
+
+
+@pytest.mark.parametrize("name", ["lumina2", "sana"])
+def test_our_tables_of_single_files_are_those_of_diffusers(name: str) -> None:
+    """Theirs know one size only, and no prefix."""
+    family: Any = families.get(name)
+    piece = family.pieces[0]
+    config = loading.configs_in(paths.FAMILY_CONFIGS / name, family.pieces)[piece.name]
+    with torch.device("meta"):
+        state = loading.create(piece, config).state_dict()
+    rows = {key: torch.arange(value.shape[0]) + 10_000 * number
+            for number, (key, value) in enumerate(state.items())}
+    native = original(NAMINGS[name][0], rows)
+    table = loading.SINGLE_FILE_LOADABLE_CLASSES[piece.cls.__name__]["checkpoint_mapping_fn"]
+    unused = {"pos_embed": torch.zeros(1), "y_embedder.y_embedding": torch.zeros(1)}
+    theirs = table(checkpoint=dict(native) | (unused if name == "sana" else {}), config=config)
+    for tensors in (native, behind("model.diffusion_model.", native)):
+        ours = loading.converted(piece, config, tensors)
+        assert ours.keys() == theirs.keys() == rows.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in rows)
+
+
+def gemma_folder(folder: Path) -> None:
+    """A tokenizer of Gemma's own class."""
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", "r", "e", "d"]
+    GemmaTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("made", ["lumina2", "sana"], indirect=True)
+def test_gemma_reads_for_a_single_file(made: tuple[str, Path, Any], tmp_path: Path) -> None:
+    """Lumina 2 as ComfyUI publishes it, all in one file; Sana's transformer with Gemma beside it.
+    Another model's language model is no Gemma."""
+    name, _, parts = made
+    (tmp_path / "models" / "text_encoders").mkdir(parents=True)
+    path = tmp_path / "models" / f"{name}.safetensors"
+    own = original(NAMINGS[name][0], parts.denoiser.state_dict())
+    gemma = parts.text["text_encoder"].state_dict()
+    beside = tmp_path / "models" / "text_encoders"
+    save_file({"model.layers.0.self_attn.q_proj.weight": torch.ones(2, 2)},
+              beside / "another.safetensors")
+    if name == "sana":
+        save_file(behind("model.", gemma), beside / "gemma.safetensors")
+        save_file(behind("", own), path)
+    else:
+        save_file(behind("model.diffusion_model.", own) | behind("vae.", vae(
+            parts.vae.state_dict(), 4)) | behind(f"{GEMMA}model.", gemma), path)
+    family = families.get(families.detect(path))
+    with pytest.raises(Fault, match="Gemma") as caught:
+        family.load(path, FP32, frozenset({"text"}))
+    assert caught.value.code == "families.tokenizer_missing"
+    gemma_folder(tmp_path / "models" / "tokenizers" / "gemma")
+    only = {"denoiser", "text"} | ({"vae"} if name == "lumina2" else set())
+    found = family.load(path, FP32, frozenset(only))
+    found.vae = found.vae or parts.vae
+    compare(name, parts, found)
+    half = Precision(torch.device("cpu"), torch.float16, torch.float16, torch.float32)
+    encoder = family.load(path, half, frozenset({"text"}))
+    with torch.autocast("cpu", torch.bfloat16):
+        cond = family.encode_text(encoder, ["red", ""])
+    assert cond["text"].dtype == encoder.text["text_encoder"].dtype == torch.bfloat16
+    assert cond["mask"].sum(1)[0] > cond["mask"].sum(1)[1]

@@ -667,11 +667,32 @@ def test_describe_mixed_ranks_and_no_alpha(tmp_path):
     ("krea2", "diffusion_model.blocks.0.attn.wq.lora_A.weight", 6144),
     ("krea2", "lora_unet_blocks_0_attn_wq.lora_down.weight", 6144),
     ("sd3", "transformer.transformer_blocks.5.attn.to_q.lora_A.weight", 1536),
+    ("chroma", "lora_unet_distilled_guidance_layer_layers_0_in_layer.lora_down.weight", 64),
+    ("zimage", "transformer.layers.3.attention.to_q.lora_A.weight", 3840),
+    ("zimage", "lora_unet_layers_3_attention_qkv.lora_down.weight", 3840),
+    ("zimage", "diffusion_model.noise_refiner.0.adaLN_modulation.0.lora_A.weight", 256),
+    ("lumina2", "transformer.layers.3.attn.to_q.lora_A.weight", 2304),
+    ("lumina2", "lora_unet_layers_3_feed_forward_w1.lora_down.weight", 2304),
+    ("lumina2", "lora_unet_layers_3_adaLN_modulation_1.lora_down.weight", 1024),
+    ("sana", "transformer.transformer_blocks.5.attn1.to_q.lora_A.weight", 2240),
+    ("sana", "transformer.transformer_blocks.5.ff.conv_inverted.lora_A.weight", 1),
+    ("unknown", "base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight", 2304),
     ("unknown", "transformer.transformer_blocks.5.attn.to_q.lora_A.weight", 1920),
     ("unknown", f"unet.{UNET_Q}.lora_A.weight", 320)])
 def test_family_by_names_and_shapes(tmp_path, family, key, side):
     save_file({key: torch.ones(2, side)}, tmp_path / "a.safetensors")
     assert describe(tmp_path / "a.safetensors").family == family
+
+
+def test_chroma_is_told_from_flux_by_its_metadata(tmp_path):
+    """Their layers are called the same."""
+    key = "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"
+    for number, (metadata, family) in enumerate((
+            ({"ss_base_model_version": "chroma"}, "chroma"), ({}, "flux"),
+            ({"modelspec.architecture": "chroma/lora"}, "chroma"),
+            ({"ss_base_model_version": "sdxl_base_v1-0"}, "flux"))):
+        save_file({key: torch.ones(2, 3072)}, tmp_path / f"{number}.safetensors", metadata)
+        assert describe(tmp_path / f"{number}.safetensors").family == family
 
 
 def test_describe_other_files(tmp_path):

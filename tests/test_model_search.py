@@ -89,10 +89,10 @@ def test_model_folders_are_one_base(base: Path, tmp_path: Path) -> None:
     index.parent.mkdir()
     index.write_text('{"_class_name": "FluxPipeline"}')
     assert look(index.parent) == Found(index.parent, "flux", 0, "no_weights", "flux_schnell")
-    index.write_text('{"_class_name": "ChromaPipeline"}')
+    index.write_text('{"_class_name": "FluxFillPipeline"}')
     found = look(index.parent)
     assert found is not None
-    assert (found.reason, "Chroma" in found.why("en")) == ("other", True)
+    assert (found.reason, "Flux.1 Fill" in found.why("en")) == ("other", True)
     index.write_text("[1]")
     assert look(index.parent) is None
 

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import cache
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    ChromaTransformer2DModel,
+    FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
+    SanaTransformer2DModel,
+    UNet2DConditionModel,
+)
 from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from core import paths
 from core.naming import (
+    CHROMA,
     FLUX,
+    LUMINA2,
     NAMINGS,
+    SANA,
     SD1,
     SDXL,
     Naming,
     dotted,
     from_native,
     to_native,
-    unet_renames,
 )
+from core.renames import unet_renames
 
 XL = {"sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
       "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -44,6 +55,11 @@ def network(name: str) -> torch.nn.Module:
                 return UNet2DConditionModel(**XL)
             case "flux":
                 return FluxTransformer2DModel(guidance_embeds=True)
+            case "chroma" | "lumina2" | "sana":
+                config = paths.FAMILY_CONFIGS / name / "transformer" / "config.json"
+                cls = {"chroma": ChromaTransformer2DModel, "lumina2": Lumina2Transformer2DModel,
+                       "sana": SanaTransformer2DModel}[name]
+                return cls.from_config(json.loads(config.read_text()))
             case "clip_g":
                 return CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=32))
             case _:
@@ -56,7 +72,8 @@ def layers(name: str) -> list[str]:
             if getattr(module, "weight", None) is not None]
 
 
-REAL = [("sd15", SD1, 0), ("sdxl", SDXL, 0), ("flux", FLUX, 0), ("clip_l", SD1, 1),
+REAL = [("sd15", SD1, 0), ("sdxl", SDXL, 0), ("flux", FLUX, 0), ("chroma", CHROMA, 0),
+        ("lumina2", LUMINA2, 0), ("sana", SANA, 0), ("clip_l", SD1, 1),
         ("clip_g", SDXL, 2)]
 
 

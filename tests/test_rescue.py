@@ -4,7 +4,6 @@ the gentler setting from the start."""
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
@@ -41,15 +40,6 @@ def make(base: Path, tmp_path: Path) -> Make:
             "output_dir": str(tmp_path / name), "output_name": "ink", "batch_size": 4,
             "max_train_steps": 3, "save_precision": "fp32", "learning_rate": 1e-3} | changes)
     return config
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections() -> Iterator[None]:
-    """What is there already needn't be looked through each time that memory is freed."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Drive:

@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -21,8 +25,12 @@ from diffusers import (
     FluxTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -37,6 +45,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -58,12 +68,13 @@ WORDS = ["<pad>", "</s>", "<unk>", "red", "green", "blue", "orange", "purple", "
 QWEN_WORDS = ["system", "user", "assistant", "Describe", "the", "image", "by", ":"]
 
 
-def vae(channels: int = 4, **more: Any) -> AutoencoderKL:
+def vae(channels: int = 4, levels: int = 3, **more: Any) -> AutoencoderKL:
     """f4: 32 px are 8 latent pixels."""
     return AutoencoderKL(
-        block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=channels, norm_num_groups=4,
-        sample_size=32, **more)
+        block_out_channels=(*(8,) * (levels - 1), 16),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels, latent_channels=channels,
+        norm_num_groups=4, sample_size=8 * 2 ** (levels - 1), **more)
 
 
 def clip(cls: Any = CLIPTextModel, width: int = 32) -> Any:
@@ -165,6 +176,18 @@ def flux(guided: bool = True) -> Any:
         scheduler=FlowMatchEulerDiscreteScheduler(**(dynamic if guided else {})))
 
 
+def chroma() -> Any:
+    return ChromaPipeline(
+        vae=vae(4, shift_factor=0.1, scaling_factor=0.36),
+        transformer=ChromaTransformer2DModel(
+            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1,
+            attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+            axes_dims_rope=(4, 4, 8), approximator_num_channels=16, approximator_hidden_dim=16,
+            approximator_layers=1),
+        text_encoder=t5(), tokenizer=word_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+
+
 def chat_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = word_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -245,9 +268,47 @@ def krea2() -> Any:
             max_image_seq_len=6400))
 
 
+def gemma() -> Gemma2Model:
+    return Gemma2Model(Gemma2Config(
+        vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16))
+
+
+def lumina2() -> Any:
+    """f8: its pipeline knows no other VAE."""
+    return Lumina2Pipeline(
+        vae=vae(16, 4, shift_factor=0.1, scaling_factor=0.36), tokenizer=word_tokenizer(),
+        transformer=Lumina2Transformer2DModel(
+            sample_size=8, hidden_size=48, num_layers=1, num_refiner_layers=1,
+            num_attention_heads=3, num_kv_heads=1, multiple_of=16, axes_dim_rope=(8, 4, 4),
+            axes_lens=(300, 64, 64), cap_feat_dim=32),
+        text_encoder=gemma(), scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0))
+
+
+def sana() -> Any:
+    """f4. Its pipeline's list of sizes knows no smaller ones than those of 16 latent pixels."""
+    blocks = ("ResBlock", "ResBlock", "EfficientViTBlock")
+    return SanaPipeline(
+        vae=AutoencoderDC(
+            latent_channels=8, attention_head_dim=4, encoder_block_types=blocks,
+            decoder_block_types=blocks, encoder_block_out_channels=(8, 8, 16),
+            decoder_block_out_channels=(8, 8, 16), encoder_layers_per_block=(1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1), encoder_qkv_multiscales=((), (), (5,)),
+            decoder_qkv_multiscales=((), (), (5,)), downsample_block_type="conv",
+            upsample_block_type="interpolate", scaling_factor=0.41),
+        transformer=SanaTransformer2DModel(
+            sample_size=8, in_channels=8, out_channels=8, num_layers=2, num_attention_heads=2,
+            attention_head_dim=16, num_cross_attention_heads=2, cross_attention_head_dim=16,
+            cross_attention_dim=32, caption_channels=32, qk_norm="rms_norm_across_heads"),
+        text_encoder=gemma(), tokenizer=word_tokenizer(),
+        scheduler=DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0))
+
+
 MADE: dict[str, Callable[[], Any]] = {"sd2": sd2, "sdxl": sdxl, "sd3": sd3, "flux": flux,
-                                    "zimage": zimage, "qwen": qwen, "flux2": flux2,
-                                    "krea2": krea2}
+                                    "chroma": chroma, "zimage": zimage, "qwen": qwen,
+                                    "flux2": flux2, "krea2": krea2, "lumina2": lumina2,
+                                    "sana": sana}
 
 
 def base(family: str, folder: Path) -> Path:

@@ -34,10 +34,13 @@ MODULES = {
     "sd3": Listed("core.families.sd3:StableDiffusion3", "Stable Diffusion 3 / 3.5", 1024,
                   "denoiser", 255),
     "flux": Listed("core.families.flux:Flux1", "Flux.1", 1024, "denoiser", 511),
+    "chroma": Listed("core.families.chroma:Chroma", "Chroma", 1024, "denoiser", 511),
     "zimage": Listed("core.families.zimage:ZImage", "Z-Image", 1024, "denoiser", 500),
     "qwen": Listed("core.families.qwen:QwenImage", "Qwen-Image", 1024, "denoiser", 507),
     "flux2": Listed("core.families.flux2:Flux2", "Flux.2 klein", 1024, "denoiser", 500),
     "krea2": Listed("core.families.krea2:Krea2", "Krea 2", 1024, "denoiser", 507),
+    "lumina2": Listed("core.families.lumina2:Lumina2", "Lumina 2", 1024, "denoiser", 220),
+    "sana": Listed("core.families.sana:Sana", "Sana", 1024, "denoiser", 299, 32),
 }
 
 

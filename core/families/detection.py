@@ -212,7 +212,8 @@ def _sd3(shapes: Shapes) -> Found | None:
 
 def _flux(shapes: Shapes) -> Found | None:
     if any(name.startswith("distilled_guidance_layer.") for name in shapes):
-        return Found("chroma", "chroma")
+        pixels = any(name.startswith("nerf_") for name in shapes)      # no VAE, another model
+        return Found("chroma_radiance") if pixels else Found("chroma", "chroma")
     if any(name.startswith("single_stream_modulation.") for name in shapes):
         dev = "guidance_in.in_layer.weight" in shapes
         return Found("flux2_dev") if dev else Found("flux2_klein", "flux2")
@@ -286,16 +287,19 @@ PARTS: tuple[tuple[str, Callable[[Shapes], bool]], ...] = (
     ("clip_g", lambda s: _width(s) == 1280), ("clip_l", lambda s: _width(s) == 768),
     ("clip", _starts("text_model.", "cond_stage_model.", "conditioner.", "transformer.resblocks.",
                      "transformer.text_model.")),
+    ("vae_dc", _starts("encoder.stages.", "decoder.stages.")),
     ("vae_film", lambda s: any(len(s.get(f"{x}.weight", ())) == 5 for x in FILM)),
     ("vae_32", lambda s: _latents(s) == 32 or "bn.running_mean" in s),
     ("vae_16", lambda s: _latents(s) == 16),
     ("vae", _starts("first_stage_model.", "encoder.conv_in", "decoder.conv_in", "encoder.down",
-                    "decoder.conv1", "decoder.stages.", "taesd_")),
+                    "decoder.conv1", "taesd_")),
     ("qwen3_vl", lambda s: _layer(s, "self_attn.q_norm.weight")
      and _starts("visual.", "model.visual.")(s)),
     ("qwen3", lambda s: _layer(s, "self_attn.q_norm.weight")
      and not _layer(s, "pre_feedforward_layernorm.weight")),    # which Gemma 3 has
     ("qwen25_vl", lambda s: _layer(s, "self_attn.q_proj.bias")),
+    ("gemma_2", lambda s: _layer(s, "pre_feedforward_layernorm.weight")
+     and not _layer(s, "self_attn.q_norm.weight")),
     ("language_model", _starts("model.layers.", "model.embed_tokens", "language_model.",
                                "model.language_model.")),
     ("embedding", lambda s: len(s) <= 3 and bool({"emb_params", "clip_l", "clip_g"} & s.keys())),

@@ -18,7 +18,7 @@ from diffusers import ModelMixin
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torch import nn
 
-from core import paths
+from core import naming, paths
 from core.families import companions
 from core.families.base import Part, Precision
 from core.families.detection import Found, denoiser_prefix
@@ -48,6 +48,7 @@ class Piece:
     optional: bool = False
     # A text encoder that is a part of what its folder holds: config.json -> the part's own.
     config: Callable[[dict[str, Any]], Any] | None = None
+    wide: bool = False                      # its numbers outgrow fp16: bf16 then
 
     @property
     def transformers(self) -> bool:
@@ -227,7 +228,10 @@ def quantised(model: Any, piece: Piece, precision: Precision) -> float:
 
 
 def dtype_of(piece: Piece, precision: Precision) -> torch.dtype:
-    return precision.vae if piece.part == "vae" else precision.weights
+    if piece.part == "vae":
+        return precision.vae
+    wide = piece.wide and precision.weights == torch.float16
+    return torch.bfloat16 if wide else precision.weights
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -258,6 +262,22 @@ def _table(cls: Any) -> Convert:
     """diffusers' own."""
     table = SINGLE_FILE_LOADABLE_CLASSES[cls.__name__]["checkpoint_mapping_fn"]
     return lambda tensors, config: table(checkpoint=tensors, config=config)
+
+
+def by_table(part: naming.Part) -> Convert:
+    """Of sizes that diffusers' table doesn't know: the names of LoRA files are the layers', too."""
+    def convert(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+        found: Tensors = {}
+        prefix = denoiser_prefix(tensors)
+        for name, value in tensors.items():
+            path, _, leaf = name.removeprefix(prefix).rpartition(".")
+            ours, rename = naming.from_native(part, path)
+            rows = rename.rows if rename else (1,)
+            pieces = [value] if len(ours) == 1 else torch.split(
+                value, [len(value) // sum(rows) * share for share in rows])
+            found |= {f"{one}.{leaf}": piece for one, piece in zip(ours, pieces, strict=True)}
+        return found
+    return convert
 
 
 def bare(cls: Any) -> Convert:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from core.faults import Fault
@@ -53,6 +54,21 @@ def decoder_names(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[st
     that no text is read with: a vision tower, the head."""
     return {match[1]: value for name, value in tensors.items()
             if (match := _DECODER.fullmatch(name))}
+
+
+def alike(*rows: Tensor) -> list[Tensor]:
+    """(B, L, ...) each, with zeros at the end of the shorter ones."""
+    longest = max((row.shape[1] for row in rows if row.ndim > 1), default=0)
+    return [row if row.ndim < 2 or row.shape[1] == longest else
+            F.pad(row, (*[0, 0] * (row.ndim - 2), 0, longest - row.shape[1])) for row in rows]
+
+
+def masked_arguments(cond: Mapping[str, Tensor], negative: Mapping[str, Tensor]
+                     ) -> dict[str, Tensor]:
+    """A pipeline's arguments for embeddings with masks, both texts of one length."""
+    texts, masks = (alike(cond[name], negative[name]) for name in ("text", "mask"))
+    return {"prompt_embeds": texts[0], "prompt_attention_mask": masks[0],
+            "negative_prompt_embeds": texts[1], "negative_prompt_attention_mask": masks[1]}
 
 
 class Blank:

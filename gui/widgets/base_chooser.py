@@ -13,7 +13,7 @@ from gui.context import Context, Snapshot
 from gui.html import bar, button, card, esc
 
 TITLES = {"sd15": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "sd3": "SD 3", "flux": "Flux",
-          "zimage": "Z-Image"}
+          "chroma": "Chroma", "zimage": "Z-Image", "lumina2": "Lumina 2", "sana": "Sana"}
 
 
 def base_chooser(ctx: Context, snap: Snapshot) -> str:
