@@ -276,7 +276,7 @@ FAMILY_SIGNS = tuple((family, re.compile(pattern), side) for family, pattern, si
     ("sd15", r"attn2[._]to_[kv]\b.*(down|lora_A|weight$)", 768),
     ("sd15", r"lora_te_.*[qkv]_proj.*down", 768),
 ))
-TWINS = {"chroma": "flux"}                 # the first has the names of the second
+TWINS = {"chroma": "flux", "flux2": "flux"}    # the first has the names of the second
 PARTS = (
     ("text encoder", re.compile(r"lora_te\d?[_.]|text_encoder|clip_[lg]\.|t5\.")),
     ("unet", re.compile(r"lora_(unet|transformer)[_.]|lycoris_|(base_model\.model\.|model\.)?"

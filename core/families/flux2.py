@@ -87,7 +87,7 @@ class Flux2(Loaded):
               bare(Flux2Transformer2DModel)),
         Piece("vae", AutoencoderKLFlux2, "vae", ("vae.",), vae_names, alone="vae_32"),
         Piece("text_encoder", Qwen3Model, "text", (), text.decoder_names, alone="qwen3",
-              config=read_layers))
+              wide=True, config=read_layers))
     vocabularies: ClassVar = {      # eleven of its tokens are the template's
         "text_encoder": Vocabulary("Qwen3", ("Qwen2Tokenizer",), LENGTH - 11)}
     pipe = Klein

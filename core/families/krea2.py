@@ -61,7 +61,7 @@ class Krea2(Filmed):
               bare(Krea2Transformer2DModel)),
         Piece("vae", AutoencoderKLQwenImage, "vae", ("vae.",), vae_names, alone="vae_film"),
         Piece("text_encoder", Qwen3VLTextModel, "text", (), text.decoder_names, alone="qwen3_vl",
-              config=lambda read: Qwen3VLConfig.from_dict(read).text_config))
+              wide=True, config=lambda read: Qwen3VLConfig.from_dict(read).text_config))
     vocabularies: ClassVar = {
         "text_encoder": Vocabulary("Qwen3-VL", ("Qwen2Tokenizer",), LENGTH - 4)}
     pipe = Krea2Pipeline

@@ -72,7 +72,8 @@ class QwenImage(Filmed):
               bare(QwenImageTransformer2DModel)),
         Piece("vae", AutoencoderKLQwenImage, "vae", ("vae.",), vae_names, alone="vae_film"),
         Piece("text_encoder", Qwen2_5_VLTextModel, "text", (), text.decoder_names,
-              alone="qwen25_vl", config=lambda read: Qwen2_5_VLConfig.from_dict(read).text_config))
+              alone="qwen25_vl", wide=True,
+              config=lambda read: Qwen2_5_VLConfig.from_dict(read).text_config))
     vocabularies: ClassVar = {      # four of its tokens are the end of the request
         "text_encoder": Vocabulary("Qwen2.5-VL", ("Qwen2Tokenizer",), LENGTH - 4)}
     pipe = QwenImagePipeline

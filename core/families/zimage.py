@@ -37,7 +37,8 @@ class ZImage(Loaded):
     pieces = (
         Piece("transformer", ZImageTransformer2DModel, "denoiser", ("model.diffusion_model.",)),
         Piece("vae", AutoencoderKL, "vae", ("vae.",), alone="vae_16"),
-        Piece("text_encoder", Qwen3Model, "text", (), text.decoder_names, alone="qwen3"))
+        Piece("text_encoder", Qwen3Model, "text", (), text.decoder_names, alone="qwen3",
+              wide=True))
     vocabularies: ClassVar = {
         "text_encoder": Vocabulary("Qwen3", ("Qwen2Tokenizer",), LENGTH)}
     pipe = ZImagePipeline
