@@ -316,5 +316,5 @@ def base(family: str, folder: Path) -> Path:
     MADE[family]().save_pretrained(folder, safe_serialization=True)
     told = folder / "vae" / "config.json"
     config = json.loads(told.read_text("utf-8"))
-    told.write_text(json.dumps(config | {"sample_size": 32}), "utf-8")     # which some leave out
+    told.write_text(json.dumps({"sample_size": 32} | config), "utf-8")     # which some leave out
     return folder
