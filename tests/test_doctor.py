@@ -315,6 +315,8 @@ def test_every_finding_has_its_words() -> None:
     assert set(re.findall(r'Finding\("(\w+)"', source)) <= {
         key.removeprefix("doctor.") for key in known}
     for key in (key.removeprefix("doctor.") for key in known if key.startswith("doctor.")):
+        if f'"doctor.{key}"' in source:             # said in another's place
+            continue
         name = key.removesuffix("_mend")
         assert f'"{name}"' in source, name
         assert f"doctor.{name}" in known
