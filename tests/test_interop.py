@@ -292,14 +292,9 @@ def drawn_there(running: Running) -> Drawn:
                      lines)
 
 
-READ_THERE = ("lora-kohya", "lora-diffusers", "locon-kohya", "loha-kohya", "lokr-kohya")
-# It has no code for `dora_scale` and `oft_blocks`, nor for ComfyUI's names of text encoders.
-LEFT_OUT_THERE = ("dora-kohya", "oft-kohya", "lora-comfyui")
-
-
-def _known(name: str) -> str:
-    """The reference's name of a file that holds the same layers."""
-    return name if name == "lora-diffusers" else f"{name.partition('-')[0]}-kohya"
+READ_THERE = ("lora-kohya", "locon-kohya", "loha-kohya", "lokr-kohya")
+# It has no code for `dora_scale` and `oft_blocks`, nor for others' names of text encoders.
+LEFT_OUT_THERE = ("dora-kohya", "oft-kohya", "lora-comfyui", "lora-diffusers")
 
 
 def test_stable_diffusion_cpp_draws_the_same(drawn_there: Drawn,
@@ -314,7 +309,8 @@ def test_stable_diffusion_cpp_draws_the_same(drawn_there: Drawn,
     shots = [("lora-kohya", weight) for weight in WEIGHTS] + [
         (name, 0.8) for name in (*READ_THERE[1:], "lora-kohya-at-runtime")]
     for name, weight in shots:
-        ours, theirs = effect(reference, _known(name), weight), effect(there, name, weight)
+        ours, theirs = (effect(pictures, one, weight) for pictures, one in (
+            (reference, f"{name.partition('-')[0]}-kohya"), (there, name)))
         print(f"sd.cpp: {name} at {weight}: change {size(theirs):.2f}, by diffusers "
               f"{size(ours):.2f}, correlation {alike(ours, theirs):.5f}")
         assert alike(ours, theirs) > 0.98, name
