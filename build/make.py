@@ -1,7 +1,7 @@
 """Makes what is given to users: `python build/make.py app`, the standalone app in dist/darkroom.
 
 What build/darkroom.spec needs to know of the environment is found out here. Nothing is written
-outside dist/, which git ignores.
+outside dist/, which git ignores, but the files of `helpers`.
 """
 
 from __future__ import annotations
@@ -228,6 +228,12 @@ def files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
+def make_helpers(_: argparse.Namespace) -> None:
+    import desktop_files
+    for system in desktop_files.SUFFIXES:
+        print(*desktop_files.write(system=system), sep="\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -235,6 +241,8 @@ def main() -> None:
     sizes = commands.add_parser("sizes", help="its parts by size")
     sizes.add_argument("app", type=Path, nargs="?", default=APP)
     sizes.set_defaults(run=show_sizes)
+    commands.add_parser("helpers", help="what starts this checkout by a double click"
+                        ).set_defaults(run=make_helpers)
     options = parser.parse_args()
     options.run(options)
 
