@@ -40,7 +40,7 @@ def begin(page: Any, served: Any, steps: int = STEPS) -> None:
     served.house.projects.edit(max_train_steps=steps, sample_every=0, batch_size=1,
                                sample_inference_steps=4, lr_warmup_steps=2)
     page.wait_for_function("!document.querySelector('#start').disabled")
-    page.locator("#start").click()
+    page.locator("#start").click(timeout=120_000)           # planned first: long on a busy machine
     page.wait_for_selector("#run-head .title")
 
 

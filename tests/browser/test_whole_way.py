@@ -74,7 +74,7 @@ def test_from_pictures_to_an_exported_lora(page: Any, served: Any, language: str
                         sample_prompts=["a cat, duskprint style"], sample_inference_steps=4)
     page.wait_for_function("!document.querySelector('#start').disabled")
     keep("parameters")
-    page.locator("#start").click()
+    page.locator("#start").click(timeout=120_000)
     page.wait_for_selector("#run-head .title")
     until(lambda: step_of(page) > 0, 150)
 
@@ -172,7 +172,7 @@ def started(page: Any, served: Any, **edits: Any) -> Any:
     until(lambda: served.house.settings.now.welcomed)
     served.house.projects.edit(sample_every=0, batch_size=1, lr_warmup_steps=2, **edits)
     page.wait_for_function("!document.querySelector('#start').disabled")
-    page.locator("#start").click()
+    page.locator("#start").click(timeout=120_000)
     page.wait_for_selector("#run-head .title")
     return until(lambda: served.house.snapshot().shown)
 
