@@ -19,8 +19,8 @@ ROOMS = ("core.commands", "core.config_commands", "core.plan_commands",
          "core.dataset_commands", "core.hub_commands", "core.family_commands",
          "captioner.commands", "gui.commands")              # each has add_commands(subparsers)
 
-# OpenMP threads that spin while they wait make a run several times slower beside another program.
 RESTARTED = "DARKROOM_RESTARTED"        # as build/bootstrap.py has it
+# OpenMP threads that spin while they wait make a run several times slower beside another program.
 QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 

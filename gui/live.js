@@ -66,6 +66,7 @@ window.darkroom = (() => {
   }
 
   function settle() {                           // Gradio's part; its buttons may come late
+    if (!typed?.box.isConnected) typed = null;
     for (const id in wanted) {
       const button = document.getElementById(id);
       if (!button || done[id] === wanted[id] || (typed && id === 'refill')) continue;
