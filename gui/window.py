@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 import psutil
 from filelock import FileLock, Timeout
 
-from core import alert, logs, paths, settings, words
+from core import alert, children, logs, paths, settings, words
 from core.faults import Fault
 from gui.desktop import WebviewWindow
 from gui.server import Served, listen
@@ -222,8 +222,8 @@ def _why_not(error: BaseException) -> str:
         fault = _fault(error, paths.data_dir())
         return words.say(fault.code, fault.params, _language())
     reason = f"{type(error).__name__}: {error}"
-    frozen = getattr(sys, "frozen", False)
-    return say("broken_app" if frozen else "broken_packages", reason=reason, log=logs.file())
+    return say("broken_app" if children.frozen() else "broken_packages", reason=reason,
+               log=logs.file())
 
 
 def _to_the_first(show: bool) -> None:

@@ -249,7 +249,8 @@ T5 = ("T5Tokenizer",)
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")   # of CLIP
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
-ALIASES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out.0",
-           "o_proj": "to_out.0", "to_out": "to_out.0", "fc1": "ff.net.0.proj", "fc2": "ff.net.2"}
+ATTENTION_ALIASES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out.0",
+                     "o_proj": "to_out.0", "to_out": "to_out.0"}
+ALIASES = ATTENTION_ALIASES | {"fc1": "ff.net.0.proj", "fc2": "ff.net.2"}
 UNET_PRESETS = {"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD,
                 "all-linear": (*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out")}

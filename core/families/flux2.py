@@ -22,6 +22,7 @@ from transformers import Qwen3Config, Qwen3Model
 from core.families import text
 from core.families.base import Cond, FamilySpec, Parts
 from core.families.common import (
+    ATTENTION_ALIASES,
     Loaded,
     Vocabulary,
     dit_sizes,
@@ -77,9 +78,7 @@ class Flux2(Loaded):
         id="flux2", title="Flux.2 klein", native_size=1024, bucket_step=64,
         lora_presets={"attention": JOINT + SINGLE, "attention+ff": JOINT + SINGLE + FF,
                       "all-linear": (*JOINT, *SINGLE, *FF, *ENDS)},
-        lora_aliases={"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v",
-                      "out_proj": "to_out.0", "o_proj": "to_out.0", "to_out": "to_out.0",
-                      "fc1": "ff.linear_in", "fc2": "ff.linear_out"},
+        lora_aliases=ATTENTION_ALIASES | {"fc1": "ff.linear_in", "fc2": "ff.linear_out"},
         kohya_prefix="lora_unet", base_version="flux2", architecture="flux-2-klein",
         implementation="https://github.com/black-forest-labs/flux2", cfg=4.0)
     pieces = (

@@ -24,6 +24,7 @@ from core.families import text
 from core.families.base import Cond, FamilySpec, Parts
 from core.families.common import (
     ATTENTION,
+    ATTENTION_ALIASES,
     Vocabulary,
     index_of,
     layer_count,
@@ -51,9 +52,8 @@ class Krea2(Filmed):
         id="krea2", title="Krea 2", native_size=SIDE, bucket_step=64,
         lora_presets={"attention": GATED, "attention+ff": GATED + FF,
                       "all-linear": (*GATED, *FF, *ENDS)},
-        lora_aliases={"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v",
-                      "out_proj": "to_out.0", "o_proj": "to_out.0", "to_out": "to_out.0",
-                      "wq": "to_q", "wk": "to_k", "wv": "to_v", "wo": "to_out.0"},
+        lora_aliases=ATTENTION_ALIASES | {
+            "wq": "to_q", "wk": "to_k", "wv": "to_v", "wo": "to_out.0"},
         kohya_prefix="lora_unet", base_version="krea2", architecture="krea-2",
         implementation="https://github.com/krea-ai/krea-2", cfg=5.5, lora_format="diffusers")
     pieces = (

@@ -21,6 +21,7 @@ from core.families import text
 from core.families.base import Cond, FamilySpec, Parts
 from core.families.common import (
     ATTENTION,
+    ATTENTION_ALIASES,
     Loaded,
     Vocabulary,
     dit_sizes,
@@ -66,8 +67,7 @@ class Lumina2(Loaded):
         id="lumina2", title="Lumina 2", native_size=1024, bucket_step=64,
         lora_presets={"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD,
                       "all-linear": (*ATTENTION, *FEED_FORWARD, "norm1.linear")},
-        lora_aliases={"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v",
-                      "out_proj": "to_out.0", "o_proj": "to_out.0", "to_out": "to_out.0"},
+        lora_aliases=ATTENTION_ALIASES,
         kohya_prefix="lora_unet", base_version="lumina2", architecture="lumina-2",
         implementation="https://github.com/Alpha-VLLM/Lumina-Image-2.0", cfg=4.0)
     pieces = (

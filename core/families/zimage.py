@@ -16,7 +16,14 @@ from transformers import Qwen3Model
 
 from core.families import text
 from core.families.base import Cond, FamilySpec, Parts
-from core.families.common import ATTENTION, Loaded, Vocabulary, dit_sizes, shift_line
+from core.families.common import (
+    ATTENTION,
+    ATTENTION_ALIASES,
+    Loaded,
+    Vocabulary,
+    dit_sizes,
+    shift_line,
+)
 from core.families.loading import Layout, Piece
 from core.flow import STEPS, Sampling
 
@@ -30,8 +37,7 @@ class ZImage(Loaded):
         id="zimage", title="Z-Image", native_size=1024, bucket_step=64,
         lora_presets={"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD,
                       "all-linear": (*ATTENTION, *FEED_FORWARD, "adaLN_modulation.0")},
-        lora_aliases={"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v",
-                      "out_proj": "to_out.0", "o_proj": "to_out.0", "to_out": "to_out.0"},
+        lora_aliases=ATTENTION_ALIASES,
         kohya_prefix="lora_unet", base_version="zimage", architecture="z-image",
         implementation="https://github.com/Tongyi-MAI/Z-Image", cfg=5.0, lora_format="diffusers")
     pieces = (
