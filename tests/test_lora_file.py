@@ -17,7 +17,7 @@ from diffusers.utils import convert_state_dict_to_kohya
 from diffusers.utils import logging as diffusers_logging
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import load_file, save, save_file
@@ -91,15 +91,13 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def unet() -> UNet2DConditionModel:
     model = make_unet()
-    model.add_adapter(lora_config(CONV_TARGETS))
-    return randomised(model)
+    return randomised(inject_adapter_in_model(lora_config(CONV_TARGETS), model))
 
 
 @pytest.fixture(scope="module")
 def text_encoder() -> CLIPTextModel:
     model = make_text_encoder()
-    model.add_adapter(lora_config(TEXT_TARGETS))
-    return randomised(model)
+    return randomised(inject_adapter_in_model(lora_config(TEXT_TARGETS), model))
 
 
 @pytest.fixture(scope="module")
