@@ -225,7 +225,9 @@ def test_srgb_changes_no_value(tmp_path: Path) -> None:
     looks_like(pixels(tmp_path / "a.png"), noise(), 0)
 
 
-@pytest.mark.parametrize("profile", [b"nonsense", b"\0" * 400, swapped_profile()[:200]])
+# A profile holds the second in which it was made: as a name it would differ between test processes.
+@pytest.mark.parametrize("profile", [b"nonsense", b"\0" * 400, swapped_profile()[:200]],
+                         ids=["nonsense", "zeros", "cut"])
 def test_a_broken_profile_is_ignored(tmp_path: Path, profile: bytes) -> None:
     noise().save(tmp_path / "a.png", icc_profile=profile)
     looks_like(pixels(tmp_path / "a.png"), noise(), 0)
