@@ -45,14 +45,18 @@ def _prepared(argv: list[str]) -> int | None:
     if getattr(sys, "frozen", False) or not (ROOT / "build" / "bootstrap.py").exists():
         return None                     # a built app and a wheel bring their packages
     bootstrap = _bootstrap()
+    setup = _command(argv) == "setup"
     extra = "test" if _command(argv) == "test" or "--test" in argv else ""
+    if setup and "--app" in argv:
+        extra = "app"
+    versions = ("newest" if "--newest" in argv else "locked") if setup else ""
     try:
         if _wants_help(argv) and not (ROOT / ".venv").exists() and bootstrap.missing(ROOT):
             print(f"LoRA Darkroom {_version()}\n\n{bootstrap.say('help')}")
             return 0
         if _command(argv) == "repair" and not _wants_help(argv):
             return int(bootstrap.repair(ROOT))
-        python = bootstrap.prepare(ROOT, extra)
+        python = bootstrap.prepare(ROOT, extra, versions)
         return None if python is None else bootstrap.restart(python, Path(__file__).resolve(), argv)
     except bootstrap.Stop as stop:
         print(stop, file=sys.stderr)
@@ -100,7 +104,10 @@ def _parser() -> Any:
                 usage=_say("commands.usage_test"))
     add_command(commands, "repair", line="repair")
     setup = add_command(commands, "setup", line="setup --test")
-    setup.add_argument("--test", action="store_true", help=_say("commands.arg_setup_test"))
+    extras = setup.add_mutually_exclusive_group()
+    extras.add_argument("--test", action="store_true", help=_say("commands.arg_setup_test"))
+    extras.add_argument("--app", action="store_true", help=_say("commands.arg_setup_app"))
+    setup.add_argument("--newest", action="store_true", help=_say("commands.arg_setup_newest"))
     return parser
 
 

@@ -1,6 +1,7 @@
 """Makes `.venv` beside the launcher and fills it, so that a bare Python is all that is needed.
 
-Standard library only, and readable by Python 3.8: too old a Python must get a sentence, not a
+What goes in stands in build/lock/*.txt, version by version with hashes (build/lock.py makes them);
+`setup --newest` takes the newest that pyproject.toml allows instead. Standard library only, and readable by Python 3.8: too old a Python must get a sentence, not a
 traceback. Texts: core/strings/<language>/bootstrap.yaml, one `key: "JSON string"` a line.
 """
 
@@ -14,6 +15,7 @@ import importlib.util
 import json
 import locale
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,14 +24,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import repair as packages
 from environment import (
     OLDEST,
     dotted,
     drop_half_installed,
+    fingerprint,
+    installed_versions,
     is_current,
+    locked,
     missing,
     numbers,
     nvidia_cards,
@@ -39,12 +44,14 @@ from environment import (
     site_packages,
     torch_index,
     torch_lines,
+    torch_locked,
     version_of,
     write_stamp,
 )
 
 RESTARTED = "DARKROOM_RESTARTED"        # tells the second start that the first prepared it
-RESUMING_PIP = (25, 2)
+LOCK = "build/lock/{}.txt"
+HASHED = ["--require-hashes", "--no-deps"]      # a lock names everything: nothing is resolved
 
 
 class Stop(Exception):
@@ -52,31 +59,36 @@ class Stop(Exception):
 
     def __init__(self, key: str, exit_code: int = 1, **params: object) -> None:
         super().__init__(say(key, **params))
-        self.exit_code = exit_code
+        self.key, self.exit_code, self.params = key, exit_code, params
 
 
 # What the launcher calls
 
 
-def prepare(root: Path, extra: str = "") -> Path | None:
-    """The Python to start again with, its packages installed; None: this one will do."""
+def prepare(root: Path, extra: str = "", versions: str = "") -> Path | None:
+    """The Python to start again with, its packages installed; None: this one will do.
+
+    `versions`: "locked" or "newest" of all packages; "": those that it was last made with.
+    """
     venv = root / ".venv"
     if os.environ.pop(RESTARTED, "") == str(venv):
         return None
     if same(sys.prefix, venv):
-        if is_current(root, extra) or not (read_stamp(root) or missing(root, extra)):
+        if versions != "newest" and (is_current(root, extra, versions)
+                                     or not (read_stamp(root) or missing(root, extra))):
             return None
     elif not missing(root):
         lacking = missing(root, extra) if extra else []
-        if not lacking:
+        if not lacking and versions != "newest":
             return None
         if not venv.exists():           # an environment of the user's own: not ours to fill
-            raise Stop("no_test_extra", 2, missing=", ".join(lacking), python=sys.executable)
+            raise (Stop("no_extra", 2, missing=", ".join(lacking), python=sys.executable,
+                        extra=extra) if lacking else Stop("newest_own", 2, python=sys.executable))
     with _alone(root):
-        return make(root, extra)
+        return make(root, extra, versions)
 
 
-def make(root: Path, extra: str = "") -> Path:
+def make(root: Path, extra: str = "", versions: str = "") -> Path:
     """Creates, repairs or completes .venv; does nothing where it is current."""
     venv = root / ".venv"
     if (venv.exists() or venv.is_symlink()) and not venv.is_dir():
@@ -87,8 +99,9 @@ def make(root: Path, extra: str = "") -> Path:
         _remove(venv)
     if not venv.exists():
         _create(root)
-    if not is_current(root, extra) and not _complete_without_us(root, extra):
-        _install(root, extra)
+    if versions == "newest" or not (is_current(root, extra, versions)
+                                    or _complete_without_us(root, extra)):
+        _install(root, extra, versions)
     return python_of(venv)
 
 
@@ -180,24 +193,29 @@ def _check_own(prefix: Path) -> int:
 def _mend(root: Path, found: list[packages.Broken], unfit: bool) -> None:
     """The same versions again, a torch for the card, then whatever lacks."""
     stamp, python = read_stamp(root), version_of(python_of(root / ".venv"))
-    write_stamp(root, "installing", python, stamp.get("extras") or [])
+    extras, versions = stamp.get("extras") or [], str(stamp.get("versions", ""))
+    write_stamp(root, "installing", python, extras, versions)
     packages.clear_away(root / ".venv", found)
-    wanted: dict[str, list[str]] = {}               # index -> requirements
+    wanted: dict[str, list[str]] = {}               # where from -> requirements
     for one in found:
         if one.why in ("file", "record") and not (unfit and one.name in ("torch", "torchvision")):
             index = packages.torch_source(one.version)
-            wanted.setdefault(index, []).append(f"{one.name}=={one.version}")
+            line = "" if index else locked(root, one.name, one.version)
+            wanted.setdefault("locked" if line else index, []).append(
+                line or f"{one.name}=={one.version}")
     if unfit:
-        wanted.setdefault(torch_index(nvidia_cards()), []).extend(torch_lines(root))
+        wanted.setdefault(torch_index(nvidia_cards()), []).extend(torch_locked(root))
     for index, lines in wanted.items():
-        source = ["--index-url", index] if index else []
-        again = [*source, "--force-reinstall", "--no-deps", *lines]
-        try:
-            _with_one_of(root, functools.partial(_installer, root, again))
-        except Stop:                    # installers take nothing away before they have the new
-            if all(one.why == "file" for one in found):
-                write_stamp(root, str(stamp.get("state")), python, stamp.get("extras") or [])
-            raise
+        with _requirements(lines) as file:
+            again = ["--force-reinstall", "--no-deps", "--requirement", file]
+            if index:
+                again += ["--require-hashes"] if index == "locked" else ["--index-url", index]
+            try:
+                _with_one_of(root, functools.partial(_installer, root, again))
+            except Stop:                # installers take nothing away before they have the new
+                if all(one.why == "file" for one in found):
+                    write_stamp(root, str(stamp.get("state")), python, extras, versions)
+                raise
     _install(root, "")
 
 
@@ -236,26 +254,32 @@ def _remove(venv: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _install(root: Path, extra: str) -> None:
+def _install(root: Path, extra: str, versions: str = "") -> None:
     stamp, started = read_stamp(root), time.monotonic()
     python = python_of(root / ".venv")
     extras = sorted({*filter(None, [extra]), *(stamp.get("extras") or [])})
+    versions = versions or ("newest" if stamp.get("versions") == "newest" else "locked")
     if stamp.get("state") == "installing":
         tell("continuing")
         drop_half_installed(root / ".venv")
-    write_stamp(root, "installing", version_of(python), extras)
+    if versions == "newest":
+        why = "installing_newest"
+    else:
+        old = stamp.get("state") == "ready" and stamp.get("wanted") != fingerprint(root)
+        why = "updating" if old else "installing"
+    write_stamp(root, "installing", version_of(python), extras, versions)
     try:
-        _with_one_of(root, functools.partial(_install_with, root, extras))
+        got = _with_one_of(root, functools.partial(_install_with, root, extras, versions), why)
     except KeyboardInterrupt:
         raise Stop("interrupted", 130) from None
-    write_stamp(root, "ready", version_of(python), extras)
+    write_stamp(root, "ready", version_of(python), extras, got)
     tell("ready", minutes=f"{(time.monotonic() - started) / 60:.1f}")
 
 
-def _with_one_of(root: Path, install: Callable[[str], None]) -> None:
+def _with_one_of(root: Path, install: Callable[[str], Any], why: str = "installing") -> Any:
     """uv is quick, but pip may know a mirror or proxy that uv wasn't told of."""
     for tool in ["uv", "pip"] if shutil.which("uv") else ["pip"]:
-        tell("installing", tool=tool)
+        tell(why, tool=tool)
         try:
             if tool == "pip":
                 _have_pip(root)
@@ -266,26 +290,92 @@ def _with_one_of(root: Path, install: Callable[[str], None]) -> None:
             tell("uv_failed")
 
 
-def _install_with(root: Path, extras: list[str], tool: str) -> None:
-    torch_first = torch_lines(root)
-    index = torch_index(nvidia_cards()) if torch_first else ""
+def _install_with(root: Path, extras: list[str], versions: str, tool: str) -> str:
+    """-> the versions that came: "locked", "newest", or "ranges" where a source lacks the locked."""
+    index = torch_index(nvidia_cards()) if torch_lines(root) else ""
     if index:
         tell("torch_for_card", index=index)
-        _installer(root, ["--index-url", index, *torch_first], tool)
-    _installer(root, ["-e", f".[{','.join(extras)}]" if extras else "."], tool)
+    if versions == "locked":
+        try:
+            _install_locked(root, extras, index, tool)
+            return versions
+        except Stop as stop:            # an offline folder of another day, a mirror that lags
+            if stop.key != "failed_lacking" or (
+                    tool == "uv" and importlib.util.find_spec("ensurepip")):    # pip may have it
+                raise
+            tell("lock_lacking", package=stop.params["package"])
+            versions = "ranges"
+    newer = [] if versions == "ranges" else ["--upgrade"]
+    if index:
+        _installer(root, [*newer, "--index-url", index, *torch_lines(root)], tool)
+    # the card's torch is not to be exchanged for a newer one of another index
+    with _requirements(installed_versions(root / ".venv", "torch", "torchvision") if index
+                       else []) as held:
+        eager = [*newer, "--upgrade-strategy", "eager"] if newer and tool == "pip" else newer
+        _installer(root, [*eager, *(["--constraint", held] if index else []),
+                          "-e", f".[{','.join(extras)}]" if extras else "."], tool)
+    return versions
+
+
+def _install_locked(root: Path, extras: list[str], index: str, tool: str) -> None:
+    """pip and setuptools, then all but torch, then torch, then the project itself.
+
+    pip goes first since from 25.2 on it goes on with a download that broke off, and torch's has
+    gigabytes. torch has builds of other hashes at other indexes: there the version alone is held,
+    and pip compares with the hash that the index tells.
+    """
+    _installer(root, [*HASHED, "--requirement", LOCK.format("build")], tool)
+    for extra in extras or ["base"]:
+        _installer(root, [*HASHED, "--requirement", LOCK.format(extra)], tool)
+    pinned = torch_locked(root)
+    if index:
+        try:
+            _installer(root, ["--index-url", index, *pinned], tool)
+        except Stop as stop:
+            if stop.key != "failed_lacking":
+                raise
+            tell("torch_lacking", index=index, versions=" ".join(pinned))
+            _installer(root, ["--index-url", index, *torch_lines(root)], tool)
+    elif pinned and (own := _own_torch(root)):
+        tell("torch_build", file=own)
+        _installer(root, pinned, tool)
+    elif pinned:
+        try:
+            _installer(root, [*HASHED, "--requirement", LOCK.format("torch")], tool)
+        except Stop as stop:
+            if stop.key != "failed_hash" or "+" not in str(stop.params["file"]):
+                raise
+            tell("torch_build", file=stop.params["file"])       # a folder of the user's own
+            _installer(root, pinned, tool)
+    _installer(root, ["--no-deps", "--no-build-isolation", "-e", "."], tool)
+
+
+def _own_torch(root: Path) -> str:
+    """The place for builds of torch that the user's own settings of pip or uv name; "": none."""
+    command = [str(python_of(root / ".venv")), "-m", "pip", "config", "list"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                          stdin=subprocess.DEVNULL)
+    told = [done.stdout.decode("utf-8", "replace"),
+            *(value for name, value in os.environ.items() if name.startswith("UV_"))]
+    found = re.search(r"\w+://[^\s'\"]+/(?:cpu|cu\d{2,3}|rocm[\d.]+|xpu)\b", "\n".join(told))
+    return found.group() if found else ""
 
 
 def _have_pip(root: Path) -> None:
-    """Since 25.2 pip goes on with a download that broke off; torch's has gigabytes."""
-    python = str(python_of(root / ".venv"))
-    found = [info.name for site in site_packages(root / ".venv")
-             for info in site.glob("pip-*.dist-info")]
-    if not found:
-        subprocess.run([python, "-m", "ensurepip"], stdout=_stderr())
-    if torch_lines(root) and not any(numbers(name[4:]) >= RESUMING_PIP for name in found):
-        newer = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet",
-                 "--upgrade", "pip"]
-        subprocess.run(newer, stdout=_stderr(), stderr=subprocess.DEVNULL)      # or else without
+    if not any(site.glob("pip-*.dist-info") for site in site_packages(root / ".venv")):
+        subprocess.run([str(python_of(root / ".venv")), "-m", "ensurepip"], stdout=_stderr())
+
+
+@contextlib.contextmanager
+def _requirements(lines: list[str]) -> Iterator[str]:
+    """A file of these requirements while an installer reads it: hashes only stand in files."""
+    handle, name = tempfile.mkstemp(prefix="darkroom-", suffix=".txt")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+        yield name
+    finally:
+        os.unlink(name)
 
 
 def _installer(root: Path, what: list[str], tool: str) -> None:
@@ -299,7 +389,7 @@ def _installer(root: Path, what: list[str], tool: str) -> None:
     catch = tool == "pip" or not _is_terminal(sys.stderr)
     process = subprocess.Popen(command, cwd=str(root), env=environment, stdout=_stderr(),
                                stderr=subprocess.PIPE if catch else None)
-    last: collections.deque[str] = collections.deque(maxlen=12)
+    last: collections.deque[str] = collections.deque(maxlen=400)    # as many hashes may be told
     try:
         for raw in process.stderr or ():
             line = raw.decode("utf-8", "replace").rstrip()
@@ -320,11 +410,11 @@ def _installer(root: Path, what: list[str], tool: str) -> None:
 
 
 def _why_failed(root: Path, tool: str, code: int, last: list[str]) -> Stop:
-    key = packages.why_failed("\n".join(last))
+    key, params = packages.why_failed("\n".join(last))
     if last:
-        print("\n".join([say("said_last", tool=tool), *("  " + line for line in last)]),
+        print("\n".join([say("said_last", tool=tool), *("  " + line for line in last[-12:])]),
               file=sys.stderr)
-    return Stop(key, tool=tool, code=code, path=root)
+    return Stop(key, tool=tool, code=code, path=root, **params)
 
 
 # Words and small things

@@ -30,11 +30,12 @@ def python_of(venv: Path) -> Path:
     return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-def is_current(root: Path, extra: str = "") -> bool:
-    """The stamp says: finished, from this pyproject.toml, with this extra."""
+def is_current(root: Path, extra: str = "", versions: str = "") -> bool:
+    """The stamp says: finished, from this pyproject.toml and lock, with this extra and versions."""
     stamp = read_stamp(root)
-    return (stamp.get("state") == "ready" and stamp.get("pyproject") == fingerprint(root)
-            and (not extra or extra in stamp.get("extras", [])))
+    return (stamp.get("state") == "ready" and stamp.get("wanted") == fingerprint(root)
+            and (not extra or extra in stamp.get("extras", []))
+            and versions in ("", stamp.get("versions")))
 
 
 def read_stamp(root: Path) -> dict[str, Any]:
@@ -45,12 +46,13 @@ def read_stamp(root: Path) -> dict[str, Any]:
     return stamp if isinstance(stamp, dict) else {}
 
 
-def write_stamp(root: Path, state: str, python: str, extras: list[str]) -> None:
+def write_stamp(root: Path, state: str, python: str, extras: list[str], versions: str = ""
+                ) -> None:
     path = root / ".venv" / STAMP
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({
-        "state": state, "pyproject": fingerprint(root), "python": python, "extras": extras,
-        "root": os.path.realpath(root)}, indent=1), "utf-8")
+        "state": state, "wanted": fingerprint(root), "python": python, "extras": extras,
+        "versions": versions, "root": os.path.realpath(root)}, indent=1), "utf-8")
     os.replace(temporary, path)
 
 
@@ -117,8 +119,31 @@ def site_packages(venv: Path) -> list[Path]:
 
 
 def fingerprint(root: Path) -> str:
-    content = (root / "pyproject.toml").read_bytes().replace(b"\r\n", b"\n")
+    """Of what an environment is made from: pyproject.toml and the lock, whatever the line ends."""
+    files = [root / "pyproject.toml", *sorted((root / "build" / "lock").glob("*.txt"))]
+    content = b"".join(file.read_bytes().replace(b"\r\n", b"\n") for file in files)
     return hashlib.sha256(content).hexdigest()
+
+
+def plain(name: str) -> str:
+    """One spelling of a package's name (PyPA, "Names and normalization")."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def locked(root: Path, name: str, version: str) -> str:
+    """The lock's requirement of this version, its hashes with it; "": the lock has another."""
+    for file in sorted((root / "build" / "lock").glob("*.txt")):
+        for one in re.split(r"\n(?=\S)", file.read_text("utf-8").strip()):
+            if re.match(rf"{re.escape(plain(name))}=={re.escape(version)}[\s;]", one):
+                return one
+    return ""
+
+
+def installed_versions(venv: Path, *names: str) -> list[str]:
+    """'torch==2.14.1+cu126' of those packages that are there."""
+    return [f"{name}=={info.name[len(name) + 1:-len('.dist-info')]}"
+            for name in names for site in site_packages(venv)
+            for info in site.glob(f"{name}-[0-9]*.dist-info")]
 
 
 def dotted(version: tuple[int, ...]) -> str:
@@ -168,6 +193,12 @@ def _asked(nvidia_smi: str) -> list[tuple[float, float]]:
     found = re.findall(r"^\s*(\d+\.\d+)\s*,\s*(\d+\.\d+)",
                        done.stdout.decode("utf-8", "replace"), re.MULTILINE)
     return [(float(capability), float(driver)) for capability, driver in found]
+
+
+def torch_locked(root: Path) -> list[str]:
+    """'torch==2.14.1', 'torchvision==0.29.1': without hashes, which are those of PyPI's builds."""
+    return re.findall(r"^((?:torch|torchvision)==[^\s;]+)",
+                      (root / "build" / "lock" / "torch.txt").read_text("utf-8"), re.MULTILINE)
 
 
 def torch_lines(root: Path) -> list[str]:

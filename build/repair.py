@@ -15,18 +15,24 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
-from environment import TORCH_CUDA_OLD, numbers, site_packages, torch_index
+from environment import TORCH_CUDA_OLD, numbers, plain, site_packages, torch_index
 
 TORCH_WHEELS = "https://download.pytorch.org/whl/"      # + cpu, cu126, ...: a version's local part
-# What installers say last, and the sentence it stands for.
+# What installers say last, and the sentence it stands for; groups are the sentence's words.
 FAILURES = {
     "failed_disk": r"no space left|disk full|not enough space|Errno 28\b",
     "failed_rights": r"permission denied|access is denied|Errno 13\b|WinError 5\b",
     "failed_network": r"connection (broken|refused|reset|error)|failed to establish|getaddrinfo|"
                       r"name resolution|name or service|timed? ?out|proxyerror|SSLError|"
-                      r"network is unreachable|dns error|error sending request|from versions: none|"
+                      r"network is unreachable|dns error|error sending request|"
                       r"IncompleteRead|Wheel '.*' .* is invalid",
+    "failed_hash": r"DO NOT MATCH THE HASHES.*?\n\s+(?P<package>\S+)(?: from (?P<file>\S+))?|"
+                   r"hash mismatch for `(?P<named>[^`]+)`",
+    "failed_lacking": r"no matching distribution found for (?P<package>\S+)|"
+                      r"user requested \(constraint\) (?P<named>\S+)|"
+                      r"there is no version of (?P<other>\S+)",
 }
 
 
@@ -45,10 +51,10 @@ def broken(venv: Path) -> list[Broken]:
     found = []
     for site in site_packages(venv):
         infos = sorted(site.glob("*.dist-info"))
-        names = [_plain(_named(info)[0]) for info in infos]
+        names = [plain(_named(info)[0]) for info in infos]
         for info in infos:
             name, version = _named(info)
-            twice = names.count(_plain(name)) > 1
+            twice = names.count(plain(name)) > 1
             why, file = ("double", "") if twice else _state(site, info)
             if why:
                 found.append(Broken(name, version, info, why, file))
@@ -62,10 +68,6 @@ def count(venv: Path) -> int:
 def _named(info: Path) -> tuple[str, str]:
     name, _, version = info.name[:-len(".dist-info")].partition("-")
     return name, version
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _state(site: Path, info: Path) -> tuple[str, str]:
@@ -137,7 +139,13 @@ def clear_away(venv: Path, found: list[Broken]) -> None:
             shutil.rmtree(str(one.info), ignore_errors=True)
 
 
-def why_failed(said: str) -> str:
-    """The key of the sentence for an installer's last words."""
-    return next((key for key, signs in FAILURES.items()
-                 if re.search(signs, said, re.IGNORECASE)), "failed")
+def why_failed(said: str) -> tuple[str, dict[str, str]]:
+    """The sentence for an installer's last words: its key, and `package` and `file` if it told."""
+    for key, signs in FAILURES.items():
+        found = re.search(signs, said, re.IGNORECASE | re.DOTALL)
+        if found:
+            told = {name: value for name, value in found.groupdict().items() if value}
+            package = next((told[name] for name in ("package", "named", "other") if name in told),
+                           "?")
+            return key, {"package": package, "file": unquote(told.get("file", package))}
+    return "failed", {}
