@@ -6,11 +6,15 @@ commands themselves belong to the rooms (core, later captioner and gui); this fi
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +36,31 @@ def main(argv: list[str] | None = None) -> int:
     for name, value in QUIET_THREADS.items():
         os.environ.setdefault(name, value)
     _forgiving_streams()
-    code = _prepared(arguments)
-    if code is None:
-        code = run(arguments)
+    with _sigterm_interrupts():
+        code = _prepared(arguments)
+        if code is None:
+            code = run(arguments)
     if not nested:
         _hold_window(code, arguments)
     return code
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """A SIGTERM ends a command as Ctrl+C does, also where Ctrl+C is ignored: under nohup, behind a
+    shell's `&`. Our children don't get it with us, so the interrupt carries its number."""
+    def interrupt(number: int, _: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    if (threading.current_thread() is not threading.main_thread()
+            or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL):
+        yield
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _prepared(argv: list[str]) -> int | None:
@@ -121,8 +144,9 @@ def _test(arguments: list[str]) -> int:
         try:
             code = child.wait()
             return 128 - code if code < 0 else code     # as a shell tells a signal
-        except KeyboardInterrupt:       # pytest gets Ctrl+C too, and ends in its own way
-            continue
+        except KeyboardInterrupt as interrupt:
+            if interrupt.args:          # a SIGTERM; Ctrl+C pytest gets too, and ends in its own way
+                child.terminate()
 
 
 def _window() -> int:
@@ -184,7 +208,6 @@ def _forgiving_streams() -> None:
 def _hold_window(code: int, argv: list[str]) -> None:
     """On Windows a double-clicked program's window closes before its words are read."""
     if os.name == "nt" and code and not argv and sys.stdin is not None and sys.stdin.isatty():
-        import contextlib
         with contextlib.suppress(EOFError, KeyboardInterrupt):
             input("Enter ⏎ ")
 

@@ -298,22 +298,27 @@ def _install_with(root: Path, extras: list[str], versions: str, tool: str) -> st
     if versions == "locked":
         try:
             _install_locked(root, extras, index, tool)
-            return versions
+            if all(_complete(python_of(root / ".venv"), root, extra) for extra in extras or [""]):
+                return versions
+            tell("lock_behind")         # someone changed pyproject.toml
         except Stop as stop:            # an offline folder of another day, a mirror that lags
             if stop.key != "failed_lacking" or (
                     tool == "uv" and importlib.util.find_spec("ensurepip")):    # pip may have it
                 raise
             tell("lock_lacking", package=stop.params["package"])
-            versions = "ranges"
-    newer = [] if versions == "ranges" else ["--upgrade"]
+        versions = "ranges"
+    newer = ["--upgrade"] if versions == "newest" else []
     if index:
         _installer(root, [*newer, "--index-url", index, *torch_lines(root)], tool)
+    project = ["-e", f".[{','.join(extras)}]" if extras else "."]
+    if not newer:
+        _installer(root, project, tool)
+        return versions
     # the card's torch is not to be exchanged for a newer one of another index
-    with _requirements(installed_versions(root / ".venv", "torch", "torchvision") if index
-                       else []) as held:
-        eager = [*newer, "--upgrade-strategy", "eager"] if newer and tool == "pip" else newer
-        _installer(root, [*eager, *(["--constraint", held] if index else []),
-                          "-e", f".[{','.join(extras)}]" if extras else "."], tool)
+    held = installed_versions(root / ".venv", "torch", "torchvision") if index else []
+    eager = ["--upgrade-strategy", "eager"] if tool == "pip" else []
+    with _requirements(held) as file:
+        _installer(root, [*newer, *eager, "--constraint", file, *project], tool)
     return versions
 
 
@@ -396,9 +401,11 @@ def _installer(root: Path, what: list[str], tool: str) -> None:
             last.append(line)
             print(line, file=sys.stderr, flush=True)
         code = process.wait()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        if interrupt.args:              # a SIGTERM that reached us alone; Ctrl+C it got too
+            process.terminate()
         with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
-            process.wait(20)            # it got Ctrl+C too
+            process.wait(20)
         raise
     finally:
         if process.poll() is None:

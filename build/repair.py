@@ -31,7 +31,7 @@ FAILURES = {
     "failed_hash": r"DO NOT MATCH THE HASHES.*?\n\s+(?P<package>\S+)(?: from (?P<file>\S+))?|"
                    r"hash mismatch for `(?P<named>[^`]+)`",
     "failed_lacking": r"no matching distribution found for (?P<package>\S+)|"
-                      r"user requested \(constraint\) (?P<named>\S+)|"
+                      r"cannot install (?P<named>\S+)[^\n]* because these package versions|"
                       r"there is no version of (?P<other>\S+)",
 }
 

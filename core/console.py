@@ -105,7 +105,10 @@ def debugging(options: argparse.Namespace) -> bool:
 
 @contextlib.contextmanager
 def stop_on_ctrl_c(control: Control, tell: Callable[[str], None]) -> Iterator[None]:
-    """The first Ctrl+C, or a SIGTERM, asks for stop-and-save; the second aborts."""
+    """The first Ctrl+C, or a SIGTERM, asks for stop-and-save; the second aborts.
+
+    Where Ctrl+C is ignored (under nohup, behind a shell's `&`) it stays so, and SIGTERM stops.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -118,7 +121,8 @@ def stop_on_ctrl_c(control: Control, tell: Callable[[str], None]) -> Iterator[No
         tell(say("stopping"))
 
     before = {number: signal.signal(number, on_signal)
-              for number in (signal.SIGINT, signal.SIGTERM)}
+              for number in (signal.SIGINT, signal.SIGTERM)
+              if signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield
     finally:

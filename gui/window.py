@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -172,6 +173,8 @@ class _Stage:
         window.events.initialized += _can_show
         window.events.closing += self._may_close
         window.events.shown += lambda: self._take(WebviewWindow(window))
+        # the window's loop runs no Python in which a handler of ours would be called
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         webview.start(private_mode=False, storage_path=str(paths.data_dir() / "webview"))
         if window.events.shown.is_set():
             return True

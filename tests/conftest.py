@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,6 +35,30 @@ def own_home(tmp_path_factory: pytest.TempPathFactory,
         (home / "cache" / "plans").symlink_to(plans)
     monkeypatch.setenv("DARKROOM_HOME", str(home))
     return home
+
+
+@contextlib.contextmanager
+def handling(number: signal.Signals, handler: object) -> Iterator[None]:
+    before = signal.signal(number, handler)                 # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.fixture
+def default_sigint() -> Iterator[None]:
+    """Children that are started in a test heed Ctrl+C, also where the tests' own parent ignores it:
+    under nohup, behind a shell's `&`. Ignored is inherited."""
+    with handling(signal.SIGINT, signal.default_int_handler):
+        yield
+
+
+@pytest.fixture
+def ignored_sigint() -> Iterator[None]:
+    """Children are started as under nohup."""
+    with handling(signal.SIGINT, signal.SIG_IGN):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """build/bootstrap.py on fake checkouts: real interpreters, real venvs, real pip, no network.
 
 A fake checkout has the real launcher and bootstrap, a core/ that only tells how it was started,
-and requirements that a folder of two hand-made wheels fulfils.
+requirements that a folder of two hand-made wheels fulfils, and a lock with these wheels' hashes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from hypothesis import given
@@ -84,6 +86,23 @@ test = [
 """
 
 
+DEP, EXTRA, LATER = ("darkroom_dep", "1.5"), ("darkroom_extra", "2.0"), ("darkroom_later", "1.0")
+
+
+def lock(root: Path, **parts: list[tuple[Any, ...]]) -> None:
+    """build/lock/*.txt with these packages; their wheels' hashes are those of make_wheel."""
+    for part in ("base", "test", "build", "torch"):
+        lines = []
+        for name, version, *more in parts.get(part, []):
+            with tempfile.TemporaryDirectory() as folder:
+                wheel = make_wheel(Path(folder), name, version, *more).read_bytes()
+            lines.append(f"{name.replace('_', '-')}=={version} \\\n"
+                         f"    --hash=sha256:{hashlib.sha256(wheel).hexdigest()}\n")
+        path = root / "build" / "lock" / f"{part}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(lines), "utf-8")
+
+
 def make_checkout(root: Path) -> Path:
     files = {"pyproject.toml": PYPROJECT, "backend/backend.py": BACKEND,
              "core/__init__.py": '__version__ = "1.0"\n', "core/console.py": CONSOLE,
@@ -92,6 +111,7 @@ def make_checkout(root: Path) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text, "utf-8")
     (root / "build").mkdir()
+    lock(root, base=[DEP], test=[DEP, EXTRA])
     for name in ("launcher.py", "build/bootstrap.py", "build/environment.py",
                  "build/repair.py", "core/alert.py",
                  "core/strings/en/bootstrap.yaml", "core/strings/zh-CN/bootstrap.yaml"):
@@ -101,18 +121,20 @@ def make_checkout(root: Path) -> Path:
 
 
 def make_wheel(folder: Path, name: str, version: str, more: dict[str, str] | None = None
-               ) -> None:
+               ) -> Path:
+    """The same bytes each time, so that a lock can know their hash."""
     folder.mkdir(parents=True, exist_ok=True)
     info = f"{name}-{version}.dist-info"
     files = {f"{name}.py": f'VERSION = "{version}"\n', **(more or {}),
              f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
              f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: fake\nRoot-Is-Purelib: true\n"
                               "Tag: py3-none-any\n"}
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-        for path, text in files.items():
-            wheel.writestr(path, text)
-        wheel.writestr(f"{info}/RECORD", "".join(
-            f"{path},sha256={digest(text)},{len(text)}\n" for path, text in files.items()))
+    record = "".join(f"{path},sha256={digest(text)},{len(text)}\n" for path, text in files.items())
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for inner, text in {**files, f"{info}/RECORD": record}.items():
+            wheel.writestr(zipfile.ZipInfo(inner), text)
+    return path
 
 
 def digest(text: str) -> str:
@@ -122,8 +144,8 @@ def digest(text: str) -> str:
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheels")
-    make_wheel(folder, "darkroom_dep", "1.5")
-    make_wheel(folder, "darkroom_extra", "2.0")
+    make_wheel(folder, *DEP)
+    make_wheel(folder, *EXTRA)
     return folder
 
 
@@ -182,6 +204,7 @@ def checkout(installed: tuple[Path, Any], wheels: Path) -> Iterator[Path]:
     sound = (root / ".venv" / "darkroom.json").read_bytes()
     yield root
     (root / "pyproject.toml").write_text(PYPROJECT, "utf-8")
+    lock(root, base=[DEP], test=[DEP, EXTRA])
     if stamp(root)["state"] == "ready":             # nothing is half done: no need to install
         (root / ".venv" / "darkroom.json").write_bytes(sound)
     elif not environment.is_current(root):
@@ -200,9 +223,9 @@ def test_first_start_makes_the_environment_and_passes_all_on(installed: Any) -> 
     assert "Making the environment" in first.stderr
     assert "darkroom" in first.stderr.split("Installing what")[1]        # pip's own progress
     assert len(first.stdout.splitlines()) == 1                          # stdout is for answers
-    assert stamp(root) | {"pyproject": ""} == {
-        "state": "ready", "pyproject": "", "python": HERE_PYTHON,
-        "extras": [], "root": os.path.realpath(root)}
+    assert stamp(root) | {"wanted": ""} == {
+        "state": "ready", "wanted": "", "python": HERE_PYTHON,
+        "extras": [], "versions": "locked", "root": os.path.realpath(root)}
 
 
 def test_second_start_only_starts(checkout: Path, wheels: Path) -> None:
@@ -236,18 +259,227 @@ def test_changed_requirements_are_installed(checkout: Path, wheels: Path) -> Non
     assert start(checkout, surroundings(wheels), "0").stderr == ""
 
 
+# --- the lock, and ways around it ---
+
+def own_index(folder: Path, **versions: str) -> str:
+    """The address of a package index with these wheels, each of other bytes than make_wheel's."""
+    for name, version in versions.items():
+        page = folder / name / "index.html"
+        wheel = make_wheel(page.parent, name, version, {"built.txt": "by another"})
+        page.write_text(f"<!DOCTYPE html><a href='{wheel.name}'>{wheel.name}</a>", "utf-8")
+    return folder.as_uri()
+
+
+def version_of(root: Path, name: str) -> str:
+    return (site(root) / f"{name}.py").read_text().split('"')[1]
+
+
+def test_newest_is_taken_on_ones_word_and_left_again(tmp_path: Path, wheels: Path) -> None:
+    root = make_checkout(tmp_path / "c")
+    make_wheel(tmp_path / "more", "darkroom_dep", "1.9")
+    env = surroundings(wheels, PIP_FIND_LINKS=f"{wheels} {tmp_path / 'more'}")
+    away = surroundings(wheels, PIP_FIND_LINKS="/nowhere")
+    assert start(root, env, "0").returncode == 0
+    assert version_of(root, "darkroom_dep") == "1.5"            # though 1.9 is there
+    newest = start(root, env, "setup", "--newest", "--test")
+    assert newest.returncode == 0, newest.stderr
+    assert bootstrap.say("installing_newest", tool="pip") in newest.stderr
+    assert version_of(root, "darkroom_dep") == "1.9"
+    assert (stamp(root)["versions"], stamp(root)["extras"]) == ("newest", ["test"])
+    assert start(root, away, "0").stderr == ""                  # and stays, without asking again
+    (root / "pyproject.toml").write_text(PYPROJECT + "\n", "utf-8")
+    make_wheel(tmp_path / "more", "darkroom_dep", "1.10")
+    assert start(root, env, "0").returncode == 0
+    assert version_of(root, "darkroom_dep") == "1.10"           # newest also after an update
+    back = start(root, env, "setup")
+    assert back.returncode == 0, back.stderr
+    assert version_of(root, "darkroom_dep") == "1.5"
+    assert stamp(root)["versions"] == "locked"
+
+
+def test_an_environment_of_before_the_lock_moves_over_with_one_sentence(
+        checkout: Path, tmp_path: Path, wheels: Path) -> None:
+    make_wheel(tmp_path / "old", "darkroom_dep", "1.3")
+    python = environment.python_of(checkout / ".venv")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "darkroom-dep==1.3"], check=True,
+                   env=surroundings(wheels, PIP_FIND_LINKS=str(tmp_path / "old")))
+    path = checkout / ".venv" / "darkroom.json"
+    old = {key: value for key, value in stamp(checkout).items()
+           if key not in ("wanted", "versions")}
+    path.write_text(json.dumps(old | {"pyproject": "0" * 64}), "utf-8")
+    done = start(checkout, surroundings(wheels), "0")
+    assert done.returncode == 0, done.stderr
+    assert answer(done)["dep"] == "1.5"
+    assert done.stderr.startswith(bootstrap.say("updating", tool="pip"))
+    assert bootstrap.say("installing", tool="pip") not in done.stderr
+    assert start(checkout, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "0").stderr == ""
+
+
+def test_a_changed_package_is_refused(tmp_path: Path, wheels: Path) -> None:
+    root = make_checkout(tmp_path / "c")
+    wheel = make_wheel(tmp_path / "more", *DEP, {"more.py": "evil = True\n"})
+    done = start(root, surroundings(wheels, PIP_FIND_LINKS=str(wheel.parent)), "0")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == bootstrap.say(
+        "failed_hash", package="darkroom-dep==1.5", file=wheel.as_uri())
+    assert not (site(root) / "more.py").exists()
+    assert start(root, surroundings(wheels), "0").returncode == 0
+
+
+@pytest.mark.parametrize("reason", ["the folder is of another day", "a constraint of one's own"])
+def test_where_the_lock_cannot_be_had_the_ranges_are_taken(tmp_path: Path, wheels: Path,
+                                                           reason: str) -> None:
+    root = make_checkout(tmp_path / "c")
+    make_wheel(tmp_path / "offline", "darkroom_dep", "1.4")
+    env = surroundings(wheels, PIP_FIND_LINKS=str(tmp_path / "offline"))
+    if "constraint" in reason:
+        (tmp_path / "constraints.txt").write_text("darkroom-dep<1.5\n")
+        env = surroundings(wheels, PIP_FIND_LINKS=f"{wheels} {tmp_path / 'offline'}",
+                           PIP_CONSTRAINT=str(tmp_path / "constraints.txt"))
+    done = start(root, env, "0")
+    assert done.returncode == 0, done.stderr
+    assert bootstrap.say("lock_lacking", package="darkroom-dep==1.5") in done.stderr
+    assert version_of(root, "darkroom_dep") == "1.4"
+    assert stamp(root)["versions"] == "ranges"
+    assert start(root, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "0").stderr == ""
+    assert start(root, surroundings(wheels), "setup").returncode == 0
+    assert version_of(root, "darkroom_dep") == "1.5"
+
+
+def test_a_lock_that_lacks_what_pyproject_asks_for_is_told(tmp_path: Path, wheels: Path) -> None:
+    root = make_checkout(tmp_path / "c")
+    lock(root, base=[], test=[])
+    done = start(root, surroundings(wheels), "0")
+    assert done.returncode == 0, done.stderr
+    assert bootstrap.say("lock_behind") in done.stderr
+    assert (version_of(root, "darkroom_dep"), stamp(root)["versions"]) == ("1.5", "ranges")
+
+
+TORCH = ("torch", "2.14.1"), ("torchvision", "0.29.1")
+
+
+def checkout_with_torch(root: Path) -> Path:
+    make_checkout(root)
+    text = PYPROJECT.replace("darkroom-dep>=1.2", 'torch>=2.7,<3",\n    "darkroom-dep>=1.2')
+    (root / "pyproject.toml").write_text(text, "utf-8")
+    lock(root, base=[DEP], torch=[*TORCH])
+    return root
+
+
+def torch_of(root: Path) -> list[str]:
+    return sorted(environment.installed_versions(root / ".venv", "torch", "torchvision"))
+
+
+def test_torch_of_another_index_has_its_own_hashes(tmp_path: Path, wheels: Path) -> None:
+    root = checkout_with_torch(tmp_path / "c")
+    index = own_index(tmp_path / "cu126", torch="2.14.1+cu126", torchvision="0.29.1+cu126")
+    env = surroundings(wheels, DARKROOM_TORCH_INDEX=index)
+    del env["PIP_NO_INDEX"]
+    env["PIP_INDEX_URL"] = own_index(tmp_path / "empty")
+    done = start(root, env, "0")
+    assert done.returncode == 0, done.stderr
+    assert torch_of(root) == ["torch==2.14.1+cu126", "torchvision==0.29.1+cu126"]
+    assert (version_of(root, "darkroom_dep"), stamp(root)["versions"]) == ("1.5", "locked")
+
+
+def test_an_index_without_the_locked_torch_gives_its_newest(tmp_path: Path, wheels: Path) -> None:
+    root = checkout_with_torch(tmp_path / "c")
+    index = own_index(tmp_path / "cu126", torch="2.9.0+cu126")
+    env = surroundings(wheels, DARKROOM_TORCH_INDEX=index)
+    del env["PIP_NO_INDEX"]
+    env["PIP_INDEX_URL"] = own_index(tmp_path / "empty")
+    done = start(root, env, "0")
+    assert done.returncode == 0, done.stderr
+    assert bootstrap.say("torch_lacking", index=index,
+                         versions="torch==2.14.1 torchvision==0.29.1") in done.stderr
+    assert torch_of(root) == ["torch==2.9.0+cu126"]
+    assert stamp(root)["versions"] == "locked"                  # all else is
+
+
+@pytest.mark.parametrize("where", ["a folder", "an index"])
+def test_a_build_of_torch_of_ones_own_is_taken_and_told(tmp_path: Path, wheels: Path,
+                                                        where: str) -> None:
+    root = checkout_with_torch(tmp_path / "c")
+    for name, version in TORCH:
+        make_wheel(tmp_path / "own", name, version + "+cpu", {"built.txt": "here"})
+    env = surroundings(wheels, PIP_FIND_LINKS=f"{wheels} {tmp_path / 'own'}")
+    told = "torch-2.14.1+cpu-py3-none-any.whl"
+    if where == "an index":
+        told = own_index(tmp_path / "whl" / "cpu", torch="2.14.1+cpu", torchvision="0.29.1+cpu")
+        env = surroundings(wheels, PIP_INDEX_URL=own_index(tmp_path / "empty"),
+                           PIP_EXTRA_INDEX_URL=told)
+        del env["PIP_NO_INDEX"]
+    done = start(root, env, "0")
+    assert done.returncode == 0, done.stderr
+    assert f"{told}): its version is the tested one" in done.stderr
+    assert torch_of(root) == ["torch==2.14.1+cpu", "torchvision==0.29.1+cpu"]
+    assert stamp(root)["versions"] == "locked"
+
+
+def test_a_changed_torch_of_the_locked_name_is_refused(tmp_path: Path, wheels: Path) -> None:
+    root = checkout_with_torch(tmp_path / "c")
+    for name, version in TORCH:
+        make_wheel(tmp_path / "own", name, version, {"built.txt": "here"})
+    env = surroundings(wheels, PIP_FIND_LINKS=f"{wheels} {tmp_path / 'own'}")
+    done = start(root, env, "0")
+    assert done.returncode == 1
+    assert "torch==2.14.1 is not the file that LoRA Darkroom was tested with" in done.stderr
+    assert torch_of(root) == []
+
+
+def test_newest_keeps_the_cards_own_torch(tmp_path: Path, wheels: Path) -> None:
+    root = checkout_with_torch(tmp_path / "c")
+    index = own_index(tmp_path / "cu126", torch="2.9.0+cu126")
+    env = surroundings(wheels, DARKROOM_TORCH_INDEX=index,
+                       PIP_INDEX_URL=own_index(tmp_path / "other", torch="2.20.0"))
+    del env["PIP_NO_INDEX"]
+    assert start(root, env, "0").returncode == 0
+    backend = root / "backend/backend.py"
+    backend.write_text(BACKEND.replace("Requires-Dist: darkroom-dep>=1.2",
+                                       "Requires-Dist: torch>=2.7"), "utf-8")
+    done = start(root, env, "setup", "--newest")
+    assert done.returncode == 0, done.stderr
+    assert torch_of(root) == ["torch==2.9.0+cu126"]
+
+
+def test_repair_compares_with_the_lock(checkout: Path, tmp_path: Path, wheels: Path) -> None:
+    wheel = make_wheel(tmp_path / "more", *DEP, {"more.py": "evil = True\n"})
+    (site(checkout) / "darkroom_dep.py").write_text('VERSION = "edited"\n')
+    done = start(checkout, surroundings(wheels, PIP_FIND_LINKS=str(wheel.parent)), "repair")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == bootstrap.say(
+        "failed_hash", package="darkroom-dep==1.5", file=wheel.as_uri())
+    (site(checkout) / "darkroom_dep.py").write_text('VERSION = "1.5"\n')
+
+
+def test_newest_in_an_environment_of_ones_own_is_told(tmp_path: Path, wheels: Path) -> None:
+    root = make_checkout(tmp_path / "c")
+    own_dependencies(root, "pytest>=8", "x")
+    done = start(root, surroundings(wheels), "setup", "--newest")
+    assert done.returncode == 2
+    assert one_sentence(done) == bootstrap.say("newest_own", python=sys.executable)
+
+
 # --- interrupted, broken, moved ---
 
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl+C of a process group needs POSIX")
-def test_ctrl_c_while_installing_and_the_next_start_goes_on(checkout: Path, wheels: Path) -> None:
+@pytest.mark.parametrize(("number", "parent"), [(signal.SIGINT, "default_sigint"),
+                                                (signal.SIGTERM, "ignored_sigint")])
+def test_ctrl_c_while_installing_and_the_next_start_goes_on(
+        checkout: Path, wheels: Path, number: int, parent: str,
+        request: pytest.FixtureRequest) -> None:
+    """Ctrl+C reaches the installer too; a SIGTERM, the launcher alone."""
+    request.getfixturevalue(parent)
     path = checkout / ".venv" / "darkroom.json"
-    path.write_text(json.dumps(stamp(checkout) | {"pyproject": "old"}), "utf-8")
+    path.write_text(json.dumps(stamp(checkout) | {"wanted": "old"}), "utf-8")
     process = subprocess.Popen(
         [sys.executable, checkout / "launcher.py", "0"], start_new_session=True, text=True,
         env=surroundings(wheels, SLOW_BUILD="1"), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     wait_until((checkout / "building").exists)
-    os.killpg(process.pid, signal.SIGINT)
+    children = psutil.Process(process.pid).children(recursive=True)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     _, said = process.communicate(timeout=60)
+    assert psutil.wait_procs(children[:1], timeout=10)[1] == []         # pip ended with it
     (checkout / "building").unlink()
     assert process.returncode == 130, said
     assert said.strip().endswith("and the installation goes on.")
@@ -265,11 +497,7 @@ def test_a_killed_pip_is_gone_on_with(checkout: Path, tmp_path: Path, wheels: Pa
     files = {f"darkroom_big/{n}.txt": str(n) for n in range(4000)}
     make_wheel(tmp_path / "more", "darkroom_big", "1.0", files)
     env = surroundings(wheels, PIP_FIND_LINKS=f"{wheels} {tmp_path / 'more'}")
-    text = PYPROJECT.replace("darkroom-dep>=1.2", 'darkroom-dep>=1.2", "darkroom-big')
-    (checkout / "pyproject.toml").write_text(text, "utf-8")
-    backend = checkout / "backend/backend.py"
-    backend.write_text(BACKEND.replace("Requires-Dist: darkroom-dep>=1.2",
-                                       "Requires-Dist: darkroom-big"), "utf-8")
+    lock(checkout, base=[DEP, ("darkroom_big", "1.0", files)])
     process = subprocess.Popen([sys.executable, checkout / "launcher.py", "0"], env=env,
                                start_new_session=True, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
@@ -285,7 +513,6 @@ def test_a_killed_pip_is_gone_on_with(checkout: Path, tmp_path: Path, wheels: Pa
         assert not repair.broken(checkout / ".venv")
     finally:
         process.kill()
-        backend.write_text(BACKEND, "utf-8")
 
 
 # --- repair ---
@@ -315,7 +542,8 @@ def test_repair_that_gets_no_packages_leaves_what_works(checkout: Path, wheels: 
     (site(checkout) / "darkroom_dep.py").write_text('VERSION = "edited"\n')
     done = start(checkout, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "repair")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == bootstrap.say("failed_network")
+    assert done.stderr.splitlines()[-1] == bootstrap.say(
+        "failed_lacking", package="darkroom-dep==1.5")
     assert start(checkout, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "3").returncode == 3
     (site(checkout) / "darkroom_dep.py").write_text('VERSION = "1.5"\n')
 
@@ -584,10 +812,10 @@ def test_help_before_the_install_installs_nothing(tmp_path: Path, wheels: Path, 
 
 def test_failed_install_says_why_and_goes_on_later(checkout: Path, tmp_path: Path,
                                                    wheels: Path) -> None:
-    path = checkout / ".venv" / "darkroom.json"
-    path.write_text(json.dumps(stamp(checkout) | {"pyproject": "old"}), "utf-8")
+    """Of what the lock names and, where that is not to be had, of what pyproject.toml allows."""
     text = PYPROJECT.replace("darkroom-dep>=1.2", "darkroom-dep>=1.2\", \"darkroom-later")
     (checkout / "pyproject.toml").write_text(text, "utf-8")
+    lock(checkout, base=[DEP, LATER])
     backend = checkout / "backend/backend.py"
     backend.write_text(BACKEND.replace("Requires-Dist: darkroom-dep>=1.2",
                                        "Requires-Dist: darkroom-later"), "utf-8")
@@ -595,35 +823,56 @@ def test_failed_install_says_why_and_goes_on_later(checkout: Path, tmp_path: Pat
         done = start(checkout, surroundings(wheels), "0")
         assert done.returncode == 1
         assert "What pip said last:" in done.stderr
+        assert bootstrap.say("lock_lacking", package="darkroom-later==1.0") in done.stderr
         assert "  ERROR: No matching distribution found for darkroom-later" in done.stderr
-        assert done.stderr.strip().splitlines()[-1] == bootstrap.say("failed_network")
+        assert done.stderr.strip().splitlines()[-1] == bootstrap.say(
+            "failed_lacking", package="darkroom-later")
         assert stamp(checkout)["state"] == "installing"
-        make_wheel(tmp_path / "more", "darkroom_later", "1.0")
+        make_wheel(tmp_path / "more", *LATER)
         both = f"{wheels} {tmp_path / 'more'}"
         again = start(checkout, surroundings(wheels, PIP_FIND_LINKS=both), "0")
         assert again.returncode == 0, again.stderr
+        assert stamp(checkout)["versions"] == "locked"
     finally:
         backend.write_text(BACKEND, "utf-8")
 
 
-@pytest.mark.parametrize(("said", "key"), [
-    ("OSError: [Errno 28] No space left on device", "failed_disk"),
+PIP_MISMATCH = """\
+ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE. If you have updated ...
+    torch==2.14.1 from https://x.org/torch-2.14.1%2Bcpu-cp311.whl (from -r torch.txt (line 1)):
+        Expected sha256 00
+        Expected     or 11
+             Got        22
+"""
+
+
+@pytest.mark.parametrize(("said", "key", "words"), [
+    ("OSError: [Errno 28] No space left on device", "failed_disk", {}),
     ("ERROR: Could not install packages due to an OSError: [Errno 13] Permission denied: '/x'",
-     "failed_rights"),
-    ("[WinError 5] Access is denied: 'C:\\\\x'", "failed_rights"),
-    ("Failed to establish a new connection: [Errno -2] Name or service not known",
-     "failed_network"),
-    ("error: Request failed after 3 retries: dns error", "failed_network"),
-    ("ReadTimeoutError: Read timed out.", "failed_network"),
-    ("ERROR: Wheel 'torch' located at /tmp/torch-2.9.whl is invalid.", "failed_network"),
-    ("error: subprocess-exited-with-error", "failed"),
+     "failed_rights", {}),
+    ("[WinError 5] Access is denied: 'C:\\\\x'", "failed_rights", {}),
+    ("Failed to establish a new connection: [Errno -2] Name or service not known\n"
+     "ERROR: No matching distribution found for x==1", "failed_network", {}),
+    ("error: Request failed after 3 retries: dns error", "failed_network", {}),
+    ("ReadTimeoutError: Read timed out.", "failed_network", {}),
+    ("ERROR: Wheel 'torch' located at /tmp/torch-2.9.whl is invalid.", "failed_network", {}),
+    ("error: subprocess-exited-with-error", "failed", {}),
+    ("ERROR: Could not find a version that satisfies the requirement x==1 (from versions: none)\n"
+     "ERROR: No matching distribution found for x==1", "failed_lacking", {"package": "x==1"}),
+    ("ERROR: Cannot install x==2 and y==1 because these package versions have conflicting "
+     "dependencies.", "failed_lacking", {"package": "x==2"}),
+    ("Because there is no version of x==1 and you require x==1, ...", "failed_lacking",
+     {"package": "x==1"}),
+    (PIP_MISMATCH, "failed_hash", {"package": "torch==2.14.1",
+                                   "file": "https://x.org/torch-2.14.1+cpu-cp311.whl"}),
+    ("  Caused by: Hash mismatch for `x==1`", "failed_hash", {"package": "x==1", "file": "x==1"}),
 ])
-def test_reasons_are_recognised(said: str, key: str, tmp_path: Path,
+def test_reasons_are_recognised(said: str, key: str, words: dict[str, str], tmp_path: Path,
                                 capsys: pytest.CaptureFixture[str]) -> None:
-    stop = bootstrap._why_failed(tmp_path, "pip", 1, ["line before", said])
-    assert str(stop) == bootstrap.say(key, tool="pip", code=1, path=tmp_path)
+    stop = bootstrap._why_failed(tmp_path, "pip", 1, ["line before", *said.splitlines()])
+    assert str(stop) == bootstrap.say(key, **{"tool": "pip", "code": 1, "path": tmp_path} | words)
     assert stop.exit_code == 1
-    assert f"  {said}" in capsys.readouterr().err
+    assert f"  {said.splitlines()[-1]}" in capsys.readouterr().err
 
 
 def test_texts_are_yaml_and_the_same_in_both_languages() -> None:
@@ -675,10 +924,11 @@ def test_cards_are_asked_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(os.name == "nt", reason="shell scripts stand in for nvidia-smi and uv")
-def test_old_card_gets_its_torch_first_and_uv_is_used(tmp_path: Path, wheels: Path) -> None:
-    """The card's index is asked for torch, and only for torch, before the rest."""
+def test_old_card_gets_its_torch_from_its_index_by_uv(tmp_path: Path, wheels: Path) -> None:
+    """The card's index is asked for torch, and only for torch, after all else is there."""
     root = make_checkout(tmp_path / "c")
     own_dependencies(root, 'torch>=2.7,<3",   # heavy\n    "nothing-yet', "darkroom-extra")
+    lock(root, torch=[("torch", "2.14.1"), ("torchvision", "0.29.1"), ("triton", "3")])
     tools, log = tmp_path / "bin", tmp_path / "uv.log"
     tools.mkdir()
     for name, line in (("nvidia-smi", "echo '6.1, 580.65.06'"), ("uv", f'echo "$@" >> "{log}"')):
@@ -690,14 +940,19 @@ def test_old_card_gets_its_torch_first_and_uv_is_used(tmp_path: Path, wheels: Pa
     assert done.returncode == 0, done.stderr
     assert f"PyTorch comes from {environment.TORCH_CUDA_OLD}" in done.stderr
     install = f"pip install --python {environment.python_of(root / '.venv')}"
+    hashed = f"{install} --require-hashes --no-deps --requirement build/lock"
     assert log.read_text().splitlines() == [
+        f"{hashed}/build.txt", f"{hashed}/base.txt",
+        f"{install} --index-url {environment.TORCH_CUDA_OLD} torch==2.14.1 torchvision==0.29.1",
+        f"{install} --no-deps --no-build-isolation -e .",
+        # this uv installed nothing, so that the lock seems not to hold what pyproject.toml asks for
         f"{install} --index-url {environment.TORCH_CUDA_OLD} torch>=2.7,<3", f"{install} -e ."]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script stands in for uv")
 def test_pip_steps_in_where_uv_fails(checkout: Path, tmp_path: Path, wheels: Path) -> None:
     path = checkout / ".venv" / "darkroom.json"
-    path.write_text(json.dumps(stamp(checkout) | {"pyproject": "old"}), "utf-8")
+    path.write_text(json.dumps(stamp(checkout) | {"wanted": "old"}), "utf-8")
     (tmp_path / "uv").write_text("#!/bin/sh\necho 'error: no mirror known' >&2\nexit 2\n")
     (tmp_path / "uv").chmod(0o755)
     env = surroundings(wheels)
@@ -721,6 +976,7 @@ def test_real_uv(tmp_path: Path, wheels: Path) -> None:
     done = start(root, env, "3")
     assert done.returncode == 3, done.stderr
     assert answer(done)["dep"] == "1.5"
+    assert stamp(root)["versions"] == "locked"
     assert not (site(root) / "pip").exists()
     assert stamp(root)["state"] == "ready"
 

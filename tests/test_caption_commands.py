@@ -116,7 +116,11 @@ def test_models_and_set_reach_the_config(folder: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_ctrl_c_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "parent"), [(signal.SIGINT, "default_sigint"),
+                                                (signal.SIGTERM, "ignored_sigint")])
+def test_ctrl_c_stops_and_the_same_command_goes_on(tmp_path: Path, number: int, parent: str,
+                                                   request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue(parent)
     folder = tmp_path / "many"
     folder.mkdir()
     for n in range(12):
@@ -136,7 +140,7 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
     while not (tmp_path / "log").exists():
         assert time.monotonic() < end
         time.sleep(0.02)
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     out, err = child.communicate(timeout=60)
     assert child.returncode == 130, err
     told = json.loads(out.splitlines()[-1])

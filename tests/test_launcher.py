@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import launcher
@@ -41,6 +44,29 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return code, *capsys.readouterr()
     yield call
     words.language.cache_clear()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.usefixtures("ignored_sigint")
+def test_sigterm_ends_the_tests_too(tmp_path: Path) -> None:
+    """Under nohup there is no Ctrl+C; pytest would go on as an orphan."""
+    (tmp_path / "test_long.py").write_text(
+        "import pathlib, time\n"
+        "def test_long():\n"
+        f"    pathlib.Path({str(tmp_path / 'began')!r}).touch()\n"
+        "    time.sleep(100)\n")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "launcher.py", "test", "-n", "0", "--rootdir", tmp_path,
+         "-c", os.devnull, tmp_path / "test_long.py"], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env=os.environ | {"DARKROOM_RESTARTED": str(ROOT / ".venv")})
+    end = time.monotonic() + 60
+    while not (tmp_path / "began").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    tests = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert psutil.wait_procs(tests, timeout=10)[1] == []
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

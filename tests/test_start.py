@@ -184,15 +184,20 @@ def test_a_broken_package_is_told_in_the_window(desk: Desk) -> None:
 
 
 @posix
-def test_no_browser_is_told_with_the_address(desk: Desk) -> None:
+@pytest.mark.parametrize(("number", "parent"), [(signal.SIGINT, "default_sigint"),
+                                                (signal.SIGTERM, "ignored_sigint")])
+def test_no_browser_is_told_with_the_address(desk: Desk, number: int, parent: str,
+                                             request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue(parent)
     del desk.env["BROWSER"]
     desk.tool("xdg-open", "exit 3")
     process = desk.start(PYTHONPATH=shadowed(desk, gradio="import time; time.sleep(60)"))
     told = until(lambda: desk.told.exists() and desk.told.read_text())
     assert json.loads((desk.home / "window.json").read_text())["url"] in told
-    process.send_signal(signal.SIGINT)              # while the pages are being made, too
+    process.send_signal(number)                     # while the pages are being made, too
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
+    assert not (desk.home / "window.json").exists()
     assert told.strip() in out
 
 

@@ -1,0 +1,153 @@
+"""uv.lock and build/lock/*.txt: in step with pyproject.toml and each other, and how they are renewed."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from tests.test_bootstrap import make_wheel
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "build"))
+lock = importlib.import_module("lock")
+sys.path.remove(str(ROOT / "build"))
+
+PARTS = ("base", "test", "app", "torch", "build")
+SYSTEMS = [{"sys_platform": system, "platform_machine": machine, "python_full_version": python,
+            "python_version": python[:4], "platform_python_implementation": "CPython"}
+           for system, machine in (("linux", "x86_64"), ("win32", "AMD64"), ("darwin", "arm64"))
+           for python in ("3.11.7", "3.12.1", "3.13.1", "3.14.0")]
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+
+
+def requirements(part: str) -> list[tuple[Requirement, set[str]]]:
+    """(name==version ; marker, hashes) of one part."""
+    text = (ROOT / "build" / "lock" / f"{part}.txt").read_text("utf-8")
+    found = []
+    for block in re.split(r"\n(?=\S)", text.strip()):
+        if not block.startswith("#"):
+            line, *hashes = block.replace("\\\n", "\n").splitlines()
+            found.append((Requirement(line), {word.strip() for word in hashes}))
+    return found
+
+
+def test_parts_are_what_uv_lock_says() -> None:
+    """Made anew from uv.lock, without a network."""
+    made = lock.parts()
+    assert set(made) == set(PARTS)
+    for part, text in made.items():
+        assert (ROOT / "build" / "lock" / f"{part}.txt").read_text("utf-8") == text
+
+
+def test_uv_lock_is_of_this_pyproject() -> None:
+    """What pyproject.toml asks for is what was resolved: `python build/lock.py renew` after a change."""
+    found = tomllib.loads((ROOT / "uv.lock").read_text("utf-8"))
+    own = next(one for one in found["package"] if one["name"] == "lora-darkroom")
+    locked = {(canonicalize_name(one["name"]), one.get("marker", ""),
+               SpecifierSet(one.get("specifier", ""))) for one in own["metadata"]["requires-dist"]}
+    asked = {(canonicalize_name(line.name), marker, line.specifier)
+             for extra, lines in {"": project()["project"]["dependencies"],
+                                  **project()["project"]["optional-dependencies"]}.items()
+             for line in map(Requirement, lines)
+             for marker in [f"extra == '{extra}'" if extra else ""]}
+    assert locked == asked
+    assert found["requires-python"] == project()["project"]["requires-python"]
+
+
+def test_every_locked_package_has_hashes_and_comes_from_pypi() -> None:
+    found = tomllib.loads((ROOT / "uv.lock").read_text("utf-8"))
+    assert {str(one["source"]) for one in found["package"]} == {
+        str({"registry": "https://pypi.org/simple"}), str({"editable": "."})}
+    for part in PARTS:
+        for requirement, hashes in requirements(part):
+            assert hashes, requirement
+            assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", one) for one in hashes)
+            assert re.fullmatch(r"==[^=*]+", str(requirement.specifier))
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda s: f"{s['sys_platform']}-{s['python_version']}")
+def test_each_system_gets_one_version_of_all_that_is_asked_for(system: dict[str, str]) -> None:
+    """Of every direct dependency, with a version that its range allows; torch only from its part."""
+    def chosen(*parts: str) -> dict[str, str]:
+        got: dict[str, str] = {}
+        for part in parts:
+            for requirement, _ in requirements(part):
+                marker = requirement.marker or Marker("python_version > '0'")
+                if marker.evaluate({**system, "extra": ""}):
+                    version = str(requirement.specifier)[2:]
+                    assert got.setdefault(requirement.name, version) == version
+        return got
+
+    extras = project()["project"]["optional-dependencies"]
+    for part, lines in (("base", []), ("test", extras["test"]), ("app", extras["app"])):
+        got = chosen("build", part, "torch")
+        for line in map(Requirement, [*project()["project"]["dependencies"], *lines]):
+            assert line.specifier.contains(got[canonicalize_name(line.name)])
+        assert not {"torch", "torchvision"} & chosen(part).keys()
+    for line in map(Requirement, project()["dependency-groups"]["build"]):
+        assert line.specifier.contains(chosen("build")[line.name])
+
+
+def test_nothing_of_cuda_stands_apart_from_torch() -> None:
+    """Else a CPU torch of another index would come with gigabytes that only PyPI's needs."""
+    for part in ("base", "test", "app"):
+        assert [one.name for one, _ in requirements(part)
+                if one.name.startswith(("nvidia-", "cuda-", "triton"))] == ["nvidia-ml-py"]
+
+
+TINY = """
+[project]
+name = "tiny"
+version = "1.0"
+requires-python = ">=3.11"
+dependencies = ["darkroom-dep>=1.2", "torch>=1"]
+
+[project.optional-dependencies]
+test = ["darkroom-extra"]
+app = []
+
+[dependency-groups]
+build = ["darkroom-tool"]
+"""
+
+
+def test_renewal_says_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                   capsys: pytest.CaptureFixture[str]) -> None:
+    wheels, root = tmp_path / "wheels", tmp_path / "my project"
+    for name, version in (("darkroom_dep", "1.5"), ("darkroom_extra", "2.0"), ("torch", "1.0"),
+                          ("darkroom_tool", "3.0")):
+        make_wheel(wheels, name, version)
+    (root / "build").mkdir(parents=True)
+    (root / "pyproject.toml").write_text(TINY)
+    monkeypatch.setattr(lock, "ROOT", root)
+    monkeypatch.setattr(lock, "FOLDER", root / "build" / "lock")
+    for name, value in (("FIND_LINKS", wheels), ("CACHE_DIR", tmp_path / "cache"), ("OFFLINE", 1)):
+        monkeypatch.setenv(f"UV_{name}", str(value))
+    assert lock.main(["renew"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "darkroom-dep: - -> 1.5", "darkroom-extra: - -> 2.0", "darkroom-tool: - -> 3.0",
+        "tiny: - -> 1.0", "torch: - -> 1.0"]
+    names = {path.stem: re.findall(r"^\w\S*", path.read_text(), re.MULTILINE)
+             for path in (root / "build" / "lock").iterdir()}
+    assert names == {"base": ["darkroom-dep==1.5"], "torch": ["torch==1.0"],
+                     "test": ["darkroom-dep==1.5", "darkroom-extra==2.0"],
+                     "app": ["darkroom-dep==1.5"], "build": ["darkroom-tool==3.0"]}
+    make_wheel(wheels, "darkroom_dep", "1.9")
+    make_wheel(wheels, "darkroom_extra", "2.1")
+    assert lock.main(["renew", "darkroom-extra==2.0"]) == 0
+    assert capsys.readouterr().out == "darkroom-dep: 1.5 -> 1.9\n"
+    assert lock.main(["renew", "darkroom-extra==2.0"]) == 0
+    assert capsys.readouterr().out == ""
