@@ -187,7 +187,7 @@ def icon(work: Path) -> str:
 def make_app(_: argparse.Namespace) -> None:
     """Needs the extra `app`; torch as the environment has it, for CPU or CUDA."""
     if not importlib.util.find_spec("PyInstaller"):
-        raise SystemExit('PyInstaller is missing here: pip install -e ".[app]"')
+        raise SystemExit('PyInstaller is missing here: python3 launcher.py setup --app')
     began = time.monotonic()
     subprocess.run([sys.executable, "-m", "PyInstaller", "--noconfirm", "--log-level", "WARN",
                     "--distpath", str(DIST), "--workpath", str(WORK), str(SPEC)],

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -91,6 +92,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in reasons.items():
             if marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was skipped, by reason, with the files in which it stands."""
+    files: dict[str, Counter[str]] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        path, _, reason = report.longrepr
+        files.setdefault(reason.removeprefix("Skipped: "), Counter())[Path(path).name] += 1
+    if files:
+        terminalreporter.section(f"{sum(found.total() for found in files.values())} skipped")
+    for reason, found in sorted(files.items(), key=lambda item: -item[1].total()):
+        where = ", ".join(f"{name} {count}" for name, count in found.most_common())
+        terminalreporter.write_line(f"{found.total():4} {reason} ({where})")
 
 
 def _draw_more(test: Callable[..., None]) -> None:
