@@ -18,7 +18,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from environment import python_of
+from environment import numbers, parsed, plain, python_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "lock"
@@ -91,8 +91,23 @@ def test(which: str, pytest_arguments: list[str]) -> int:
     python = str(python_of(venv))
     _uv("pip", "install", "--quiet", "--python", python, "--resolution", resolution,
         "--upgrade", "-e", ".[test]")
-    print(_uv("pip", "list", "--quiet", "--python", python, "--format", "freeze"), flush=True)
+    listed = _uv("pip", "list", "--quiet", "--python", python, "--format", "freeze")
+    print(listed, flush=True)
+    for line in bounds_out_of_reach(listed) if which == "lowest" else ():
+        print(f"{line} in pyproject.toml: its lower bound can't be had beside the others")
+        return 1
     return subprocess.run([python, "-m", "pytest", *pytest_arguments], cwd=ROOT).returncode
+
+
+def bounds_out_of_reach(listed: str) -> list[str]:
+    """Requirements of pyproject.toml that stand higher in `listed` (name==version lines)."""
+    installed = {plain(name): version for name, _, version in
+                 (line.partition("==") for line in listed.split())}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    return [line for line in lines for name, limits in [parsed(line)]
+            if ">=" not in dict(limits)
+            or numbers(installed[plain(name)]) != dict(limits)[">="]]
 
 
 def _uv(*arguments: str) -> str:

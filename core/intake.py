@@ -16,7 +16,7 @@ from core.faults import Fault
 
 CAPTIONS = frozenset((".txt", ".caption", ".csv", ".jsonl"))
 TABLES = frozenset((".csv", ".jsonl"))
-_BAD = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+_BAD = re.compile(r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]')
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,10 @@ def _by_stem(files: Iterable[Path]) -> dict[str, list[Path]]:
 
 def clean(stem: str) -> str:
     """A file name's stem that every file system keeps."""
-    plain = _BAD.sub("_", stem).strip(". ")[:120].rstrip(". ") or "picture"
+    plain = _BAD.sub("_", stem).strip(". ")[:119]
+    while len(plain.encode("utf-8", "replace")) > 190:          # Chinese takes three bytes a letter
+        plain = plain[:-1]
+    plain = plain.rstrip(". ") or "picture"
     return plain if paths.is_file_name(plain) else f"_{plain}"
 
 

@@ -63,3 +63,10 @@ def test_stems_are_names_and_no_paths(text: str) -> None:
     assert not set(stem) & set('<>:"/\\|?*\x00\n')
     assert stem not in (".", "..")
     assert intake.clean(stem) == stem
+
+
+def test_a_long_chinese_name_fits_any_file_system(tmp_path: Path) -> None:
+    """255 bytes are the most for a name, and Chinese has three a letter."""
+    stem = intake.clean("风" * 110)
+    assert stem == "风" * 63
+    (tmp_path / f"{stem}.caption.txt").write_text("a")
