@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -104,6 +105,30 @@ def test_files_are_kohyas_and_draw_what_was_learned(make: Make, v_base: Path,
     assert (called != lost).any()
     assert [n.key for n in notes] == ["generate.words_missing"]
     assert (drawn("duskprint style disc", 0.0) == base_own).all()
+
+
+def test_plain_diffusers_reads_the_encoders_lora(make: Make, v_base: Path) -> None:
+    """With whatever peft and transformers are here: the file's own products are what it adds."""
+    result, _ = run(make(text_encoder_lr=1e-3, text_encoder_rank=2, target_modules=["to_q"],
+                         save_precision="fp32"))
+    assert result["proof"]["ok"], result["proof"]
+    path = Path(result["lora"])
+    wanted = {key.removesuffix(".lora_down.weight"): tensor
+              for key, tensor in load_file(path).items() if key.endswith(".lora_down.weight")}
+    pipeline = StableDiffusionPipeline.from_pretrained(v_base, safety_checker=None)
+    pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="theirs")
+    loaded = {f"{prefix}{name.removeprefix('text_model.').replace('.', '_')}": layer
+              for prefix, model in (("lora_te_text_model_", pipeline.text_encoder),
+                                    ("lora_unet_", pipeline.unet))
+              for name, layer in model.named_modules() if "theirs" in getattr(layer, "lora_A", {})}
+    assert loaded.keys() == wanted.keys()
+    assert len([name for name in loaded if name.startswith("lora_te_")]) == 2 * 6
+    file = load_file(path)
+    for name, layer in loaded.items():
+        down, up = file[f"{name}.lora_down.weight"], file[f"{name}.lora_up.weight"]
+        added = up.flatten(1) @ down.flatten(1) * (file[f"{name}.alpha"] / len(down))
+        assert added.any()
+        torch.testing.assert_close(layer.get_delta_weight("theirs").flatten(1), added)
 
 
 def test_gradient_reaches_the_encoder_until_its_end(make: Make) -> None:
