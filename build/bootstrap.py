@@ -1,8 +1,9 @@
 """Makes `.venv` beside the launcher and fills it, so that a bare Python is all that is needed.
 
 What goes in stands in build/lock/*.txt, version by version with hashes (build/lock.py makes them);
-`setup --newest` takes the newest that pyproject.toml allows instead. Standard library only, and readable by Python 3.8: too old a Python must get a sentence, not a
-traceback. Texts: core/strings/<language>/bootstrap.yaml, one `key: "JSON string"` a line.
+`setup --newest` takes the newest that pyproject.toml allows instead. Standard library only, and
+readable by Python 3.8: too old a Python must get a sentence, not a traceback. Texts:
+core/strings/<language>/bootstrap.yaml, one `key: "JSON string"` a line.
 """
 
 from __future__ import annotations
@@ -291,7 +292,7 @@ def _with_one_of(root: Path, install: Callable[[str], Any], why: str = "installi
 
 
 def _install_with(root: Path, extras: list[str], versions: str, tool: str) -> str:
-    """-> the versions that came: "locked", "newest", or "ranges" where a source lacks the locked."""
+    """-> the versions that came: "locked", "newest"; "ranges" where a source lacks the locked."""
     index = torch_index(nvidia_cards()) if torch_lines(root) else ""
     if index:
         tell("torch_for_card", index=index)
@@ -421,7 +422,7 @@ def _why_failed(root: Path, tool: str, code: int, last: list[str]) -> Stop:
     if last:
         print("\n".join([say("said_last", tool=tool), *("  " + line for line in last[-12:])]),
               file=sys.stderr)
-    return Stop(key, tool=tool, code=code, path=root, **params)
+    return Stop(key, 1, tool=tool, code=code, path=root, **params)
 
 
 # Words and small things

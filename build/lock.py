@@ -84,7 +84,7 @@ def _blocks(requirements: str) -> list[str]:
 
 
 def test(which: str, pytest_arguments: list[str]) -> int:
-    """The tests with the lowest, or newest, versions that pyproject.toml allows its direct needs."""
+    """The tests with the lowest, or newest, versions that pyproject.toml allows."""
     venv = ROOT / f".venv-{which}"
     _uv("venv", "--quiet", "--clear", "--python", sys.executable, str(venv))
     resolution = "lowest-direct" if which == "lowest" else "highest"

@@ -1,4 +1,4 @@
-"""uv.lock and build/lock/*.txt: in step with pyproject.toml and each other, and how they are renewed."""
+"""uv.lock and build/lock/*.txt: in step with pyproject.toml and each other; their renewal."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_parts_are_what_uv_lock_says() -> None:
 
 
 def test_uv_lock_is_of_this_pyproject() -> None:
-    """What pyproject.toml asks for is what was resolved: `python build/lock.py renew` after a change."""
+    """What it asks for is what was resolved: `python build/lock.py renew` after a change."""
     found = tomllib.loads((ROOT / "uv.lock").read_text("utf-8"))
     own = next(one for one in found["package"] if one["name"] == "lora-darkroom")
     locked = {(canonicalize_name(one["name"]), one.get("marker", ""),
@@ -78,9 +78,10 @@ def test_every_locked_package_has_hashes_and_comes_from_pypi() -> None:
             assert re.fullmatch(r"==[^=*]+", str(requirement.specifier))
 
 
-@pytest.mark.parametrize("system", SYSTEMS, ids=lambda s: f"{s['sys_platform']}-{s['python_version']}")
+@pytest.mark.parametrize("system", SYSTEMS,
+                         ids=lambda one: f"{one['sys_platform']}-{one['python_version']}")
 def test_each_system_gets_one_version_of_all_that_is_asked_for(system: dict[str, str]) -> None:
-    """Of every direct dependency, with a version that its range allows; torch only from its part."""
+    """Of every direct dependency, one that its range allows; torch only from its part."""
     def chosen(*parts: str) -> dict[str, str]:
         got: dict[str, str] = {}
         for part in parts:
