@@ -30,28 +30,12 @@ HEADER = """\
 
 
 def renew(held: list[str]) -> int:
-    """Resolves anew and prints what changed. `held`: exact versions, for example of a torch."""
-    before = versions()
+    """Resolves anew; uv says what changed. `held`: exact versions, for example of a torch."""
     _uv("lock", "--upgrade", *(word for one in held for word in ("--upgrade-package", one)))
     FOLDER.mkdir(exist_ok=True)
     for name, text in parts().items():
         (FOLDER / f"{name}.txt").write_text(text, "utf-8", newline="\n")
-    after = versions()
-    for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
-            old, new = (" | ".join(found.get(name, [])) or "-" for found in (before, after))
-            print(f"{name}: {old} -> {new}")
     return 0
-
-
-def versions() -> dict[str, list[str]]:
-    """Package -> its locked versions; several where Pythons or systems need different ones."""
-    found: dict[str, list[str]] = {}
-    if (ROOT / "uv.lock").exists():
-        for package in tomllib.loads((ROOT / "uv.lock").read_text("utf-8"))["package"]:
-            if "version" in package:                # the project itself has none of its own
-                found.setdefault(package["name"], []).append(package["version"])
-    return found
 
 
 def parts() -> dict[str, str]:
