@@ -968,11 +968,16 @@ def test_torch_lines_of_the_project() -> None:
     assert names == ["torch", "torchvision"]
 
 
-@pytest.mark.skipif(not shutil.which("uv"), reason="uv is not installed here")
+UV = shutil.which("uv", path=os.path.dirname(sys.executable)) or shutil.which("uv")
+
+
+@pytest.mark.skipif(not UV, reason="uv is not installed here")
 def test_real_uv(tmp_path: Path, wheels: Path) -> None:
     root = make_checkout(tmp_path / "c 学")
+    (tmp_path / "bin").mkdir()
+    shutil.copy(str(UV), tmp_path / "bin")
     env = surroundings(wheels, UV_NO_INDEX="1", UV_FIND_LINKS=str(wheels), UV_OFFLINE="1")
-    env["PATH"] = os.environ["PATH"]
+    env["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{env['PATH']}"
     done = start(root, env, "3")
     assert done.returncode == 3, done.stderr
     assert answer(done)["dep"] == "1.5"
