@@ -68,11 +68,7 @@ def _prepared(argv: list[str]) -> int | None:
     if getattr(sys, "frozen", False) or not (ROOT / "build" / "bootstrap.py").exists():
         return None                     # a built app and a wheel bring their packages
     bootstrap = _bootstrap()
-    setup = _command(argv) == "setup"
-    extra = "test" if _command(argv) == "test" or "--test" in argv else ""
-    if setup and "--app" in argv:
-        extra = "app"
-    versions = ("newest" if "--newest" in argv else "locked") if setup else ""
+    extra, versions = _wanted(argv)
     try:
         if _wants_help(argv) and not (ROOT / ".venv").exists() and bootstrap.missing(ROOT):
             print(f"LoRA Darkroom {_version()}\n\n{bootstrap.say('help')}")
@@ -87,6 +83,19 @@ def _prepared(argv: list[str]) -> int | None:
         return int(stop.exit_code)
     except KeyboardInterrupt:
         return 130
+
+
+def _wanted(argv: list[str]) -> tuple[str, str]:
+    """The packages' extra and versions, as build/bootstrap.py has them. Of a `setup` that argparse
+    will refuse nothing: it is to judge before gigabytes come or go."""
+    given = argv[_index_of_command(argv) + 1:]
+    extras = [word[2:] for word in given if word in ("--test", "--app")]
+    if _command(argv) == "test":
+        return "test", ""
+    if _command(argv) != "setup" or len(set(extras)) > 1 or not {
+            "--test", "--app", "--newest"}.issuperset(given):
+        return "", ""
+    return "".join(extras[:1]), "newest" if "--newest" in given else "locked"
 
 
 def run(argv: list[str]) -> int:
@@ -127,6 +136,7 @@ def _parser() -> Any:
                 usage=_say("commands.usage_test"))
     add_command(commands, "repair", line="repair")
     setup = add_command(commands, "setup", line="setup --test")
+    setup.allow_abbrev = False          # what it means is read before argparse is there
     extras = setup.add_mutually_exclusive_group()
     extras.add_argument("--test", action="store_true", help=_say("commands.arg_setup_test"))
     extras.add_argument("--app", action="store_true", help=_say("commands.arg_setup_app"))

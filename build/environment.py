@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,26 +47,35 @@ def read_stamp(root: Path) -> dict[str, Any]:
     return stamp if isinstance(stamp, dict) else {}
 
 
-def write_stamp(root: Path, state: str, python: str, extras: list[str], versions: str = ""
-                ) -> None:
+def write_stamp(root: Path, stamp: dict[str, Any]) -> None:
+    """`stamp`: state (making, made, installing, ready), python, extras, versions, torch_index, and
+    wanted, the fingerprint that it was made from (by itself the present one)."""
     path = root / ".venv" / STAMP
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({
-        "state": state, "wanted": fingerprint(root), "python": python, "extras": extras,
-        "versions": versions, "root": os.path.realpath(root)}, indent=1), "utf-8")
+    temporary.write_text(json.dumps({"wanted": fingerprint(root), **stamp,
+                                     "root": os.path.realpath(root)}, indent=1), "utf-8")
     os.replace(temporary, path)
 
 
-def missing(root: Path, extra: str = "") -> list[str]:
+def complete(root: Path, extras: Iterable[str] = ()) -> bool:
+    """Whether .venv has what pyproject.toml asks for, asked of its own interpreter."""
+    check = [str(python_of(root / ".venv")), str(Path(__file__)), str(root), *filter(None, extras)]
+    return subprocess.run(check, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL).returncode == 0
+
+
+def missing(root: Path, *extras: str) -> list[str]:
     """Requirements of pyproject.toml that this interpreter lacks or has too old."""
     if sys.version_info < OLDEST:
         return [f"python>={dotted(OLDEST)}"]
     import tomllib
     from importlib.metadata import PackageNotFoundError, version
     project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
+    lines = list(project.get("dependencies", []))
+    for extra in extras:
+        lines += project.get("optional-dependencies", {}).get(extra, [])
     lacking = []
-    for line in (*project.get("dependencies", []),
-                 *project.get("optional-dependencies", {}).get(extra, [])):
+    for line in lines:
         name, limits = parsed(line)
         try:
             if not within(version(name), limits):
@@ -139,11 +149,10 @@ def locked(root: Path, name: str, version: str) -> str:
     return ""
 
 
-def installed_versions(venv: Path, *names: str) -> list[str]:
-    """'torch==2.14.1+cu126' of those packages that are there."""
-    return [f"{name}=={info.name[len(name) + 1:-len('.dist-info')]}"
-            for name in names for site in site_packages(venv)
-            for info in site.glob(f"{name}-[0-9]*.dist-info")]
+def installed_version(venv: Path, name: str) -> str:
+    """'2.14.1+cu126' of 'torch', read from its folder; "": it is not there."""
+    return next((info.name[len(name) + 1:-len(".dist-info")] for site in site_packages(venv)
+                 for info in site.glob(f"{name}-[0-9]*.dist-info")), "")
 
 
 def dotted(version: tuple[int, ...]) -> str:
@@ -204,3 +213,7 @@ def torch_locked(root: Path) -> list[str]:
 def torch_lines(root: Path) -> list[str]:
     return re.findall(r'^\s*"((?:torch|torchvision)\b[^"]*)"',
                       (root / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+
+
+if __name__ == "__main__":              # `python environment.py ROOT EXTRA ...`: see complete
+    sys.exit(1 if missing(Path(sys.argv[1]), *sys.argv[2:]) else 0)

@@ -5,13 +5,14 @@
 
 `uv.lock` holds one resolution for all extras, Pythons and systems; build/lock/*.txt are its parts
 with hashes, which any pip or uv can read. They hold no addresses, so that mirrors serve as well.
-torch and what only torch needs stand apart, since the launcher may take torch from another index.
+torch and its CUDA stand apart, since the launcher may take torch from another index.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,10 +23,12 @@ from environment import numbers, parsed, plain, python_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "lock"
-TORCH = ("torch", "torchvision")
+# torch, and the parts of CUDA that only PyPI's build comes with
+TORCH = re.compile(r"torch==|torchvision==|triton==|cuda-|nvidia-(?!ml-py==)")
 HEADER = """\
 # Made from uv.lock by build/lock.py; not to be edited. Installed by the launcher, or by hand:
-# pip install --require-hashes --no-deps -r build/lock/base.txt -r build/lock/torch.txt
+# pip install --require-hashes --no-deps -r build/lock/build.txt -r build/lock/base.txt
+# pip install --require-hashes --no-deps -r build/lock/torch.txt
 """
 
 
@@ -40,14 +43,14 @@ def renew(held: list[str]) -> int:
 
 def parts() -> dict[str, str]:
     """The texts of build/lock/*.txt, exported from uv.lock as it is; no network is needed."""
-    rest = [word for name in TORCH for word in ("--prune", name)]
-    base = _export(*rest)
-    all_ = {block.split("==")[0]: block for block in _blocks(_export())}
-    for block in _blocks(base):
-        all_.pop(block.split("==")[0])
-    return {"base": HEADER + base, "torch": HEADER + "".join(all_.values()),
-            "build": HEADER + _export("--only-group", "build"),
-            **{extra: HEADER + _export("--extra", extra, *rest) for extra in ("test", "app")}}
+    base, test, app = (_blocks(_export(*more)) for more in
+                       ((), ("--extra", "test"), ("--extra", "app")))
+    found = {"base": [one for one in base if not TORCH.match(one)],
+             "torch": [one for one in base if TORCH.match(one)],
+             "test": [one for one in test if not TORCH.match(one)],
+             "app": [one for one in app if not TORCH.match(one)],
+             "build": _blocks(_export("--only-group", "build"))}
+    return {name: HEADER + "".join(blocks) for name, blocks in found.items()}
 
 
 def _export(*more: str) -> str:
@@ -56,15 +59,8 @@ def _export(*more: str) -> str:
 
 
 def _blocks(requirements: str) -> list[str]:
-    """'name==1.0 ; marker', followed by its hashes, each; versions of one name together."""
-    found: list[str] = []
-    for line in requirements.splitlines(keepends=True):
-        same = found and line.split("==")[0] == found[-1].split("==")[0]
-        if line.startswith(" ") or same:
-            found[-1] += line
-        else:
-            found.append(line)
-    return found
+    """'name==1.0 ; marker', followed by its hashes, each."""
+    return re.findall(r"^\S.*\n(?:[ ].*\n)*", requirements, re.MULTILINE)
 
 
 def test(which: str, pytest_arguments: list[str]) -> int:
@@ -95,7 +91,8 @@ def bounds_out_of_reach(listed: str) -> list[str]:
 
 
 def _uv(*arguments: str) -> str:
-    beside = shutil.which("uv", path=os.path.dirname(sys.executable)) or shutil.which("uv")
+    folders = [os.path.dirname(sys.executable), str(python_of(ROOT / ".venv").parent)]
+    beside = shutil.which("uv", path=os.pathsep.join(folders)) or shutil.which("uv")
     if not beside:
         raise SystemExit("uv is missing here: python3 launcher.py setup --test")
     done = subprocess.run([beside, *arguments], cwd=ROOT, stdout=subprocess.PIPE)

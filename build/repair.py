@@ -20,20 +20,24 @@ from urllib.parse import unquote
 from environment import TORCH_CUDA_OLD, numbers, plain, site_packages, torch_index
 
 TORCH_WHEELS = "https://download.pytorch.org/whl/"      # + cpu, cu126, ...: a version's local part
-# What installers say last, and the sentence it stands for; groups are the sentence's words.
-FAILURES = {
-    "failed_disk": r"no space left|disk full|not enough space|Errno 28\b",
-    "failed_rights": r"permission denied|access is denied|Errno 13\b|WinError 5\b",
-    "failed_network": r"connection (broken|refused|reset|error)|failed to establish|getaddrinfo|"
-                      r"name resolution|name or service|timed? ?out|proxyerror|SSLError|"
-                      r"network is unreachable|dns error|error sending request|"
-                      r"IncompleteRead|Wheel '.*' .* is invalid",
-    "failed_hash": r"DO NOT MATCH THE HASHES.*?\n\s+(?P<package>\S+)(?: from (?P<file>\S+))?|"
-                   r"hash mismatch for `(?P<named>[^`]+)`",
-    "failed_lacking": r"no matching distribution found for (?P<package>\S+)|"
-                      r"cannot install (?P<named>\S+)[^\n]* because these package versions|"
-                      r"there is no version of (?P<other>\S+)",
-}
+# What installers say last, and the sentence it stands for; groups are the sentence's words. A
+# retry that helped is told as well, so that network comes after what can only be said without it.
+NETWORK = (r"connection (broken|refused|reset|error)|failed to establish|getaddrinfo|"
+           r"name resolution|name or service|timed? ?out|proxyerror|SSLError|"
+           r"network is unreachable|dns error|error sending request|"
+           r"IncompleteRead|Wheel '.*' .* is invalid")
+LACKING = r"no matching distribution found for (?P<package>\S+)"
+FAILURES = (
+    ("failed_disk", r"no space left|disk full|not enough space|Errno 28\b"),
+    ("failed_rights", r"permission denied|access is denied|Errno 13\b|WinError 5\b"),
+    ("failed_hash", r"DO NOT MATCH THE HASHES.*?\n\s+(?P<package>\S+)(?: from (?P<file>\S+))?"),
+    ("failed_hash", r"hash mismatch for `(?P<package>[^`]+)`"),
+    ("failed_lacking", rf"from versions: (?!none)[^)]*\).*{LACKING}"),
+    ("failed_lacking", r"cannot install (?P<package>\S+)[^\n]* because these package versions"),
+    ("failed_lacking", r"there is no version of (?P<package>\S+)"),
+    ("failed_network", NETWORK),
+    ("failed_lacking", LACKING),
+)
 
 
 class Broken(NamedTuple):
@@ -141,11 +145,10 @@ def clear_away(venv: Path, found: list[Broken]) -> None:
 
 def why_failed(said: str) -> tuple[str, dict[str, str]]:
     """The sentence for an installer's last words: its key, and `package` and `file` if it told."""
-    for key, signs in FAILURES.items():
+    for key, signs in FAILURES:
         found = re.search(signs, said, re.IGNORECASE | re.DOTALL)
         if found:
             told = {name: value for name, value in found.groupdict().items() if value}
-            package = next((told[name] for name in ("package", "named", "other") if name in told),
-                           "?")
+            package = told.get("package", "?").rstrip(",")
             return key, {"package": package, "file": unquote(told.get("file", package))}
     return "failed", {}

@@ -154,6 +154,8 @@ class _Stage:
         """A window of our own, until it is closed; False where none can be opened."""
         if not self.show or importlib.util.find_spec("webview") is None:
             return False
+        # the window's own loop runs no Python in which a handler of ours would be called
+        handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
             return self._in_webview()
         except Exception as error:      # no display, no GTK: the browser is there
@@ -161,6 +163,7 @@ class _Stage:
             print(say("no_native", reason=str(error).rstrip(".")))
             return False
         finally:
+            signal.signal(signal.SIGTERM, handler)
             self._take(None)
 
     def _in_webview(self) -> bool:
@@ -173,8 +176,6 @@ class _Stage:
         window.events.initialized += _can_show
         window.events.closing += self._may_close
         window.events.shown += lambda: self._take(WebviewWindow(window))
-        # the window's loop runs no Python in which a handler of ours would be called
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         webview.start(private_mode=False, storage_path=str(paths.data_dir() / "webview"))
         if window.events.shown.is_set():
             return True

@@ -33,9 +33,8 @@ from packaging.version import Version
 
 REAL = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REAL / "build"))
-bootstrap = importlib.import_module("bootstrap")
-environment = importlib.import_module("environment")
-repair = importlib.import_module("repair")
+bootstrap, environment, install, messages, repair = map(
+    importlib.import_module, ("bootstrap", "environment", "install", "messages", "repair"))
 sys.path.remove(str(REAL / "build"))
 
 HERE_PYTHON = environment.dotted(sys.version_info[:2])
@@ -113,7 +112,7 @@ def make_checkout(root: Path) -> Path:
     (root / "build").mkdir()
     lock(root, base=[DEP], test=[DEP, EXTRA])
     for name in ("launcher.py", "build/bootstrap.py", "build/environment.py",
-                 "build/repair.py", "core/alert.py",
+                 "build/install.py", "build/messages.py", "build/repair.py", "core/alert.py",
                  "core/strings/en/bootstrap.yaml", "core/strings/zh-CN/bootstrap.yaml"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REAL / name, root / name)
@@ -225,7 +224,7 @@ def test_first_start_makes_the_environment_and_passes_all_on(installed: Any) -> 
     assert len(first.stdout.splitlines()) == 1                          # stdout is for answers
     assert stamp(root) | {"wanted": ""} == {
         "state": "ready", "wanted": "", "python": HERE_PYTHON,
-        "extras": [], "versions": "locked", "root": os.path.realpath(root)}
+        "extras": [], "versions": "locked", "torch_index": "", "root": os.path.realpath(root)}
 
 
 def test_second_start_only_starts(checkout: Path, wheels: Path) -> None:
@@ -283,7 +282,7 @@ def test_newest_is_taken_on_ones_word_and_left_again(tmp_path: Path, wheels: Pat
     assert version_of(root, "darkroom_dep") == "1.5"            # though 1.9 is there
     newest = start(root, env, "setup", "--newest", "--test")
     assert newest.returncode == 0, newest.stderr
-    assert bootstrap.say("installing_newest", tool="pip") in newest.stderr
+    assert messages.say("installing_newest", tool="pip") in newest.stderr
     assert version_of(root, "darkroom_dep") == "1.9"
     assert (stamp(root)["versions"], stamp(root)["extras"]) == ("newest", ["test"])
     assert start(root, away, "0").stderr == ""                  # and stays, without asking again
@@ -310,8 +309,8 @@ def test_an_environment_of_before_the_lock_moves_over_with_one_sentence(
     done = start(checkout, surroundings(wheels), "0")
     assert done.returncode == 0, done.stderr
     assert answer(done)["dep"] == "1.5"
-    assert done.stderr.startswith(bootstrap.say("updating", tool="pip"))
-    assert bootstrap.say("installing", tool="pip") not in done.stderr
+    assert done.stderr.startswith(messages.say("updating", tool="pip"))
+    assert messages.say("installing", tool="pip") not in done.stderr
     assert start(checkout, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "0").stderr == ""
 
 
@@ -320,7 +319,7 @@ def test_a_changed_package_is_refused(tmp_path: Path, wheels: Path) -> None:
     wheel = make_wheel(tmp_path / "more", *DEP, {"more.py": "evil = True\n"})
     done = start(root, surroundings(wheels, PIP_FIND_LINKS=str(wheel.parent)), "0")
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == bootstrap.say(
+    assert done.stderr.strip().splitlines()[-1] == messages.say(
         "failed_hash", package="darkroom-dep==1.5", file=wheel.as_uri())
     assert not (site(root) / "more.py").exists()
     assert start(root, surroundings(wheels), "0").returncode == 0
@@ -338,7 +337,7 @@ def test_where_the_lock_cannot_be_had_the_ranges_are_taken(tmp_path: Path, wheel
                            PIP_CONSTRAINT=str(tmp_path / "constraints.txt"))
     done = start(root, env, "0")
     assert done.returncode == 0, done.stderr
-    assert bootstrap.say("lock_lacking", package="darkroom-dep==1.5") in done.stderr
+    assert messages.say("lock_lacking", package="darkroom-dep==1.5") in done.stderr
     assert version_of(root, "darkroom_dep") == "1.4"
     assert stamp(root)["versions"] == "ranges"
     assert start(root, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "0").stderr == ""
@@ -351,11 +350,12 @@ def test_a_lock_that_lacks_what_pyproject_asks_for_is_told(tmp_path: Path, wheel
     lock(root, base=[], test=[])
     done = start(root, surroundings(wheels), "0")
     assert done.returncode == 0, done.stderr
-    assert bootstrap.say("lock_behind") in done.stderr
+    assert messages.say("lock_behind") in done.stderr
     assert (version_of(root, "darkroom_dep"), stamp(root)["versions"]) == ("1.5", "ranges")
 
 
 TORCH = ("torch", "2.14.1"), ("torchvision", "0.29.1")
+CUDA = "cuda: Optional[str] = {!r}\nhip: Optional[str] = {!r}\n"
 
 
 def checkout_with_torch(root: Path) -> Path:
@@ -367,7 +367,8 @@ def checkout_with_torch(root: Path) -> Path:
 
 
 def torch_of(root: Path) -> list[str]:
-    return sorted(environment.installed_versions(root / ".venv", "torch", "torchvision"))
+    return [f"{name}=={version}" for name in ("torch", "torchvision")
+            if (version := environment.installed_version(root / ".venv", name))]
 
 
 def test_torch_of_another_index_has_its_own_hashes(tmp_path: Path, wheels: Path) -> None:
@@ -390,7 +391,7 @@ def test_an_index_without_the_locked_torch_gives_its_newest(tmp_path: Path, whee
     env["PIP_INDEX_URL"] = own_index(tmp_path / "empty")
     done = start(root, env, "0")
     assert done.returncode == 0, done.stderr
-    assert bootstrap.say("torch_lacking", index=index,
+    assert messages.say("torch_lacking", index=index,
                          versions="torch==2.14.1 torchvision==0.29.1") in done.stderr
     assert torch_of(root) == ["torch==2.9.0+cu126"]
     assert stamp(root)["versions"] == "locked"                  # all else is
@@ -399,19 +400,21 @@ def test_an_index_without_the_locked_torch_gives_its_newest(tmp_path: Path, whee
 @pytest.mark.parametrize("where", ["a folder", "an index"])
 def test_a_build_of_torch_of_ones_own_is_taken_and_told(tmp_path: Path, wheels: Path,
                                                         where: str) -> None:
+    """pip would pass over it in silence, since its hash is not the lock's."""
     root = checkout_with_torch(tmp_path / "c")
     for name, version in TORCH:
         make_wheel(tmp_path / "own", name, version + "+cpu", {"built.txt": "here"})
-    env = surroundings(wheels, PIP_FIND_LINKS=f"{wheels} {tmp_path / 'own'}")
-    told = "torch-2.14.1+cpu-py3-none-any.whl"
+        make_wheel(tmp_path / "pypi", name, version)
+    env = surroundings(wheels, PIP_FIND_LINKS=f"{wheels} {tmp_path / 'own'} {tmp_path / 'pypi'}")
     if where == "an index":
-        told = own_index(tmp_path / "whl" / "cpu", torch="2.14.1+cpu", torchvision="0.29.1+cpu")
+        own = own_index(tmp_path / "nexus", torch="2.14.1+cpu", torchvision="0.29.1+cpu")
         env = surroundings(wheels, PIP_INDEX_URL=own_index(tmp_path / "empty"),
-                           PIP_EXTRA_INDEX_URL=told)
+                           PIP_EXTRA_INDEX_URL=own,
+                           PIP_FIND_LINKS=f"{wheels} {tmp_path / 'pypi'}")
         del env["PIP_NO_INDEX"]
     done = start(root, env, "0")
     assert done.returncode == 0, done.stderr
-    assert f"{told}): its version is the tested one" in done.stderr
+    assert messages.say("torch_build", build="2.14.1+cpu") in done.stderr
     assert torch_of(root) == ["torch==2.14.1+cpu", "torchvision==0.29.1+cpu"]
     assert stamp(root)["versions"] == "locked"
 
@@ -425,6 +428,48 @@ def test_a_changed_torch_of_the_locked_name_is_refused(tmp_path: Path, wheels: P
     assert done.returncode == 1
     assert "torch==2.14.1 is not the file that LoRA Darkroom was tested with" in done.stderr
     assert torch_of(root) == []
+
+
+def test_an_update_keeps_the_kind_of_torch(tmp_path: Path, wheels: Path) -> None:
+    """Of an index that was named once. PyPI's would end a CPU's or an AMD card's environment."""
+    root = checkout_with_torch(tmp_path / "c")
+    env = surroundings(wheels, PIP_INDEX_URL=own_index(tmp_path / "empty"))
+    del env["PIP_NO_INDEX"]
+    index = own_index(tmp_path / "rocm", torch="2.14.1+rocm7.1", torchvision="0.29.1+rocm7.1")
+    assert start(root, env | {"DARKROOM_TORCH_INDEX": index}, "0").returncode == 0
+    make_wheel(tmp_path / "pypi", "torch", "2.15.0")
+    own_index(tmp_path / "rocm", torch="2.15.0+rocm7.1", torchvision="0.30.0+rocm7.1")
+    lock(root, base=[DEP], torch=[("torch", "2.15.0"), ("torchvision", "0.30.0")])
+    done = start(root, env | {"PIP_FIND_LINKS": f"{wheels} {tmp_path / 'pypi'}"}, "0")
+    assert done.returncode == 0, done.stderr
+    assert messages.say("torch_from", index=index) in done.stderr
+    assert torch_of(root) == ["torch==2.15.0+rocm7.1", "torchvision==0.30.0+rocm7.1"]
+
+
+def test_a_torch_of_unknown_source_is_kept_and_told(tmp_path: Path, wheels: Path) -> None:
+    root = checkout_with_torch(tmp_path / "c")
+    env = surroundings(wheels, PIP_INDEX_URL=own_index(tmp_path / "empty"))
+    del env["PIP_NO_INDEX"]
+    index = own_index(tmp_path / "once", torch="2.13.0+git12")
+    assert start(root, env | {"DARKROOM_TORCH_INDEX": index}, "0").returncode == 0
+    for name, version in TORCH:
+        make_wheel(tmp_path / "pypi", name, version)
+    (root / "pyproject.toml").write_text((root / "pyproject.toml").read_text() + "\n")
+    done = start(root, env | {"DARKROOM_TORCH_INDEX": "",
+                              "PIP_FIND_LINKS": f"{wheels} {tmp_path / 'pypi'}"}, "0")
+    assert done.returncode == 0, done.stderr
+    assert messages.say("torch_kept", version="2.13.0+git12") in done.stderr
+    assert torch_of(root) == ["torch==2.13.0+git12"]
+
+
+def test_an_index_without_any_torch_is_named(tmp_path: Path, wheels: Path) -> None:
+    root = checkout_with_torch(tmp_path / "c")
+    index = own_index(tmp_path / "wrong")
+    env = surroundings(wheels, DARKROOM_TORCH_INDEX=index)
+    del env["PIP_NO_INDEX"]
+    done = start(root, env, "0")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == messages.say("torch_nowhere", index=index)
 
 
 def test_newest_keeps_the_cards_own_torch(tmp_path: Path, wheels: Path) -> None:
@@ -447,9 +492,120 @@ def test_repair_compares_with_the_lock(checkout: Path, tmp_path: Path, wheels: P
     (site(checkout) / "darkroom_dep.py").write_text('VERSION = "edited"\n')
     done = start(checkout, surroundings(wheels, PIP_FIND_LINKS=str(wheel.parent)), "repair")
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == bootstrap.say(
+    assert done.stderr.strip().splitlines()[-1] == messages.say(
         "failed_hash", package="darkroom-dep==1.5", file=wheel.as_uri())
     (site(checkout) / "darkroom_dep.py").write_text('VERSION = "1.5"\n')
+
+
+@pytest.mark.parametrize("versions", ["newest", "ranges"])
+def test_repair_keeps_the_versions_that_are_there(tmp_path: Path, wheels: Path, versions: str
+                                                  ) -> None:
+    root, folder = make_checkout(tmp_path / "c"), tmp_path / "more"
+    make_wheel(folder, "darkroom_dep", "1.4")
+    make_wheel(folder, *EXTRA)
+    env = surroundings(wheels, PIP_FIND_LINKS=str(folder))
+    command = ["setup", "--test", *(["--newest"] if versions == "newest" else [])]
+    assert start(root, env, *command).returncode == 0
+    before = stamp(root)
+    assert before["versions"] == versions
+    make_wheel(folder, "darkroom_extra", "9.0")
+    make_wheel(folder, *DEP)
+    (site(root) / "darkroom_dep.py").write_text("broken")
+    done = start(root, env, "repair")
+    assert done.returncode == 0, done.stderr
+    assert messages.say("continuing") not in done.stderr
+    assert (version_of(root, "darkroom_dep"), version_of(root, "darkroom_extra")) == ("1.4", "2.0")
+    assert stamp(root) == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script stands in for nvidia-smi")
+def test_repair_finds_a_torch_for_the_card_where_the_locked_is_not(tmp_path: Path, wheels: Path
+                                                                   ) -> None:
+    root = checkout_with_torch(tmp_path / "c")
+    for name, version in TORCH:
+        make_wheel(tmp_path / "pypi", name, version)
+    built = {"torch/version.py": CUDA.format("13.0", None)}
+    wheel = make_wheel(tmp_path / "pypi", *TORCH[0], built)
+    lock(root, base=[DEP], torch=[(*TORCH[0], built), TORCH[1]])
+    env = surroundings(wheels, PIP_FIND_LINKS=f"{wheels} {wheel.parent}")
+    assert start(root, env, "0").returncode == 0
+    (tmp_path / "bin").mkdir()
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '6.1, 580.65.06'\n")
+    smi.chmod(0o755)
+    index = own_index(tmp_path / "cu126", torch="2.9.0+cu126")
+    old = {"PATH": f"{smi.parent}{os.pathsep}{env['PATH']}", "PIP_FIND_LINKS": str(wheels)}
+    failed = start(root, env | old, "repair")           # no other torch is to be had
+    assert failed.returncode == 1
+    assert messages.say("found_torch") in failed.stderr
+    assert messages.say("mended") not in failed.stderr
+    online = {k: v for k, v in env.items() if k != "PIP_NO_INDEX"} | old
+    before = f"import environment; environment.TORCH_CUDA_OLD = {index!r}"
+    done = start(root, online, "repair", before=f"sys.path.insert(0, {str(root / 'build')!r}); "
+                                                + before)
+    assert done.returncode == 0, done.stderr
+    assert torch_of(root)[0] == "torch==2.9.0+cu126"
+    assert messages.say("torch_lacking", index=index,
+                        versions="torch==2.14.1 torchvision==0.29.1") in done.stderr
+
+
+def test_an_update_that_cannot_be_fetched_does_not_stop_what_ran(tmp_path: Path, wheels: Path
+                                                                 ) -> None:
+    root, away = make_checkout(tmp_path / "c"), surroundings(wheels, PIP_FIND_LINKS="/nowhere")
+    assert start(root, surroundings(wheels), "0").returncode == 0
+    (root / "backend" / "backend.py").write_text(BACKEND.replace("darkroom-dep>", "nothing-yet>"))
+    newest = start(root, away, "setup", "--newest")
+    assert newest.returncode == 1                       # asked for, and not to be had
+    assert start(root, away, "3").returncode == 3       # but nothing was taken away
+    lock(root, base=[("darkroom_dep", "1.6")], test=[])
+    (root / "build" / "lock" / "build.txt").write_text("pip==99\n    --hash=sha256:" + "0" * 64)
+    (root / "pyproject.toml").write_text(PYPROJECT + "\n# changed\n", "utf-8")
+    done = start(root, away, "4")
+    assert done.returncode == 4
+    assert done.stderr.strip().splitlines()[-1] == messages.say("update_later")
+    assert answer(done)["dep"] == "1.5"
+    assert start(root, away, "5").stderr == ""          # told once
+    assert start(root, away, "setup").returncode == 1   # and tried again on one's word
+
+
+def test_a_folder_without_pip_itself_keeps_the_lock(tmp_path: Path, wheels: Path) -> None:
+    root = make_checkout(tmp_path / "c")
+    lock(root, base=[DEP], build=[("darkroom_tool", "3.0")])
+    make_wheel(tmp_path / "more", "darkroom_dep", "1.9")
+    done = start(root, surroundings(wheels, PIP_FIND_LINKS=f"{wheels} {tmp_path / 'more'}"), "0")
+    assert done.returncode == 0, done.stderr
+    assert (version_of(root, "darkroom_dep"), stamp(root)["versions"]) == ("1.5", "locked")
+
+
+def test_settings_of_pip_that_lead_elsewhere_are_overruled(tmp_path: Path, wheels: Path) -> None:
+    root = make_checkout(tmp_path / "c")
+    away = {f"PIP_{name}": str(tmp_path / name) for name in ("TARGET", "PREFIX", "ROOT")}
+    done = start(root, surroundings(wheels, PIP_DRY_RUN="1", PIP_REQUIRE_HASHES="1", PIP_USER="1",
+                                    **away), "3")
+    assert done.returncode == 3, done.stderr
+    assert stamp(root)["versions"] == "locked"
+    assert not [name for name in away if Path(away[name]).exists()]
+
+
+@pytest.mark.parametrize("given", [["--help"], ["--new"], ["--app", "--test"], ["--nonsense"]])
+def test_a_setup_that_is_not_understood_installs_nothing(checkout: Path, wheels: Path,
+                                                         given: list[str]) -> None:
+    before = stamp(checkout) | {"versions": "newest"}
+    (checkout / ".venv" / "darkroom.json").write_text(json.dumps(before), "utf-8")
+    start(checkout, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "setup", *given)
+    assert stamp(checkout) == before
+    parser = subprocess.run([sys.executable, REAL / "launcher.py", "setup", *given],
+                            env=os.environ | {"DARKROOM_RESTARTED": str(REAL / ".venv")},
+                            capture_output=True)
+    assert parser.returncode == (0 if given == ["--help"] else 2)
+
+
+def test_a_stamp_that_cannot_be_written_is_a_sentence(checkout: Path, wheels: Path) -> None:
+    (checkout / ".venv" / "darkroom.tmp").mkdir()
+    done = start(checkout, surroundings(wheels), "setup", "--newest")
+    (checkout / ".venv" / "darkroom.tmp").rmdir()
+    assert (done.returncode, one_sentence(done)) == (1, messages.say("failed_rights",
+                                                                     path=checkout))
 
 
 def test_newest_in_an_environment_of_ones_own_is_told(tmp_path: Path, wheels: Path) -> None:
@@ -457,7 +613,9 @@ def test_newest_in_an_environment_of_ones_own_is_told(tmp_path: Path, wheels: Pa
     own_dependencies(root, "pytest>=8", "x")
     done = start(root, surroundings(wheels), "setup", "--newest")
     assert done.returncode == 2
-    assert one_sentence(done) == bootstrap.say("newest_own", python=sys.executable)
+    assert one_sentence(done) == messages.say("newest_own", python=sys.executable)
+    venv(root)                                          # also where there is one that isn't used
+    assert start(root, surroundings(wheels), "setup", "--newest").returncode == 2
 
 
 # --- interrupted, broken, moved ---
@@ -542,7 +700,7 @@ def test_repair_that_gets_no_packages_leaves_what_works(checkout: Path, wheels: 
     (site(checkout) / "darkroom_dep.py").write_text('VERSION = "edited"\n')
     done = start(checkout, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "repair")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == bootstrap.say(
+    assert done.stderr.splitlines()[-1] == messages.say(
         "failed_lacking", package="darkroom-dep==1.5")
     assert start(checkout, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "3").returncode == 3
     (site(checkout) / "darkroom_dep.py").write_text('VERSION = "1.5"\n')
@@ -597,9 +755,6 @@ def test_two_versions_of_one_package_are_both_in_the_way(tmp_path: Path) -> None
     assert [path.name for path in site_.iterdir()] == ["other-1.0.dist-info"]
 
 
-CUDA = "cuda: Optional[str] = {!r}\nhip: Optional[str] = {!r}\n"
-
-
 @pytest.mark.parametrize(("cards", "built", "hip", "unfit"), [
     ([], None, None, False), ([(8.6, 591.4)], "13.0", None, False),
     ([(8.6, 591.4)], None, None, True),
@@ -650,13 +805,13 @@ def test_copied_checkout_gets_its_own_once_by_two_starts(checkout: Path, tmp_pat
 def test_half_made_environment_is_rebuilt(tmp_path: Path) -> None:
     root = make_checkout(tmp_path / "c")
     venv(root)
-    environment.write_stamp(root, "making", HERE_PYTHON, [])
+    environment.write_stamp(root, {"state": "making", "python": HERE_PYTHON})
     assert bootstrap._why_anew(root) == "broken"
-    environment.write_stamp(root, "made", HERE_PYTHON, [])
+    environment.write_stamp(root, {"state": "made", "python": HERE_PYTHON})
     assert bootstrap._why_anew(root) == ""
-    environment.write_stamp(root, "ready", "3.0", [])                   # Python was exchanged
+    environment.write_stamp(root, {"state": "ready", "python": "3.0"})     # Python was exchanged
     assert bootstrap._why_anew(root) == "broken"
-    environment.write_stamp(root, "ready", HERE_PYTHON, [])
+    environment.write_stamp(root, {"state": "ready", "python": HERE_PYTHON})
     python = environment.python_of(root / ".venv")
     python.unlink()
     python.symlink_to(root / "gone")                                    # or uninstalled
@@ -709,7 +864,7 @@ def test_active_environment_without_the_tests_packages(tmp_path: Path, wheels: P
 def test_environment_made_by_hand_is_used_offline(tmp_path: Path, wheels: Path) -> None:
     root = make_checkout(tmp_path / "c")
     venv(root)
-    environment.write_stamp(root, "ready", "3.0", [])
+    environment.write_stamp(root, {"state": "ready", "python": "3.0"})
     (root / ".venv/darkroom.json").unlink()
     with zipfile.ZipFile(next(wheels.glob("darkroom_dep*"))) as wheel:
         wheel.extractall(site(root))
@@ -789,14 +944,15 @@ def test_old_python_uses_an_environment_that_is_there(checkout: Path, wheels: Pa
 
 
 @pytest.mark.parametrize("name", ["launcher.py", "build/bootstrap.py", "build/environment.py",
-                                  "build/repair.py", "core/alert.py"])
+                                  "build/install.py", "build/messages.py", "build/repair.py",
+                                  "core/alert.py"])
 def test_old_pythons_can_read_it(name: str) -> None:
     tree = ast.parse((REAL / name).read_text("utf-8"), feature_version=(3, 8))
     assert not [node for node in ast.walk(tree) if type(node).__name__ == "Match"]
     top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     modules = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
     modules |= {str(node.module) for node in top if isinstance(node, ast.ImportFrom)}
-    allowed = sys.stdlib_module_names | {"environment", "repair"}
+    allowed = sys.stdlib_module_names | {"environment", "install", "messages", "repair"}
     assert not {module.split(".")[0] for module in modules} - allowed
     assert "tomllib" not in modules
 
@@ -823,9 +979,9 @@ def test_failed_install_says_why_and_goes_on_later(checkout: Path, tmp_path: Pat
         done = start(checkout, surroundings(wheels), "0")
         assert done.returncode == 1
         assert "What pip said last:" in done.stderr
-        assert bootstrap.say("lock_lacking", package="darkroom-later==1.0") in done.stderr
+        assert messages.say("lock_lacking", package="darkroom-later==1.0") in done.stderr
         assert "  ERROR: No matching distribution found for darkroom-later" in done.stderr
-        assert done.stderr.strip().splitlines()[-1] == bootstrap.say(
+        assert done.stderr.strip().splitlines()[-1] == messages.say(
             "failed_lacking", package="darkroom-later")
         assert stamp(checkout)["state"] == "installing"
         make_wheel(tmp_path / "more", *LATER)
@@ -855,6 +1011,13 @@ ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE. If you
      "ERROR: No matching distribution found for x==1", "failed_network", {}),
     ("error: Request failed after 3 retries: dns error", "failed_network", {}),
     ("ReadTimeoutError: Read timed out.", "failed_network", {}),
+    # a retry that helped
+    ("WARNING: Retrying (...) after ReadTimeoutError: Read timed out.\n" + PIP_MISMATCH,
+     "failed_hash", {"package": "torch==2.14.1",
+                     "file": "https://x.org/torch-2.14.1+cpu-cp311.whl"}),
+    ("WARNING: Retrying (...) after ReadTimeoutError: Read timed out.\nERROR: Could not find a "
+     "version that satisfies the requirement x==2 (from versions: 1.0, 1.1)\n"
+     "ERROR: No matching distribution found for x==2", "failed_lacking", {"package": "x==2"}),
     ("ERROR: Wheel 'torch' located at /tmp/torch-2.9.whl is invalid.", "failed_network", {}),
     ("error: subprocess-exited-with-error", "failed", {}),
     ("ERROR: Could not find a version that satisfies the requirement x==1 (from versions: none)\n"
@@ -869,14 +1032,14 @@ ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE. If you
 ])
 def test_reasons_are_recognised(said: str, key: str, words: dict[str, str], tmp_path: Path,
                                 capsys: pytest.CaptureFixture[str]) -> None:
-    stop = bootstrap._why_failed(tmp_path, "pip", 1, ["line before", *said.splitlines()])
-    assert str(stop) == bootstrap.say(key, **{"tool": "pip", "code": 1, "path": tmp_path} | words)
+    stop = install.failure(tmp_path, "pip", 1, ["line before", *said.splitlines()])
+    assert str(stop) == messages.say(key, **{"tool": "pip", "code": 1, "path": tmp_path} | words)
     assert stop.exit_code == 1
     assert f"  {said.splitlines()[-1]}" in capsys.readouterr().err
 
 
 def test_texts_are_yaml_and_the_same_in_both_languages() -> None:
-    english, chinese = (bootstrap.texts(lang) for lang in ("en", "zh-CN"))
+    english, chinese = (messages.texts(lang) for lang in ("en", "zh-CN"))
     assert english.keys() == chinese.keys()
     for lang, texts in (("en", english), ("zh-CN", chinese)):
         path = REAL / "core/strings" / lang / "bootstrap.yaml"
@@ -885,8 +1048,8 @@ def test_texts_are_yaml_and_the_same_in_both_languages() -> None:
 
 def test_every_text_is_there_and_used() -> None:
     source = "".join((REAL / name).read_text("utf-8") for name in (
-        "launcher.py", "build/bootstrap.py", "build/repair.py"))
-    assert not [key for key in bootstrap.texts("en") if f'"{key}"' not in source
+        "launcher.py", "build/bootstrap.py", "build/install.py", "build/repair.py"))
+    assert not [key for key in messages.texts("en") if f'"{key}"' not in source
                 and f"'{key}'" not in source and not key.startswith("found_")]
 
 
@@ -938,15 +1101,29 @@ def test_old_card_gets_its_torch_from_its_index_by_uv(tmp_path: Path, wheels: Pa
     env["PATH"] = f"{tools}{os.pathsep}{env['PATH']}"
     done = start(root, env, "0", before="sys.modules['ensurepip'] = None")  # uv needs no pip
     assert done.returncode == 0, done.stderr
-    assert f"PyTorch comes from {environment.TORCH_CUDA_OLD}" in done.stderr
-    install = f"pip install --python {environment.python_of(root / '.venv')}"
-    hashed = f"{install} --require-hashes --no-deps --requirement build/lock"
+    assert messages.say("torch_from", index=environment.TORCH_CUDA_OLD) in done.stderr
+    command = f"pip install --python {environment.python_of(root / '.venv')}"
+    hashed = f"{command} --require-hashes --no-deps --requirement build/lock"
     assert log.read_text().splitlines() == [
         f"{hashed}/build.txt", f"{hashed}/base.txt",
-        f"{install} --index-url {environment.TORCH_CUDA_OLD} torch==2.14.1 torchvision==0.29.1",
-        f"{install} --no-deps --no-build-isolation -e .",
+        f"{command} --default-index {environment.TORCH_CUDA_OLD} torch==2.14.1 torchvision==0.29.1",
+        f"{command} --no-deps -e .",        # isolated: there is no setuptools
         # this uv installed nothing, so that the lock seems not to hold what pyproject.toml asks for
-        f"{install} --index-url {environment.TORCH_CUDA_OLD} torch>=2.7,<3", f"{install} -e ."]
+        f"{command} --default-index {environment.TORCH_CUDA_OLD} torch>=2.7,<3",
+        f"{command} -e ."]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script stands in for uv")
+def test_pip_steps_in_where_uv_fails_in_a_new_environment(tmp_path: Path, wheels: Path) -> None:
+    """Made for uv it has no pip of its own yet."""
+    root, uv = make_checkout(tmp_path / "c"), tmp_path / "bin" / "uv"
+    uv.parent.mkdir()
+    uv.write_text("#!/bin/sh\necho 'error: no mirror known' >&2\nexit 2\n")
+    uv.chmod(0o755)
+    env = surroundings(wheels)
+    done = start(root, env | {"PATH": f"{uv.parent}{os.pathsep}{env['PATH']}"}, "3")
+    assert done.returncode == 3, done.stderr
+    assert stamp(root)["versions"] == "locked"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script stands in for uv")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -33,9 +32,12 @@ def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 
-def requirements(part: str) -> list[tuple[Requirement, set[str]]]:
+def text_of(part: str) -> str:
+    return (ROOT / "build" / "lock" / f"{part}.txt").read_text("utf-8")
+
+
+def requirements(text: str) -> list[tuple[Requirement, set[str]]]:
     """(name==version ; marker, hashes) of one part."""
-    text = (ROOT / "build" / "lock" / f"{part}.txt").read_text("utf-8")
     found = []
     for block in re.split(r"\n(?=\S)", text.strip()):
         if not block.startswith("#"):
@@ -44,12 +46,19 @@ def requirements(part: str) -> list[tuple[Requirement, set[str]]]:
     return found
 
 
+def chosen(text: str, system: dict[str, str]) -> dict[str, tuple[str, set[str]]]:
+    """Package -> version and hashes, on one system."""
+    return {one.name: (str(one.specifier)[2:], hashes) for one, hashes in requirements(text)
+            if one.marker is None or one.marker.evaluate({**system, "extra": ""})}
+
+
 def test_parts_are_what_uv_lock_says() -> None:
-    """Made anew from uv.lock, without a network."""
+    """Made anew from uv.lock, without a network; each uv writes the same markers in its own way."""
     made = lock.parts()
     assert set(made) == set(PARTS)
     for part, text in made.items():
-        assert (ROOT / "build" / "lock" / f"{part}.txt").read_text("utf-8") == text
+        for system in SYSTEMS:
+            assert chosen(text_of(part), system) == chosen(text, system)
 
 
 def test_uv_lock_is_of_this_pyproject() -> None:
@@ -72,7 +81,7 @@ def test_every_locked_package_has_hashes_and_comes_from_pypi() -> None:
     assert {str(one["source"]) for one in found["package"]} == {
         str({"registry": "https://pypi.org/simple"}), str({"editable": "."})}
     for part in PARTS:
-        for requirement, hashes in requirements(part):
+        for requirement, hashes in requirements(text_of(part)):
             assert hashes, requirement
             assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", one) for one in hashes)
             assert re.fullmatch(r"==[^=*]+", str(requirement.specifier))
@@ -82,30 +91,30 @@ def test_every_locked_package_has_hashes_and_comes_from_pypi() -> None:
                          ids=lambda one: f"{one['sys_platform']}-{one['python_version']}")
 def test_each_system_gets_one_version_of_all_that_is_asked_for(system: dict[str, str]) -> None:
     """Of every direct dependency, one that its range allows; torch only from its part."""
-    def chosen(*parts: str) -> dict[str, str]:
+    def versions(*parts: str) -> dict[str, str]:
         got: dict[str, str] = {}
         for part in parts:
-            for requirement, _ in requirements(part):
-                marker = requirement.marker or Marker("python_version > '0'")
-                if marker.evaluate({**system, "extra": ""}):
-                    version = str(requirement.specifier)[2:]
-                    assert got.setdefault(requirement.name, version) == version
+            names = [one.name for one, _ in requirements(text_of(part))
+                     if one.marker is None or one.marker.evaluate({**system, "extra": ""})]
+            assert len(names) == len(set(names))
+            for name, (version, _) in chosen(text_of(part), system).items():
+                assert got.setdefault(name, version) == version
         return got
 
     extras = project()["project"]["optional-dependencies"]
     for part, lines in (("base", []), ("test", extras["test"]), ("app", extras["app"])):
-        got = chosen("build", part, "torch")
+        got = versions("build", part, "torch")
         for line in map(Requirement, [*project()["project"]["dependencies"], *lines]):
             assert line.specifier.contains(got[canonicalize_name(line.name)])
-        assert not {"torch", "torchvision"} & chosen(part).keys()
+        assert not {"torch", "torchvision"} & versions(part).keys()
     for line in map(Requirement, project()["dependency-groups"]["build"]):
-        assert line.specifier.contains(chosen("build")[line.name])
+        assert line.specifier.contains(versions("build")[line.name])
 
 
 def test_nothing_of_cuda_stands_apart_from_torch() -> None:
     """Else a CPU torch of another index would come with gigabytes that only PyPI's needs."""
     for part in ("base", "test", "app"):
-        assert [one.name for one, _ in requirements(part)
+        assert [one.name for one, _ in requirements(text_of(part))
                 if one.name.startswith(("nvidia-", "cuda-", "triton"))] == ["nvidia-ml-py"]
 
 

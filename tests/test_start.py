@@ -188,10 +188,12 @@ def test_a_broken_package_is_told_in_the_window(desk: Desk) -> None:
                                                 (signal.SIGTERM, "ignored_sigint")])
 def test_no_browser_is_told_with_the_address(desk: Desk, number: int, parent: str,
                                              request: pytest.FixtureRequest) -> None:
+    """And no web view; signals end it all the same."""
     request.getfixturevalue(parent)
     del desk.env["BROWSER"]
     desk.tool("xdg-open", "exit 3")
-    process = desk.start(PYTHONPATH=shadowed(desk, gradio="import time; time.sleep(60)"))
+    process = desk.start(PYTHONPATH=shadowed(desk, gradio="import time; time.sleep(60)",
+                                             webview=NO_VIEW))
     told = until(lambda: desk.told.exists() and desk.told.read_text())
     assert json.loads((desk.home / "window.json").read_text())["url"] in told
     process.send_signal(number)                     # while the pages are being made, too

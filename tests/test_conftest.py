@@ -1,0 +1,34 @@
+"""What the tests' own conftest.py adds to a run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SOME = """
+import pytest
+@pytest.mark.network
+@pytest.mark.parametrize("n", [1, 2])
+def test_hub(n): pass
+@pytest.mark.slow
+def test_slow(): pass
+def test_runs(): pass
+"""
+
+
+def test_skipped_tests_are_listed_by_reason(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(SOME)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    network: x\n    slow: x\n")
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", tmp_path]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    lines = done.stdout.splitlines()
+    at = next(number for number, line in enumerate(lines) if " 3 skipped " in line)
+    assert lines[at + 1:at + 3] == [
+        "   2 no model hub can be reached in this suite (test_some.py 2)",
+        "   1 takes minutes: pytest -m slow (test_some.py 1)"]
+    assert lines[-1].startswith("=") and "1 passed, 3 skipped" in lines[-1]
