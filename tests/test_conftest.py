@@ -26,9 +26,9 @@ def test_skipped_tests_are_listed_by_reason(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", tmp_path]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
-    lines = done.stdout.splitlines()
+    lines = [line for line in done.stdout.splitlines() if line]
     at = next(number for number, line in enumerate(lines) if " 3 skipped " in line)
     assert lines[at + 1:at + 3] == [
         "   2 no model hub can be reached in this suite (test_some.py 2)",
         "   1 takes minutes: pytest -m slow (test_some.py 1)"]
-    assert lines[-1].startswith("=") and "1 passed, 3 skipped" in lines[-1]
+    assert "1 passed, 3 skipped" in lines[-1]
