@@ -204,3 +204,4 @@ window.darkroom = (() => {
   poll();
   return {mount, poll, say};
 })();
+dispatchEvent(new Event('darkroom'));         // whoever was there first waits for it

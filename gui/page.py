@@ -19,12 +19,14 @@ from pydantic import ValidationError
 
 from core.faults import Fault
 from gui import form
+from gui.widgets.panel import READY
 
 if TYPE_CHECKING:
     from gui.context import Context, Snapshot, Tab, Updates
 
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-_SAY = "watch('value', () => window.darkroom.say(JSON.parse(props.value || '[]')));"
+_SAY = f"{READY} watch('value', () => {{ const said = JSON.parse(props.value || '[]'); " \
+       "ready(() => window.darkroom.say(said)); });"
 
 Handler = Callable[..., "Updates | None"]
 Seen = dict[str, str]                   # what a page's components show: their marks by id

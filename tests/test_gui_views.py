@@ -131,7 +131,7 @@ def test_a_running_step_is_told_with_units_and_as_clock_and_duration(
     assert "612 / 1500" in text
     assert "1.52" in text                           # seconds a step
     assert re.search(r"22 (min|分钟)", text)
-    assert re.search(r"[(（]\d\d:\d\d", text)
+    assert re.search(r"[(（](\d\d-\d\d )?\d\d:\d\d", text)       # near midnight with the date
 
 
 def test_buttons_follow_the_state(ctx: Context, tmp_path: Path) -> None:

@@ -9,6 +9,10 @@ import gradio as gr
 
 _HERE = Path(__file__).parent
 
+# Gradio adds a page's scripts by itself: an area may be there before gui/live.js is.
+READY = ("const ready = act => window.darkroom ? act()"
+         " : addEventListener('darkroom', act, {once: true});")
+
 # One listener on the area itself: what is painted anew needs none.
 _DELEGATE = """
 element.addEventListener('click', event => {
@@ -33,6 +37,6 @@ def panel(name: str, js: str = "", dense: bool = False, **more: Any) -> gr.HTML:
     after each painting, instead of the plain one. `dense`: small buttons and rows."""
     body = (_HERE / f"{js}.js").read_text("utf-8") if js else _DELEGATE
     after = ", fresh" if js else ""
-    script = f"{body}\nwindow.darkroom.mount(element, {name!r}{after});"
+    script = f"{body}\n{READY}\nready(() => window.darkroom.mount(element, {name!r}{after}));"
     return gr.HTML("", elem_id=name, js_on_load=script, elem_classes=["panel", *["dense"] * dense],
                    **more)

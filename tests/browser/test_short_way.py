@@ -173,3 +173,21 @@ def test_every_screen_in_both_languages_and_themes(page: Any, served: Any,
                                               f"-{language}-{theme}.png")
                 assert page.evaluate("document.documentElement.scrollWidth") <= 1366
                 assert "gui." not in page.locator("main").inner_text()
+
+
+def test_a_page_whose_script_comes_late_is_whole(browser: Any, page: Any, served: Any) -> None:
+    """Gradio adds it by itself, and on a busy machine after the panels that need it."""
+    def late(route: Any) -> None:
+        time.sleep(3)
+        route.continue_()
+
+    context = browser.new_context(viewport={"width": 1366, "height": 768})
+    second, wrong = context.new_page(), []
+    second.on("console", lambda line: line.type == "error" and wrong.append(line.text))
+    second.route("**/live.js", late)
+    second.goto(served.url)
+    second.wait_for_selector("#header .header")
+    panels = ".panel:visible .live"
+    until(lambda: second.locator(panels).count() == page.locator(panels).count() > 3)
+    context.close()
+    assert not wrong
