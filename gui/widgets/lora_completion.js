@@ -6,6 +6,7 @@ list.setAttribute('role', 'listbox');
 list.hidden = true;
 document.body.append(list);
 let at = 0, shown = [], part = null;
+let picked = {};        // by the arrows: the same text may be told again, also after a scroll
 
 const prompt = node => node?.matches?.('#prompt textarea') ? node : null;
 
@@ -28,7 +29,7 @@ function open(box) {
     .sort((a, b) => b.toLowerCase().startsWith(typed) - a.toLowerCase().startsWith(typed))
     .slice(0, 10);
   if (!shown.length) return close();
-  at = 0;
+  at = picked.text === box.value ? Math.max(0, shown.indexOf(picked.name)) : 0;
   list.replaceChildren(...shown.map((name, n) => {
     const item = document.createElement('li');
     item.id = `lora-name-${n}`;
@@ -76,7 +77,10 @@ document.addEventListener('keydown', event => {
   else return;
   event.preventDefault();
   event.stopPropagation();
-  if (by) mark(box);
+  if (by) {
+    picked = {text: box.value, name: shown[at]};
+    mark(box);
+  }
 }, true);
 document.addEventListener('focusout', event => { if (prompt(event.target)) setTimeout(close, 150); });
 document.addEventListener('scroll', () => { if (!list.hidden) close(); });
