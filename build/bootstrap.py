@@ -102,7 +102,9 @@ def repair(root: Path) -> int:
             return _check_own(Path(sys.prefix))
         make(root)
         tell("checking", count=packages.count(venv))
-        found, unfit = packages.broken(venv), packages.unfit_torch(venv, nvidia_cards())
+        chosen, index = _torch_source(root)
+        found = packages.broken(venv)
+        unfit = not chosen and packages.unfit_torch(venv, nvidia_cards())
         for one in found:
             tell("found_" + one.why, name=one.name, version=one.version, file=one.file)
         if unfit:
@@ -111,11 +113,11 @@ def repair(root: Path) -> int:
         if not (found or unfit or lacking or any(packages.leftovers(venv))):
             tell("sound")
             return 0
-        _mend(root, found, unfit)
+        _mend(root, found, index, unfit)
         if packages.broken(venv) or not complete(root):
             raise Stop("still_broken", path=venv)
-        if packages.unfit_torch(venv, nvidia_cards()):
-            raise Stop("still_unfit", index=torch_index(nvidia_cards()) or "PyPI")
+        if not chosen and packages.unfit_torch(venv, nvidia_cards()):
+            raise Stop("still_unfit", index=index or "PyPI")
     tell("mended")
     return 0
 
@@ -170,7 +172,7 @@ def _check_own(prefix: Path) -> int:
     return 0
 
 
-def _mend(root: Path, found: list[packages.Broken], unfit: bool) -> None:
+def _mend(root: Path, found: list[packages.Broken], torch_from: str, unfit: bool) -> None:
     """The same versions again, a torch for the card, then whatever lacks."""
     stamp = read_stamp(root)
     _stamp(root, {**stamp, "state": "installing"})
@@ -191,7 +193,7 @@ def _mend(root: Path, found: list[packages.Broken], unfit: bool) -> None:
                 with_one_of(root, functools.partial(run, root, again), "installing_again")
         if unfit:
             with_one_of(root, functools.partial(
-                install_torch, root, torch_index(nvidia_cards()), again=True), "installing_again")
+                install_torch, root, torch_from, again=True), "installing_again")
     except Stop:                        # installers take nothing away before they have the new
         if all(one.why == "file" for one in found):
             _stamp(root, stamp)
@@ -199,7 +201,7 @@ def _mend(root: Path, found: list[packages.Broken], unfit: bool) -> None:
     extras = stamp.get("extras") or []
     if not complete(root, extras) or unfit:         # whatever is locked, else only what lacks
         versions = "locked" if stamp.get("versions") == "locked" else "ranges"
-        install(root, extras, versions, torch_index(nvidia_cards()), "installing_again")
+        install(root, extras, versions, torch_from, "installing_again")
     _stamp(root, {**stamp, "state": "ready"})
 
 
@@ -244,8 +246,7 @@ def _install(root: Path, extra: str, versions: str = "") -> None:
     ready = before.get("state") == "ready"
     extras = sorted({*filter(None, [extra]), *(before.get("extras") or [])})
     wanted = versions or ("newest" if before.get("versions") == "newest" else "locked")
-    chosen = os.environ.get("DARKROOM_TORCH_INDEX", before.get("torch_index", ""))
-    index = (chosen or torch_index(nvidia_cards())) if torch_lines(root) else ""
+    chosen, index = _torch_source(root)
     why = "installing"
     if wanted == "newest":
         why = "installing_newest"
@@ -277,6 +278,13 @@ def _install(root: Path, extra: str, versions: str = "") -> None:
 
 
 # Small things
+
+
+def _torch_source(root: Path) -> tuple[str, str]:
+    """The index of torch that the user chose, now or when .venv was made, and the one that is
+    asked: that or the card's. "": the user's own package sources."""
+    chosen = os.environ.get("DARKROOM_TORCH_INDEX", read_stamp(root).get("torch_index", ""))
+    return chosen, (chosen or torch_index(nvidia_cards())) if torch_lines(root) else ""
 
 
 def _stamp(root: Path, stamp: dict[str, Any]) -> None:

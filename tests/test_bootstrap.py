@@ -440,10 +440,19 @@ def test_an_update_keeps_the_kind_of_torch(tmp_path: Path, wheels: Path) -> None
     make_wheel(tmp_path / "pypi", "torch", "2.15.0")
     own_index(tmp_path / "rocm", torch="2.15.0+rocm7.1", torchvision="0.30.0+rocm7.1")
     lock(root, base=[DEP], torch=[("torch", "2.15.0"), ("torchvision", "0.30.0")])
+    (tmp_path / "bin").mkdir()                          # also beside a card that it can't use
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho '8.6, 591.44'\n")
+    (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
+    env["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{env['PATH']}"
     done = start(root, env | {"PIP_FIND_LINKS": f"{wheels} {tmp_path / 'pypi'}"}, "0")
     assert done.returncode == 0, done.stderr
     assert messages.say("torch_from", index=index) in done.stderr
     assert torch_of(root) == ["torch==2.15.0+rocm7.1", "torchvision==0.30.0+rocm7.1"]
+    site_ = site(root)
+    (site_ / "torch").mkdir()
+    (site_ / "torch" / "version.py").write_text(CUDA.format(None, None))
+    repaired = start(root, env, "repair")
+    assert (repaired.returncode, repaired.stderr.splitlines()[-1]) == (0, messages.say("sound"))
 
 
 def test_a_torch_of_unknown_source_is_kept_and_told(tmp_path: Path, wheels: Path) -> None:
