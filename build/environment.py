@@ -135,6 +135,21 @@ def fingerprint(root: Path) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def asked_for(root: Path) -> str:
+    """A digest of all requirements in pyproject.toml, without comments; each lock bears that of the
+    ones it was made for. Read as text: an old Python outside .venv has no tomllib."""
+    text = (root / "pyproject.toml").read_text("utf-8")
+    tables = re.findall(r"^dependencies = \[.*?^\]|"
+                        r"^\[(?:project\.optional-dependencies|dependency-groups)\]$.*?(?=^\[|\Z)",
+                        text, re.MULTILINE | re.DOTALL)
+    words = re.sub(r"#.*|\s", "", "".join(tables))
+    return hashlib.sha256(words.encode("utf-8")).hexdigest()
+
+
+def lock_fits(root: Path) -> bool:
+    return asked_for(root) in (root / "build" / "lock" / "base.txt").read_text("utf-8")
+
+
 def plain(name: str) -> str:
     """One spelling of a package's name (PyPA, "Names and normalization")."""
     return re.sub(r"[-_.]+", "-", name).lower()

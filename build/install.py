@@ -25,6 +25,7 @@ from typing import Any
 from environment import (
     complete,
     installed_version,
+    lock_fits,
     numbers,
     parsed,
     python_of,
@@ -40,7 +41,7 @@ HASHED = ["--require-hashes", "--no-deps"]      # a lock names everything: nothi
 SETUPTOOLS = (77,)                              # as pyproject.toml's [build-system]
 # A user's settings of pip that lead elsewhere than into .venv; empty is unset for pip.
 ELSEWHERE = {"PIP_USER": "0", "PIP_REQUIRE_HASHES": "", "PIP_TARGET": "", "PIP_PREFIX": "",
-             "PIP_ROOT": "", "PIP_DRY_RUN": ""}
+             "PIP_ROOT": "", "PIP_DRY_RUN": "", "PIP_NO_DEPS": "", "PIP_NO_BUILD_ISOLATION": ""}
 
 
 def install(root: Path, extras: list[str], versions: str, index: str, why: str) -> str:
@@ -72,12 +73,15 @@ def with_one_of(root: Path, action: Callable[[str], Any], why: str = "installing
 def _install_with(root: Path, extras: list[str], versions: str, index: str, tool: str) -> str:
     with contextlib.suppress(Lacking):      # an old pip does as well, but can't go on within a
         run(root, [*HASHED, "--requirement", LOCK.format("build")], tool)       # download
+    if versions == "locked" and not lock_fits(root):
+        tell("lock_behind")                 # someone changed pyproject.toml
+        versions = "ranges"
     if versions == "locked":
         try:
             _install_locked(root, extras, index, tool)
             if complete(root, extras):
                 return versions
-            tell("lock_behind")             # someone changed pyproject.toml
+            tell("lock_behind")
         except Lacking as lacking:          # an offline folder of another day, a mirror that lags
             if tool == "uv" and importlib.util.find_spec("ensurepip"):
                 raise                       # pip may have it

@@ -19,14 +19,16 @@ import sys
 import tomllib
 from pathlib import Path
 
-from environment import numbers, parsed, plain, python_of
+from environment import asked_for, numbers, parsed, plain, python_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "lock"
 # torch, and the parts of CUDA that only PyPI's build comes with
 TORCH = re.compile(r"torch==|torchvision==|triton==|cuda-|nvidia-(?!ml-py==)")
 HEADER = """\
-# Made from uv.lock by build/lock.py; not to be edited. Installed by the launcher, or by hand:
+# Made from uv.lock by build/lock.py; not to be edited. For the requirements with the digest
+# {digest}.
+# Installed by the launcher, or by hand:
 # pip install --require-hashes --no-deps -r build/lock/build.txt -r build/lock/base.txt
 # pip install --require-hashes --no-deps -r build/lock/torch.txt
 """
@@ -50,7 +52,8 @@ def parts() -> dict[str, str]:
              "test": [one for one in test if not TORCH.match(one)],
              "app": [one for one in app if not TORCH.match(one)],
              "build": _blocks(_export("--only-group", "build"))}
-    return {name: HEADER + "".join(blocks) for name, blocks in found.items()}
+    header = HEADER.format(digest=asked_for(ROOT))
+    return {name: header + "".join(blocks) for name, blocks in found.items()}
 
 
 def _export(*more: str) -> str:

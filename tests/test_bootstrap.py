@@ -91,7 +91,7 @@ DEP, EXTRA, LATER = ("darkroom_dep", "1.5"), ("darkroom_extra", "2.0"), ("darkro
 def lock(root: Path, **parts: list[tuple[Any, ...]]) -> None:
     """build/lock/*.txt with these packages; their wheels' hashes are those of make_wheel."""
     for part in ("base", "test", "build", "torch"):
-        lines = []
+        lines = [f"# {environment.asked_for(root)}\n"]
         for name, version, *more in parts.get(part, []):
             with tempfile.TemporaryDirectory() as folder:
                 wheel = make_wheel(Path(folder), name, version, *more).read_bytes()
@@ -354,6 +354,32 @@ def test_a_lock_that_lacks_what_pyproject_asks_for_is_told(tmp_path: Path, wheel
     assert (version_of(root, "darkroom_dep"), stamp(root)["versions"]) == ("1.5", "ranges")
 
 
+def test_the_lock_of_other_requirements_is_not_installed(tmp_path: Path, wheels: Path) -> None:
+    """pyproject.toml was changed, not the lock: told, and what it asks for is installed."""
+    root = make_checkout(tmp_path / "c")
+    make_wheel(tmp_path / "more", "darkroom_dep", "1.9")
+    text = PYPROJECT.replace("darkroom-dep>=1.2", "darkroom-dep>=1.3")
+    (root / "pyproject.toml").write_text(text, "utf-8")
+    env = surroundings(wheels, PIP_FIND_LINKS=f"{wheels} {tmp_path / 'more'}")
+    done = start(root, env, "0")
+    assert done.returncode == 0, done.stderr
+    assert messages.say("lock_behind") in done.stderr
+    assert (version_of(root, "darkroom_dep"), stamp(root)["versions"]) == ("1.9", "ranges")
+
+
+@pytest.mark.parametrize(("change", "same"), [
+    (("darkroom-dep>=1.2", "darkroom-dep>=1.3"), False), (("darkroom-extra", "other"), False),
+    (("test = [", "more = ["), False),
+    (('darkroom-dep>=1.2",', 'darkroom-dep>=1.2",   # why'), True),
+    (("[project]", "[tool.x]\nlines = [\n]\n[project]"), True), (("\n", "\r\n"), True)])
+def test_requirements_are_told_apart_from_all_else(tmp_path: Path, change: tuple[str, str],
+                                                   same: bool) -> None:
+    (tmp_path / "pyproject.toml").write_text(PYPROJECT, "utf-8")
+    before = environment.asked_for(tmp_path)
+    (tmp_path / "pyproject.toml").write_bytes(PYPROJECT.replace(*change).encode())
+    assert (environment.asked_for(tmp_path) == before) is same
+
+
 TORCH = ("torch", "2.14.1"), ("torchvision", "0.29.1")
 CUDA = "cuda: Optional[str] = {!r}\nhip: Optional[str] = {!r}\n"
 
@@ -589,10 +615,14 @@ def test_a_folder_without_pip_itself_keeps_the_lock(tmp_path: Path, wheels: Path
 def test_settings_of_pip_that_lead_elsewhere_are_overruled(tmp_path: Path, wheels: Path) -> None:
     root = make_checkout(tmp_path / "c")
     away = {f"PIP_{name}": str(tmp_path / name) for name in ("TARGET", "PREFIX", "ROOT")}
-    done = start(root, surroundings(wheels, PIP_DRY_RUN="1", PIP_REQUIRE_HASHES="1", PIP_USER="1",
-                                    **away), "3")
+    env = surroundings(wheels, PIP_DRY_RUN="1", PIP_REQUIRE_HASHES="1", PIP_USER="1",
+                       PIP_NO_DEPS="1", **away)
+    done = start(root, env, "3")
     assert done.returncode == 3, done.stderr
     assert stamp(root)["versions"] == "locked"
+    newest = start(root, env, "setup", "--newest", "--test")
+    assert newest.returncode == 0, newest.stderr
+    assert version_of(root, "darkroom_extra") == "2.0"
     assert not [name for name in away if Path(away[name]).exists()]
 
 

@@ -74,6 +74,7 @@ def test_uv_lock_is_of_this_pyproject() -> None:
              for marker in [f"extra == '{extra}'" if extra else ""]}
     assert locked == asked
     assert found["requires-python"] == project()["project"]["requires-python"]
+    assert lock.asked_for(ROOT) in text_of("base")
 
 
 def test_every_locked_package_has_hashes_and_comes_from_pypi() -> None:
