@@ -144,7 +144,7 @@ def _absolute(path: Path) -> str:
 
 def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
     from core.commands import overrides
-    from core.config import read_flat_yaml
+    from core.reading import read_flat_yaml
     return {key: read_flat_yaml(f"value: {text}", "--set")[0].get("value", "")
             for key, text in overrides(pairs).items()}
 

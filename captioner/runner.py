@@ -33,10 +33,10 @@ from captioner.tokens import counter
 from captioner.undo import Action, History
 from core import words
 from core.captions import decode_text, one_line
-from core.config import read_flat_yaml
 from core.control import Control
 from core.events import Captioned, Event, Note, Phase
 from core.faults import Fault
+from core.reading import read_flat_yaml
 
 FLUSH_S = 1.0                               # captions wait so long to be written together;
 FLUSH_SHARE = 0.1                           # longer where a large table takes long to write

@@ -337,10 +337,10 @@ def _without_code(config: TrainConfig, path: Path, own: Mapping[str, str]) -> Tr
 def parse_train_config(text: str, source: str, overrides: Mapping[str, str] | None = None,
                        below: Mapping[str, Any] | None = None) -> TrainConfig:
     """`below`: values that the text and the overrides win over."""
-    data, lines = read_flat_yaml(text, source)
+    data, lines = reading.read_flat_yaml(text, source)
     data = {**(below or {}), **data}
     for key, value in (overrides or {}).items():
-        data[key] = _scalar(value)
+        data[key] = reading.scalar(value)
         lines.pop(key, None)
     _refuse_unknown(data, lines, source)
     try:
@@ -349,42 +349,7 @@ def parse_train_config(text: str, source: str, overrides: Mapping[str, str] | No
         first = error.errors()[0]
         key = str(first["loc"][0])
         raise Fault("config.bad_value", file=source, line=lines.get(key, "--set"), key=key,
-                    value=_told(data.get(key)), problem=reading.problem_of(first)) from None
-
-
-def read_flat_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """-> values and line numbers by key. Aliases are refused, numbers such as 2e-4 are numbers."""
-    try:
-        node = reading.compose(text)
-    except reading.BadYaml as error:
-        raise Fault("config.bad_yaml", file=source, line=error.line, reason=error.reason
-                    ) from None
-    if node is None:
-        return {}, {}
-    if not isinstance(node, yaml.MappingNode):
-        raise Fault("config.not_a_mapping", file=source)
-    lines: dict[str, int] = {}
-    for key_node, _ in node.value:
-        key = str(key_node.value)
-        if key in lines:
-            raise Fault("config.twice", file=source, line=key_node.start_mark.line + 1, key=key,
-                        first=lines[key])
-        lines[key] = key_node.start_mark.line + 1
-    try:
-        data = reading.construct(node)
-    except reading.BadYaml as error:
-        raise Fault("config.bad_yaml", file=source, line=error.line, reason=error.reason
-                    ) from None
-    return {str(k): v for k, v in data.items() if v is not None}, lines
-
-
-def _told(value: Any) -> str:
-    """A wrong value as a sentence can hold it; 0xfff... may be too long for a decimal."""
-    try:
-        text = " ".join(str(value).split())
-    except ValueError:
-        return "..."
-    return text if len(text) <= 200 else f"{text[:200]}..."
+                    value=reading.told(data.get(key)), problem=reading.problem_of(first)) from None
 
 
 def dump_yaml(config: BaseModel) -> str:
@@ -410,11 +375,3 @@ def _refuse_unknown(data: Mapping[str, Any], lines: Mapping[str, int], source: s
             raise Fault("config.unknown_key" if close else "config.unknown_key_plain",
                         file=source, line=lines.get(key, "--set"), key=key,
                         nearest=close[0] if close else "")
-
-
-def _scalar(text: str) -> Any:
-    """A --set value, read as YAML: 4, 2e-4, true, [a, b], plain text."""
-    try:
-        return reading.from_yaml(text)
-    except ValueError:
-        return text

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from core.config import GenerateConfig, read_flat_yaml
+from core.config import GenerateConfig
 from core.faults import Fault
+from core.reading import read_flat_yaml
 
 SHEET = -1                                  # a Sample's `step` where it is no column
 

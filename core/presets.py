@@ -25,7 +25,6 @@ from core.config import (
     TrainConfig,
     load_train_config,
     parse_train_config,
-    read_flat_yaml,
     resolve,
 )
 from core.faults import Fault
@@ -287,7 +286,7 @@ def _own(path: Path | None, overrides: Mapping[str, str]) -> tuple[dict[str, Any
         "", "--set", overrides)
     data: Mapping[str, Any] = {}
     if path is not None and path.suffix.lower() not in (".safetensors", *FOREIGN):
-        data, _ = read_flat_yaml(captions.decode_text(path.read_bytes()), str(path))
+        data, _ = reading.read_flat_yaml(captions.decode_text(path.read_bytes()), str(path))
     elif path is not None:
         data = given.model_dump(exclude_unset=True)
     return ({key: getattr(given, key) for key in (*data, *overrides)}, given.base_model)

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from core import words
+from core.faults import Fault
 
 MOST_DEEP = 30                              # brackets
 MOST_YAML = 2**18                           # characters; PyYAML reads some 100 kB a second
@@ -104,3 +105,46 @@ def problem_of(error: Any) -> Any:
         return error["msg"]
     return {"say": code, **{name: str(value).replace(" or ", ", ")
                             for name, value in error.get("ctx", {}).items()}}
+
+
+def read_flat_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """-> values and line numbers by key. Aliases are refused, numbers such as 2e-4 are numbers."""
+    try:
+        node = compose(text)
+    except BadYaml as error:
+        raise Fault("config.bad_yaml", file=source, line=error.line, reason=error.reason
+                    ) from None
+    if node is None:
+        return {}, {}
+    if not isinstance(node, yaml.MappingNode):
+        raise Fault("config.not_a_mapping", file=source)
+    lines: dict[str, int] = {}
+    for key_node, _ in node.value:
+        key = str(key_node.value)
+        if key in lines:
+            raise Fault("config.twice", file=source, line=key_node.start_mark.line + 1, key=key,
+                        first=lines[key])
+        lines[key] = key_node.start_mark.line + 1
+    try:
+        data = construct(node)
+    except BadYaml as error:
+        raise Fault("config.bad_yaml", file=source, line=error.line, reason=error.reason
+                    ) from None
+    return {str(k): v for k, v in data.items() if v is not None}, lines
+
+
+def told(value: Any) -> str:
+    """A wrong value as a sentence can hold it; 0xfff... may be too long for a decimal."""
+    try:
+        text = " ".join(str(value).split())
+    except ValueError:
+        return "..."
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def scalar(text: str) -> Any:
+    """A --set value, read as YAML: 4, 2e-4, true, [a, b], plain text."""
+    try:
+        return from_yaml(text)
+    except ValueError:
+        return text

@@ -23,7 +23,6 @@ from typing import Any, Literal
 import psutil
 
 from core import paths, words
-from core.config import read_flat_yaml
 from core.control import Request
 from core.events import (
     Captioned,
@@ -40,7 +39,7 @@ from core.events import (
 )
 from core.faults import Fault
 from core.journal import CONFIG, LOG, Point, append_line, new_run_id, tail, thinned
-from core.reading import from_json
+from core.reading import from_json, read_flat_yaml
 
 RUN = "run.json"                          # name, job, created, ...: written once, never changed
 OWNER = "worker.json"                     # which process runs it
