@@ -106,7 +106,7 @@ class Trainer:
         self.parameters = lora.attach(self.denoiser, config, family.spec)
         self.text = self._text_training() if config.trains_text else None
         if config.init_lora_weights:
-            lora_init.start(self._trained_models(), config, family.spec, emit)
+            lora_init.start(self.trained_models(), config, family.spec, emit)
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         lora.set_training(self.denoiser, True)
@@ -222,15 +222,15 @@ class Trainer:
         held_out = sorted(self.examples.held_out)
         if not held_out:
             return None
-        self._set_training(False)
+        self.set_training(False)
         total = 0.0
         for i in held_out:
-            latents, weights = self._weighed(self._view(i, False)[None], [i])
-            cond = self.cond([self.examples.items[i].captions[0]]) | self._framing([i], [False])
+            latents, weights = self.weighed(self.view(i, False)[None], [i])
+            cond = self.cond([self.examples.items[i].captions[0]]) | self.framing([i], [False])
             for share in VALIDATION_SHARES:
                 draw = self.diffusion.draw_fixed(_FIXED_SEED, [i], latents.shape[1:], share)
                 total += float(self.losses(latents, draw, cond, weights))
-        self._set_training(True)
+        self.set_training(True)
         return total / (len(held_out) * len(VALIDATION_SHARES))
 
     def mean_loss(self) -> float | None:
@@ -272,7 +272,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.load_state(averages)
 
-    def _trained_models(self) -> dict[str, Any]:
+    def trained_models(self) -> dict[str, Any]:
         """By part, as LoRA files name them; the denoiser first."""
         texts = self.text.models if self.text is not None else {}
         return {NAMINGS.get(self.family.spec.id, SD1)[0].name: self.denoiser, **texts}
@@ -293,28 +293,28 @@ class Trainer:
             self.examples.texts = text.rest(self.examples.captions(*self.config.sample_prompts))
             free_memory()
 
-    def _set_training(self, on: bool) -> None:
+    def set_training(self, on: bool) -> None:
         lora.set_training(self.denoiser, on)
         if self.text is not None:
             self.text.set_training(on)
 
     def _latents(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Latents (B, C, h, w), and how much each place counts; None: all the same."""
-        stacked = torch.stack([self._view(i, f) for i, f
+        stacked = torch.stack([self.view(i, f) for i, f
                                in zip(batch.indices, self._flips(batch), strict=True)])
-        return self._weighed(stacked, batch.indices)
+        return self.weighed(stacked, batch.indices)
 
     def _flips(self, batch: Batch) -> list[bool]:
         return [self.config.flip and self._dice(n, "flip") < 0.5 for n in batch.numbers]
 
-    def _framing(self, indices: Sequence[int], flips: Sequence[bool]) -> Cond:
+    def framing(self, indices: Sequence[int], flips: Sequence[bool]) -> Cond:
         """What the family tells the denoiser of each picture's cut, (B, ...)."""
         rows = [self.family.framing(self.examples.items[i].frame(flipped))
                 for i, flipped in zip(indices, flips, strict=True)]
         return {name: torch.cat([row[name] for row in rows]).to(self.precision.device)
                 for name in rows[0]}
 
-    def _weighed(self, latents: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def weighed(self, latents: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         config, regular, weights = self.config, self.examples.regular, None
         if config.masked_loss:
             latents, weights = split_mask(latents, config.unmasked_weight)
@@ -324,7 +324,7 @@ class Trainer:
             weights = prior if weights is None else weights * prior
         return latents, weights
 
-    def _view(self, index: int, flipped: bool) -> Tensor:
+    def view(self, index: int, flipped: bool) -> Tensor:
         latents = self.examples.latents[index]
         return latents[int(flipped)] if self.config.flip else latents
 
@@ -337,7 +337,7 @@ class Trainer:
             choice = (int(self._dice(number, "caption") * len(variants)) if len(variants) > 1
                       else 0)
             texts.append("" if dropped else variants[choice])
-        return self.cond(texts) | self._framing(batch.indices, self._flips(batch))
+        return self.cond(texts) | self.framing(batch.indices, self._flips(batch))
 
     def _dice(self, number: int, use: str) -> float:
         return random.Random(f"{self.config.seed}-{use}-{number}").random()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core import randomness
+from core import base_check, randomness
 from core.events import Note, Phase
 from core.failures import one_line, ran_out
 from core.faults import Fault
@@ -35,8 +35,10 @@ class Session:
                                    trainer.cond, keeper.output / "samples", self.emit)
         self.rescue = Rescue(trainer, lookout, self.emit)
         self.samples: list[str] = []
+        self.base: dict[str, Any] | None = None     # what core/base_check.py found
 
     def run(self) -> dict[str, Any]:
+        self.base = base_check.check(self.trainer)
         randomness.seed(self.config.seed)
         start = self.keeper.resume() if self.config.resume else 0
         self.lookout.go_on(self.trainer)
@@ -102,7 +104,8 @@ class Session:
         if update:
             self.keeper.checkpoint(update, last=True)
         return {"state": "stopped", "steps": update, "seconds": time.time() - self.began,
-                "checkpoint": str(self.keeper.last) if self.keeper.last else None}
+                "checkpoint": str(self.keeper.last) if self.keeper.last else None,
+                "base": self.base}
 
     def _finish(self, meter: Meter) -> dict[str, Any]:
         trainer, keeper = self.trainer, self.keeper
@@ -117,7 +120,7 @@ class Session:
         self.emit(Note(key="engine.not_proven" if "reason" in proof else told, params=proof))
         return {"state": "done", "lora": str(final), "name": keeper.name,
                 "steps": trainer.total, "seconds": time.time() - self.began,
-                "best": keeper.best(), "samples": self.samples, "proof": proof,
+                "best": keeper.best(), "samples": self.samples, "proof": proof, "base": self.base,
                 "checkpoints": keeper.kept(), "parameters": sum(
                     p.numel() for p in trainer.parameters), **meter.facts(),
                 **self.lookout.facts()}

@@ -231,13 +231,17 @@ def _proof(value: Mapping[str, Any]) -> str:
     return words.say("terminal.proven" if value["ok"] else "terminal.not_proven", value)
 
 
+def _base(value: Mapping[str, Any]) -> str:
+    return words.say(f"terminal.base_{value['verdict']}", {"error": f"{value['error']:.2f}"})
+
+
 def _memory(value: Mapping[str, Any]) -> str:
     return words.say("terminal.memory", {
         "planned": megabytes(value["planned_mb"]), "real": megabytes(value["real_mb"])})
 
 
 SHOWN: dict[str, Callable[[Any], str]] = {
-    "lora": str, "best": _best, "proof": _proof, "sheet": str, "checkpoint": str,
+    "lora": str, "best": _best, "proof": _proof, "base": _base, "sheet": str, "checkpoint": str,
     "steps": str, "seconds": duration, "steps_per_second": "{:.2f}".format,
     "style_covered": _share, "content_kept": _share, "memory": _memory,
 }

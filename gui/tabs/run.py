@@ -27,6 +27,8 @@ from gui.widgets.previews import previews
 PHASES = ("scan", "load", "cache", "train", "save", "verify")
 ALIAS = {"check": "scan", "texts": "cache", "regular": "cache", "draw": "train", "download": "load"}
 MOST_NOTES = 30
+# Notes that decide whether the LoRA will be of use: they stand on top of the run.
+ALARMS = ("base_check.wrong", "base_check.wrong_flow", "base_check.predicts_other")
 
 
 class RunView:
@@ -123,7 +125,12 @@ def head(ctx: Context, view: JobView, snap: Snapshot) -> str:
     log = log_end(view) if view.fault and view.over else ""
     return (f'<section class="box run {view.state}">{title(ctx, view)}{progress(ctx, view)}'
             f'{phases(ctx, view)}{buttons(ctx, view, snap)}</section>'
-            f'{fault_card(ctx, view, log)}{finished(ctx, view)}')
+            f'{fault_card(ctx, view, log)}{alarms(ctx, view)}{finished(ctx, view)}')
+
+
+def alarms(ctx: Context, view: JobView) -> str:
+    return "".join(card("warning", ctx.say("look_at_this"), ctx.say(note.key, **note.params))
+                   for note in view.notes if note.key in ALARMS)
 
 
 def log_end(view: JobView, most: int = 6000) -> str:

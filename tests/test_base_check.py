@@ -1,0 +1,161 @@
+"""The base shows by its errors whether it is what it is taken for. On the demo base, whose right
+objective (v, zero terminal SNR) is known, and on tiny random ones, which know nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from core import families, paths
+from core.config import GenerateConfig, TrainConfig
+from core.control import Control
+from core.engine import train
+from core.events import Event, Note
+from core.generate import Shot, Studio
+from core.terminal import summary
+from tests import tiny, tiny_families
+
+# Bases that load as files do: one that says nothing of what it predicts, and is taken for noise's.
+UNMARKED = '''
+from dataclasses import replace
+from core import paths
+from core.families.base import ALL_PARTS
+from core.families.sd15 import StableDiffusion1
+
+DEMO = paths.DEMO / "base"
+
+class Unmarked(StableDiffusion1):
+    def load(self, source, precision, only=ALL_PARTS):
+        parts = super().load(DEMO, precision, only)
+        parts.source, parts.objective = source, "epsilon"
+        return parts
+    def skeleton(self, source, precision, only=ALL_PARTS):
+        return super().skeleton(DEMO, precision, only)
+    def weight_files(self, source, part):
+        return super().weight_files(DEMO, part)
+'''
+
+
+@pytest.fixture(scope="session")
+def own_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures that the demo base draws itself: what it knows best."""
+    folder = tmp_path_factory.mktemp("own")
+    studio = Studio(paths.DEMO / "base", GenerateConfig(base=str(paths.DEMO / "base")),
+                    lambda _: None)
+    studio.load()
+    for i, subject in enumerate(("an apple", "a red car", "a cat", "a house", "a star")):
+        studio.draw(Shot(subject, "", i, 12, 2.0, (64, 64))).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(subject, "utf-8")
+    return folder
+
+
+def checked(config: TrainConfig) -> tuple[dict[str, Any], list[Note]]:
+    """A real run that is stopped by the first word of its base -> what was found, the notes."""
+    notes: list[Note] = []
+    control = Control()
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Note) and event.key.startswith("base_check."):
+            notes.append(event)
+            control.ask("stop")
+    result = train(config, listen, control)
+    assert result["state"] == "stopped"
+    return result["base"], notes
+
+
+def config(pictures: Path, out: Path, **more: Any) -> TrainConfig:
+    return TrainConfig(**{"base_model": "demo", "train_data_dir": str(pictures), "device": "cpu",
+                          "output_dir": str(out), "max_train_steps": 2, "lora_rank": 2} | more)
+
+
+def test_the_right_base_fits(own_pictures: Path, tmp_path: Path) -> None:
+    found, [note] = checked(config(own_pictures, tmp_path))
+    assert found["verdict"] == "fits"
+    assert found["prediction"] == "v_prediction"
+    assert found["error"] < 0.3 < 1 < found["other_error"]
+    assert note.key == "base_check.fits"
+    assert f"{found['error']:.2f}" in "".join(summary({"base": found}))
+
+
+def test_the_wrong_prediction_is_worse_than_guessing(own_pictures: Path, tmp_path: Path) -> None:
+    found, [note] = checked(config(own_pictures, tmp_path, prediction_type="epsilon"))
+    assert found["verdict"] == "wrong"
+    assert found["error"] > 1
+    assert note.key == "base_check.predicts_other"
+    assert note.params["other"] == "v_prediction"
+
+
+def test_a_style_that_the_base_never_saw_is_a_caution(tmp_path: Path) -> None:
+    found, [note] = checked(config(paths.DEMO / "pictures", tmp_path))
+    assert found["verdict"] == "near"
+    assert note.key == "base_check.near"
+
+
+def test_a_wrong_vae_is_seen(own_pictures: Path, tmp_path: Path) -> None:
+    """Of the same shapes: latents that the base never learned."""
+    base = shutil.copytree(paths.DEMO / "base", tmp_path / "base")
+    vae = AutoencoderKL.from_pretrained(base / "vae")
+    torch.manual_seed(0)
+    for weight in vae.encoder.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.1)
+    vae.save_pretrained(base / "vae")
+    found, _ = checked(config(own_pictures, tmp_path / "out", base_model=str(base)))
+    assert found["verdict"] != "fits"
+    assert found["error"] > 0.8
+
+
+@pytest.mark.parametrize("family", ["sd3", "zimage"])
+def test_a_flow_that_knows_nothing_is_worse_than_guessing(family: str, tmp_path: Path) -> None:
+    base = tiny_families.base(family, tmp_path / "base")
+    found, [note] = checked(config(tiny.pictures(tmp_path / "p"), tmp_path / "out",
+                                   base_model=str(base), target_modules="attention"))
+    assert found["prediction"] == "flow"
+    assert "other_error" not in found
+    assert (found["verdict"] == "wrong") == (found["error"] > 1) == (
+        note.key == "base_check.wrong_flow")
+
+
+def test_an_unmarked_file_is_taken_for_what_fits(own_pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "unmarked.py").write_text(UNMARKED, "utf-8")
+    file = tiny.tiny_lora(tmp_path / "base.safetensors")
+    options = {"base_model": str(file), "family": f"{tmp_path / 'unmarked.py'}:Unmarked"}
+    found, notes = checked(config(own_pictures, tmp_path / "out", **options))
+    assert [note.key for note in notes] == ["base_check.taken_for_other", "base_check.fits"]
+    assert found["verdict"] == "fits"
+    assert found["prediction"] == "v_prediction"
+    # the user's word counts more: the run goes on as told, and is warned
+    found, [note] = checked(config(own_pictures, tmp_path / "out", prediction_type="epsilon",
+                                   **options))
+    assert found["prediction"] == "epsilon"
+    assert note.key == "base_check.predicts_other"
+
+
+def test_five_forward_passes(own_pictures: Path, tmp_path: Path,
+                             monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    family = type(families.get("sd15"))
+    predict = family.predict
+
+    def counted(*inputs: Any) -> Any:
+        passes.append(len(inputs[2]))       # the noisy latents
+        return predict(*inputs)
+    monkeypatch.setattr(family, "predict", counted)
+    checked(config(own_pictures, tmp_path))
+    assert passes == [1] * 5
+
+
+def test_a_lora_that_the_run_begins_with_is_off(base: Path, tmp_path: Path) -> None:
+    names = ["attn1.to_q", "attn1.to_out.0"]
+    start = tiny.tiny_lora(tmp_path / "start.safetensors")
+    pictures = tiny.pictures(tmp_path / "p")
+    options = {"base_model": str(base), "target_modules": [
+        f"mid_block.attentions.0.transformer_blocks.0.{name}" for name in names]}
+    plain, _ = checked(config(pictures, tmp_path / "a", **options))
+    begun, _ = checked(config(pictures, tmp_path / "b", init_lora_weights=str(start), **options))
+    assert begun == plain
