@@ -33,6 +33,7 @@ from core.faults import Fault
 if TYPE_CHECKING:
     from core.config import TrainConfig
     from core.control import Control
+    from core.draw_config import DrawConfig
     from core.events import Event
     from core.terminal import Terminal
 
@@ -231,11 +232,12 @@ def _generate(options: argparse.Namespace) -> int:
     from pydantic import ValidationError
 
     from core.config import GenerateConfig
+    from core.draw_config import DrawConfig
     given = {key: value for key, value in vars(options).items()
              if key in GenerateConfig.model_fields}
     given["base"] = str(_base(given.get("base", "demo")))
     try:
-        config = GenerateConfig.model_validate(given)
+        config = DrawConfig.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
@@ -249,20 +251,22 @@ def _base(name: str) -> Path:
     return paths.DEMO / "base" if name == "demo" else Path(name).expanduser()
 
 
-def _drawn(config: Any, options: argparse.Namespace) -> int:
+def _drawn(config: DrawConfig, options: argparse.Namespace) -> int:
+    from core.control import Control
+    from core.draw import draw
     from core.events import Sample
-    from core.generate import generate
     from core.terminal import Terminal
-    with Terminal() as terminal:
+    control = Control()
+    with Terminal() as terminal, stop_on_ctrl_c(control, terminal.stopping):
         def emit(event: Event) -> None:
             if not isinstance(event, Sample):         # its path is the answer, told below
                 terminal(event)
-        files = generate(config, emit)
+        files = draw(config, emit, control)["files"]
     if options.json:
-        print_json({"ok": True, "files": files, "seed": config.seed})
+        print_json({"ok": not control.stopping, "files": files, "seed": config.seed})
     else:
-        print("\n".join(map(str, files)))
-    return FINE
+        print("\n".join(files))
+    return INTERRUPTED if control.stopping else FINE
 
 
 def _lora_info(options: argparse.Namespace) -> int:

@@ -1,10 +1,12 @@
-"""Pictures as a job of the worker: a row a seed, a column a weight or a checkpoint.
+"""Pictures as a job: a row a seed, a column a weight or a checkpoint.
 
-The window's Generate, comparison and sweeps are all this; the base is loaded once.
+The command line's `generate` and the window's Generate, comparison and sweeps are all this: the
+same prompt, LoRAs and seed give the same picture. The base is loaded once.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,15 +16,19 @@ from typing import Any
 from PIL import Image
 
 from core import generate, paths
-from core.config import size_of
 from core.control import Control
 from core.draw_config import SHEET, DrawConfig
-from core.events import Event, Phase, Sample
-from core.generate import Shot, Studio
-from core.lora_names import Lora, find_lora, parse_lora, refuse_paths, split_prompt
+from core.events import Event, Note, Phase, Sample
+from core.faults import Fault
+from core.generate import Studio
+from core.lora_names import Lora, Tag, find_lora, parse_lora, refuse_paths, split_prompt
 from core.sheet import draw_sheet
 
 TELL_S = 0.4                                # between two reports of progress
+_NUMBERED = re.compile(r"-(\d{6,})$")
+# Of A1111 and its extensions: emphasis, alternatives, wildcards, chunk breaks.
+_SYNTAX = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)|\(\([^()]*\)\)|\[[^\[\]]+\]|\{[^{}]*\|[^{}]*\}"
+                     r"|__[\w/*-]+__|\bBREAK\b|\\[()]")
 
 
 class _Stopped(Exception):
@@ -57,16 +63,17 @@ class _Watch:
 
 def draw(config: DrawConfig, emit: Callable[[Event], None], control: Control) -> dict[str, Any]:
     """-> {"state", "files"}; every picture is told as it comes, `step` being its column. With
-    several columns a labelled sheet comes last, told as column -1."""
-    prompt, loras = wanted(config)
+    several columns a labelled sheet comes last, told as column -1; where `sheet` asks for one it
+    alone is kept."""
+    prompt, loras = wanted(config, emit)
     base = paths.DEMO / "base" if config.base == "demo" else Path(config.base).expanduser()
+    columns, labels = columns_of(config, loras)
     emit(Phase(name="load"))
     studio = Studio(base, config, emit)
     studio.load()
-    side = studio.parts.native_size
-    shot = Shot(prompt, config.negative, config.seed, config.steps, studio.guidance(config),
-                size_of(config.size) or (side, side), config.sampler)
-    columns = columns_of(config, loras)
+    shot = studio.shot(config, prompt)
+    studio.use(columns[0])                  # whose new words are tokens too
+    studio.tell_unread(shot)
     watch = _Watch(config.count * len(columns) * shot.steps, emit, control)
     watch.tell(time.monotonic())
     rows: list[tuple[int, list[Image.Image]]] = []
@@ -79,46 +86,89 @@ def draw(config: DrawConfig, emit: Callable[[Event], None], control: Control) ->
             for column, chosen in enumerate(columns):
                 studio.use(chosen)
                 picture = studio.draw(one, watch.step)
-                watch.done = (len(files) + 1) * shot.steps
-                path = generate.save_numbered(picture, Path(config.out),
-                                              studio.describe(one, chosen))
-                emit(Sample(step=column, path=str(path), prompt=prompt, seed=one.seed))
-                files.append(str(path))
                 rows[-1][1].append(picture)
+                watch.done = (number * len(columns) + column + 1) * shot.steps
+                if not config.sheet:
+                    path = generate.save_numbered(picture, Path(config.out),
+                                                  studio.describe(one, chosen))
+                    emit(Sample(step=column, path=str(path), prompt=prompt, seed=one.seed))
+                    files.append(str(path))
     except _Stopped:
         state = "stopped"
     complete = [(f"seed {seed}", row) for seed, row in rows if len(row) == len(columns)]
-    if len(columns) > 1 and complete:
-        sheet = draw_sheet(labels_of(config, len(columns)), complete, caption=prompt)
+    if complete and (config.sheet or len(columns) > 1):
+        sheet = draw_sheet(labels, complete, caption=prompt)
         path = generate.save_numbered(sheet, Path(config.out), studio.describe(shot, loras),
                                       "sheet-")
         emit(Sample(step=SHEET, path=str(path), prompt=prompt, seed=shot.seed))
+        files += [str(path)] if config.sheet else []
     return {"state": state, "files": files}
 
 
-def wanted(config: DrawConfig) -> tuple[str, list[Lora]]:
-    """The prompt without its tags, and each LoRA once: a tag's weight goes before the list's.
-    Raises Fault for a name that is not known."""
-    prompt, tagged = split_prompt(config.prompt)
-    refuse_paths(tagged)
-    weights: dict[Path, float] = {}
-    for name, weight in [*map(parse_lora, config.loras), *tagged]:
-        lora = find_lora(config.names.get(name, name), weight)
-        weights[lora.path] = lora.weight
-    return prompt, [Lora(path, weight) for path, weight in weights.items()]
+def wanted(config: DrawConfig, emit: Callable[[Event], None] = lambda event: None
+           ) -> tuple[str, list[Lora]]:
+    """The prompt without its tags, and each LoRA once: a tag's weight goes before the list's, of
+    several tags the last one's. What of a prompt has no effect is told. Raises Fault for a name
+    that is not known."""
+    prompt, tags = split_prompt(config.prompt)
+    refuse_paths(tags)
+    given: dict[Path, list[Lora]] = {}
+    for tag in [*(Tag(*parse_lora(text)) for text in config.loras), *tags]:
+        found = find_lora(config.names.get(tag.name, tag.name), tag.weight)
+        given.setdefault(found.path, []).append(replace(found, text=tag.text))
+        if tag.unread:
+            emit(Note(key="generate.tag_unread", params={"name": tag.name, "part": tag.unread}))
+    for path, several in given.items():
+        if len(several) > 1:
+            emit(Note(key="generate.lora_twice", params={
+                "name": path.stem, "tag": several[-1].tag,
+                "others": ", ".join(f"{one.weight:g}" for one in several[:-1])}))
+    if plain := _SYNTAX.search(f"{prompt}\n{config.negative}"):
+        emit(Note(key="generate.plain_syntax", params={"part": plain[0]}))
+    return prompt, [several[-1] for several in given.values()]
 
 
-def columns_of(config: DrawConfig, loras: Sequence[Lora]) -> list[list[Lora]]:
-    """The LoRAs of each column: the first one's weight, or its file, varies."""
-    if not loras or not (config.weights or config.checkpoints):
-        return [list(loras)]
+def columns_of(config: DrawConfig, loras: Sequence[Lora]) -> tuple[list[list[Lora]], list[str]]:
+    """The LoRAs of each column, and its label: the first one's weight, or its file, varies.
+    Raises Fault where `sheet` can't be read, or there is no LoRA to vary."""
+    weights, checkpoints, named = config.weights, config.checkpoints, list(config.labels)
+    if config.sheet:
+        weights, checkpoints, named = _of_sheet(config.sheet, loras)
+    if not loras or not (weights or checkpoints):
+        return [list(loras)], named
     first, *others = loras
-    varied = [replace(first, weight=weight) for weight in config.weights] or [
-        find_lora(file, first.weight) for file in config.checkpoints]
-    return [[one, *others] for one in varied]
+    # what is compared is the whole LoRA: its weight in the text encoders as well
+    varied = [Lora(first.path, weight) for weight in weights] or [
+        replace(find_lora(file, first.weight), text=first.text) for file in checkpoints]
+    named = named or [f"weight {weight:g}" for weight in weights] or [
+        Path(file).stem for file in checkpoints]
+    return [[one, *others] for one in varied], [*named, *[""] * len(varied)][:len(varied)]
 
 
-def labels_of(config: DrawConfig, count: int) -> list[str]:
-    named = config.labels or [f"weight {weight:g}" for weight in config.weights] or [
-        Path(file).stem for file in config.checkpoints]
-    return [*named, *[""] * count][:count]
+def _of_sheet(sheet: str, loras: Sequence[Lora]) -> tuple[list[float], list[str], list[str]]:
+    """'weights=0,0.8' or 'checkpoints=100,200' -> weights, checkpoint files, labels."""
+    axis, _, listed = sheet.partition("=")
+    values = [value.strip() for value in listed.split(",") if value.strip()]
+    try:
+        if axis == "weights" and values and loras:
+            return [float(value) for value in values], [], [f"weight {v}" for v in values]
+        if axis == "checkpoints" and values and loras:
+            files = [checkpoint_file(loras[0].path, int(value)) for value in values]
+            return [], [str(file) for file in files], [f"step {value}" for value in values]
+    except ValueError:
+        pass
+    raise Fault("generate.bad_sheet", sheet=sheet)
+
+
+def checkpoint_file(final: Path, step: int) -> Path:
+    """The LoRA of a training step, beside the final one or in its checkpoints folder."""
+    stem = _NUMBERED.sub("", final.stem)
+    folder = final.parent if final.parent.name != f"{stem}-{final.stem[-6:]}" else (
+        final.parent.parent)
+    name = f"{stem}-{step:06d}"
+    for path in (folder / "checkpoints" / name / f"{name}.safetensors",
+                 folder / name / f"{name}.safetensors", folder / f"{name}.safetensors"):
+        if path.is_file():
+            return path
+    known = sorted(p.name for p in folder.glob(f"**/{stem}-*.safetensors"))
+    raise Fault("generate.no_checkpoint", step=step, file=final, known=", ".join(known) or "-")

@@ -1,4 +1,4 @@
-"""What the window asks to be drawn: a GenerateConfig with weights or checkpoints to compare.
+"""What is drawn: a GenerateConfig, with weights or checkpoints to compare where the window asks.
 Without torch."""
 
 from __future__ import annotations

@@ -25,10 +25,10 @@ from core.buckets import Point
 from core.cache import Cache, file_digest, fingerprint, key
 from core.config import TrainConfig, size_of
 from core.control import Control
+from core.embeddings import batched, trimmed
 from core.events import Event, Note, Phase
 from core.failures import one_line
 from core.families.base import Cond, Family, Frame, Part, Parts, Precision
-from core.families.text import alike
 from core.faults import Fault
 from core.gently import Gently, Way
 from core.looks import Looks
@@ -80,25 +80,6 @@ class Examples:
     def cond(self, texts: Sequence[str], device: torch.device) -> Cond:
         """Embeddings of a batch of captions, (B, ...)."""
         return batched([self.texts[t] for t in texts], device)
-
-
-def batched(rows: Sequence[Cond], device: torch.device) -> Cond:
-    """(1, ...) each -> (B, ...)"""
-    return {k: joined([r[k] for r in rows]).to(device, non_blocking=True) for k in rows[0]}
-
-
-def trimmed(one: Cond) -> Cond:
-    """A text without its padding, where a mask (1, L) tells it; (1, L, C) and (1, L) each."""
-    if "mask" not in one:
-        return one
-    length, kept = one["mask"].shape[1], max(1, int(one["mask"].sum()))
-    return {k: v[:, :kept].clone() if v.ndim > 1 and v.shape[1] == length else v
-            for k, v in one.items()}
-
-
-def joined(rows: Sequence[Tensor]) -> Tensor:
-    """(1, ...) each -> (B, ...); shorter texts get zeros at their end, so also masks."""
-    return torch.cat(alike(*rows))
 
 
 def find(config: TrainConfig, folder: Path, metadata: Path | None, native: int, step: int,

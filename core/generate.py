@@ -1,11 +1,11 @@
-"""Pictures from a base with any number of LoRAs; `<lora:name:0.8>` prompts; labelled sheets."""
+"""A loaded base that draws, with any number of LoRAs; core/draw.py is the job around it."""
 
 from __future__ import annotations
 
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,17 @@ from PIL.PngImagePlugin import PngInfo
 
 from core import adapter_file, families, lora, lora_formats, new_words, paths, samplers, words
 from core.config import GenerateConfig, size_of
-from core.events import Event, Note, Phase, Sample
-from core.families.base import ALL_PARTS, Family, Parts
+from core.embeddings import trimmed, unread
+from core.events import Event, Note
+from core.families.base import ALL_PARTS, Family, Parts, Precision
 from core.faults import Fault
 from core.lora_file import read_lora
 from core.lora_metadata import CONFIG_KEY
-from core.lora_names import Lora, find_lora, parse_lora, refuse_paths, split_prompt
+from core.lora_names import Lora, checked
 from core.naming import NAMINGS
 from core.precision import autocast, choose
 from core.safetensors_header import data_hash, read_header
-from core.sheet import draw_sheet
 from core.trash import TRASH
-
-_NUMBERED = re.compile(r"-(\d{6,})$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,31 +41,6 @@ class Shot:
     sampler: str = "auto"
 
 
-def generate(config: GenerateConfig, emit: Callable[[Event], None],
-             lora_folders: Sequence[Path] = ()) -> list[Path]:
-    """Draws `count` pictures, or a sheet, into `config.out`; returns the files."""
-    prompt, tagged = split_prompt(config.prompt)
-    refuse_paths(tagged)
-    loras = [find_lora(name, weight, lora_folders)
-             for name, weight in [*tagged, *map(parse_lora, config.loras)]]
-    studio = Studio(Path(config.base).expanduser(), config, emit)
-    emit(Phase(name="load"))
-    studio.load()
-    side = studio.parts.native_size
-    shot = Shot(prompt, config.negative, config.seed, config.steps, studio.guidance(config),
-                size_of(config.size) or (side, side), config.sampler)
-    if config.sheet:
-        return _draw_sheet(studio, config, shot, loras, emit)
-    studio.use(loras)
-    saved = []
-    for i in range(config.count):
-        one = replace(shot, seed=shot.seed + i)
-        path = save_numbered(studio.draw(one), Path(config.out), studio.describe(one, loras))
-        emit(Sample(step=0, path=str(path), prompt=prompt, seed=one.seed))
-        saved.append(path)
-    return saved
-
-
 class Studio:
     """A loaded base that draws; LoRA files are read once and switched by weight."""
 
@@ -81,8 +54,27 @@ class Studio:
         self._words: dict[Path, dict[str, str]] = {}
         self._active: dict[str, str] = {}           # new words -> their tokens
 
-    def guidance(self, config: GenerateConfig) -> float:
-        return self.family.spec.cfg if config.cfg is None else config.cfg
+    def shot(self, config: GenerateConfig, prompt: str) -> Shot:
+        """What a config asks of one picture; its own numbers where it says nothing."""
+        side = self.parts.native_size
+        size = size_of(config.size) or (side, side)
+        unit = min(self.parts.bucket_step, max(8, getattr(self.pipeline, "vae_scale_factor", 8) * (
+            2 if self.parts.flow else 1)))
+        if any(side % unit for side in size):
+            near = " x ".join(str(max(unit, round(side / unit) * unit)) for side in size)
+            raise Fault("generate.bad_size", width=size[0], height=size[1], unit=unit, near=near)
+        return Shot(prompt, config.negative, config.seed, config.steps,
+                    self.family.spec.cfg if config.cfg is None else config.cfg, size,
+                    config.sampler)
+
+    def tell_unread(self, shot: Shot) -> None:
+        """What of the prompts is beyond the base's limit."""
+        for key, text in (("prompt", shot.prompt), ("negative", shot.negative)):
+            text = new_words.expand(text, self._active)
+            if rest := unread(self.family, self.parts, text):
+                self.emit(Note(key=f"generate.{key}_too_long", params={
+                    "tokens": self.family.count_tokens(self.parts, [text])[0],
+                    "limit": self.family.token_limit(self.parts), "rest": rest[:200]}))
 
     def load(self) -> None:
         self.parts: Parts = self.family.load(self.source, self.precision, ALL_PARTS)
@@ -90,18 +82,24 @@ class Studio:
 
     def use(self, loras: Sequence[Lora]) -> None:
         """Switches LoRAs. Weight 0 switches a file off: the base's own picture, to the bit."""
-        active = [item for item in loras if item.weight != 0]
+        active = [item for item in loras if item.weight != 0 or item.text]
         for item in active:
             if item.path not in self._adapters:
                 self._adapters[item.path] = self._load(item.path)
                 self._words[item.path] = load_words(self.parts, item.path, self.emit)
         self._active = {word: tokens for item in active
                         for word, tokens in self._words[item.path].items()}
-        lora.use(self.pipeline.components.values(),
-                 {self._adapters[item.path]: item.weight for item in active})
+        texts = [model for _, model in new_words.encoders(self.parts.text).values()]
+        others = [one for one in self.pipeline.components.values()
+                  if not any(one is model for model in texts)]
+        lora.use(others, {self._adapters[item.path]: item.weight for item in active})
+        lora.use(texts, {self._adapters[item.path]: item.weight if item.text is None else item.text
+                         for item in active})
 
     def _load(self, path: Path) -> str:
         family = self.family.spec.id
+        if family in families.MODULES:      # a family of the user's own may take any file
+            checked(lora_formats.weights_file(path), family)
         name = load_adapter(self.pipeline, path, f"lora{len(self._adapters)}", family)
         found = lora.count(self.pipeline.components.values(), name)
         expected = modules_in(path, family)
@@ -115,14 +113,15 @@ class Studio:
         def called(_: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
             each_step()
             return values
-        arguments = {"prompt": new_words.expand(shot.prompt, self._active),
-                     "negative_prompt": new_words.expand(shot.negative, self._active),
-                     "callback_on_step_end": called}
-        return draw(self.pipeline, self.parts, shot, arguments, self.precision)
+        texts = [new_words.expand(text, self._active) for text in (shot.prompt, shot.negative)]
+        arguments = read_prompt(self.family, self.parts, self.precision, *texts)
+        return draw(self.pipeline, self.parts, shot,
+                    {**arguments, "callback_on_step_end": called}, self.precision)
 
     def describe(self, shot: Shot, loras: Iterable[Lora]) -> str:
         """The parameters in A1111's form, as other programs read them from the PNG."""
-        tags = "".join(f" <lora:{x.path.stem}:{x.weight:g}>" for x in loras)
+        loras = list(loras)
+        tags = "".join(f" {one.tag}" for one in loras)
         sampler = samplers.label(self.pipeline.scheduler)
         lines = [shot.prompt + tags]
         if shot.negative:
@@ -137,8 +136,18 @@ class Studio:
         return "\n".join([*lines, ", ".join(facts)])
 
 
+def read_prompt(family: Family, parts: Parts, precision: Precision, prompt: str,
+                negative: str = "") -> dict[str, Any]:
+    """The pipeline's arguments for a prompt, encoded as captions are (core/examples.py)."""
+    with torch.no_grad(), autocast(precision):
+        both = family.encode_text(parts, [prompt, negative])
+        rows = [trimmed({name: value[n:n + 1].to(precision.compute)
+                         for name, value in both.items()}) for n in range(2)]
+        return family.prompt_arguments(*rows)
+
+
 def draw(pipeline: Any, parts: Parts, shot: Shot, arguments: dict[str, Any],
-         precision: Any) -> Image.Image:
+         precision: Precision) -> Image.Image:
     """One picture. Noise comes from a CPU generator of its own, so that neither the device's
     generator nor the number of pictures changes it."""
     pipeline.scheduler = samplers.create(shot.sampler, parts)
@@ -223,51 +232,3 @@ def save_numbered(image: Image.Image, folder: Path, parameters: str, stem: str =
              if (m := re.search(r"(\d+)$", p.stem))]
     number = max(taken, default=0) + 1
     return save_png(image, folder / f"{stem}{number:05d}.png", parameters)
-
-
-def _draw_sheet(studio: Studio, config: GenerateConfig, shot: Shot, loras: list[Lora],
-                emit: Callable[[Event], None]) -> list[Path]:
-    """weights=… varies the first LoRA's weight, checkpoints=… its training step; one seed a row."""
-    axis, _, listed = config.sheet.partition("=")
-    values = [v.strip() for v in listed.split(",") if v.strip()]
-    if axis not in ("weights", "checkpoints") or not values or not loras:
-        raise Fault("generate.bad_sheet", sheet=config.sheet)
-    columns = [(v, [_vary(loras[0], axis, v), *loras[1:]]) for v in values]
-    rows = []
-    for i in range(config.count):
-        one = replace(shot, seed=shot.seed + i)
-        row = []
-        for n, (_, chosen) in enumerate(columns):
-            studio.use(chosen)
-            row.append(studio.draw(one))
-            emit(Phase(name="draw", done=i * len(columns) + n + 1,
-                       total=config.count * len(columns)))
-        rows.append((f"seed {one.seed}", row))
-    title = "weight" if axis == "weights" else "step"
-    sheet = draw_sheet([f"{title} {label}" for label, _ in columns], rows, caption=shot.prompt)
-    path = save_numbered(sheet, Path(config.out), studio.describe(shot, loras), "sheet-")
-    emit(Sample(step=0, path=str(path), prompt=shot.prompt, seed=shot.seed))
-    return [path]
-
-
-def _vary(first: Lora, axis: str, value: str) -> Lora:
-    try:
-        if axis == "weights":
-            return Lora(first.path, float(value))
-        return Lora(checkpoint_file(first.path, int(value)), first.weight)
-    except ValueError:
-        raise Fault("generate.bad_sheet", sheet=f"{axis}={value}") from None
-
-
-def checkpoint_file(final: Path, step: int) -> Path:
-    """The LoRA of a training step, beside the final one or in its checkpoints folder."""
-    stem = _NUMBERED.sub("", final.stem)
-    folder = final.parent if final.parent.name != f"{stem}-{final.stem[-6:]}" else (
-        final.parent.parent)
-    name = f"{stem}-{step:06d}"
-    for path in (folder / "checkpoints" / name / f"{name}.safetensors",
-                 folder / name / f"{name}.safetensors", folder / f"{name}.safetensors"):
-        if path.is_file():
-            return path
-    known = sorted(p.name for p in folder.glob(f"**/{stem}-*.safetensors"))
-    raise Fault("generate.no_checkpoint", step=step, file=final, known=", ".join(known) or "-")

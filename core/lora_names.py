@@ -7,12 +7,14 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from core import lora_file, paths, words
 from core.faults import Fault
 
 DEFAULT_WEIGHT = 0.8
-TAG = re.compile(r"<lora:([^:<>]+?)(?::([-+]?\d*\.?\d+))?>")
+TAG = re.compile(r"<lora:\s*([^:<>\s][^:<>]*)((?::[^:<>]*)*)>")
+_NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)\s*")
 STATE = "state.safetensors"                 # of a checkpoint's folder: no LoRA
 WORDS = "_emb.safetensors"                  # new words beside a LoRA
 FOLDER = "adapter_config.json"              # of a LoRA that is a folder, as PEFT saves it
@@ -22,20 +24,55 @@ FOLDER = "adapter_config.json"              # of a LoRA that is a folder, as PEF
 class Lora:
     path: Path
     weight: float
+    text: float | None = None               # weight in the text encoders; None: the same
+
+    @property
+    def tag(self) -> str:
+        """As A1111 writes it: the text encoders' weight stands before the denoiser's."""
+        two = "" if self.text is None else f"{self.text:g}:"
+        return f"<lora:{self.path.stem}:{two}{self.weight:g}>"
 
 
-def split_prompt(prompt: str) -> tuple[str, list[tuple[str, float]]]:
-    """'a cat <lora:ink:0.5>' -> ('a cat', [('ink', 0.5)]); the weight's default is 0.8."""
-    found = [(m[1].strip(), float(m[2]) if m[2] else DEFAULT_WEIGHT)
-             for m in TAG.finditer(prompt)]
+class Tag(NamedTuple):
+    """A `<lora:...>` of a prompt."""
+
+    name: str
+    weight: float = DEFAULT_WEIGHT
+    text: float | None = None               # weight in the text encoders; None: the same
+    unread: str = ""                        # what of it means nothing here, such as lbw=MIDD
+
+
+def split_prompt(prompt: str) -> tuple[str, list[Tag]]:
+    """'a cat <lora:ink:0.5>' -> ('a cat', [Tag('ink', 0.5)]); the weight's default is 0.8."""
+    found = [_tag(m[1].strip(), m[2].split(":")[1:]) for m in TAG.finditer(prompt)]
     return re.sub(r"\s{2,}", " ", TAG.sub("", prompt)).strip(), found
 
 
-def refuse_paths(tagged: Iterable[tuple[str, float]]) -> None:
+def _tag(name: str, parts: Sequence[str]) -> Tag:
+    """By A1111's rules: one number is the weight of all, of two the first is the text encoders';
+    `te=` and `unet=` go before both."""
+    placed: list[float] = []
+    named: dict[str, float] = {}
+    unread = []
+    for part in parts:
+        key, equals, value = part.strip().rpartition("=")
+        if not _NUMBER.fullmatch(value) or (equals and key not in ("te", "unet")) or (
+                not equals and len(placed) == 2):
+            unread.append(part.strip())
+        elif equals:
+            named[key] = float(value)
+        else:
+            placed.append(float(value))
+    text = named.get("te", placed[0] if placed else DEFAULT_WEIGHT)
+    weight = named.get("unet", placed[1] if len(placed) == 2 else text)
+    return Tag(name, weight, None if text == weight else text, ", ".join(filter(None, unread)))
+
+
+def refuse_paths(tagged: Iterable[Tag]) -> None:
     """Prompts are passed on: they name LoRAs, they don't reach for files. Raises Fault."""
-    for name, _ in tagged:
-        if not paths.is_file_name(name):
-            raise Fault("generate.lora_path", name=name)
+    for tag in tagged:
+        if not paths.is_file_name(tag.name):
+            raise Fault("generate.lora_path", name=tag.name)
 
 
 def parse_lora(text: str) -> tuple[str, float]:

@@ -12,8 +12,9 @@ from core import captions, generate, paths
 from core.cache import fingerprint, key
 from core.config import TrainConfig, resolve
 from core.control import Control
+from core.embeddings import batched
 from core.events import Event, Phase
-from core.examples import Encoder, Examples, Stopped, add_regular, batched
+from core.examples import Encoder, Examples, Stopped, add_regular
 from core.families.base import Family, Parts, Precision
 from core.faults import Fault
 from core.generate import Shot

@@ -229,12 +229,13 @@ def _called(prompt: str, known: Mapping[str, str]) -> dict[str, str]:
     """The files of the prompt's tags. Raises Fault for a name that nothing has."""
     tagged = lora_names.split_prompt(prompt)[1]
     lora_names.refuse_paths(tagged)
-    for name, _ in tagged:
+    names = [tag.name for tag in tagged]
+    for name in names:
         with contextlib.suppress(Fault):
             if name in known or lora_names.find_lora(name, DEFAULT_WEIGHT):
                 continue
         raise lora_names.unknown(name, known)
-    return {name: known[name] for name, _ in tagged if name in known}
+    return {name: known[name] for name in names if name in known}
 
 
 def _checked(data: dict[str, Any]) -> DrawConfig:

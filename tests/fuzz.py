@@ -377,11 +377,11 @@ def read_state(file: Path, box: Path) -> None:
 
 def read_a_prompt(file: Path, box: Path) -> None:
     from core.faults import Fault
-    from core.generate import find_lora, parse_lora, split_prompt
+    from core.lora_names import Tag, find_lora, parse_lora, split_prompt
     text = file.read_bytes().decode("utf-8", "surrogateescape")
-    for name, weight in [*split_prompt(text)[1], parse_lora(text)]:
+    for tag in [*split_prompt(text)[1], Tag(*parse_lora(text))]:
         try:
-            find_lora(name, weight)
+            find_lora(tag.name, tag.weight)
         except Fault as fault:
             str(fault)
 

@@ -56,11 +56,13 @@ def test_weights_are_columns(tmp_path: Path) -> None:
     from core.lora_names import Lora
     loras = [Lora(tmp_path / "a", 0.8), Lora(tmp_path / "b", 0.3)]
     config = DrawConfig(base="x", weights=[0.0, 1.0])
-    columns = draw.columns_of(config, loras)
+    columns, labels = draw.columns_of(config, loras)
     assert [[one.weight for one in column] for column in columns] == [[0.0, 0.3], [1.0, 0.3]]
-    assert draw.labels_of(config, 2) == ["weight 0", "weight 1"]
-    assert draw.columns_of(config, []) == [[]]
-    assert draw.columns_of(DrawConfig(base="x"), loras) == [loras]
+    assert labels == ["weight 0", "weight 1"]
+    assert draw.columns_of(config, []) == ([[]], [])
+    assert draw.columns_of(DrawConfig(base="x"), loras) == ([loras], [])
+    sheet = DrawConfig(base="x", sheet="weights=0, 1")
+    assert draw.columns_of(sheet, loras) == (columns, labels)
 
 
 def test_checkpoints_are_columns(tmp_path: Path) -> None:
@@ -69,10 +71,11 @@ def test_checkpoints_are_columns(tmp_path: Path) -> None:
     for file in files:
         file.touch()
     config = DrawConfig(base="x", checkpoints=[str(file) for file in files], labels=["step 10"])
-    columns = draw.columns_of(config, [Lora(tmp_path / "a", 0.6), Lora(tmp_path / "b", 0.3)])
+    columns, labels = draw.columns_of(config, [Lora(tmp_path / "a", 0.6),
+                                               Lora(tmp_path / "b", 0.3)])
     assert [[(one.path.name, one.weight) for one in column] for column in columns] == [
         [(file.name, 0.6), ("b", 0.3)] for file in files]
-    assert draw.labels_of(config, 2) == ["step 10", ""]
+    assert labels == ["step 10", ""]
 
 
 def test_a_tag_s_weight_goes_before_the_list_s(tmp_path: Path) -> None:
@@ -82,9 +85,74 @@ def test_a_tag_s_weight_goes_before_the_list_s(tmp_path: Path) -> None:
         base="x", prompt="a <lora:mia:0.2> cat <lora:wash:0.4>", names={
             "mia": str(tmp_path / "mia.safetensors"), "wash": str(tmp_path / "ink.safetensors")},
         loras=[str(tmp_path / "mia.safetensors") + ":0.9"])
-    prompt, loras = draw.wanted(config)
+    told: list[Event] = []
+    prompt, loras = draw.wanted(config, told.append)
     assert prompt == "a cat"
     assert [(one.path.stem, one.weight) for one in loras] == [("mia", 0.2), ("ink", 0.4)]
+    assert [(one.key, one.params["tag"], one.params["others"]) for one in told  # type: ignore
+            ] == [("generate.lora_twice", "<lora:mia:0.2>", "0.9")]
+
+
+@pytest.mark.parametrize(("prompt", "part"), [
+    ("(a cat:1.4), ink", "(a cat:1.4)"), ("((best)) cat", "((best))"),
+    ("a [small] dog", "[small]"), ("{red|blue} cat", "{red|blue}"),
+    ("an __animal__", "__animal__"), ("a cat BREAK a dog", "BREAK"),
+    (r"ink \(style\)", r"\("), ("a cat (in a hat), {one}, snake_case_word", ""),
+])
+def test_other_programs_syntax_is_told(prompt: str, part: str) -> None:
+    for words in ({"prompt": prompt}, {"negative": prompt}):
+        told: list[Event] = []
+        draw.wanted(DrawConfig(base="x", **words), told.append)
+        assert [one.params["part"] for one in told] == ([part] if part else [])  # type: ignore
+
+
+def test_what_a_tag_can_t_say_here_is_told(tmp_path: Path) -> None:
+    (tmp_path / "mia.safetensors").touch()
+    told: list[Event] = []
+    _, loras = draw.wanted(DrawConfig(base="x", prompt="<lora:mia:1:lbw=MIDD>", names={
+        "mia": str(tmp_path / "mia.safetensors")}), told.append)
+    assert [(one.weight, one.text) for one in loras] == [(1.0, None)]
+    assert [(one.key, one.params["part"]) for one in told  # type: ignore
+            ] == [("generate.tag_unread", "lbw=MIDD")]
+
+
+def test_command_line_and_window_draw_the_same_bytes(
+        base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same prompt, LoRAs and seed: by `generate`, and by the worker as the window has it."""
+    from core import control, runs, worker
+    from core.console import FINE
+    from launcher import main
+    from tests.tiny import tiny_lora
+    monkeypatch.chdir(tmp_path)
+    lora = tiny_lora(tmp_path / "output" / "ink.safetensors")
+    assert main(["generate", "--base", str(base), "--prompt", "a cat <lora:ink:0.8>", "--lora",
+                 f"{lora}:0.5", "--seed", "5", "--steps", "2", "--out", "line"]) == FINE
+    config = DrawConfig(base=str(base), prompt="a cat <lora:ink:0.8>", loras=[f"{lora}:0.5"],
+                        names={"ink": str(lora)}, seed=5, steps=2, out="window")
+    folder = runs.create_run("generate", dump_yaml(config), "x", queued=False)
+    end = worker.run_job("generate", worker.load_config("generate", folder / "config.yaml"),
+                         folder, control.Control(), lambda event: None)
+    assert end.state == "done"
+    line, window = (Path(name, "00001.png").read_bytes() for name in ("line", "window"))
+    assert line == window
+    assert b"<lora:ink:0.8>" in line
+    assert main(["generate", "--base", str(base), "--prompt", "a cat", "--lora", f"{lora}:0.8",
+                 "--seed", "5", "--steps", "2", "--out", "list"]) == FINE
+    assert Path("list", "00001.png").read_bytes() == line
+    main(["generate", "--base", str(base), "--prompt", "a cat", "--lora", f"{lora}:0.5",
+          "--seed", "5", "--steps", "2", "--out", "other"])
+    assert Path("other", "00001.png").read_bytes() != line
+
+
+@pytest.mark.parametrize("key", ["prompt", "negative"])
+def test_the_end_of_a_prompt_that_isn_t_read_is_told(base: Path, tmp_path: Path, key: str) -> None:
+    told: list[Event] = []
+    text = ", ".join(["a big cat"] * 22) + ", two zebras"
+    draw.draw(settings(base, tmp_path, **{"steps": 1, "prompt": "a cat", key: text}), told.append,
+              Control())
+    (note,) = [one for one in told if getattr(one, "key", "") == f"generate.{key}_too_long"]
+    assert note.params["rest"].endswith("two zebras")  # type: ignore
+    assert note.params["tokens"] == 91  # type: ignore
 
 
 def test_tags_name_and_don_t_reach(tmp_path: Path) -> None:
@@ -132,3 +200,17 @@ def test_deleted_pictures_keep_their_numbers(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         trash.restore(again, first)
     assert trash.discard(first) != again
+
+
+def test_sizes_that_can_t_be_drawn_and_loras_of_other_families(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(Fault, match="64 x 64") as caught:
+        draw.draw(settings(base, tmp_path, size="66,65"), lambda event: None, Control())
+    assert caught.value.code == "generate.bad_size"
+    import torch
+    from safetensors.torch import save_file
+    other = tmp_path / "other.safetensors"
+    save_file({f"lora_unet_double_blocks_0_img_attn_proj.lora_{end}.weight": torch.zeros(shape)
+               for end, shape in (("down", (2, 3072)), ("up", (3072, 2)))}, other)
+    with pytest.raises(Fault) as caught:
+        draw.draw(settings(base, tmp_path, loras=[str(other)]), lambda event: None, Control())
+    assert caught.value.code == "generate.other_family"

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from core import generate, samplers
-from core.config import GenerateConfig, TrainConfig
+from core import draw as drawing
+from core import generate, lora_names, samplers
+from core.config import TrainConfig
 from core.control import Control
+from core.draw_config import DrawConfig
 from core.engine import train
 from core.families.sd15 import StableDiffusion1
 from core.faults import Fault
@@ -33,18 +34,22 @@ def lora(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(train(config, lambda event: None, Control())["lora"])
 
 
-def draw(base: Path, out: Path, folders: Sequence[Path] = (), **changes: Any
-         ) -> list[np.ndarray]:
-    config = GenerateConfig(**{"base": str(base), "prompt": "red disc", "steps": 3, "cfg": 2.0,
-                               "out": str(out)} | changes)
-    return [np.asarray(Image.open(p).convert("RGB")) for p in generate.generate(
-        config, lambda event: None, folders)]
+def files(config: DrawConfig, notes: list[Any] | None = None) -> list[str]:
+    told = notes.append if notes is not None else lambda event: None
+    return [str(file) for file in drawing.draw(config, told, Control())["files"]]
+
+
+def draw(base: Path, out: Path, **changes: Any) -> list[np.ndarray]:
+    config = DrawConfig(**{"base": str(base), "prompt": "red disc", "steps": 3, "cfg": 2.0,
+                           "out": str(out)} | changes)
+    return [np.asarray(Image.open(p).convert("RGB")) for p in files(config)]
 
 
 def test_weight_zero_is_the_base_to_the_bit(base: Path, lora: Path, tmp_path: Path) -> None:
     plain = draw(base, tmp_path)[0]
     zero = draw(base, tmp_path, loras=[f"{lora}:0"])[0]
-    tagged = draw(base, tmp_path, [lora.parent], prompt=f"red disc <lora:{lora.stem}:0>")[0]
+    tagged = draw(base, tmp_path, names={lora.stem: str(lora)},
+                  prompt=f"red disc <lora:{lora.stem}:0>")[0]
     strong = draw(base, tmp_path, loras=[f"{lora}:1"])[0]
     default = draw(base, tmp_path, loras=[str(lora)])[0]
     half = draw(base, tmp_path, loras=[f"{lora}:0.8"])[0]
@@ -64,16 +69,40 @@ def test_two_loras_add_up(base: Path, lora: Path, tmp_path: Path) -> None:
 
 
 def test_pictures_carry_their_parameters(base: Path, lora: Path, tmp_path: Path) -> None:
-    config = GenerateConfig(base=str(base), prompt="红色 disc", negative="blur", steps=2, seed=9,
-                            loras=[f"{lora}:0.5"], count=2, out=str(tmp_path), sampler="euler")
-    paths = generate.generate(config, lambda event: None)
+    config = DrawConfig(base=str(base), prompt="红色 disc", negative="blur", steps=2, seed=9,
+                        loras=[f"{lora}:0.5"], count=2, out=str(tmp_path), sampler="euler")
+    paths = files(config)
     texts = [Image.open(p).info["parameters"] for p in paths]   # type: ignore[index]
     assert [f"Seed: {s}" in t for s, t in zip((9, 10), texts, strict=True)] == [True, True]
     for part in ("红色 disc <lora:ink:0.5>", "Negative prompt: blur", "Steps: 2",
                  "Sampler: Euler,", "CFG scale: 7", "Size: 32x32", 'Lora hashes: "ink: '):
         assert part in texts[0]
-    more = generate.generate(config, lambda event: None)
+    more = files(config)
     assert not set(more) & set(paths)                            # nothing is overwritten
+
+
+def test_text_encoder_and_denoiser_have_weights_of_their_own(base: Path, tmp_path: Path) -> None:
+    """`<lora:x:te:unet>`: each part at its weight is what a file of that part alone gives."""
+    from safetensors.torch import save_file
+    generator = torch.Generator().manual_seed(3)
+    sides = {"unet": (f"lora_unet_{tiny.MIDDLE}_to_q", 64),
+             "te": ("lora_te_text_model_encoder_layers_0_self_attn_q_proj", 32)}
+    tensors = {f"{name}.lora_{end}.weight": torch.randn(shape, generator=generator)
+               for name, width in sides.values()
+               for end, shape in (("down", (2, width)), ("up", (width, 2)))}
+    files = {part: str(tmp_path / f"{part}.safetensors") for part in ("both", *sides)}
+    save_file(tensors, files["both"])
+    for part in sides:
+        save_file({k: v for k, v in tensors.items() if k.startswith(f"lora_{part}_")}, files[part])
+
+    def drawn(prompt: str) -> np.ndarray:
+        return draw(base, tmp_path, prompt=f"red disc {prompt}", names=files)[0]
+    plain = drawn("")
+    assert np.array_equal(drawn("<lora:both:0.9:0.3>"), drawn("<lora:te:0.9><lora:unet:0.3>"))
+    assert np.array_equal(drawn("<lora:both:0:0.3>"), drawn("<lora:unet:0.3>"))
+    assert np.array_equal(drawn("<lora:both:0.9:0>"), drawn("<lora:te:0.9>"))
+    assert len({one.tobytes() for one in (plain, drawn("<lora:te:0.9>"), drawn("<lora:unet:0.3>"),
+                                          drawn("<lora:both:0.9:0.3>"))}) == 4
 
 
 def test_count_doesn_t_change_a_picture(base: Path, tmp_path: Path) -> None:
@@ -96,8 +125,8 @@ def test_sheets(base: Path, lora: Path, tmp_path: Path) -> None:
 
 def test_unknown_names_get_the_nearest(base: Path, lora: Path, tmp_path: Path) -> None:
     with pytest.raises(Fault, match="ink"):
-        generate.find_lora("inkk", 0.8, [lora.parent])
-    assert generate.find_lora("ink", 0.8, [lora.parent]).path == lora
+        lora_names.find_lora("inkk", 0.8, [lora.parent])
+    assert lora_names.find_lora("ink", 0.8, [lora.parent]).path == lora
     with pytest.raises(Fault, match="euler"):
         draw(base, tmp_path, sampler="eulr")
 
@@ -108,16 +137,32 @@ def test_unknown_names_get_the_nearest(base: Path, lora: Path, tmp_path: Path) -
     ("x <lora:a:1><lora:b:-0.25> y", "x y", [("a", 1.0), ("b", -0.25)]),
     ("<lora:中文 名:.7> cat", "cat", [("中文 名", 0.7)]),
     ("a <lora:> b <lorax:y>", "a <lora:> b <lorax:y>", []),
+    ("<lora:a:0.8:0.6>", "", [("a", 0.6, 0.8)]),            # text encoder, then the rest: A1111
+    ("<lora:a:te=0.8:unet=0.6>", "", [("a", 0.6, 0.8)]),
+    ("<lora:a:0.7:0.7>", "", [("a", 0.7)]),
+    ("<lora:a:1:1:te=0>", "", [("a", 1.0, 0.0)]),
+    ("<lora:a:1:lbw=MIDD>", "", [("a", 1.0, None, "lbw=MIDD")]),
+    ("<lora:a:strong>", "", [("a", 0.8, None, "strong")]),
+    ("<lora:a:1:2:3>", "", [("a", 2.0, 1.0, "3")]),
 ])
-def test_prompt_tags(prompt: str, clean: str, found: list[tuple[str, float]]) -> None:
-    assert generate.split_prompt(prompt) == (clean, found)
+def test_prompt_tags(prompt: str, clean: str, found: list[Any]) -> None:
+    assert lora_names.split_prompt(prompt) == (clean, [lora_names.Tag(*one) for one in found])
 
 
 @given(st.text(max_size=60))
 def test_any_prompt_is_read(prompt: str) -> None:
-    clean, found = generate.split_prompt(prompt)
-    assert all(name for name, _ in found)
+    clean, found = lora_names.split_prompt(prompt)
+    assert all(tag.name for tag in found)
     assert len(clean) <= len(prompt)
+
+
+@given(st.lists(st.sampled_from(["0.5", "-1", ".25", "te=0.3", "unet=2", "lbw=X", "", "x", "1e5"]),
+                max_size=5))
+def test_a_tag_goes_there_and_back(parts: list[str]) -> None:
+    """What was understood is written in A1111's form, and read as the same again."""
+    (tag,) = lora_names.split_prompt("<lora:" + ":".join(["ink", *parts]) + ">")[1]
+    lora = lora_names.Lora(Path("ink.safetensors"), tag.weight, tag.text)
+    assert lora_names.split_prompt(lora.tag)[1] == [tag._replace(unread="")]
 
 
 @pytest.mark.parametrize(("text", "expected"), [
@@ -125,7 +170,7 @@ def test_any_prompt_is_read(prompt: str) -> None:
      ("C:\\x\\ink.safetensors", 1.0)), ("C:\\x\\ink.safetensors", ("C:\\x\\ink.safetensors", 0.8)),
 ])
 def test_lora_arguments(text: str, expected: tuple[str, float]) -> None:
-    assert generate.parse_lora(text) == expected
+    assert lora_names.parse_lora(text) == expected
 
 
 def test_every_sampler_draws(base: Path) -> None:
@@ -155,8 +200,7 @@ def test_verify_tells_good_from_bad(base: Path, lora: Path, tmp_path: Path) -> N
     assert not part["ok"]
     assert 0 < part["matched"] < part["modules"]
     notes: list[Any] = []
-    generate.generate(GenerateConfig(base=str(base), steps=1, loras=[str(other)],
-                                     out=str(tmp_path)), notes.append)
+    files(DrawConfig(base=str(base), steps=1, loras=[str(other)], out=str(tmp_path)), notes)
     assert any(getattr(n, "key", "") == "generate.lora_partly" for n in notes)
     save_file({f"x_{k}": v for k, v in tensors.items()}, other)
     with pytest.raises(Fault, match="doesn't fit this base"):

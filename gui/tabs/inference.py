@@ -249,8 +249,9 @@ class Inference:
         say, snap = self.ctx.say, self.ctx.house.snapshot()
         found = wanted.choices(snap, self.desk)
         known = wanted.used(snap) | wanted.names(found)
-        loras = {known[name]: weight for name, weight in lora_names.split_prompt(told.prompt)[1]
-                 if name in known and wanted.LEAST <= weight <= wanted.MOST}
+        loras = {known[tag.name]: tag.weight for tag in lora_names.split_prompt(told.prompt)[1]
+                 if tag.name in known and wanted.LEAST <= tag.weight <= wanted.MOST
+                 and tag.text is None}      # two weights stay in the prompt
 
         def kept(tag: Any) -> str:
             return "" if known.get(tag[1].strip()) in loras else str(tag[0])
@@ -261,7 +262,8 @@ class Inference:
         added = [Added(name, weight) for name, weight in loras.items()]
         self._keep({key: value for key, value in values.items() if value is not None}
                    | wanted.own_list(added, found))
-        missing = [name for name, _ in lora_names.split_prompt(prompt)[1]]
+        missing = [tag.name for tag in lora_names.split_prompt(prompt)[1]
+                   if tag.name not in wanted.names(found)]
         self.ctx.page.tell(say("tab_inference.picture_taken", file=file))
         if missing:
             self.ctx.page.tell(say("tab_inference.loras_missing", names=", ".join(missing)),

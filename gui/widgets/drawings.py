@@ -93,7 +93,13 @@ def status(ctx: Context, snap: Snapshot, desk: Desk) -> str:
     took = duration(ctx, last.ended - last.started) if last.started else ""
     count = sum(sample.step != SHEET for sample in last.samples)
     key = "tab_inference.stopped" if last.state == "stopped" else "drawn"
-    return f'<p class="small">{esc(ctx.say(key, count=count, time=took))}</p>'
+    return f'<p class="small">{esc(ctx.say(key, count=count, time=took))}</p>' + _notes(ctx, last)
+
+
+def _notes(ctx: Context, view: JobView) -> str:
+    """What had no effect, or was left out: a tag, the end of a prompt."""
+    told = dict.fromkeys(ctx.say(note.key, **note.params) for note in view.notes)
+    return "".join(card("warning", text) for text in told)
 
 
 def _going(ctx: Context, snap: Snapshot, view: JobView) -> str:
@@ -116,7 +122,7 @@ def _going(ctx: Context, snap: Snapshot, view: JobView) -> str:
     said = " · ".join(filter(None, (text, left, where)))
     return (f'<section class="box" data-key="{esc(view.id)}">{bar(share, text, view.state)}'
             f'<p class="acts"><span>{esc(said)}</span><span class="spring"></span>{stop}</p>'
-            f'</section>')
+            f'</section>{_notes(ctx, view)}')
 
 
 def last_drawing(snap: Snapshot) -> JobView | None:
