@@ -153,7 +153,14 @@ class TrainConfig(BaseModel):
     timestep_sampling: Literal["auto", "uniform", "logit_normal", "mode"] = _field(
         "auto", "expert", "which noise levels a flow model (Flux, SD 3) learns most")
     flow_shift: float = _field(
-        0.0, "expert", "shift of these levels towards noise; 0: the base's own", ge=0, le=100)
+        0.0, "expert", "shift of these levels towards noise; 0: the family's own", ge=0, le=100)
+    logit_mean: float = _field(
+        0.0, "expert", "logit_normal: above 0 more noise, below 0 less", ge=-10, le=10)
+    logit_std: float = _field(
+        1.0, "expert", "logit_normal: how far levels spread from the middle", gt=0, le=10)
+    mode_scale: float = _field(
+        1.29, "expert", "mode: above 0 more of the middle, below 0 more of the ends",
+        ge=-1, le=1.75)
     weight_decay: float = _field(0.01, "expert", "AdamW weight decay", ge=0)
     max_grad_norm: float = _field(1.0, "expert", "gradient clipping; 0: off", ge=0)
     adam_beta1: float = _field(0.9, "expert", "AdamW beta 1", ge=0, lt=1)

@@ -29,6 +29,7 @@ from core.events import Event, Note, Phase
 from core.examples import Encoder, Examples, Stopped, find, say_too_long
 from core.families.base import Cond, Family, Parts, Precision
 from core.faults import Fault, Fix
+from core.flow import Sampling, without_effect
 from core.lookout import Lookout, weigh
 from core.naming import NAMINGS, SD1
 from core.objective import Draw, split_mask, zero_terminal
@@ -71,9 +72,8 @@ def _train(config: TrainConfig, emit: Callbacks, control: Control, beside: Path 
     parts = family.load(source, precision, frozenset())
     if config.prediction_type != "auto" and parts.flow is None:
         parts.objective = config.prediction_type
-    if parts.flow is not None:
-        _say_unused(config, emit)
-    elif config.zero_terminal_snr:
+    _say_unused(config, parts.flow, emit)
+    if config.zero_terminal_snr and parts.flow is None:
         zero_terminal(parts)
     examples = find(config, *_picture_paths(config, beside), parts.native_size,
                     parts.bucket_step, emit)
@@ -116,7 +116,8 @@ class Trainer:
             self.parameters = [*self.parameters, *self.text.parameters]
         self.ema = Ema(self.parameters, config.ema_decay) if config.ema_decay else None
         self.scaler = self.new_scaler()
-        self.diffusion = objective.create(parts, config, precision.device)
+        self.diffusion = objective.create(parts, config, precision.device,
+                                          precision.compute)
         self.course = _course(config, examples)
         self.total = config.max_train_steps or config.epochs * self.course.updates_per_epoch
         self.micro_batch = config.batch_size        # samples at once; see core/lowering.py
@@ -354,12 +355,15 @@ def _course(config: TrainConfig, examples: Examples) -> Course:
                   config.gradient_accumulation_steps, config.seed, regular)
 
 
-def _say_unused(config: TrainConfig, emit: Emit) -> None:
-    """Keys that mean something for noise schedules, and nothing for a flow."""
-    keys = [key for key in NOT_FOR_FLOWS
-            if getattr(config, key) != TrainConfig.model_fields[key].default]
+def _say_unused(config: TrainConfig, flow: Sampling | None, emit: Emit) -> None:
+    """Keys that mean something for noise schedules and nothing for a flow, or the reverse."""
+    keys = [key for key in NOT_FOR_FLOWS if flow is not None
+            and getattr(config, key) != TrainConfig.model_fields[key].default]
     if keys:
         emit(Note(key="engine.not_for_flows", params={"keys": ", ".join(keys)}))
+    if keys := without_effect(config, flow):
+        emit(Note(key="engine.not_for_curve" if flow else "engine.only_for_flows",
+                  params={"keys": ", ".join(keys)}))
 
 
 def _source(config: TrainConfig, beside: Path | None) -> Path:

@@ -49,11 +49,11 @@ class Draw:
                     self.timesteps.to(device, non_blocking=True))
 
 
-def create(parts: Parts, config: TrainConfig, device: torch.device | str = "cpu"
-           ) -> Diffusion | Flow:
-    """What this base learns, as its family says."""
+def create(parts: Parts, config: TrainConfig, device: torch.device | str = "cpu",
+           numbers: torch.dtype = torch.float32) -> Diffusion | Flow:
+    """What this base learns, as its family says; `numbers`: in which its denoiser computes."""
     if parts.flow is not None:
-        return Flow(sampling_of(parts.flow, config), config.noise_offset)
+        return Flow(sampling_of(parts.flow, config), config.noise_offset, numbers)
     return Diffusion(parts, config, device)
 
 

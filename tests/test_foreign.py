@@ -343,3 +343,46 @@ def test_lines_of_toml(tmp_path: Path) -> None:
     assert found["t", "0", "u"] == 8
     assert found["t", "1", "u"] == 10
     assert found["t", "1", "in", "v", "w"] == 12
+
+
+@pytest.mark.parametrize(("text", "values"), [
+    ('timestep_sampling = "sigmoid"\nsigmoid_scale = 1.5\ndiscrete_flow_shift = 3.0\n',
+     {"timestep_sampling": "logit_normal", "logit_std": 1.5, "flow_shift": 1.0}),
+    ('timestep_sampling = "shift"\ndiscrete_flow_shift = 3.1\nlogit_mean = 0.5\n',
+     {"timestep_sampling": "logit_normal", "flow_shift": 3.1}),
+    ('timestep_sampling = "uniform"\nsigmoid_scale = 2\n',
+     {"timestep_sampling": "uniform", "flow_shift": 1.0}),
+    ('timestep_sampling = "flux_shift"\n', {"timestep_sampling": "logit_normal"}),
+    ('weighting_scheme = "logit_normal"\nlogit_mean = -0.5\nlogit_std = 0.8\nmode_scale = 1.0\n',
+     {"timestep_sampling": "logit_normal", "logit_mean": -0.5, "logit_std": 0.8}),
+    ('timestep_sampling = "sigma"\nweighting_scheme = "mode"\nmode_scale = 1.0\n'
+     'discrete_flow_shift = 2\n',
+     {"timestep_sampling": "mode", "mode_scale": 1.0, "flow_shift": 2.0})])
+def test_kohyas_noise_levels(tmp_path: Path, text: str, values: dict[str, Any]) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(f'network_dim = 4\n{text}', "utf-8")
+    found = foreign.read(path)
+    own = {key: value for key, value in found.values.items()
+           if key in ("timestep_sampling", "flow_shift", "logit_mean", "logit_std", "mode_scale")}
+    assert own == values
+    assert not found.left
+
+
+@pytest.mark.parametrize(("more", "values", "left"), [
+    ({"model_type": "FLUX_DEV_1", "timestep_distribution": "LOGIT_NORMAL", "noising_bias": 0.3,
+      "noising_weight": 0.5, "timestep_shift": 2.0},
+     {"timestep_sampling": "logit_normal", "logit_mean": 0.3, "logit_std": 1.5,
+      "flow_shift": 2.0}, []),
+    ({"model_type": "FLUX_DEV_1", "timestep_distribution": "UNIFORM",
+      "dynamic_timestep_shifting": True}, {"timestep_sampling": "uniform"}, []),
+    ({"model_type": "STABLE_DIFFUSION_15", "timestep_distribution": "UNIFORM"}, {}, []),
+    ({"model_type": "STABLE_DIFFUSION_15", "timestep_distribution": "COS_MAP"}, {},
+     ["timestep_distribution"])])
+def test_onetrainers_noise_levels(tmp_path: Path, more: dict[str, Any], values: dict[str, Any],
+                                  left: list[str]) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"training_method": "LORA", "__version": 10, **more}), "utf-8")
+    found = foreign.read(path)
+    assert {key: value for key, value in found.values.items()
+            if key.startswith(("timestep", "logit", "flow"))} == values
+    assert [one.key for one in found.left] == left

@@ -33,10 +33,11 @@ from core.families.detection import denoiser_shapes
 from core.families.flux import Kept, positions
 from core.families.loading import Layout, Piece
 from core.families.sd3 import JOINT, JOINT_FF, T5XXL
-from core.flow import STEPS, Sampling
+from core.flow import STEPS, Sampling, by_share_and_step
 from core.safetensors_header import read_header
 
 LENGTH = 512                                # tokens
+LEARNS = Sampling("parabola", bend=7.7, told=by_share_and_step)
 
 
 class Masked(Kept, ChromaPipeline):  # type: ignore[misc]
@@ -73,7 +74,7 @@ class Chroma(Loaded):
     def empty(self, layout: Layout) -> Parts:
         native, step = dit_sizes(layout)
         return Parts(layout.source, layout.scheduler, "flow", native, step,
-                     flow=Sampling("parabola", spread=7.7))
+                     flow=LEARNS)
 
     def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
         found = text.padded(parts.text["tokenizer"], prompts, LENGTH)

@@ -195,16 +195,6 @@ def layer_count(shapes: Mapping[str, Any], prefix: str) -> int:
     return max((int(n) for n in numbers if n.isdigit()), default=-1) + 1
 
 
-def shift_line(scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """Of core.flow.Sampling: the shift as a scheduler's config has it."""
-    if not scheduler.get("use_dynamic_shifting"):
-        return {"shift": float(scheduler.get("shift", 1.0))}
-    return {"line": ((int(scheduler.get("base_image_seq_len", 256)),
-                      float(scheduler.get("base_shift", 0.5))),
-                     (int(scheduler.get("max_image_seq_len", 4096)),
-                      float(scheduler.get("max_shift", 1.15))))}
-
-
 def pack(latents: Tensor) -> Tensor:
     """(B, C, h, w) -> (B, h/2 * w/2, C * 4): tokens of 2 x 2 latent pixels."""
     b, c, h, w = latents.shape

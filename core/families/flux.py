@@ -24,16 +24,17 @@ from core.families.common import (
     dit_sizes,
     layer_count,
     pack,
-    shift_line,
     unpack,
 )
 from core.families.detection import denoiser_shapes
 from core.families.loading import Layout, Piece
 from core.families.sd3 import CLIP_L, JOINT, JOINT_FF, T5XXL
-from core.flow import STEPS, Sampling
+from core.flow import FLUX_LINE, STEPS, Sampling, by_share_and_step
 from core.safetensors_header import read_header
 
 GUIDANCE = 1.0                              # told to dev while it learns
+DEV = Sampling(line=FLUX_LINE, told=by_share_and_step)
+SCHNELL = Sampling(told=by_share_and_step)
 
 
 class Kept:
@@ -80,9 +81,9 @@ class Flux1(Loaded):
 
     def empty(self, layout: Layout) -> Parts:
         native, step = dit_sizes(layout)
+        dev = layout.found.what == "flux_dev"
         return Parts(layout.source, layout.scheduler, "flow", native, step,
-                     flow=Sampling("logit_normal", **shift_line(layout.scheduler)),
-                     architecture="" if layout.found.what == "flux_dev" else "flux-1-schnell")
+                     flow=DEV if dev else SCHNELL, architecture="" if dev else "flux-1-schnell")
 
     def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
         cond: Cond = {}

@@ -4,13 +4,12 @@ Qwen3-VL are fused into the text.
 As its reference code and diffusers' pipeline have it: Qwen-Image's VAE and its request around a
 caption, padded in the middle, padding without a position; text tokens stand at the origin, so that
 their order means nothing and what is padded can go to the end; a shift that grows with the picture
-(mu 0.5 at 256 tokens, 1.15 at 6400), of turbo always 1.15. Train on raw, its makers say, and draw
-with turbo.
+(mu 0.5 at 256 tokens, 1.15 at 6400; turbo draws with 1.15 always, and learns as raw does). Train on
+raw, its makers say, and draw with turbo.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar
@@ -29,7 +28,6 @@ from core.families.common import (
     index_of,
     layer_count,
     pack,
-    shift_line,
     unpack,
 )
 from core.families.detection import denoiser_shapes
@@ -40,7 +38,7 @@ from core.flow import STEPS, Sampling
 from core.safetensors_header import read_header
 
 LENGTH = 512                                # tokens, the request's end among them
-TURBO_MU = 1.15
+LEARNS = Sampling(line=((256, 0.5), (6400, 1.15)))
 GATED = (*ATTENTION, "to_gate")
 FF = ("ff.gate", "ff.up", "ff.down")
 ENDS = ("img_in", "txt_in.linear_1", "txt_in.linear_2", "time_mod_proj", "final_layer.linear")
@@ -71,10 +69,8 @@ class Krea2(Filmed):
         layout.configs["transformer"]["num_layers"] = layer_count(shapes, "blocks.")
 
     def empty(self, layout: Layout) -> Parts:
-        turbo = index_of(layout.source).get("is_distilled", False)
-        shift = {"shift": math.exp(TURBO_MU)} if turbo else shift_line(layout.scheduler)
         return Parts(layout.source, layout.scheduler, "flow", *self.sizes(layout), film=True,
-                     unguided=0.0, flow=Sampling("logit_normal", **shift))
+                     unguided=0.0, flow=LEARNS)
 
     def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
         tokenizer, bare = parts.text["tokenizer"], _bare()

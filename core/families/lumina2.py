@@ -26,17 +26,17 @@ from core.families.common import (
     Vocabulary,
     dit_sizes,
     layer_count,
-    shift_line,
 )
 from core.families.detection import denoiser_shapes
 from core.families.loading import Layout, Piece, Tensors, by_table
-from core.flow import STEPS, Sampling
+from core.flow import FLUX_LINE, STEPS, Sampling
 from core.naming import LUMINA2
 from core.safetensors_header import read_header
 
 FEED_FORWARD = ("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
 GEMMA = "text_encoders.gemma2_2b.transformer."
 GEMMA_TOKENIZER = ("GemmaTokenizer",)
+LEARNS = Sampling(line=FLUX_LINE)
 LENGTH = 256                                # tokens, the instruction's among them
 # The model's own words, part of every prompt that it has seen.
 INSTRUCTION = ("You are an assistant designed to generate superior images with the superior degree "
@@ -89,9 +89,8 @@ class Lumina2(Loaded):
 
     def empty(self, layout: Layout) -> Parts:
         native, step = dit_sizes(layout)
-        grows = shift_line({"use_dynamic_shifting": True})
         return Parts(layout.source, layout.scheduler, "flow", native, step,
-                     flow=Sampling("logit_normal", **grows))
+                     flow=LEARNS)
 
     def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
         tokenizer = parts.text["tokenizer"]

@@ -20,15 +20,16 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextModel
 
 from core.families import text
 from core.families.base import Cond, FamilySpec, Parts
-from core.families.common import ALIASES, Loaded, Vocabulary, layer_count, pack, shift_line, unpack
+from core.families.common import ALIASES, Loaded, Vocabulary, layer_count, pack, unpack
 from core.families.detection import denoiser_shapes
 from core.families.loading import Layout, Piece, Tensors, bare
 from core.families.sd3 import JOINT
-from core.flow import STEPS, Sampling
+from core.flow import STEPS, Sampling, by_share
 from core.safetensors_header import read_header
 
 LENGTH = 512                                # tokens after the request, its end among them
 SIDE = 1024                                 # px; the pipeline's, the VAE's config tells none
+LEARNS = Sampling(line=((256, 0.5), (8192, 0.9)), told=by_share)
 FF = tuple(f"{stream}_mlp.net.{layer}" for stream in ("img", "txt") for layer in ("0.proj", "2"))
 
 
@@ -85,7 +86,7 @@ class QwenImage(Filmed):
     def empty(self, layout: Layout) -> Parts:
         return Parts(layout.source, layout.scheduler, "flow", *self.sizes(layout), film=True,
                      guidance="true_cfg_scale",
-                     flow=Sampling("logit_normal", **shift_line(layout.scheduler)))
+                     flow=LEARNS)
 
     def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
         request, start = _request()

@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206): MMDiT, a flow, two CLIPs and
 T5, without which it works too (section 5.3.3: its embeddings are zeros then).
 
-Timesteps are drawn logit-normally, shifted as the base's own scheduler is (3 at 1024 px).
+Noise levels are learned logit-normally, shifted by 3 (section 5.3.2, at 1024 px).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from core.flow import Sampling
 from core.safetensors_header import read_header
 
 T5_LENGTH = 256                             # tokens
+LEARNS = Sampling(shift=3.0)
 JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 JOINT_FF = (*FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.2")
 CLIP_L, CLIP_G, T5XXL = (f"text_encoders.{name}.transformer."
@@ -89,9 +90,8 @@ class StableDiffusion3(Loaded):
     def empty(self, layout: Layout) -> Parts:
         config = layout.configs["transformer"]
         native, step = dit_sizes(layout, config["patch_size"])
-        shift = float(layout.scheduler.get("shift", 1.0))
         return Parts(layout.source, layout.scheduler, "flow", native, step,
-                     flow=Sampling("logit_normal", shift=shift, patch=config["patch_size"]),
+                     flow=LEARNS,
                      text_width=config["joint_attention_dim"]
                      - layout.configs["text_encoder"]["hidden_size"])
 

@@ -9,7 +9,7 @@ from typing import Any
 from core.config import resolve
 from core.foreign import lines, tables
 from core.foreign.lines import Entry, Keys, Lines
-from core.foreign.reader import Imported, Reader, absent, number
+from core.foreign.reader import Imported, Reader, absent, number, plain
 
 _OPTIONS = re.compile(r"\s--[a-z]+(\s|$)")            # kohya's prompts: `a cat --w 512 --n blurry`
 
@@ -145,6 +145,47 @@ class Kohya(Reader):
     def take_clip_skip(self, value: Any, entry: Entry) -> None:
         if number(value) > 1:
             self.put("clip_skip", value, entry)
+
+    # noise levels of flows
+
+    def take_timestep_sampling(self, value: Any, entry: Entry) -> None:
+        """`sigma` leaves it to weighting_scheme; only it and `shift` go by discrete_flow_shift."""
+        kind = plain(value)
+        if kind == "sigma":
+            return
+        self.choose("timestep_sampling", tables.LEVELS, value, entry)
+        if kind in ("uniform", "sigmoid"):
+            self.put("flow_shift", 1.0, entry)
+
+    def take_weighting_scheme(self, value: Any, entry: Entry) -> None:
+        """The others weigh the loss."""
+        if plain(value) in ("sigmasqrt", "cosmap"):
+            self.leave(entry, "value")
+        elif self.by_scheme:
+            self.choose("timestep_sampling", tables.SCHEMES, value, entry)
+
+    def take_discrete_flow_shift(self, value: Any, entry: Entry) -> None:
+        if self.by_scheme or plain(self.found["timestep_sampling"]) == "shift":
+            self.put("flow_shift", value, entry)
+
+    def take_sigmoid_scale(self, value: Any, entry: Entry) -> None:
+        if not self.by_scheme and plain(self.found["timestep_sampling"]) != "uniform":
+            self.put("logit_std", value, entry)
+
+    def take_logit_mean(self, value: Any, entry: Entry) -> None:
+        if self.by_scheme and plain(self.found.get("weighting_scheme")) == "logitnormal":
+            self.put(entry.keys[-1], value, entry)
+
+    def take_logit_std(self, value: Any, entry: Entry) -> None:
+        self.take_logit_mean(value, entry)
+
+    def take_mode_scale(self, value: Any, entry: Entry) -> None:
+        if self.by_scheme and plain(self.found.get("weighting_scheme")) == "mode":
+            self.put("mode_scale", value, entry)
+
+    @property
+    def by_scheme(self) -> bool:
+        return plain(self.found.get("timestep_sampling", "sigma")) == "sigma"
 
     # lists and texts
 

@@ -10,6 +10,9 @@ from core.foreign import lines, tables
 from core.foreign.lines import Entry, Lines
 from core.foreign.reader import Reader, number, plain
 
+# Beginnings of model types whose bases learn no flow.
+NO_FLOWS = ("stablediffusion15", "stablediffusion2", "stablediffusionxl")
+
 
 class OneTrainer(Reader):
     table = tables.ONETRAINER
@@ -121,6 +124,28 @@ class OneTrainer(Reader):
             case "CONSTANT": ...
             case _:
                 self.leave(entry, "value")
+
+    def take_timestep_distribution(self, value: Any, entry: Entry) -> None:
+        """Of flows: what noise schedules draw is uniform here. Its normal distribution of the
+        logit has the mean noising_bias and the deviation noising_weight + 1."""
+        if plain(self.found.get("model_type", "")).startswith(NO_FLOWS):
+            if value != "UNIFORM":
+                self.leave(entry, "value")
+            return
+        self.choose("timestep_sampling", tables.SCHEMES, value, entry)
+        if not self.found.get("dynamic_timestep_shifting"):
+            self.put("flow_shift", number(self.found.get("timestep_shift", 1.0)), entry)
+        if value == "LOGIT_NORMAL":
+            self.put("logit_mean", number(self.found.get("noising_bias", 0.0)), entry)
+            self.put("logit_std", 1 + number(self.found.get("noising_weight", 0.0)), entry)
+
+    def take_timestep_shift(self, value: Any, entry: Entry) -> None: ...
+
+    def take_dynamic_timestep_shifting(self, value: Any, entry: Entry) -> None: ...
+
+    def take_noising_bias(self, value: Any, entry: Entry) -> None: ...
+
+    def take_noising_weight(self, value: Any, entry: Entry) -> None: ...
 
     def take_loss_weight_strength(self, value: Any, entry: Entry) -> None: ...
 

@@ -66,6 +66,10 @@ PRECISIONS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16", "float": "fp32", "fl
               "float16": "fp16", "bfloat16": "bf16", "fp32": "fp32"}
 BASE_PRECISIONS = {"nfloat4": "nf4", "int8": "int8", "intw8a8": "int8", "float8": "fp8",
                    "floatw8a8": "fp8"}
+# Noise levels of flows: kohya's timestep_sampling and weighting_scheme, timestep_distribution.
+LEVELS = {"uniform": "uniform", "sigmoid": "logit_normal", "shift": "logit_normal",
+          "fluxshift": "logit_normal", "qwenshift": "logit_normal"}
+SCHEMES = {"none": "uniform", "uniform": "uniform", "logitnormal": "logit_normal", "mode": "mode"}
 SAMPLERS = {"ddim": "ddim", "euler": "euler", "keuler": "euler", "eulera": "euler_a",
             "keulera": "euler_a", "heun": "heun", "dpmsolver++": "dpm++2m", "dpmsolver": "dpm++2m",
             "pndm": "pndm"}
