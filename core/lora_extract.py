@@ -7,13 +7,10 @@ Tropp 2011, arXiv 0909.4061), seeded: the same models give the same file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from core.events import Event, Phase
@@ -22,7 +19,7 @@ from core.lora_algebra import balanced
 from core.lora_file import family_of
 from core.lora_layers import DOWN, UP, Layer, Lora, split, with_alpha
 from core.naming import NAMINGS, SD1, Naming, from_native
-from core.safetensors_header import Header, read_header
+from core.tensor_file import TensorFile
 
 _SMALL = 512                               # up to this side, an exact SVD takes no time
 _MORE, _ROUNDS, _SEED = 16, 4, 0           # directions beside the wanted; power iterations
@@ -45,7 +42,7 @@ class _Model:
     """Where the weights of a model lie, by module path."""
 
     naming: Naming
-    weights: dict[str, tuple[Path, str]]   # `unet.conv_in.weight` -> file, key
+    weights: dict[str, tuple[TensorFile, str]]     # `unet.conv_in.weight` -> file, key
 
 
 def extract(tuned: Path, base: Path, rank: int, conv_rank: int | None = None,
@@ -59,26 +56,24 @@ def extract(tuned: Path, base: Path, rank: int, conv_rank: int | None = None,
                     count=len(theirs.weights))
     found: dict[str, Layer] = {}
     rest, compared, kept, whole = 0, 0, 0.0, 0.0
-    with ExitStack() as stack:
-        files: dict[Path, Any] = {}
-        for number, path in enumerate(shared):
-            emit(Phase(name="extract", done=number, total=len(shared)))
-            pair = [_tensor(files, stack, *model.weights[path]) for model in (ours, theirs)]
-            wanted = _rank(path, pair[1], rank, rank if conv_rank is None else conv_rank)
-            compared += wanted > 0
-            if pair[0].numel() != pair[1].numel():
-                raise Fault("lora_convert.other_shapes", layer=path)
-            difference = pair[0].float() - pair[1].reshape(pair[0].shape).float()
-            if not difference.any():
-                continue
-            if not bool(difference.isfinite().all()):
-                raise Fault("lora_convert.model_nan", tuned=tuned, base=base, key=path)
-            if not wanted:
-                rest += 1
-                continue
-            layer, energy = _layer(difference, wanted)
-            found[path.removesuffix(".weight")] = layer
-            kept, whole = kept + energy, whole + float(difference.double().square().sum())
+    for number, path in enumerate(shared):
+        emit(Phase(name="extract", done=number, total=len(shared)))
+        pair = [file[key] for file, key in (ours.weights[path], theirs.weights[path])]
+        wanted = _rank(path, pair[1], rank, rank if conv_rank is None else conv_rank)
+        compared += wanted > 0
+        if pair[0].numel() != pair[1].numel():
+            raise Fault("lora_convert.other_shapes", layer=path)
+        difference = pair[0].float() - pair[1].reshape(pair[0].shape).float()
+        if not difference.any():
+            continue
+        if not bool(difference.isfinite().all()):
+            raise Fault("lora_convert.model_nan", tuned=tuned, base=base, key=path)
+        if not wanted:
+            rest += 1
+            continue
+        layer, energy = _layer(difference, wanted)
+        found[path.removesuffix(".weight")] = layer
+        kept, whole = kept + energy, whole + float(difference.double().square().sum())
     if not found:
         raise Fault("lora_convert.same_models", tuned=tuned, base=base)
     return Extracted(_unfused(found, ours.naming), compared, kept / whole, rest)
@@ -119,12 +114,13 @@ def _unfused(layers: dict[str, Layer], naming: Naming) -> Lora:
 # --- models ------------------------------------------------------------------------------------
 
 def _model(source: Path) -> _Model:
-    files = _files(source)
-    headers = {file: read_header(file) for _, file in files}
-    tensors = {key: info for header in headers.values() for key, info in header.tensors.items()}
+    files = [(part, TensorFile(file)) for part, file in _files(source)]
+    tensors = {key: info for _, file in files for key, info in file.header.tensors.items()}
     naming = NAMINGS.get(family_of(tensors), SD1)
     weights = {name: (file, key) for part, file in files
-               for name, key in _names(part, headers[file], naming)}
+               for name, key in _names(part, file.names(), naming)}
+    for file, key in weights.values():
+        file.shape(key)                    # refuses numbers that aren't read
     if not weights:
         raise Fault("lora_convert.no_weights", source=source)
     return _Model(naming, weights)
@@ -145,8 +141,8 @@ def _is_variant(file: Path) -> bool:
     return file.stem != stem and (file.parent / f"{stem}.safetensors").exists()
 
 
-def _names(part: str, header: Header, naming: Naming) -> Iterator[tuple[str, str]]:
-    for key in header.tensors:
+def _names(part: str, keys: list[str], naming: Naming) -> Iterator[tuple[str, str]]:
+    for key in keys:
         if part:
             one = next((p for p in naming if p.name == part), None)
             if one is not None:
@@ -164,10 +160,3 @@ def _plain(name: str, naming: Naming, number: int) -> str:
     module, dot, end = name.rpartition(".")
     paths, _ = from_native(part, part.unrooted(module))
     return f"{part.name}.{paths[0] if len(paths) == 1 else module}{dot}{end}"
-
-
-def _tensor(files: dict[Path, Any], stack: ExitStack, file: Path, key: str) -> Tensor:
-    if file not in files:
-        files[file] = stack.enter_context(safe_open(file, "pt"))
-    tensor: Tensor = files[file].get_tensor(key)
-    return tensor

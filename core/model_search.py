@@ -29,8 +29,7 @@ APPS = re.compile(r"webui|comfyui|fooocus|stability ?matrix|forge|sd\.?next|swar
 INSIDE = ("models/Stable-diffusion", "models/StableDiffusion", "models/checkpoints",
           "Models/Stable-Diffusion", "Models/StableDiffusion", "Data/Models/StableDiffusion")
 # What lies beside bases and is none; not worth a line in a list.
-PARTS = frozenset(("lora", "controlnet", "embedding", "upscaler", "unknown", "part_folder",
-                   "language_model", "t5", "clip", "clip_l", "clip_g", "vae", "vae_16", "vae_32"))
+PARTS = frozenset(("lora", "unknown", "part_folder", *(what for what, _ in detection.PARTS)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,8 +117,10 @@ def original(part: Part, state: dict[str, Tensor]) -> dict[str, Tensor]:
             found[f"{place.name}.{leaf}"] = value.roll(value.shape[0] // 2, 0)
         elif place.fused:
             rows[f"{place.name}.{leaf}"][place.number] = value
+        elif place.name:
+            found[f"{place.name}.{leaf}"] = value
         else:                               # Sana's last layer has a weight of the whole model's
-            found[f"{place.name or 'final_layer'}.{leaf}"] = value
+            found[f"final_layer.{leaf}" if leaf == "scale_shift_table" else leaf] = value
     return found | {name: torch.cat([own[i] for i in sorted(own)]) for name, own in rows.items()}
 
 

@@ -94,7 +94,51 @@ FILES: dict[str, tuple[dict[str, Any], str, str]] = {
                  "model.layers.0.pre_feedforward_layernorm.weight": [2304]}, "gemma_2", ""),
     "ControlNet": ({"control_model.input_blocks.0.0.weight": [320, 4, 3, 3]}, "controlnet", ""),
     "embedding": ({"emb_params": [4, 768]}, "embedding", ""),
-    "scaled fp8": (FLUX | {"double_blocks.0.img_attn.qkv.scale_weight": []}, "quantised", ""),
+    "scaled fp8": (FLUX | {"img_in.weight": [3072, 64], "scaled_fp8": [0], "img_in.scale_weight":
+                           [], "img_in.scale_input": []}, "flux_schnell", "flux"),
+    "4 bits of another program": ({"transformer_blocks.0.attn.to_q.qweight": [64, 64]},
+                                  "quantised", ""),
+    "Flux in newer words": ({"double_blocks.0.img_attn.norm.key_norm.weight": [128],
+                             "img_in.weight": [3072, 64]}, "flux_schnell", "flux"),
+    "Flux dev of diffusers": (
+        {f"transformer.{name}": shape for name, shape in {
+            "single_transformer_blocks.0.proj_mlp.weight": [12288, 3072],
+            "x_embedder.weight": [3072, 64],
+            "time_text_embed.text_embedder.linear_1.weight": [3072, 768],
+            "time_text_embed.guidance_embedder.linear_1.weight": [3072, 256]}.items()},
+        "flux_dev", "flux"),
+    "HunyuanVideo of diffusers": (
+        {"single_transformer_blocks.0.proj_mlp.weight": [12288, 3072],
+         "x_embedder.proj.weight": [3072, 16, 1, 2, 2],
+         "time_text_embed.text_embedder.linear_1.weight": [3072, 768]}, "video", ""),
+    "SD 3 of diffusers": ({"transformer_blocks.0.norm1_context.linear.weight": [9216, 1536],
+                           "pos_embed.proj.weight": [1536, 16, 2, 2]}, "sd3", "sd3"),
+    "Lumina 2 of diffusers": ({"time_caption_embed.caption_embedder.0.weight": [2304]},
+                              "lumina2", "lumina2"),
+    "Krea 2 of diffusers": ({"text_fusion.projector.weight": [1, 12]}, "krea2", "krea2"),
+    "SD 1.5 UNet of diffusers": (
+        {"conv_in.weight": [320, 4, 3, 3], "conv_out.weight": [4, 320, 3, 3],
+         f"down_blocks.0.attentions.0.{ATTENTION}": [320, 768]}, "sd1", "sd15"),
+    "SDXL UNet of diffusers": (
+        {"conv_in.weight": [320, 4, 3, 3], "add_embedding.linear_1.weight": [1280, 2816],
+         f"down_blocks.1.attentions.0.{ATTENTION}": [640, 2048]}, "sdxl", "sdxl"),
+    "Kolors of diffusers": (
+        {"conv_in.weight": [320, 4, 3, 3], "add_embedding.linear_1.weight": [1280, 5632],
+         "encoder_hid_proj.weight": [2048, 4096],
+         f"down_blocks.1.attentions.0.{ATTENTION}": [640, 2048]}, "kolors", ""),
+    "Kolors": (unet(2048, place="4") | {f"{SD}label_emb.0.0.weight": [1280, 5632]}, "kolors", ""),
+    "CosXL": (unet(2048, place="4") | LABEL | {"edm_vpred.sigma_max": [], "edm_vpred.sigma_min":
+                                               []}, "cosxl", ""),
+    "Anima": ({"net.blocks.0.mlp.layer1.weight": [8192, 2048],
+               "net.llm_adapter.blocks.0.cross_attn.q_proj.weight": [1024, 1024]}, "anima", ""),
+    "Cosmos Predict 2": ({"net.blocks.0.mlp.layer1.weight": [8192, 2048]}, "cosmos", ""),
+    "Ideogram 4": ({"llm_cond_proj.weight": [4608, 4096], "layers.0.attention.to_q.weight":
+                    [4608, 4608]}, "ideogram4", ""),
+    "PixArt": ({"t_block.1.weight": [6912, 1152], "blocks.0.mlp.fc1.weight": [4608, 1152]},
+               "pixart", ""),
+    "PixArt of diffusers": (
+        {"adaln_single.linear.weight": [6912, 1152], "pos_embed.proj.weight": [1152, 4, 2, 2],
+         "caption_projection.linear_1.weight": [1152, 4096]}, "pixart", ""),
     "Playground": (unet(2048, place="4") | LABEL | {"edm_mean": [1, 4, 1, 1]}, "playground", ""),
     "anything": ({"weight": [3, 3]}, "unknown", ""),
 }
@@ -201,11 +245,58 @@ def test_any_names_and_shapes_are_something(shapes: dict[str, list[int]]) -> Non
     assert isinstance(detection.of_tensors(tensors), Found)
 
 
+@pytest.mark.parametrize(("name", "shapes", "metadata", "what", "plain"), [
+    ("flux1-dev-kontext_fp8_scaled", FILES["Flux dev"][0], {}, "flux_kontext", "flux"),
+    ("mine", FILES["Flux dev"][0], {"modelspec.title": "Flux.1 Kontext dev"}, "flux_kontext",
+     "flux"),
+    ("qwen_image_edit_2509_bf16", FILES["Qwen-Image"][0], {}, "qwen_edit", "qwen"),
+])
+def test_models_of_the_same_shapes_are_told_by_their_names(
+        name: str, shapes: dict[str, Any], metadata: dict[str, str], what: str, plain: str,
+        tmp_path: Path) -> None:
+    """Refused, with what to set where the name is wrong."""
+    path = write(tmp_path / f"{name}.safetensors", shapes, metadata)
+    assert (identify(path).what, identify(path).family) == (what, "")
+    with pytest.raises(Fault, match=f"family: {plain}") as caught:
+        families.detect(path)
+    assert caught.value.fixes[0].changes == {"family": plain}
+    assert detection.expect(path, plain).family == plain
+    with pytest.raises(Fault):
+        detection.expect(path, "sdxl")
+
+
+@pytest.mark.parametrize("name", ["flux-edited", "kontextual-dev", "reflux"])
+def test_other_words_are_no_names_of_models(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / f"{name}.safetensors", FILES["Flux dev"][0])
+    assert families.detect(path) == "flux"
+
+
+@pytest.mark.parametrize(("beside", "kind"), [
+    ({"weight_scale_2": []}, "nvfp4"), ({"weight.absmax": [10]}, "bitsandbytes"),
+    ({"weight_scale": [24, 1]}, "block")])
+def test_only_the_denoisers_numbers_decide(beside: dict[str, Any], kind: str, tmp_path: Path
+                                           ) -> None:
+    """A text encoder in the same file may be in any; what the file is, is said all the same."""
+    plain = {f"{SD}{name}": shape for name, shape in FILES["Flux dev"][0].items()}
+    for place, trains in (("text_encoders.t5xxl.transformer.shared.", True),
+                          (f"{SD}img_in.", False)):
+        marks = {f"{place}{leaf}": shape for leaf, shape in beside.items()}
+        path = write(tmp_path / "all.safetensors",
+                     {f"{place}weight": [3072, 64]} | plain | marks)
+        found = identify(path)
+        assert (found.what, bool(found.family)) == ("flux_dev", trains)
+        assert (kind in found.said("en")) is not trains
+        if not trains:
+            with pytest.raises(Fault, match=kind):
+                families.detect(path)
+
+
 def test_every_sentence_is_there() -> None:
     told = {f"families.is_{what}" for _, what, _ in FILES.values()} | {
         f"families.is_{what}" for what, _ in (*detection.PIPELINES.values(),)} | {
         f"families.is_{what}" for _, what, _ in detection.OTHERS} | {
-        f"families.is_{what}" for what, _ in detection.PARTS}
+        f"families.is_{what}" for what, _ in detection.PARTS} | {
+        f"families.is_{what}" for what in detection.NAMED.values()}
     for language in words.LANGUAGES:
         assert told <= words.catalogue(language).keys()
 

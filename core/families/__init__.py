@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from core import extensions, words
-from core.faults import Fault
+from core.faults import Fault, Fix
 
 if TYPE_CHECKING:
     from core.families.base import Family
@@ -76,6 +76,10 @@ def detect(source: Path) -> str:
     LoRA can be trained on it, and where nothing is there."""
     from core.families.detection import identify
     found = identify(source)
+    if found.plain and found.plain.family in MODULES:
+        raise Fault("families.by_name", path=source, found=found.said(),
+                    plain=found.plain.said(), family=found.plain.family,
+                    fixes=[Fix("fixes.family_anyway", {"family": found.plain.family})])
     if found.family not in MODULES:
         raise Fault("families.not_a_base", path=source, found=found.said(),
                     known=", ".join(one.title for one in MODULES.values()))

@@ -16,25 +16,23 @@ from diffusers import AutoencoderKL, ChromaPipeline, ChromaTransformer2DModel
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from core.families import text
+from core.families import names, text
 from core.families.base import Cond, FamilySpec, Parts
 from core.families.common import (
     ALIASES,
     T5,
     Loaded,
     Vocabulary,
-    clip_names,
     dit_sizes,
     layer_count,
     pack,
     unpack,
 )
-from core.families.detection import denoiser_shapes
 from core.families.flux import Kept, positions
 from core.families.loading import Layout, Piece
 from core.families.sd3 import JOINT, JOINT_FF, T5XXL
 from core.flow import STEPS, Sampling, by_share_and_step
-from core.safetensors_header import read_header
+from core.naming import CHROMA
 
 LENGTH = 512                                # tokens
 LEARNS = Sampling("parabola", bend=7.7, told=by_share_and_step)
@@ -59,17 +57,19 @@ class Chroma(Loaded):
         lora_aliases=ALIASES, kohya_prefix="lora_unet", base_version="chroma",
         architecture="chroma", implementation="https://github.com/lodestone-rock/flow", cfg=4.0)
     pieces = (
-        Piece("transformer", ChromaTransformer2DModel, "denoiser", ("model.diffusion_model.",)),
-        Piece("vae", AutoencoderKL, "vae", ("vae.", "first_stage_model."), alone="vae_16"),
-        Piece("text_encoder", T5EncoderModel, "text", (T5XXL,), clip_names(T5XXL), alone="t5"))
+        Piece("transformer", ChromaTransformer2DModel, "denoiser",
+              convert=names.by_table(CHROMA[0])),
+        Piece("vae", AutoencoderKL, "vae", ("vae.", "first_stage_model."), names.vae,
+              alone="vae_16"),
+        Piece("text_encoder", T5EncoderModel, "text", (T5XXL,), alone="t5"))
     vocabularies: ClassVar = {"text_encoder": Vocabulary("T5", T5, LENGTH)}
     pipe = Masked
 
     def adapt(self, layout: Layout) -> None:
-        shapes = denoiser_shapes(read_header(layout.source).tensors)
+        shapes = self.shapes(layout)
         layout.configs["transformer"] |= {
-            "num_layers": layer_count(shapes, "double_blocks."),
-            "num_single_layers": layer_count(shapes, "single_blocks.")}
+            "num_layers": layer_count(shapes, "transformer_blocks."),
+            "num_single_layers": layer_count(shapes, "single_transformer_blocks.")}
 
     def empty(self, layout: Layout) -> Parts:
         native, step = dit_sizes(layout)

@@ -56,6 +56,10 @@ class Loaded:
     def adapt(self, layout: Layout) -> None:
         """Makes the shipped configs fit a single file."""
 
+    def shapes(self, layout: Layout) -> loading.Shapes:
+        """Of a single file's denoiser, by its names in diffusers."""
+        return loading.Shapes(layout, self.pieces[0])
+
     def empty(self, layout: Layout) -> Parts:
         raise NotImplementedError
 
@@ -227,12 +231,6 @@ class UNetFamily(Loaded):
             scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         return Parts(layout.source, scheduler, objective, native_size=unet["sample_size"] * factor,
                      bucket_step=factor * 2 ** (levels - 1) * self.step_multiple)
-
-
-def clip_names(prefix: str) -> loading.Convert:
-    """CLIP in transformers' own names behind a prefix."""
-    return lambda tensors, config: {name.removeprefix(prefix): value
-                                    for name, value in tensors.items()}
 
 
 T5 = ("T5Tokenizer",)

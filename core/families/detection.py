@@ -1,11 +1,13 @@
 """What a file or folder is, told from its tensors' names and shapes; needs no torch.
 
 The names are those of the original code of each model: CompVis' LDM and Stability's sgm (UNets),
-Black Forest Labs' Flux, Stability's MMDiT, and the single files that ComfyUI publishes.
+Black Forest Labs' Flux, Stability's MMDiT, the single files that ComfyUI publishes; or diffusers'
+own, which finetunes have.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,17 +16,29 @@ from typing import Any
 from core import words
 from core.faults import Fault
 from core.reading import from_json
-from core.safetensors_header import PICKLES, TensorInfo, is_pickle, opened, read_header
+from core.safetensors_header import (
+    PICKLES,
+    Header,
+    TensorInfo,
+    is_pickle,
+    opened,
+    read_header,
+)
+from core.scaled_weights import scaling_of
 
 Tensors = Mapping[str, TensorInfo]
 Shapes = dict[str, tuple[int, ...]]
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "net.", "unet.")
+PREFIXES = ("model.diffusion_model.net.", "model.diffusion_model.", "diffusion_model.",
+            "transformer.", "net.", "unet.")
 # Marks that merging programs leave in checkpoints that predict v; ztsnr: with zero terminal SNR.
 V_MARKS, ZERO_SNR_MARKS = ("v_pred",), ("ztsnr",)
-# Weights that mean nothing without scales beside them.
+# Names of layers in files whose weights other programs have quantised, the layers renamed as well.
 QUANTISED = (".scale_weight", ".weight_scale", ".absmax", ".weight.scb", ".weight.SCB", ".qweight",
              "scaled_fp8")
+# Of the same shapes as what they are made of: words of a file's name or of its metadata -> what it
+# is; without a family: no LoRA is trained on it, unless the user names the family.
+NAMED = {("flux_dev", "kontext"): "flux_kontext", ("qwen", "edit"): "qwen_edit"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +49,15 @@ class Found:
     family: str = ""
     v_prediction: bool = False             # marked in the file; configs of folders tell it, too
     zero_snr: bool = False
+    numbers: str = ""                      # of its weights, where that kind isn't read
+    plain: Found | None = None             # by the shapes alone, where names say otherwise
 
     def said(self, language: str | None = None) -> str:
-        return words.say(f"families.is_{self.what}", lang=language)
+        found = words.say(f"families.is_{self.what}", lang=language)
+        if self.numbers:
+            return words.say("families.in_numbers", {"found": found, "kind": self.numbers},
+                             language)
+        return found
 
 
 def identify(path: Path) -> Found:
@@ -48,8 +68,11 @@ def identify(path: Path) -> Found:
 
 
 def expect(path: Path, family: str) -> Found:
-    """What `path` is. Raises Fault where it is no base of the family."""
+    """What `path` is, by its shapes where its name says otherwise: the user has named the family.
+    Raises Fault where it is no base of it."""
     found = identify(path)
+    if found.plain and found.plain.family == family:
+        return found.plain
     if found.family != family:
         from core.families import MODULES
         raise Fault("families.other_model", path=path, found=found.said(),
@@ -144,13 +167,34 @@ def _file(path: Path) -> Found:
     except Fault as fault:
         raise Fault("families.unreadable", path=path, reason=str(fault)) from fault
     found = of_tensors(header.tensors)
-    return replace(found, v_prediction=True) if found.family and _says_v(header.metadata) else found
+    if found.family and _says_v(header.metadata):
+        found = replace(found, v_prediction=True)
+    if kind := _unread(path, header, found):
+        return replace(found, family="", numbers=kind)
+    return _by_name(path, header.metadata, found)
 
 
 def _says_v(metadata: Mapping[str, str]) -> bool:
-    """modelspec's own words for it."""
+    """modelspec's own words for it, and ComfyUI's."""
     return (metadata.get("modelspec.prediction_type") in ("v", "v_prediction")
+            or metadata.get("modelspec.predict_key") == "v"
             or metadata.get("modelspec.architecture", "").endswith("-v"))
+
+
+def _unread(path: Path, header: Header, found: Found) -> str:
+    """The kind of numbers that the file's own part is in, where it isn't read: of a base the
+    denoiser, whatever text encoders beside it are in."""
+    unread = scaling_of(path, header).unread
+    prefix = denoiser_prefix(header.tensors) if found.family else ""
+    return next((kind for name, kind in unread.items() if name.startswith(prefix)), "")
+
+
+def _by_name(path: Path, metadata: Mapping[str, str], found: Found) -> Found:
+    told = " ".join([path.stem, *(metadata.get(f"modelspec.{key}", "") for key in (
+        "architecture", "title"))]).lower()
+    what = next((what for (plain, word), what in NAMED.items() if plain == found.what
+                 and re.search(rf"(?<![a-z]){word}(?![a-z])", told)), "")
+    return Found(what, plain=found) if what else found
 
 
 def of_tensors(tensors: Tensors) -> Found:
@@ -159,18 +203,19 @@ def of_tensors(tensors: Tensors) -> Found:
     if any("lora" in k or k.endswith((".alpha", "hada_w1_a", ".lokr_w1", ".oft_blocks"))
            for k in tensors) and detect_format(tensors) not in ("checkpoint", "unknown", "vae"):
         return Found("lora")
-    if any(name.endswith(QUANTISED) for name in tensors):
-        return Found("quantised")
     if "edm_mean" in tensors:
         return Found("playground")
     denoiser = denoiser_shapes(tensors)
     for rule in RULES:
         if found := rule(denoiser):
+            if found.family and "edm_vpred.sigma_max" in tensors:
+                return Found("cosxl")
             marked = bool(found.family) and any(mark in tensors for mark in V_MARKS)
             return replace(found, v_prediction=marked,
                            zero_snr=marked and any(mark in tensors for mark in ZERO_SNR_MARKS))
     shapes = {name: info.shape for name, info in tensors.items()}
-    return next((Found(what) for what, fits in PARTS if fits(shapes)), Found("unknown"))
+    others = "quantised" if any(name.endswith(QUANTISED) for name in tensors) else "unknown"
+    return next((Found(what) for what, fits in PARTS if fits(shapes)), Found(others))
 
 
 def denoiser_prefix(names: Iterable[str]) -> str:
@@ -190,49 +235,64 @@ def _side(shapes: Shapes, name: str, side: int) -> int:
     return shape[side] if -len(shape) <= side < len(shape) else 0
 
 
+def _starts(*beginnings: str) -> Callable[[Shapes], bool]:
+    return lambda shapes: any(name.startswith(beginnings) for name in shapes)
+
+
 def _unet(shapes: Shapes) -> Found | None:
-    if "input_blocks.0.0.weight" not in shapes:
-        return Found("unet") if "conv_in.weight" in shapes and any(
-            name.startswith("down_blocks.") for name in shapes) else None
-    channels = _side(shapes, "input_blocks.0.0.weight", 1)
+    own = "conv_in.weight" in shapes and _starts("down_blocks.")(shapes)     # diffusers' names
+    if not own and "input_blocks.0.0.weight" not in shapes:
+        return None
+    channels = _side(shapes, "conv_in.weight" if own else "input_blocks.0.0.weight", 1)
     if channels != 4:
         return Found("inpainting" if channels == 9 else "editing")
-    early, late = (_side(shapes, f"input_blocks.{n}.1.transformer_blocks.0.attn2.to_k.weight", -1)
-                   for n in (1, 4))
-    if "label_emb.0.0.weight" in shapes:
-        return Found("sdxl_refiner") if late == 1280 else Found("sdxl", "sdxl")
+    told = _side(shapes, "add_embedding.linear_1.weight" if own else "label_emb.0.0.weight", 1)
+    places = ([f"down_blocks.{n}.attentions.0" for n in range(3)] if own
+              else [f"input_blocks.{n}.1" for n in (1, 2, 4)])
+    context = next(filter(None, (_side(
+        shapes, f"{place}.transformer_blocks.0.attn2.to_k.weight", -1) for place in places)), 0)
+    if told:
+        if told == 5632 or _starts("encoder_hid_proj.")(shapes):
+            return Found("kolors")
+        return Found("sdxl_refiner") if context == 1280 else Found("sdxl", "sdxl")
     return {768: Found("sd1", "sd15"), 1024: Found("sd2", "sd2")}.get(
-        early, Found("other_pipeline"))
+        context, Found("other_pipeline"))
 
 
 def _sd3(shapes: Shapes) -> Found | None:
-    return Found("sd3", "sd3") if any(
-        name.startswith("joint_blocks.0.") for name in shapes) else None
+    own = {"pos_embed.proj.weight", "transformer_blocks.0.norm1_context.linear.weight"} <= (
+        shapes.keys())
+    return Found("sd3", "sd3") if own or _starts("joint_blocks.0.")(shapes) else None
 
 
 def _flux(shapes: Shapes) -> Found | None:
-    if any(name.startswith("distilled_guidance_layer.") for name in shapes):
-        pixels = any(name.startswith("nerf_") for name in shapes)      # no VAE, another model
+    if _starts("distilled_guidance_layer.")(shapes):
+        pixels = _starts("nerf_")(shapes)                              # no VAE, another model
         return Found("chroma_radiance") if pixels else Found("chroma", "chroma")
-    if any(name.startswith("single_stream_modulation.") for name in shapes):
-        dev = "guidance_in.in_layer.weight" in shapes
-        return Found("flux2_dev") if dev else Found("flux2_klein", "flux2")
-    if "double_blocks.0.img_attn.norm.key_norm.scale" not in shapes:
+    guided = _starts("guidance_in.", "time_text_embed.guidance_embedder.",
+                     "time_guidance_embed.guidance_embedder.")(shapes)
+    if _starts("single_stream_modulation.")(shapes):
+        return Found("flux2_dev") if guided else Found("flux2_klein", "flux2")
+    if _starts(*(f"double_blocks.0.img_attn.norm.key_norm.{leaf}" for leaf in SCALES))(shapes):
+        wide = _side(shapes, "img_in.weight", 1)
+    elif {"single_transformer_blocks.0.proj_mlp.weight",
+          "time_text_embed.text_embedder.linear_1.weight"} <= shapes.keys():
+        wide = _side(shapes, "x_embedder.weight", 1)
+    else:
         return None
-    if "img_in.weight" not in shapes:
-        return Found("video")
-    wide = _side(shapes, "img_in.weight", 1)
-    if wide == 384:
-        return Found("flux_fill")
-    if wide == 128:
-        return Found("flux_control")
-    return Found("flux_dev" if "guidance_in.in_layer.weight" in shapes else "flux_schnell", "flux")
+    if wide in (0, 128, 384):
+        return Found({0: "video", 128: "flux_control", 384: "flux_fill"}[wide])
+    return Found("flux_dev" if guided else "flux_schnell", "flux")
+
+
+SCALES = ("scale", "weight")               # of norms: by the original code, by newer files
 
 
 def _lumina(shapes: Shapes) -> Found | None:
     if "layers.0.adaLN_modulation.0.weight" in shapes:
         return Found("zimage", "zimage")
-    if "cap_embedder.0.weight" in shapes and "layers.0.adaLN_modulation.1.weight" in shapes:
+    original = {"cap_embedder.0.weight", "layers.0.adaLN_modulation.1.weight"} <= shapes.keys()
+    if original or "time_caption_embed.caption_embedder.0.weight" in shapes:
         return Found("lumina2", "lumina2")
     return None
 
@@ -249,6 +309,10 @@ def _qwen(shapes: Shapes) -> Found | None:
 
 
 def _others(shapes: Shapes) -> Found | None:
+    if {"t_block.1.weight", "blocks.0.mlp.fc1.weight"} <= shapes.keys() or {
+            "adaln_single.linear.weight", "caption_projection.linear_1.weight",
+            "pos_embed.proj.weight"} <= shapes.keys():
+        return Found("pixart")
     return next((Found(what, family) for name, what, family in OTHERS if name in shapes), None)
 
 
@@ -256,6 +320,12 @@ OTHERS = (
     ("blocks.0.mlp.inverted_conv.conv.weight", "sana", "sana"),
     ("transformer_blocks.0.ff.conv_inverted.weight", "sana", "sana"),
     ("txtfusion.projector.weight", "krea2", "krea2"),
+    ("text_fusion.projector.weight", "krea2", "krea2"),
+    ("llm_adapter.blocks.0.cross_attn.q_proj.weight", "anima", ""),
+    ("blocks.0.mlp.layer1.weight", "cosmos", ""),
+    ("llm_cond_proj.weight", "ideogram4", ""),
+    ("adaln_single.emb.resolution_embedder.linear_1.weight", "pixart", ""),
+    ("joint_transformer_blocks.0.attn.to_q.weight", "auraflow", ""),
     ("double_stream_blocks.0.block.adaLN_modulation.1.bias", "hidream", ""),
     ("double_layers.0.attn.w1q.weight", "auraflow", ""),
     ("early_stream_modulations.image.lin.weight", "flux3", ""),
@@ -276,18 +346,15 @@ def _layer(shapes: Shapes, part: str) -> bool:
     return any(f"{prefix}layers.0.{part}" in shapes for prefix in DECODERS)
 
 
-def _starts(*beginnings: str) -> Callable[[Shapes], bool]:
-    return lambda shapes: any(name.startswith(beginnings) for name in shapes)
-
-
 # What isn't a denoiser, the most particular first.
 PARTS: tuple[tuple[str, Callable[[Shapes], bool]], ...] = (
     ("controlnet", _starts("control_model.", "controlnet_", "input_hint_block.")),
     ("t5", _starts("encoder.block.0.layer.0.SelfAttention", "shared.weight")),
     ("clip_g", lambda s: _width(s) == 1280), ("clip_l", lambda s: _width(s) == 768),
+    ("clip_h", lambda s: _width(s) == 1024),
     ("clip", _starts("text_model.", "cond_stage_model.", "conditioner.", "transformer.resblocks.",
                      "transformer.text_model.")),
-    ("vae_dc", _starts("encoder.stages.", "decoder.stages.")),
+    ("vae_dc", _starts("encoder.stages.", "decoder.stages.", "encoder.down_blocks.0.0.")),
     ("vae_film", lambda s: any(len(s.get(f"{x}.weight", ())) == 5 for x in FILM)),
     ("vae_32", lambda s: _latents(s) == 32 or "bn.running_mean" in s),
     ("vae_16", lambda s: _latents(s) == 16),

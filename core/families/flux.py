@@ -14,23 +14,22 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel
 
+from core.families import names
 from core.families.base import Cond, FamilySpec, Parts
 from core.families.common import (
     ALIASES,
     T5,
     Loaded,
     Vocabulary,
-    clip_names,
     dit_sizes,
     layer_count,
     pack,
     unpack,
 )
-from core.families.detection import denoiser_shapes
 from core.families.loading import Layout, Piece
 from core.families.sd3 import CLIP_L, JOINT, JOINT_FF, T5XXL
 from core.flow import FLUX_LINE, STEPS, Sampling, by_share_and_step
-from core.safetensors_header import read_header
+from core.naming import FLUX
 
 GUIDANCE = 1.0                              # told to dev while it learns
 DEV = Sampling(line=FLUX_LINE, told=by_share_and_step)
@@ -60,21 +59,22 @@ class Flux1(Loaded):
         architecture="flux-1-dev", implementation="https://github.com/black-forest-labs/flux",
         encoders=("text_encoder", "text_encoder_2"), cfg=3.5)
     pieces = (
-        Piece("transformer", FluxTransformer2DModel, "denoiser", ("model.diffusion_model.",)),
-        Piece("vae", AutoencoderKL, "vae", ("vae.", "first_stage_model."), alone="vae_16"),
-        Piece("text_encoder", CLIPTextModel, "text", (CLIP_L,), clip_names(CLIP_L),
-              alone="clip_l"),
-        Piece("text_encoder_2", T5EncoderModel, "text", (T5XXL,), clip_names(T5XXL), alone="t5"))
+        Piece("transformer", FluxTransformer2DModel, "denoiser",
+              convert=names.by_table(FLUX[0])),
+        Piece("vae", AutoencoderKL, "vae", ("vae.", "first_stage_model."), names.vae,
+              alone="vae_16"),
+        Piece("text_encoder", CLIPTextModel, "text", (CLIP_L,), alone="clip_l"),
+        Piece("text_encoder_2", T5EncoderModel, "text", (T5XXL,), alone="t5"))
     vocabularies: ClassVar = {"text_encoder": Vocabulary(),
                               "text_encoder_2": Vocabulary("T5", T5, 512)}
     pipe = Drawing
 
     def adapt(self, layout: Layout) -> None:
-        shapes = denoiser_shapes(read_header(layout.source).tensors)
+        shapes = self.shapes(layout)
         guided = layout.found.what == "flux_dev"
         layout.configs["transformer"] |= {
-            "num_layers": layer_count(shapes, "double_blocks."),
-            "num_single_layers": layer_count(shapes, "single_blocks."),
+            "num_layers": layer_count(shapes, "transformer_blocks."),
+            "num_single_layers": layer_count(shapes, "single_transformer_blocks."),
             "guidance_embeds": guided}
         if not guided:
             layout.scheduler.update(use_dynamic_shifting=False, shift=1.0)

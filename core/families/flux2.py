@@ -15,11 +15,10 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
-from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 
-from core.families import text
+from core.families import names, text
 from core.families.base import Cond, FamilySpec, Parts
 from core.families.common import (
     ATTENTION_ALIASES,
@@ -31,30 +30,19 @@ from core.families.common import (
     pack,
     unpack,
 )
-from core.families.detection import denoiser_shapes
-from core.families.loading import Layout, Piece, Tensors, bare
+from core.families.loading import Layout, Piece
 from core.families.sd3 import JOINT
 from core.flow import FLUX_LINE, STEPS, Sampling
-from core.safetensors_header import read_header
+from core.naming import FLUX2
 
 LENGTH = 512                                # tokens
 LAYERS = (9, 18, 27)                        # of the text encoder, by their outputs
 LEARNS = Sampling(line=FLUX_LINE)
 QWEN3_8B = {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
+QWEN3 = tuple(f"text_encoders.{size}.transformer." for size in ("qwen3_4b", "qwen3_8b"))
 SINGLE = ("attn.to_qkv_mlp_proj", "attn.to_out")        # a single block's attention is one matrix
 FF = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
 ENDS = ("x_embedder", "context_embedder", "proj_out")
-
-
-def vae_names(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    """Of the VAE alone: as the original code calls its weights, or diffusers."""
-    if not any(name.startswith("encoder.down_blocks.") for name in tensors):
-        plain = {name.replace("encoder.quant_conv", "quant_conv")
-                 .replace("decoder.post_quant_conv", "post_quant_conv"): value
-                 for name, value in tensors.items()}
-        norm = {name: value for name, value in tensors.items() if name.startswith("bn.")}
-        tensors = convert_ldm_vae_checkpoint(plain, config) | norm
-    return {"bn.num_batches_tracked": torch.tensor(0)} | tensors
 
 
 def read_layers(config: dict[str, Any]) -> Any:
@@ -82,10 +70,10 @@ class Flux2(Loaded):
         kohya_prefix="lora_unet", base_version="flux2", architecture="flux-2-klein",
         implementation="https://github.com/black-forest-labs/flux2", cfg=4.0)
     pieces = (
-        Piece("transformer", Flux2Transformer2DModel, "denoiser", ("model.diffusion_model.",),
-              bare(Flux2Transformer2DModel)),
-        Piece("vae", AutoencoderKLFlux2, "vae", ("vae.",), vae_names, alone="vae_32"),
-        Piece("text_encoder", Qwen3Model, "text", (), text.decoder_names, alone="qwen3",
+        Piece("transformer", Flux2Transformer2DModel, "denoiser",
+              convert=names.by_table(FLUX2[0])),
+        Piece("vae", AutoencoderKLFlux2, "vae", ("vae.",), names.batch_normed_vae, alone="vae_32"),
+        Piece("text_encoder", Qwen3Model, "text", QWEN3, names.decoder, alone="qwen3",
               wide=True, config=read_layers))
     vocabularies: ClassVar = {      # eleven of its tokens are the template's
         "text_encoder": Vocabulary("Qwen3", ("Qwen2Tokenizer",), LENGTH - 11)}
@@ -93,13 +81,13 @@ class Flux2(Loaded):
 
     def adapt(self, layout: Layout) -> None:
         """4B and 9B differ in sizes that the shapes tell."""
-        shapes = denoiser_shapes(read_header(layout.source).tensors)
+        shapes = self.shapes(layout)
         config = layout.configs["transformer"]
-        config |= {"num_layers": layer_count(shapes, "double_blocks."),
-                   "num_single_layers": layer_count(shapes, "single_blocks."),
+        config |= {"num_layers": layer_count(shapes, "transformer_blocks."),
+                   "num_single_layers": layer_count(shapes, "single_transformer_blocks."),
                    "num_attention_heads":
-                       shapes["img_in.weight"][0] // config["attention_head_dim"],
-                   "joint_attention_dim": shapes["txt_in.weight"][1]}
+                       shapes["x_embedder.weight"][0] // config["attention_head_dim"],
+                   "joint_attention_dim": shapes["context_embedder.weight"][1]}
         if config["joint_attention_dim"] == len(LAYERS) * QWEN3_8B["hidden_size"]:
             layout.configs["text_encoder"] |= QWEN3_8B
 

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKLQwenImage, Krea2Pipeline, Krea2Transformer2DM
 from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLTextModel
 
-from core.families import text
+from core.families import names, text
 from core.families.base import Cond, FamilySpec, Parts
 from core.families.common import (
     ATTENTION,
@@ -30,12 +30,10 @@ from core.families.common import (
     pack,
     unpack,
 )
-from core.families.detection import denoiser_shapes
 from core.families.flux import positions
-from core.families.loading import Layout, Piece, bare
-from core.families.qwen import SIDE, Filmed, vae_names
+from core.families.loading import Layout, Piece
+from core.families.qwen import SIDE, Filmed
 from core.flow import STEPS, Sampling
-from core.safetensors_header import read_header
 
 LENGTH = 512                                # tokens, the request's end among them
 LEARNS = Sampling(line=((256, 0.5), (6400, 1.15)))
@@ -55,18 +53,17 @@ class Krea2(Filmed):
         kohya_prefix="lora_unet", base_version="krea2", architecture="krea-2",
         implementation="https://github.com/krea-ai/krea-2", cfg=5.5, lora_format="diffusers")
     pieces = (
-        Piece("transformer", Krea2Transformer2DModel, "denoiser", ("model.diffusion_model.",),
-              bare(Krea2Transformer2DModel)),
-        Piece("vae", AutoencoderKLQwenImage, "vae", ("vae.",), vae_names, alone="vae_film"),
-        Piece("text_encoder", Qwen3VLTextModel, "text", (), text.decoder_names, alone="qwen3_vl",
+        Piece("transformer", Krea2Transformer2DModel, "denoiser", convert=names.krea2),
+        Piece("vae", AutoencoderKLQwenImage, "vae", ("vae.",), names.film_vae, alone="vae_film"),
+        Piece("text_encoder", Qwen3VLTextModel, "text", (), names.decoder, alone="qwen3_vl",
               wide=True, config=lambda read: Qwen3VLConfig.from_dict(read).text_config))
     vocabularies: ClassVar = {
         "text_encoder": Vocabulary("Qwen3-VL", ("Qwen2Tokenizer",), LENGTH - 4)}
     pipe = Krea2Pipeline
 
     def adapt(self, layout: Layout) -> None:
-        shapes = denoiser_shapes(read_header(layout.source).tensors)
-        layout.configs["transformer"]["num_layers"] = layer_count(shapes, "blocks.")
+        shapes = self.shapes(layout)
+        layout.configs["transformer"]["num_layers"] = layer_count(shapes, "transformer_blocks.")
 
     def empty(self, layout: Layout) -> Parts:
         return Parts(layout.source, layout.scheduler, "flow", *self.sizes(layout), film=True,

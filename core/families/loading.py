@@ -1,7 +1,7 @@
 """How the models of a base are read, offline: from a diffusers folder, or from single files.
 
-Single files have the original code's names; diffusers' own tables turn them into its own. Configs
-ship with the app, since files have none.
+Single files have the original code's names or diffusers' own (core/families/names.py). Configs ship
+with the app, since files have none.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from diffusers import ModelMixin
-from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from safetensors import SafetensorError
 from torch import nn
 
-from core import naming, paths
+from core import paths
 from core.families import companions
 from core.families.base import Part, Precision
 from core.families.detection import Found, denoiser_prefix
-from core.families.weights import File, Weights, files_in
-from core.families.weights import Tensors as Tensors
+from core.families.names import Convert, Tensors, own
+from core.families.weights import File, Weights, files_in, shapes_of
 from core.faults import Fault
 from core.offload import offload_
 from core.quantise import fill_, quantise_
@@ -32,7 +32,6 @@ from core.safetensors_header import PICKLES, read_header
 
 TOKENIZER = paths.DEMO / "base" / "tokenizer"       # CLIP's own, shipped once
 LARGE_ENCODER = 1e9                                 # parameters; smaller ones stay as they are
-Convert = Callable[[Tensors, dict[str, Any]], Tensors]  # the file's names -> the model's
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class Piece:
     cls: Any
     part: Part
     prefixes: tuple[str, ...] = ()          # of its tensors in a whole checkpoint
-    convert: Convert | None = None          # None: diffusers' own table for the class
+    convert: Convert = own                  # names in files -> the model's
     alone: str = ""                         # what a file is that holds only this; detection's word
     optional: bool = False
     # A text encoder that is a part of what its folder holds: config.json -> the part's own.
@@ -88,18 +87,34 @@ def configs_in(folder: Path, pieces: tuple[Piece, ...]) -> dict[str, dict[str, A
 
 
 def files_of(source: Path, pieces: tuple[Piece, ...]) -> dict[str, tuple[Path, str]]:
-    """The pieces that a single file holds itself, each with its prefix."""
+    """The pieces that a single file holds itself, each with its prefix: ComfyUI's and the original
+    code's, or the piece's name, as some programs put it before diffusers' names."""
     names = read_header(source).tensors
     found: dict[str, tuple[Path, str]] = {}
     for piece in pieces:
-        for prefix in piece.prefixes:
+        if piece.part == "denoiser":        # without a prefix: a file that is nothing else
+            found[piece.name] = source, denoiser_prefix(names)
+            continue
+        for prefix in (*piece.prefixes, f"{piece.name}."):
             if any(name.startswith(prefix) for name in names):
                 found[piece.name] = source, prefix
                 break
-        else:
-            if piece.part == "denoiser":    # a file that is nothing else
-                found[piece.name] = source, ""
     return found
+
+
+class Shapes(dict[str, tuple[int, ...]]):
+    """The shapes of a file's denoiser, by the model's names."""
+
+    def __init__(self, layout: Layout, piece: Piece) -> None:
+        self.path, prefix = layout.files[piece.name]
+        self.model = piece.cls.__name__
+        with told(self.path):
+            shapes = shapes_of([(self.path, prefix)], lambda tensors: piece.convert(tensors, {}))
+        super().__init__((name, tuple(one.shape)) for name, one in shapes.items())
+
+    def __missing__(self, name: str) -> tuple[int, ...]:
+        raise Fault("families.names_unknown", path=self.path, model=self.model, count=1,
+                    example=name, names=", ".join(list(self)[:3]))
 
 
 def file_of(layout: Layout, piece: Piece) -> tuple[Path, str] | None:
@@ -128,7 +143,9 @@ def told(path: Path) -> Iterator[None]:
         pickles = [p for p in path.glob("*/*") if p.suffix in PICKLES] if path.is_dir() else []
         if pickles and "safetensors" in str(error):             # it looked for them in vain
             raise Fault("families.pickle", path=pickles[0]) from None
-        raise Fault("families.unreadable", path=path, reason=first_line(error)) from error
+        torn = isinstance(error, (OSError, SafetensorError))
+        raise Fault("families.unreadable" if torn else "families.not_understood", path=path,
+                    reason=first_line(error)) from error
 
 
 def load(layout: Layout, piece: Piece, precision: Precision) -> Any:
@@ -149,15 +166,23 @@ def load(layout: Layout, piece: Piece, precision: Precision) -> Any:
         with init_empty_weights():
             model = create(piece, config)
         weights = Weights(files, lambda tensors: _named(
-            model, tensors if plain else converted(piece, config, tensors)))
+            model, tensors if plain else piece.convert(tensors, config)))
         if plain and (_lacking(model, weights) or _misshapen(model, weights)):
             return settle(_by_library(layout, piece, precision), piece, precision)
-        if lacking := _lacking(model, weights):
-            raise Fault("families.weights_missing", path=path, model=type(model).__name__,
-                        count=len(lacking), example=lacking[0])
-        if wrong := _misshapen(model, weights):
-            raise ValueError(wrong)
+        _refuse_others(model, weights, path)
         return _filled(model, piece, weights, precision)
+
+
+def _refuse_others(model: nn.Module, weights: Weights, path: Path) -> None:
+    """Raises Fault where the files are not this model's."""
+    about: dict[str, Any] = {"path": path, "model": type(model).__name__}
+    if lacking := _lacking(model, weights):
+        about |= {"count": len(lacking), "example": lacking[0]}
+        if unknown := [name for name in weights.shapes if name not in model.state_dict()]:
+            raise Fault("families.names_unknown", **about, names=", ".join(unknown[:3]))
+        raise Fault("families.weights_missing", **about)
+    if wrong := _misshapen(model, weights):
+        raise Fault("families.other_sizes", **about, what=wrong)
 
 
 def _named(model: nn.Module, tensors: Tensors) -> Tensors:
@@ -249,44 +274,6 @@ def create(piece: Piece, config: Mapping[str, Any]) -> Any:
     if piece.transformers:
         return piece.cls((piece.config or piece.cls.config_class.from_dict)(dict(config)))
     return piece.cls.from_config(dict(config))
-
-
-def converted(piece: Piece, config: dict[str, Any], tensors: Tensors) -> Tensors:
-    """By the names of diffusers' models. Some tables read `tensors` empty."""
-    if piece.convert is not None:
-        return piece.convert(tensors, config)
-    return _table(piece.cls)(tensors, config)
-
-
-def _table(cls: Any) -> Convert:
-    """diffusers' own."""
-    table = SINGLE_FILE_LOADABLE_CLASSES[cls.__name__]["checkpoint_mapping_fn"]
-    return lambda tensors, config: table(checkpoint=tensors, config=config)
-
-
-def by_table(part: naming.Part) -> Convert:
-    """Of sizes that diffusers' table doesn't know: the names of LoRA files are the layers', too."""
-    def convert(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-        found: Tensors = {}
-        prefix = denoiser_prefix(tensors)
-        for name, value in tensors.items():
-            path, _, leaf = name.removeprefix(prefix).rpartition(".")
-            ours, rename = naming.from_native(part, path)
-            rows = rename.rows if rename else (1,)
-            pieces = [value] if len(ours) == 1 else torch.split(
-                value, [len(value) // sum(rows) * share for share in rows])
-            found |= {f"{one}.{leaf}": piece for one, piece in zip(ours, pieces, strict=True)}
-        return found
-    return convert
-
-
-def bare(cls: Any) -> Convert:
-    """diffusers' table for a denoiser, of those that know no prefix before the names."""
-    def convert(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-        prefix = denoiser_prefix(tensors)
-        return _table(cls)({name.removeprefix(prefix): value for name, value in tensors.items()},
-                           config)
-    return convert
 
 
 def weights_in(folder: Path) -> list[tuple[Path, str]]:

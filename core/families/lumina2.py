@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, Lumina2Pipeline, Lumina2Transformer2DModel
 from torch import Tensor
 from transformers import Gemma2Model
 
-from core.families import text
+from core.families import names, text
 from core.families.base import Cond, FamilySpec, Parts
 from core.families.common import (
     ATTENTION,
@@ -27,11 +27,9 @@ from core.families.common import (
     dit_sizes,
     layer_count,
 )
-from core.families.detection import denoiser_shapes
-from core.families.loading import Layout, Piece, Tensors, by_table
+from core.families.loading import Layout, Piece
 from core.flow import FLUX_LINE, STEPS, Sampling
 from core.naming import LUMINA2
-from core.safetensors_header import read_header
 
 FEED_FORWARD = ("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
 GEMMA = "text_encoders.gemma2_2b.transformer."
@@ -42,11 +40,6 @@ LENGTH = 256                                # tokens, the instruction's among th
 INSTRUCTION = ("You are an assistant designed to generate superior images with the superior degree "
                "of image-text alignment based on textual prompts or user prompts."
                " <Prompt Start> ")
-
-
-def gemma_names(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    return {name.removeprefix(GEMMA).removeprefix("model."): value
-            for name, value in tensors.items()}
 
 
 def gemma_states(parts: Parts, tokens: dict[str, Tensor], layer: int) -> tuple[Tensor, Tensor]:
@@ -71,21 +64,21 @@ class Lumina2(Loaded):
         kohya_prefix="lora_unet", base_version="lumina2", architecture="lumina-2",
         implementation="https://github.com/Alpha-VLLM/Lumina-Image-2.0", cfg=4.0)
     pieces = (
-        Piece("transformer", Lumina2Transformer2DModel, "denoiser", ("model.diffusion_model.",),
-              by_table(LUMINA2[0])),
-        Piece("vae", AutoencoderKL, "vae", ("vae.",), alone="vae_16"),
-        Piece("text_encoder", Gemma2Model, "text", (GEMMA,), gemma_names, alone="gemma_2",
+        Piece("transformer", Lumina2Transformer2DModel, "denoiser",
+              convert=names.by_table(LUMINA2[0])),
+        Piece("vae", AutoencoderKL, "vae", ("vae.",), names.vae, alone="vae_16"),
+        Piece("text_encoder", Gemma2Model, "text", (GEMMA,), names.gemma, alone="gemma_2",
               wide=True))
     vocabularies: ClassVar = {
         "text_encoder": Vocabulary("Gemma 2", GEMMA_TOKENIZER, LENGTH)}
     pipe = Lumina2Pipeline
 
     def adapt(self, layout: Layout) -> None:
-        shapes = denoiser_shapes(read_header(layout.source).tensors)
+        shapes = self.shapes(layout)
         layout.configs["transformer"] |= {
             "num_layers": layer_count(shapes, "layers."),
             "num_refiner_layers": layer_count(shapes, "noise_refiner."),
-            "cap_feat_dim": shapes["cap_embedder.0.weight"][0]}
+            "cap_feat_dim": shapes["time_caption_embed.caption_embedder.0.weight"][0]}
 
     def empty(self, layout: Layout) -> Parts:
         native, step = dit_sizes(layout)

@@ -14,29 +14,20 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
-from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextModel
 
-from core.families import text
+from core.families import names, text
 from core.families.base import Cond, FamilySpec, Parts
 from core.families.common import ALIASES, Loaded, Vocabulary, layer_count, pack, unpack
-from core.families.detection import denoiser_shapes
-from core.families.loading import Layout, Piece, Tensors, bare
+from core.families.loading import Layout, Piece
 from core.families.sd3 import JOINT
 from core.flow import STEPS, Sampling, by_share
-from core.safetensors_header import read_header
 
 LENGTH = 512                                # tokens after the request, its end among them
 SIDE = 1024                                 # px; the pipeline's, the VAE's config tells none
 LEARNS = Sampling(line=((256, 0.5), (8192, 0.9)), told=by_share)
 FF = tuple(f"{stream}_mlp.net.{layer}" for stream in ("img", "txt") for layer in ("0.proj", "2"))
-
-
-def vae_names(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    """Of the VAE alone: as Wan's code calls its weights, or diffusers."""
-    known: Tensors = convert_wan_vae_to_diffusers(tensors)
-    return known if "encoder.conv1.weight" in tensors else tensors
 
 
 class Filmed(Loaded):
@@ -69,18 +60,17 @@ class QwenImage(Filmed):
         kohya_prefix="lora_unet", base_version="qwen_image", architecture="qwen-image",
         implementation="https://github.com/QwenLM/Qwen-Image", cfg=4.0, lora_format="diffusers")
     pieces = (
-        Piece("transformer", QwenImageTransformer2DModel, "denoiser", ("model.diffusion_model.",),
-              bare(QwenImageTransformer2DModel)),
-        Piece("vae", AutoencoderKLQwenImage, "vae", ("vae.",), vae_names, alone="vae_film"),
-        Piece("text_encoder", Qwen2_5_VLTextModel, "text", (), text.decoder_names,
-              alone="qwen25_vl", wide=True,
-              config=lambda read: Qwen2_5_VLConfig.from_dict(read).text_config))
+        Piece("transformer", QwenImageTransformer2DModel, "denoiser"),
+        Piece("vae", AutoencoderKLQwenImage, "vae", ("vae.",), names.film_vae, alone="vae_film"),
+        Piece("text_encoder", Qwen2_5_VLTextModel, "text",
+              ("text_encoders.qwen25_7b.transformer.",), names.decoder, alone="qwen25_vl",
+              wide=True, config=lambda read: Qwen2_5_VLConfig.from_dict(read).text_config))
     vocabularies: ClassVar = {      # four of its tokens are the end of the request
         "text_encoder": Vocabulary("Qwen2.5-VL", ("Qwen2Tokenizer",), LENGTH - 4)}
     pipe = QwenImagePipeline
 
     def adapt(self, layout: Layout) -> None:
-        shapes = denoiser_shapes(read_header(layout.source).tensors)
+        shapes = self.shapes(layout)
         layout.configs["transformer"]["num_layers"] = layer_count(shapes, "transformer_blocks.")
 
     def empty(self, layout: Layout) -> Parts:

@@ -16,15 +16,12 @@ from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
 from torch import Tensor
 from transformers import Gemma2Model
 
-from core.families import text
+from core.families import names, text
 from core.families.base import Cond, FamilySpec, Parts
 from core.families.common import ALIASES, ATTENTION, Loaded, Vocabulary, layer_count
-from core.families.detection import denoiser_shapes
-from core.families.loading import Layout, Piece, Tensors, by_table
-from core.families.lumina2 import GEMMA, GEMMA_TOKENIZER, gemma_names, gemma_states
+from core.families.loading import Layout, Piece
+from core.families.lumina2 import GEMMA, GEMMA_TOKENIZER, gemma_states
 from core.flow import Sampling
-from core.naming import SANA
-from core.safetensors_header import read_header
 
 FEED_FORWARD = ("ff.conv_inverted", "ff.conv_point")
 LENGTH = 300                                # tokens that reach the transformer
@@ -40,12 +37,6 @@ class Unbinned(SanaPipeline):  # type: ignore[misc]
         return super().__call__(*args, **{"use_resolution_binning": False, **options})
 
 
-def sana_names(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    found = by_table(SANA[0])(tensors, config)
-    found["scale_shift_table"] = found.pop("final_layer.scale_shift_table")
-    return found
-
-
 class Sana(Loaded):
     kind = "sana"
     spec: ClassVar[FamilySpec] = FamilySpec(
@@ -56,24 +47,24 @@ class Sana(Loaded):
         kohya_prefix="lora_unet", base_version="sana", architecture="sana",
         implementation="https://github.com/NVlabs/Sana", cfg=4.5, lora_format="diffusers")
     pieces = (
-        Piece("transformer", SanaTransformer2DModel, "denoiser", ("model.diffusion_model.",),
-              sana_names),
-        Piece("vae", AutoencoderDC, "vae", ("vae.",), alone="vae_dc"),
-        Piece("text_encoder", Gemma2Model, "text", (GEMMA,), gemma_names, alone="gemma_2",
+        Piece("transformer", SanaTransformer2DModel, "denoiser", convert=names.sana),
+        Piece("vae", AutoencoderDC, "vae", ("vae.",), names.deep_vae, alone="vae_dc"),
+        Piece("text_encoder", Gemma2Model, "text", (GEMMA,), names.gemma, alone="gemma_2",
               wide=True))
     vocabularies: ClassVar = {
         "text_encoder": Vocabulary("Gemma 2", GEMMA_TOKENIZER, LENGTH)}
     pipe = Unbinned
 
     def adapt(self, layout: Layout) -> None:
-        shapes = denoiser_shapes(read_header(layout.source).tensors)
-        config, width = layout.configs["transformer"], shapes["x_embedder.proj.weight"][0]
+        shapes = self.shapes(layout)
+        config, width = layout.configs["transformer"], shapes["patch_embed.proj.weight"][0]
         head = HEAD.get(width, config["cross_attention_head_dim"])
         config |= {
-            "num_layers": layer_count(shapes, "blocks."), "cross_attention_dim": width,
+            "num_layers": layer_count(shapes, "transformer_blocks."), "cross_attention_dim": width,
             "num_attention_heads": width // config["attention_head_dim"],
             "cross_attention_head_dim": head, "num_cross_attention_heads": width // head,
-            "qk_norm": "rms_norm_across_heads" if "blocks.0.attn.q_norm.weight" in shapes else None}
+            "qk_norm": ("rms_norm_across_heads"
+                        if "transformer_blocks.0.attn1.norm_q.weight" in shapes else None)}
 
     def empty(self, layout: Layout) -> Parts:
         config, vae = layout.configs["transformer"], layout.configs["vae"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from core import paths
+from core.families import names
 from core.families.base import Cond, FamilySpec, Parts
 from core.families.common import (
     ALIASES,
@@ -19,9 +20,9 @@ from core.families.common import (
     UNET_PRESETS,
     UNetFamily,
     Vocabulary,
-    clip_names,
 )
 from core.families.loading import TOKENIZER, Piece
+from core.naming import SD1
 
 __all__ = ["CONFIGS", "TOKENIZER", "StableDiffusion1"]
 CONFIGS = paths.FAMILY_CONFIGS / "sd15"
@@ -37,9 +38,9 @@ class StableDiffusion1(UNetFamily):
         implementation="diffusers",
         text_targets=TEXT_TARGETS)
     pieces = (
-        Piece("unet", UNet2DConditionModel, "denoiser", ("model.diffusion_model.",)),
-        Piece("vae", AutoencoderKL, "vae", ("first_stage_model.",), alone="vae"),
-        Piece("text_encoder", CLIPTextModel, "text", (CLIP,), clip_names(CLIP), alone="clip_l"))
+        Piece("unet", UNet2DConditionModel, "denoiser", convert=names.by_table(SD1[0])),
+        Piece("vae", AutoencoderKL, "vae", ("first_stage_model.",), names.vae, alone="vae"),
+        Piece("text_encoder", CLIPTextModel, "text", (CLIP,), alone="clip_l"))
     vocabularies: ClassVar = {"text_encoder": Vocabulary()}
     pipe = StableDiffusionPipeline
 

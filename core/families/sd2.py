@@ -9,11 +9,12 @@ from typing import ClassVar
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
+from core.families import names
 from core.families.base import FamilySpec
 from core.families.common import ALIASES, TEXT_TARGETS, UNET_PRESETS, Vocabulary
 from core.families.loading import Layout, Piece
 from core.families.sd15 import StableDiffusion1
-from core.families.sdxl import open_clip_names
+from core.naming import SD2
 from core.safetensors_header import read_header
 
 OPEN_CLIP = "cond_stage_model.model."
@@ -28,9 +29,10 @@ class StableDiffusion2(StableDiffusion1):
         implementation="diffusers",
         text_targets=TEXT_TARGETS)
     pieces = (
-        Piece("unet", UNet2DConditionModel, "denoiser", ("model.diffusion_model.",)),
-        Piece("vae", AutoencoderKL, "vae", ("first_stage_model.",), alone="vae"),
-        Piece("text_encoder", CLIPTextModel, "text", (OPEN_CLIP,), open_clip_names(OPEN_CLIP)))
+        Piece("unet", UNet2DConditionModel, "denoiser", convert=names.by_table(SD2[0])),
+        Piece("vae", AutoencoderKL, "vae", ("first_stage_model.",), names.vae, alone="vae"),
+        Piece("text_encoder", CLIPTextModel, "text", (OPEN_CLIP,), names.open_clip,
+              alone="clip_h"))
     vocabularies: ClassVar = {"text_encoder": Vocabulary(pad="!")}
 
     def adapt(self, layout: Layout) -> None:

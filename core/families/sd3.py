@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipe
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
+from core.families import names
 from core.families.base import Cond, FamilySpec, Parts
 from core.families.common import (
     ALIASES,
@@ -22,14 +23,11 @@ from core.families.common import (
     T5,
     Loaded,
     Vocabulary,
-    clip_names,
     dit_sizes,
     layer_count,
 )
-from core.families.detection import denoiser_shapes
-from core.families.loading import Convert, Layout, Piece, Tensors
+from core.families.loading import Layout, Piece
 from core.flow import Sampling
-from core.safetensors_header import read_header
 
 T5_LENGTH = 256                             # tokens
 LEARNS = Sampling(shift=3.0)
@@ -37,15 +35,6 @@ JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 JOINT_FF = (*FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.2")
 CLIP_L, CLIP_G, T5XXL = (f"text_encoders.{name}.transformer."
                          for name in ("clip_l", "clip_g", "t5xxl"))
-
-
-def projected(prefix: str) -> Convert:
-    """CLIP whose file may lack the projection, which is the identity then."""
-    def convert(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-        found = clip_names(prefix)(tensors, config)
-        found.setdefault("text_projection.weight", torch.eye(config["hidden_size"]))
-        return found
-    return convert
 
 
 class StableDiffusion3(Loaded):
@@ -60,14 +49,14 @@ class StableDiffusion3(Loaded):
         encoders=("text_encoder", "text_encoder_2", "text_encoder_3"), cfg=4.5,
         lora_format="diffusers")            # which ComfyUI and diffusers both read
     pieces = (
-        Piece("transformer", SD3Transformer2DModel, "denoiser", ("model.diffusion_model.",)),
-        Piece("vae", AutoencoderKL, "vae", ("first_stage_model.",), alone="vae_16"),
-        Piece("text_encoder", CLIPTextModelWithProjection, "text", (CLIP_L,), projected(CLIP_L),
-              alone="clip_l"),
-        Piece("text_encoder_2", CLIPTextModelWithProjection, "text", (CLIP_G,), projected(CLIP_G),
-              alone="clip_g"),
-        Piece("text_encoder_3", T5EncoderModel, "text", (T5XXL,), clip_names(T5XXL),
-              alone="t5", optional=True))
+        Piece("transformer", SD3Transformer2DModel, "denoiser", convert=names.sd3),
+        Piece("vae", AutoencoderKL, "vae", ("first_stage_model.",), names.vae,
+              alone="vae_16"),
+        Piece("text_encoder", CLIPTextModelWithProjection, "text", (CLIP_L,),
+              names.projected_clip, alone="clip_l"),
+        Piece("text_encoder_2", CLIPTextModelWithProjection, "text", (CLIP_G,),
+              names.projected_clip, alone="clip_g"),
+        Piece("text_encoder_3", T5EncoderModel, "text", (T5XXL,), alone="t5", optional=True))
     vocabularies: ClassVar = {
         "text_encoder": Vocabulary(), "text_encoder_2": Vocabulary(pad="!"),
         "text_encoder_3": Vocabulary("T5", T5, T5_LENGTH)}
@@ -75,17 +64,17 @@ class StableDiffusion3(Loaded):
 
     def adapt(self, layout: Layout) -> None:
         """Medium, 3.5 medium and 3.5 large differ in sizes that the shapes tell."""
-        shapes = denoiser_shapes(read_header(layout.source).tensors)
-        width, block = shapes["x_embedder.proj.weight"][0], "joint_blocks.{}.x_block."
-        count = layer_count(shapes, "joint_blocks.")
+        shapes = self.shapes(layout)
+        width, block = shapes["pos_embed.proj.weight"][0], "transformer_blocks.{}."
+        count = layer_count(shapes, "transformer_blocks.")
         layout.configs["transformer"] |= {
             "num_layers": count,
             "num_attention_heads": width // layout.configs["transformer"]["attention_head_dim"],
             "caption_projection_dim": shapes["context_embedder.weight"][0],
-            "pos_embed_max_size": isqrt(shapes["pos_embed"][1]),
+            "pos_embed_max_size": isqrt(shapes["pos_embed.pos_embed"][1]),
             "dual_attention_layers": [
-                i for i in range(count) if f"{block.format(i)}attn2.qkv.weight" in shapes],
-            "qk_norm": "rms_norm" if f"{block.format(0)}attn.ln_q.weight" in shapes else None}
+                i for i in range(count) if f"{block.format(i)}attn2.to_q.weight" in shapes],
+            "qk_norm": "rms_norm" if f"{block.format(0)}attn.norm_q.weight" in shapes else None}
 
     def empty(self, layout: Layout) -> Parts:
         config = layout.configs["transformer"]

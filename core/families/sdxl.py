@@ -8,15 +8,14 @@ in fp16: it runs in fp32 wherever the run's numbers are fp16 (core/plan.py, numb
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from core.families import names
 from core.families.base import Cond, FamilySpec, Frame, Parts
 from core.families.common import (
     ALIASES,
@@ -24,20 +23,11 @@ from core.families.common import (
     UNET_PRESETS,
     UNetFamily,
     Vocabulary,
-    clip_names,
 )
-from core.families.loading import Convert, Piece, Tensors
+from core.families.loading import Piece
+from core.naming import SDXL
 
 CLIP_L, CLIP_G = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
-
-
-def open_clip_names(prefix: str) -> Convert:
-    """open_clip's text model behind a prefix, its fused matrices split."""
-    def convert(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-        like = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
-        found: Tensors = convert_open_clip_checkpoint(like, tensors, prefix)
-        return found
-    return convert
 
 
 class StableDiffusionXL(UNetFamily):
@@ -51,11 +41,11 @@ class StableDiffusionXL(UNetFamily):
         encoders=("text_encoder", "text_encoder_2"),
         text_targets=TEXT_TARGETS)
     pieces = (
-        Piece("unet", UNet2DConditionModel, "denoiser", ("model.diffusion_model.",)),
-        Piece("vae", AutoencoderKL, "vae", ("first_stage_model.",), alone="vae"),
-        Piece("text_encoder", CLIPTextModel, "text", (CLIP_L,), clip_names(CLIP_L)),
+        Piece("unet", UNet2DConditionModel, "denoiser", convert=names.by_table(SDXL[0])),
+        Piece("vae", AutoencoderKL, "vae", ("first_stage_model.",), names.vae, alone="vae"),
+        Piece("text_encoder", CLIPTextModel, "text", (CLIP_L,), alone="clip_l"),
         Piece("text_encoder_2", CLIPTextModelWithProjection, "text", (CLIP_G,),
-              open_clip_names(CLIP_G)))
+              names.open_clip, alone="clip_g"))
     vocabularies: ClassVar = {"text_encoder": Vocabulary(), "text_encoder_2": Vocabulary(pad="!")}
     pipe = StableDiffusionXLPipeline
     step_multiple = 2                       # 64 px, as its makers' buckets (appendix I)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -43,17 +42,6 @@ def read(encoder: Any, tokens: dict[str, Tensor], **options: Any) -> tuple[Any, 
         seen = None if "position_ids" in options else {"full_attention": None}
     return encoder(input_ids=tokens["text_encoder"].to(encoder.device), attention_mask=seen,
                    use_cache=False, **options), mask
-
-
-_DECODER = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?"
-                      r"((?:layers|embed_tokens|norm)\..+)")
-
-
-def decoder_names(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """The layers of a language model without what stands before their names, and without the parts
-    that no text is read with: a vision tower, the head."""
-    return {match[1]: value for name, value in tensors.items()
-            if (match := _DECODER.fullmatch(name))}
 
 
 def alike(*rows: Tensor) -> list[Tensor]:

@@ -12,49 +12,54 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from core.faults import Fault
 from core.reading import from_json
+from core.tensor_file import TensorFile
 
-WINDOW = 2**26      # bytes; a mapped file counts as the process's memory, so it's mapped anew
 Tensors = dict[str, Tensor]
 File = tuple[Path, str]                     # and the prefix of the model's names in it
 
 
 class Weights:
-    """Raises Fault where a file has nothing under its prefix, OSError and SafetensorError where it
-    can't be read."""
+    """Raises Fault where a file has nothing under its prefix, is torn, or has numbers of a kind
+    that isn't read."""
 
     def __init__(self, files: Iterable[File], convert: Callable[[Tensors], Tensors]) -> None:
-        shapes: Tensors = {}
-        self._files: dict[str, Path] = {}
+        """`convert` gets the names without their prefix."""
+        self._places: dict[str, tuple[TensorFile, str]] = {}
         for path, prefix in files:
-            found = _shapes(path, prefix)
-            self._files |= dict.fromkeys(found, path)
-            shapes |= found
+            file = _opened(path)
+            if not (names := file.names(prefix)):
+                raise Fault("families.part_missing", path=path, part=prefix.rstrip("."))
+            self._places |= {name.removeprefix(prefix): (file, name) for name in names}
+        shapes = {bare: file.shape(name) for bare, (file, name) in self._places.items()}
         self._made = _Recipes(shapes)
         with self._made:
-            self.shapes = convert(shapes)
-        self._open: Any = None
-        self._read, self._path = 0, Path()
+            self.shapes = convert(dict(shapes))
 
     def __getitem__(self, name: str) -> Tensor:
-        """Good until the next one is asked for: of a mapped file, or made from such."""
+        """Not to be written into: of a mapped file, or made from such."""
         return self._made.follow(self.shapes[name], self._tensor)
 
     def _tensor(self, name: str) -> Tensor:
-        path = self._files[name]
-        if self._open is None or path != self._path or self._read > WINDOW:
-            self._open = safe_open(path, "pt")
-            self._path, self._read = path, 0
-        tensor: Tensor = self._open.get_tensor(name)
-        self._read += tensor.numel() * tensor.element_size()
-        return tensor
+        file, full = self._places[name]
+        return file[full]
+
+
+def shapes_of(files: Iterable[File], convert: Callable[[Tensors], Tensors]) -> Tensors:
+    """On the meta device, by the names that `convert` gives."""
+    return Weights(files, convert).shapes
+
+
+def _opened(path: Path) -> TensorFile:
+    try:
+        return TensorFile(path)
+    except Fault as fault:
+        raise Fault("families.unreadable", path=path, reason=str(fault)) from fault
 
 
 class _Recipes(TorchFunctionMode):
@@ -86,15 +91,6 @@ class _Recipes(TorchFunctionMode):
         out = func(*args, **kwargs)
         found: Tensor = out if place is None else out[place]
         return found
-
-
-def _shapes(path: Path, prefix: str) -> Tensors:
-    with safe_open(path, "pt") as file:     # mapped: no number is read here
-        found = {name: torch.empty_like(file.get_tensor(name), device="meta")
-                 for name in file.keys() if name.startswith(prefix)}        # noqa: SIM118
-    if not found:
-        raise Fault("families.part_missing", path=path, part=prefix.rstrip("."))
-    return found
 
 
 def files_in(folder: Path) -> list[Path]:

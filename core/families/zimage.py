@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
 from transformers import Qwen3Model
 
-from core.families import text
+from core.families import names, text
 from core.families.base import Cond, FamilySpec, Parts
 from core.families.common import (
     ATTENTION,
@@ -29,10 +29,12 @@ from core.families.common import (
 )
 from core.families.loading import Layout, Piece
 from core.flow import STEPS, Sampling
+from core.naming import ZIMAGE
 
 FEED_FORWARD = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 LENGTH = 512                                # tokens
 LEARNS = Sampling(shift=2.0)
+QWEN3 = ("text_encoders.qwen3_4b.transformer.",)        # in files with everything, by ComfyUI
 
 
 class ZImage(Loaded):
@@ -45,9 +47,10 @@ class ZImage(Loaded):
         kohya_prefix="lora_unet", base_version="zimage", architecture="z-image",
         implementation="https://github.com/Tongyi-MAI/Z-Image", cfg=5.0, lora_format="diffusers")
     pieces = (
-        Piece("transformer", ZImageTransformer2DModel, "denoiser", ("model.diffusion_model.",)),
-        Piece("vae", AutoencoderKL, "vae", ("vae.",), alone="vae_16"),
-        Piece("text_encoder", Qwen3Model, "text", (), text.decoder_names, alone="qwen3",
+        Piece("transformer", ZImageTransformer2DModel, "denoiser",
+              convert=names.by_table(ZIMAGE[0])),
+        Piece("vae", AutoencoderKL, "vae", ("vae.",), names.vae, alone="vae_16"),
+        Piece("text_encoder", Qwen3Model, "text", QWEN3, names.decoder, alone="qwen3",
               wide=True))
     vocabularies: ClassVar = {
         "text_encoder": Vocabulary("Qwen3", ("Qwen2Tokenizer",), LENGTH)}
