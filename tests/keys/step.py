@@ -178,6 +178,38 @@ def _(lab: Lab) -> None:
                                rtol=1e-4, atol=1e-5)
 
 
+def _logits(lab: Lab, **changes: Any) -> Tensor:
+    found = levels(lab, **changes)
+    return (found / (1 - found)).log()
+
+
+@row("logit_mean")
+def _(lab: Lab) -> None:
+    """Of logit_normal: every level's logit moves by it. Another curve has none."""
+    torch.testing.assert_close(_logits(lab, logit_mean=0.5), _logits(lab) + 0.5,
+                               rtol=1e-3, atol=1e-3)
+    assert torch.equal(levels(lab, logit_mean=0.5, timestep_sampling="uniform"),
+                       levels(lab, timestep_sampling="uniform"))
+
+
+@row("logit_std")
+def _(lab: Lab) -> None:
+    torch.testing.assert_close(_logits(lab, logit_std=0.5), _logits(lab) / 2,
+                               rtol=1e-3, atol=1e-3)
+    assert float(_logits(lab).std()) == pytest.approx(1, rel=0.05)
+
+
+@row("mode_scale")
+def _(lab: Lab) -> None:
+    """Of mode: more of it more of the middle half; 0: uniform. Another curve has none."""
+    def middle(scale: float) -> float:
+        found = levels(lab, timestep_sampling="mode", mode_scale=scale)
+        return float(((found > 0.25) & (found < 0.75)).double().mean())
+    assert middle(-1.0) < middle(0.0) < middle(1.29) < middle(1.75)
+    assert near(middle(0.0), 0.5, len(MANY))
+    assert torch.equal(levels(lab, mode_scale=0.5), levels(lab))
+
+
 # --- rates and the optimizer ---
 
 @row("learning_rate")
