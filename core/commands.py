@@ -71,10 +71,11 @@ def _add_generate(commands: Any) -> None:
         "base": {}, "prompt": {}, "negative": {},
         "lora": {"action": "append", "dest": "loras", "metavar": "FILE[:WEIGHT]"},
         "seed": {"type": int}, "steps": {"type": int}, "cfg": {"type": float},
-        "size": {"metavar": "W,H"}, "sampler": {}, "count": {"type": int}, "sheet": {},
+        "size": {"metavar": "W,H"}, "sampler": {}, "clip_skip": {"type": int},
+        "max_tokens": {"type": int}, "count": {"type": int}, "sheet": {},
         "out": {"metavar": "DIR"}, "precision": {}, "device": {}, "family": {}}
     for name, more in arguments.items():
-        generate.add_argument(f"--{name}", default=argparse.SUPPRESS,
+        generate.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
                               help=say(f"arg_generate_{name}"), **more)
 
 

@@ -87,6 +87,12 @@ class TrainConfig(BaseModel):
     sample_prompts: list[str] = _field([], "advanced", "prompts of the previews")
     sample_every: int = _field(0, "advanced", "preview every N steps; 0: none", "steps", ge=0)
     caption_dropout: float = _field(0.0, "advanced", "share of empty captions", ge=0, le=1)
+    max_tokens: int = _field(
+        225, "advanced", "tokens of a caption that SD 1.x, 2.x and SDXL read, in chunks of 75",
+        "tokens", ge=75, le=750, multiple_of=75)
+    clip_skip: int = _field(
+        1, "advanced", "layer of SD 1.x's text encoder, counted from the end; 2 for anime bases",
+        ge=1, le=12)
     shuffle_tags: bool = _field(False, "advanced", "shuffle comma-separated tags")
     keep_tokens: int = _field(0, "advanced", "leading tags never shuffled", ge=0)
     flip: bool = _field(False, "advanced", "mirror pictures at random")
@@ -289,6 +295,8 @@ class GenerateConfig(BaseModel):
     cfg: float | None = Field(default=None, ge=0, le=50)    # None: the family's own
     size: str = ""                         # "W,H"; empty: the base's own
     sampler: str = "auto"
+    max_tokens: int = Field(default=225, ge=75, le=750, multiple_of=75)
+    clip_skip: int | None = Field(default=None, ge=1, le=12)    # None: as the LoRAs were trained
     count: int = Field(default=1, ge=1, le=1000)
     sheet: str = ""                        # weights=0,0.8 | checkpoints=100,200
     out: str = "./output/generate"

@@ -152,5 +152,5 @@ class TokenCounter:
             except (OSError, ValueError) as error:
                 raise Fault("checks.tokenizer_unreadable", folder=self.folder,
                             reason=str(error).split("\n")[0]) from None
-        ids = self._tokenizer(list(texts), add_special_tokens=False).input_ids
+        ids = self._tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
         return [len(one) for one in ids]

@@ -71,6 +71,7 @@ def draw(config: DrawConfig, emit: Callable[[Event], None], control: Control) ->
     emit(Phase(name="load"))
     studio = Studio(base, config, emit)
     studio.load()
+    studio.read_as(config, loras)
     shot = studio.shot(config, prompt)
     studio.use(columns[0])                  # whose new words are tokens too
     studio.tell_unread(shot)

@@ -25,6 +25,7 @@ from core.control import Control
 from core.course import Batch, Course, Regular
 from core.ema import PREFIX as EMA
 from core.ema import Ema
+from core.embeddings import reading_of, unused_of
 from core.events import Event, Note, Phase
 from core.examples import Encoder, Examples, Stopped, find, say_too_long
 from core.families.base import Cond, Family, Parts, Precision
@@ -75,6 +76,9 @@ def _train(config: TrainConfig, emit: Callbacks, control: Control, beside: Path 
     _say_unused(config, parts.flow, emit)
     if config.zero_terminal_snr and parts.flow is None:
         zero_terminal(parts)
+    if unused := unused_of(family, reading_of(config)):
+        emit(Note(key="engine.not_for_family", params={
+            "keys": ", ".join(unused), "family": family.spec.title}))
     examples = find(config, *_picture_paths(config, beside), parts.native_size,
                     parts.bucket_step, emit)
     try:
@@ -103,6 +107,7 @@ class Trainer:
         self.config, self.family, self.parts, self.precision = config, family, parts, precision
         self.examples, self.emit, self.control = examples, emit, control
         self.denoiser = parts.denoiser
+        parts.reading = reading_of(config)
         self.parameters = lora.attach(self.denoiser, config, family.spec)
         self.text = self._text_training() if config.trains_text else None
         if config.init_lora_weights:

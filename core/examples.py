@@ -25,7 +25,7 @@ from core.buckets import Point
 from core.cache import Cache, file_digest, fingerprint, key
 from core.config import TrainConfig, size_of
 from core.control import Control
-from core.embeddings import batched, trimmed
+from core.embeddings import batched, grouped, reading_of, sizes_of, trimmed, unread
 from core.events import Event, Note, Phase
 from core.failures import one_line
 from core.families.base import Cond, Family, Frame, Part, Parts, Precision
@@ -156,6 +156,7 @@ class Encoder:
         self.processors = Processors(config.picture_processors)
         own = extensions.is_named(config.family)
         self.marks = (extensions.mark(config.family),) if own else ()      # it encodes as it likes
+        self.text_marks = (reading_of(config),) if family.spec.chunked else ()
 
     def fill(self, examples: Examples, more_texts: Iterable[str] = ()) -> None:
         """`more_texts`: prompts of previews, encoded along with the captions."""
@@ -168,7 +169,8 @@ class Encoder:
     def embeddings(self, texts: list[str]) -> dict[str, Cond]:
         """(1, ...) each, on the CPU; of large encoders as core.plan has it for this device."""
         cache = self._cache("text")
-        marks = (*self.marks, *([kept] if (kept := self.encoders.get("kept")) else ()))
+        kept = self.encoders.get("kept")
+        marks = (*self.marks, *self.text_marks, *([kept] if kept else ()))
         names = {t: key("text", t, str(self.precision.compute), *marks) for t in texts}
         known = {t: found for t in texts if (found := cache.get(names[t])) is not None}
         missing = [t for t in texts if t not in known]
@@ -190,6 +192,7 @@ class Encoder:
                                  frozenset({encoder}))
         if not parts.text:                          # an encoder that this base does without
             return
+        parts.reading = reading_of(self.config)
         if turn == turns - 1:
             say_too_long(self.family, parts, list(fresh), self.emit)
         size = self.config.cache_batch_size * 2
@@ -204,10 +207,13 @@ class Encoder:
             self.emit(Phase(name="texts", done=done, total=turns * len(fresh)))
 
     def _embed(self, parts: Parts, texts: Sequence[str]) -> list[Cond]:
-        with autocast(self.precision):
-            cond = self.family.encode_text(parts, texts)
-        return [trimmed({k: v[i:i + 1].to("cpu", self.precision.compute)
-                         for k, v in cond.items()}) for i in range(len(texts))]
+        def encode(some: list[int]) -> Cond:
+            with autocast(self.precision):
+                return self.family.encode_text(parts, [texts[i] for i in some])
+        sizes = [sizes_of(self.family.tokenize(parts, [text])) if self.family.spec.chunked else 0
+                 for text in texts]
+        return [trimmed({k: v.to("cpu", self.precision.compute) for k, v in row.items()})
+                for row in grouped(sizes, encode)]
 
     def _to_cpu(self, *modules: object) -> list[Way]:
         """The last way to encode where a GPU has no room: slowly, beside it."""
@@ -359,9 +365,10 @@ def say_too_long(family: Family, parts: Parts, texts: list[str],
     counts = family.count_tokens(parts, texts)
     long = [(t, n) for t, n in zip(texts, counts, strict=True) if n > limit]
     if long:
+        text, tokens = max(long, key=lambda one: one[1])
         emit(Note(key="engine.caption_too_long", params={
-            "count": len(long), "limit": limit, "tokens": long[0][1],
-            "example": long[0][0][:80]}))
+            "count": len(long), "limit": limit, "tokens": tokens, "example": text[:80],
+            "rest": unread(family, parts, text)[:200]}))
 
 
 def _batches(items: Sequence[_Item], size: int, missing: AbstractSet[_Item]) -> list[list[_Item]]:

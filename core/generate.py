@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from core import adapter_file, families, lora, lora_formats, new_words, paths, samplers, words
 from core.config import GenerateConfig, size_of
-from core.embeddings import trimmed, unread
+from core.embeddings import reading_of, trimmed, unread, unused_of
 from core.events import Event, Note
 from core.families.base import ALL_PARTS, Family, Parts, Precision
 from core.faults import Fault
@@ -76,6 +76,25 @@ class Studio:
                     "tokens": self.family.count_tokens(self.parts, [text])[0],
                     "limit": self.family.token_limit(self.parts), "rest": rest[:200]}))
 
+    def read_as(self, config: GenerateConfig, loras: Sequence[Lora]) -> None:
+        """How prompts are read: where the config leaves clip skip open, as the first LoRA that says
+        something was trained."""
+        told = {one.path.stem: skip for one in loras if (skip := trained_skip(one.path))
+                } if self.family.spec.skips else {}
+        reading = reading_of(config, next(iter(told.values()), 1))
+        if unused := unused_of(self.family, reading):
+            self.emit(Note(key="engine.not_for_family", params={
+                "keys": ", ".join(unused), "family": self.family.spec.title}))
+        others = ", ".join(f"{name} ({skip})" for name, skip in told.items()
+                           if skip != reading.clip_skip)
+        if others:
+            self.emit(Note(key="generate.other_clip_skip", params={
+                "clip_skip": reading.clip_skip, "loras": others}))
+        elif config.clip_skip is None and reading.clip_skip > 1:
+            self.emit(Note(key="generate.clip_skip", params={
+                "clip_skip": reading.clip_skip, "loras": ", ".join(told)}))
+        self.parts.reading = reading
+
     def load(self) -> None:
         self.parts: Parts = self.family.load(self.source, self.precision, ALL_PARTS)
         self.pipeline: Any = self.family.pipeline(self.parts)
@@ -128,6 +147,7 @@ class Studio:
             lines.append(f"Negative prompt: {shot.negative}")
         facts = [f"Steps: {shot.steps}", f"Sampler: {sampler}", f"CFG scale: {shot.cfg:g}",
                  f"Seed: {shot.seed}", f"Size: {shot.size[0]}x{shot.size[1]}",
+                 *([f"Clip skip: {skip}"] if (skip := self.parts.reading.clip_skip) > 1 else []),
                  f"Model: {self.source.stem}"]
         hashes = ", ".join(f"{x.path.stem}: {data_hash(lora_formats.weights_file(x.path))[:12]}"
                            for x in loras)
@@ -203,6 +223,12 @@ def load_words(parts: Parts, path: Path,
         emit(Note(key="generate.words_missing", params={
             "file": path.name, "words": new_words.beside(path).name}))
     return found
+
+
+def trained_skip(path: Path) -> int:
+    """The clip skip that a LoRA file says it was trained with; 0: it says nothing."""
+    told = read_header(lora_formats.weights_file(path)).metadata.get("ss_clip_skip", "")
+    return int(told) if told.isdigit() and 1 <= int(told) <= 12 else 0
 
 
 def modules_in(path: Path, family: str = "") -> int:

@@ -45,6 +45,7 @@ class Settings:
     sampler: str = ""                       # a name of core/samplers.py
     unknown_sampler: str = ""               # as the picture calls it
     model: str = ""
+    clip_skip: int | None = None
 
 
 def read(path: Path) -> Settings:
@@ -86,7 +87,8 @@ def parse(text: str) -> Settings:
     sampler, unknown = _sampler(facts.get("Sampler", ""), facts.get("Schedule type", ""))
     return Settings("\n".join(lines[:at]).strip(), negative, _whole(facts.get("Seed"), 2**63 - 1),
                     _whole(facts.get("Steps"), 1000, 1), _number(facts.get("CFG scale")),
-                    _size(facts.get("Size", "")), sampler, unknown, facts.get("Model", ""))
+                    _size(facts.get("Size", "")), sampler, unknown, facts.get("Model", ""),
+                    _whole(facts.get("Clip skip"), 12, 1))
 
 
 def _unquoted(value: str) -> str:
@@ -159,7 +161,9 @@ def _settings(nodes: Mapping[str, Any], main: Mapping[str, Any]) -> Settings:
         _whole(_value(nodes, main.get("steps")), 1000, 1),
         _number(_value(nodes, main.get("cfg"))), size, sampler, "" if sampler else name,
         next((str(one) for node in nodes.values()
-              if isinstance(one := node["inputs"].get("ckpt_name"), str)), ""))
+              if isinstance(one := node["inputs"].get("ckpt_name"), str)), ""),
+        _whole(next((-one for node in nodes.values() if isinstance(
+            one := node["inputs"].get("stop_at_clip_layer"), int)), None), 12, 1))
 
 
 def _node(nodes: Mapping[str, Any], link: Any) -> dict[str, Any]:

@@ -89,7 +89,8 @@ class Previewer:
         path = self.folder / f"{name}-{step:06d}-{index}.png"
         facts = (f"{prompt} <lora:{name}:{config.sample_weight:g}>\nSteps: {shot.steps}, "
                  f"CFG scale: {shot.cfg:g}, Seed: {shot.seed}, "
-                 f"Size: {shot.size[0]}x{shot.size[1]}")
+                 f"Size: {shot.size[0]}x{shot.size[1]}"
+                 + (f", Clip skip: {skip}" if (skip := self.parts.reading.clip_skip) > 1 else ""))
         generate.save_png(image, path, facts)
         self.emit(Sample(step=step, path=str(path), prompt=prompt, seed=shot.seed))
         return str(path)

@@ -12,7 +12,7 @@ from core import captions, generate, paths
 from core.cache import fingerprint, key
 from core.config import TrainConfig, resolve
 from core.control import Control
-from core.embeddings import batched
+from core.embeddings import batched, reading_of
 from core.events import Event, Phase
 from core.examples import Encoder, Examples, Stopped, add_regular
 from core.families.base import Family, Parts, Precision
@@ -51,7 +51,8 @@ def draw(config: TrainConfig, wanted: list[Shot], family: Family, parts: Parts,
          precision: Precision, emit: Callable[[Event], None], control: Control) -> Path:
     """-> the folder in the cache that holds these pictures, drawn now if no run drew them yet."""
     base = fingerprint(family.weight_files(parts.source, "denoiser"))
-    folder = paths.cache_dir() / "regular" / key(base, parts.scheduler, wanted)[:20]
+    folder = paths.cache_dir() / "regular" / key(
+        base, parts.scheduler, wanted, *([reading_of(config)] if family.spec.chunked else []))[:20]
     missing = [n for n in range(len(wanted)) if not _picture(folder, n).exists()]
     if not missing:
         return folder

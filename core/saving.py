@@ -267,7 +267,10 @@ class Keeper:
             resolution=size_of(config.max_resolution) or (native, native),
             validation_pictures=len(examples.held_out), regular=_folders(
                 [examples.items[i] for i in sorted(examples.regular)]),
-            text_encoder_lr=config.text_encoder_lr, session_id=self.session,
+            text_encoder_lr=config.text_encoder_lr,
+            clip_skip=config.clip_skip if spec.skips else None,
+            max_token_length=config.max_tokens if spec.chunked and config.max_tokens > 75 else None,
+            session_id=self.session,
             started_at=self.began, finished_at=time.time(),
             batches_per_epoch=course.batches_per_epoch,
             planned_epochs=-(-trainer.total // course.updates_per_epoch),

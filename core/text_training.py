@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from core import lora, new_words
 from core.config import TrainConfig
+from core.embeddings import batched, grouped, sizes_of
 from core.families.base import Cond, Family, Parts, Precision
 from core.faults import Fault
 from core.new_words import NewWord, Rows
@@ -92,10 +93,14 @@ class TextTraining:
                 self.tokens[text] = self.family.tokenize(
                     self.parts, [new_words.expand(text, self.words)])
         rows = [self.tokens[text] for text in texts]
-        with self.cast():
-            cond = self.family.encode_tokens(
-                self.parts, {name: torch.cat([row[name] for row in rows]) for name in rows[0]})
-        return {name: value.to(self.precision.compute) for name, value in cond.items()}
+
+
+        def encode(some: list[int]) -> Cond:
+            with self.cast():
+                cond = self.family.encode_tokens(self.parts, {
+                    name: torch.cat([rows[i][name] for i in some]) for name in rows[0]})
+            return {name: value.to(self.precision.compute) for name, value in cond.items()}
+        return batched(grouped([sizes_of(row) for row in rows], encode), self.precision.device)
 
     @torch.no_grad()
     def rest(self, texts: Sequence[str]) -> dict[str, Cond]:

@@ -71,14 +71,15 @@ def _draw_and_compare(family: Family, parts: Parts, precision: Precision, path: 
                       prompt: str | dict[str, Any], expected: np.ndarray | None
                       ) -> dict[str, Any]:
     pipeline = family.pipeline(parts)
-    arguments = prompt if isinstance(prompt, dict) else {"prompt": prompt}
+    arguments = prompt if isinstance(prompt, dict) else generate.read_prompt(
+        family, parts, precision, prompt)
     plain = _picture(pipeline, parts, arguments, precision)
     generate.load_adapter(pipeline, path, "proof", family.spec.id)
     modules = generate.modules_in(path, family.spec.id)
     matched = lora.count(pipeline.components.values(), "proof")
     new = generate.load_words(parts, path)
     if isinstance(prompt, str):
-        arguments = {"prompt": new_words.expand(prompt, new)}
+        arguments = generate.read_prompt(family, parts, precision, new_words.expand(prompt, new))
     drawn = _picture(pipeline, parts, arguments, precision)
     report = {"modules": modules, "matched": matched, "drawn": True,
               "change": _difference(plain, drawn)}

@@ -25,7 +25,8 @@ SWEEP = (0.0, 0.4, 0.8, 1.0)
 MOST_LORAS = 60                         # of runs, in the list of what can be added
 MOST_ADDED = 8
 LEAST, MOST = -1.0, 2.0                 # of a weight
-TYPED = ("prompt", "negative", "seed", "steps", "cfg", "size", "sampler", "count", "same_seed")
+TYPED = ("prompt", "negative", "seed", "steps", "cfg", "size", "sampler", "clip_skip", "count",
+         "same_seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +184,7 @@ def typed(snap: Snapshot, found: list[Choice]) -> dict[str, Any]:
     demo = folder_of(base_of(snap, found)) == paths.DEMO / "base"
     usual = {"prompt": prompts[0] if prompts else trigger, "negative": "", "seed": 42,
              "steps": 16 if demo else 28, "cfg": 1.5 if demo else None, "size": "",
-             "sampler": "auto", "count": 1, "same_seed": True}
+             "sampler": "auto", "clip_skip": None, "count": 1, "same_seed": True}
     return {key: snap.project.inference.get(key, usual[key]) for key in TYPED}
 
 
@@ -220,7 +221,7 @@ def job(snap: Snapshot, desk: Desk, kind: str, values: Mapping[str, Any], device
             "names": _called(prompt, names(found)), "size": values.get("size") or "",
             "sampler": values.get("sampler") or "auto", "device": device,
             "out": str(pictures_folder() / snap.project.name)}
-    data |= {key: values[key] for key in ("seed", "steps", "cfg", "count")
+    data |= {key: values[key] for key in ("seed", "steps", "cfg", "count", "clip_skip")
              if values.get(key) is not None}
     return _checked(data), loras[0].name if loras else snap.project.name
 
@@ -244,7 +245,7 @@ def _checked(data: dict[str, Any]) -> DrawConfig:
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
         raise Fault(f"tab_inference.bad_{key}" if key in (
-            "seed", "steps", "cfg", "size", "count") else "tab_inference.bad_value",
+            "seed", "steps", "cfg", "size", "count", "clip_skip") else "tab_inference.bad_value",
             value=data.get(key), key=key) from None
 
 
@@ -273,6 +274,6 @@ def loras_of(view: JobView, number: int) -> list[Added]:
 
 def settings_of(view: JobView, number: int) -> dict[str, Any]:
     """One picture's settings as the project keeps them, but for its LoRAs."""
-    known = ("prompt", "negative", "steps", "cfg", "size", "sampler", "base")
+    known = ("prompt", "negative", "steps", "cfg", "size", "sampler", "clip_skip", "base")
     return {key: view.config[key] for key in known if key in view.config} | {
         "seed": view.samples[number].seed, "count": 1, "same_seed": True}

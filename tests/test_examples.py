@@ -124,10 +124,10 @@ def test_bad_pictures_are_named_and_the_rest_trains(config: TrainConfig, tmp_pat
 
 
 def test_long_captions_are_told(config: TrainConfig, tmp_path: Path) -> None:
-    (tmp_path / "p" / "000.txt").write_text("very long " * 60)
+    (tmp_path / "p" / "000.txt").write_text("very long " * 120)
     _, events = prepared(config)
     note = next(e for e in events if isinstance(e, Note) and e.key == "engine.caption_too_long")
-    assert (note.params["count"], note.params["limit"], note.params["tokens"]) == (1, 75, 120)
+    assert (note.params["count"], note.params["limit"], note.params["tokens"]) == (1, 225, 240)
 
 
 def test_shuffled_tags_keep_the_trigger_first(config: TrainConfig) -> None:

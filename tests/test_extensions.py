@@ -98,8 +98,8 @@ def _see_optimizer(told: dict[str, Any], weights: dict[str, Any], folder: Path) 
 
 def _see_family(told: dict[str, Any], weights: dict[str, Any], folder: Path) -> None:
     assert told["proof"]["ok"]
-    own = families.get(f"{folder}/clip_skip.py:ClipSkip2")
-    assert own.spec.id == "sd15-clip-skip-2"
+    own = families.get(f"{folder}/two_layers.py:TwoLayers")
+    assert own.spec.id == "sd15-two-layers"
 
 
 # --- what it changes --------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def test_lora_scripts(tmp_path: Path) -> None:
         "batch_size": 2, "gradient_checkpointing": True, "learning_rate": 1e-4,
         "lr_scheduler": "constant", "lr_warmup_steps": 20, "optimizer": "adamw8bit",
         "lora_rank": 32, "lora_alpha": 16.0, "shuffle_tags": True, "keep_tokens": 1, "seed": 1337,
-        "precision": "bf16", "noise_offset": 0.05, "min_snr_gamma": 5.0,
+        "precision": "bf16", "noise_offset": 0.05, "min_snr_gamma": 5.0, "clip_skip": 2,
         **has(adapter="lora", prior_loss_weight=1.0)}
     why = left(imported)
     assert why["save_every_n_epochs"] == "epochs"
@@ -160,6 +160,17 @@ def test_lora_scripts(tmp_path: Path) -> None:
     assert imported.assumed == {}
     config = load_train_config(path, {"epochs": "3"})
     assert (config.epochs, config.lora_rank, config.name) == (3, 32, "aki")
+
+
+@pytest.mark.parametrize(("written_", "taken"), [
+    ("150", {"max_tokens": 150}), ("225", {"max_tokens": 225}),
+    ("255", {"max_tokens": 225}),                         # lora-scripts', three chunks in kohya
+    ("30", {}), ('"x"', {})])
+def test_length_of_captions(tmp_path: Path, written_: str, taken: dict[str, int]) -> None:
+    imported = foreign.read(written(tmp_path, SCRIPTS + f"max_token_length = {written_}\n"))
+    found = {key: value for key, value in imported.values.items() if key == "max_tokens"}
+    assert found == taken
+    assert ("max_token_length" in left(imported)) is (not taken)
 
 
 def test_sections_arguments_and_the_other_trainers_defaults(tmp_path: Path) -> None:
@@ -216,6 +227,12 @@ def test_kohya_ss(tmp_path: Path) -> None:
     assert ("optimizer" in why) == ("lion" not in str(TrainConfig.model_fields["optimizer"]))
     text = written(tmp_path, GUI).read_text().splitlines()
     assert all(f'"{one.key}"' in text[one.line - 1] for one in imported.left)
+
+
+def test_onetrainer_counts_layers_from_zero(tmp_path: Path) -> None:
+    for skip, taken in ((0, None), (1, 2)):
+        imported = foreign.read(written(tmp_path, ONETRAINER | {"text_encoder_layer_skip": skip}))
+        assert imported.values.get("clip_skip") == taken
 
 
 def test_onetrainer(tmp_path: Path) -> None:

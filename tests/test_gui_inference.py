@@ -317,7 +317,12 @@ def test_what_is_dropped_is_taken(tab: Any, house: House, own_home: Path,
     told = wanted.typed(snap, wanted.choices(snap, tab.desk))
     assert told == {"prompt": "a house  <lora:nobody:1>", "negative": "rain", "seed": 77,
                     "steps": 9, "cfg": 3.5, "size": "64,32", "sampler": "euler_a", "count": 1,
-                    "same_seed": True}
+                    "same_seed": True, "clip_skip": None}
+    picture = png(uploads / "4.png", parameters=(
+        "a house\nSteps: 9, Sampler: Euler a, Seed: 77, Size: 64x32, Clip skip: 2"))
+    tab.take("dropped", json.dumps([str(picture)]))
+    snap = house.snapshot()
+    assert wanted.typed(snap, wanted.choices(snap, tab.desk))["clip_skip"] == 2
     with refused("tab_inference.no_settings"):
         tab.take("dropped", json.dumps([str(png(uploads / "3.png"))]))
     before = house.projects.now

@@ -49,6 +49,8 @@ def test_any_text_is_read(text: str) -> None:
 
 
 def test_schedules_and_unknown_samplers() -> None:
+    assert parse("x\nSteps: 4, Clip skip: 2").clip_skip == 2
+    assert parse("x\nSteps: 4, Clip skip: 99").clip_skip is None
     newer = parse("x\nSteps: 4, Sampler: DPM++ 2M, Schedule type: Karras, Seed: -1, Size: 1x1")
     assert (newer.sampler, newer.seed, newer.size) == ("dpm++2m_karras", None, "")
     other = parse("x\nSteps: 4, Sampler: Restart, CFG scale: nan")

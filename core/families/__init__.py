@@ -23,7 +23,7 @@ class Listed:
     native_size: int                        # px a side
     # What a single file of it holds: everything, the denoiser with other parts beside it, none.
     file: Literal["whole", "denoiser", "none"]
-    tokens: int = 75                        # of a caption that it reads
+    tokens: int = 0                         # of a caption that it reads; 0: as max_tokens says
     step: int = 64                          # px; sides of buckets at the native size
 
 
@@ -42,6 +42,11 @@ MODULES = {
     "lumina2": Listed("core.families.lumina2:Lumina2", "Lumina 2", 1024, "denoiser", 220),
     "sana": Listed("core.families.sana:Sana", "Sana", 1024, "denoiser", 299, 32),
 }
+
+
+def token_limit(family_id: str, max_tokens: int = 225) -> int:
+    """Of a built-in family: tokens of a caption that it reads."""
+    return MODULES[family_id].tokens or max_tokens
 
 
 def get(family_id: str) -> Family:

@@ -32,6 +32,8 @@ class FamilySpec:
     implementation: str                     # modelspec.implementation
     text_targets: tuple[str, ...] = ()      # of a LoRA on the text encoders
     encoders: tuple[Part, ...] = ("text_encoder",)   # in the order in which they are loaded
+    chunked: bool = False                   # reads long texts in chunks of CLIP's 75 tokens
+    skips: bool = False                     # clip_skip: text may be taken from an earlier layer
     cfg: float = 7.0                        # guidance where the user says nothing
     lora_format: str = "kohya"              # of its LoRA files where the user says nothing
 
@@ -49,6 +51,14 @@ class Precision:
     room: float | None = None               # bytes; blocks of larger text encoders wait in RAM
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How much of a text is read, and where it is taken from; of families whose spec says so."""
+
+    max_tokens: int = 225                   # where the family is `chunked`
+    clip_skip: int = 1                      # where it `skips`; 1: the last layer, as A1111 counts
+
+
 @dataclass(slots=True)
 class Parts:
     """A loaded base. A part that is no longer needed is dropped and leaves memory."""
@@ -63,6 +73,7 @@ class Parts:
     unguided: float = 1.0                   # that argument's value for none; cfg's is 1
     architecture: str = ""                  # where it isn't the spec's
     text_width: int = 0                     # of the last CLIP's text, where it is padded
+    reading: Reading = Reading()
     film: bool = False                      # the VAE is one of videos: (B, C, frames, h, w)
     denoiser: Any = None                    # UNet or transformer
     vae: Any = None

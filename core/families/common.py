@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTokenizer
 
 from core import paths, samplers
-from core.families import companions, detection, loading, text
+from core.families import clip, companions, detection, loading, text
 from core.families.base import ALL_PARTS, Cond, FamilySpec, Frame, Objective, Part, Parts, Precision
 from core.families.loading import Layout, Piece
 from core.faults import Fault
@@ -217,6 +217,14 @@ class UNetFamily(Loaded):
     """Stable Diffusion 1, 2 and XL."""
 
     step_multiple: ClassVar[int] = 1        # of what the UNet itself asks of sides
+
+    def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {name: clip.tokenize(parts.text[_tokenizer_of(name)], prompts,
+                                    parts.reading.max_tokens)
+                for name in self.vocabularies if name in parts.text}
+
+    def token_limit(self, parts: Parts) -> int:
+        return parts.reading.max_tokens
 
     def empty(self, layout: Layout) -> Parts:
         unet, scheduler = layout.configs["unet"], dict(layout.scheduler)

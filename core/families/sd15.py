@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from core import paths
-from core.families import names
+from core.families import clip, names
 from core.families.base import Cond, FamilySpec, Parts
 from core.families.common import (
     ALIASES,
@@ -22,6 +22,7 @@ from core.families.common import (
     Vocabulary,
 )
 from core.families.loading import TOKENIZER, Piece
+from core.faults import Fault
 from core.naming import SD1
 
 __all__ = ["CONFIGS", "TOKENIZER", "StableDiffusion1"]
@@ -36,7 +37,7 @@ class StableDiffusion1(UNetFamily):
         native_size=512, bucket_step=64, lora_presets=UNET_PRESETS, lora_aliases=ALIASES,
         kohya_prefix="lora_unet", base_version="sd_v1", architecture="stable-diffusion-v1",
         implementation="diffusers",
-        text_targets=TEXT_TARGETS)
+        text_targets=TEXT_TARGETS, chunked=True, skips=True)
     pieces = (
         Piece("unet", UNet2DConditionModel, "denoiser", convert=names.by_table(SD1[0])),
         Piece("vae", AutoencoderKL, "vae", ("first_stage_model.",), names.vae, alone="vae"),
@@ -45,11 +46,18 @@ class StableDiffusion1(UNetFamily):
     pipe = StableDiffusionPipeline
 
     def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
-        encoder = parts.text["text_encoder"]
-        return {"text": encoder(tokens["text_encoder"].to(encoder.device)).last_hidden_state}
+        """clip_skip takes an earlier layer through the norm of the last one, as A1111 does."""
+        encoder, skip = parts.text["text_encoder"], parts.reading.clip_skip
+        if not self.spec.skips or skip == 1:
+            return {"text": clip.read(encoder, tokens["text_encoder"])[0]}
+        if skip > (layers := encoder.config.num_hidden_layers):
+            raise Fault("families.clip_skip", given=skip, layers=layers)
+        states = clip.read(encoder, tokens["text_encoder"], skip)[0]
+        return {"text": encoder.final_layer_norm(states)}
 
     def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        predicted: Tensor = denoiser(noisy, t, cond["text"], return_dict=False)[0]
+        predicted: Tensor = denoiser(
+            noisy, t, cond["text"], encoder_attention_mask=cond.get("mask"), return_dict=False)[0]
         return predicted
 
     def pipe_options(self, parts: Parts) -> dict[str, Any]:
@@ -57,4 +65,6 @@ class StableDiffusion1(UNetFamily):
                 "requires_safety_checker": False}
 
     def prompt_arguments(self, cond: Cond, negative: Cond) -> dict[str, Tensor]:
-        return {"prompt_embeds": cond["text"], "negative_prompt_embeds": negative["text"]}
+        text, other = cond["text"], negative["text"]
+        return {"prompt_embeds": clip.like(text, other),
+                "negative_prompt_embeds": clip.like(other, text)}

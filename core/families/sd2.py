@@ -27,7 +27,7 @@ class StableDiffusion2(StableDiffusion1):
         lora_presets=UNET_PRESETS, lora_aliases=ALIASES, kohya_prefix="lora_unet",
         base_version="sd_v2", architecture="stable-diffusion-v2-768-v",
         implementation="diffusers",
-        text_targets=TEXT_TARGETS)
+        text_targets=TEXT_TARGETS, chunked=True)
     pieces = (
         Piece("unet", UNet2DConditionModel, "denoiser", convert=names.by_table(SD2[0])),
         Piece("vae", AutoencoderKL, "vae", ("first_stage_model.",), names.vae, alone="vae"),

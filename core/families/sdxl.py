@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from core.families import names
+from core.families import clip, names
 from core.families.base import Cond, FamilySpec, Frame, Parts
 from core.families.common import (
     ALIASES,
@@ -39,7 +39,7 @@ class StableDiffusionXL(UNetFamily):
         architecture="stable-diffusion-xl-v1-base",
         implementation="https://github.com/Stability-AI/generative-models",
         encoders=("text_encoder", "text_encoder_2"),
-        text_targets=TEXT_TARGETS)
+        text_targets=TEXT_TARGETS, chunked=True)
     pieces = (
         Piece("unet", UNet2DConditionModel, "denoiser", convert=names.by_table(SDXL[0])),
         Piece("vae", AutoencoderKL, "vae", ("first_stage_model.",), names.vae, alone="vae"),
@@ -53,11 +53,10 @@ class StableDiffusionXL(UNetFamily):
     def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
         cond: Cond = {}
         for name, ids in tokens.items():
-            encoder = parts.text[name]
-            out = encoder(ids.to(encoder.device), output_hidden_states=True)
-            cond[name.replace("text_encoder", "text")] = out.hidden_states[-2]
-            if name == "text_encoder_2":
-                cond["pooled"] = out.text_embeds
+            states, out = clip.read(parts.text[name], ids, 2)
+            cond[name.replace("text_encoder", "text")] = states
+            if name == "text_encoder_2":    # of the first chunk, as kohya and A1111 take it
+                cond["pooled"] = out.text_embeds[::states.shape[1] // clip.WHOLE]
         return cond
 
     def framing(self, frame: Frame) -> Cond:
@@ -66,15 +65,18 @@ class StableDiffusionXL(UNetFamily):
 
     def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
         more = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
-        predicted: Tensor = denoiser(noisy, t, _text(cond), added_cond_kwargs=more,
-                                     return_dict=False)[0]
+        predicted: Tensor = denoiser(
+            noisy, t, _text(cond), encoder_attention_mask=cond.get("mask"), added_cond_kwargs=more,
+            return_dict=False)[0]
         return predicted
 
     def pipe_options(self, parts: Parts) -> dict[str, Any]:
         return {"add_watermarker": False}
 
     def prompt_arguments(self, cond: Cond, negative: Cond) -> dict[str, Tensor]:
-        return {"prompt_embeds": _text(cond), "negative_prompt_embeds": _text(negative),
+        text, other = _text(cond), _text(negative)
+        return {"prompt_embeds": clip.like(text, other),
+                "negative_prompt_embeds": clip.like(other, text),
                 "pooled_prompt_embeds": cond["pooled"],
                 "negative_pooled_prompt_embeds": negative["pooled"]}
 

@@ -146,6 +146,10 @@ class Kohya(Reader):
         if number(value) > 1:
             self.put("clip_skip", value, entry)
 
+    def take_max_token_length(self, value: Any, entry: Entry) -> None:
+        """lora-scripts writes 255, of which kohya fills three chunks of 75."""
+        self.put("max_tokens", int(number(value)) // 75 * 75 or value, entry)
+
     # noise levels of flows
 
     def take_timestep_sampling(self, value: Any, entry: Entry) -> None:

@@ -159,6 +159,11 @@ class OneTrainer(Reader):
         if value:
             self.put("prediction_type", "v_prediction", entry)
 
+    def take_text_encoder_layer_skip(self, value: Any, entry: Entry) -> None:
+        """0 is the last layer there, 1 here."""
+        if number(value):
+            self.put("clip_skip", value + 1, entry)
+
     def take_save_every(self, value: Any, entry: Entry) -> None:
         unit = self.found.get("save_every_unit", "NEVER")
         if unit == "STEP":

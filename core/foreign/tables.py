@@ -88,7 +88,7 @@ BY_ITSELF = frozenset((
     "cache_latents", "enable_bucket", "bucket_reso_steps", "caption_extension",
     "caption_extention", "max_data_loader_n_workers", "persistent_data_loader_workers",
     "save_model_as", "logging_dir", "log_with", "log_prefix", "log_tracker_name", "wandb_api_key",
-    "wandb_run_name", "max_token_length", "num_cpu_threads_per_process", "output_config",
+    "wandb_run_name", "num_cpu_threads_per_process", "output_config",
     "save_state", "huggingface_repo_id", "network_train_unet_only", "cache_text_encoder_outputs",
     "cache_text_encoder_outputs_to_disk", "num_processes", "num_machines", "gpu_ids",
     "main_process_port", "dataloader_threads", "tensorboard", "tensorboard_port",

@@ -79,13 +79,17 @@ class Inference:
                 elem_id="draw-sampler")
             self.size = gr.Textbox(label=say("size"), placeholder=say("size_hint"), min_width=130,
                                    elem_id="size")
+            self.skip = gr.Number(label=say("tab_inference.clip_skip"), precision=0, minimum=1,
+                                  maximum=12, placeholder=say("tab_inference.auto"),
+                                  min_width=90, elem_id="draw-clip-skip")
         self.dice = dice
 
     def _wire(self) -> None:
         page = self.ctx.page
         self.asked = {"prompt": self.prompt, "negative": self.negative, "seed": self.seed,
                       "steps": self.steps, "cfg": self.cfg, "size": self.size,
-                      "sampler": self.sampler, "count": self.count, "same_seed": self.same}
+                      "sampler": self.sampler, "clip_skip": self.skip, "count": self.count,
+                      "same_seed": self.same}
         for name, made in self.asked.items():
             page.on(made.input, self._keeper(name), [made])
         for name in ("prompt", "negative"):     # what a script put in is told when it is left
@@ -261,7 +265,7 @@ class Inference:
                   "sampler": told.sampler or "auto", "same_seed": True, "count": 1}
         added = [Added(name, weight) for name, weight in loras.items()]
         self._keep({key: value for key, value in values.items() if value is not None}
-                   | wanted.own_list(added, found))
+                   | {"clip_skip": told.clip_skip} | wanted.own_list(added, found))
         missing = [tag.name for tag in lora_names.split_prompt(prompt)[1]
                    if tag.name not in wanted.names(found)]
         self.ctx.page.tell(say("tab_inference.picture_taken", file=file))

@@ -212,6 +212,36 @@ def _(lab: Lab) -> None:
         assert near(float(empty.float().mean()), share, 1024)
 
 
+@row("max_tokens")
+def _(lab: Lab) -> None:
+    """That many tokens of a caption in chunks of 75; what is longer is cut there."""
+    folder, text = tiny.pictures(lab.folder / "long", 1), " ".join(["cat"] * 200)
+    (folder / "000.txt").write_text(text, "utf-8")
+    for most, chunks in ((75, 1), (150, 2), (225, 3), (300, 3)):
+        trainer = lab.trainer(train_data_dir=str(folder), max_tokens=most)
+        states = shown(trainer, of_one(1)).cond["text"]
+        assert states.shape[1] == 77 * chunks
+        short = lab.trainer(train_data_dir=str(folder), max_tokens=75)
+        torch.testing.assert_close(states[:, :77], shown(short, of_one(1)).cond["text"])
+
+
+@row("clip_skip")
+def _(lab: Lab) -> None:
+    """The last layer but one instead of the last, both through the last norm."""
+    family, precision, _ = lab.parts()
+    parts = family.load(lab.base, precision, frozenset({"text"}))
+    encoder, tokenizer = parts.text["text_encoder"], parts.text["tokenizer"]
+    text = lab.found().items[0].captions[0]
+    ids = tokenizer(text, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    with torch.no_grad():
+        layers = encoder(ids, output_hidden_states=True).hidden_states
+        wanted = {skip: encoder.final_layer_norm(layers[-skip]) for skip in (1, 2)}
+    for skip, states in wanted.items():
+        found = shown(lab.trainer(clip_skip=skip), of_one(1)).cond["text"]
+        torch.testing.assert_close(found, states)
+    assert (wanted[1] - wanted[2]).abs().max() > 1e-3
+
+
 @row("flip")
 def _(lab: Lab) -> None:
     """Decided for each sample: the same picture is seen both ways, in one batch too."""
