@@ -185,8 +185,8 @@ def state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _tensor(value: Tensor | float) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach().cpu().contiguous()
+    if isinstance(value, Tensor):           # a copy also on the CPU: the live one moves on
+        return value.detach().to("cpu", copy=True).contiguous()
     return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
 
 

@@ -7,6 +7,10 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.keys.lab import Lab
 
 # Spinning threads make two busy cores several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -74,6 +78,13 @@ def collected_fast() -> None:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import tiny_base
     return tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """Trainers of a tiny base; see tests/keys/lab.py."""
+    from tests.keys.lab import Lab
+    return Lab(tmp_path_factory.mktemp("keys"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

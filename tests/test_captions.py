@@ -376,3 +376,14 @@ def test_jsonl_rows_come_back(tmp_path_factory: pytest.TempPathFactory,
     assert not faults
     assert [(row.name, row.caption) for row in found] == [
         (name, one_line(caption)) for name, caption in rows]
+
+
+def test_of_several_caption_columns_the_first_that_is_filled_counts(tmp_path: Path) -> None:
+    """In the order of CAPTION_KEYS, whatever the order in the file."""
+    path = tmp_path / "metadata.jsonl"
+    path.write_text('{"file_name": "a.png", "tags": "t", "text": "second", "prompt": "first"}\n'
+                    '{"file_name": "b.png", "tags": "t", "text": "second", "prompt": ""}\n')
+    assert [row.caption for row in read_metadata(path)[0]] == ["first", "second"]
+    path = tmp_path / "metadata.csv"
+    path.write_text("file_name,tags,text,prompt\na.png,t,second,first\nb.png,t,second,\n")
+    assert [row.caption for row in read_metadata(path)[0]] == ["first", "second"]

@@ -13,11 +13,6 @@ from tests.keys import adapter, data, run, step  # noqa: F401 - they fill ROWS
 from tests.keys.lab import ROWS, Lab
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("keys"))
-
-
 def test_every_key_has_a_row_and_every_row_a_key() -> None:
     assert set(TrainConfig.model_fields) - set(ROWS) == set()
     assert set(ROWS) - set(TrainConfig.model_fields) == set()

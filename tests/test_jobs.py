@@ -349,6 +349,15 @@ def test_a_watching_manager_starts_nothing(make):
     assert watcher.view(run_id).state == "queued"
 
 
+def test_a_run_moves_up_and_stays_there(make):
+    watcher = make(dispatch=False)
+    ids = [watcher.start(config()) for _ in range(3)]
+    watcher.move_up(ids[2])
+    wanted = [ids[0], ids[2], ids[1]]
+    assert [view.id for view in watcher.queue()] == wanted
+    assert [view.id for view in make(dispatch=False).queue()] == wanted     # another window's too
+
+
 @posix
 def test_a_worker_that_cannot_start_is_a_fault(make):
     manager = make(command=["/no/such/program"])

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from core import paths, plan
+from core import buckets, paths, plan
 from core.config import TrainConfig
 from core.faults import Fault
 from core.plan import Base, Data, Machine
+from core.weigh import heaviest_batch
 from tests.bench.plan import compare, other_phases, shapes_of_sd15
 
 DEMO = paths.DEMO / "base"
@@ -83,6 +84,71 @@ def test_what_a_run_learns_beside_the_lora_is_planned() -> None:
     latents, mask = 4 * 16 * 16 * 4, 16 * 16 * 4
     assert found.disk["cache"] == pytest.approx(20 * 2 * (latents + mask) / plan.MB)
     assert found.disk["checkpoints"] > 1.3 * plain.disk["checkpoints"]
+
+
+def test_what_trains_stays_while_pictures_are_drawn() -> None:
+    """Previews and the proof draw beside the optimizer, the average and the text encoder."""
+    base, wanted = Base.of(DEMO), {"sample_prompts": ["x"], "ema_decay": 0.99,
+                                   "text_encoder_lr": 1e-4}
+    for machine in (CPU, LAPTOP):
+        made = plan.plan_run(TrainConfig.model_validate(wanted), base, machine)
+        train = made.phase("train").parts
+        for name in ("preview", "verify"):
+            parts = made.phase(name).parts
+            assert {key: parts[key] for key in ("denoiser", "adapter", "optimizer", "average",
+                                                "text_encoder")} == {
+                key: train[key] for key in ("denoiser", "adapter", "optimizer", "average",
+                                            "text_encoder")}
+            assert train["optimizer"] > 0
+            assert parts["vae"] > 0
+            assert "gradients" not in parts
+    without = plan.plan_run(TrainConfig(), base, CPU)
+    assert without.phase("verify").parts["optimizer"] == without.phase("train").parts["optimizer"]
+
+
+def test_adams_two_moments_are_as_large_as_the_adapter_each() -> None:
+    parts = plan.plan_run(TrainConfig(), Base.of(DEMO), CPU).phase("train").parts
+    assert parts["optimizer"] == pytest.approx(2 * parts["adapter"], rel=0.01)
+    assert parts["gradients"] == parts["adapter"]
+
+
+def test_needs_are_the_largest_phase_and_what_lies_outside() -> None:
+    made = plan.plan_run(TrainConfig(sample_prompts=["x"]), Base.of(DEMO), LAPTOP)
+    assert made.needs_mb == pytest.approx(
+        max(sum(phase.parts.values()) for phase in made.phases) + sum(made.outside.values()))
+    assert set(made.outside) == {"context", "workspace", "fragments"}
+    assert made.outside["fragments"] == pytest.approx(plan.FRAGMENTS * made.peak.mb)
+
+
+def test_the_largest_bucket_is_planned() -> None:
+    """Where nothing is known of the pictures: none can hold more pixels."""
+    facts = {"native": 64.0, "step": 8.0}
+    for size in ("", "96,96"):
+        config = TrainConfig(max_resolution=size)
+        width, height = plan.largest_bucket(config, facts)
+        side = 96 if size else 64
+        sizes = buckets.bucket_sizes((side, side), 8, side // 2, side * 2)
+        assert width * height == max(w * h for w, h in sizes)
+        assert (width, height) == (side, side)
+
+
+def test_a_full_batch_of_small_pictures_is_the_heaviest() -> None:
+    """Rather than one large picture in a bucket of its own."""
+    sizes = [(64, 64), *[(48, 48)] * 3]
+    assert heaviest_batch(sizes, [1] * 4, 4) == ((48, 48), 3)
+    assert heaviest_batch(sizes, [4, 1, 1, 1], 4) == ((64, 64), 4)
+    assert heaviest_batch(sizes, [1] * 4, 1) == ((64, 64), 1)
+
+
+def test_the_worst_of_the_last_runs_counts() -> None:
+    made = plan.plan_run(TrainConfig(), Base.of(DEMO), LAPTOP)
+    for share in (1.5, 1.2, 1.3, 1.1, 1.0, 0.9):
+        plan.remember(made, made.peak.mb, made.peak.mb * share)
+    found = plan.learned_overhead(LAPTOP.name)
+    assert found == pytest.approx(0.3)                      # the first is too long ago
+    for _ in range(5):
+        plan.remember(made, made.peak.mb, made.peak.mb * 0.5)
+    assert plan.learned_overhead(LAPTOP.name) == 0          # less than planned is no promise
 
 
 def test_published_shapes_of_sd15(sd15: Base) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from core import checkpoint, lowering, meter, preview
+from core import checkpoint, lowering, meter, preview, rescue
 from core.config import TrainConfig
 from core.control import Control
 from core.engine import Trainer, train
@@ -322,6 +322,24 @@ def test_a_diverging_run_goes_back_and_slower(make: Make, monkeypatch: pytest.Mo
     assert_equal(found, slow.to_end())
     assert checkpoint.State(0, {}, {}, {}).lowered == {}
     assert drive.trainer.snapshot(12).lowered == {"learning_rate": 5e-3}
+
+
+def test_it_returns_to_the_older_of_two_good_states(make: Make, monkeypatch: pytest.MonkeyPatch
+                                                    ) -> None:
+    """The newer one may hold the trouble's start."""
+    diverging(monkeypatch, 0.07)
+    monkeypatch.setattr(rescue, "GOOD_EVERY", 2)
+    drive = Drive(make(max_train_steps=12, learning_rate=1e-2))
+    done, good = drive.rescue.begin(0), [0]
+    while not drive.notes("engine.went_back"):
+        done = drive.rescue.update(done)
+        drive.trainer.mean_loss()
+        done = drive.rescue.look(done)
+        if done % 2 == 0 and not drive.trainer.skipped and done > good[-1]:
+            good.append(done)
+        drive.rescue.keep(done)
+    assert len(good) > 2
+    assert done == drive.notes("engine.went_back")[0]["to"] == good[-2]
 
 
 def test_fp16_that_overflows_goes_on_in_bf16(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

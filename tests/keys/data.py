@@ -73,7 +73,9 @@ def _(lab: Lab) -> None:
 @row("gradient_accumulation_steps")
 def _(lab: Lab) -> None:
     trainer = lab.trainer(gradient_accumulation_steps=3, max_train_steps=0, epochs=1)
-    assert [len(trainer.course.update(n)) for n in range(trainer.total)] == [3, 3]
+    updates = [trainer.course.update(n) for n in range(trainer.total)]
+    assert [len(batches) for batches in updates] == [3, 3]
+    assert sorted(i for batches in updates for b in batches for i in b.indices) == list(range(6))
     assert lab.plan(gradient_accumulation_steps=2).phase("train").mb > (
         lab.plan().phase("train").mb)
 

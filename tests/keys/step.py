@@ -82,12 +82,22 @@ def _(lab: Lab) -> None:
 
 @row("multires_noise_discount")
 def _(lab: Lab) -> None:
-    def coarse(discount: float) -> float:
-        made = diffusion(lab, multires_noise_iterations=6, multires_noise_discount=discount)
-        return float(torch.nn.functional.avg_pool2d(
-            made.draw(1, range(200), (4, 16, 16)).noise, 4).std())
-    assert coarse(1e-6) == pytest.approx(0.25, rel=0.05)
-    assert coarse(0.3) * 1.1 < coarse(0.9)
+    """Each level is that share of the one before. Levels are told apart by a fit: with d = 1 they
+    are (white + first) / a and (white + first + second) / b, with others (white + d first) / e
+    and (white + d first + d^2 second) / f, where only the deviations a, b, e, f aren't known."""
+    def draw(levels: int, discount: float) -> Tensor:
+        made = diffusion(lab, multires_noise_iterations=levels, multires_noise_discount=discount)
+        return made.draw(1, [7], (4, 32, 32)).noise.double().flatten()
+
+    def fit(found: Tensor, *known: Tensor) -> list[float]:
+        return torch.linalg.lstsq(torch.stack(known, 1), found[:, None]).solution[:, 0].tolist()
+    white, once, twice = draw(0, 1.0), draw(1, 1.0), draw(2, 1.0)
+    for d in (0.3, 0.8):
+        of_white, of_once = fit(draw(1, d), white, once)
+        a = of_once * (1 - d) / of_white / d
+        of_white, of_once, _ = fit(draw(2, d), white, once, twice)
+        f = (1 - d) / of_white
+        assert of_once * f / a == pytest.approx(d - d**2, rel=1e-3)
 
 
 def _snr(made: Diffusion) -> Tensor:
