@@ -12,7 +12,8 @@ from PIL import Image
 
 from core import choices, regularise
 from core.control import Control
-from core.examples import Encoder, Examples, trimmed
+from core.embeddings import trimmed
+from core.examples import Encoder, Examples
 from tests import tiny
 from tests.keys.lab import Lab
 

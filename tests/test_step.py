@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from core import checkpoint, choices, new_words
+from core import base_check, checkpoint, choices, lora, new_words
 from core.course import Batch
 from core.engine import VALIDATION_SHARES
 from core.events import Step
@@ -150,6 +150,16 @@ def test_fp16_is_clipped_as_fp32_is(lab: Lab) -> None:
             break
     means = [trainer.optimizer.state[p]["exp_avg"].flatten() for p in trainer.parameters]
     assert float(torch.cat(means).norm()) == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_the_base_check_leaves_the_adapter_on(lab: Lab) -> None:
+    """It looks at the base alone; the run that follows learns at full weight, with dropout."""
+    trainer = started(lab.trainer(lora_dropout=0.5, text_encoder_lr=1e-3))
+    base_check.check(trainer)
+    for model in trainer.trained_models().values():
+        for _, layer in lora.layers(model):
+            assert layer.scaling[lora.ADAPTER] == 1
+            assert layer.lora_dropout[lora.ADAPTER].training
 
 
 # --- validation ---

@@ -52,11 +52,11 @@ MUTANTS = [
            key("bucket_no_upscale")),
     Mutant("subject-ignored", _EXAMPLES, 'Looks() if config.crop_about == "subject" else None',
            'Looks() if config.crop_about == "face" else None', key("crop_about")),
-    Mutant("padding-is-learned", _EXAMPLES,
+    Mutant("padding-is-learned", "core/embeddings.py",
            'kept = one["mask"].shape[1], max(1, int(one["mask"].sum()))',
            'kept = one["mask"].shape[1], one["mask"].shape[1]',
            ("test_encoding.py::test_texts_are_kept_without_their_padding",)),
-    Mutant("last-token-lost", _EXAMPLES, 'max(1, int(one["mask"].sum()))',
+    Mutant("last-token-lost", "core/embeddings.py", 'max(1, int(one["mask"].sum()))',
            'max(1, int(one["mask"].sum()) - 1)',
            ("test_encoding.py::test_texts_are_kept_without_their_padding",)),
 

@@ -136,6 +136,38 @@ MUTANTS = [
     Mutant("flow-masks-unused", _FLOW, "errors if weights is None else errors * weights", "errors",
            ("test_step.py::test_masks_count_in_flows_too",)),
 
+    Mutant("flow-shift-line-upside-down", _FLOW,
+           "math.exp(base + (top - base) * (tokens - low) / (high - low))",
+           "math.exp(-(base + (top - base) * (tokens - low) / (high - low)))",
+           ("test_noise_levels.py::test_shifts_are_those_of_diffusers_scheduler",)),
+    Mutant("flow-tokens-are-pixels", _FLOW,
+           "(height // self.patch) * (width // self.patch)", "height * width",
+           ("test_noise_levels.py::test_shifts_are_those_of_diffusers_scheduler",)),
+    Mutant("parabola-is-flat", _FLOW, "2 - self.bend * (u - 0.5) ** 2", "2 - (u - 0.5) ** 2",
+           ("test_noise_levels.py::test_levels_are_distributed_as_the_curves_formula_says",)),
+    Mutant("mode-upside-down", _FLOW, "u = 1 - u - self.mode_scale *", "u = u - self.mode_scale *",
+           ("test_noise_levels.py::test_levels_are_distributed_as_the_curves_formula_says",)),
+    Mutant("levels-of-another-curve", _FLOW,
+           'own.curve if config.timestep_sampling == "auto" else config.timestep_sampling',
+           "own.curve", key("timestep_sampling")),
+    Mutant("z-image-learns-unshifted", "core/families/zimage.py", "LEARNS = Sampling(shift=2.0)",
+           "LEARNS = Sampling(shift=1.0)", ("test_noise_levels.py",)),
+    Mutant("times-that-bf16-lacks", _FLOW, "            times = read\n        return times",
+           "            break\n        return times",
+           ("test_noise_levels.py"
+            "::test_drawn_times_are_told_as_they_are_and_near_what_the_curve_wants",)),
+
+    # --- what the base is taken for ---
+    Mutant("base-checked-with-its-lora", "core/base_check.py", "lora.set_weight(model, 0.0)",
+           "lora.set_weight(model, 1.0)",
+           ("test_base_check.py::test_a_lora_that_the_run_begins_with_is_off",)),
+    Mutant("lora-stays-off", "core/base_check.py", "lora.set_weight(model, 1.0)",
+           "lora.set_weight(model, 0.0)",
+           ("test_step.py::test_the_base_check_leaves_the_adapter_on",)),
+    Mutant("any-base-fits", "core/base_check.py", "WORSE_THAN_THE_MEAN, NEAR_THE_MEAN = 1.0, 0.8",
+           "WORSE_THAN_THE_MEAN, NEAR_THE_MEAN = 9.0, 8.0",
+           ("test_base_check.py::test_the_wrong_prediction_is_worse_than_guessing",)),
+
     # --- rates and rules ---
     Mutant("factors-ignored", _OPTIM, 'group["lr"] = rate * group.get("factor", 1.0)',
            'group["lr"] = rate', key("lora_plus_ratio")),
