@@ -170,12 +170,29 @@ def test_every_way_is_tried_and_the_last_failure_is_a_fault(make: Make) -> None:
     assert all(p.grad is None for p in drive.trainer.parameters)
 
 
-def test_another_error_is_not_taken_for_memory(make: Make) -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError("1 / 0"),
+                                   RuntimeError("mat1 and mat2 shapes cannot be multiplied")])
+def test_another_error_is_not_taken_for_memory(make: Make, error: Exception) -> None:
     drive = Drive(make())
-    drive.trainer.denoiser.conv_out.register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+
+    def fails(*_: Any) -> None:
+        raise error
+    drive.trainer.denoiser.conv_out.register_forward_hook(fails)
+    with pytest.raises(type(error)):
         drive.to_end()
     assert not drive.trainer.lowered
+
+
+def test_a_scale_that_was_found_outlives_a_failure(make: Make) -> None:
+    """A scaler that began anew would skip a dozen updates until it fits again."""
+    trainer = Drive(make(precision="fp16")).trainer
+    trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {
+        "scale": 512.0, "_growth_tracker": 7})
+    trainer.accumulate(trainer.course.update(0))
+    lowering.abandon(trainer)
+    assert trainer.scaler.state_dict()["scale"] == 512
+    assert trainer.scaler.state_dict()["_growth_tracker"] == 7
+    assert all(p.grad is None for p in trainer.parameters)
 
 
 def test_a_failed_update_leaves_no_memory_behind(make: Make) -> None:

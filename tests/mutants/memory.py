@@ -88,7 +88,7 @@ MUTANTS = [
            "    trainer.optimizer.zero_grad(set_to_none=True)\n    kept", "    kept",
            ("test_rescue.py::test_the_update_is_that_of_smaller_micro_batches",)),
     Mutant("scaler-starts-again", _LOWERING, "        trainer.scaler.load_state_dict(kept)\n",
-           "        pass\n", ("test_rescue.py::test_fp16s_scaler_survives_a_failure",)),
+           "        pass\n", ("test_rescue.py::test_a_scale_that_was_found_outlives_a_failure",)),
     Mutant("any-error-is-memory", _RESCUE, "            if not ran_out(error):\n",
            "            if False:\n", ("test_rescue.py::test_another_error_is_not_taken_for_memory",
            )),
