@@ -45,6 +45,7 @@ class Position:
     scaler: dict[str, Any] | None = None
     lowered: dict[str, Any] = field(default_factory=dict)    # config keys that the run changed
     samples: int = 0                     # of an epoch
+    base_loras: list[str] = field(default_factory=list)      # "name:weight:hash"
 
 
 @dataclass(frozen=True, slots=True)

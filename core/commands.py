@@ -217,6 +217,7 @@ def overrides(pairs: Sequence[str]) -> dict[str, str]:
 
 def found_beside(config: TrainConfig, folder: Path) -> TrainConfig:
     """Paths that lie beside the YAML and not in the working folder, made absolute."""
+    from core import base_loras
     from core.config import resolve
     from core.extensions import located
     changes = {}
@@ -224,7 +225,8 @@ def found_beside(config: TrainConfig, folder: Path) -> TrainConfig:
         path = getattr(config, key)
         if path and (found := resolve(path, folder)).exists() and found != resolve(path, None):
             changes[key] = str(found)
-    return located(config.with_changes(**changes) if changes else config, folder)
+    return base_loras.located(
+        located(config.with_changes(**changes) if changes else config, folder), folder)
 
 
 # --- pictures and files ---

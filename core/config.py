@@ -66,6 +66,8 @@ class TrainConfig(BaseModel):
         "layers by name, or a preset: attention | attention+ff | all-linear")
     init_lora_weights: str = _field(
         "", "advanced", "LoRA file or folder to continue from, of any format")
+    base_loras: list[str] = _field(
+        [], "advanced", "LoRAs that belong to the base while this one learns, 'file:weight'")
     adapter: AdapterKind | Extension = _field(
         "lora", "advanced", "kind of adapter; module:object: your own variant")
     conv_rank: int = _field(
@@ -191,6 +193,8 @@ class TrainConfig(BaseModel):
     sample_inference_steps: int = _field(20, "expert", "denoising steps of previews", ge=1)
     sample_sampler: str = _field("auto", "expert", "sampler of previews")
     sample_weight: float = _field(0.8, "expert", "LoRA weight of previews", ge=-4, le=4)
+    base_loras_in_previews: bool = _field(
+        False, "expert", "draw previews with base_loras too")
     validation_steps: int = _field(0, "expert", "validate every N steps; 0: per checkpoint", ge=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = _field("auto", "expert", "where to train")
     picture_processors: list[str] = _field(
@@ -198,10 +202,20 @@ class TrainConfig(BaseModel):
     callbacks: list[str] = _field([], "expert", "your own listeners to the run, module:object")
     task_type: Literal["text-to-image"] = _field("text-to-image", "expert", "kind of task")
 
-    @field_validator("sample_prompts", "picture_processors", "callbacks", mode="before")
+    @field_validator("sample_prompts", "base_loras", "picture_processors", "callbacks",
+                     mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("base_loras")
+    @classmethod
+    def _finite_weights(cls, value: list[str]) -> list[str]:
+        for text in value:
+            if not re.fullmatch(r".*[^:\s].*", text) or re.search(
+                    r":\s*[-+]?(nan|inf(inity)?)\s*$", text, re.IGNORECASE):
+                raise PydanticCustomError("lora", "expected file:weight", {"given": text})
+        return value
 
     @field_validator("output_name")
     @classmethod

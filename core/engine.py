@@ -17,7 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core import extensions, families, lora, lora_init, objective, optim, randomness, regularise
+from core import (
+    base_loras,
+    extensions,
+    families,
+    lora,
+    lora_init,
+    objective,
+    optim,
+    randomness,
+    regularise,
+)
 from core.callbacks import Callbacks
 from core.checkpoint import State
 from core.config import TrainConfig, resolve
@@ -55,7 +65,7 @@ def train(config: TrainConfig, emit: Emit, control: Control,
     `beside` is the folder that relative paths are looked up in first (the config's own).
     Returns the facts for the summary. Raises Fault for whatever a user can mend.
     """
-    config = extensions.located(config, beside)
+    config = base_loras.located(extensions.located(config, beside), beside)
     with Callbacks(config.callbacks, emit, control) as callbacks:
         return _train(config, callbacks, control, beside)
 
@@ -69,6 +79,7 @@ def _train(config: TrainConfig, emit: Callbacks, control: Control, beside: Path 
     source = _source(config, beside)
     kind = families.detect(source) if config.family == "auto" else config.family
     family = families.get(kind)
+    base_loras.check(config, kind)
     precision = choose(config.precision, config.device)
     parts = family.load(source, precision, frozenset())
     if config.prediction_type != "auto" and parts.flow is None:
@@ -108,6 +119,8 @@ class Trainer:
         self.examples, self.emit, self.control = examples, emit, control
         self.denoiser = parts.denoiser
         parts.reading = reading_of(config)
+        self.base_loras = parts.base_loras = base_loras.attach(
+            self.denoiser, config, family.spec.id, precision, emit)
         self.parameters = lora.attach(self.denoiser, config, family.spec)
         self.text = self._text_training() if config.trains_text else None
         if config.init_lora_weights:

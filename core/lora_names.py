@@ -75,13 +75,13 @@ def refuse_paths(tagged: Iterable[Tag]) -> None:
             raise Fault("generate.lora_path", name=tag.name)
 
 
-def parse_lora(text: str) -> tuple[str, float]:
+def parse_lora(text: str, default: float = DEFAULT_WEIGHT) -> tuple[str, float]:
     """'ink.safetensors:0.5' -> (name, weight). A colon of a Windows drive is no weight."""
     name, colon, weight = text.rpartition(":")
     try:
-        return (name, float(weight)) if colon and name else (text, DEFAULT_WEIGHT)
+        return (name, float(weight)) if colon and name else (text, default)
     except ValueError:
-        return text, DEFAULT_WEIGHT
+        return text, default
 
 
 def find_lora(name: str, weight: float, folders: Sequence[Path] = ()) -> Lora:

@@ -20,9 +20,9 @@ from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
-from core import buckets, extensions, paths
+from core import base_loras, buckets, extensions, paths
 from core.config import TrainConfig, size_of
-from core.plan_keys import adapter_settings, rule_settings
+from core.plan_keys import adapter_settings, rule_settings, text_settings
 from core.reading import from_json
 from core.safetensors_header import read_header
 
@@ -165,14 +165,7 @@ def step_settings(config: TrainConfig, machine: Machine, bucket: tuple[int, int]
             "accumulating": config.gradient_accumulation_steps > 1,
             **adapter_settings(config), **kept_settings(config, machine.kind),
             **({"eight_bit": True} if eight_bit(config, machine.kind) else rule_settings(config)),
-            **({"text": _text_settings(config)} if config.trains_text else {})}
-
-
-def _text_settings(config: TrainConfig) -> dict[str, float]:
-    rank = config.text_encoder_rank or config.lora_rank
-    learns = config.text_encoder_lr > 0
-    return {"text_encoder_lr": 1e-4 if learns else 0.0, "text_encoder_rank": rank if learns else 0,
-            "pivotal_tokens": config.pivotal_tokens}
+            **({"text": text_settings(config)} if config.trains_text else {})}
 
 
 def kept_settings(config: TrainConfig, kind: str) -> dict[str, Any]:
@@ -234,7 +227,8 @@ def _as_kept(config: TrainConfig, base: Base, numbers: dict[str, str], machine: 
     """`denoiser`: bytes on the device; `waiting`: in RAM."""
     kept = kept_settings(config, machine.kind)
     held = ask("kept", base, numbers, **kept) if kept else {}
-    return {**facts, "waiting": 0.0, **held}
+    return {**facts, "waiting": 0.0, **held,
+            "base_loras": base_loras.held(config, 4 if numbers["compute"] == "fp32" else 2)}
 
 
 def _training(config: TrainConfig, facts: Mapping[str, float],
@@ -249,8 +243,10 @@ def _training(config: TrainConfig, facts: Mapping[str, float],
 def _beside(config: TrainConfig, facts: Mapping[str, float],
             step: Mapping[str, float]) -> dict[str, float]:
     """What some runs hold from the first step to the proof."""
-    return ({"text_encoder": facts["text"]} if config.trains_text else {}) | (
-        {"average": step["gradients"]} if config.ema_decay else {})
+    found = {"text_encoder": facts["text"] if config.trains_text else 0.0,
+             "average": step["gradients"] if config.ema_decay else 0.0,
+             "base_loras": facts["base_loras"]}
+    return {part: size for part, size in found.items() if size}
 
 
 def _drawing(config: TrainConfig, base: Base, numbers: dict[str, str], machine: Machine,

@@ -29,3 +29,10 @@ def rule_settings(config: TrainConfig) -> dict[str, Any]:
     named = extensions.is_named(config.optimizer)
     return {"rule": {"optimizer": config.optimizer, "optimizer_args": config.optimizer_args},
             **({"rule_source": extensions.mark(config.optimizer)} if named else {})}
+
+
+def text_settings(config: TrainConfig) -> dict[str, float]:
+    rank = config.text_encoder_rank or config.lora_rank
+    learns = config.text_encoder_lr > 0
+    return {"text_encoder_lr": 1e-4 if learns else 0.0, "text_encoder_rank": rank if learns else 0,
+            "pivotal_tokens": config.pivotal_tokens}

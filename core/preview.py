@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,10 @@ class Previewer:
         for model in learning:
             lora.set_weight(model, config.sample_weight)
             lora.set_training(model, False)
-        for i, prompt in enumerate(config.sample_prompts):
-            found.append(self._one(i, prompt, step, name))
+        attached = self.parts.base_loras
+        with attached.switched(config.base_loras_in_previews) if attached else nullcontext():
+            for i, prompt in enumerate(config.sample_prompts):
+                found.append(self._one(i, prompt, step, name))
 
     def _one(self, index: int, prompt: str, step: int, name: str) -> str:
         config = self.config

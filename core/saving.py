@@ -18,6 +18,7 @@ import torch
 from core import (
     __version__,
     adapter_file,
+    base_loras,
     captions,
     checkpoint,
     lora,
@@ -90,6 +91,8 @@ class Keeper:
     def _restore(self, found: Path, position: Position, state: State) -> int:
         trainer = self.trainer
         optim.check_same(position.config.get("optimizer", "adamw"), self.config.optimizer)
+        base_loras.refuse_others(trainer.base_loras.told, position.base_loras,
+                                 position.config.get("base_loras", []))
         lowering.apply(trainer, position.lowered)
         trainer.restore(state)
         self.name, self.session, self.last = position.name, position.session, found
@@ -117,7 +120,8 @@ class Keeper:
             update=step, name=self.name, config=self.config.model_dump(), session=self.session,
             started=self.began, seconds=self.before_s + time.time() - self._since,
             best_loss=self.best_loss, best_step=self.best_step, scaler=state.scaler,
-            lowered=state.lowered, samples=self.trainer.course.samples_per_epoch)
+            lowered=state.lowered, samples=self.trainer.course.samples_per_epoch,
+            base_loras=self.trainer.base_loras.told)
         if last:
             self._saved(self._somewhere(lambda folder: self._save(folder, position, state, made)))
         else:
@@ -278,7 +282,8 @@ class Keeper:
             optimizer=optim.describe(trainer.optimizer),
             mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(
                 trainer.precision.compute, "no"),
-            gradient_checkpointing=config.gradient_checkpointing)
+            gradient_checkpointing=config.gradient_checkpointing,
+            extra=base_loras.metadata(trainer.base_loras.told))
 
     def _thumbnail(self) -> bytes:
         """The newest preview, else the first training picture."""

@@ -121,6 +121,7 @@ class Session:
         return {"state": "done", "lora": str(final), "name": keeper.name,
                 "steps": trainer.total, "seconds": time.time() - self.began,
                 "best": keeper.best(), "samples": self.samples, "proof": proof, "base": self.base,
+                "base_loras": trainer.base_loras.told or None,
                 "checkpoints": keeper.kept(), "parameters": sum(
                     p.numel() for p in trainer.parameters), **meter.facts(),
                 **self.lookout.facts()}

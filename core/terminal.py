@@ -241,7 +241,8 @@ def _memory(value: Mapping[str, Any]) -> str:
 
 
 SHOWN: dict[str, Callable[[Any], str]] = {
-    "lora": str, "best": _best, "proof": _proof, "base": _base, "sheet": str, "checkpoint": str,
+    "lora": str, "best": _best, "proof": _proof, "base": _base, "base_loras": ", ".join,
+    "sheet": str, "checkpoint": str,
     "steps": str, "seconds": duration, "steps_per_second": "{:.2f}".format,
     "style_covered": _share, "content_kept": _share, "memory": _memory,
 }

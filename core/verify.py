@@ -57,6 +57,8 @@ def verify_run(trainer: Trainer, path: Path) -> dict[str, Any]:
     with torch.no_grad():
         arguments = family.prompt_arguments(trainer.cond([prompt]), trainer.cond([""]))
     lora.set_weight(parts.denoiser, 1.0)
+    if parts.base_loras is not None:                # no part of the file
+        parts.base_loras.on = False
     in_memory = _picture(family.pipeline(parts), parts, arguments, precision)
     parts.denoiser = trainer.denoiser = None        # a large base doesn't fit twice
     free_memory()

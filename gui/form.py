@@ -20,7 +20,7 @@ from gui.context import Context, Snapshot, Updates
 LEVELS = ("basic", "advanced", "expert")
 ELSEWHERE = frozenset({"base_model", "resume", "task_type"})    # asked for in another place
 WIDE = frozenset({"train_data_dir", "output_dir", "sample_prompts", "metadata_path",
-                  "target_modules", "trigger_word"})
+                  "target_modules", "trigger_word", "base_loras"})
 CHOICES = {"target_modules": ["attention", "attention+ff", "all-linear"],
            "adapter": list(get_args(AdapterKind)), "optimizer": list(OPTIMIZERS)}   # or typed
 LIMITS = {"ge": "at_least", "gt": "above", "le": "at_most", "lt": "below"}

@@ -18,8 +18,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("core", "captioner", "gui", "launcher")            # each may import those before it
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "open_clip"}
-LIGHT = ("advisor", "captions", "caption_checks", "checks", "children", "choices", "commands",
-         "config", "logs",
+LIGHT = ("advisor", "base_loras", "captions", "caption_checks", "checks", "children", "choices",
+         "commands", "config", "logs",
          "console", "control", "copies", "crops", "dataset", "dataset_commands", "doctor",
          "draw_config", "intake", "plan_service", "project", "thumbnails",
          "download", "duplicates", "events", "families", "faults", "findings", "focus", "gpu",

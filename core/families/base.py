@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from core.base_loras import Attached
 from core.flow import Sampling
 from core.quantise import Kind
 
@@ -74,6 +75,7 @@ class Parts:
     architecture: str = ""                  # where it isn't the spec's
     text_width: int = 0                     # of the last CLIP's text, where it is padded
     reading: Reading = Reading()
+    base_loras: Attached | None = None      # what the denoiser has on it while it learns
     film: bool = False                      # the VAE is one of videos: (B, C, frames, h, w)
     denoiser: Any = None                    # UNet or transformer
     vae: Any = None

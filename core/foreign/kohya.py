@@ -82,6 +82,16 @@ class Kohya(Reader):
         if share := number(value):
             self.warm_up(share / 100, entry)
 
+    def take_base_weights(self, value: Any, entry: Entry) -> None:
+        """Its multipliers are a list beside it, 1 where there are fewer."""
+        files = value if isinstance(value, list) else str(value).split()
+        given = self.found.get("base_weights_multiplier", [])
+        weights = given if isinstance(given, list) else [given]
+        self.put("base_loras", [f"{file}:{number(weights[n]) if n < len(weights) else 1.0:g}"
+                                for n, file in enumerate(files)], entry)
+
+    def take_base_weights_multiplier(self, value: Any, entry: Entry) -> None: ...
+
     # choices
 
     def take_optimizer_type(self, value: Any, entry: Entry) -> None:

@@ -10,7 +10,7 @@ from gui.html import esc, gigabytes
 
 _GROUPS = {                             # parts of core/plan.py, as few as an eye can tell apart
     "base": ("denoiser", "text_encoder", "vae"), "activations": ("activations",),
-    "lora": ("adapter", "optimizer", "gradients", "average"),
+    "lora": ("adapter", "optimizer", "gradients", "average", "base_loras"),
     "system": ("context", "workspace", "fragments", "allocator", "process", "dataset", "offload")}
 
 

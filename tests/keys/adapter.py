@@ -120,6 +120,21 @@ def _(lab: Lab) -> None:
     assert not layers(lab.trainer())[MID].lora_B[lora.ADAPTER].weight.any()
 
 
+@row("base_loras")
+def _(lab: Lab) -> None:
+    """The file's product times its weight is added to the layer's own output; it isn't trained."""
+    file = tiny.tiny_lora(lab.folder / "beneath.safetensors")
+    tensors, key = load_file(file), f"lora_unet_{tiny.MIDDLE}_to_q"
+    product = tensors[f"{key}.lora_up.weight"] @ tensors[f"{key}.lora_down.weight"]
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
+    plain = layers(lab.trainer())[MID](x).detach()
+    for weight in (1.0, 0.5):
+        trainer = lab.trainer(base_loras=[f"{file}:{weight}"])
+        torch.testing.assert_close(layers(trainer)[MID](x).detach(),
+                                   plain + weight * x @ product.T, rtol=1e-3, atol=1e-3)
+        assert len(trainer.parameters) == len(lab.trainer().parameters)
+
+
 @row("init_lora_resize")
 def _(lab: Lab) -> None:
     file = tiny.tiny_lora(lab.folder / "begin-6.safetensors", rank=6)

@@ -18,6 +18,7 @@ from core.control import Control
 from core.events import Checkpoint, Phase, Sample, Step
 from core.examples import Encoder
 from core.faults import Fault
+from tests import tiny
 from tests.keys.lab import Lab, row
 
 
@@ -232,6 +233,17 @@ def _(lab: Lab) -> None:
     assert "CFG scale: 7," in lab.preview(sample_inference_steps=1)["told"]     # the family's
     assert lab.plan(sample_prompts=["x"], sample_cfg=1.0).phase("preview").mb < (
         lab.plan(sample_prompts=["x"]).phase("preview").mb)
+
+
+@row("base_loras_in_previews")
+def _(lab: Lab) -> None:
+    file = tiny.tiny_lora(lab.folder / "beneath.safetensors")
+    with_, without, plain = (np.asarray(lab.preview(sample_inference_steps=2, **changes)["image"])
+                             for changes in ({"base_loras": [str(file)],
+                                              "base_loras_in_previews": True},
+                                             {"base_loras": [str(file)]}, {}))
+    assert (without == plain).all()
+    assert (with_ != plain).any()
 
 
 @row("sample_sampler")
