@@ -57,6 +57,11 @@ class TrainConfig(BaseModel):
     # advanced
     family: str = _field(
         "auto", "advanced", "model family; auto: told from the base; module:Class: your own")
+    vae: str = _field("", "advanced", "VAE file to use; empty: the base's, or that beside it")
+    text_encoders: list[str] = _field(
+        [], "advanced", "text encoder files to use; empty: the base's, or those beside it")
+    tokenizer: str = _field(
+        "", "advanced", "tokenizer folder to use; empty: the base's, or the app's own; shipped")
     metadata_path: str = _field("", "advanced", "captions as .csv or .jsonl")
     max_train_steps: int = _field(0, "advanced", "steps instead of epochs; 0: epochs", ge=0)
     lora_alpha: float | None = _field(None, "advanced", "scale = alpha / rank; empty: rank", gt=0)
@@ -203,7 +208,7 @@ class TrainConfig(BaseModel):
     task_type: Literal["text-to-image"] = _field("text-to-image", "expert", "kind of task")
 
     @field_validator("sample_prompts", "base_loras", "picture_processors", "callbacks",
-                     mode="before")
+                     "text_encoders", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
@@ -317,6 +322,9 @@ class GenerateConfig(BaseModel):
     precision: Precision = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     family: str = "auto"
+    vae: str = ""                          # these three as in TrainConfig
+    text_encoders: list[str] = []
+    tokenizer: str = ""
 
     @field_validator("size", mode="before")
     @classmethod

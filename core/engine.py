@@ -38,6 +38,7 @@ from core.ema import Ema
 from core.embeddings import reading_of, unused_of
 from core.events import Event, Note, Phase
 from core.examples import Encoder, Examples, Stopped, find, say_too_long
+from core.families import companions
 from core.families.base import Cond, Family, Parts, Precision
 from core.faults import Fault, Fix
 from core.flow import Sampling, without_effect
@@ -78,10 +79,11 @@ def _train(config: TrainConfig, emit: Callbacks, control: Control, beside: Path 
     randomness.seed(config.seed)
     source = _source(config, beside)
     kind = families.detect(source) if config.family == "auto" else config.family
-    family = families.get(kind)
+    family = families.get(kind, companions.chosen(config, beside))
     base_loras.check(config, kind)
     precision = choose(config.precision, config.device)
     parts = family.load(source, precision, frozenset())
+    parts.beside = companions.announce(family, source, emit)
     if config.prediction_type != "auto" and parts.flow is None:
         parts.objective = config.prediction_type
     _say_unused(config, parts.flow, emit)

@@ -19,6 +19,7 @@ class Fix:
 
     key: str                                       # its label's key in strings/<lang>/fixes.yaml
     changes: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)    # of the label
 
 
 class Fault(Exception):

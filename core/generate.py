@@ -17,6 +17,7 @@ from core import adapter_file, families, lora, lora_formats, new_words, paths, s
 from core.config import GenerateConfig, size_of
 from core.embeddings import reading_of, trimmed, unread, unused_of
 from core.events import Event, Note
+from core.families import companions
 from core.families.base import ALL_PARTS, Family, Parts, Precision
 from core.faults import Fault
 from core.lora_file import read_lora
@@ -48,7 +49,8 @@ class Studio:
                  emit: Callable[[Event], None]) -> None:
         self.source, self.emit = source, emit
         self.family: Family = families.get(
-            families.detect(source) if config.family == "auto" else config.family)
+            families.detect(source) if config.family == "auto" else config.family,
+            companions.chosen(config))
         self.precision = choose(config.precision, config.device)
         self._adapters: dict[Path, str] = {}
         self._words: dict[Path, dict[str, str]] = {}
@@ -96,6 +98,7 @@ class Studio:
         self.parts.reading = reading
 
     def load(self) -> None:
+        companions.announce(self.family, self.source, self.emit)
         self.parts: Parts = self.family.load(self.source, self.precision, ALL_PARTS)
         self.pipeline: Any = self.family.pipeline(self.parts)
 

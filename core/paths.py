@@ -20,6 +20,7 @@ _SUFFIXES = {".safetensors", ".yaml", ".yml"}
 _NO_NAME = re.compile(r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]')
 _DEVICE = re.compile(r"con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]", re.IGNORECASE)
 FAMILY_CONFIGS = ROOT / "core" / "families" / "configs"
+TOKENIZERS = ROOT / "core" / "families" / "tokenizers"   # that families share
 
 
 def data_dir() -> Path:

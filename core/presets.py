@@ -161,7 +161,8 @@ def _plain(name: str) -> str:
 
 # What says which pictures and which base, or where to; a preset is about how.
 NOT_KEPT = frozenset({"train_data_dir", "base_model", "output_dir", "output_name", "trigger_word",
-                      "metadata_path", "resume", "device", "sample_prompts", "family"})
+                      "metadata_path", "vae", "text_encoders", "tokenizer", "resume", "device",
+                      "sample_prompts", "family"})
 
 
 def own_folder() -> Path:

@@ -37,6 +37,7 @@ from core.config import dump_yaml, size_of
 from core.events import Checkpoint, Note
 from core.examples import Example
 from core.failures import one_line
+from core.families import companions
 from core.faults import Fault, Fix
 from core.lora_layers import Lora
 from core.lora_metadata import Bucket, Folder, TrainFacts, build_metadata
@@ -283,7 +284,8 @@ class Keeper:
             mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(
                 trainer.precision.compute, "no"),
             gradient_checkpointing=config.gradient_checkpointing,
-            extra=base_loras.metadata(trainer.base_loras.told))
+            extra=base_loras.metadata(trainer.base_loras.told)
+            | companions.metadata(trainer.parts.beside))
 
     def _thumbnail(self) -> bytes:
         """The newest preview, else the first training picture."""

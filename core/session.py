@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from core import base_check, randomness
 from core.events import Note, Phase
 from core.failures import one_line, ran_out
+from core.families import companions
 from core.faults import Fault
 from core.lookout import Lookout
 from core.meter import Meter
@@ -122,6 +123,7 @@ class Session:
                 "steps": trainer.total, "seconds": time.time() - self.began,
                 "best": keeper.best(), "samples": self.samples, "proof": proof, "base": self.base,
                 "base_loras": trainer.base_loras.told or None,
+                "companions": companions.summary(trainer.parts.beside),
                 "checkpoints": keeper.kept(), "parameters": sum(
                     p.numel() for p in trainer.parameters), **meter.facts(),
                 **self.lookout.facts()}

@@ -80,6 +80,8 @@ def test_everything_beside_the_code_goes_in(make: Any) -> None:
             Path("captioner/vocabulary") / next((ROOT / "captioner/vocabulary").iterdir()).name,
             } <= placed
     assert len([path for path in placed if path.is_relative_to("core/families/configs")]) > 10
+    assert {Path("core/families/tokenizers") / kind / "tokenizer.json" for kind in ("qwen", "t5")
+            } <= placed
     assert not [path for path in placed if path.suffix in (".py", ".pyc")]
 
 

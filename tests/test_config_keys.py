@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from core.config import TrainConfig
-from tests.keys import adapter, data, run, step  # noqa: F401 - they fill ROWS
+from tests.keys import adapter, companions, data, run, step  # noqa: F401 - they fill ROWS
 from tests.keys.lab import ROWS, Lab
 
 

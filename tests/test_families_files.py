@@ -16,12 +16,13 @@ from diffusers.loaders import lora_conversion_utils
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GemmaTokenizer, Qwen2Tokenizer, T5Tokenizer
+from transformers import GemmaTokenizer, T5Tokenizer
 
 from core import families, generate, lora, lora_formats, paths
 from core.config import TrainConfig
 from core.families import loading
 from core.families.base import Precision
+from core.families.companions import Chosen
 from core.families.lumina2 import GEMMA
 from core.faults import Fault
 from core.naming import NAMINGS
@@ -131,12 +132,13 @@ def test_sd3_beside_its_text_encoders(made: tuple[str, Path, Any], tmp_path: Pat
     assert family.load(path, FP32, frozenset({"text_encoder_3"})).text == {}    # works without
     save_file(behind("", parts.text["text_encoder_3"].state_dict()),
               models / "clip" / "t5xxl.safetensors")
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(Fault) as caught:     # the app's own tokenizer is that of the whole T5
         family.load(path, FP32, frozenset({"text_encoder_3"}))
-    assert caught.value.code == "families.tokenizer_missing"
+    assert caught.value.code == "families.tokenizer_too_large"
     kept = models / "tokenizers" / "t5"
     T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581red", -1.0),
                        ("\u2581disc", -1.0)], extra_ids=0).save_pretrained(kept)
+    family = families.get(name, Chosen(tokenizer=kept))
     found = family.load(path, FP32, frozenset({"denoiser", "vae", "text_encoder_3"}))
     assert len(found.text["tokenizer_3"](["red disc"]).input_ids[0]) == 3
     ours = parts.text["text_encoder_3"].state_dict()
@@ -164,7 +166,7 @@ def test_a_denoiser_with_vae_and_text_encoder_beside_it(made: tuple[str, Path, A
     reader = folder / "text_encoder" / "model.safetensors"
     assert any("visual." in key or key.startswith("lm_head.") for key in load_file(reader))
     shutil.copyfile(reader, models / "text_encoders" / "reader.safetensors")
-    Qwen2Tokenizer({"a": 0}, []).save_pretrained(models / "tokenizers" / "qwen")
+    family = families.get(name, Chosen(tokenizer=folder / "tokenizer"))
     found = family.load(path, FP32)
     compare(name, parts, found)
     weights = found.text["text_encoder"].state_dict()
@@ -429,7 +431,12 @@ def test_gemma_reads_for_a_single_file(made: tuple[str, Path, Any], tmp_path: Pa
     with pytest.raises(Fault, match="Gemma") as caught:
         family.load(path, FP32, frozenset({"text"}))
     assert caught.value.code == "families.tokenizer_missing"
-    gemma_folder(tmp_path / "models" / "tokenizers" / "gemma")
+    kept = tmp_path / "models" / "tokenizers" / "gemma"
+    gemma_folder(kept)
+    with pytest.raises(Fault, match=re.escape(str(kept))) as caught:     # too few words for Gemma 2
+        family.load(path, FP32, frozenset({"text"}))
+    assert caught.value.code == "families.tokenizer_other"
+    family = families.get(name, Chosen(tokenizer=kept))
     only = {"denoiser", "text"} | ({"vae"} if name == "lumina2" else set())
     found = family.load(path, FP32, frozenset(only))
     found.vae = found.vae or parts.vae

@@ -61,6 +61,8 @@ from transformers import (
 
 from tests.tiny import TOKENIZER
 
+DATA = Path(__file__).parent / "data"
+
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
             "steps_offset": 1}
 WORDS = ["<pad>", "</s>", "<unk>", "red", "green", "blue", "orange", "purple", "teal", "disc",
@@ -189,8 +191,9 @@ def chroma() -> Any:
 
 
 def chat_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = word_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    """With the chat template that was published with Qwen3."""
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = (DATA / "qwen3_chat.jinja").read_text("utf-8")
     return tokenizer
 
 
@@ -201,7 +204,7 @@ def zimage() -> Any:
             in_channels=16, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
             cap_feat_dim=32, axes_dims=[8, 4, 4], axes_lens=[1024, 64, 64]),
         text_encoder=Qwen3Model(Qwen3Config(
-            vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            vocab_size=80, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
             num_attention_heads=2, num_key_value_heads=1, head_dim=16)),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
 
@@ -242,7 +245,7 @@ def flux2() -> Any:
             num_attention_heads=2, joint_attention_dim=48, guidance_embeds=False,
             axes_dims_rope=(4, 4, 4, 4)),
         text_encoder=Qwen3ForCausalLM(Qwen3Config(
-            vocab_size=len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=29,
+            vocab_size=80, hidden_size=16, intermediate_size=16, num_hidden_layers=29,
             num_attention_heads=1, num_key_value_heads=1, head_dim=8)),
         scheduler=FlowMatchEulerDiscreteScheduler(
             shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,

@@ -12,6 +12,7 @@ from core.faults import Fault, Fix
 
 if TYPE_CHECKING:
     from core.families.base import Family
+    from core.families.companions import Chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +50,23 @@ def token_limit(family_id: str, max_tokens: int = 225) -> int:
     return MODULES[family_id].tokens or max_tokens
 
 
-def get(family_id: str) -> Family:
-    """Raises Fault `families.unknown` with the nearest known id."""
+def get(family_id: str, chosen: Chosen | None = None) -> Family:
+    """`chosen`: companions that the user named. Raises Fault `families.unknown` with the nearest
+    known id."""
     if extensions.is_named(family_id):
-        return _own(family_id)
+        return _own(family_id, chosen)
     if family_id not in MODULES:
         close = words.nearest(family_id, MODULES, 1)
         raise Fault("families.unknown", family=family_id, known=", ".join(MODULES),
                     nearest=close[0] if close else next(iter(MODULES)))
     _quiet()
     module, name = MODULES[family_id].module.split(":")
-    family: Family = getattr(importlib.import_module(module), name)()
-    return family
+    family: Any = getattr(importlib.import_module(module), name)()
+    family.chosen = chosen or family.chosen
+    return family  # type: ignore[no-any-return]
 
 
-def _own(name: str) -> Family:
+def _own(name: str, chosen: Chosen | None) -> Family:
     """A class of the user's own, all methods of the protocol there."""
     from core.families.base import Family
     _quiet()
@@ -72,6 +75,10 @@ def _own(name: str) -> Family:
     wanted = [word for word in vars(Family) if not word.startswith("_")]
     if lacks := [word for word in ("spec", *wanted) if not hasattr(made, word)]:
         raise extension.wrong(", ".join(lacks), made)
+    if chosen is not None and any((chosen.vae, chosen.text_encoders, chosen.tokenizer)):
+        if not hasattr(made, "chosen"):
+            raise Fault("families.companions_of_its_own", family=name)
+        made.chosen = chosen
     guarded: Any = extensions.Guarded(extension, made)
     return guarded  # type: ignore[no-any-return]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from core.base_loras import Attached
+from core.families.companions import Taken
 from core.flow import Sampling
 from core.quantise import Kind
 
@@ -76,6 +77,7 @@ class Parts:
     text_width: int = 0                     # of the last CLIP's text, where it is padded
     reading: Reading = Reading()
     base_loras: Attached | None = None      # what the denoiser has on it while it learns
+    beside: list[Taken] = field(default_factory=list)   # files of other places that it is used with
     film: bool = False                      # the VAE is one of videos: (B, C, frames, h, w)
     denoiser: Any = None                    # UNet or transformer
     vae: Any = None
@@ -110,7 +112,8 @@ class Family(Protocol):
         Tokenizers are real. Raises Fault as `load` does."""
 
     def weight_files(self, source: Path, part: Part) -> list[tuple[Path, str]]:
-        """Where a part's weights lie: (file, prefix of its tensors' names)."""
+        """Where a part's weights lie: (file, prefix of its tensors' names). Of text encoders the
+        files of tokenizers as well: what is kept on disk goes by all of them."""
 
     def encode_text(self, parts: Parts, prompts: Sequence[str]) -> Cond:
         """Embeddings of B prompts, on the base's device, of the encoders that are loaded: each

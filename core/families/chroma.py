@@ -20,7 +20,6 @@ from core.families import names, text
 from core.families.base import Cond, FamilySpec, Parts
 from core.families.common import (
     ALIASES,
-    T5,
     Loaded,
     Vocabulary,
     dit_sizes,
@@ -62,7 +61,7 @@ class Chroma(Loaded):
         Piece("vae", AutoencoderKL, "vae", ("vae.", "first_stage_model."), names.vae,
               alone="vae_16"),
         Piece("text_encoder", T5EncoderModel, "text", (T5XXL,), alone="t5"))
-    vocabularies: ClassVar = {"text_encoder": Vocabulary("T5", T5, LENGTH)}
+    vocabularies: ClassVar = {"text_encoder": Vocabulary("t5", LENGTH)}
     pipe = Masked
 
     def adapt(self, layout: Layout) -> None:

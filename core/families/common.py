@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from transformers import AutoTokenizer, CLIPTokenizer
 from core import paths, samplers
 from core.families import clip, companions, detection, loading, text
 from core.families.base import ALL_PARTS, Cond, FamilySpec, Frame, Objective, Part, Parts, Precision
+from core.families.companions import Chosen, Taken
 from core.families.loading import Layout, Piece
+from core.families.vocabularies import FILES, KINDS, MARKS
 from core.faults import Fault
 
 
@@ -22,14 +25,10 @@ from core.faults import Fault
 class Vocabulary:
     """An encoder's tokenizer."""
 
-    title: str = ""                         # empty: CLIP's, which ships with the app
-    kinds: tuple[str, ...] = ()             # names of its class in tokenizer_config.json
+    kind: str = ""                          # of vocabularies.KINDS; empty: CLIP's
     length: int = 77                        # tokens that the pipeline feeds
     pad: str = "<|endoftext|>"              # of CLIP's
-
-    @property
-    def shipped(self) -> bool:
-        return not self.title
+    chat: str = ""                          # the template that the model was trained with
 
 
 class Loaded:
@@ -40,6 +39,7 @@ class Loaded:
     pieces: ClassVar[tuple[Piece, ...]]
     vocabularies: ClassVar[Mapping[str, Vocabulary]]
     pipe: ClassVar[Any]                     # of diffusers
+    chosen: Chosen = companions.NONE        # companions that the user named
 
     def layout(self, source: Path) -> Layout:
         """Raises Fault where `source` is no base of this family, or lacks a config."""
@@ -47,7 +47,8 @@ class Loaded:
         configs = source if source.is_dir() else paths.FAMILY_CONFIGS / self.kind
         scheduler = loading.read_json(configs / "scheduler" / "scheduler_config.json", configs)
         layout = Layout(source, found, loading.configs_in(configs, self.pieces), scheduler,
-                        {} if source.is_dir() else loading.files_of(source, self.pieces))
+                        {} if source.is_dir() else loading.files_of(source, self.pieces),
+                        self.chosen)
         if not source.is_dir():
             with loading.told(source):
                 self.adapt(layout)
@@ -100,29 +101,63 @@ class Loaded:
             setattr(parts, piece.part, model)
 
     def _tokenizer(self, layout: Layout, encoder: str, real: bool) -> Any:
-        kind = self.vocabularies[encoder]
-        folder = layout.source / _tokenizer_of(encoder)
-        if layout.folder and folder.is_dir():
-            with loading.told(folder):
-                return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if kind.shipped:
-            return CLIPTokenizer.from_pretrained(loading.TOKENIZER, pad_token=kind.pad)
+        vocabulary, own = self.vocabularies[encoder], layout.source / _tokenizer_of(encoder)
+        if not vocabulary.kind:
+            if not own.is_dir():
+                return CLIPTokenizer.from_pretrained(loading.TOKENIZER, pad_token=vocabulary.pad)
+            with loading.told(own):
+                return AutoTokenizer.from_pretrained(own, local_files_only=True)
         try:
-            folder = companions.find_tokenizer(layout.source, kind.kinds, kind.title)
+            folder = self._words(layout, encoder)
             with loading.told(folder):
-                return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                made = text.open_tokenizer(folder, KINDS[vocabulary.kind])
         except Fault as fault:
             if real:
                 raise
-            return text.Blank(kind.length, fault)
+            return text.Blank(vocabulary.length, fault)
+        if folder != own:
+            made.padding_side = "right"
+        made.chat_template = vocabulary.chat or made.chat_template
+        return made
+
+    def _words(self, layout: Layout, encoder: str) -> Path:
+        """The folder of an encoder's tokenizer. Raises Fault where it is none for it."""
+        config = layout.configs[encoder]
+        with loading.told(layout.source):   # some configs leave out what is usual
+            rows = int(config.get("text_config", config).get("vocab_size", sys.maxsize))
+        return companions.find_tokenizer(layout.source, _tokenizer_of(encoder), KINDS[
+            self.vocabularies[encoder].kind], rows, self.chosen)
+
+    def beside(self, source: Path) -> list[Taken]:
+        """What a base is used with that it doesn't hold itself. Raises Fault where something is
+        missing, and where it can't be told which of several files is meant."""
+        layout = self.layout(source)
+        found: list[Taken] = []
+        for piece in self.pieces:
+            if piece.part == "denoiser" or piece.name not in layout.configs:
+                continue
+            file = loading.file_of(layout, piece)
+            if file is None or file[0] not in (source, source / piece.name):
+                found.append(companions.taken_file(piece.name, file[0]) if file
+                             else Taken(piece.name, None))
+            if file and piece.part == "text" and self.vocabularies[piece.name].kind:
+                folder = self._words(layout, piece.name)
+                if not folder.is_relative_to(source):
+                    found.append(companions.taken_tokenizer(_tokenizer_of(piece.name), folder))
+        companions.check_used(self.chosen, found, self.spec.title)
+        return found
 
     def weight_files(self, source: Path, part: Part) -> list[tuple[Path, str]]:
-        layout = self.layout(source)
-        wanted = self._wanted(layout, frozenset({part}))
-        if layout.folder:
-            return [one for piece in wanted for one in loading.weights_in(source / piece.name)]
-        found = [loading.file_of(layout, piece) for piece in wanted]
-        return [one for one in found if one is not None]
+        layout, found = self.layout(source), list[tuple[Path, str]]()
+        for piece in self._wanted(layout, frozenset({part})):
+            if (file := loading.file_of(layout, piece)) is None:
+                continue
+            found += loading.weights_in(file[0]) if file[0].is_dir() else [file]
+            if piece.part == "text" and self.vocabularies[piece.name].kind:
+                words = self._words(layout, piece.name)     # other tokens are another text
+                found += [(words / name, "") for name in (*FILES, *MARKS)
+                          if (words / name).is_file()]
+        return found
 
     def encode_text(self, parts: Parts, prompts: Sequence[str]) -> Cond:
         with torch.no_grad():
@@ -140,7 +175,7 @@ class Loaded:
 
     def token_limit(self, parts: Parts) -> int:
         kind = self.vocabularies[self._last(parts)]
-        return kind.length - (2 if kind.shipped else 1)
+        return kind.length - (1 if kind.kind else 2)
 
     def _last(self, parts: Parts) -> str:
         """The encoder that reads the most of a prompt."""
@@ -241,7 +276,6 @@ class UNetFamily(Loaded):
                      bucket_step=factor * 2 ** (levels - 1) * self.step_multiple)
 
 
-T5 = ("T5Tokenizer",)
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")   # of CLIP
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")

@@ -1,23 +1,75 @@
-"""The files beside a single-file base: its VAE, its text encoders, the tokenizers that the app
-can't ship.
+"""The files beside a single-file base: its VAE, its text encoders, its tokenizer.
 
 They are looked for where people and ComfyUI put them: in the base's folder, in one named like the
-base, and in `vae`, `text_encoders`, `clip` and `tokenizers` in or beside the base's folder.
+base, and in `vae`, `text_encoders`, `clip` and `tokenizers` in or beside the base's folder. Files
+are told apart by what they hold. Where two fit and differ, the user is asked; `Chosen` is the
+answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from core import paths, words
+from core.cache import fingerprint
+from core.config import GenerateConfig, TrainConfig, resolve
+from core.events import Event, Note
+from core.families import vae_files, vocabularies
 from core.families.detection import identify
-from core.faults import Fault
-from core.reading import from_json
+from core.families.vocabularies import FILES, Kind
+from core.faults import Fault, Fix
+from core.lora_metadata import short_hash
 from core.safetensors_header import read_header
 
 FOLDERS = ("vae", "text_encoders", "clip", "tokenizers", "tokenizer")
-VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
+SHIPPED = "shipped"                         # the value of `tokenizer` that means the app's own
+WORDS = ("embed_tokens.weight", "shared.weight")        # (words, width) of a text encoder
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What the user named; everything else is looked for."""
+
+    vae: Path | None = None
+    text_encoders: tuple[Path, ...] = ()
+    tokenizer: Path | None = None           # its folder
+
+
+NONE = Chosen()
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A companion that a base is used with. No path: the base does without."""
+
+    part: str                               # vae, text_encoder, tokenizer ...
+    path: Path | None
+    digest: str = ""
+    short: str = ""                         # of VAEs: what kohya's trainer calls ss_vae_hash
+
+
+def chosen(config: TrainConfig | GenerateConfig, beside: Path | None = None) -> Chosen:
+    """What a config names. Raises Fault where it isn't there."""
+    vae = _named("vae", config.vae, beside)
+    encoders = [_named("text_encoders", path, beside) for path in config.text_encoders]
+    tokenizer = (Path(SHIPPED) if config.tokenizer == SHIPPED
+                 else _named("tokenizer", config.tokenizer, beside))
+    if tokenizer is not None and tokenizer.is_file():
+        tokenizer = tokenizer.parent
+    return Chosen(vae, tuple(path for path in encoders if path), tokenizer)
+
+
+def _named(key: str, value: str, beside: Path | None) -> Path | None:
+    if not value:
+        return None
+    path = resolve(value, beside)
+    if not path.exists() or (path.is_dir() and key != "tokenizer"):
+        raise Fault("families.companion_not_there", key=key, path=path)
+    return path
 
 
 def folders(source: Path) -> list[Path]:
@@ -28,14 +80,70 @@ def folders(source: Path) -> list[Path]:
     return [folder for folder in dict.fromkeys(wanted) if folder.is_dir()]
 
 
-def find_file(source: Path, what: str, width: int = 0) -> Path | None:
-    """A .safetensors file that is `what` (a word of core/families/detection.py); `width`: of a
-    language model's words, which come in several sizes."""
-    for folder in folders(source):
-        for path in sorted(folder.glob("*.safetensors")):
-            if path != source and _is(path, what) and _is_wide(path, width):
-                return path
-    return None
+# --- weights ---
+
+def find_file(source: Path, what: str, config: Mapping[str, Any], known: Chosen) -> Path | None:
+    """The .safetensors file that is `what` (a word of core/families/detection.py) and has the
+    sizes of the model's config. Raises Fault where several could be it, or none but another
+    model's."""
+    vae = what.startswith("vae")
+    found = _different(path for folder in folders(source)
+                       for path in sorted(folder.glob("*.safetensors"))
+                       if path != source and _is(path, what) and _has_sizes(path, config))
+    wanted = vae_files.model_of(config) if vae else ""
+    if wanted and found:
+        models = {path: vae_files.model_in(path) for path in found}
+        if own := [path for path, model in models.items() if model == wanted]:
+            return own[0]
+        if not (found := [path for path, model in models.items() if not model]):
+            path, model = next(iter(models.items()))
+            raise Fault("families.companion_foreign", path=source, file=path,
+                        made_for=vae_files.TITLES[model], wanted=vae_files.TITLES[wanted],
+                        fixes=[_taking("vae", path, str(path))])
+    if len(found) > 1:
+        key = "vae" if vae else "text_encoders"
+        raise Fault("families.companion_unclear", path=source, key=key, count=len(found),
+                    part=words.say(f"families.is_{what}"), files=", ".join(map(str, found)),
+                    fixes=[_taking(key, path, str(path) if vae else [
+                        *map(str, known.text_encoders), str(path)]) for path in found])
+    return found[0] if found else None
+
+
+def named(known: Chosen, part: str, what: str) -> Path | None:
+    """The file that the user named for a part."""
+    if part == "vae":
+        return known.vae
+    return next((path for path in known.text_encoders if what and _is(path, what)), None)
+
+
+def check_used(known: Chosen, taken: Iterable[Taken], title: str) -> None:
+    """Raises Fault for a named file that a base has no use for."""
+    used = {one.path: one.part for one in taken}
+    if known.tokenizer is not None and not any(
+            part.startswith("tokenizer") for part in used.values()):
+        raise Fault("families.tokenizer_unused", title=title)
+    if known.vae is not None and not identify(known.vae).what.startswith("vae"):
+        used.pop(known.vae, None)
+    for path in (known.vae, *known.text_encoders):
+        if path is not None and (path not in used or (
+                path != known.vae and not used[path].startswith("text"))):
+            raise Fault("families.companion_unused", path=path, found=identify(path).said(),
+                        title=title)
+
+
+def _taking(key: str, path: Path, value: str | list[str]) -> Fix:
+    return Fix("fixes.take_file", {key: value}, {"file": path.name, "folder": path.parent.name})
+
+
+def _different(found: Iterable[Path]) -> list[Path]:
+    """One of each content."""
+    return list({_content(path, path.stat().st_mtime_ns): path
+                 for path in reversed([*dict.fromkeys(found)])}.values())[::-1]
+
+
+@lru_cache(maxsize=64)
+def _content(path: Path, changed: int) -> str:
+    return fingerprint([(path, "")])
 
 
 def _is(path: Path, what: str) -> bool:
@@ -45,10 +153,18 @@ def _is(path: Path, what: str) -> bool:
         return False
 
 
-def _is_wide(path: Path, width: int) -> bool:
-    words = [info.shape for name, info in read_header(path).tensors.items()
-             if name.endswith("embed_tokens.weight")] if width else []
-    return all(shape[-1:] == (width,) for shape in words)
+def _has_sizes(path: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a text encoder knows as many words in the same width, and a VAE has as many
+    channels; files tell no more of what their names don't."""
+    told = config.get("text_config", config)
+    rows, width = told.get("vocab_size"), told.get("hidden_size", told.get("d_model"))
+    channels = config.get("latent_channels", config.get("z_dim"))
+    shapes = {name: info.shape for name, info in read_header(path).tensors.items()}
+    tables = [shape for name, shape in shapes.items() if name.endswith(WORDS)]
+    latents = [shapes[name][1] for name in ("decoder.conv_in.weight", "decoder.conv1.weight")
+               if len(shapes.get(name, ())) > 1]
+    return (all(shape == (rows, width) for shape in tables if rows)
+            and all(count == channels for count in latents if channels))
 
 
 def missing(source: Path, what: str) -> Fault:
@@ -56,22 +172,106 @@ def missing(source: Path, what: str) -> Fault:
                  part=words.say(f"families.is_{what}"))
 
 
-def find_tokenizer(source: Path, kinds: tuple[str, ...], title: str) -> Path:
-    """A tokenizer's folder whose tokenizer_config.json names one of `kinds` (T5Tokenizer ...).
-    Raises Fault where none is there."""
-    for folder in _tokenizers(source):
+# --- tokenizers ---
+
+def find_tokenizer(source: Path, name: str, kind: Kind, rows: int, known: Chosen) -> Path:
+    """The folder of the tokenizer of such a kind whose numbers an encoder of so many rows holds:
+    the one that the user named, that of a base's own folder (`name`), else the app's own where no
+    other lies beside the base. Raises Fault where none is there, and where several differ."""
+    own = source / name if known.tokenizer is None else known.tokenizer
+    if own != Path(SHIPPED) and own.is_dir():
+        return _checked(own, _read(own), rows)
+    if known.tokenizer is not None and kind.folder is None:
+        raise Fault("families.tokenizer_not_shipped", title=kind.title)
+    found, others = list[tuple[Path, dict[str, int]]](), list[Path]()
+    if kind.folder is not None:
+        known_words = dict(_read(kind.folder))
+        found.append((kind.folder, known_words | {
+            word: len(known_words) + n for n, word in enumerate(kind.more)}))
+    for folder in () if known.tokenizer is not None else _tokenizers(source):
         try:
-            told = from_json((folder / "tokenizer_config.json").read_text("utf-8"))
+            read = vocabularies.words_in(folder)
         except (OSError, ValueError):
             continue
-        if str(told.get("tokenizer_class", "")).removesuffix("Fast") in kinds:
-            return folder
-    raise Fault("families.tokenizer_missing", path=source, title=title, folder=source.parent,
-                shared=paths.data_dir() / "tokenizers")
+        if not kind.fits(read, rows):
+            others.append(folder)
+        elif not any(read == one for _, one in found):
+            found.append((folder, read))
+    if len(found) > 1:
+        raise Fault("families.tokenizer_unclear", path=source, title=kind.title,
+                    files=", ".join(str(folder) for folder, _ in found), fixes=[
+                        _taking("tokenizer", folder, SHIPPED if folder == kind.folder
+                                else str(folder)) for folder, _ in found])
+    if found:
+        return _checked(*found[0], rows)
+    raise Fault("families.tokenizer_other" if others else "families.tokenizer_missing",
+                path=source, title=kind.title, folder=source.parent, found=", ".join(
+                    map(str, others)), shared=paths.data_dir() / "tokenizers")
+
+
+def _read(folder: Path) -> dict[str, int]:
+    try:
+        return vocabularies.words_in(folder)
+    except (OSError, ValueError) as error:
+        raise Fault("families.tokenizer_unreadable", path=folder, reason=error) from error
+
+
+def _checked(folder: Path, read: Mapping[str, int], rows: int) -> Path:
+    """Raises Fault for numbers that the encoder has no row for."""
+    highest = max(read.values(), default=0)
+    if highest >= rows:
+        raise Fault("families.tokenizer_too_large", path=folder, words=highest + 1, rows=rows)
+    return folder
 
 
 def _tokenizers(source: Path) -> Iterator[Path]:
     for folder in folders(source):
         for one in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
-            if any((one / name).is_file() for name in VOCABULARIES):
+            if any((one / name).is_file() for name in FILES):
                 yield one
+
+
+# --- what is told of them ---
+
+def taken_file(part: str, path: Path) -> Taken:
+    if part == "vae":
+        return Taken(part, path, vae_files.sha256(path), short_hash(path))
+    return Taken(part, path, _content(path, path.stat().st_mtime_ns))
+
+
+def taken_tokenizer(part: str, folder: Path) -> Taken:
+    return Taken(part, folder, vocabularies.digest(vocabularies.words_in(folder)))
+
+
+def announce(family: Any, source: Path, emit: Callable[[Event], None]) -> list[Taken]:
+    """Tells which files a base is used with; families of one's own needn't know. Raises Fault as
+    loading them would, before anything is computed."""
+    found: list[Taken] = family.beside(source) if hasattr(family, "beside") else []
+    if files := [f"{one.path.name} ({one.part}, {one.digest[:10]})" for one in found if one.path]:
+        emit(Note(key="families.companions_taken", params={
+            "base": source.name, "files": ", ".join(files)}))
+    for one in found:
+        if one.path is None:
+            emit(Note(key="families.companion_without", params={
+                "base": source.name, "part": one.part}))
+    return found
+
+
+def summary(found: Iterable[Taken]) -> dict[str, dict[str, str]]:
+    """For a run's summary: part -> path and digest."""
+    return {one.part: {"path": str(one.path), "digest": one.digest} for one in found if one.path}
+
+
+def metadata(found: Iterable[Taken]) -> dict[str, str]:
+    """For a LoRA file: kohya's keys of the VAE, ours of the others."""
+    told: dict[str, str] = {}
+    for one in found:
+        if one.path is None:
+            continue
+        if one.part == "vae":
+            told |= {"ss_vae_name": one.path.name, "ss_vae_hash": one.short,
+                     "ss_new_vae_hash": one.digest}
+        else:
+            told |= {f"darkroom.{one.part}_name": one.path.name,
+                     f"darkroom.{one.part}_hash": one.digest}
+    return told

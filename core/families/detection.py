@@ -338,6 +338,8 @@ RULES: tuple[Callable[[Shapes], Found | None], ...] = (_unet, _sd3, _flux, _lumi
 FILM = ("decoder.conv1", "decoder.conv_in")     # of a VAE of videos, whose kernels have five sides
 
 
+T5_WORDS = ("shared.weight", "encoder.embed_tokens.weight")
+MOST_T5_WORDS = 100_000                         # T5 has 32128, UMT5 256384, mT5 250112
 DECODERS = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
 
 
@@ -349,6 +351,7 @@ def _layer(shapes: Shapes, part: str) -> bool:
 # What isn't a denoiser, the most particular first.
 PARTS: tuple[tuple[str, Callable[[Shapes], bool]], ...] = (
     ("controlnet", _starts("control_model.", "controlnet_", "input_hint_block.")),
+    ("umt5", lambda s: max(_side(s, name, 0) for name in T5_WORDS) > MOST_T5_WORDS),
     ("t5", _starts("encoder.block.0.layer.0.SelfAttention", "shared.weight")),
     ("clip_g", lambda s: _width(s) == 1280), ("clip_l", lambda s: _width(s) == 768),
     ("clip_h", lambda s: _width(s) == 1024),

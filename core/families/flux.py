@@ -18,7 +18,6 @@ from core.families import names
 from core.families.base import Cond, FamilySpec, Parts
 from core.families.common import (
     ALIASES,
-    T5,
     Loaded,
     Vocabulary,
     dit_sizes,
@@ -66,7 +65,7 @@ class Flux1(Loaded):
         Piece("text_encoder", CLIPTextModel, "text", (CLIP_L,), alone="clip_l"),
         Piece("text_encoder_2", T5EncoderModel, "text", (T5XXL,), alone="t5"))
     vocabularies: ClassVar = {"text_encoder": Vocabulary(),
-                              "text_encoder_2": Vocabulary("T5", T5, 512)}
+                              "text_encoder_2": Vocabulary("t5", 512)}
     pipe = Drawing
 
     def adapt(self, layout: Layout) -> None:

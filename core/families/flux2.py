@@ -76,7 +76,7 @@ class Flux2(Loaded):
         Piece("text_encoder", Qwen3Model, "text", QWEN3, names.decoder, alone="qwen3",
               wide=True, config=read_layers))
     vocabularies: ClassVar = {      # eleven of its tokens are the template's
-        "text_encoder": Vocabulary("Qwen3", ("Qwen2Tokenizer",), LENGTH - 11)}
+        "text_encoder": Vocabulary("qwen3", LENGTH - 11, chat=text.QWEN3_CHAT)}
     pipe = Klein
 
     def adapt(self, layout: Layout) -> None:

@@ -58,7 +58,7 @@ class Krea2(Filmed):
         Piece("text_encoder", Qwen3VLTextModel, "text", (), names.decoder, alone="qwen3_vl",
               wide=True, config=lambda read: Qwen3VLConfig.from_dict(read).text_config))
     vocabularies: ClassVar = {
-        "text_encoder": Vocabulary("Qwen3-VL", ("Qwen2Tokenizer",), LENGTH - 4)}
+        "text_encoder": Vocabulary("qwen3", LENGTH - 4)}
     pipe = Krea2Pipeline
 
     def adapt(self, layout: Layout) -> None:

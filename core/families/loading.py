@@ -21,6 +21,7 @@ from torch import nn
 from core import paths
 from core.families import companions
 from core.families.base import Part, Precision
+from core.families.companions import Chosen
 from core.families.detection import Found, denoiser_prefix
 from core.families.names import Convert, Tensors, own
 from core.families.weights import File, Weights, files_in, shapes_of
@@ -63,6 +64,7 @@ class Layout:
     configs: dict[str, dict[str, Any]]      # by piece
     scheduler: dict[str, Any]
     files: dict[str, tuple[Path, str]] = field(default_factory=dict)   # of single files; prefix
+    chosen: Chosen = companions.NONE        # companions that the user named
 
     @property
     def folder(self) -> bool:
@@ -118,15 +120,19 @@ class Shapes(dict[str, tuple[int, ...]]):
 
 
 def file_of(layout: Layout, piece: Piece) -> tuple[Path, str] | None:
-    """The file of one piece: the base itself, else one beside it. Raises Fault where neither is
-    there; None for one that needn't be."""
+    """The file of one piece: one that the user named, the base itself, else one beside it; of a
+    base's folder the piece's own. Raises Fault where none is there; None for one that needn't be.
+    """
+    if named := companions.named(layout.chosen, piece.part, piece.alone):
+        return named, ""
+    if layout.folder:
+        return layout.source / piece.name, ""
     if piece.name in layout.files:
         return layout.files[piece.name]
     if not piece.alone:
         raise Fault("families.part_missing", path=layout.source, part=piece.name)
-    config = layout.configs[piece.name]
-    width = config.get("text_config", config).get("hidden_size", 0)
-    path = companions.find_file(layout.source, piece.alone, width)
+    path = companions.find_file(layout.source, piece.alone, layout.configs[piece.name],
+                                layout.chosen)
     if path is None and not piece.optional:
         raise companions.missing(layout.source, piece.alone)
     return (path, "") if path else None
@@ -151,14 +157,12 @@ def told(path: Path) -> Iterator[None]:
 def load(layout: Layout, piece: Piece, precision: Precision) -> Any:
     """One model as `precision` has it; None: an optional one that isn't there. What of the files is
     no weight of the model is never read. Raises Fault."""
-    plain = layout.folder and piece.config is None      # by the model's own names, or nearly
-    if layout.folder:
-        files: list[File] = [(path, "") for path in files_in(layout.source / piece.name)]
-    elif (where := file_of(layout, piece)) is None:
+    if (where := file_of(layout, piece)) is None:
         return None
-    else:
-        files = [where]
-    path = layout.source if layout.folder else files[0][0]
+    own = where[0].is_dir()
+    plain = own and piece.config is None                # by the model's own names, or nearly
+    files: list[File] = [(path, "") for path in files_in(where[0])] if own else [where]
+    path = layout.source if own else where[0]
     config = layout.configs[piece.name]
     with told(path):
         if not files and not plain:

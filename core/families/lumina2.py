@@ -33,7 +33,6 @@ from core.naming import LUMINA2
 
 FEED_FORWARD = ("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
 GEMMA = "text_encoders.gemma2_2b.transformer."
-GEMMA_TOKENIZER = ("GemmaTokenizer",)
 LEARNS = Sampling(line=FLUX_LINE)
 LENGTH = 256                                # tokens, the instruction's among them
 # The model's own words, part of every prompt that it has seen.
@@ -70,7 +69,7 @@ class Lumina2(Loaded):
         Piece("text_encoder", Gemma2Model, "text", (GEMMA,), names.gemma, alone="gemma_2",
               wide=True))
     vocabularies: ClassVar = {
-        "text_encoder": Vocabulary("Gemma 2", GEMMA_TOKENIZER, LENGTH)}
+        "text_encoder": Vocabulary("gemma2", LENGTH)}
     pipe = Lumina2Pipeline
 
     def adapt(self, layout: Layout) -> None:

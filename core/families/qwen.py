@@ -66,7 +66,7 @@ class QwenImage(Filmed):
               ("text_encoders.qwen25_7b.transformer.",), names.decoder, alone="qwen25_vl",
               wide=True, config=lambda read: Qwen2_5_VLConfig.from_dict(read).text_config))
     vocabularies: ClassVar = {      # four of its tokens are the end of the request
-        "text_encoder": Vocabulary("Qwen2.5-VL", ("Qwen2Tokenizer",), LENGTH - 4)}
+        "text_encoder": Vocabulary("qwen25", LENGTH - 4)}
     pipe = QwenImagePipeline
 
     def adapt(self, layout: Layout) -> None:

@@ -20,7 +20,7 @@ from core.families import names, text
 from core.families.base import Cond, FamilySpec, Parts
 from core.families.common import ALIASES, ATTENTION, Loaded, Vocabulary, layer_count
 from core.families.loading import Layout, Piece
-from core.families.lumina2 import GEMMA, GEMMA_TOKENIZER, gemma_states
+from core.families.lumina2 import GEMMA, gemma_states
 from core.flow import Sampling
 
 FEED_FORWARD = ("ff.conv_inverted", "ff.conv_point")
@@ -52,7 +52,7 @@ class Sana(Loaded):
         Piece("text_encoder", Gemma2Model, "text", (GEMMA,), names.gemma, alone="gemma_2",
               wide=True))
     vocabularies: ClassVar = {
-        "text_encoder": Vocabulary("Gemma 2", GEMMA_TOKENIZER, LENGTH)}
+        "text_encoder": Vocabulary("gemma2", LENGTH)}
     pipe = Unbinned
 
     def adapt(self, layout: Layout) -> None:

@@ -20,7 +20,6 @@ from core.families.common import (
     ALIASES,
     ATTENTION,
     FEED_FORWARD,
-    T5,
     Loaded,
     Vocabulary,
     dit_sizes,
@@ -59,7 +58,7 @@ class StableDiffusion3(Loaded):
         Piece("text_encoder_3", T5EncoderModel, "text", (T5XXL,), alone="t5", optional=True))
     vocabularies: ClassVar = {
         "text_encoder": Vocabulary(), "text_encoder_2": Vocabulary(pad="!"),
-        "text_encoder_3": Vocabulary("T5", T5, T5_LENGTH)}
+        "text_encoder_3": Vocabulary("t5", T5_LENGTH)}
     pipe = StableDiffusion3Pipeline
 
     def adapt(self, layout: Layout) -> None:

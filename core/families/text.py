@@ -3,14 +3,90 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import generate_merges
 
+from core.families import vocabularies
+from core.families.vocabularies import UNIGRAM, Kind, Pieces
 from core.faults import Fault
+
+SPACE = "\u2581"                            # sentencepiece's
+# Qwen3's chat, as far as captions need it: what a user says, then the answer's beginning, without
+# thinking where it is switched off. Z-Image and Flux.2 klein have learned with it.
+QWEN3_CHAT = ("{%- for message in messages %}"
+              "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+              "{%- endfor %}"
+              "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+              "{%- if enable_thinking is defined and enable_thinking is false %}"
+              "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}")
+
+
+def open_tokenizer(folder: Path, kind: Kind) -> Any:
+    """A folder's tokenizer, of whichever files it is made. The app's own gets the marks by which
+    its kind differs from the one that ships."""
+    pieces = None
+    if not (folder / "tokenizer.json").is_file():
+        pieces = vocabularies.pieces_in(folder)
+    tokenizer = (AutoTokenizer.from_pretrained(folder, local_files_only=True) if pieces is None
+                 else _unigram(pieces) if pieces.model == UNIGRAM else _byte_pairs(pieces))
+    if folder == kind.folder and kind.more:
+        tokenizer.add_tokens([AddedToken(word, normalized=False) for word in kind.more])
+    if tokenizer.pad_token is None:         # of a folder without tokenizer_config.json
+        tokenizer.pad_token = kind.pad
+    return tokenizer
+
+
+def _unigram(pieces: Pieces) -> Any:
+    """A sentencepiece model of T5's kind, with what transformers' own conversion adds."""
+    made = Tokenizer(models.Unigram(pieces.pieces, pieces.unknown, byte_fallback=False))
+    table = [normalizers.Precompiled(pieces.characters)] if pieces.characters else []
+    made.normalizer = normalizers.Sequence([
+        *table, normalizers.Strip(left=False), normalizers.Replace(Regex(" {2,}"), SPACE)])
+    made.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "always")
+    made.decoder = decoders.Metaspace(SPACE, "always")
+    return _wrapped(made, pieces, "$A </s>")
+
+
+def _byte_pairs(pieces: Pieces) -> Any:
+    """A sentencepiece model of Gemma's kind: byte pairs, bytes for what is unknown."""
+    words = pieces.numbers
+    made = Tokenizer(models.BPE(words, generate_merges(words), unk_token="<unk>", fuse_unk=True,
+                                byte_fallback=True))
+    made.normalizer = normalizers.Replace(" ", SPACE)
+    made.decoder = decoders.Sequence([
+        decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    return _wrapped(made, pieces, "<bos> $A")
+
+
+def _wrapped(made: Tokenizer, pieces: Pieces, form: str) -> Any:
+    """`form`: the mark that begins or ends a text, and where."""
+    words = pieces.numbers
+    made.add_special_tokens([AddedToken(word, normalized=False) for word in pieces.marks])
+    mark = next(word for word in form.split() if word != "$A")
+    if mark in words:
+        made.post_processor = processors.TemplateProcessing(form, special_tokens=[
+            (mark, words[mark])])
+    names = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>",
+             "eos_token": "</s>" if "</s>" in words else "<eos>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **{
+        name: word for name, word in names.items() if word in words})
 
 
 def padded(tokenizer: Any, prompts: Sequence[str], length: int = 0) -> Any:
@@ -26,7 +102,7 @@ def count(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
 
 
 def chat(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> Sequence[str]:
-    """Each prompt as what a user says, in the tokenizer's own chat template."""
+    """Each prompt as what a user says, in the chat template that its family has set."""
     if isinstance(tokenizer, Blank):
         return prompts
     return [tokenizer.apply_chat_template(

@@ -53,7 +53,7 @@ class ZImage(Loaded):
         Piece("text_encoder", Qwen3Model, "text", QWEN3, names.decoder, alone="qwen3",
               wide=True))
     vocabularies: ClassVar = {
-        "text_encoder": Vocabulary("Qwen3", ("Qwen2Tokenizer",), LENGTH)}
+        "text_encoder": Vocabulary("qwen3", LENGTH, chat=text.QWEN3_CHAT)}
     pipe = ZImagePipeline
 
     def empty(self, layout: Layout) -> Parts:
