@@ -67,14 +67,15 @@ class Shape:
     parameters: int                     # of the denoiser
     weights_mb: float = 0.0
     flow: bool = False                  # min-SNR means nothing there
+    family: str = ""
 
     @staticmethod
     def of(base: Base, machine: Machine) -> Shape:
-        numbers = plan.numbers_for("auto", machine.kind, machine.capability)
+        numbers = plan.numbers_for("auto", machine.kind, machine.capability, base.family)
         facts = plan.ask("base", base, numbers)
         return Shape(int(facts["native"]), int(facts["step"]),
                      int(facts["denoiser_parameters"]), facts["denoiser"] / plan.MB,
-                     bool(facts["flow"]))
+                     bool(facts["flow"]), base.family)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ def suggest(machine: Machine, base: Base, data: Data | None = None, purpose: str
         raise Fault("advisor.unknown_purpose", purpose=purpose, known=", ".join(PURPOSES))
     shape = shape or Shape.of(base, machine)
     planner = planner or planner_of(base, machine, data)
-    can = ladder.rungs(machine, shape.weights_mb)
+    can = ladder.rungs(machine, shape.weights_mb, shape.family)
     wish = _wish(PURPOSES[purpose], data, shape, machine)
     make = partial(ladder.dials, wish, can, shape.native, shape.step)
     found = ladder.search(wish, make(), planner)
@@ -133,7 +134,7 @@ def nearest_fit(config: TrainConfig, base: Base, machine: Machine, data: Data | 
     None where nothing helps (half the resolution included)."""
     planner = planner or planner_of(base, machine, data)
     shape = Shape.of(base, machine)
-    can = ladder.rungs(machine, shape.weights_mb)
+    can = ladder.rungs(machine, shape.weights_mb, shape.family)
     for sides in (ladder.HONEST_SIDES, ladder.POOR_SIDES):
         dials = ladder.dials(config, can, shape.native, shape.step, sides)
         if found := ladder.search(config, dials, planner):
@@ -147,7 +148,7 @@ def nearest_fit(config: TrainConfig, base: Base, machine: Machine, data: Data | 
 def _wish(purpose: Purpose, data: Data | None, shape: Shape, machine: Machine) -> TrainConfig:
     pictures = data.pictures if data else PICTURES
     rank = purpose.few_rank if pictures < FEW else purpose.rank
-    numbers = plan.numbers_for("auto", machine.kind, machine.capability)["compute"]
+    numbers = plan.numbers_for("auto", machine.kind, machine.capability, shape.family)["compute"]
     slow_half = numbers == "fp16" and (0, 0) < machine.capability < (7, 0)
     return TrainConfig.model_validate({
         "max_resolution": f"{shape.native},{shape.native}",

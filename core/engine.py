@@ -46,7 +46,7 @@ from core.lookout import Lookout, weigh
 from core.naming import NAMINGS, SD1
 from core.objective import Draw, split_mask, zero_terminal
 from core.plan import Base
-from core.precision import autocast, choose, free_memory, load_denoiser
+from core.precision import autocast, choose, free_memory, load_denoiser, tell_numbers
 from core.saving import Keeper
 from core.session import Session
 from core.text_training import TextTraining
@@ -81,7 +81,8 @@ def _train(config: TrainConfig, emit: Callbacks, control: Control, beside: Path 
     kind = families.detect(source) if config.family == "auto" else config.family
     family = families.get(kind, companions.chosen(config, beside))
     base_loras.check(config, kind)
-    precision = choose(config.precision, config.device)
+    precision = choose(config.precision, config.device, kind)
+    tell_numbers(config.precision, kind, precision, emit)
     parts = family.load(source, precision, frozenset())
     parts.beside = companions.announce(family, source, emit)
     if config.prediction_type != "auto" and parts.flow is None:

@@ -157,6 +157,7 @@ class Encoder:
         own = extensions.is_named(config.family)
         self.marks = (extensions.mark(config.family),) if own else ()      # it encodes as it likes
         self.text_marks = (reading_of(config),) if family.spec.chunked else ()
+        self._outgrown = False              # whether that was said
 
     def fill(self, examples: Examples, more_texts: Iterable[str] = ()) -> None:
         """`more_texts`: prompts of previews, encoded along with the captions."""
@@ -212,8 +213,18 @@ class Encoder:
                 return self.family.encode_text(parts, [texts[i] for i in some])
         sizes = [sizes_of(self.family.tokenize(parts, [text])) if self.family.spec.chunked else 0
                  for text in texts]
-        return [trimmed({k: v.to("cpu", self.precision.compute) for k, v in row.items()})
+        return [trimmed({k: self._stored(v) for k, v in row.items()})
                 for row in grouped(sizes, encode)]
+
+    def _stored(self, states: Tensor) -> Tensor:
+        """On the CPU, in the run's numbers. Language models have a few states that outgrow fp16,
+        whose next larger number is infinite."""
+        most = torch.finfo(self.precision.compute).max
+        large = self.precision.compute == torch.float16 and bool((states.abs() > most).any())
+        if large and not self._outgrown:
+            self._outgrown = True
+            self.emit(Note(key="precision.text_outgrows_fp16"))
+        return (states.clamp(-most, most) if large else states).to("cpu", self.precision.compute)
 
     def _to_cpu(self, *modules: object) -> list[Way]:
         """The last way to encode where a GPU has no room: slowly, beside it."""

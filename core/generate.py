@@ -24,7 +24,7 @@ from core.lora_file import read_lora
 from core.lora_metadata import CONFIG_KEY
 from core.lora_names import Lora, checked
 from core.naming import NAMINGS
-from core.precision import autocast, choose
+from core.precision import autocast, choose, tell_numbers
 from core.safetensors_header import data_hash, read_header
 from core.trash import TRASH
 
@@ -48,10 +48,10 @@ class Studio:
     def __init__(self, source: Path, config: GenerateConfig,
                  emit: Callable[[Event], None]) -> None:
         self.source, self.emit = source, emit
-        self.family: Family = families.get(
-            families.detect(source) if config.family == "auto" else config.family,
-            companions.chosen(config))
-        self.precision = choose(config.precision, config.device)
+        kind = families.detect(source) if config.family == "auto" else config.family
+        self.family: Family = families.get(kind, companions.chosen(config))
+        self.precision = choose(config.precision, config.device, kind)
+        tell_numbers(config.precision, kind, self.precision, emit)
         self._adapters: dict[Path, str] = {}
         self._words: dict[Path, dict[str, str]] = {}
         self._active: dict[str, str] = {}           # new words -> their tokens

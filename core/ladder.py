@@ -32,7 +32,7 @@ POOR_SIDES = (5 / 8, 1 / 2)             # less than half the area: named, never 
 class Rungs:
     """What the engine can do on a machine to save memory."""
 
-    half: str = "bf16"                          # 16-bit numbers of this machine
+    half: str = "bf16"                          # 16-bit numbers of this machine; empty: none fit
     full: bool = False                          # whether `precision: auto` means fp32 there
     optimizers: tuple[str, ...] = ("adamw",)
     base_precisions: tuple[str, ...] = ("same", "int8", "nf4")      # the gentlest first
@@ -55,7 +55,7 @@ class Found:
 
 # --- the machine ---
 
-def rungs(machine: Machine, weights_mb: float = 0.0) -> Rungs:
+def rungs(machine: Machine, weights_mb: float = 0.0, family: str = "") -> Rungs:
     """`weights_mb`: of the base as it lies in memory; of what waits in RAM at most half the free
     RAM is taken.
 
@@ -63,13 +63,15 @@ def rungs(machine: Machine, weights_mb: float = 0.0) -> Rungs:
     1 % of its row's deviation, fp8 (e4m3, 3 bits of mantissa) by about 2.6 % of the weight itself,
     in the same 8 bits; nf4 by about 10 %, in half of them.
     """
-    usual = numbers_for("auto", machine.kind, machine.capability)["compute"]
+    usual, other = (numbers_for("auto", machine.kind, machine.capability, one)["compute"]
+                    for one in (family, ""))
+    half = other if usual == other != "fp32" else "bf16" if other == "fp32" else ""
     offloads: tuple[float, ...] = ()
     if machine.kind == "cuda":
         most = machine.ram_mb / 2 if machine.ram_mb else float("inf")
         offloads = tuple(share for share in OFFLOADS if share * weights_mb <= most)
     eight = machine.kind == "cuda" and _has("bitsandbytes")
-    return Rungs(half="fp16" if usual == "fp16" else "bf16", full=usual == "fp32",
+    return Rungs(half=half, full=usual == "fp32",
                  optimizers=("adamw", "adamw8bit") if eight else ("adamw",), offloads=offloads)
 
 
@@ -109,8 +111,8 @@ def dials(config: TrainConfig, can: Rungs, native: int, step: int,
         ("checkpointing", [] if config.gradient_checkpointing
          else [{"gradient_checkpointing": True}]),
         ("previews", [{"sample_prompts": [], "sample_every": 0}] if config.sample_prompts else []),
-        ("precision", [{"precision": can.half}] if config.precision == "fp32" or (
-            can.full and config.precision == "auto") else []),
+        ("precision", [{"precision": can.half}] if can.half and (config.precision == "fp32" or (
+            can.full and config.precision == "auto")) else []),
         ("optimizer", [{"optimizer": name} for name in _after(can.optimizers, config.optimizer)]),
         ("base", [{"base_precision": name}
                   for name in _after(can.base_precisions, config.base_precision)]),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
-from core import base_loras, buckets, extensions, paths
+from core import base_loras, buckets, extensions, families, paths
 from core.config import TrainConfig, size_of
 from core.plan_keys import adapter_settings, rule_settings, text_settings
 from core.reading import from_json
@@ -65,7 +64,6 @@ class Base:
     @staticmethod
     def of(source: Path, family: str = "auto") -> Base:
         """Raises Fault where nothing is there, or it can't be read."""
-        from core import families
         family = families.detect(source) if family == "auto" else family
         own = extensions.mark(family) if extensions.is_named(family) else ""
         return Base(source, family, _digest(source) + own)
@@ -130,7 +128,7 @@ class Plan:
 def plan_run(config: TrainConfig, base: Base, machine: Machine, data: Data | None = None) -> Plan:
     """Raises Fault where the base or a target can't be used."""
     data = data or Data()
-    numbers = numbers_for(config.precision, machine.kind, machine.capability)
+    numbers = numbers_for(config.precision, machine.kind, machine.capability, base.family)
     facts = _as_kept(config, base, numbers, machine, ask("base", base, numbers))
     bucket = data.bucket or largest_bucket(config, facts)
     step = ask("step", base, numbers, **step_settings(config, machine, bucket, data))
@@ -202,12 +200,14 @@ def eight_bit(config: TrainConfig, kind: str) -> bool:
             and importlib.util.find_spec("bitsandbytes") is not None)
 
 
-def numbers_for(precision: str, kind: str, capability: tuple[int, int]) -> dict[str, str]:
-    """Number formats by use. auto: bf16 where the GPU computes it, fp16 on older GPUs, fp32 on
-    the CPU. The VAE stays out of fp16: SDXL's overflows there, and it runs only while caching."""
+def numbers_for(precision: str, kind: str, capability: tuple[int, int], family: str = ""
+                ) -> dict[str, str]:
+    """Number formats by use. auto: bf16 where the GPU computes it, fp16 on older GPUs unless the
+    family outgrows it, else fp32. The VAE stays out of fp16: SDXL's overflows there."""
     if precision == "auto":
-        newer = capability >= (8, 0) or capability == (0, 0)
-        precision = {"cuda": "bf16" if newer else "fp16"}.get(kind, "fp32")
+        older = (0, 0) < capability < (8, 0)
+        half = "bf16" if not older else "fp32" if families.outgrows_fp16(family) else "fp16"
+        precision = half if kind == "cuda" else "fp32"
     return {"weights": precision, "compute": precision,
             "vae": "fp32" if precision == "fp16" else precision}
 

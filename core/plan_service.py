@@ -99,8 +99,9 @@ def _remedies(symptom: str, config: TrainConfig, planned: plan.Plan, planner: we
               question: dict[str, Any]) -> list[dict[str, Any]]:
     """Gentlest first; those without changes are advice to follow by hand."""
     shape = advisor.Shape.of(planner.base, planner.machine)
-    facts = remedies.Facts(planner, ladder.rungs(planner.machine, shape.weights_mb), shape.native,
-                           shape.step, question.get("updates", 0), question.get("best_step", 0))
+    can = ladder.rungs(planner.machine, shape.weights_mb, shape.family)
+    facts = remedies.Facts(planner, can, shape.native, shape.step, question.get("updates", 0),
+                           question.get("best_step", 0))
     return [{"key": one.key, "params": dict(one.params), "changes": dict(one.changes),
              "saves_mb": one.saves_mb}
             for one in remedies.answer(symptom, config, planned, facts)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from core import config, plan
+from core import config, families, plan
 from core.events import Event, Note
 from core.families.base import Family, Precision
 from core.faults import Fault, Fix
@@ -33,14 +33,28 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda:0" if wanted == "cuda" else wanted)
 
 
-def choose(precision: config.Precision, device: str = "auto") -> Precision:
-    """The device, and the number formats that core.plan's rule gives for it."""
+def choose(precision: config.Precision, device: str = "auto", family: str = "") -> Precision:
+    """The device, and the number formats that core.plan's rule gives for it and a family."""
     where = pick_device(device)
     cuda = where.type == "cuda"
     capability = torch.cuda.get_device_capability(where) if cuda else (0, 0)
-    numbers = plan.numbers_for(precision, where.type, capability)
+    numbers = plan.numbers_for(precision, where.type, capability, family)
     return Precision(device=where, weights=DTYPES[numbers["weights"]],
                      compute=DTYPES[numbers["compute"]], vae=DTYPES[numbers["vae"]])
+
+
+def tell_numbers(wanted: config.Precision, family: str, precision: Precision,
+                 emit: Callable[[Event], None]) -> None:
+    """Where a family's numbers outgrow fp16: that fp16 was asked for all the same, or that fp32
+    takes its place on a GPU without bf16."""
+    if not families.outgrows_fp16(family):
+        return
+    title = families.MODULES[family].title
+    if precision.compute == torch.float16:
+        emit(Note(key="precision.outgrows_fp16", params={"title": title}))
+    elif wanted == "auto" and precision.device.type == "cuda" and (
+            precision.compute == torch.float32):
+        emit(Note(key="precision.fp32_for_fp16", params={"title": title}))
 
 
 def load_denoiser(config: config.TrainConfig, family: Family, source: Path, precision: Precision,

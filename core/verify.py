@@ -41,8 +41,8 @@ def verify(path: Path, base: Path | None, emit: Callable[[Event], None]) -> dict
     report: dict[str, Any] = {"file": str(path), "format": info.format, "family": info.family}
     if base is None:
         return report | {"ok": True, "keys": len(read_header(file).tensors), "drawn": False}
-    family = families.get(families.detect(base))
-    precision = choose("auto")
+    kind = families.detect(base)
+    family, precision = families.get(kind), choose("auto", family=kind)
     emit(Phase(name="load"))
     parts = family.load(base, precision, ALL_PARTS)
     return report | _draw_and_compare(family, parts, precision, path, "", None)

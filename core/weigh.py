@@ -151,7 +151,8 @@ def data_facts(config: TrainConfig, folder: Path, facts: Mapping[str, float]) ->
 
 
 def base_sizes(base: Base, where: Machine) -> dict[str, float]:
-    return plan.ask("base", base, plan.numbers_for("auto", where.kind, where.capability))
+    return plan.ask("base", base, plan.numbers_for(
+        "auto", where.kind, where.capability, base.family))
 
 
 class Weigher:

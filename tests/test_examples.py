@@ -130,6 +130,32 @@ def test_long_captions_are_told(config: TrainConfig, tmp_path: Path) -> None:
     assert (note.params["count"], note.params["limit"], note.params["tokens"]) == (1, 225, 240)
 
 
+class Loud(StableDiffusion1):
+    """Its text has states that fp16 can't hold, as language models have."""
+
+    def encode_text(self, parts: Parts, prompts: Sequence[str]) -> Cond:
+        with torch.autocast("cpu", enabled=False):
+            found = super().encode_text(parts, prompts)
+        found["text"][:, 0, 0] = 1e6
+        return found
+
+
+@pytest.mark.parametrize(("compute", "largest"), [(torch.float16, 65504.0),
+                                                  (torch.bfloat16, 1e6)])
+def test_states_that_outgrow_fp16_stay_finite(config: TrainConfig, compute: torch.dtype,
+                                              largest: float) -> None:
+    events: list[Any] = []
+    precision = replace(choose("fp32", "cpu"), compute=compute)
+    found = Encoder(Loud(), Path(config.base_model), precision, config, events.append,
+                    Control()).embeddings(["red disc", "blue"])
+    for cond in found.values():
+        assert cond["text"].dtype == compute
+        assert bool(cond["text"].isfinite().all())
+        assert float(cond["text"].max()) == pytest.approx(largest, rel=0.01)
+    told = [e for e in events if getattr(e, "key", "") == "precision.text_outgrows_fp16"]
+    assert len(told) == (compute == torch.float16)
+
+
 def test_shuffled_tags_keep_the_trigger_first(config: TrainConfig) -> None:
     examples, _ = prepared(config.with_changes(shuffle_tags=True, trigger_word="mia"))
     for item in examples.items:

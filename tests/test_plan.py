@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from core import buckets, paths, plan
+from core import buckets, ladder, paths, plan
+from core import precision as precise
 from core.config import TrainConfig
 from core.faults import Fault
 from core.plan import Base, Data, Machine
@@ -232,6 +233,27 @@ def test_number_formats(precision: str, card: tuple[int, int], weights: str, vae
     numbers = plan.numbers_for(precision, "cuda", card)
     assert (numbers["weights"], numbers["vae"]) == (weights, vae)
     assert plan.numbers_for("auto", "cpu", (0, 0))["compute"] == "fp32"
+
+
+@pytest.mark.parametrize("family", ["qwen", "lumina2", "zimage"])
+def test_families_that_outgrow_fp16(family: str) -> None:
+    """fp32 on a GPU without bf16, which saves no memory there; what is asked for is done, and
+    said."""
+    old, new = ((7, 5), "fp32"), ((8, 6), "bf16")
+    for card, wanted in (old, new):
+        numbers = plan.numbers_for("auto", "cuda", card, family)
+        assert set(numbers.values()) == {wanted}
+        machine = Machine("cuda", "", 24e3, 24e3, card)
+        can = ladder.rungs(machine, family=family)
+        assert (can.half, can.full) == (("", True) if card == (7, 5) else ("bf16", False))
+    assert ladder.rungs(Machine("cuda", "", 24e3, 24e3, (7, 5)), family="sdxl").half == "fp16"
+    assert plan.numbers_for("fp16", "cuda", (7, 5), family)["compute"] == "fp16"
+    notes: list[Any] = []
+    for precision in ("fp16", "bf16", "fp32"):
+        precise.tell_numbers(precision, family, precise.choose(precision, "cpu", family),
+                             notes.append)
+        precise.tell_numbers(precision, "sdxl", precise.choose(precision, "cpu"), notes.append)
+    assert [note.key for note in notes] == ["precision.outgrows_fp16"]
 
 
 def test_bad_bases_are_one_sentence(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ class Listed:
     file: Literal["whole", "denoiser", "none"]
     tokens: int = 0                         # of a caption that it reads; 0: as max_tokens says
     step: int = 64                          # px; sides of buckets at the native size
+    # Whether its numbers stay within fp16's 65504; ComfyUI computes the others in bf16 or fp32.
+    fp16: bool = True
 
 
 MODULES = {
@@ -36,11 +38,14 @@ MODULES = {
                   "denoiser", 255),
     "flux": Listed("core.families.flux:Flux1", "Flux.1", 1024, "denoiser", 511),
     "chroma": Listed("core.families.chroma:Chroma", "Chroma", 1024, "denoiser", 511),
-    "zimage": Listed("core.families.zimage:ZImage", "Z-Image", 1024, "denoiser", 500),
-    "qwen": Listed("core.families.qwen:QwenImage", "Qwen-Image", 1024, "denoiser", 507),
+    "zimage": Listed("core.families.zimage:ZImage", "Z-Image", 1024, "denoiser", 500,
+                     fp16=False),
+    "qwen": Listed("core.families.qwen:QwenImage", "Qwen-Image", 1024, "denoiser", 507,
+                   fp16=False),
     "flux2": Listed("core.families.flux2:Flux2", "Flux.2 klein", 1024, "denoiser", 500),
     "krea2": Listed("core.families.krea2:Krea2", "Krea 2", 1024, "denoiser", 507),
-    "lumina2": Listed("core.families.lumina2:Lumina2", "Lumina 2", 1024, "denoiser", 220),
+    "lumina2": Listed("core.families.lumina2:Lumina2", "Lumina 2", 1024, "denoiser", 220,
+                      fp16=False),
     "sana": Listed("core.families.sana:Sana", "Sana", 1024, "denoiser", 299, 32),
 }
 
@@ -64,6 +69,10 @@ def get(family_id: str, chosen: Chosen | None = None) -> Family:
     family: Any = getattr(importlib.import_module(module), name)()
     family.chosen = chosen or family.chosen
     return family  # type: ignore[no-any-return]
+
+
+def outgrows_fp16(family_id: str) -> bool:
+    return family_id in MODULES and not MODULES[family_id].fp16
 
 
 def _own(name: str, chosen: Chosen | None) -> Family:
