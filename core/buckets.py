@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from core.config import TrainConfig, size_of
 from core.faults import Fault
 
 Size = tuple[int, int]                      # width, height in px
@@ -58,6 +59,40 @@ def shrink_bucket(size: Size, area: Size, step: int) -> Size:
     if width > height:                      # a side raised to one step: the cap still holds
         return min(width, cap // height // step * step), height
     return width, min(height, cap // width // step * step)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What decides which bucket a picture takes; the only place that knows the usual sides."""
+
+    area: Size                              # px; most pixels of a bucket
+    step: int                               # px; sides of buckets are multiples of it
+    shortest: int                           # px
+    longest: int                            # px
+    no_upscale: bool = False
+
+    @staticmethod
+    def usual(area: Size, step: int, shortest: int = 0, longest: int = 0,
+              no_upscale: bool = False) -> Rule:
+        """0: from half to twice the square's side."""
+        side = isqrt(area[0] * area[1])
+        return Rule(area, step, shortest or side // 2, longest or side * 2, no_upscale)
+
+    @staticmethod
+    def of(config: TrainConfig, native: int, step: int) -> Rule:
+        """A run's; `native` and `step` px are the base's own."""
+        return Rule.usual(size_of(config.max_resolution) or (native, native), step,
+                          config.min_bucket_side, config.max_bucket_side, config.bucket_no_upscale)
+
+    def assign(self, sizes: Sequence[Size]) -> list[Size]:
+        """Each picture's bucket, in the pictures' order."""
+        return assign_buckets(sizes, self.area, self.step, self.shortest, self.longest,
+                              self.no_upscale)
+
+    def largest(self) -> Size:
+        """The bucket with the most pixels of those that a picture could fall into."""
+        sizes = bucket_sizes(self.area, self.step, self.shortest, self.longest)
+        return max(sizes, key=lambda s: (s[0] * s[1], -abs(s[0] - s[1])))
 
 
 def assign_buckets(sizes: Sequence[Size], area: Size, step: int, shortest: int, longest: int,

@@ -56,7 +56,8 @@ class Report:
                 "captioned": self.captioned, "skipped": self.skipped, "left_out": self.left_out,
                 "measured": self.measured, "seconds": round(self.seconds, 2),
                 "base": {"area": self.facts.area, "step": self.facts.step,
-                         "token_limit": self.facts.token_limit},
+                         "token_limit": self.facts.token_limit, "name": self.facts.base,
+                         "assumed": not self.facts.base},
                 "findings": [finding_as_dict(finding) for finding in self.findings],
                 "buckets": [{"size": size, "pictures": count}
                             for size, count in self.buckets.items()],
@@ -169,8 +170,8 @@ def _summary(report: Report) -> list[str]:
         words.say("checks.summary", {
             "folder": report.folder, "pictures": len(report.names),
             "captioned": report.captioned, "skipped": report.skipped}),
-        words.say("checks.base", {
-            "width": facts.area[0], "height": facts.area[1], "step": facts.step,
+        words.say("checks.base" if facts.base else "checks.base_assumed", {
+            "base": facts.base, "width": facts.area[0], "height": facts.area[1], "step": facts.step,
             "limit": facts.token_limit}),
         words.say("checks.buckets", {
             "list": shown,

@@ -5,31 +5,29 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from math import isqrt
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from core import buckets, families, focus, paths
-from core.buckets import Crop, Point, Size
+from core import buckets, families, focus, paths, plan
+from core.buckets import Crop, Point, Rule, Size
 from core.choices import Choices
+from core.config import TrainConfig
 from core.dataset import Dataset, relative_name
 from core.faults import Fault
 from core.looks import Table, subject_of
-from core.reading import from_json
+from core.plan import Base
 
 TOKENIZER = paths.DEMO / "base" / "tokenizer"       # CLIP's own, shipped once
+ASSUMED = families.MODULES["sd15"]
+USUAL = TrainConfig()
 
 
 @dataclass(frozen=True, slots=True)
-class BaseFacts:
+class BaseFacts(Rule):
     """What a base asks of pictures and captions."""
 
-    area: Size                              # px; most pixels of a bucket
-    step: int                               # px; sides of buckets are multiples of it
-    shortest: int                           # px
-    longest: int                            # px
-    no_upscale: bool = False
+    base: str = ""                          # its name; empty: none is known, SD 1.5 is assumed
     token_limit: int = 75
     count_tokens: Callable[[Sequence[str]], list[int]] | None = None    # without start and end
 
@@ -63,8 +61,7 @@ class Planned:
 def plan_crops(sizes: Sequence[Size], facts: BaseFacts,
                focus_at: Sequence[Point | None] | None = None) -> list[Planned]:
     """Each picture's bucket and crop, in their order, by the functions that training uses."""
-    chosen = buckets.assign_buckets(sizes, facts.area, facts.step, facts.shortest, facts.longest,
-                                    facts.no_upscale)
+    chosen = facts.assign(sizes)
     points = focus_at if focus_at is not None else [None] * len(sizes)
     return [Planned(buckets.crop_to(size, bucket, point), size, point)
             for size, bucket, point in zip(sizes, chosen, points, strict=True)]
@@ -92,41 +89,32 @@ def count_buckets(planned: Sequence[Planned], repeats: Sequence[int]) -> dict[Si
 
 # --- the base ---------------------------------------------------------------------------------
 
-def base_facts(source: Path, area: Size | None = None, no_upscale: bool = False) -> BaseFacts:
-    """Facts of a diffusers folder or a single .safetensors file, as the engine derives them.
-    Raises Fault where that can't be told."""
-    family = families.detect(source)
-    configs = source if source.is_dir() else paths.FAMILY_CONFIGS / family
-    if not (configs / "unet").is_dir():
-        listed = families.MODULES[family]
-        side = listed.native_size
-        return facts_for(area or (side, side), listed.step, no_upscale, listed.tokens)
-    unet, vae = (_read(configs / part / "config.json", source) for part in ("unet", "vae"))
-    try:
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        native = int(unet["sample_size"]) * factor
-        step = factor * 2 ** (len(unet["block_out_channels"]) - 1)
-        step *= 2 if unet.get("addition_embed_type") == "text_time" else 1     # SDXL's buckets
-    except (KeyError, TypeError, ValueError):
-        raise Fault("checks.base_unknown", path=source) from None
-    tokenizer = source / "tokenizer" if (source / "tokenizer").is_dir() else TOKENIZER
-    counter = TokenCounter(tokenizer)
-    return facts_for(area or (native, native), step, no_upscale, counter.limit, counter)
+def base_facts(source: Path, config: TrainConfig = USUAL,
+               sizes: Callable[[Base], Mapping[str, float]] = plan.sizes) -> BaseFacts:
+    """Facts of a base, by the engine's own code (`sizes`), for a run of `config`. Raises Fault
+    where it is no base."""
+    base = Base.of(source)
+    found = sizes(base)
+    rule = Rule.of(config, int(found["native"]), int(found["step"]))
+    counter, folder = None, source / "tokenizer"
+    if families.MODULES[base.family].chunked:
+        counter = TokenCounter(folder if folder.is_dir() else TOKENIZER)
+    limit = families.token_limit(base.family, config.max_tokens)
+    return BaseFacts(**asdict(rule), base=source.name, token_limit=limit, count_tokens=counter)
+
+
+def assumed_facts(config: TrainConfig = USUAL) -> BaseFacts:
+    """Where no base is known: those of Stable Diffusion 1.5."""
+    rule = Rule.of(config, ASSUMED.native_size, ASSUMED.step)
+    return BaseFacts(**asdict(rule), token_limit=config.max_tokens,
+                     count_tokens=TokenCounter(TOKENIZER))
 
 
 def facts_for(area: Size, step: int, no_upscale: bool = False, token_limit: int = 75,
               count_tokens: Callable[[Sequence[str]], list[int]] | None = None) -> BaseFacts:
-    """The engine's rule for the sides of buckets: from half to twice the square's side."""
-    side = isqrt(area[0] * area[1])
-    return BaseFacts(area, step, side // 2, side * 2, no_upscale, token_limit, count_tokens)
-
-
-def _read(path: Path, source: Path) -> Mapping[str, Any]:
-    try:
-        data = from_json(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        raise Fault("checks.base_unknown", path=source) from None
-    return data if isinstance(data, dict) else {}
+    """Of sizes that are given."""
+    rule = Rule.usual(area, step, no_upscale=no_upscale)
+    return BaseFacts(**asdict(rule), token_limit=token_limit, count_tokens=count_tokens)
 
 
 class TokenCounter:
@@ -135,12 +123,6 @@ class TokenCounter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._tokenizer: Any = None
-
-    @property
-    def limit(self) -> int:
-        told = _read(self.folder / "tokenizer_config.json", self.folder)
-        longest = told.get("model_max_length", 77)
-        return longest - 2 if isinstance(longest, int) and 2 < longest < 10_000 else 75
 
     def __call__(self, texts: Sequence[str]) -> list[int]:
         if not texts:

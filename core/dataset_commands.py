@@ -13,8 +13,6 @@ from core.faults import Fault
 if TYPE_CHECKING:
     from core.crops import BaseFacts
 
-AREA, STEP = (512, 512), 64     # px; where no base is named: Stable Diffusion 1.5's
-
 
 def add_commands(commands: Any) -> None:
     parser = add_command(commands, "dataset", line="dataset check my-pictures")
@@ -121,20 +119,16 @@ def _stopped(options: argparse.Namespace, key: str) -> int:
 
 
 def _facts(options: argparse.Namespace) -> BaseFacts:
-    """Without --base: the sizes of Stable Diffusion 1.5 and CLIP's tokenizer."""
+    """Without --base: those of Stable Diffusion 1.5, which the report says."""
     from core import crops, paths
-    area = _resolution(options.resolution)
+    from core.config import TrainConfig
+    try:
+        config = TrainConfig(max_resolution=options.resolution,
+                             bucket_no_upscale=options.no_upscale)
+    except ValueError:
+        raise Fault("checks.bad_resolution", given=options.resolution) from None
     if options.base is None:
-        counter = crops.TokenCounter(crops.TOKENIZER)
-        return crops.facts_for(area or AREA, STEP, options.no_upscale, counter.limit, counter)
+        return crops.assumed_facts(config)
     source = (paths.DEMO / "base" if options.base == "demo"
               else Path(options.base).expanduser())
-    return crops.base_facts(source, area, options.no_upscale)
-
-
-def _resolution(given: str) -> tuple[int, int] | None:
-    try:
-        from core.config import TrainConfig, size_of
-        return size_of(TrainConfig(max_resolution=given).max_resolution)
-    except ValueError:
-        raise Fault("checks.bad_resolution", given=given) from None
+    return crops.base_facts(source, config)

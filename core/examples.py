@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from math import isqrt
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 from core import buckets, captions, choices, crops, dataset, extensions, masks, pictures, plan
 from core.buckets import Point
 from core.cache import Cache, file_digest, fingerprint, key
-from core.config import TrainConfig, size_of
+from core.config import TrainConfig
 from core.control import Control
 from core.embeddings import batched, grouped, reading_of, sizes_of, trimmed, unread
 from core.events import Event, Note, Phase
@@ -118,11 +117,7 @@ def _scan(config: TrainConfig, folder: Path, metadata: Path | None, native: int,
     for problem in data.problems:
         if not (config.masked_loss and problem.code == "dataset.masks_left_out"):
             emit(Note(key=problem.code, params=dict(problem.params)))
-    area = size_of(config.max_resolution) or (native, native)
-    side = isqrt(area[0] * area[1])
-    shortest, longest = config.min_bucket_side or side // 2, config.max_bucket_side or side * 2
-    sizes = buckets.assign_buckets([p.size for p in data.pictures], area, step, shortest, longest,
-                                   config.bucket_no_upscale)
+    sizes = buckets.Rule.of(config, native, step).assign([p.size for p in data.pictures])
     return data, [Example(p, bucket, _captions(p, config, i), point, _mask(p, config, data.folder))
                   for i, (p, bucket, point)
                   in enumerate(zip(data.pictures, sizes, points, strict=True))]

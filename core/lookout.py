@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from core import gpu, lowering, plan
+from core import gpu, lowering, plan, plan_history
 from core.config import TrainConfig
 from core.events import Event, Note, Planned
 from core.examples import Example
@@ -122,7 +122,7 @@ class Lookout:
                       "allocated_mb": round(allocated, 1), "reserved_mb": round(reserved, 1),
                       "real_mb": round(max(real, reserved + plan.CONTEXT_MB), 1)}
             if not self.lowered:
-                plan.remember(self.plan, allocated, reserved)
+                plan_history.remember(self.machine.name, self.plan.peak.mb, allocated, reserved)
         return {"memory": found}
 
     def _plan(self, config: TrainConfig) -> Plan | None:

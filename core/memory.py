@@ -27,6 +27,7 @@ from core.text_training import TextTraining
 from core.tracing import META, Kernels, Kind, size_of, traced
 
 Figures = dict[str, float]
+SIZES_ONLY = {"weights": "fp32", "compute": "fp32", "vae": "fp32"}
 ADAM_STATES = 2                             # fp32 numbers per weight: first and second moment
 
 
@@ -42,6 +43,12 @@ def base(base: Base, numbers: dict[str, str]) -> Figures:
             "denoiser_parameters": sum(p.numel() for p in parts.denoiser.parameters()),
             "native": parts.native_size, "step": parts.bucket_step,
             "flow": float(parts.flow is not None)}
+
+
+def sizes(base: Base, numbers: dict[str, str]) -> Figures:
+    """The base's own sizes alone: no module is made."""
+    parts = families.get(base.family).load(base.source, _precision(SIZES_ONLY), frozenset())
+    return {"native": parts.native_size, "step": parts.bucket_step}
 
 
 def kept(base: Base, numbers: dict[str, str], kept: QuantKind = "same", offload: float = 0.0
@@ -166,7 +173,8 @@ def draw(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
 
 
 TRACES: dict[str, Callable[..., Figures]] = {
-    "base": base, "kept": kept, "texts": texts, "cache": cache, "step": step, "draw": draw}
+    "base": base, "sizes": sizes, "kept": kept, "texts": texts, "cache": cache, "step": step,
+    "draw": draw}
 
 
 def _skeleton(base: Base, numbers: dict[str, str], *only: Part) -> tuple[Family, Parts]:

@@ -15,11 +15,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
-from core import base_loras, buckets, extensions, families, paths
+from core import base_loras, buckets, extensions, families, paths, plan_history
 from core.config import TrainConfig, size_of
 from core.plan_keys import adapter_settings, rule_settings, text_settings
 from core.reading import from_json
@@ -130,7 +129,8 @@ def plan_run(config: TrainConfig, base: Base, machine: Machine, data: Data | Non
     data = data or Data()
     numbers = numbers_for(config.precision, machine.kind, machine.capability, base.family)
     facts = _as_kept(config, base, numbers, machine, ask("base", base, numbers))
-    bucket = data.bucket or largest_bucket(config, facts)
+    rule = buckets.Rule.of(config, int(facts["native"]), int(facts["step"]))
+    bucket = data.bucket or rule.largest()
     step = ask("step", base, numbers, **step_settings(config, machine, bucket, data))
     texts = ask("texts", base, numbers, kind=machine.kind, batch=config.cache_batch_size * 2,
                 **_encoders(config, machine, facts))
@@ -212,16 +212,6 @@ def numbers_for(precision: str, kind: str, capability: tuple[int, int], family: 
             "vae": "fp32" if precision == "fp16" else precision}
 
 
-def largest_bucket(config: TrainConfig, facts: Mapping[str, float]) -> tuple[int, int]:
-    """The bucket with the most pixels of those that a picture could fall into."""
-    native, step = int(facts["native"]), int(facts["step"])
-    area = size_of(config.max_resolution) or (native, native)
-    side = isqrt(area[0] * area[1])
-    sizes = buckets.bucket_sizes(area, step, config.min_bucket_side or side // 2,
-                                 config.max_bucket_side or side * 2)
-    return max(sizes, key=lambda s: (s[0] * s[1], -abs(s[0] - s[1])))
-
-
 def _as_kept(config: TrainConfig, base: Base, numbers: dict[str, str], machine: Machine,
              facts: Mapping[str, float]) -> dict[str, float]:
     """`denoiser`: bytes on the device; `waiting`: in RAM."""
@@ -293,7 +283,7 @@ def _outside(machine: Machine, tensors: float, host: Mapping[str, float]
              ) -> tuple[dict[str, float], bool]:
     if machine.kind == "cpu":
         return {"process": PROCESS_MB["cpu"], **host}, False
-    learned = learned_overhead(machine.name)
+    learned = plan_history.overhead(machine.name)
     if learned is not None:
         return {"context": CONTEXT_MB, "allocator": learned * tensors}, True
     return {"context": CONTEXT_MB, "workspace": WORKSPACE_MB,
@@ -337,14 +327,30 @@ def _phase(name: str, **sizes: float) -> Phase:
 def ask(what: str, base: Base, numbers: dict[str, str], **settings: Any) -> dict[str, float]:
     """One of core.memory's traces, in bytes; from the disk where it was asked before."""
     path = paths.cache_dir() / "plans" / f"{_key(what, base, numbers, settings)}.json"
-    with contextlib.suppress(OSError, ValueError):
-        found: dict[str, float] = from_json(path.read_text("utf-8"))
+    if (found := _kept(path)) is not None:
         return found
     memory = importlib.import_module("core.memory")             # torch comes in here
     traced: dict[str, float] = memory.TRACES[what](base, numbers, **settings)
     with contextlib.suppress(OSError):                          # a full disk must not hide a plan
         paths.write_atomic(path, json.dumps(traced))
     return traced
+
+
+def sizes(base: Base) -> dict[str, float]:
+    """`native`, `step`: px, as the engine has them of this base."""
+    return ask("sizes", base, {})
+
+
+def known_sizes(base: Base) -> dict[str, float] | None:
+    """The same without torch; None where nobody asked yet."""
+    return _kept(paths.cache_dir() / "plans" / f"{_key('sizes', base, {}, {})}.json")
+
+
+def _kept(path: Path) -> dict[str, float] | None:
+    with contextlib.suppress(OSError, ValueError):
+        found: dict[str, float] = from_json(path.read_text("utf-8"))
+        return found
+    return None
 
 
 def _key(what: str, base: Base, numbers: dict[str, str], settings: dict[str, Any]) -> str:
@@ -365,42 +371,11 @@ def _digest(source: Path) -> str:
         for path in sorted(source.glob("*/*config.json")):
             digest.update(path.relative_to(source).as_posix().encode() + path.read_bytes())
         return digest.hexdigest()[:20]
-    for name, tensor in sorted(read_header(source).tensors.items()):
+    header = read_header(source)
+    for name, tensor in sorted(header.tensors.items()):
         digest.update(f"{name}{tensor.dtype}{tensor.shape}".encode())
+    digest.update(repr(sorted(header.metadata.items())).encode())   # of SD 2 it tells the size
     return digest.hexdigest()[:20]
-
-
-# --- what runs on this machine showed ---
-
-def remember(plan: Plan, allocated_mb: float, reserved_mb: float) -> None:
-    """Keeps planned against measured; later plans for this card take its own overhead."""
-    if plan.machine.kind != "cuda" or allocated_mb <= 0:
-        return
-    known = _history()
-    rows = [*known.get(plan.machine.name, []), {
-        "planned": plan.peak.mb, "allocated": allocated_mb, "reserved": reserved_mb}]
-    with contextlib.suppress(OSError):
-        paths.write_atomic(_history_file(), json.dumps(known | {plan.machine.name: rows[-20:]}))
-
-
-def learned_overhead(card: str) -> float | None:
-    """(reserved - planned tensors) / planned tensors: the worst of the last runs on this card;
-    None before the first. Never below zero: what ran once with less is no promise."""
-    rows = _history().get(card, [])[-5:]
-    worst = [(row["reserved"] - row["planned"]) / row["planned"] for row in rows]
-    return max(0.0, *worst) if worst else None
-
-
-def _history_file() -> Path:
-    return paths.data_dir() / "planned-and-real.json"
-
-
-def _history() -> dict[str, list[dict[str, float]]]:
-    try:
-        found: dict[str, list[dict[str, float]]] = from_json(_history_file().read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:

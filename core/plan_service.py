@@ -4,27 +4,30 @@ Torch is imported only where a trace isn't on disk yet (core/plan.ask), and neve
 Question: {"config": {TrainConfig}, "purpose", "language", "suggest": bool}. Answer: {"plan",
 "verdict", "lacking", "nearest", "suggestion", "pictures", "updates"} as far as each is known,
 "remedies" where a "symptom" (core/remedies.py) is asked about;
-or {"fault": {"code", "params"}}.
+or {"fault": {"code", "params"}}. {"sizes": base} asks for a base's native side and step alone.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import psutil
 
-from core import advisor, families, ladder, plan, remedies, weigh
+from core import advisor, children, families, ladder, plan, remedies, weigh
 from core.config import TrainConfig
 from core.faults import Fault
 from core.plan import Base, Data
 
+LONGEST_S = 300.0                       # until a base's sizes are known, on a slow disk
 FRESH_S = 20.0                          # a folder's headers are read again after that
 
 _seen: dict[tuple[str, str, str], tuple[float, weigh.Pictures]] = {}
@@ -43,7 +46,25 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
         return {"fault": {"code": "gui.plan_failed", "params": {"reason": reason[:300]}}}
 
 
+def sizes_beside(base: Base) -> dict[str, float]:
+    """plan.sizes for the window's process: torch comes into another one, once for each base."""
+    if (known := plan.known_sizes(base)) is not None:
+        return known
+    question = json.dumps({"sizes": str(base.source)}) + "\n"
+    done = subprocess.run(
+        children.command("plan-service"), input=question, env=children.environment(),
+        capture_output=True, encoding="utf-8", timeout=LONGEST_S, check=False,
+        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
+    found = json.loads(done.stdout or "{}")
+    if fault := found.get("fault"):
+        raise Fault(fault["code"], **fault["params"])
+    sizes: dict[str, float] = found["sizes"]
+    return sizes
+
+
 def _answer(question: dict[str, Any]) -> dict[str, Any]:
+    if "sizes" in question:
+        return {"sizes": plan.sizes(Base.of(Path(question["sizes"])))}
     config = TrainConfig.model_validate(question["config"])
     base = weigh.base_of(config.base_model or next(iter(families.MODULES)))
     machine = weigh.machine_here(config.device)

@@ -10,13 +10,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import factorial, isqrt
+from math import factorial
 from pathlib import Path
 
 from PIL import Image
 
 from core import (
-    buckets,
     captions,
     choices,
     dataset,
@@ -28,8 +27,8 @@ from core import (
     pool,
     words,
 )
-from core.buckets import Size
-from core.config import TrainConfig, size_of
+from core.buckets import Rule, Size
+from core.config import TrainConfig
 from core.faults import Fault
 from core.pictures import FORMATS, MAX_MEGAPIXELS, Look, prepare
 from core.plan import Base, Data, Machine, Plan
@@ -122,12 +121,8 @@ def pictures_in(folder: Path, metadata: Path | None = None) -> Pictures:
 def data_of(config: TrainConfig, found: Pictures, facts: Mapping[str, float]) -> Data:
     """The bucket whose batch is the largest, and how much there is to keep. `facts`: `native`
     and `step` px of the base (core.plan's "base")."""
-    native, step = int(facts["native"]), int(facts["step"])
-    area = size_of(config.max_resolution) or (native, native)
-    side = isqrt(area[0] * area[1])
-    assigned = buckets.assign_buckets(
-        found.sizes + found.regular, area, step, config.min_bucket_side or side // 2,
-        config.max_bucket_side or side * 2, config.bucket_no_upscale)
+    rule = Rule.of(config, int(facts["native"]), int(facts["step"]))
+    assigned = rule.assign(found.sizes + found.regular)
     repeats = (*found.repeats, *[1] * len(found.regular))
     bucket, batch = heaviest_batch(assigned, repeats, config.batch_size)
     return Data(len(assigned) + config.reg_from_base, _captions(config, found), batch, bucket)

@@ -7,6 +7,7 @@ the check, whose measures are kept on disk. `now` is replaced as a whole and nev
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import threading
 import time
 import weakref
@@ -22,17 +23,19 @@ from captioner.undo import Action, History, Outcome
 from core import checks, choices, crops, dataset, intake, looks, paths
 from core.buckets import Point
 from core.choices import Choices
+from core.config import TrainConfig
 from core.control import Control
 from core.crops import BaseFacts
 from core.events import Event, Phase
 from core.faults import Fault
+from core.plan_service import sizes_beside
 from core.runs import JobView
 from gui.album_state import Question, Shown, State
 from gui.context import House, Snapshot
 
-AREA, STEP = (512, 512), 64     # of Stable Diffusion 1.5, where no base is chosen
 RECHECK_S = 2.0                 # after an edit, so that several edits cost one check
 REREAD_S = 2.0                  # between looks at captions that a job is writing
+RULE = ("max_resolution", "bucket_no_upscale", "min_bucket_side", "max_bucket_side", "max_tokens")
 STEPS = ("names", "captions", "check")
 
 
@@ -303,15 +306,14 @@ def _poke(house: House | None) -> None:
 # --- pure ---
 
 def facts_of(question: Question) -> BaseFacts:
-    """Of the base, else of Stable Diffusion 1.5: a folder can be looked at before a choice."""
-    width, _, height = question.area.partition(",")
-    area = (int(width), int(height)) if width.strip() and height.strip() else None
+    """Of the base; where none is chosen or it can't be told, of Stable Diffusion 1.5: a folder can
+    be looked at before a choice."""
+    config = TrainConfig.model_validate(dict(question.rule))
     if question.base:
         source = paths.DEMO / "base" if question.base == "demo" else Path(question.base)
-        with contextlib.suppress(Fault, OSError):
-            return crops.base_facts(source.expanduser(), area, question.no_upscale)
-    count = crops.TokenCounter(crops.TOKENIZER)
-    return crops.facts_for(area or AREA, STEP, question.no_upscale, count.limit, count)
+        with contextlib.suppress(Fault, OSError, ValueError, KeyError, subprocess.SubprocessError):
+            return crops.base_facts(source.expanduser(), config, sizes_beside)
+    return crops.assumed_facts(config)
 
 
 def caption_job(snap: Snapshot) -> JobView | None:
@@ -330,9 +332,9 @@ def _question(snap: Snapshot) -> Question | None:
     if snap.problem:                        # the config can't be read: what was known stays
         return None
     config = snap.config
-    return Question(absolute(config.train_data_dir), config.metadata_path, config.base_model,
-                    config.max_resolution, config.bucket_no_upscale, snap.project.purpose,
-                    config.trigger_word, config.crop_about)
+    rule = tuple((key, getattr(config, key)) for key in RULE)
+    return Question(absolute(config.train_data_dir), config.metadata_path, config.base_model, rule,
+                    snap.project.purpose, config.trigger_word, config.crop_about)
 
 
 def _purpose(purpose: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from core import checks
 from core.buckets import crop_to
@@ -20,8 +21,7 @@ class Question:
     folder: str = ""
     metadata: str = ""
     base: str = ""
-    area: str = ""
-    no_upscale: bool = False
+    rule: tuple[tuple[str, Any], ...] = ()  # keys of TrainConfig that decide sizes and lengths
     purpose: str = ""
     trigger: str = ""
     crop_about: str = "center"

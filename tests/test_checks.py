@@ -6,6 +6,8 @@ import json
 import os
 import re
 import sqlite3
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import launcher
-from core import checks, choices, dataset, looks, measures, paths, words
+from core import checks, choices, crops, dataset, looks, measures, paths, words
 from core.caption_checks import fused_with, is_garbled
 from core.captions import with_trigger
 from core.checks import Report, check
+from core.config import TrainConfig
 from core.control import Control
 from core.crops import TOKENIZER, BaseFacts, TokenCounter, base_facts, facts_for
 from core.events import Event, Phase
@@ -523,7 +526,10 @@ def test_a_large_jpeg_is_measured_at_reduced_size_and_told_at_its_own(tmp_path: 
 def test_facts_of_bases(tmp_path: Path) -> None:
     facts = base_facts(DEMO)
     assert (facts.area, facts.step, facts.shortest, facts.longest) == ((64, 64), 16, 32, 128)
-    assert base_facts(DEMO, (128, 64)).area == (128, 64)
+    config = TrainConfig(max_resolution="128,64", min_bucket_side=48, max_tokens=150)
+    facts = base_facts(DEMO, config)
+    assert (facts.area, facts.shortest, facts.token_limit) == ((128, 64), 48, 150)
+    assert facts.base == "base"
     for path, code in ((tmp_path / "nothing", "families.missing"),
                        (tmp_path, "families.not_a_folder")):
         with pytest.raises(Fault) as caught:
@@ -578,3 +584,51 @@ def test_the_report_text_is_short_and_whole(tmp_path: Path) -> None:
     text = checks.lines(report, most=2)
     assert sum("enlarged 3.2 times" in line for line in text) == 2
     assert any("and 7 more" in line for line in text)
+
+
+@pytest.mark.parametrize("name", ["sd2", "sdxl", "sd3", "sana", "lumina2", "qwen"])
+def test_every_base_is_asked_for_its_own_sizes(name: str, tmp_path: Path) -> None:
+    """Not the family's usual ones: tiny bases have others."""
+    from core import families
+    from core.precision import choose
+    from tests import tiny_families
+    base = tiny_families.base(name, tmp_path / "base")
+    parts = families.get(name).load(base, choose("fp32", "cpu"), frozenset())
+    facts = base_facts(base)
+    assert (facts.area, facts.step) == ((parts.native_size,) * 2, parts.bucket_step)
+    listed = families.MODULES[name]
+    assert (facts.area[0], facts.step) != (listed.native_size, listed.step)
+    limits = {"sd2": 225, "sdxl": 225}
+    assert facts.token_limit == limits.get(name, listed.tokens)
+
+
+def test_families_list_their_chunks_as_their_spec_does() -> None:
+    from core import families
+    for name, listed in families.MODULES.items():
+        assert families.get(name).spec.chunked is listed.chunked
+
+
+def test_without_a_base_the_report_says_what_it_assumes(tmp_path: Path) -> None:
+    facts = crops.assumed_facts()
+    assert (facts.area, facts.step, facts.token_limit) == ((512, 512), 64, 225)
+    captioned(tmp_path, "a cat")
+    report = checks.check(tmp_path, facts)
+    assert report.as_dict()["base"]["assumed"] is True
+    assert "Stable Diffusion 1.5" in "\n".join(checks.lines(report))
+    report = checks.check(tmp_path, base_facts(DEMO))
+    assert report.as_dict()["base"]["assumed"] is False
+    assert "Stable Diffusion 1.5" not in "\n".join(checks.lines(report))
+
+
+def test_the_window_s_process_asks_another_one(base: Path) -> None:
+    """And takes no torch for it; a base that is none is a fault there too."""
+    code = ("import sys; from pathlib import Path; from core import crops, plan_service\n"
+            "from core.config import TrainConfig\n"
+            f"facts = crops.base_facts(Path({str(base)!r}), TrainConfig(),"
+            " plan_service.sizes_beside)\n"
+            "print(facts.area[0], facts.step, 'torch' in sys.modules)")
+    env = {**os.environ, "PYTHONPATH": str(paths.ROOT)}
+    for _ in range(2):
+        said = subprocess.run([sys.executable, "-c", code], env=env, text=True, check=True,
+                              capture_output=True).stdout.split()
+        assert said == ["32", "8", "False"]

@@ -206,7 +206,7 @@ def test_facts_need_no_base() -> None:
     assert facts_of(Question()).area == (512, 512)
     assert facts_of(Question(base="demo")).area == (64, 64)
     assert facts_of(Question(base="/nowhere/at/all")).area == (512, 512)
-    assert facts_of(Question(area="256,128")).area == (256, 128)
+    assert facts_of(Question(rule=(("max_resolution", "256,128"),))).area == (256, 128)
     assert absolute("") == ""
 
 

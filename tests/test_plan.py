@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from core import buckets, ladder, paths, plan
+from core import buckets, ladder, paths, plan, plan_history
 from core import precision as precise
 from core.config import TrainConfig
 from core.faults import Fault
@@ -216,13 +216,13 @@ def test_a_machine_learns_from_its_runs() -> None:
     base = Base.of(DEMO)
     made = plan.plan_run(TrainConfig(), base, LAPTOP)
     assert not made.learned
-    plan.remember(made, made.peak.mb * 1.01, made.peak.mb * 1.25)
+    plan_history.remember(LAPTOP.name, made.peak.mb, made.peak.mb * 1.01, made.peak.mb * 1.25)
     again = plan.plan_run(TrainConfig(), base, LAPTOP)
     assert again.learned
     assert again.outside["allocator"] == pytest.approx(0.25 * made.peak.mb)
     other = plan.plan_run(TrainConfig(), base, replace(LAPTOP, name="another card"))
     assert not other.learned
-    plan._history_file().write_text("[1, 2]")           # somebody's edit
+    plan_history._file().write_text("[1, 2]")           # somebody's edit
     assert not plan.plan_run(TrainConfig(), base, LAPTOP).learned
 
 

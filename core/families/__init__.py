@@ -29,6 +29,11 @@ class Listed:
     # Whether its numbers stay within fp16's 65504; ComfyUI computes the others in bf16 or fp32.
     fp16: bool = True
 
+    @property
+    def chunked(self) -> bool:
+        """Whether it reads long texts in chunks of CLIP's 75 tokens, as FamilySpec says too."""
+        return not self.tokens
+
 
 MODULES = {
     "sd15": Listed("core.families.sd15:StableDiffusion1", "Stable Diffusion 1.x", 512, "whole"),

@@ -11,7 +11,7 @@ from typing import Any
 from captioner import tags
 from captioner.rules import Change
 from core.captions import split_tags
-from core.crops import TOKENIZER, TokenCounter
+from core.config import TrainConfig
 from gui.album import Album
 from gui.album_state import State
 from gui.context import Context
@@ -41,9 +41,10 @@ def count_words(text: str) -> int:
     return len(text.split())
 
 
-@functools.cache
-def token_limit() -> int:
-    return TokenCounter(TOKENIZER).limit
+def token_limit(album: Album) -> int:
+    """Of the base that the folder was checked for."""
+    report = album.now.report
+    return report.facts.token_limit if report else TrainConfig().max_tokens
 
 
 def next_empty(names: Sequence[str], captions: Mapping[str, str], page: int) -> int | None:
@@ -112,7 +113,7 @@ def texts(ctx: Context, album: Album, names: Sequence[str]) -> str:
 
 
 def _text(ctx: Context, album: Album, name: str) -> dict[str, Any]:
-    caption, limit = album.now.captions.get(name, ""), token_limit()
+    caption, limit = album.now.captions.get(name, ""), token_limit(album)
     count: Callable[[str], int] = album.count_tokens or count_words
     exact = album.count_tokens is not None
     length = count(caption)

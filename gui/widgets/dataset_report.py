@@ -29,12 +29,16 @@ def summary(ctx: Context, album: Album) -> str:
         return f'<section class="box"><p>{esc(text)}</p>{progress}</section>'
     if state.report is None:
         return ""
+    facts = state.report.facts
+    judged = "" if facts.base else card("info", say("tab_dataset.assumed"), say(
+        "checks.base_assumed", width=facts.area[0], height=facts.area[1], step=facts.step,
+        limit=facts.token_limit))
     worst = min((LEVELS.index(one.level) for one in state.report.findings), default=2)
     kind = {0: "fault", 1: "warning", 2: "good"}[worst]
     key = {0: "has_errors", 1: "has_warnings", 2: "ready"}[worst]
     return card("warning" if kind == "fault" else kind, say(f"tab_dataset.{key}"), say(
         "tab_dataset.counts", pictures=len(state.training), captioned=state.captioned,
-        left_out=len(state.chosen.left_out & set(state.names))))
+        left_out=len(state.chosen.left_out & set(state.names)))) + judged
 
 
 def findings(ctx: Context, album: Album) -> str:
