@@ -128,7 +128,7 @@ def test_tokens_are_clips_own_and_words_until_then(album: Album) -> None:
     key = album.key("01-banana.png")
     assert album.count_tokens is not None
     assert re.fullmatch(r"\d+/225", texts_of(album)[key]["count"])
-    album.write({"01-banana.png": "word " * 90})
+    album.write({"01-banana.png": "word " * 240})
     assert texts_of(album)[key]["over"]
     album.count_tokens = None
     assert texts_of(album)[key]["count"] == "240 words"
