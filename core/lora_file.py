@@ -28,7 +28,6 @@ SHOWN = 3                                  # names in a fault before "and N more
 # --- names -------------------------------------------------------------------------------------
 
 _PEFT_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight")
-_HALVES = {"A": "lora_down", "B": "lora_up"}
 _WRAPPER = "base_model.model."             # PeftModel around the real one
 
 

@@ -175,6 +175,17 @@ def test_what_changes_with_the_facts(changes, key, value):
     assert build_metadata(make_facts(**changes)).get(key) == value
 
 
+@pytest.mark.parametrize(("adapter", "rank", "alpha", "dim", "told"), [
+    ("lora", 8, 4.0, 8, 4.0), ("rslora", 16, 4.0, 16, 16.0), ("pissa", 8, 4.0, 16, 8.0),
+    ("dora", 8, None, 8, 8.0)])
+def test_dim_and_alpha_are_those_of_the_files_layers(adapter, rank, alpha, dim, told):
+    """alpha / dim is the scale that readers multiply with: 4 / sqrt(16) of rsLoRA; PiSSA's layers
+    have twice the rank."""
+    found = build_metadata(make_facts(config=TrainConfig(
+        adapter=adapter, lora_rank=rank, lora_alpha=alpha)))
+    assert (found["ss_network_dim"], found["ss_network_alpha"]) == (str(dim), str(told))
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_thumbnail_is_a_data_url_of_the_same_bytes(kind):
     url = build_metadata(make_facts(thumbnail=picture(kind)))["modelspec.thumbnail"]

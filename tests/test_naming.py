@@ -163,3 +163,22 @@ def test_fused_layers_of_flux() -> None:
     assert rename is not None
     sizes = [network("flux").get_submodule(path).out_features for path in paths]
     assert [size // sizes[0] for size in sizes] == list(rename.rows)
+
+
+@pytest.mark.parametrize(("family", "names"), [
+    ("sd15", {"text_encoder": "lora_te"}),
+    ("sd2", {"text_encoder": "lora_te"}),
+    ("sdxl", {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}),
+    ("sd3", {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2",
+             "text_encoder_3": "lora_te3"}),
+    ("flux", {"text_encoder": "lora_te1", "text_encoder_2": "lora_te3"}),
+    ("chroma", {"text_encoder": "lora_te3"})])
+def test_text_encoders_are_numbered_as_sd_scripts_has_them(
+        family: str, names: dict[str, str]) -> None:
+    """CLIP-L is the first, CLIP-G the second, T5 the third, whichever of them a base has."""
+    denoiser, *texts = NAMINGS[family]
+    assert denoiser.kohya == "lora_unet"
+    assert {part.name: part.kohya for part in texts} == names
+    clips = {part.kohya: part.native for part in texts}
+    for kohya, word in (("lora_te1", "clip_l"), ("lora_te2", "clip_g"), ("lora_te3", "t5xxl")):
+        assert word in clips.get(kohya, word)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from core.events import Step
 from core.families.base import Cond, Frame
 from core.flow import Flow, Sampling
 from core.objective import Draw
+from core.preview import Previewer
 from tests import tiny
 from tests.keys.lab import Lab, near, of_one, shown, started
 
@@ -162,6 +164,79 @@ def test_the_base_check_leaves_the_adapter_on(lab: Lab) -> None:
             assert layer.lora_dropout[lora.ADAPTER].training
 
 
+def test_the_limit_is_of_all_that_learns_together(lab: Lab) -> None:
+    """The text encoder and new words are clipped with the denoiser, by one norm."""
+    options = {"text_encoder_lr": 1e-3, "pivotal_tokens": 1, "trigger_word": "red disc"}
+    norms = {}
+    for limit in (0.0, 1e-3):
+        trainer = started(lab.trainer(**options, max_grad_norm=limit))
+        grads: list[Tensor] = []
+        trainer.optimizer.register_step_pre_hook(lambda optimizer, *_, grads=grads: grads.extend(
+            p.grad.flatten().clone() for group in optimizer.param_groups for p in group["params"]))
+        trainer.update(0)
+        assert trainer.text is not None
+        assert len(grads) > len(trainer.text.parameters) > 0
+        norms[limit] = [float(one.norm()) for one in grads]
+    whole = sum(one**2 for one in norms[0.0])**0.5
+    assert whole > 2e-3
+    assert norms[1e-3] == pytest.approx([one * 1e-3 / whole for one in norms[0.0]], rel=1e-3)
+
+
+def test_the_average_is_of_all_that_learns(lab: Lab) -> None:
+    """Until the text encoder rests: it rests at its average, which is what is saved."""
+    trainer = started(lab.trainer(text_encoder_lr=1e-2, ema_decay=0.9, text_encoder_stop=2))
+    assert trainer.text is not None
+    parts = [*lora.trainable(trainer.denoiser)[:1], trainer.text.parameters[0]]
+
+    def moves_within() -> list[bool]:
+        live = [p.detach().clone() for p in parts]
+        with trainer.averaged():
+            return [not torch.equal(p, old) for p, old in zip(parts, live, strict=True)]
+    for number in range(2):
+        trainer.update(number)
+    assert moves_within() == [True, True]
+    trainer.update(2)
+    assert moves_within() == [True, False]
+
+
+def _dropped(trainer: Any, number: int) -> Tensor:
+    """Which inputs of the first layers were left out in an update."""
+    seen: list[Tensor] = []
+    handles = [module.register_forward_hook(lambda _, given, out: seen.append(out == 0))
+               for name, module in trainer.denoiser.named_modules()
+               if name.endswith("lora_dropout.default")]
+    trainer.update(number)
+    for handle in handles:
+        handle.remove()
+    return torch.cat([one.flatten() for one in seen])
+
+
+def test_every_update_drops_others(lab: Lab) -> None:
+    """As its number says: the same again in a run that resumes there."""
+    options = {"lora_dropout": 0.5, "batch_size": 1}
+    trainer, again = lab.trainer(**options), lab.trainer(**options)
+    first, second = _dropped(trainer, 0), _dropped(trainer, 1)
+    assert near(float((first == second).float().mean()), 0.5, len(first))
+    assert torch.equal(_dropped(again, 1), second)
+
+
+def test_previews_leave_dropout_out_and_give_it_back(lab: Lab) -> None:
+    trainer = lab.trainer(lora_dropout=0.5, sample_prompts=["red disc"], text_encoder_lr=1e-3,
+                          sample_inference_steps=1, sample_cfg=1.0)
+    layers = [layer.lora_dropout[lora.ADAPTER] for model in trainer.trained_models().values()
+              for _, layer in lora.layers(model)]
+    seen: list[bool] = []
+    trainer.denoiser.register_forward_pre_hook(
+        lambda *_: seen.extend(one.training for one in layers))
+    drawn = Previewer(trainer.family, trainer.parts, trainer.precision, trainer.config,
+                      trainer.cond, lab.folder / "dropped", trainer.emit).draw(
+        1, "ink", trainer.text)
+    assert len(drawn) == 1
+    assert seen
+    assert not any(seen)
+    assert all(one.training for one in layers)
+
+
 # --- validation ---
 
 def _asked(trainer: Any) -> Iterator[tuple[float, Tensor]]:
@@ -221,7 +296,7 @@ def test_a_run_validates_its_average(lab: Lab) -> None:
 def test_the_best_step_is_the_one_of_the_lowest_loss(lab: Lab) -> None:
     """Both where the loss falls and where it rises."""
     for rate, last in ((3e-3, None), (5.0, False)):
-        run = lab.run(validation_split=0.4, validation_steps=1, learning_rate=rate,
+        run = lab.run(validation_split=0.4, save_steps=1, keep_checkpoints=1, learning_rate=rate,
                       output_dir=str(lab.folder / f"best-{rate}"), max_train_steps=5)
         losses = {e.step: e.validation for e in run.events
                   if isinstance(e, Step) and e.validation is not None}
@@ -230,6 +305,8 @@ def test_the_best_step_is_the_one_of_the_lowest_loss(lab: Lab) -> None:
         assert run.result["best"]["step"] == best
         assert run.result["best"]["validation"] == losses[best]
         assert last is None or best != 5
+        kept = checkpoint.steps_of(Path(run.config.output_dir), run.result["name"])
+        assert set(kept) == {5, best}                       # the newest, and the best
 
 
 # --- words ---
@@ -267,3 +344,5 @@ def test_folders_repeat_as_often_as_they_say(lab: Lab) -> None:
                    for n in range(trainer.total) for b in trainer.course.update(n)
                    for i in b.indices)
     assert seen == {"3_ink": 2 * 2 * 3, "plain": 2}
+    with_prior = lab.trainer(train_data_dir=str(folder), reg_data_dir=str(folder / "plain"))
+    assert with_prior.course.samples_per_epoch == 7 + 7     # a half, repeats counted

@@ -74,6 +74,10 @@ def _(lab: Lab) -> None:
         trainer = lab.trainer(lora_dropout=share, batch_size=4)
         inputs = torch.cat([x.flatten() for x in recorded(trainer, "lora_A", 4)])
         assert near(float((inputs == 0).float().mean()), share, len(inputs))
+    text = lab.trainer(lora_dropout=0.25, text_encoder_lr=1e-3).text
+    assert text is not None
+    assert {layer.lora_dropout[lora.ADAPTER].p for model in text.models.values()
+            for _, layer in lora.layers(model)} == {0.25}
 
 
 @row("rank_dropout")

@@ -124,6 +124,9 @@ def _(lab: Lab) -> None:
 def _(lab: Lab) -> None:
     torch.testing.assert_close(_weights(lab, debiased_estimation=True),
                                _snr(diffusion(lab)).rsqrt(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        _weights(lab, debiased_estimation=True, min_snr_gamma=5.0),
+        _weights(lab, debiased_estimation=True) * _weights(lab, min_snr_gamma=5.0))
 
 
 def _loss(lab: Lab, error: float, t: int = 0, **changes: Any) -> float:

@@ -166,7 +166,7 @@ MUTANTS = [
            ("test_step.py::test_the_base_check_leaves_the_adapter_on",)),
     Mutant("any-base-fits", "core/base_check.py", "WORSE_THAN_THE_MEAN, NEAR_THE_MEAN = 1.0, 0.8",
            "WORSE_THAN_THE_MEAN, NEAR_THE_MEAN = 9.0, 8.0",
-           ("test_base_check.py::test_the_wrong_prediction_is_worse_than_guessing",)),
+           ("test_base_check.py::test_a_flow_that_knows_nothing_is_worse_than_guessing",)),
 
     # --- rates and rules ---
     Mutant("factors-ignored", _OPTIM, 'group["lr"] = rate * group.get("factor", 1.0)',
