@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from core import adapter_file, checkpoint, families, lora, new_words
 from core.config import load_train_config
 from core.families.base import Precision
 from core.families.loading import Piece, dtype_of
+from core.faults import Fault
 from core.safetensors_header import read_header, read_scalars
 from tests.keys.lab import Lab, started
 
@@ -93,6 +96,27 @@ def test_scalars_of_every_type_are_read(tmp_path: Path) -> None:
     assert struct.pack("<f", 4.5)[2:] == values["BF16"].view(torch.int16).numpy().tobytes()
     assert read_scalars(path, read_header(path), [*values, "long"]) == {
         "F64": 1.5, "F32": 2.5, "F16": 3.5, "BF16": 4.5, "I32": 5.0, "I64": 6.0}
+
+
+@pytest.mark.parametrize(("shape", "size"), [([2], 16), ([2], 4), ([], 8), ([0], 4)])
+def test_tensors_fill_their_bytes_exactly(tmp_path: Path, shape: list[int], size: int) -> None:
+    """More bytes than numbers are as wrong as fewer; the file's own length is right."""
+    path = tmp_path / "a.safetensors"
+    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+    with pytest.raises(Fault) as caught:
+        read_header(path)
+    assert caught.value.code == "lora_file.wrong_size"
+
+
+def test_a_pickle_is_called_one_whatever_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    torch.save({"a": torch.zeros(1)}, path)
+    for content in (path.read_bytes(), pickle.dumps({"a": 1})):
+        path.write_bytes(content)
+        with pytest.raises(Fault) as caught:
+            read_header(path)
+        assert caught.value.code == "lora_file.pickle"
 
 
 # --- bases ---

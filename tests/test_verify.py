@@ -66,6 +66,14 @@ def test_a_file_that_changes_nothing_fails(lab: Lab, monkeypatch: pytest.MonkeyP
     assert proof["change"] == 0
 
 
+def test_an_adapter_that_learned_nothing_is_no_proof(lab: Lab) -> None:
+    """File and memory agree, on the base's own picture."""
+    proof = lab.run(output_dir=str(lab.folder / "nothing"), learning_rate=1e-12,
+                    max_train_steps=1).result["proof"]
+    assert proof["from_memory"] == proof["change"] == 0
+    assert not proof["ok"]
+
+
 def test_layers_that_the_base_lacks_fail(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names of one block are of none: the others are found, those aren't."""
     run = run_with(lab, monkeypatch, lambda tensors: {

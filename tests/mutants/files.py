@@ -170,7 +170,7 @@ MUTANTS = [
            "        if info.begin < reached - 4:\n", ("test_lora_file.py::test_malformed_files",)),
     Mutant("sizes-unchecked", _HEADER, "    if count * BITS[dtype] != info.nbytes * 8:\n",
            "    if count * BITS[dtype] > info.nbytes * 8:\n",
-           ("test_lora_file.py::test_malformed_files",)),
+           ("test_saved.py::test_tensors_fill_their_bytes_exactly",)),
     Mutant("bf16-as-the-lower-half", _HEADER, 'b"\\0\\0" + content', 'content + b"\\0\\0"',
            ("test_saved.py::test_scalars_of_every_type_are_read",)),
     Mutant("twice-the-same-key", _HEADER, "        if len(entries) < len(pairs):\n",
@@ -178,7 +178,7 @@ MUTANTS = [
            ("test_lora_file.py::test_malformed_files",)),
     Mutant("pickles-pass", _HEADER, "    if is_pickle(head) or path.suffix.lower() in PICKLES:\n",
            "    if path.suffix.lower() in PICKLES:\n",
-           ("test_lora_file.py::test_pickles_are_refused_with_what_to_do",)),
+           ("test_saved.py::test_a_pickle_is_called_one_whatever_its_name",)),
 
     # --- bases ---
     Mutant("fp16-of-wide-encoders", _LOADING,
