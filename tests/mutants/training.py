@@ -266,6 +266,12 @@ MUTANTS = [
            "scale = scale_of(found)",
            ("test_lora_init.py::test_every_format_starts_with_its_delta",)),
 
+    # --- LoRAs that belong to the base ---
+    Mutant("base-loras-at-full-weight", "core/base_loras.py", "(scale_of(plain) * one.weight)",
+           "scale_of(plain)", key("base_loras")),
+    Mutant("base-loras-never-off", "core/base_loras.py", "        if not self.on:\n",
+           "        if False:\n", key("base_loras_in_previews")),
+
     # --- the text encoder and new words ---
     Mutant("text-encoder-lr-ignored", _TEXT,
            '"factor": config.text_encoder_lr / config.learning_rate', '"factor": 1.0',
