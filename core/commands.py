@@ -73,7 +73,9 @@ def _add_generate(commands: Any) -> None:
         "seed": {"type": int}, "steps": {"type": int}, "cfg": {"type": float},
         "size": {"metavar": "W,H"}, "sampler": {}, "clip_skip": {"type": int},
         "max_tokens": {"type": int}, "count": {"type": int}, "sheet": {},
-        "out": {"metavar": "DIR"}, "precision": {}, "device": {}, "family": {}}
+        "out": {"metavar": "DIR"}, "precision": {}, "device": {}, "family": {},
+        "vae": {"metavar": "FILE"}, "text_encoder": {
+            "action": "append", "dest": "text_encoders", "metavar": "FILE"}, "tokenizer": {}}
     for name, more in arguments.items():
         generate.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
                               help=say(f"arg_generate_{name}"), **more)
@@ -220,11 +222,16 @@ def found_beside(config: TrainConfig, folder: Path) -> TrainConfig:
     from core import base_loras
     from core.config import resolve
     from core.extensions import located
-    changes = {}
-    for key in ("train_data_dir", "metadata_path", "base_model", "init_lora_weights"):
-        path = getattr(config, key)
-        if path and (found := resolve(path, folder)).exists() and found != resolve(path, None):
-            changes[key] = str(found)
+
+    def found(path: str) -> str:
+        there = resolve(path, folder)
+        return str(there) if path and there.exists() and there != resolve(path, None) else path
+    given = {key: getattr(config, key) for key in (
+        "train_data_dir", "metadata_path", "base_model", "init_lora_weights", "vae", "tokenizer",
+        "text_encoders")}
+    new = {key: [found(one) for one in value] if isinstance(value, list) else found(value)
+           for key, value in given.items()}
+    changes = {key: value for key, value in new.items() if value != given[key]}
     return base_loras.located(
         located(config.with_changes(**changes) if changes else config, folder), folder)
 

@@ -300,6 +300,9 @@ class TrainConfig(BaseModel):
         return type(self).model_validate(self.model_dump() | changes)
 
 
+COMPANIONS = ("vae", "text_encoders", "tokenizer")      # keys that name files of the base
+
+
 class GenerateConfig(BaseModel):
     """One `generate` call."""
 

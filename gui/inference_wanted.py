@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from core import lora_names, paths
+from core.config import COMPANIONS
 from core.draw_config import SHEET, DrawConfig
 from core.faults import Fault
 from core.lora_names import DEFAULT_WEIGHT
@@ -223,7 +224,19 @@ def job(snap: Snapshot, desk: Desk, kind: str, values: Mapping[str, Any], device
             "out": str(pictures_folder() / snap.project.name)}
     data |= {key: values[key] for key in ("seed", "steps", "cfg", "count", "clip_skip")
              if values.get(key) is not None}
-    return _checked(data), loras[0].name if loras else snap.project.name
+    return _checked(data | _companions(snap, base)), loras[0].name if loras else snap.project.name
+
+
+def _companions(snap: Snapshot, base: str) -> dict[str, Any]:
+    """The files that the project names for this base, else those that its last run used."""
+    configs = [snap.config.model_dump(), *(view.config for view in snap.runs)]  # newest first
+    own = next((one for one in configs if base == one.get("base_model", one.get("base"))), {})
+    return {key: own[key] for key in COMPANIONS if own.get(key)}
+
+
+def again(view: JobView, changes: Mapping[str, Any]) -> DrawConfig:
+    """The same drawing with the changes of a fault's fix."""
+    return _checked(dict(view.config) | dict(changes))
 
 
 def _called(prompt: str, known: Mapping[str, str]) -> dict[str, str]:

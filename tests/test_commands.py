@@ -115,6 +115,14 @@ def test_paths_beside_the_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "cfg" / "pictures").mkdir(parents=True)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
+    for name in ("ae.safetensors", "t5.safetensors"):
+        (tmp_path / "cfg" / name).touch()
+    near = commands.found_beside(TrainConfig(
+        vae="ae.safetensors", text_encoders=["t5.safetensors", "no.safetensors"],
+        tokenizer="shipped"), tmp_path / "cfg")
+    assert near.vae == str(tmp_path / "cfg" / "ae.safetensors")
+    assert near.text_encoders == [str(tmp_path / "cfg" / "t5.safetensors"), "no.safetensors"]
+    assert near.tokenizer == "shipped"
     config = TrainConfig(train_data_dir="pictures", base_model="demo", metadata_path="m.csv",
                          output_dir="out")
     found = commands.found_beside(config, tmp_path / "cfg")

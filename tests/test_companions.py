@@ -438,6 +438,13 @@ def test_a_base_tells_what_it_is_used_with(tmp_path: Path) -> None:
     assert told["ss_vae_name"] == "ae.safetensors"
     assert told["ss_new_vae_hash"].startswith(found[0].digest[:10])
     assert told["ss_new_vae_hash"][:10] in events[0].params["files"]
+    with pytest.MonkeyPatch.context() as patch:     # as if it were the published one of SD 3
+        patch.setattr(vae_files, "FILES", {vae_files.sha256(tmp_path / "vae" / "ae.safetensors"):
+                                           "sd3"})
+        known = Chosen(vae=tmp_path / "vae" / "ae.safetensors")
+        companions.announce(families.get("zimage", known), source, events.append)
+    assert [note.key for note in events if isinstance(note, Note)] == [
+        "families.companions_taken", "families.companions_taken", "families.companion_odd"]
     assert (len(told["ss_vae_hash"]), told["darkroom.tokenizer_name"]) == (8, "qwen")
     assert set(companions.summary(found)) == {"vae", "text_encoder", "tokenizer"}
 

@@ -403,3 +403,15 @@ def test_onetrainers_noise_levels(tmp_path: Path, more: dict[str, Any], values: 
     assert {key: value for key, value in found.values.items()
             if key.startswith(("timestep", "logit", "flow"))} == values
     assert [one.key for one in found.left] == left
+
+
+def test_files_beside_the_base(tmp_path: Path) -> None:
+    """kohya names each encoder by a key of its own; here they are told by what they hold."""
+    path = tmp_path / "flux.toml"
+    path.write_text('pretrained_model_name_or_path = "flux.safetensors"\nae = "ae.safetensors"\n'
+                    'clip_l = "clip_l.safetensors"\nt5xxl = "t5xxl_fp16.safetensors"\n'
+                    'network_module = "networks.lora_flux"\n', "utf-8")
+    found = foreign.read(path).values
+    assert (found["vae"], found["text_encoders"]) == (
+        "ae.safetensors", ["clip_l.safetensors", "t5xxl_fp16.safetensors"])
+    assert not {"ae", "clip_l", "t5xxl"} & {one.key for one in foreign.read(path).left}

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from core import lora_export, lora_names, runs, words
-from core.config import dump_yaml
+from core.config import TrainConfig, dump_yaml
 from core.draw_config import SHEET, DrawConfig
 from core.events import Checkpoint, Phase, Sample
 from core.faults import Fault
@@ -160,6 +160,15 @@ def test_jobs(tmp_path: Path, own_home: Path) -> None:
     sweep = wanted.job(snap, desk(), "checkpoints", values)[0]
     assert sweep.labels == ["step 500", "step 1500"]
     assert sweep.checkpoints == [point.path for point in run.checkpoints]
+    named = replace(run, config={**run.config, "vae": "/a/ae.safetensors", "base_model": "demo"})
+    demo = TrainConfig(base_model="demo")
+    config, _ = wanted.job(Snapshot(runs=(named,), config=demo), desk(), "draw", values)
+    assert config.vae == ""                 # the project names none for its own base
+    other = replace(named, config={**named.config, "base_model": "/a/flux.safetensors"})
+    config, _ = wanted.job(Snapshot(runs=(other,)), desk(), "draw", values)
+    assert (config.base, config.vae) == ("/a/flux.safetensors", "/a/ae.safetensors")
+    again = wanted.again(replace(other, config=config.model_dump()), {"vae": "/b.safetensors"})
+    assert (again.vae, again.base, again.seed) == ("/b.safetensors", config.base, 5)
     for changes, code in (({"steps": 0}, "bad_steps"), ({"size": "x"}, "bad_size"),
                           ({"cfg": 99}, "bad_cfg"), ({"seed": -1}, "bad_seed"),
                           ({"count": 0}, "bad_count")):

@@ -138,7 +138,8 @@ class Loaded:
                 continue
             file = loading.file_of(layout, piece)
             if file is None or file[0] not in (source, source / piece.name):
-                found.append(companions.taken_file(piece.name, file[0]) if file
+                found.append(companions.taken_file(
+                    piece.name, file[0], layout.configs[piece.name]) if file
                              else Taken(piece.name, None))
             if file and piece.part == "text" and self.vocabularies[piece.name].kind:
                 folder = self._words(layout, piece.name)

@@ -50,6 +50,7 @@ class Taken:
     path: Path | None
     digest: str = ""
     short: str = ""                         # of VAEs: what kohya's trainer calls ss_vae_hash
+    odd: str = ""                           # the model that it was made for, where it is another
 
 
 def chosen(config: TrainConfig | GenerateConfig, beside: Path | None = None) -> Chosen:
@@ -233,9 +234,11 @@ def _tokenizers(source: Path) -> Iterator[Path]:
 
 # --- what is told of them ---
 
-def taken_file(part: str, path: Path) -> Taken:
+def taken_file(part: str, path: Path, config: Mapping[str, Any]) -> Taken:
     if part == "vae":
-        return Taken(part, path, vae_files.sha256(path), short_hash(path))
+        made, wanted = vae_files.model_in(path), vae_files.model_of(config)
+        odd = vae_files.TITLES[made] if made and wanted not in ("", made) else ""
+        return Taken(part, path, vae_files.sha256(path), short_hash(path), odd)
     return Taken(part, path, _content(path, path.stat().st_mtime_ns))
 
 
@@ -251,7 +254,10 @@ def announce(family: Any, source: Path, emit: Callable[[Event], None]) -> list[T
         emit(Note(key="families.companions_taken", params={
             "base": source.name, "files": ", ".join(files)}))
     for one in found:
-        if one.path is None:
+        if one.path and one.odd:
+            emit(Note(key="families.companion_odd", params={
+                "base": source.name, "file": one.path.name, "made_for": one.odd}))
+        elif one.path is None:
             emit(Note(key="families.companion_without", params={
                 "base": source.name, "part": one.part}))
     return found

@@ -92,6 +92,14 @@ class Kohya(Reader):
 
     def take_base_weights_multiplier(self, value: Any, entry: Entry) -> None: ...
 
+    # files beside the base
+
+    def take_clip_l(self, value: Any, entry: Entry) -> None:
+        known = self.result.values.get("text_encoders", [])
+        self.put("text_encoders", [*known, str(value)], entry)
+
+    take_clip_g = take_t5xxl = take_gemma2 = take_qwen3 = take_text_encoder = take_clip_l
+
     # choices
 
     def take_optimizer_type(self, value: Any, entry: Entry) -> None:

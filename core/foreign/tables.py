@@ -30,7 +30,8 @@ KOHYA = {
     "masked_loss": "masked_loss", "alpha_mask": "masked_loss", "reg_data_dir": "reg_data_dir",
     "prior_loss_weight": "prior_loss_weight", "bucket_no_upscale": "bucket_no_upscale",
     "min_bucket_reso": "min_bucket_side", "max_bucket_reso": "max_bucket_side",
-    "cache_latents_to_disk": "cache_to_disk", "vae_batch_size": "cache_batch_size",
+    "vae": "vae", "ae": "vae", "cache_latents_to_disk": "cache_to_disk",
+    "vae_batch_size": "cache_batch_size",
     "validation_split": "validation_split", "validate_every_n_steps": "validation_steps",
     "clip_skip": "clip_skip", "weight_decay": "weight_decay",
 }
@@ -45,7 +46,7 @@ ONETRAINER = {
     "rescale_noise_scheduler_to_zero_terminal_snr": "zero_terminal_snr",
     "optimizer.weight_decay": "weight_decay", "optimizer.beta1": "adam_beta1",
     "optimizer.beta2": "adam_beta2", "unet.learning_rate": "learning_rate",
-    "text_encoder.learning_rate": "text_encoder_lr",
+    "text_encoder.learning_rate": "text_encoder_lr", "vae.model_name": "vae",
 }
 
 # Their value -> ours, compared without case and signs.

@@ -13,6 +13,7 @@ import gradio as gr
 from core import families, lora_export, lora_names, picture_settings
 from core.config import load_train_config
 from core.faults import Fault
+from core.runs import JobView
 from core.samplers import SAMPLERS
 from gui import inference_wanted as wanted
 from gui.context import Context, Snapshot, Updates
@@ -20,6 +21,7 @@ from gui.inference_desk import PER_PAGE, Desk, desk_of
 from gui.inference_wanted import Added, Choice
 from gui.widgets import drawings
 from gui.widgets.drop_zone import drop_zone, uploaded
+from gui.widgets.fault_card import fix_of, keep_companions
 from gui.widgets.lora_export import lora_export as export_panel
 from gui.widgets.lora_list import lora_list
 from gui.widgets.lora_list import lora_names as names_panel
@@ -294,9 +296,18 @@ class Inference:
                 desk.undelete()
             case "step" if id in ("1", "-1"):
                 self._step(int(id))
+            case "fix":
+                view, _, number = id.rpartition("/")
+                self._again(house.jobs.view(view), number)
             case "again" | "delete" | "as_preview":
                 self._use(act, id)
         return None
+
+    def _again(self, view: JobView, number: str) -> None:
+        """The drawing with its fault's fix of that number, which the project keeps."""
+        changes = fix_of(view, number)
+        keep_companions(self.ctx, str(view.config.get("base", "")), changes)
+        self.ctx.house.jobs.start(wanted.again(view, changes), name=view.name, job="generate")
 
     def _step(self, by: int) -> None:
         """The next picture, and the page that it stands on."""

@@ -18,7 +18,15 @@ from core.runs import JobView
 from gui.context import Context, Snapshot, Updates
 from gui.desktop import open_folder
 from gui.html import bar, button, card, clock, duration, esc, speed
-from gui.widgets.fault_card import fault_card, folder, known_remedies, remedies, unhappy
+from gui.widgets.fault_card import (
+    fault_card,
+    fix_of,
+    folder,
+    keep_companions,
+    known_remedies,
+    remedies,
+    unhappy,
+)
 from gui.widgets.loss_chart import ema, loss_chart
 from gui.widgets.memory_bar import memory_bar
 from gui.widgets.panel import panel
@@ -94,9 +102,9 @@ class RunView:
         """'run/2': the run's config with the changes of its fault's third fix."""
         run_id, _, number = id.rpartition("/")
         view = self.ctx.house.jobs.view(run_id)
-        if view.fault is None or not number.isdigit() or int(number) >= len(view.fault.fixes):
-            raise Fault("gui.no_fix")
-        return self._again(view, view.fault.fixes[int(number)]["changes"])
+        changes = fix_of(view, number)
+        keep_companions(self.ctx, str(view.config.get("base_model", "")), changes)
+        return self._again(view, changes)
 
     def _mend(self, id: str) -> str:
         """'run/oom_start/advisor.do_batch': the same with that remedy against the symptom."""

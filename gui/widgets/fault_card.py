@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from core import ladder
 from core import remedies as core_remedies
-from core.config import TrainConfig
+from core.config import COMPANIONS, TrainConfig
+from core.faults import Fault
 from core.runs import JobView
 from gui.context import Context
 from gui.html import button, card, esc, gigabytes
@@ -37,6 +39,22 @@ def fault_card(ctx: Context, view: JobView, log: str = "") -> str:
     return card("fault", title, text, raw=(
         f'<p class="acts">{"".join(fixes)}{diagnostics(ctx, view.id)}{folder(ctx, view)}</p>'
         f'{_memory(ctx, view)}{more}'))
+
+
+def fix_of(view: JobView, number: str) -> dict[str, Any]:
+    """The changes of a fault's fix. Raises Fault where there is none of that number."""
+    if view.fault is None or not number.isdigit() or int(number) >= len(view.fault.fixes):
+        raise Fault("gui.no_fix")
+    changes: dict[str, Any] = view.fault.fixes[int(number)]["changes"]
+    return changes
+
+
+def keep_companions(ctx: Context, base: str, changes: Mapping[str, Any]) -> None:
+    """Which file belongs to the project's base is said once, not for each run."""
+    kept = {key: value for key, value in changes.items() if key in COMPANIONS}
+    if kept and base == ctx.house.projects.now.edits.get("base_model", "demo"):
+        ctx.house.projects.edit(**kept)
+        ctx.house.filled()
 
 
 def diagnostics(ctx: Context, run_id: str = "") -> str:
