@@ -163,6 +163,8 @@ class TrainConfig(BaseModel):
         ge=0)
     pivotal_lr: float = _field(1e-3, "expert", "rate of the new words", gt=0, le=10)
     pivotal_init: str = _field("", "expert", "text that new words start as; empty: the trigger")
+    distilled: Literal["auto", "true", "false"] = _field(
+        "auto", "expert", "whether the base draws in few steps (turbo); auto: told from the base")
     timestep_sampling: Literal["auto", "uniform", "logit_normal", "mode"] = _field(
         "auto", "expert", "which noise levels a flow model (Flux, SD 3) learns most")
     flow_shift: float = _field(
@@ -194,8 +196,10 @@ class TrainConfig(BaseModel):
         False, "expert", "change the rank of init_lora_weights by SVD where it differs")
     sample_size: str = _field("", "expert", "'W,H' of previews; empty: the base's own", "px")
     sample_cfg: float | None = _field(
-        None, "expert", "guidance of previews; empty: the family's", ge=0, le=50)
-    sample_inference_steps: int = _field(20, "expert", "denoising steps of previews", ge=1)
+        None, "expert", "guidance of previews; empty: the family's, 1 of a distilled base",
+        ge=0, le=50)
+    sample_inference_steps: int | None = _field(
+        None, "expert", "denoising steps of previews; empty: 20, of a distilled base 4 to 8", ge=1)
     sample_sampler: str = _field("auto", "expert", "sampler of previews")
     sample_weight: float = _field(0.8, "expert", "LoRA weight of previews", ge=-4, le=4)
     base_loras_in_previews: bool = _field(
@@ -212,6 +216,12 @@ class TrainConfig(BaseModel):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("distilled", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        """YAML's true and false."""
+        return str(value).lower() if isinstance(value, bool) else value
 
     @field_validator("base_loras")
     @classmethod
@@ -292,10 +302,6 @@ class TrainConfig(BaseModel):
     def regularised(self) -> bool:
         return bool(self.reg_data_dir) or self.reg_from_base > 0
 
-    def guidance(self, own: float) -> float:
-        """Of previews; `own`: the family's."""
-        return own if self.sample_cfg is None else self.sample_cfg
-
     def with_changes(self, **changes: Any) -> Self:
         return type(self).model_validate(self.model_dump() | changes)
 
@@ -313,8 +319,8 @@ class GenerateConfig(BaseModel):
     negative: str = ""
     loras: list[str] = []                  # "file-or-name[:weight]"
     seed: int = Field(default=42, ge=0, lt=2**63)
-    steps: int = Field(default=25, ge=1, le=1000)
-    cfg: float | None = Field(default=None, ge=0, le=50)    # None: the family's own
+    steps: int | None = Field(default=None, ge=1, le=1000)  # None: 25, of a distilled base 4 to 8
+    cfg: float | None = Field(default=None, ge=0, le=50)    # None: the family's, or 1
     size: str = ""                         # "W,H"; empty: the base's own
     sampler: str = "auto"
     max_tokens: int = Field(default=225, ge=75, le=750, multiple_of=75)

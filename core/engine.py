@@ -19,6 +19,7 @@ from torch import Tensor
 
 from core import (
     base_loras,
+    distilled,
     extensions,
     families,
     lora,
@@ -87,6 +88,7 @@ def _train(config: TrainConfig, emit: Callbacks, control: Control, beside: Path 
     parts.beside = companions.announce(family, source, emit)
     if config.prediction_type != "auto" and parts.flow is None:
         parts.objective = config.prediction_type
+    _tell_distilled(config, parts, emit)
     _say_unused(config, parts.flow, emit)
     if config.zero_terminal_snr and parts.flow is None:
         zero_terminal(parts)
@@ -374,6 +376,15 @@ def _course(config: TrainConfig, examples: Examples) -> Course:
                       config.seed) if more else None
     return Course(chosen, buckets(chosen), repeats, config.batch_size,
                   config.gradient_accumulation_steps, config.seed, regular)
+
+
+def _tell_distilled(config: TrainConfig, parts: Parts, emit: Emit) -> None:
+    """What such a base means for a training; `distilled` in the config overrules what it says."""
+    if config.distilled != "auto":
+        parts.distilled = distilled.of(parts.source, config.distilled)
+    if found := parts.distilled:
+        emit(Note(key="distilled.with_base_loras" if config.base_loras else "distilled.trained",
+                  params={"sign": found.sign, "steps": found.steps}))
 
 
 def _say_unused(config: TrainConfig, flow: Sampling | None, emit: Emit) -> None:

@@ -13,7 +13,17 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from core import adapter_file, families, lora, lora_formats, new_words, paths, samplers, words
+from core import (
+    adapter_file,
+    distilled,
+    families,
+    lora,
+    lora_formats,
+    new_words,
+    paths,
+    samplers,
+    words,
+)
 from core.config import GenerateConfig, size_of
 from core.embeddings import reading_of, trimmed, unread, unused_of
 from core.events import Event, Note
@@ -65,8 +75,12 @@ class Studio:
         if any(side % unit for side in size):
             near = " x ".join(str(max(unit, round(side / unit) * unit)) for side in size)
             raise Fault("generate.bad_size", width=size[0], height=size[1], unit=unit, near=near)
-        return Shot(prompt, config.negative, config.seed, config.steps,
-                    self.family.spec.cfg if config.cfg is None else config.cfg, size,
+        cfg, steps = distilled.drawing(config.cfg, config.steps, self.family.spec.cfg,
+                                       distilled.STEPS, self.parts.distilled)
+        if (few := self.parts.distilled) and None in (config.cfg, config.steps):
+            self.emit(Note(key="distilled.drawn", params={
+                "sign": few.sign, "steps": steps, "cfg": f"{cfg:g}"}))
+        return Shot(prompt, config.negative, config.seed, steps, cfg, size,
                     config.sampler)
 
     def tell_unread(self, shot: Shot) -> None:

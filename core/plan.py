@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from core import base_loras, buckets, extensions, families, paths, plan_history
+from core import base_loras, buckets, distilled, extensions, families, paths, plan_history
 from core.config import TrainConfig, size_of
 from core.plan_keys import adapter_settings, rule_settings, text_settings
 from core.reading import from_json
@@ -247,7 +247,7 @@ def _drawing(config: TrainConfig, base: Base, numbers: dict[str, str], machine: 
     wanted = {"verify": ((proof, proof), 1)}
     if config.sample_prompts:
         size = size_of(config.sample_size) or (native, native)
-        wanted["preview"] = (size, 1 if _unguided(config) else 2)
+        wanted["preview"] = (size, 1 if _unguided(config, base) else 2)
     targets = step_settings(config, machine, (0, 0))["targets"]
     kept = kept_settings(config, machine.kind)
     phases = []
@@ -268,15 +268,16 @@ def _regular(config: TrainConfig, base: Base, numbers: dict[str, str], machine: 
         return []
     settings = step_settings(config, machine, bucket)
     drawn = ask("draw", base, numbers, kind=machine.kind, width=bucket[0], height=bucket[1],
-                batch=1 if _unguided(config) else 2, rank=config.lora_rank,
+                batch=1 if _unguided(config, base) else 2, rank=config.lora_rank,
                 targets=settings["targets"], **kept_settings(config, machine.kind))
     return [_phase("regular", denoiser=facts["denoiser"], vae=facts["vae"],
                    activations=drawn["peak"])]
 
 
-def _unguided(config: TrainConfig) -> bool:
+def _unguided(config: TrainConfig, base: Base) -> bool:
     """Pictures of a run without guidance take half the batch."""
-    return config.sample_cfg is not None and config.sample_cfg <= 1
+    few = None if extensions.is_named(base.family) else distilled.of(base.source, config.distilled)
+    return distilled.drawing(config.sample_cfg, 1, 2.0, 1, few)[0] <= 1
 
 
 def _outside(machine: Machine, tensors: float, host: Mapping[str, float]

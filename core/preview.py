@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from core import generate, lora, randomness
+from core import distilled, generate, lora, randomness
 from core.config import TrainConfig, size_of
 from core.events import Event, Note, Sample
 from core.failures import one_line, ran_out
@@ -81,8 +81,10 @@ class Previewer:
     def _one(self, index: int, prompt: str, step: int, name: str) -> str:
         config = self.config
         side = self.parts.native_size
-        shot = generate.Shot(prompt, "", config.seed + index, config.sample_inference_steps,
-                             config.guidance(self.family.spec.cfg),
+        cfg, steps = distilled.drawing(
+            config.sample_cfg, config.sample_inference_steps, self.family.spec.cfg,
+            distilled.PREVIEW_STEPS, self.parts.distilled)
+        shot = generate.Shot(prompt, "", config.seed + index, steps, cfg,
                              size_of(config.sample_size) or (side, side),
                              config.sample_sampler)
         with torch.no_grad():

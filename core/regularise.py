@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from core import captions, generate, paths
+from core import captions, distilled, generate, paths
 from core.cache import fingerprint, key
 from core.config import TrainConfig, resolve
 from core.control import Control
+from core.distilled import Distilled
 from core.embeddings import batched, reading_of
 from core.events import Event, Phase
 from core.examples import Encoder, Examples, Stopped, add_regular
@@ -28,22 +29,25 @@ def add(config: TrainConfig, examples: Examples, family: Family, parts: Parts,
     won't do; Stopped."""
     folders = [resolve(config.reg_data_dir, beside)] if config.reg_data_dir else []
     if config.reg_from_base:
-        wanted = shots(config, examples, family.spec.cfg)
+        wanted = shots(config, examples, family.spec.cfg, parts.distilled)
         folders.append(draw(config, wanted, family, parts, precision, emit,
                             control))
     for folder in folders:
         add_regular(config, examples, folder, parts.native_size, parts.bucket_step, emit)
 
 
-def shots(config: TrainConfig, examples: Examples, own: float = 7.0) -> list[Shot]:
+def shots(config: TrainConfig, examples: Examples, own: float = 7.0,
+          base: Distilled | None = None) -> list[Shot]:
     """The captions in turn without the trigger word, each in its picture's own bucket, so that
     the trigger is all that tells the two kinds apart. `own`: the family's guidance."""
     if not config.trigger_word.strip():
         raise Fault("engine.regular_needs_trigger", count=config.reg_from_base)
     items = [examples.items[i] for i in examples.trained()]
     chosen = [items[n % len(items)] for n in range(config.reg_from_base)]
+    cfg, steps = distilled.drawing(config.sample_cfg, config.sample_inference_steps, own,
+                                   distilled.PREVIEW_STEPS, base)
     return [Shot(captions.without_trigger(item.picture.caption, config.trigger_word), "",
-                 config.seed + n, config.sample_inference_steps, config.guidance(own), item.bucket,
+                 config.seed + n, steps, cfg, item.bucket,
                  config.sample_sampler) for n, item in enumerate(chosen)]
 
 
@@ -61,6 +65,7 @@ def draw(config: TrainConfig, wanted: list[Shot], family: Family, parts: Parts,
     free_memory()
     own = family.load(parts.source, precision, frozenset({"vae"}))
     own.scheduler, own.objective = parts.scheduler, parts.objective
+    own.distilled = parts.distilled
     own.denoiser = load_denoiser(config, family, parts.source, precision)
     pipeline: Any = family.pipeline(own)
     for done, number in enumerate(missing, 1):

@@ -51,6 +51,8 @@ def create(name: str, parts: Parts) -> Any:
     _, cls, options = SAMPLERS[name]
     config = {k: v for k, v in parts.scheduler.items() if not k.startswith("_")}
     config |= {"prediction_type": parts.objective}
+    if parts.distilled:                     # few steps must begin at noise alone
+        config["timestep_spacing"] = "trailing"
     return getattr(diffusers, cls).from_config(config, **options)
 
 

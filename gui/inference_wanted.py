@@ -184,7 +184,7 @@ def typed(snap: Snapshot, found: list[Choice]) -> dict[str, Any]:
     prompts, trigger = config.get("sample_prompts") or [], str(config.get("trigger_word") or "")
     demo = folder_of(base_of(snap, found)) == paths.DEMO / "base"
     usual = {"prompt": prompts[0] if prompts else trigger, "negative": "", "seed": 42,
-             "steps": 16 if demo else 28, "cfg": 1.5 if demo else None, "size": "",
+             "steps": 16 if demo else None, "cfg": 1.5 if demo else None, "size": "",
              "sampler": "auto", "clip_skip": None, "count": 1, "same_seed": True}
     return {key: snap.project.inference.get(key, usual[key]) for key in TYPED}
 

@@ -20,8 +20,8 @@ ROOMS = ("core", "captioner", "gui", "launcher")            # each may import th
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "open_clip"}
 LIGHT = ("advisor", "base_loras", "captions", "caption_checks", "checks", "children", "choices",
          "commands", "config", "logs",
-         "console", "control", "copies", "crops", "dataset", "dataset_commands", "doctor",
-         "draw_config", "intake", "plan_service", "project", "thumbnails",
+         "console", "control", "copies", "crops", "dataset", "dataset_commands", "distilled",
+         "doctor", "draw_config", "intake", "plan_service", "project", "thumbnails",
          "download", "duplicates", "events", "families", "faults", "findings", "focus", "gpu",
          "hub", "hub_commands", "hub_index", "jobs", "journal", "ladder", "looks", "lora_file",
          "lora_metadata", "lora_commands", "lora_export", "lora_formats", "lora_layers",

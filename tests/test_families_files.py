@@ -202,7 +202,9 @@ def test_distilled_bases_and_negative_prompts(made: tuple[str, Path, Any]) -> No
     index.write_text(index.read_text("utf-8").replace('"is_distilled": false',
                                                       '"is_distilled": true'), "utf-8")
     turbo = family.load(folder, FP32, frozenset())
-    assert family.pipeline(turbo).config.is_distilled
+    assert turbo.distilled is not None
+    assert parts.distilled is None
+    assert family.pipeline(turbo).config.is_distilled == (name == "krea2")     # klein: cfg decides
     assert turbo.flow == parts.flow         # learned as the base model is
 
 

@@ -206,7 +206,7 @@ def zimage() -> Any:
         text_encoder=Qwen3Model(Qwen3Config(
             vocab_size=80, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
             num_attention_heads=2, num_key_value_heads=1, head_dim=16)),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0))
 
 
 READER = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from core.base_loras import Attached
+from core.distilled import Distilled
 from core.families.companions import Taken
 from core.flow import Sampling
 from core.quantise import Kind
@@ -76,6 +77,7 @@ class Parts:
     architecture: str = ""                  # where it isn't the spec's
     text_width: int = 0                     # of the last CLIP's text, where it is padded
     reading: Reading = Reading()
+    distilled: Distilled | None = None      # a base that draws in few steps without guidance
     base_loras: Attached | None = None      # what the denoiser has on it while it learns
     beside: list[Taken] = field(default_factory=list)   # files of other places that it is used with
     film: bool = False                      # the VAE is one of videos: (B, C, frames, h, w)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTokenizer
 
-from core import paths, samplers
+from core import distilled, paths, samplers
 from core.families import clip, companions, detection, loading, text
 from core.families.base import ALL_PARTS, Cond, FamilySpec, Frame, Objective, Part, Parts, Precision
 from core.families.companions import Chosen, Taken
@@ -87,7 +87,9 @@ class Loaded:
     def _begin(self, source: Path) -> tuple[Layout, Parts]:
         layout = self.layout(source)
         with loading.told(source):          # configs may say anything
-            return layout, self.empty(layout)
+            parts = self.empty(layout)
+        parts.distilled = distilled.told(source, layout.found)
+        return layout, parts
 
     def _wanted(self, layout: Layout, only: frozenset[Part]) -> list[Piece]:
         return [piece for piece in self.pieces if piece.name in layout.configs

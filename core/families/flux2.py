@@ -25,7 +25,6 @@ from core.families.common import (
     Loaded,
     Vocabulary,
     dit_sizes,
-    index_of,
     layer_count,
     pack,
     unpack,
@@ -127,7 +126,9 @@ class Flux2(Loaded):
         return {"prompt_embeds": cond["text"], "negative_prompt_embeds": negative["text"]}
 
     def pipe_options(self, parts: Parts) -> dict[str, Any]:
-        return {"is_distilled": bool(index_of(parts.source).get("is_distilled"))}
+        """A distilled one takes cfg 1 where the user says nothing; the pipeline would ignore
+        what the user says."""
+        return {"is_distilled": False}
 
 
 def places(like: Tensor, sides: tuple[int, ...], axis: int) -> Tensor:

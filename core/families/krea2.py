@@ -108,7 +108,7 @@ class Krea2(Filmed):
                 "negative_prompt_embeds": others, "negative_prompt_embeds_mask": hidden}
 
     def pipe_options(self, parts: Parts) -> dict[str, Any]:
-        return {"is_distilled": bool(index_of(parts.source).get("is_distilled")),
+        return {"is_distilled": parts.distilled is not None,
                 "text_encoder_select_layers": self._layers(parts)}
 
     def _layers(self, parts: Parts) -> tuple[int, ...]:

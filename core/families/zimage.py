@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
 from transformers import Qwen3Model
 
+from core import distilled
 from core.families import names, text
 from core.families.base import Cond, FamilySpec, Parts
 from core.families.common import (
@@ -55,6 +56,11 @@ class ZImage(Loaded):
     vocabularies: ClassVar = {
         "text_encoder": Vocabulary("qwen3", LENGTH, chat=text.QWEN3_CHAT)}
     pipe = ZImagePipeline
+
+    def adapt(self, layout: Layout) -> None:
+        """Turbo draws with another shift."""
+        if distilled.told(layout.source, layout.found):
+            layout.scheduler["shift"] = distilled.ZIMAGE_TURBO
 
     def empty(self, layout: Layout) -> Parts:
         native, step = dit_sizes(layout)

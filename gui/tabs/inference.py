@@ -69,8 +69,9 @@ class Inference:
                                         container=False, elem_id="same-seed")
             self.count = gr.Number(label=say("count"), precision=0, value=1, min_width=80,
                                    elem_id="draw-count", minimum=1)
-            self.steps = gr.Number(label=say("draw_steps"), precision=0, value=28, min_width=80,
-                                   elem_id="draw-steps", minimum=1)
+            self.steps = gr.Number(label=say("draw_steps"), precision=0, min_width=80,
+                                   elem_id="draw-steps", minimum=1,
+                                   placeholder=say("tab_inference.auto"))
         with gr.Row(elem_id="draw-more"):
             self.cfg = gr.Number(label=say("cfg"), min_width=100, elem_id="draw-cfg", minimum=0,
                                  placeholder=say("tab_inference.auto"))

@@ -220,6 +220,20 @@ def _(lab: Lab) -> None:
         assert f"Steps: {count}," in drawn["told"]
 
 
+@row("distilled")
+def _(lab: Lab) -> None:
+    """The base in a few steps without guidance, unless the user says otherwise."""
+    run = lab.run(distilled=True, max_train_steps=1, sample_prompts=["red disc"], sample_every=1,
+                  output_dir=str(lab.folder / "distilled"))
+    told = [Image.open(e.path).info["parameters"] for e in run.events if isinstance(e, Sample)]
+    assert all("Steps: 8, CFG scale: 1," in one for one in told)
+    assert run.notes("distilled.trained")
+    assert not lab.plain_run.notes("distilled.trained")
+    plain, few = (lab.plan(sample_prompts=["x"], distilled=kind).phase("preview").mb
+                  for kind in ("false", "true"))
+    assert few < plain
+
+
 @row("sample_cfg")
 def _(lab: Lab) -> None:
     """No guidance draws one picture at a time, guidance two; more of it is another picture."""

@@ -199,8 +199,8 @@ MUTANTS = [
     Mutant("drawn-with-one-seed", "core/regularise.py", "config.seed + n, config.sample",
            "config.seed, config.sample",
            ("test_encoding.py::test_drawn_pictures_have_no_trigger_in_their_prompts",)),
-    Mutant("drawn-square", "core/regularise.py", "config.guidance(own), item.bucket,",
-           "config.guidance(own), (32, 32),",
+    Mutant("drawn-square", "core/regularise.py", "steps, cfg, item.bucket,",
+           "steps, cfg, (32, 32),",
            ("test_encoding.py::test_drawn_pictures_have_no_trigger_in_their_prompts",)),
 
     # --- pictures ---
