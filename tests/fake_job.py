@@ -39,6 +39,8 @@ def train(config, emit, control):
         if control.stopping and what != "deaf":
             if what == "slow":              # a large checkpoint on a slow disk
                 time.sleep(60)
+            if what == "saving":            # longer than a look, shorter than the grace
+                time.sleep(0.7)
             emit(Checkpoint(step=step, path="last.ckpt"))
             return {"state": "stopped", "cwd": os.getcwd()}
     emit(Checkpoint(step=total, path="final.safetensors", final=True))

@@ -100,8 +100,8 @@ class Hub(BaseHTTPRequestHandler):
         if owner == "redirect" and name in LARGE:
             port = self.server.server_address[1]
             return self.say(302, b"", {"Location": f"http://localhost:{port}/cdn/good/{name}"})
-        if owner == "refused" and name in LARGE:
-            return self.say(403, b"")
+        if owner in ("refused", "secret") and name in LARGE:
+            return self.say(403 if owner == "refused" else 401, b"")
         turn = seen[f"{owner}/{name}"] = seen.get(f"{owner}/{name}", 0) + 1
         if owner == "busy" and turn <= 2:
             return self.say(429 if turn == 1 else 503, b"", {"Retry-After": "0"})

@@ -149,6 +149,7 @@ def test_a_damaged_rest_is_fetched_again(server: str, own_home: Path) -> None:
     ("gone/model", "hub.not_found"), ("gated/model", "hub.gated"), ("portal/m", "hub.not_a_hub"),
     ("sick/model", "hub.status"), ("pickles/model", "hub.only_pickles"),
     ("dead/model", "hub.broken_off"), ("refused/model", "hub.file_refused"),
+    ("secret/model", "hub.file_refused"),
     ("no-slash", "hub.bad_name"), ("../../etc", "hub.bad_name"), ("a/b/c", "hub.bad_name")])
 def test_one_clear_fault_each(server: str, repo: str, fault: str) -> None:
     assert code(lambda: get(server, repo)) == fault

@@ -179,6 +179,16 @@ def test_stop_saves_and_ends(manager):
     assert manager.view(run_id) == view
 
 
+def test_a_stop_leaves_time_to_save(make):
+    manager = make(grace_s=30.0, term_s=30.0)
+    run_id = manager.start(config("saving", steps=2000))
+    running(manager, run_id)
+    manager.stop(run_id)
+    view = manager.wait(run_id, 20)
+    assert (view.state, view.fault) == ("stopped", None)
+    assert view.checkpoints[-1].path == "last.ckpt"
+
+
 @posix
 def test_stop_of_a_job_that_ignores_it_kills_its_whole_tree(manager, tmp_path):
     child_file = tmp_path / "child"
@@ -645,6 +655,21 @@ def test_the_series_of_a_long_run_stays_short():
     assert view.losses[0] == (0, 1.0)
     assert (777, 100.0) in view.losses
     assert view.losses[-1][0] == 9999
+
+
+def test_losses_that_are_no_numbers_are_no_points():
+    view = JobView(id="x", folder=Path("x"))
+    for n, loss in enumerate((0.5, float("nan"), float("inf"), 0.25)):
+        view = fold(view, step(n, loss))
+    assert view.losses == ((0, 0.5), (3, 0.25))
+
+
+@pytest.mark.parametrize(("said", "state"), [
+    ("done", "done"), ("stopped", "stopped"), ("failed", "failed"), ("a newer word", "failed")])
+def test_an_end_that_nobody_knows_is_no_success(said, state):
+    view = fold(JobView(id="x", folder=Path("x")), JobEnded(state=said))
+    assert view.state == state
+    assert fold(view, step(1, 0.5)) is view                 # nothing comes after the end
 
 
 # --- the house ---

@@ -123,14 +123,14 @@ def test_needs_are_the_largest_phase_and_what_lies_outside() -> None:
 
 def test_the_largest_bucket_is_planned() -> None:
     """Where nothing is known of the pictures: none can hold more pixels."""
-    facts = {"native": 64.0, "step": 8.0}
-    for size in ("", "96,96"):
-        config = TrainConfig(max_resolution=size)
-        width, height = plan.largest_bucket(config, facts)
-        side = 96 if size else 64
+    for size, side in (("", 64), ("96,96", 96)):
+        rule = buckets.Rule.of(TrainConfig(max_resolution=size), 64, 8)
         sizes = buckets.bucket_sizes((side, side), 8, side // 2, side * 2)
+        width, height = rule.largest()
         assert width * height == max(w * h for w, h in sizes)
         assert (width, height) == (side, side)
+    made = plan.plan_run(TrainConfig(max_resolution="96,96"), Base.of(DEMO), CPU)
+    assert made.bucket == (96, 96)
 
 
 def test_a_full_batch_of_small_pictures_is_the_heaviest() -> None:
@@ -144,12 +144,12 @@ def test_a_full_batch_of_small_pictures_is_the_heaviest() -> None:
 def test_the_worst_of_the_last_runs_counts() -> None:
     made = plan.plan_run(TrainConfig(), Base.of(DEMO), LAPTOP)
     for share in (1.5, 1.2, 1.3, 1.1, 1.0, 0.9):
-        plan.remember(made, made.peak.mb, made.peak.mb * share)
-    found = plan.learned_overhead(LAPTOP.name)
+        plan_history.remember(LAPTOP.name, made.peak.mb, made.peak.mb, made.peak.mb * share)
+    found = plan_history.overhead(LAPTOP.name)
     assert found == pytest.approx(0.3)                      # the first is too long ago
     for _ in range(5):
-        plan.remember(made, made.peak.mb, made.peak.mb * 0.5)
-    assert plan.learned_overhead(LAPTOP.name) == 0          # less than planned is no promise
+        plan_history.remember(LAPTOP.name, made.peak.mb, made.peak.mb, made.peak.mb * 0.5)
+    assert plan_history.overhead(LAPTOP.name) == 0          # less than planned is no promise
 
 
 def test_published_shapes_of_sd15(sd15: Base) -> None:

@@ -169,3 +169,17 @@ def test_the_config_in_a_file_is_the_runs(lab: Lab) -> None:
     changed = {key for key, value in run.config.model_dump().items()
                if getattr(again, key) != value}
     assert changed <= {"output_name"}
+
+
+def test_metadata_counts_what_was_learned(lab: Lab) -> None:
+    """Steps, epochs, and pictures with their repeats, as kohya's readers show them."""
+    plain, other = lab.plain_run.metadata, lab.other_run.metadata
+    assert {key: plain[f"ss_{key}"] for key in (
+        "steps", "max_train_steps", "epoch", "num_epochs", "num_train_images")} == {
+        "steps": "6", "max_train_steps": "6", "epoch": "1", "num_epochs": "1",
+        "num_train_images": "6"}
+    assert other["ss_num_train_images"] == "15"             # 3 that train, 5 times each
+    assert other["ss_num_validation_images"] == "1"
+    found = json.loads(other["ss_bucket_info"])["buckets"].values()
+    assert sum(bucket["count"] for bucket in found) == 15
+    assert (other["ss_epoch"], other["ss_steps"]) == ("0", "4")

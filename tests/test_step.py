@@ -237,6 +237,38 @@ def test_previews_leave_dropout_out_and_give_it_back(lab: Lab) -> None:
     assert all(one.training for one in layers)
 
 
+def test_the_loss_that_is_shown_is_of_the_updates_that_counted(lab: Lab) -> None:
+    """One picture is no number: its update is named, and left out of the mean."""
+    trainer = lab.trainer(max_train_steps=0)
+    order = [trainer.course.update(n)[0].indices[0] for n in range(6)]
+    trainer.examples.latents[order[2]] = torch.full((4, 8, 8), float("nan"))
+    before = [p.detach().clone() for p in trainer.parameters]
+    for number in range(6):
+        trainer.update(number)
+    loss = trainer.mean_loss()
+    assert loss is not None
+    assert 0 < loss < 10
+    assert trainer.skipped == [2]
+    assert trainer.read == 5
+    assert all(torch.isfinite(p).all() for p in trainer.parameters)
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+    assert trainer.mean_loss() is None
+
+
+def test_prompts_of_previews_are_there_after_the_text_encoder_rests(lab: Lab) -> None:
+    """With what it learned, though no caption holds them."""
+    prompt = "words of no caption"
+    trainer = started(lab.trainer(text_encoder_lr=1e-2, text_encoder_stop=1,
+                                  sample_prompts=[prompt]))
+    assert trainer.text is not None
+    trainer.update(0)
+    with torch.no_grad():
+        live = trainer.text.cond([prompt])["text"]
+    trainer.update(1)
+    assert not trainer.text.live
+    torch.testing.assert_close(trainer.cond([prompt])["text"], live, rtol=1e-3, atol=1e-4)
+
+
 # --- validation ---
 
 def _asked(trainer: Any) -> Iterator[tuple[float, Tensor]]:
@@ -307,6 +339,21 @@ def test_the_best_step_is_the_one_of_the_lowest_loss(lab: Lab) -> None:
         assert last is None or best != 5
         kept = checkpoint.steps_of(Path(run.config.output_dir), run.result["name"])
         assert set(kept) == {5, best}                       # the newest, and the best
+
+
+def test_a_resumed_run_knows_the_best_of_before(lab: Lab) -> None:
+    """Worse losses after the break are not the best."""
+    options = {"validation_split": 0.4, "save_steps": 1, "keep_checkpoints": 0,
+               "learning_rate": 5.0, "output_dir": str(lab.folder / "best-before"),
+               "output_name": "a"}
+    first = lab.run(**options, max_train_steps=2)
+    second = lab.run(**options, max_train_steps=4, resume=True)
+    losses = {e.step: e.validation for run in (first, second) for e in run.events
+              if isinstance(e, Step) and e.validation is not None}
+    assert len(losses) == 4
+    best = min(losses, key=lambda step: losses[step])
+    assert best <= 2
+    assert second.result["best"]["step"] == best
 
 
 # --- words ---

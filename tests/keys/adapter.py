@@ -175,6 +175,7 @@ def _(lab: Lab) -> None:
     found = ranks(lab.trainer(conv_rank=2))
     wide = {rank for name, rank in found.items() if ".conv" in name}
     assert wide == {2}
+    assert not any("shortcut" in name or "proj_" in name for name in found)     # 1 x 1
     assert found[MID] == 4
     assert not any(".conv" in name for name in layers(lab.trainer()))
 
