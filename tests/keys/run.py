@@ -176,7 +176,9 @@ def _(lab: Lab) -> None:
     """Goes on from the newest checkpoint; without the key it starts again."""
     copied = lab.folder / "goes-on"
     shutil.copytree(lab.plain_run.config.output_dir, copied)
-    again = lab.run(output_dir=str(copied), output_name="plain", max_train_steps=8, resume=True)
+    again = lab.run(output_dir=str(copied), output_name="plain", max_train_steps=8, resume=True,
+                    sample_prompts=["x"], sample_inference_steps=1, sample_every=100)
+    assert steps(again.events, Sample) == [8]               # none of the untrained adapter again
     for run, done in ((again, 6), (lab.plain_run, 0)):
         phase = next(e for e in run.events if isinstance(e, Phase) and e.name == "train")
         assert phase.done == done
