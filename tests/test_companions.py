@@ -19,12 +19,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from core import families, paths
 from core.config import GenerateConfig, TrainConfig
 from core.events import Event, Note
-from core.families import companions, text, vae_files, vocabularies
+from core.families import companions, copies, text, vae_files, vocabularies
 from core.families.base import Parts, Precision
 from core.families.companions import NONE, Chosen
 from core.families.vocabularies import KINDS, Kind
@@ -467,3 +468,58 @@ def test_a_named_file_without_use_is_refused(tmp_path: Path) -> None:
         companions.chosen(GenerateConfig(base="x", vae=str(tmp_path / "no.safetensors")))
     assert caught.value.code == "families.companion_not_there"
     assert choose("fp32", "cpu").vae == torch.float32
+
+
+# --- the same in other numbers ---
+
+def weights(scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """Of T5's names, in the size of its weights, as fp32."""
+    generator = torch.Generator().manual_seed(4)
+    return {f"encoder.block.{n}.layer.0.SelfAttention.{which}.weight": scale * torch.randn(
+        1024, 64, generator=generator) for n in range(3) for which in "qkvo"}
+
+
+def rounded(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: value.to(dtype) for name, value in state.items()}
+
+
+def scaled(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As ComfyUI has it."""
+    found = {"scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn)}
+    for name, value in state.items():
+        scale = value.abs().max() / 448
+        found[name] = (value / scale).to(torch.float8_e4m3fn)
+        found[name.replace(".weight", ".scale_weight")] = scale
+    return found
+
+
+def test_the_same_weights_in_other_numbers_are_no_question(tmp_path: Path) -> None:
+    """The finest is taken; a model that was changed a little is another."""
+    half = rounded(weights(0.02), torch.float16)
+    files = {"fp8": rounded(half, torch.float8_e4m3fn), "fp16": half,
+             "bf16": rounded(weights(0.02), torch.bfloat16), "scaled": scaled(half)}
+    for name, state in files.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+    found = [tmp_path / f"{name}.safetensors" for name in files]
+    assert copies.finest(found) == [tmp_path / "fp16.safetensors"]
+    assert copies.finest(reversed(found)) == [tmp_path / "fp16.safetensors"]
+    # What is left after a direction is taken out of each weight, as for "abliterated" models.
+    along = torch.nn.functional.normalize(torch.randn(1024, 1), dim=0)
+    bent = {name: value.float() - along @ (along.T @ value.float())
+            for name, value in half.items()}
+    for name, state in (("fp8", rounded(bent, torch.float8_e4m3fn)), ("scaled", scaled(bent)),
+                        ("fp16", rounded(bent, torch.float16))):
+        save_file(state, tmp_path / "other.safetensors")
+        pair = [tmp_path / "fp16.safetensors", tmp_path / "other.safetensors"]
+        assert copies.finest(pair) == pair, name
+        os.utime(tmp_path / "other.safetensors", ns=(0, len(name) * 1000 + ord(name[0])))
+
+
+def test_the_window_sends_whole_paths() -> None:
+    from gui.tabs.parameters import startable
+    config = startable(TrainConfig(vae="ae.safetensors", text_encoders=["t5.safetensors"],
+                                   tokenizer="shipped"))
+    assert Path(config.vae).is_absolute()
+    assert [Path(path).is_absolute() for path in config.text_encoders] == [True]
+    assert config.tokenizer == "shipped"
+    assert startable(TrainConfig()).vae == ""

@@ -18,7 +18,7 @@ from core import paths, words
 from core.cache import fingerprint
 from core.config import GenerateConfig, TrainConfig, resolve
 from core.events import Event, Note
-from core.families import vae_files, vocabularies
+from core.families import copies, vae_files, vocabularies
 from core.families.detection import identify
 from core.families.vocabularies import FILES, Kind
 from core.faults import Fault, Fix
@@ -101,6 +101,7 @@ def find_file(source: Path, what: str, config: Mapping[str, Any], known: Chosen)
             raise Fault("families.companion_foreign", path=source, file=path,
                         made_for=vae_files.TITLES[model], wanted=vae_files.TITLES[wanted],
                         fixes=[_taking("vae", path, str(path))])
+    found = copies.finest(found) if len(found) > 1 else found
     if len(found) > 1:
         key = "vae" if vae else "text_encoders"
         raise Fault("families.companion_unclear", path=source, key=key, count=len(found),

@@ -226,6 +226,8 @@ def startable(config: TrainConfig) -> TrainConfig:
     def full(text: str) -> str:
         return str(Path(text).expanduser().absolute()) if text else ""
     base = config.base_model if config.base_model == "demo" else full(config.base_model)
-    return config.with_changes(train_data_dir=full(config.train_data_dir), base_model=base,
-                               output_dir=full(config.output_dir),
-                               metadata_path=full(config.metadata_path))
+    words = config.tokenizer if config.tokenizer == "shipped" else full(config.tokenizer)
+    return config.with_changes(
+        train_data_dir=full(config.train_data_dir), base_model=base, vae=full(config.vae),
+        text_encoders=[full(path) for path in config.text_encoders], tokenizer=words,
+        output_dir=full(config.output_dir), metadata_path=full(config.metadata_path))
