@@ -8,6 +8,7 @@ that may be needed, and refuse it where the file is larger than RAM and swap.
 from __future__ import annotations
 
 import mmap
+import sys
 import warnings
 from pathlib import Path
 
@@ -71,6 +72,8 @@ class TensorFile:
         with open(self.path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), begin - start + info.nbytes,
                                access=mmap.ACCESS_READ, offset=start)
+        if sys.platform != "win32":             # in one go from the disk, not page by page
+            mapped.madvise(mmap.MADV_WILLNEED)
         if begin % dtype.itemsize:              # some programs' headers are of odd lengths
             copied = bytearray(mapped[begin - start:])
             return torch.frombuffer(copied, dtype=dtype).reshape(info.shape)

@@ -15,13 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import T5Tokenizer
 
 from core import families, paths
 from core.families import loading
 from core.families.base import Precision
+from core.families.companions import Chosen
 from core.families.detection import identify
 from core.families.weights import Weights
 from core.faults import Fault
+from core.lora_extract import extract
+from core.lora_layers import DOWN, UP
+from core.naming import FLUX, NAMINGS
 from core.precision import choose
 from core.safetensors_header import Header, TensorInfo
 from core.scaled_weights import scaling_of
@@ -109,7 +114,6 @@ def test_published_sizes_are_opened_and_fit(name: str, size: float, tmp_path: Pa
 
 
 def full_size(name: str, folder: Path) -> Path:
-    from core.naming import NAMINGS
     family: Any = families.get(name)
     configs = loading.configs_in(paths.FAMILY_CONFIGS / name, family.pieces)
     with torch.device("meta"):
@@ -160,7 +164,6 @@ def test_a_scaled_denoiser_is_what_it_stands_for(
         dtype: torch.dtype, tmp_path: Path) -> None:
     """Its fused matrices are cut after they were scaled. The number times its scale is exact in
     fp32 but for one rounding."""
-    from core.naming import NAMINGS
     name, _, parts = made
     state = original(NAMINGS[name][0], parts.denoiser.state_dict())
     tensors, meant, metadata = scaled(state, spelling, "model.diffusion_model.", rows, dtype)
@@ -182,9 +185,6 @@ def test_a_scaled_denoiser_is_what_it_stands_for(
 def test_everything_in_one_file_with_a_scaled_t5(made: tuple[str, Path, Any],   # noqa: F811
                                                  tmp_path: Path) -> None:
     """As Stability publishes SD 3.5 medium: all parts but T5 in fp16."""
-    from transformers import T5Tokenizer
-
-    from core.naming import NAMINGS
     name, _, parts = made
     state = parts.denoiser.state_dict()
     grid = state.pop("pos_embed.pos_embed")
@@ -197,10 +197,11 @@ def test_everything_in_one_file_with_a_scaled_t5(made: tuple[str, Path, Any],   
               | behind(texts.format("clip_l"), clip(parts.text["text_encoder"].state_dict()))
               | behind(texts.format("clip_g"), clip(parts.text["text_encoder_2"].state_dict())),
               path)
+    words = tmp_path / "words"
     T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581red", -1.0)],
-                extra_ids=0).save_pretrained(tmp_path / "tokenizers" / "t5")
+                extra_ids=0).save_pretrained(words)
     assert families.detect(path) == "sd3"
-    found = families.get("sd3").load(path, FP32)
+    found = families.get("sd3", Chosen(tokenizer=words)).load(path, FP32)
     weights = found.text["text_encoder_3"].state_dict()
     assert all(torch.equal(weights[key], value) for key, value in meant.items()
                if key in weights)
@@ -227,6 +228,47 @@ def test_a_scaled_text_encoder_beside_the_base(made: tuple[str, Path, Any],     
     found = loading.load(family.layout(path), text_encoder, FP32).state_dict()
     wanted = text_encoder.convert(meant, {})
     assert all(torch.equal(value, wanted[key]) for key, value in found.items())
+
+
+def test_a_lora_is_extracted_from_scaled_models(tmp_path: Path) -> None:
+    """The difference of what both stand for, not of their numbers."""
+    layers = [f"double_blocks.{i}.img_attn.proj" for i in range(2)]
+    plain = {f"{layer}.weight": torch.randn(96, 64) for layer in layers}
+    tensors, meant, _ = scaled(plain, "marks")
+    base, tuned = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    save_file(tensors, base)
+    change = torch.randn(96, 2) @ torch.randn(2, 64)
+    save_file({name: value + change for name, value in meant.items()}, tuned)
+    found = extract(tuned, base, 2)
+    assert (found.compared, found.rest) == (2, 0)
+    for layer in found.lora.layers.values():
+        torch.testing.assert_close(layer[UP] @ layer[DOWN], change, atol=1e-4, rtol=1e-4)
+    save_file({f"{layers[0]}.weight": torch.zeros(4, 4, dtype=torch.uint8),
+               f"{layers[0]}.weight_scale_2": torch.ones(())}, base)
+    with pytest.raises(Fault, match="nvfp4"):
+        extract(tuned, base, 2)
+
+
+@pytest.mark.parametrize("made", ["flux"], indirect=True)
+def test_of_two_encoders_the_one_that_is_read(made: tuple[str, Path, Any],      # noqa: F811
+                                              tmp_path: Path) -> None:
+    """In other numbers alone it is found, and refused by its kind: never "it isn't there"."""
+    name, _, parts = made
+    models = tmp_path / "models"
+    models.mkdir()
+    path = models / "base.safetensors"
+    save_file(behind("", original(FLUX[0], parts.denoiser.state_dict())), path)
+    state = parts.text["text_encoder_2"].state_dict()
+    mark = {"encoder.block.0.layer.0.SelfAttention.q.weight_scale_2": torch.ones(())}
+    save_file(behind("", state) | mark, models / "t5xxl_a_nvfp4.safetensors")
+    family = families.get(name)
+    piece = next(one for one in family.pieces if one.name == "text_encoder_2")
+    with pytest.raises(Fault, match="nvfp4") as caught:
+        loading.load(family.layout(path), piece, FP32)
+    assert caught.value.code == "families.numbers_unread"
+    save_file(behind("", state), models / "t5xxl_fp16.safetensors")
+    found = loading.load(family.layout(path), piece, FP32).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
 
 
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {

@@ -88,9 +88,9 @@ def find_file(source: Path, what: str, config: Mapping[str, Any], known: Chosen)
     sizes of the model's config. Raises Fault where several could be it, or none but another
     model's."""
     vae = what.startswith("vae")
-    found = _different(path for folder in folders(source)
-                       for path in sorted(folder.glob("*.safetensors"))
-                       if path != source and _is(path, what) and _has_sizes(path, config))
+    fitting = [path for folder in folders(source) for path in sorted(folder.glob("*.safetensors"))
+               if path != source and _is(path, what) and _has_sizes(path, config)]
+    found = _different([path for path in fitting if not identify(path).numbers] or fitting)
     wanted = vae_files.model_of(config) if vae else ""
     if wanted and found:
         models = {path: vae_files.model_in(path) for path in found}
