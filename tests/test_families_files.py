@@ -325,6 +325,47 @@ def _same_denoiser(family: Any, path: Path, wanted: Any) -> None:
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.parametrize("made", ["sdxl", "sd3", "zimage", "lumina2", "qwen", "flux2", "sana"],
+                         indirect=True)
+def test_vaes_of_diffusers_beside_and_inside(made: tuple[str, Path, Any], tmp_path: Path) -> None:
+    """As they lie in a base's folder under `vae`, those of 2022 among them."""
+    name, _, parts = made
+    family, state = families.get(name), parts.vae.state_dict()
+    path, beside = tmp_path / "models" / "base.safetensors", tmp_path / "models" / "vae"
+    beside.mkdir(parents=True)
+    old = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
+    states = [state]
+    if any(".to_out.0." in key for key in state) and name in ("sdxl", "sd3"):
+        states.append({re.sub("|".join(map(re.escape, old)), lambda one: old[one[0]], key): value
+                       for key, value in state.items()})
+        assert states[0].keys() != states[1].keys()
+    base = behind("", parts.denoiser.state_dict())
+    for one in states:
+        for files in ({path: base, beside / "own.safetensors": behind("", one)},
+                      {path: {f"transformer.{key}": value for key, value in base.items()}
+                       | behind("vae.", one)}):
+            for file, tensors in files.items():
+                save_file(tensors, file)
+            found = family.load(path, FP32, frozenset({"vae"})).vae.state_dict()
+            assert found.keys() == state.keys()
+            assert all(torch.equal(found[key], value) for key, value in state.items())
+            (beside / "own.safetensors").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("made", ["zimage"], indirect=True)
+def test_a_text_encoder_in_the_same_file_as_comfyui_writes_it(made: tuple[str, Path, Any],
+                                                              tmp_path: Path) -> None:
+    name, folder, parts = made
+    path = tmp_path / "all.safetensors"
+    save_file(behind("model.diffusion_model.", parts.denoiser.state_dict())
+              | behind("text_encoders.qwen3_4b.transformer.model.",
+                       parts.text["text_encoder"].state_dict()), path)
+    family = families.get(name, Chosen(tokenizer=folder / "tokenizer"))
+    found = family.load(path, FP32, frozenset({"text"})).text["text_encoder"].state_dict()
+    assert all(torch.equal(value, found[key])
+               for key, value in parts.text["text_encoder"].state_dict().items())
+
+
 @pytest.mark.parametrize(("name", "width"), [("sd15", 768), ("sd2", 1024)])
 def test_unets_of_diffusers_in_a_single_file(name: str, width: int, tmp_path: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
