@@ -36,7 +36,7 @@ def test_the_file_as_it_was_written_is_proven(lab: Lab, monkeypatch: pytest.Monk
     proof = run_with(lab, monkeypatch, lambda tensors: tensors).result["proof"]
     assert proof["ok"]
     assert proof["matched"] == proof["modules"] > 0
-    assert proof["from_memory"] <= TOLERANCE < proof["change"]
+    assert proof["from_memory"] < 0.1 < TOLERANCE < proof["change"]     # fp16's rounding alone
 
 
 @pytest.mark.parametrize("change", [

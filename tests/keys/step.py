@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core import objective
+from core import lora, objective
 from core.flow import Flow, Sampling
 from core.objective import Diffusion
 from tests.keys.lab import Lab, moves, near, of_one, row, shown, started
@@ -397,12 +397,17 @@ def _(lab: Lab) -> None:
 
 @row("text_encoder_rank")
 def _(lab: Lab) -> None:
+    """At the denoiser's strength alpha / rank, in the network as in the file."""
     for rank, found in ((0, 4), (2, 2)):
-        trainer = lab.trainer(text_encoder_lr=1e-3, text_encoder_rank=rank)
-        assert trainer.text is not None
-        shapes = {value.shape[0] for key, value in trainer.text.adapter_state().items()
-                  if "lora_A" in key}
-        assert shapes == {found}
+        for alpha in (None, 2.0):
+            text = lab.trainer(text_encoder_lr=1e-3, text_encoder_rank=rank, lora_alpha=alpha).text
+            assert text is not None
+            shapes = {value.shape[0] for key, value in text.adapter_state().items()
+                      if "lora_A" in key}
+            assert shapes == {found}
+            scales = {layer.scaling[lora.ADAPTER] for model in text.models.values()
+                      for _, layer in lora.layers(model)}
+            assert scales == {text.alpha / found} == {1.0 if alpha is None else 0.5}
 
 
 @row("text_encoder_stop")
