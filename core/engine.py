@@ -101,7 +101,7 @@ def _train(config: TrainConfig, emit: Callbacks, control: Control, beside: Path 
         if config.regularised:
             regularise.add(config, examples, family, parts, precision, beside, emit, control)
         lookout = Lookout(config, Base.of(source, kind), precision.device,
-                          weigh(examples.items, config), emit)
+                          weigh(examples.items, config, kind), emit)
         lookout.announce()
         Encoder(family, source, precision, config, emit, control).fill(
             examples, config.sample_prompts)

@@ -19,10 +19,10 @@ from core.config import TrainConfig
 from core.events import Event, Note, Planned
 from core.examples import Example
 from core.faults import Fault
-from core.meter import memory_mb
+from core.meter import held_mb
 from core.plan import Base, Data, Machine, Plan
 from core.watch import NvmlReader, RamReader, Watch
-from core.weigh import heaviest_batch, machine_here
+from core.weigh import chunks_of, heaviest_batch, machine_here
 
 if TYPE_CHECKING:
     from core.engine import Trainer
@@ -112,17 +112,21 @@ class Lookout:
         """Planned and real, for the run's summary; remembered for this card's next plans."""
         if self.plan is None:
             return {}
-        real = max(memory_mb(self.device), self.watch.peak_mb if self.watch else 0.0)
+        real = max(held_mb(self.device), self.watch.peak_mb if self.watch else 0.0)
         found = {"planned_mb": round(self.plan.needs_mb, 1), "real_mb": round(real, 1),
                  "phase": self.plan.peak.name, "lowered": self.lowered}
         if self.device.type == "cuda":
             allocated = torch.cuda.max_memory_allocated(self.device) / plan.MB
             reserved = torch.cuda.max_memory_reserved(self.device) / plan.MB
             found |= {"planned_tensors_mb": round(self.plan.peak.mb, 1),
-                      "allocated_mb": round(allocated, 1), "reserved_mb": round(reserved, 1),
-                      "real_mb": round(max(real, reserved + plan.CONTEXT_MB), 1)}
+                      "allocated_mb": round(allocated, 1), "reserved_mb": round(reserved, 1)}
             if not self.lowered:
                 plan_history.remember(self.machine.name, self.plan.peak.mb, allocated, reserved)
+        found["more_than_planned"] = more = real > self.plan.needs_mb * (1 + plan.MARGIN)
+        if more:
+            self.emit(Note(key="engine.more_than_planned", params={
+                "held": round(real), "planned": round(self.plan.needs_mb),
+                "free": round(self.machine.free_mb)}))
         return {"memory": found}
 
     def _plan(self, config: TrainConfig) -> Plan | None:
@@ -159,9 +163,10 @@ def here(kind: str) -> Machine:
     return found
 
 
-def weigh(items: Sequence[Example], config: TrainConfig) -> Data:
+def weigh(items: Sequence[Example], config: TrainConfig, family: str = "") -> Data:
     """The bucket whose batch is the largest, and how much there is to keep."""
     bucket, batch = heaviest_batch([item.bucket for item in items],
                                    [item.picture.repeats for item in items], config.batch_size)
-    captions = {"", *(text for item in items for text in item.captions)}
-    return Data(len(items), len(captions), batch, bucket)
+    captions = tuple({"", *(text for item in items for text in item.captions)})
+    chunks = chunks_of(captions + tuple(config.sample_prompts), family, config.max_tokens)
+    return Data(len(items), sum(chunks[:len(captions)]), batch, bucket, max(chunks))

@@ -81,6 +81,19 @@ def ram() -> tuple[float, float]:
     return total, free
 
 
+def private_mb(process: psutil.Process | None = None) -> float:
+    """What a process holds for itself. Pages of files that it maps (weights, libraries) aren't
+    among it: they give way when memory is short, and count as available."""
+    process = process or psutil.Process()
+    told = process.memory_info()
+    if sys.platform == "win32":
+        return float(told.private) / MB         # committed, which is what runs out there
+    if sys.platform == "darwin":
+        with contextlib.suppress(psutil.Error):
+            return float(process.memory_full_info().uss) / MB
+    return float(told.rss - getattr(told, "shared", 0)) / MB
+
+
 class _Limit(NamedTuple):
     """A control group with a limit of its own."""
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from core import families, lora, objective, optim
 from core.config import TrainConfig
-from core.families.base import ALL_PARTS, Cond, Family, Frame, Part, Parts, Precision
+from core.families import CHUNK
+from core.families.base import ALL_PARTS, Cond, Family, Frame, Part, Parts, Precision, Reading
 from core.objective import Draw
 from core.offload import stage_of, waiting
 from core.plan import Base
@@ -101,7 +102,7 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
          accumulating: bool, kept: QuantKind = "same", offload: float = 0.0,
          eight_bit: bool = False, text: Mapping[str, float] | None = None,
          adapter: dict[str, Any] | None = None, variant_source: str = "",
-         rule: dict[str, Any] | None = None, rule_source: str = "") -> Figures:
+         rule: dict[str, Any] | None = None, rule_source: str = "", chunks: int = 1) -> Figures:
     """One micro-batch forward and backward, as the engine runs it; `text`: the config keys of
     encoders that learn in it.
 
@@ -111,7 +112,8 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
     the adapter and of the optimizer; `stepping`: what the latter holds for a moment.
     """
     family, parts = _skeleton(base, numbers, "denoiser", "vae", *(["text"] if text else ()))
-    latents, cond = _inputs(base, family, parts, numbers, width, height, batch)
+    latents, cond = _inputs(base, family, parts, numbers, width, height, batch, chunks)
+    parts.reading = Reading(CHUNK * chunks)
     _keep(parts, kind, kept, offload)
     config = TrainConfig(lora_rank=rank, lora_dropout=0.1 if dropout else 0.0,
                          target_modules=targets, **(adapter or {}), **(rule or {}))
@@ -134,7 +136,7 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
     _learn_order(family, parts, latents, cond)
     encoders = learner.models.values() if learner else ()
     with traced(kernels, [parts.denoiser, *encoders]) as tally:
-        inputs = latents.clone(), (learner.cond([""] * batch) if learner else
+        inputs = latents.clone(), (learner.cond([_text(chunks)] * batch) if learner else
                                    {k: v.clone() for k, v in cond.items()})
         draw = Draw(torch.empty_like(latents), _times(parts, batch))
         losses = diffusion.losses(family, parts.denoiser, inputs[0], draw, inputs[1],
@@ -152,10 +154,11 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
 
 def draw(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: int, batch: int,
          rank: int, targets: str | list[str], kept: QuantKind = "same", offload: float = 0.0,
-         adapter: dict[str, Any] | None = None, variant_source: str = "") -> Figures:
+         adapter: dict[str, Any] | None = None, variant_source: str = "", chunks: int = 1
+         ) -> Figures:
     """A preview: denoising with the adapter, `batch` 2 with guidance; then decoding one picture."""
     family, parts = _skeleton(base, numbers, "denoiser", "vae")
-    latents, cond = _inputs(base, family, parts, numbers, width, height, batch)
+    latents, cond = _inputs(base, family, parts, numbers, width, height, batch, chunks)
     _keep(parts, kind, kept, offload)
     config = TrainConfig(lora_rank=rank, target_modules=targets, **(adapter or {}))
     lora.attach(parts.denoiser, config, family.spec)
@@ -246,12 +249,12 @@ def _eight_bit_states(parameter: Tensor) -> int:
 
 
 def _inputs(base: Base, family: Family, parts: Parts, numbers: dict[str, str], width: int,
-            height: int, batch: int) -> tuple[Tensor, Cond]:
+            height: int, batch: int, chunks: int) -> tuple[Tensor, Cond]:
     """Latents (B, C, h, w) and embeddings (B, ...) of the shapes that the encoders give."""
     size = width, height
     with torch.no_grad():
         latents = family.encode_image(parts, torch.empty(1, 3, height, width, device=META))
-    cond = _embedding(base, numbers["weights"]) | {
+    cond = _embedding(base, numbers["weights"], chunks) | {
         k: v.to(META) for k, v in family.framing(Frame(size, (0, 0), size)).items()}
     compute = DTYPES[numbers["compute"]]
     return (latents.float().repeat(batch, 1, 1, 1),
@@ -259,9 +262,15 @@ def _inputs(base: Base, family: Family, parts: Parts, numbers: dict[str, str], w
 
 
 @functools.lru_cache(8)
-def _embedding(base: Base, weights: str) -> Cond:
+def _embedding(base: Base, weights: str, chunks: int) -> Cond:
     """Of one caption, (1, ...), without numbers."""
     family, parts = _skeleton(base, {"weights": weights, "compute": weights, "vae": weights},
                               "text")
+    parts.reading = Reading(CHUNK * chunks)
     with torch.no_grad():
-        return family.encode_text(parts, [""])
+        return family.encode_text(parts, [_text(chunks)])
+
+
+def _text(chunks: int) -> str:
+    """A text that fills them."""
+    return " ".join(["a"] * CHUNK * chunks) if chunks > 1 else ""

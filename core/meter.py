@@ -7,10 +7,11 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 
+from core import machine
 from core.events import Step
+from core.plan import CONTEXT_MB, MB
 
 if TYPE_CHECKING:
     from core.engine import Trainer
@@ -62,7 +63,7 @@ class Meter:
             loss=self.losses[-1] if self.losses else None,
             lr=float(trainer.optimizer.param_groups[0]["lr"]), steps_per_s=self.speed,
             eta_s=(trainer.total - done) / max(self.speed, 1e-9),
-            memory_mb=memory_mb(trainer.precision.device), validation=validation,
+            memory_mb=held_mb(trainer.precision.device), validation=validation,
             free_mb=watch.reading.free_mb if watch else None,
             temperature_c=watch.reading.temperature_c if watch else None))
 
@@ -78,8 +79,9 @@ class Meter:
                 "loss": self.losses[-1] if self.losses else None}
 
 
-def memory_mb(device: torch.device) -> float:
-    """Peak reserved CUDA memory, or resident memory of this process, in MiB."""
+def held_mb(device: torch.device) -> float:
+    """What a run holds, in MiB, measured as it is planned: on CUDA the most that was reserved and
+    the context, else what this process holds for itself (on Apple's chips with the GPU's share)."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**20
-    return float(psutil.Process().memory_info().rss) / 2**20
+        return torch.cuda.max_memory_reserved(device) / MB + CONTEXT_MB
+    return machine.private_mb()

@@ -32,7 +32,9 @@ Verdict = Literal["fits", "tight", "too_big"]
 CONTEXT_MB = 450.0                      # CUDA context and kernels, on top of torch's own count
 WORKSPACE_MB = 150.0                    # cuBLAS and cuDNN scratch memory
 FRAGMENTS = 0.06                        # of the tensors: what the allocator reserves and can't use
-PROCESS_MB = {"cuda": 2600.0, "mps": 1200.0, "cpu": 750.0}     # RAM of the imports
+# RAM of the imports; on the CPU what the process holds for itself (460 MB, measured), and what
+# kernels and the C library's allocator keep beside the tensors
+PROCESS_MB = {"cuda": 2600.0, "mps": 1200.0, "cpu": 600.0}
 MARGIN = 0.08                           # of the memory: "tight" below it
 READ_MB = 256.0                         # RAM: what of a file is mapped at a time while it's loaded
 ENCODER_SHARE = 0.25                    # of a card: a large text encoder that takes more travels
@@ -73,9 +75,11 @@ class Data:
     """The pictures of a run, as far as they weigh."""
 
     pictures: int = 20
-    captions: int = 20                          # different ones, shuffles included
+    captions: int = 20                          # different ones, shuffles included; of a long one
+                                                # each chunk (core/families/clip.py)
     batch: int = 0                              # largest that one bucket fills; 0: the config's
     bucket: tuple[int, int] | None = None       # that bucket; None: the largest possible
+    chunks: int = 1                             # of the longest caption
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +136,15 @@ def plan_run(config: TrainConfig, base: Base, machine: Machine, data: Data | Non
     rule = buckets.Rule.of(config, int(facts["native"]), int(facts["step"]))
     bucket = data.bucket or rule.largest()
     step = ask("step", base, numbers, **step_settings(config, machine, bucket, data))
-    texts = ask("texts", base, numbers, kind=machine.kind, batch=config.cache_batch_size * 2,
+    rows = config.cache_batch_size * 2 * data.chunks
+    texts = ask("texts", base, numbers, kind=machine.kind, batch=rows,
                 **_encoders(config, machine, facts))
     cache = ask("cache", base, numbers, kind=machine.kind, width=bucket[0], height=bucket[1],
                 batch=min(config.cache_batch_size, data.pictures))
     phases = (_phase("texts", text_encoder=texts["weights"], activations=texts["peak"]),
               _phase("cache", vae=facts["vae"], activations=cache["peak"]),
               _training(config, facts, step),
-              *_drawing(config, base, numbers, machine, facts, step),
+              *_drawing(config, base, numbers, machine, facts, step, data),
               *_regular(config, base, numbers, machine, facts, bucket))
     host = {"dataset": _cached(config, data, cache, texts) / MB}
     outside, learned = _outside(machine, max(phase.mb for phase in phases), host)
@@ -161,9 +166,13 @@ def step_settings(config: TrainConfig, machine: Machine, bucket: tuple[int, int]
             "targets": targets if isinstance(targets, str) else sorted(targets),
             "checkpointing": config.gradient_checkpointing,
             "accumulating": config.gradient_accumulation_steps > 1,
-            **adapter_settings(config), **kept_settings(config, machine.kind),
+            **adapter_settings(config), **kept_settings(config, machine.kind), **_longer(data),
             **({"eight_bit": True} if eight_bit(config, machine.kind) else rule_settings(config)),
             **({"text": text_settings(config)} if config.trains_text else {})}
+
+
+def _longer(data: Data | None) -> dict[str, int]:
+    return {"chunks": data.chunks} if data and data.chunks > 1 else {}
 
 
 def kept_settings(config: TrainConfig, kind: str) -> dict[str, Any]:
@@ -240,7 +249,7 @@ def _beside(config: TrainConfig, facts: Mapping[str, float],
 
 
 def _drawing(config: TrainConfig, base: Base, numbers: dict[str, str], machine: Machine,
-             facts: Mapping[str, float], step: Mapping[str, float]) -> list[Phase]:
+             facts: Mapping[str, float], step: Mapping[str, float], data: Data) -> list[Phase]:
     """Previews, if asked for, and the proof at the end: the optimizer stays, gradients don't."""
     native = int(facts["native"])
     proof = min(native, PROOF_SIDE[machine.kind])
@@ -254,7 +263,7 @@ def _drawing(config: TrainConfig, base: Base, numbers: dict[str, str], machine: 
     for name, (size, batch) in wanted.items():
         drawn = ask("draw", base, numbers, kind=machine.kind, width=size[0], height=size[1],
                     batch=batch, rank=config.lora_rank, targets=targets, **kept,
-                    **adapter_settings(config))
+                    **_longer(data), **adapter_settings(config))
         phases.append(_phase(name, denoiser=facts["denoiser"], vae=facts["vae"],
                              adapter=step["adapter"], optimizer=step["optimizer"],
                              activations=drawn["peak"], **_beside(config, facts, step)))

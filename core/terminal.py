@@ -236,7 +236,8 @@ def _base(value: Mapping[str, Any]) -> str:
 
 
 def _memory(value: Mapping[str, Any]) -> str:
-    return words.say("terminal.memory", {
+    key = "terminal.memory_more" if value.get("more_than_planned") else "terminal.memory"
+    return words.say(key, {
         "planned": megabytes(value["planned_mb"]), "real": megabytes(value["real_mb"])})
 
 

@@ -86,8 +86,7 @@ class RamReader:
 
     def read(self) -> Reading:
         total, free = machine.ram()
-        told = self.process.memory_info()
-        ours = (told.rss - getattr(told, "shared", 0)) / machine.MB
+        ours = machine.private_mb(self.process)
         return Reading(free_mb=free, ours_mb=ours, others_mb=max(0.0, total - free - ours),
                        total_mb=total)
 
@@ -112,8 +111,9 @@ class Watch:
                        or machine.is_wsl()) if spills is None else spills)
         self.reading = Reading()            # the newest
         self.peak_mb = 0.0                  # the most that we held
+        self._held_mb = 0.0                 # the same since the run was lowered last
         self.hottest_c: float | None = None
-        self.margin_mb: float | None = None  # free + ours - planned
+        self.margin_mb: float | None = None  # free + ours - what we need: planned, or held before
         self._start: Reading | None = None  # the first that told others' use
         self._told: Reading | None = None   # the last whose others' use was told
         self._armed, self._pressed = True, False
@@ -149,6 +149,7 @@ class Watch:
         with self._lock:
             self.reading = reading
             self.peak_mb = max(self.peak_mb, reading.ours_mb or 0.0)
+            self._held_mb = max(self._held_mb, reading.ours_mb or 0.0)
             if reading.temperature_c is not None:
                 self.hottest_c = max(self.hottest_c or 0.0, reading.temperature_c)
             self._look_at_memory(reading)
@@ -161,8 +162,9 @@ class Watch:
     # --- what the engine asks ---
 
     def pressure(self) -> bool:
-        """True once when others have taken so much since the start that the margin is below the
-        headroom; again after `lowered`, or after the margin was back and went."""
+        """True once when the margin is below the headroom since others took memory after the start,
+        or since we hold more than was planned. Again after `lowered`, or after the margin was back
+        and went."""
         with self._lock:
             pressed, self._pressed = self._pressed, False
             return pressed
@@ -171,6 +173,7 @@ class Watch:
         """The engine now needs `planned_mb` at its peak."""
         with self._lock:
             self.planned_mb, self._armed, self._pressed = planned_mb, True, False
+            self._held_mb = 0.0
             self._steps.clear()
             self._said.pop("watch.spilling", None)      # it may go on
 
@@ -200,19 +203,21 @@ class Watch:
         if reading.free_mb is None or reading.ours_mb is None or reading.others_mb is None:
             return
         self._start = start = self._start or reading
-        self.margin_mb = reading.free_mb + reading.ours_mb - self.planned_mb
+        needs = max(self.planned_mb, self._held_mb)
+        self.margin_mb = reading.free_mb + reading.ours_mb - needs
         grown = reading.others_mb - (start.others_mb or 0.0)
         if self.margin_mb >= self.headroom_mb:
             if "pressure" in self._on and self._note(Note(key="watch.margin_back", params={
                     "margin": round(self.margin_mb)})):
                 del self._on["pressure"]
             self._armed, self._pressed = True, False
-        elif self._armed and grown > GREW_MB:
+        elif self._armed and (grown > GREW_MB or needs > self.planned_mb):
             self._armed, self._pressed = False, True
             self._on["pressure"] = self.clock()
-            self._note(Note(key="watch.pressure", params={
-                "taken": round(grown), "margin": round(self.margin_mb),
-                "headroom": round(self.headroom_mb)}))
+            params = {"margin": round(self.margin_mb), "headroom": round(self.headroom_mb)}
+            self._note(Note(key="watch.pressure", params={"taken": round(grown), **params})
+                       if grown > GREW_MB else Note(key="watch.more_than_planned", params={
+                           "held": round(needs), "planned": round(self.planned_mb), **params}))
 
     def _look_at_others(self, reading: Reading) -> None:
         """Others' use is measured from what was told last; what they gave back is not told."""

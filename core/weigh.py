@@ -5,6 +5,7 @@ Cheap facts only, no torch: 10,000 pictures are weighed in seconds, none is deco
 
 from __future__ import annotations
 
+import functools
 import shutil
 import sys
 from collections import Counter
@@ -29,6 +30,7 @@ from core import (
 )
 from core.buckets import Rule, Size
 from core.config import TrainConfig
+from core.crops import TOKENIZER, TokenCounter
 from core.faults import Fault
 from core.pictures import FORMATS, MAX_MEGAPIXELS, Look, prepare
 from core.plan import Base, Data, Machine, Plan
@@ -118,14 +120,16 @@ def pictures_in(folder: Path, metadata: Path | None = None) -> Pictures:
                     tuple(p.caption for p in found))
 
 
-def data_of(config: TrainConfig, found: Pictures, facts: Mapping[str, float]) -> Data:
+def data_of(config: TrainConfig, found: Pictures, facts: Mapping[str, float], family: str = ""
+            ) -> Data:
     """The bucket whose batch is the largest, and how much there is to keep. `facts`: `native`
     and `step` px of the base (core.plan's "base")."""
     rule = Rule.of(config, int(facts["native"]), int(facts["step"]))
     assigned = rule.assign(found.sizes + found.regular)
     repeats = (*found.repeats, *[1] * len(found.regular))
     bucket, batch = heaviest_batch(assigned, repeats, config.batch_size)
-    return Data(len(assigned) + config.reg_from_base, _captions(config, found), batch, bucket)
+    captions, longest = _captions(config, found, family)
+    return Data(len(assigned) + config.reg_from_base, captions, batch, bucket, longest)
 
 
 def heaviest_batch(assigned: Iterable[Size], repeats: Iterable[int],
@@ -158,19 +162,33 @@ class Weigher:
         self.facts = base_sizes(base, where)
 
     def data(self, config: TrainConfig) -> Data | None:
-        return data_of(config, self.found, self.facts) if self.found else None
+        return (data_of(config, self.found, self.facts, self.base.family) if self.found
+                else None)
 
     def __call__(self, config: TrainConfig) -> Plan:
         return plan.plan_run(config, self.base, self.machine, self.data(config))
 
 
-def _captions(config: TrainConfig, found: Pictures) -> int:
-    """Different ones, and the empty one; of shuffled tags at most as many as are kept."""
-    texts = {captions.with_trigger(text, config.trigger_word) for text in found.captions}
+def _captions(config: TrainConfig, found: Pictures, family: str) -> tuple[int, int]:
+    """Chunks of all different captions and of the empty one, and those of the longest, previews'
+    prompts included; of shuffled tags at most as many as are kept."""
+    texts = sorted({captions.with_trigger(text, config.trigger_word) for text in found.captions})
+    counts = chunks_of((*texts, *config.sample_prompts), family, config.max_tokens)
+    own = counts[:len(texts)]
     if not config.shuffle_tags:
-        return len(texts | {""})
+        return sum(own) + ("" not in texts), max(counts, default=1)
     free = (max(0, len(captions.split_tags(text)) - config.keep_tokens) for text in texts)
-    return 1 + sum(min(MOST_SHUFFLES, factorial(min(count, 4))) for count in free)
+    kept = [min(MOST_SHUFFLES, factorial(min(count, 4))) for count in free]
+    return 1 + sum(k * n for k, n in zip(kept, own, strict=True)), max(counts, default=1)
+
+
+@functools.lru_cache(maxsize=8)
+def chunks_of(texts: tuple[str, ...], family: str, max_tokens: int) -> tuple[int, ...]:
+    """In how many chunks each text is read. A token is a byte or more: short ones need no count."""
+    long = [text for text in texts if len(text.encode()) > families.CHUNK
+            and families.chunks_of(family, len(text.encode()), max_tokens) > 1]
+    tokens = dict(zip(long, TokenCounter(TOKENIZER)(long), strict=True))
+    return tuple(families.chunks_of(family, tokens.get(text, 0), max_tokens) for text in texts)
 
 
 def _headers(files: Sequence[Path]) -> Iterator[Look | Fault]:

@@ -162,3 +162,38 @@ def test_memory_that_spills_into_ram_lowers_the_run(make: Make) -> None:
         assert steps(*[1.2] * 9) == [2]                     # it helped
         assert steps(*[6.0] * 5) == [2, 1]
     assert [e.key for e in events if isinstance(e, Note)].count("watch.spilling") == 2
+
+
+def test_a_run_that_holds_more_than_planned_says_so(make: Make, monkeypatch: pytest.MonkeyPatch
+                                                    ) -> None:
+    from core import plan, terminal
+    result, events = run(make("fits"), monkeypatch)
+    assert result["memory"]["more_than_planned"] is False
+    assert not [e for e in events if isinstance(e, Note) and e.key == "engine.more_than_planned"]
+    monkeypatch.setitem(plan.PROCESS_MB, "cpu", 1.0)        # a plan that forgets the process
+    result, events = run(make("more"), monkeypatch)
+    memory = result["memory"]
+    assert memory["more_than_planned"] is True
+    (note,) = [e for e in events if isinstance(e, Note) and e.key == "engine.more_than_planned"]
+    assert note.params["held"] == round(memory["real_mb"]) > note.params["planned"]
+    assert "plan of this run was too low" in "\n".join(terminal.summary(result))
+
+
+def test_planned_and_held_are_of_one_kind_on_the_cpu(make: Make) -> None:
+    """Without other tests' leftovers: a run in a process of its own holds what was planned, its
+    private bytes compared with them, within what allocators keep."""
+    import json
+    import subprocess
+    import sys
+
+    from core.config import dump_yaml
+    made = make("alone")
+    code = ("import json, sys; from core.config import parse_train_config; from core.engine import "
+            "train; from core.control import Control\n"
+            "config = parse_train_config(sys.stdin.read(), 'x.yaml')\n"
+            "print(json.dumps(train(config, lambda event: None, Control())['memory']))")
+    done = subprocess.run([sys.executable, "-c", code], input=dump_yaml(made), text=True,
+                          capture_output=True, check=True)
+    memory = json.loads(done.stdout.splitlines()[-1])
+    assert memory["more_than_planned"] is False
+    assert 0.6 < memory["real_mb"] / memory["planned_mb"] < 1.08

@@ -152,6 +152,21 @@ def test_the_worst_of_the_last_runs_counts() -> None:
     assert plan_history.overhead(LAPTOP.name) == 0          # less than planned is no promise
 
 
+def test_longer_captions_are_planned() -> None:
+    """Three chunks of text: keys and values in each cross-attention, rows in the cache."""
+    base = Base.of(DEMO)
+    short, long = (plan.plan_run(TrainConfig(batch_size=4, sample_prompts=["x"]), base, CPU,
+                                 Data(20, 20 * chunks, chunks=chunks)) for chunks in (1, 3))
+    for name in ("train", "preview"):
+        assert long.phase(name).mb > short.phase(name).mb + 0.05
+    width = json.loads((DEMO / "text_encoder/config.json").read_text())["hidden_size"]
+    assert long.disk["cache"] - short.disk["cache"] == pytest.approx(40 * 77 * width * 4 / plan.MB)
+    text = {"text_encoder_lr": 1e-4}
+    held = [plan.plan_run(TrainConfig(**text), base, CPU, Data(chunks=n)).phase("train").mb
+            for n in (1, 3)]
+    assert held[1] > held[0] + 0.1
+
+
 def test_published_shapes_of_sd15(sd15: Base) -> None:
     """The UNet's size is published; 2.70 and 1.88 GiB were measured by other means before."""
     made = plan.plan_run(TrainConfig(), sd15, LAPTOP)

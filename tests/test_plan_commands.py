@@ -340,3 +340,23 @@ def test_modules_take_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, capture_output=True,
                           text=True)
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_long_captions_weigh_as_their_chunks(tmp_path: Path) -> None:
+    """The same count before a run (from the files) and in it (from the examples)."""
+    from core import lookout
+    from core.examples import find
+    folder = tiny.pictures(tmp_path, 3)
+    for name, words_ in (("000", 200), ("001", 100), ("002", 5)):
+        (folder / f"{name}.txt").write_text(" ".join(["cat"] * words_), "utf-8")
+    for family, limit, chunks, longest in (("sd15", 225, 1 + 3 + 2 + 1, 3), ("sdxl", 150, 6, 2),
+                                           ("flux", 225, 4, 1)):
+        config = TrainConfig(train_data_dir=str(folder), max_tokens=limit)
+        data = weigh.data_of(config, weigh.pictures_of(config), {"native": 64, "step": 16}, family)
+        assert (data.captions, data.chunks) == (chunks, longest)
+        items = find(config, folder, None, 64, 16, lambda event: None).items
+        there = lookout.weigh(items, config, family)
+        assert (there.captions, there.chunks) == (chunks, longest)
+    prompts = config.with_changes(sample_prompts=["cat " * 220])
+    assert weigh.data_of(prompts, weigh.pictures_of(config), {"native": 64, "step": 16},
+                         "sd2").chunks == 3

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core import machine, watch, words
+from core import machine, paths, watch, words
 from core.events import Note
 from core.watch import NvmlReader, RamReader, Reading, Watch
 from tests import nvml_stub
@@ -125,16 +125,17 @@ def test_what_we_hold_comes_from_the_engine_where_nvml_is_silent() -> None:
 
 
 def test_growth_of_our_own_is_no_pressure() -> None:
+    """Also beyond the plan, as long as there is room."""
     notes: list[Note] = []
     with (nvml_stub.loaded([replace(CARD, processes=(US,))]) as stub,
           contextlib.closing(NvmlReader(0)) as reader):
         run = Watch(reader, 7000, 500, notes.append)            # type: ignore[arg-type]
-        for mb in (2000, 4000, 6000, 7500):
+        for mb in (2000, 4000, 6000, 7300):
             stub.write([replace(CARD, processes=(replace(US, mb=mb),))])
             run.poll()
             assert not run.pressure()
     assert not notes
-    assert run.peak_mb == 7500
+    assert run.peak_mb == 7300
 
 
 def test_cost_of_watching_a_card() -> None:
@@ -242,21 +243,24 @@ def test_a_plan_too_large_from_the_start_is_not_others_fault() -> None:
 def test_pressure_only_where_the_margin_is_gone(course: list[tuple[float, float, bool]]) -> None:
     desk = Desk()
     lately = True                       # armed
+    held = desk.reader.reading.ours_mb or 0.0       # the most since the run was lowered
     for ours, others, lower in course:
-        others = min(others, 8000 - ours)
+        others, held = min(others, 8000 - ours), max(held, ours)
         desk.see(ours_mb=ours, others_mb=others, free_mb=8000 - ours - others)
-        short = 8000 - others - desk.watch.planned_mb < 500 - 1e-6
+        planned = desk.watch.planned_mb
+        short = 8000 - others - max(planned, held) < 500 - 1e-6
         pressed = desk.watch.pressure()
         if pressed:
             assert short
-            assert others > 2000
+            assert others > 2000 or held > planned
             assert lately
         elif short and lately:
             assert others <= 2000 + watch.GREW_MB + 1e-6
+            assert held <= planned
         lately = (lately and not pressed) or not short
         if lower:
             desk.watch.lowered(desk.watch.planned_mb * 0.9)
-            lately = True
+            lately, held = True, 0.0
 
 
 def test_notes_on_change_and_at_most_once_a_minute() -> None:
@@ -351,3 +355,41 @@ def test_every_note_has_its_words() -> None:
         if key.startswith("watch."):
             with open(watch.__file__, encoding="utf-8") as file:
                 assert f'"{key}"' in file.read(), key
+
+
+def test_more_held_than_planned_is_pressure_too() -> None:
+    """Nobody else took anything: the plan was too low, and memory runs out."""
+    desk = Desk(planned_mb=2500, headroom_mb=500)
+    assert desk.see(ours_mb=3500, free_mb=2500) == []   # more, but there is room
+    assert desk.watch.margin_mb == 2500
+    assert desk.see(ours_mb=5700, free_mb=300) == ["more_than_planned"]
+    assert desk.notes[-1].params == {"held": 5700, "planned": 2500, "margin": 300, "headroom": 500}
+    assert desk.watch.pressure()
+    assert not desk.watch.pressure()
+    assert desk.see(ours_mb=4000, free_mb=2000) == []           # a peak comes again: still needed
+    assert desk.watch.margin_mb == 300
+    desk.watch.lowered(2000)
+    assert desk.see(after=100, ours_mb=3000, free_mb=3000) == ["margin_back"]
+    assert desk.watch.margin_mb == 3000
+    assert not desk.watch.pressure()
+
+
+def test_pages_of_mapped_files_are_not_held(tmp_path: Any) -> None:
+    """150 MB of a file that is read through a map are resident, and nobody's own; an array is."""
+    big = tmp_path / "weights"
+    big.write_bytes(os.urandom(1) * (150 * machine.MB))
+    code = (
+        "import mmap, sys, psutil; from core import machine\n"
+        "def told(): return machine.private_mb(), psutil.Process().memory_info().rss / 2**20\n"
+        f"file = open({str(big)!r}, 'rb')\nbefore = told()\n"
+        "mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"
+        "total = sum(mapped[i] for i in range(0, len(mapped), 4096))\nread = told()\n"
+        "own = bytearray(150 * 2**20)\nown[::4096] = b'x' * len(own[::4096])\nheld = told()\n"
+        "print(*(round(b - a) for a, b in zip(before, read)), round(held[0] - read[0]))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, capture_output=True,
+                          text=True, check=True)
+    private, resident, own = map(int, done.stdout.split())
+    assert private < 15
+    assert own > 140
+    if sys.platform == "linux":
+        assert resident > 140

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from core.families.companions import Chosen
 
 
+CHUNK = 75                                  # tokens of CLIP's text, between start and end
+
+
 @dataclass(frozen=True, slots=True)
 class Listed:
     """A family as far as it is known without loading it."""
@@ -53,6 +56,12 @@ MODULES = {
                       fp16=False),
     "sana": Listed("core.families.sana:Sana", "Sana", 1024, "denoiser", 299, 32),
 }
+
+
+def chunks_of(family_id: str, tokens: int, max_tokens: int) -> int:
+    """In how many chunks a text of so many tokens is read."""
+    chunked = family_id in MODULES and MODULES[family_id].chunked
+    return max(1, -(-min(tokens, max_tokens) // CHUNK)) if chunked else 1
 
 
 def token_limit(family_id: str, max_tokens: int = 225) -> int:

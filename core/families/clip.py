@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 75                                  # tokens between start and end
+from core.families import CHUNK
+
 WHOLE = CHUNK + 2
 
 

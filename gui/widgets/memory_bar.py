@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from core.plan import MARGIN
 from gui.context import Context
 from gui.html import esc, gigabytes
 
@@ -30,9 +31,11 @@ def memory_bar(ctx: Context, plan: Mapping[str, Any], live_mb: float | None = No
     machine = plan["machine"]
     needs, free, total = plan["needs_mb"], machine["free_mb"], machine["total_mb"]
     scale = max(needs, total) or 1.0
-    verdict = plan["verdict"]
+    over = (live_mb or 0.0) > needs * (1 + MARGIN)         # the verdict follows what is so
+    verdict = ("too_big" if live_mb and live_mb > free else "tight") if over else plan["verdict"]
     shares = grouped(plan)
-    said = ctx.say(f"memory_{verdict}", needs=gigabytes(needs), free=gigabytes(free))
+    said = ctx.say("memory_over" if over else f"memory_{verdict}", needs=gigabytes(needs),
+                   free=gigabytes(free), held=gigabytes(live_mb or 0.0))
     parts = "".join(f'<i class="part {name}" style="width:{100 * mb / scale:.2f}%" '
                     f'title="{esc(ctx.say(f"part_{name}"))} {gigabytes(mb)}"></i>'
                     for name, mb in shares.items())
