@@ -113,8 +113,7 @@ class TrainConfig(BaseModel):
         0, "advanced", "new words learned for the trigger word; 0: none", "tokens", ge=0, le=32)
     masked_loss: bool = _field(
         False, "advanced", "learn only what masks or transparency leave visible")
-    reg_data_dir: str = _field(
-        "", "advanced", "folder of pictures that the LoRA must not change")
+    reg_data_dir: str = _field("", "advanced", "folder of pictures that the LoRA must not change")
     reg_from_base: int = _field(
         0, "advanced", "pictures of that kind, drawn by the base itself first; 0: none",
         "pictures", ge=0, le=10_000)
@@ -150,8 +149,7 @@ class TrainConfig(BaseModel):
     huber_c: float = _field(0.1, "expert", "smallest error that Huber takes as outlier", gt=0, le=1)
     huber_schedule: HuberSchedule = _field("snr", "expert", "course of that error over timesteps")
     debiased_estimation: bool = _field(False, "expert", "weight 1 / sqrt(SNR)")
-    unmasked_weight: float = _field(
-        0.0, "expert", "weight outside of masks", ge=0, le=1)
+    unmasked_weight: float = _field(0.0, "expert", "weight outside of masks", ge=0, le=1)
     reg_share: float = _field(
         0.5, "expert", "share of regularisation pictures in the batches", gt=0, lt=1)
     prior_loss_weight: float = _field(
@@ -202,8 +200,7 @@ class TrainConfig(BaseModel):
         None, "expert", "denoising steps of previews; empty: 20, of a distilled base 4 to 8", ge=1)
     sample_sampler: str = _field("auto", "expert", "sampler of previews")
     sample_weight: float = _field(0.8, "expert", "LoRA weight of previews", ge=-4, le=4)
-    base_loras_in_previews: bool = _field(
-        False, "expert", "draw previews with base_loras too")
+    base_loras_in_previews: bool = _field(False, "expert", "draw previews with base_loras too")
     validation_steps: int = _field(0, "expert", "validate every N steps; 0: per checkpoint", ge=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = _field("auto", "expert", "where to train")
     picture_processors: list[str] = _field(

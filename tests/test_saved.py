@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from core import adapter_file, checkpoint, families, lora, new_words
+from core import adapter_file, checkpoint, families, lora, new_words, samplers
 from core.config import load_train_config
 from core.families.base import Precision
 from core.families.loading import Piece, dtype_of
@@ -141,6 +142,15 @@ def test_a_loaded_base_rests(lab: Lab) -> None:
     for model in (parts.denoiser, parts.vae, parts.text["text_encoder"]):
         assert not any(p.requires_grad for p in model.parameters())
         assert not any(module.training for module in model.modules())
+
+
+def test_samplers_draw_by_what_the_base_is_taken_for(lab: Lab) -> None:
+    """`prediction_type` and the base's check change the objective after the scheduler was read."""
+    parts = lab.parts()[2]
+    for objective in ("epsilon", "v_prediction"):
+        taken = replace(parts, objective=objective)
+        for name in ("auto", *samplers.SAMPLERS):
+            assert samplers.create(name, taken).config.prediction_type == objective
 
 
 def test_flux_learns_at_guidance_one() -> None:

@@ -48,6 +48,9 @@ def _(lab: Lab) -> None:
                 == [trainer.course.update(n) for n in range(3)]) is alike
         noise = [shown(one, of_one(1)).draw.noise for one in (first, trainer)]
         assert torch.equal(*noise) is alike
+    drawn = [lab.preview(seed=seed, sample_inference_steps=1)["image"].tobytes()
+             for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 # --- noise and loss ---

@@ -267,6 +267,11 @@ MUTANTS = [
     Mutant("dropout-within-previews", "core/preview.py",
            "            lora.set_training(model, False)\n", "            pass\n",
            ("test_step.py::test_previews_leave_dropout_out_and_give_it_back",)),
+    Mutant("drawn-as-another-objective", "core/samplers.py",
+           '    config |= {"prediction_type": parts.objective}\n', "",
+           ("test_saved.py::test_samplers_draw_by_what_the_base_is_taken_for",)),
+    Mutant("drawn-by-one-seed", "core/generate.py", "torch.Generator().manual_seed(shot.seed)",
+           "torch.Generator().manual_seed(0)", key("seed")),
     Mutant("guidance-of-previews", "core/generate.py", "shot.cfg - 1 + parts.unguided",
            "shot.cfg + parts.unguided", key("sample_cfg")),
 ]
