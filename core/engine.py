@@ -105,6 +105,7 @@ def _train(config: TrainConfig, emit: Callbacks, control: Control, beside: Path 
         lookout.announce()
         Encoder(family, source, precision, config, emit, control).fill(
             examples, config.sample_prompts)
+        companions.tell_scale(parts.beside, examples.latents, config.masked_loss, emit)
     except Stopped:
         return {"state": "stopped", "steps": 0, "seconds": time.time() - began}
     emit(Phase(name="load"))

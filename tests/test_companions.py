@@ -210,10 +210,13 @@ def test_umt5_is_no_t5(names: tuple[str, str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
 def test_gemma_3_is_no_gemma_2(names: tuple[str, str], tmp_path: Path) -> None:
     source, kept = tmp_path / "base.safetensors", tmp_path / "tokenizers"
-    words_folder(kept / names[0], GEMMA_3, "GemmaTokenizer")
-    with pytest.raises(Fault, match="Gemma 2") as caught:
-        find(source, GEMMA, 256_000)
-    assert caught.value.code == "families.tokenizer_other"
+    three = words_folder(kept / names[0], GEMMA_3, "GemmaTokenizer")
+    for words in (GEMMA_3, gemma_words(105, 200_000)):      # too many; few, but with other numbers
+        shutil.rmtree(three)
+        words_folder(three, words, "GemmaTokenizer")
+        with pytest.raises(Fault, match="Gemma 2") as caught:
+            find(source, GEMMA, 256_000)
+        assert caught.value.code == "families.tokenizer_other"
     two = words_folder(kept / names[1], GEMMA_2, "GemmaTokenizer")
     assert find(source, GEMMA, 256_000) == two
     shutil.copytree(two, kept / "copy")     # is no question
@@ -448,6 +451,22 @@ def test_a_base_tells_what_it_is_used_with(tmp_path: Path) -> None:
         "families.companions_taken", "families.companions_taken", "families.companion_odd"]
     assert (len(told["ss_vae_hash"]), told["darkroom.tokenizer_name"]) == (8, "qwen")
     assert set(companions.summary(found)) == {"vae", "text_encoder", "tokenizer"}
+
+
+@pytest.mark.parametrize(("size", "told"), [(1.0, 0), (0.24, 1), (4.2, 1)])
+def test_latents_of_another_scale_are_told(size: float, told: int) -> None:
+    """SD 3's VAE beside Flux: 0.653 * 0.3611; Flux's beside SD 3: 2.77 * 1.5305."""
+    generator = torch.Generator().manual_seed(1)
+    latents = [size * torch.randn(16, 32, 24, generator=generator) for _ in range(4)]
+    vae = companions.Taken("vae", Path("ae.safetensors"), "1", "2")
+    for beside in ([vae], []):
+        notes: list[Any] = []
+        companions.tell_scale(beside, latents, False, notes.append)
+        assert len(notes) == (told if beside else 0)
+        assert all(float(note.params["size"]) == pytest.approx(size, rel=0.02) for note in notes)
+    masked = [torch.cat([one, torch.full((1, 32, 24), 99.0)]) for one in latents]
+    companions.tell_scale([vae], masked, True, notes.append)    # the mask is no latent
+    assert len(notes) == told
 
 
 def test_a_named_file_without_use_is_refused(tmp_path: Path) -> None:

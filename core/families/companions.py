@@ -8,11 +8,14 @@ answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from core import paths, words
 from core.cache import fingerprint
@@ -26,6 +29,8 @@ from core.lora_metadata import short_hash
 from core.safetensors_header import read_header
 
 FOLDERS = ("vae", "text_encoders", "clip", "tokenizers", "tokenizer")
+LEAST_SIZE, MOST_SIZE = 0.35, 2.5           # of latents; half and twice what flat pictures have
+LOOKED_AT = 32                              # pictures
 SHIPPED = "shipped"                         # the value of `tokenizer` that means the app's own
 WORDS = ("embed_tokens.weight", "shared.weight")        # (words, width) of a text encoder
 
@@ -262,6 +267,21 @@ def announce(family: Any, source: Path, emit: Callable[[Event], None]) -> list[T
             emit(Note(key="families.companion_without", params={
                 "base": source.name, "part": one.part}))
     return found
+
+
+def tell_scale(found: Iterable[Taken], latents: Sequence[Tensor], masked: bool,
+               emit: Callable[[Event], None]) -> None:
+    """Says where pictures' latents (..., C, h, w) are far smaller or larger than 1, the size that
+    bases learn with: the VAE's scale is then another model's. SD 3's VAE in Flux gives 0.24, Flux's
+    in SD 3 gives 4. `masked`: the last channel is a mask."""
+    vae = next((one.path for one in found if one.part == "vae" and one.path), None)
+    if vae is None or not latents:
+        return
+    looked_at = [one[..., :-1, :, :] if masked else one for one in latents[:LOOKED_AT]]
+    squares = torch.stack([one.float().square().mean() for one in looked_at])
+    size = squares.mean().sqrt().item()
+    if not LEAST_SIZE <= size <= MOST_SIZE:
+        emit(Note(key="families.latents_scale", params={"size": f"{size:.2f}", "file": vae.name}))
 
 
 def summary(found: Iterable[Taken]) -> dict[str, dict[str, str]]:

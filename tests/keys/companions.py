@@ -35,7 +35,7 @@ def _(lab: Lab) -> None:
     """Of another file than the base's: other latents, and the LoRA tells its name."""
     _, _, parts = lab.parts()
     other = {name: value.clone() for name, value in parts.vae.state_dict().items()}
-    other["quant_conv.weight"] *= 2
+    other["quant_conv.weight"] *= 1000
     path = lab.folder / "own_vae.safetensors"
     save_file(ldm_layout.behind("", ldm_layout.vae(other, 3)), path)
     run = lab.run(vae=str(path), output_dir=str(lab.folder / "with_vae"), max_train_steps=1)
@@ -43,6 +43,8 @@ def _(lab: Lab) -> None:
     assert "ss_vae_name" not in lab.plain_run.metadata
     assert run.result["companions"]["vae"]["path"] == str(path)
     assert path.name in run.notes("families.companions_taken")[0].params["files"]
+    assert run.notes("families.latents_scale")      # no scale that a base has learned with
+    assert not lab.plain_run.notes("families.latents_scale")
     family = families.get("sd15", companions.chosen(run.config))
     loaded = family.load(lab.base, choose("fp32", "cpu"), frozenset({"vae"}))
     pixels = torch.rand(1, 3, 32, 32)

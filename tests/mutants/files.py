@@ -8,6 +8,8 @@ _LAYERS, _NAMING, _METADATA = "core/lora_layers.py", "core/naming.py", "core/lor
 _SAVING, _CHECKPOINT, _VERIFY = "core/saving.py", "core/checkpoint.py", "core/verify.py"
 _HEADER, _LOADING, _COMMON = ("core/safetensors_header.py", "core/families/loading.py",
                               "core/families/common.py")
+_COMPANIONS, _WORDS = "core/families/companions.py", "core/families/vocabularies.py"
+_BESIDE = "test_companions.py"
 _PROOF = ("test_verify.py::test_another_adapter_than_the_trained_one_fails",)
 
 
@@ -274,4 +276,36 @@ MUTANTS = [
            "torch.Generator().manual_seed(0)", key("seed")),
     Mutant("guidance-of-previews", "core/generate.py", "shot.cfg - 1 + parts.unguided",
            "shot.cfg + parts.unguided", key("sample_cfg")),
+    # --- companions of single files ---
+    Mutant("numbers-of-words-ignored", _WORDS, "all(words.get(word) == number for",
+           "all(word in words and number >= 0 for",
+           (f"{_BESIDE}::test_gemma_3_is_no_gemma_2",)),
+    Mutant("words-of-relatives-ignored", _WORDS, "not any(word in words for word in self.absent)",
+           "not any(word in self.absent for word in ())",
+           (f"{_BESIDE}::test_two_qwens_beside_each_other",)),
+    Mutant("rows-of-the-encoder-ignored", _WORDS, "max(words.values(), default=0) < rows)",
+           "rows > 0)", (f"{_BESIDE}::test_umt5_is_no_t5",)),
+    Mutant("sentinels-turned-round", _WORDS, "for n in reversed(range(SENTINELS))",
+           "for n in range(SENTINELS)",
+           (f"{_BESIDE}::test_t5s_spiece_model_gives_the_tokens_of_its_tokenizer_json",)),
+    Mutant("thinking-in-the-template", "core/families/text.py",
+           "enable_thinking is defined and enable_thinking is false",
+           "enable_thinking is defined and enable_thinking is true",
+           (f"{_BESIDE}::test_the_chat_template_is_qwens",)),
+    Mutant("first-vae-of-the-shapes", _COMPANIONS,
+           "for path, model in models.items() if not model]",
+           "for path, model in models.items()]",
+           (f"{_BESIDE}::test_vaes_of_the_same_shapes_are_told_by_their_content",)),
+    Mutant("any-width-of-encoder", _COMPANIONS, "all(shape == (rows, width) for",
+           "all(shape[0] == rows for",
+           (f"{_BESIDE}::test_encoders_are_told_by_their_words_and_widths",)),
+    Mutant("coarsest-file", "core/families/copies.py", "sorted(found, key=_fineness)",
+           "sorted(found, key=_fineness, reverse=True)",
+           (f"{_BESIDE}::test_the_same_weights_in_other_numbers_are_no_question",)),
+    Mutant("texts-of-another-tokenizer", _COMMON,
+           "kind:\n                words = self._words(layout, piece.name)",
+           "kind and not layout:\n                words = self._words(layout, piece.name)",
+           key("tokenizer")),
+    Mutant("companion-untold", "core/saving.py", "| companions.metadata(trainer.parts.beside))",
+           "| companions.metadata(()))", key("vae")),
 ]
