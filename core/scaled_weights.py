@@ -25,9 +25,9 @@ READ = {"float8_e4m3fn": FP8, "float8_e5m2": FP8, "float8_e4m3fn_rowwise": FP8,
         "int8_tensorwise": INT8}           # kinds by ComfyUI's words -> how they are stored
 # What other programs write beside weights in numbers of their own.
 FOREIGN = {
-    "absmax": "nf4 or fp4 (bitsandbytes)", "SCB": "int8 (bitsandbytes)", "scb": "int8",
-    "qweight": "4 bits (SVDQuant, AWQ or GPTQ)", "weight_packed": "4 bits (compressed-tensors)",
-    "weight_scale_2": "nvfp4", "weight_scale_inv": "fp8 with a scale for each block",
+    "absmax": "nf4 / fp4 (bitsandbytes)", "SCB": "int8 (bitsandbytes)", "scb": "int8",
+    "qweight": "int4 (SVDQuant / AWQ / GPTQ)", "weight_packed": "int4 (compressed-tensors)",
+    "weight_scale_2": "nvfp4", "weight_scale_inv": "fp8 (block scales)",
     "pre_quant_scale": "AWQ", "weight_codebook": "w4a8",
 }
 
@@ -103,12 +103,12 @@ def _other(kind: Mapping[str, Any], weight: TensorInfo, scale: TensorInfo) -> st
     if kind and (_rotated(kind) or weight.dtype not in READ.get(_format(kind), ())):
         return _said(kind)
     if scale.dtype not in ("F64", "F32", "F16", "BF16"):
-        return "mxfp8 or nvfp4"
+        return "mxfp8 / nvfp4"
     if not kind and weight.dtype not in (*FP8, *INT8, "F16", "BF16", "F32"):
-        return f"{weight.dtype} with scales"
+        return f"{weight.dtype} (scales)"
     rows = weight.shape[:1] and (weight.shape[:1], (*weight.shape[:1], 1))
     one = all(side == 1 for side in scale.shape)
-    return "" if one or scale.shape in rows else "numbers with a scale for each block"
+    return "" if one or scale.shape in rows else f"{weight.dtype} (block scales)"
 
 
 def _format(kind: Mapping[str, Any]) -> str:
@@ -122,5 +122,5 @@ def _rotated(kind: Mapping[str, Any]) -> bool:
 
 
 def _said(kind: Mapping[str, Any]) -> str:
-    name = "".join(c for c in _format(kind) if c.isalnum() or c in "_-")[:40] or "an unknown kind"
+    name = "".join(c for c in _format(kind) if c.isalnum() or c in "_-")[:40] or "?"
     return f"{name} (convrot)" if _rotated(kind) and "convrot" not in name else name

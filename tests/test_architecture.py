@@ -29,6 +29,7 @@ LIGHT = ("advisor", "base_loras", "captions", "caption_checks", "checks", "child
          "model_search", "diagnostics", "records", "alert", "logs",
          "picture_checks", "picture_settings", "plan", "samplers", "trash",
          "plan_commands", "pool", "prepare", "presets", "remedies", "runs",
+         "scaled_weights",
          "safetensors_header", "settings", "sheet", "terminal", "watch", "weigh", "words", "worker")
 LANGUAGES = ("en", "zh-CN")
 STRINGS = ROOT / "core" / "strings"

@@ -14,6 +14,8 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import lora_conversion_utils
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GemmaTokenizer, T5Tokenizer
@@ -425,6 +427,44 @@ def test_names_that_are_not_known_are_told(made: tuple[str, Path, Any], tmp_path
     with pytest.raises(Fault) as caught:
         families.get(name).load(path, FP32, frozenset({"denoiser"}))
     assert caught.value.code == "families.weights_missing"
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture],
+          deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("made", ["flux", "sd3", "zimage", "flux2", "krea2", "lumina2", "sana",
+                                  "sdxl"], indirect=True)
+def test_a_file_that_is_not_the_models_is_never_a_damaged_download(
+        made: tuple[str, Path, Any], tmp_path: Path, data: st.DataObject) -> None:
+    """Weights that are left out, renamed or of other sizes, in both spellings."""
+    name, _, parts = made
+    state = parts.denoiser.state_dict()
+    grid = state.pop("pos_embed.pos_embed", None)
+    if data.draw(st.booleans(), "original"):
+        state = original(NAMINGS[name][0], state) | ({} if grid is None else {"pos_embed": grid})
+    elif grid is not None:
+        state["pos_embed.pos_embed"] = grid
+    for key in data.draw(st.lists(st.sampled_from(sorted(state)), min_size=1, max_size=2,
+                                  unique=True)):
+        value = state.pop(key)
+        change = data.draw(st.sampled_from(["leave out", "rename", "cut", "flatten"]))
+        if change != "leave out":
+            state["some.other.name" if change == "rename" else key] = {
+                "cut": value[:-1], "flatten": value.flatten()}.get(change, value)
+    path = tmp_path / "other.safetensors"
+    save_file(behind("", state), path)
+    assert refusal(path) in (
+        "", "families.names_unknown", "families.weights_missing", "families.other_sizes",
+        "families.not_a_base", "families.not_understood")
+
+
+def refusal(path: Path) -> str:
+    """The code of what a file is refused for; empty: it was read."""
+    try:
+        families.get(families.detect(path)).load(path, FP32, frozenset({"denoiser"}))
+    except Fault as fault:
+        return fault.code
+    return ""
 
 
 @pytest.mark.parametrize(("made", "name"), [

@@ -33,7 +33,8 @@ def finest(found: Iterable[Path]) -> list[Path]:
 
 
 def _fineness(path: Path) -> int:
-    dtypes = [_numbers(TensorFile(path), name) for name in TensorFile(path).names()]
+    file = TensorFile(path)
+    dtypes = [_numbers(file, name) for name in file.names()]
     most = max(dtypes, key=dtypes.count, default=torch.float32)
     return FINENESS.index(most) if most in FINENESS else len(FINENESS)
 

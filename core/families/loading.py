@@ -182,7 +182,8 @@ def _refuse_others(model: nn.Module, weights: Weights, path: Path) -> None:
     about: dict[str, Any] = {"path": path, "model": type(model).__name__}
     if lacking := _lacking(model, weights):
         about |= {"count": len(lacking), "example": lacking[0]}
-        if unknown := [name for name in weights.shapes if name not in model.state_dict()]:
+        known = model.state_dict()
+        if unknown := [name for name in weights.shapes if name not in known]:
             raise Fault("families.names_unknown", **about, names=", ".join(unknown[:3]))
         raise Fault("families.weights_missing", **about)
     if wrong := _misshapen(model, weights):
