@@ -185,3 +185,15 @@ def test_plans_count_pictures_without_guidance(tmp_path: Path) -> None:
                       ).phase("preview").mb
         for source, changes in ((base, {}), (turbo, {}), (turbo, {"sample_cfg": 4.0})))
     assert few < plain == guided
+
+
+@pytest.mark.parametrize(("name", "shift"), [("z_image_turbo_bf16", 3.0), ("z_image_bf16", 6.0)])
+def test_a_turbo_file_draws_with_turbos_shift(tmp_path: Path, name: str, shift: float) -> None:
+    """As its makers' folder does; both learn alike."""
+    folder = tiny_families.base("zimage", tmp_path / "folder")
+    weights = next((folder / "transformer").glob("*.safetensors"))
+    shutil.copyfile(weights, file := tmp_path / f"{name}.safetensors")
+    parts = families.get("zimage").load(file, FP32, frozenset())
+    assert samplers.create("auto", parts).config.shift == shift
+    assert (parts.distilled is not None) == (shift == 3.0)
+    assert parts.flow == families.get("zimage").load(folder, FP32, frozenset()).flow
