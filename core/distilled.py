@@ -20,7 +20,7 @@ from core.safetensors_header import read_header
 STEPS = 25                                  # of a base that isn't one, where the user says nothing
 PREVIEW_STEPS = 20
 FEW, FEWEST = 8, 4
-ZIMAGE_TURBO = 3.0                          # its scheduler's shift; Z-Image's is 6
+ZIMAGE_TURBO, ZIMAGE = 3.0, 6.0             # shifts of their schedulers
 # Words of names: a new word begins at a sign, a capital or behind "xl".
 _WORDS = re.compile(r"""
     (?: (?<![a-z]) | (?<=xl) | (?<=XL) | (?=[A-Z]) )
@@ -76,7 +76,8 @@ def _signs(source: Path, found: Found) -> Iterator[str]:
         if _json(source / "model_index.json").get("is_distilled") is True:
             yield "model_index.json, is_distilled"
         shift = _json(source / "scheduler" / "scheduler_config.json").get("shift")
-        if found.family == "zimage" and shift == ZIMAGE_TURBO:
+        if found.family == "zimage" and shift == ZIMAGE_TURBO and any(
+                (source / "transformer").glob("*.safetensors")):    # else it's nobody's base
             yield f"scheduler_config.json, shift {shift:g}"
     if found.what == "flux_schnell":
         yield "Flux.1 schnell"

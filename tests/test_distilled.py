@@ -100,6 +100,9 @@ def test_folders_tell(tmp_path: Path) -> None:
     assert distilled.of(image) is None
     changed(image, "scheduler/scheduler_config.json", shift=3.0)
     assert distilled.of(image) == Distilled("scheduler_config.json, shift 3", 8)
+    for file in (image / "transformer").glob("*.safetensors"):
+        file.unlink()
+    assert distilled.of(image) is None      # configs alone, from which the app plans
     klein = tiny_families.base("flux2", tmp_path / "klein")
     assert distilled.of(klein) is None
     assert distilled.of(klein, "true") == Distilled("distilled: true", 4)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from core import lora_export, lora_names, runs, words
+from core import generate, lora_export, lora_names, runs, words
 from core.config import TrainConfig, dump_yaml
 from core.draw_config import SHEET, DrawConfig
 from core.events import Checkpoint, Phase, Sample
@@ -227,6 +227,18 @@ def test_what_is_drawn_is_painted_and_escaped(ctx: Context, tmp_path: Path) -> N
     table.page = 9                                  # beyond the end: the last one
     cells = [a for a in Tags(drawings.gallery(ctx, snap, table)).seen if a[0] == "figure"]
     assert len(cells) == 6
+
+
+def test_steps_that_nobody_asked_for_are_the_pictures_own(ctx: Context, tmp_path: Path) -> None:
+    """Left empty they are the base's: a turbo's 8, with guidance 1."""
+    view, label = drawn(tmp_path, Snapshot()), ctx.say("tab_inference.numbers")
+    assert dict(drawings.facts(ctx, view, 0))[label].count("·") == 1    # seed and sampler
+    generate.save_png(Image.new("RGB", (8, 8)), Path(view.samples[0].path),
+                      "a cat\nSteps: 8, Sampler: Euler, CFG scale: 1, Seed: 7, Size: 8x8")
+    told = dict(drawings.facts(ctx, view, 0))[label]
+    assert f"{ctx.say('draw_steps')} 8 · CFG 1 " in told
+    asked = drawn(tmp_path, Snapshot(), steps=12, cfg=3.0)
+    assert f"{ctx.say('draw_steps')} 12 · CFG 3 " in dict(drawings.facts(ctx, asked, 0))[label]
 
 
 def test_comparisons_appear_once_both_pictures_are_there(ctx: Context, tmp_path: Path) -> None:

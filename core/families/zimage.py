@@ -58,9 +58,9 @@ class ZImage(Loaded):
     pipe = ZImagePipeline
 
     def adapt(self, layout: Layout) -> None:
-        """Turbo draws with another shift."""
-        if distilled.told(layout.source, layout.found):
-            layout.scheduler["shift"] = distilled.ZIMAGE_TURBO
+        """Turbo draws with another shift; the config is shipped for both."""
+        turbo = distilled.told(layout.source, layout.found)
+        layout.scheduler["shift"] = distilled.ZIMAGE_TURBO if turbo else distilled.ZIMAGE
 
     def empty(self, layout: Layout) -> Parts:
         native, step = dit_sizes(layout)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
-from core import paths
+from core import paths, picture_settings
 from core.draw_config import SHEET
+from core.faults import Fault
 from core.lora_names import DEFAULT_WEIGHT
 from core.runs import JobView
 from gui import inference_wanted as wanted
@@ -202,8 +204,13 @@ def facts(ctx: Context, view: JobView, number: int) -> list[tuple[str, str]]:
     """What made a picture, as (label, text)."""
     say, config, sample = ctx.say, view.config, view.samples[number]
     loras = ", ".join(f"{one.name} {one.weight:g}" for one in wanted.loras_of(view, number))
-    numbers = [f"{say('seed')} {sample.seed}", f"{say('draw_steps')} {config.get('steps')}",
-               f"CFG {config.get('cfg'):g}" if config.get("cfg") is not None else "",
+    steps, cfg = config.get("steps"), config.get("cfg")
+    if None in (steps, cfg):                # the base's own, as the picture has them
+        with contextlib.suppress(OSError, Fault):
+            told = picture_settings.read(Path(sample.path))
+            steps, cfg = steps or told.steps, told.cfg if cfg is None else cfg
+    numbers = [f"{say('seed')} {sample.seed}", f"{say('draw_steps')} {steps}" if steps else "",
+               f"CFG {cfg:g}" if cfg is not None else "",
                str(config.get("sampler") or ""),
                str(config.get("size") or "").replace(",", " × ")]
     return [(say("prompt"), str(config.get("prompt") or sample.prompt)),
