@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from core import foreign, words
 from core.config import TrainConfig, load_train_config
 from core.faults import Fault
-from core.foreign import lines
+from core.foreign import lines, tables
 from core.foreign.reader import Left
 
 SCRIPTS = '''\
@@ -415,3 +415,38 @@ def test_files_beside_the_base(tmp_path: Path) -> None:
     assert (found["vae"], found["text_encoders"]) == (
         "ae.safetensors", ["clip_l.safetensors", "t5xxl_fp16.safetensors"])
     assert not {"ae", "clip_l", "t5xxl"} & {one.key for one in foreign.read(path).left}
+
+
+# What each key of theirs means, in our words, where the names differ: from sd-scripts' and
+# OneTrainer's own help, written down apart from core/foreign/tables.py.
+MEANINGS = {
+    "pretrained_model_name_or_path": "base_model", "network_dim": "lora_rank",
+    "network_alpha": "lora_alpha", "network_dropout": "lora_dropout", "conv_dim": "conv_rank",
+    "loraplus_lr_ratio": "lora_plus_ratio", "loraplus_unet_lr_ratio": "lora_plus_ratio",
+    "network_weights": "init_lora_weights", "lora_network_weights": "init_lora_weights",
+    "train_batch_size": "batch_size", "lr_scheduler_num_cycles": "lr_cycles",
+    "lr_scheduler_power": "lr_power", "save_every_n_steps": "save_steps",
+    "sample_every_n_steps": "sample_every", "shuffle_caption": "shuffle_tags",
+    "caption_dropout_rate": "caption_dropout", "flip_aug": "flip",
+    "debiased_estimation_loss": "debiased_estimation", "alpha_mask": "masked_loss",
+    "min_bucket_reso": "min_bucket_side", "max_bucket_reso": "max_bucket_side", "ae": "vae",
+    "cache_latents_to_disk": "cache_to_disk", "vae_batch_size": "cache_batch_size",
+    "validate_every_n_steps": "validation_steps",
+    "base_model_name": "base_model", "dropout_probability": "lora_dropout",
+    "lora_model_name": "init_lora_weights", "learning_rate_cycles": "lr_cycles",
+    "layer_offload_fraction": "offload", "clip_grad_norm": "max_grad_norm",
+    "offset_noise_weight": "noise_offset", "masked_training": "masked_loss",
+    "rescale_noise_scheduler_to_zero_terminal_snr": "zero_terminal_snr",
+    "optimizer.weight_decay": "weight_decay", "optimizer.beta1": "adam_beta1",
+    "optimizer.beta2": "adam_beta2", "unet.learning_rate": "learning_rate",
+    "text_encoder.learning_rate": "text_encoder_lr", "vae.model_name": "vae",
+}
+
+
+@pytest.mark.parametrize("table", [tables.KOHYA, tables.ONETRAINER], ids=["kohya", "onetrainer"])
+def test_every_key_goes_to_what_it_means(table: dict[str, str]) -> None:
+    """A key that we call the same is the same; the others are those of MEANINGS."""
+    wrong = {theirs: ours for theirs, ours in table.items()
+             if ours != (theirs if theirs in TrainConfig.model_fields
+                         else MEANINGS.get(theirs, theirs))}
+    assert wrong == {}

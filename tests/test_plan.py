@@ -121,6 +121,36 @@ def test_needs_are_the_largest_phase_and_what_lies_outside() -> None:
     assert made.outside["fragments"] == pytest.approx(plan.FRAGMENTS * made.peak.mb)
 
 
+def test_disk_holds_the_kept_checkpoints_and_one_more() -> None:
+    """The one that is written while the oldest is still there. Each: the LoRA, and in fp32 its
+    weights, their average and Adam's two moments."""
+    base = Base.of(DEMO)
+    for changes, number, average in (({}, 2, 0), ({"save_precision": "fp32"}, 4, 0),
+                                     ({"ema_decay": 0.9, "save_precision": "bf16"}, 2, 4)):
+        made = plan.plan_run(TrainConfig.model_validate(changes | {"keep_checkpoints": 2}),
+                             base, CPU)
+        lora = made.parameters * number / plan.MB
+        assert made.disk["lora"] == pytest.approx(lora)
+        assert made.disk["checkpoints"] == pytest.approx(
+            3 * (lora + made.parameters * (4 + 8 + average) / plan.MB), rel=0.01)
+    forever = plan.plan_run(TrainConfig(keep_checkpoints=0), base, CPU)
+    assert forever.disk["checkpoints"] > made.disk["checkpoints"]
+    assert plan.plan_run(TrainConfig(cache_to_disk=False), base, CPU).disk["cache"] == 0
+
+
+def test_ram_is_all_of_a_cpu_and_what_waits_for_a_card() -> None:
+    base = Base.of(DEMO)
+    here = plan.plan_run(TrainConfig(), base, CPU)
+    assert here.ram["tensors"] == here.peak.mb
+    assert sum(here.ram.values()) > here.peak.mb + plan.READ_MB
+    card, half = (plan.plan_run(TrainConfig(offload=share), base, LAPTOP) for share in (0.0, 0.5))
+    assert "tensors" not in card.ram
+    assert "waiting" not in card.ram
+    gone = card.phase("train").parts["denoiser"] - half.phase("train").parts["denoiser"]
+    assert half.ram["waiting"] == pytest.approx(gone, rel=0.02)
+    assert half.ram["loading"] > card.ram["loading"]        # it comes there by way of RAM
+
+
 def test_the_largest_bucket_is_planned() -> None:
     """Where nothing is known of the pictures: none can hold more pixels."""
     for size, side in (("", 64), ("96,96", 96)):

@@ -159,6 +159,17 @@ MUTANTS = [
            "next(filter(None, reversed([*captions])), \"\"))",
            ("test_captions.py::test_of_several_caption_columns_the_first_that_is_filled_counts",)),
 
+    # --- other trainers' configs ---
+    Mutant("their-rank-is-our-alpha", "core/foreign/tables.py",
+           '"network_dim": "lora_rank", "network_alpha": "lora_alpha"',
+           '"network_dim": "lora_alpha", "network_alpha": "lora_rank"', ("test_foreign.py",)),
+    Mutant("their-caption-dropout-is-ours-of-the-lora", "core/foreign/tables.py",
+           '"caption_dropout_rate": "caption_dropout"', '"caption_dropout_rate": "lora_dropout"',
+           ("test_foreign.py::test_every_key_goes_to_what_it_means",)),
+    Mutant("their-first-beta-is-our-second", "core/foreign/tables.py",
+           '"optimizer.beta1": "adam_beta1"', '"optimizer.beta1": "adam_beta2"',
+           ("test_foreign.py::test_every_key_goes_to_what_it_means",)),
+
     # --- the folder ---
     Mutant("repeat-folders-ignored", _DATASET,
            "return int(match[1]), captions.readable_name(match[2]).strip()",
