@@ -29,7 +29,7 @@ class Callbacks:
     threads wait for the run's next own: callbacks need no locks."""
 
     def __init__(self, names: list[str], emit: Callable[[Event], None], control: Control) -> None:
-        self.emit, self.control = emit, control
+        self.emit, self.control, self.state = emit, control, "done"
         loaded = [extensions.load(name, "callbacks") for name in names]
         self.heard: list[tuple[Extension, Any]] = [
             (one, one() if inspect.isclass(one.found) else one.found) for one in loaded]
@@ -43,7 +43,7 @@ class Callbacks:
         if kind is None:
             while self._waiting:
                 self._tell(self._waiting.popleft())
-            self._tell(JobEnded(state="stopped" if self.control.stopping else "done"))
+            self._tell(JobEnded(state="stopped" if self.control.stopping else self.state))
             return
         with contextlib.suppress(Fault):            # the first failure is the one to tell
             self._tell(JobEnded(state="failed"))

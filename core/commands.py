@@ -139,6 +139,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    if not _alone():
+        return FINE
     from core import presets
     from core.config import load_train_config
     given = overrides(options.set)
@@ -154,6 +156,20 @@ def _train(options: argparse.Namespace) -> int:
     _tell_imported(options.config)
     folder = options.config.parent if options.config else Path.cwd()
     return _run("train", found_beside(config, folder), options)
+
+
+def _alone() -> bool:
+    """Refuses a start by torchrun, accelerate launch, mpirun or srun with several processes: the
+    first one raises the Fault. False for the others, which end in silence and as if well: the
+    launcher would stop the first one, before it has spoken, at the first failure."""
+    def told(*names: str) -> int:
+        return max((int(text) for name in names
+                    if (text := os.environ.get(name, "").strip()).isdigit()), default=0)
+    count = told("WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    rank = told("RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    if max(count, rank + 1) > 1 and not (count > 1 and rank):
+        raise Fault("commands.several_processes", count=max(count, rank + 1))
+    return not rank
 
 
 def _tell_imported(path: Path | None) -> None:
@@ -197,13 +213,15 @@ def _failed(result: Mapping[str, Any], terminal: Terminal, options: argparse.Nam
 def _finish(result: Mapping[str, Any], control: Control, options: argparse.Namespace) -> int:
     from core import terminal
     if options.json:
-        print_json({"ok": result.get("state") != "stopped", **result})
+        print_json({"ok": result.get("state") not in ("stopped", "unproven"), **result})
     else:
         print("\n".join(terminal.summary(result)))
         if result.get("state") == "stopped":
             print(say("stopped", run=result["run"]) if "run" in result
                   else say("demo_stopped"))
-    return INTERRUPTED if control.stopping else FINE
+    if control.stopping:
+        return INTERRUPTED
+    return FAILED if result.get("state") == "unproven" else FINE
 
 
 def overrides(pairs: Sequence[str]) -> dict[str, str]:
@@ -344,12 +362,14 @@ def _runs_show(options: argparse.Namespace) -> int:
 def _runs_resume(options: argparse.Namespace) -> int:
     from core import runs, worker
     from core.journal import CONFIG
+    if not _alone():
+        return FINE
     view = runs.load_run(_run_id(options.id))
     if not view.over:
         raise Fault("jobs.still_running", id=view.id, state=view.state)
     config = worker.load_config(view.job, view.folder / CONFIG)
     if view.job == "train":
-        config = config.with_changes(resume=True)
+        config = config.with_changes(resume=runs.resume_of(view.folder))
     with contextlib.suppress(OSError):
         os.chdir(view.cwd)              # relative paths mean what they meant
     return _run(view.job, config, options, resumed_from=view.id)

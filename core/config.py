@@ -90,7 +90,7 @@ class TrainConfig(BaseModel):
     lr_warmup_steps: int = _field(0, "advanced", "steps until the full rate", "steps", ge=0)
     save_steps: int = _field(0, "advanced", "checkpoint every N steps; 0: at the end", ge=0)
     keep_checkpoints: int = _field(3, "advanced", "newest kept; 0: all", ge=0)
-    resume: bool = _field(False, "advanced", "go on from the newest checkpoint")
+    resume: bool | str = _field(False, "advanced", "go on from the newest checkpoint, or from this")
     sample_prompts: list[str] = _field([], "advanced", "prompts of the previews")
     sample_every: int = _field(0, "advanced", "preview every N steps; 0: none", "steps", ge=0)
     caption_dropout: float = _field(0.0, "advanced", "share of empty captions", ge=0, le=1)

@@ -24,8 +24,8 @@ def add_commands(commands: Any) -> None:
 def _import(options: argparse.Namespace) -> int:
     from core import foreign, paths
     imported = foreign.read(options.file)
-    out = paths.free(options.out or options.file.with_suffix(".yaml")).expanduser()
-    paths.write_atomic(out, foreign.to_yaml(imported))
+    wanted = (options.out or options.file.with_suffix(".yaml")).expanduser()
+    out = paths.create(wanted, lambda path: path.write_text(foreign.to_yaml(imported), "utf-8"))
     print("\n".join(foreign.told(imported)), file=sys.stderr)
     if options.json:
         print_json({"ok": True, "file": out, "kind": imported.kind, "values": imported.values,

@@ -28,12 +28,13 @@ from core import (
     optim,
     randomness,
     regularise,
+    resuming,
 )
 from core.callbacks import Callbacks
 from core.checkpoint import State
 from core.config import TrainConfig, resolve
 from core.control import Control
-from core.course import Batch, Course, Regular
+from core.course import Batch, Course, Place, Regular
 from core.ema import PREFIX as EMA
 from core.ema import Ema
 from core.embeddings import reading_of, unused_of
@@ -46,6 +47,7 @@ from core.flow import Sampling, without_effect
 from core.lookout import Lookout, weigh
 from core.naming import NAMINGS, SD1
 from core.objective import Draw, split_mask, zero_terminal
+from core.output import Output
 from core.plan import Base
 from core.precision import autocast, choose, free_memory, load_denoiser, tell_numbers
 from core.saving import Keeper
@@ -69,12 +71,21 @@ def train(config: TrainConfig, emit: Emit, control: Control,
     """
     config = base_loras.located(extensions.located(config, beside), beside)
     with Callbacks(config.callbacks, emit, control) as callbacks:
-        return _train(config, callbacks, control, beside)
+        result = _train(config, callbacks, control, beside)
+        callbacks.state = "unproven" if result["state"] == "unproven" else "done"
+        return result
 
 
 def _train(config: TrainConfig, emit: Callbacks, control: Control, beside: Path | None
            ) -> dict[str, Any]:
+    with Output(_output(config), config, emit) as output:
+        return _train_into(output, config, emit, control, beside)
+
+
+def _train_into(output: Output, config: TrainConfig, emit: Callbacks, control: Control,
+                beside: Path | None) -> dict[str, Any]:
     began = time.time()
+    found = resuming.choose(output, config, emit)
     for key, name in extensions.named_in(config):
         emit(Note(key="extensions.used", params={"key": key, "name": name}))
     randomness.seed(config.seed)
@@ -111,9 +122,9 @@ def _train(config: TrainConfig, emit: Callbacks, control: Control, beside: Path 
     emit(Phase(name="load"))
     parts.denoiser = load_denoiser(config, family, source, precision, emit)
     trainer = Trainer(config, family, parts, precision, examples, emit, control)
-    keeper = Keeper(trainer, _output(config), began)
+    keeper = Keeper(trainer, output, began)
     with lookout, contextlib.closing(keeper):
-        return Session(trainer, keeper, lookout, began, emit.after_update).run()
+        return Session(trainer, keeper, lookout, began, emit.after_update).run(found)
 
 
 class Trainer:
@@ -142,8 +153,7 @@ class Trainer:
         self.scaler = self.new_scaler()
         self.diffusion = objective.create(parts, config, precision.device,
                                           precision.compute)
-        self.course = _course(config, examples)
-        self.total = config.max_train_steps or config.epochs * self.course.updates_per_epoch
+        self.begin_at(Place())
         self.micro_batch = config.batch_size        # samples at once; see core/lowering.py
         self.lowered: dict[str, Any] = {}           # config keys that this run has changed
         self.stepping = False                       # weights may be half changed
@@ -152,13 +162,26 @@ class Trainer:
         self.read = -1                              # the device was asked
         self.drops = any((config.lora_dropout, config.rank_dropout, config.module_dropout))
 
+    def begin_at(self, start: Place) -> None:
+        """Where in the data the run begins: that decides what each update sees and how many
+        there are. The learning rate follows the share of the run that is done, in epochs."""
+        config = self.config
+        self.course = self.new_course(config, start)
+        self.total = config.max_train_steps or self.course.updates_until(config.epochs)
+        unbroken = config.max_train_steps or config.epochs * self.course.updates_per_epoch
+        self._schedule_shift = unbroken - self.total
+
+    def new_course(self, config: TrainConfig, start: Place | None = None) -> Course:
+        return _course(config, self.examples, start)
+
     def update(self, number: int) -> None:
         """One optimizer step on the batches of update `number`. Where its loss or gradient isn't
         finite nothing changes, which is found out later: nobody waits for the device here."""
         if self.text is not None and 0 < self.config.text_encoder_stop <= number:
             self._rest_text(self.text)
-        optim.set_rate(self.optimizer,
-                       optim.rate(self.config, number, self.total) * self._ease())
+        shift = self._schedule_shift
+        rate = optim.rate(self.config, max(0, number + shift), self.total + shift)
+        optim.set_rate(self.optimizer, rate * self._ease())
         if self.drops:                      # the masks are the only use of torch's own generator
             torch.manual_seed(self.config.seed + number)
         loss = self.accumulate(self.course.update(number))
@@ -368,7 +391,7 @@ class Trainer:
         return random.Random(f"{self.config.seed}-{use}-{number}").random()
 
 
-def _course(config: TrainConfig, examples: Examples) -> Course:
+def _course(config: TrainConfig, examples: Examples, start: Place | None) -> Course:
     def buckets(indices: Sequence[int]) -> list[tuple[int, int]]:
         return [examples.items[i].bucket for i in indices]
     chosen, more = examples.trained(), sorted(examples.regular)
@@ -376,7 +399,8 @@ def _course(config: TrainConfig, examples: Examples) -> Course:
     regular = Regular(more, buckets(more), sum(repeats), config.reg_share,
                       config.seed) if more else None
     return Course(chosen, buckets(chosen), repeats, config.batch_size,
-                  config.gradient_accumulation_steps, config.seed, regular)
+                  config.gradient_accumulation_steps, config.seed, regular, examples.names(),
+                  start)
 
 
 def _tell_distilled(config: TrainConfig, parts: Parts, emit: Emit) -> None:

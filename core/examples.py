@@ -71,6 +71,12 @@ class Examples:
     def trained(self) -> list[int]:
         return [i for i in range(len(self.items)) if i not in self.held_out | self.regular]
 
+    def names(self) -> list[str]:
+        """What a resumed run knows each picture by: its path in its folder."""
+        folder = self.data.folder
+        return [path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+                for path in (item.picture.path for item in self.items)]
+
     def captions(self, *more: str) -> list[str]:
         """All different texts, the empty one first."""
         used = (c for item in self.items for c in item.captions)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -258,20 +260,27 @@ def modules_in(path: Path, family: str = "") -> int:
                for file in files for k in read_header(file).tensors)
 
 
-def save_png(image: Image.Image, path: Path, parameters: str) -> Path:
-    """PNG with its parameters in the A1111 text chunk."""
-    info = PngInfo()
-    info.add_itxt("parameters", parameters) if not parameters.isascii() else info.add_text(
-        "parameters", parameters)
-    with paths.atomic(path) as temporary:
-        image.save(temporary, "PNG", pnginfo=info)
+def save_png(image: Image.Image, path: Path, parameters: str,
+             put: Callable[[Path, Path], object] | None = None) -> Path:
+    """PNG with its parameters in the A1111 text chunk; `put`: see paths.atomic."""
+    with paths.atomic(path, put) as temporary:
+        write_png(image, temporary, parameters)
     return path
 
 
+def write_png(image: Image.Image, path: Path, parameters: str) -> None:
+    info = PngInfo()
+    info.add_itxt("parameters", parameters) if not parameters.isascii() else info.add_text(
+        "parameters", parameters)
+    image.save(path, "PNG", pnginfo=info)
+
+
 def save_numbered(image: Image.Image, folder: Path, parameters: str, stem: str = "") -> Path:
-    """Saves under the next free number: nothing is overwritten."""
+    """Saves under the next free number: nothing is overwritten, whoever else draws there."""
     folder.mkdir(parents=True, exist_ok=True)
     taken = [int(m[1]) for p in (*folder.glob("*.png"), *folder.glob(f"{TRASH}/*.png"))
              if (m := re.search(r"(\d+)$", p.stem))]
-    number = max(taken, default=0) + 1
-    return save_png(image, folder / f"{stem}{number:05d}.png", parameters)
+    for number in itertools.count(max(taken, default=0) + 1):
+        with contextlib.suppress(FileExistsError):
+            return save_png(image, folder / f"{stem}{number:05d}.png", parameters, paths.move)
+    raise AssertionError("numbers have no end")

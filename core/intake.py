@@ -3,6 +3,7 @@ stay where they are, and nothing that is there is overwritten."""
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import os
 import re
@@ -39,18 +40,30 @@ def copy_all(files: Sequence[Path], folder: Path,
     good = [file for file in files if file.suffix.lower() in dataset.SUFFIXES | CAPTIONS]
     refused = tuple(file.name for file in files if file not in set(good))
     copied = same = done = 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Fault("tab_dataset.not_copied", file=files[0].name if files else "", folder=folder,
+                    reason=error.strerror or error) from None
     for stem, group in _by_stem(good).items():
-        free = _free_stem(stem, group, folder)
-        for file in group:
-            target = folder / f"{free}{file.name[len(file.stem):]}"
-            if target.exists():
-                same += 1
-            else:
-                _copy(file, target)
-                copied += 1
-            done += 1
-            progress(done, len(good))
+        new = _copy_group(stem, group, folder)
+        copied, same, done = copied + new, same + len(group) - new, done + len(group)
+        progress(done, len(good))
     return Taken(copied, same, refused)
+
+
+def _copy_group(stem: str, group: Sequence[Path], folder: Path) -> int:
+    """-> files copied; the others were there already. Where another program takes a name at this
+    very moment, all of them get the next one."""
+    for free in paths.numbered(folder / stem):
+        names = {file: free.with_name(f"{free.name}{file.name[len(file.stem):]}")
+                 for file in group}
+        if any(_differs(file, target) for file, target in names.items()):
+            continue
+        with contextlib.suppress(FileExistsError):
+            return sum(_copy(file, target) for file, target in names.items()
+                       if not target.exists())
+    raise AssertionError("names have no end")
 
 
 def _by_stem(files: Iterable[Path]) -> dict[str, list[Path]]:
@@ -69,24 +82,18 @@ def clean(stem: str) -> str:
     return plain if paths.is_file_name(plain) else f"_{plain}"
 
 
-def _free_stem(stem: str, group: Sequence[Path], folder: Path) -> str:
-    """The stem itself where each file is new or equal to the one that is there."""
-    number, free = 1, stem
-    while any(_differs(file, folder / f"{free}{file.name[len(file.stem):]}") for file in group):
-        number += 1
-        free = f"{stem}-{number}"
-    return free
-
-
 def _differs(file: Path, there: Path) -> bool:
     return there.exists() and not filecmp.cmp(file, there, shallow=False)
 
 
-def _copy(file: Path, target: Path) -> None:
+def _copy(file: Path, target: Path) -> int:
     try:
-        with paths.atomic(target) as fresh:
+        with paths.atomic(target, paths.move) as fresh:
             shutil.copyfile(file, fresh)
         os.utime(target, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
+        return 1
+    except FileExistsError:
+        raise
     except OSError as error:
         raise Fault("tab_dataset.not_copied", file=file.name, folder=target.parent,
                     reason=error.strerror or error) from None

@@ -7,7 +7,6 @@ docs/interop.md has the table of who reads what; tests/test_lora_keys.py proves 
 
 from __future__ import annotations
 
-import filecmp
 import os
 import shutil
 import subprocess
@@ -111,20 +110,8 @@ def copy_to(file: Path, folder: Path) -> Path:
         raise Fault("lora_file.missing", file=file, folder=file.parent)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        target = free_name(file, folder)
-        if not target.exists():
-            with paths.atomic(target) as fresh:
-                shutil.copyfile(file, fresh)
+        return paths.create(folder / file.name, lambda fresh: shutil.copyfile(file, fresh),
+                            once=True)
     except OSError as error:
         raise Fault("tab_inference.not_exported", folder=folder,
                     reason=error.strerror or error) from None
-    return target
-
-
-def free_name(file: Path, folder: Path) -> Path:
-    """The file's own name or the next free one; the path of an equal file if one is there."""
-    number, target = 1, folder / file.name
-    while target.exists() and not filecmp.cmp(file, target, shallow=False):
-        number += 1
-        target = folder / f"{file.stem}-{number}{file.suffix}"
-    return target

@@ -172,6 +172,15 @@ def _some(names: list[str]) -> str:
 def write_lora(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
                ) -> dict[str, str]:
     """Writes atomically, with the hashes of A1111 and modelspec. -> the metadata written."""
+    content, stamped = packed(path, tensors, metadata)
+    paths.write_atomic(path, content)
+    return stamped
+
+
+def packed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+           ) -> tuple[bytes, dict[str, str]]:
+    """-> a LoRA file's bytes, and its metadata with the hashes. `path` is told where a tensor
+    can't be written."""
     import torch
     from safetensors.torch import save
     if not tensors:
@@ -182,8 +191,7 @@ def write_lora(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         if not bool(torch.isfinite(tensor).all()):
             raise Fault("lora_file.not_finite", file=path, key=key, dtype=str(tensor.dtype)[6:])
     stamped = dict(metadata) | lora_metadata.hashes(ready, metadata)
-    paths.write_atomic(path, save(ready, stamped))
-    return stamped
+    return save(ready, stamped), stamped
 
 
 def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -397,10 +397,9 @@ def file_name(name: str, format_: str) -> str:
 
 def save(lora: Lora, to: str, out: Path, dtype: torch.dtype | None = None) -> Path:
     """Writes one of FORMATS under the next free name -> the file, or PEFT's folder."""
-    out = paths.free(out)
     if to != "peft":
-        lora_file.write_lora(out, cast(spell(lora, to), dtype), lora.metadata)
-        return out
+        content, _ = lora_file.packed(out, cast(spell(lora, to), dtype), lora.metadata)
+        return paths.create(out, lambda path: path.write_bytes(content))
     parts = peft_parts(lora)
     if not parts:
         raise Fault("lora_file.empty", file=out)
@@ -412,8 +411,7 @@ def save(lora: Lora, to: str, out: Path, dtype: torch.dtype | None = None) -> Pa
             lora_file.write_lora(folder / WEIGHTS, cast(tensors, dtype), lora.metadata)
             paths.write_atomic(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False))
         os.chmod(beside, 0o777 & ~paths.umask())
-        os.replace(beside, out)
+        return paths.place(beside, out)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    return out

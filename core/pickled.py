@@ -32,10 +32,8 @@ def convert(source: Path, out: Path) -> Path:
     tensors = _apart(dict(_tensors(content, "")))
     if not tensors:
         raise Fault("lora_convert.pickle_empty", file=source)
-    out = paths.free(out.expanduser().with_suffix(".safetensors"))
-    with paths.atomic(out) as temporary:
-        save_file(tensors, temporary, {"format": "pt"})
-    return out
+    return paths.create(out.expanduser().with_suffix(".safetensors"),
+                        lambda path: save_file(tensors, path, {"format": "pt"}))
 
 
 def _load(source: Path) -> Any:

@@ -9,7 +9,6 @@ Order, the later wins: family default (TrainConfig) -> preset -> advisor -> own 
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -181,14 +180,18 @@ def save_own(title: str, family: str, purpose: str, config: TrainConfig, needs: 
         raise Fault("presets.bad_title", title=title)
     same = next((one for one in list_presets(family=family)
                  if is_own(one) and one.purpose == purpose and title in one.names()), None)
-    path = same.path if same else _free(own_folder() / family, title)
+    plain = re.sub(r"[^\w-]+", "-", title.casefold()).strip("-") or "preset"
+    path = same.path if same else own_folder() / family / f"own-{plain}.yaml"
     values = config.model_dump(mode="json", exclude_defaults=True, exclude=set(NOT_KEPT))
     about = {lang: words.say("presets.own_about", {"fields": len(values)}, lang)
              for lang in words.LANGUAGES}
     preset = Preset(path=path, title=dict.fromkeys(words.LANGUAGES, title), about=about,
                     family=family, purpose=purpose, needs=needs, set=values)
-    _write(preset)
-    return preset
+    if same:
+        _write(preset)
+        return preset
+    made = paths.create(path, lambda fresh: fresh.write_text(_text(preset), "utf-8"))
+    return preset.model_copy(update={"path": made})
 
 
 def needs_of(mb: float, card: bool) -> Needs:
@@ -219,16 +222,12 @@ def restore_own(family: str, slug: str) -> None:
 
 
 def _write(preset: Preset) -> None:
+    paths.write_atomic(preset.path, _text(preset))
+
+
+def _text(preset: Preset) -> str:
     data = preset.model_dump(mode="json", exclude={"path"})
-    paths.write_atomic(preset.path, yaml.safe_dump(data, allow_unicode=True, sort_keys=False))
-
-
-def _free(folder: Path, title: str) -> Path:
-    """A file name that no built-in preset has."""
-    plain = re.sub(r"[^\w-]+", "-", title.casefold()).strip("-") or "preset"
-    numbers = (f"-{number}" if number else "" for number in itertools.count())
-    return next(path for number in numbers
-                if not (path := folder / f"own-{plain}{number}.yaml").exists())
+    return yaml.safe_dump(data, allow_unicode=True, sort_keys=False)
 
 
 # --- laid over a config ---

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from core import distilled, generate, lora, randomness
+from core import distilled, generate, lora, paths, randomness
 from core.config import TrainConfig, size_of
 from core.events import Event, Note, Sample
 from core.failures import one_line, ran_out
@@ -91,11 +91,11 @@ class Previewer:
             arguments = self.family.prompt_arguments(self.cond([prompt]), self.cond([""]))
         image = generate.draw(self.family.pipeline(self.parts), self.parts, shot, arguments,
                               self.precision)
-        path = self.folder / f"{name}-{step:06d}-{index}.png"
         facts = (f"{prompt} <lora:{name}:{config.sample_weight:g}>\nSteps: {shot.steps}, "
                  f"CFG scale: {shot.cfg:g}, Seed: {shot.seed}, "
                  f"Size: {shot.size[0]}x{shot.size[1]}"
                  + (f", Clip skip: {skip}" if (skip := self.parts.reading.clip_skip) > 1 else ""))
-        generate.save_png(image, path, facts)
+        path = paths.create(self.folder / f"{name}-{step:06d}-{index}.png",
+                            lambda fresh: generate.write_png(image, fresh, facts), once=True)
         self.emit(Sample(step=step, path=str(path), prompt=prompt, seed=shot.seed))
         return str(path)

@@ -46,8 +46,8 @@ OWNER = "worker.json"                     # which process runs it
 REQUESTS = "requests.jsonl"               # stop, pause, ...: anyone appends, that process reads
 
 State = Literal["queued", "starting", "running", "paused", "stopping",
-                "done", "stopped", "failed", "interrupted"]
-ENDED: frozenset[str] = frozenset({"done", "stopped", "failed", "interrupted"})
+                "done", "unproven", "stopped", "failed", "interrupted"]
+ENDED: frozenset[str] = frozenset({"done", "unproven", "stopped", "failed", "interrupted"})
 POINTS = 400                              # of a chart; thinned when twice as many have come
 NOTES = 200                               # newest kept
 _MOODS: dict[str, State] = {"jobs.paused": "paused", "jobs.going": "running",
@@ -224,6 +224,14 @@ def send(view: JobView, request: Request) -> None:
     if view.over or view.state == "queued":
         raise Fault("jobs.not_running", id=view.id, state=view.state)
     append_line(view.folder / REQUESTS, json.dumps({"ask": request, "at": time.time()}))
+
+
+def resume_of(folder: Path) -> bool | str:
+    """What `resume` must be to go on with this run and no other of its name: the number of its
+    session; True where it told none."""
+    told = [event.params["session"] for event in tail(folder, 0)[0]
+            if isinstance(event, Note) and "session" in event.params]
+    return str(told[-1]) if told else True
 
 
 def log_tail(run_id: str, lines: int = 200) -> str:

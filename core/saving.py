@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
 import threading
 import time
-import uuid
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,23 +25,24 @@ from core import (
     lora_file,
     lora_formats,
     lora_metadata,
-    lowering,
     new_words,
     optim,
     paths,
     pictures,
+    resuming,
 )
-from core.cache import key
 from core.checkpoint import Position, State
 from core.config import dump_yaml, size_of
 from core.events import Checkpoint, Note
 from core.examples import Example
 from core.failures import one_line
 from core.families import companions
-from core.faults import Fault, Fix
+from core.faults import Fault
 from core.lora_layers import Lora
 from core.lora_metadata import Bucket, Folder, TrainFacts, build_metadata
 from core.naming import NAMINGS, SD1
+from core.output import Output
+from core.safetensors_header import data_hash
 
 if TYPE_CHECKING:
     from core.engine import Trainer
@@ -53,17 +54,15 @@ _THUMBNAIL = 256            # px
 
 
 class Keeper:
-    """Owns the output folder's names. A LoRA that is there already is kept: the new one gets the
-    next free name."""
+    """Writes the run's files, under the names that `output` holds for it."""
 
-    def __init__(self, trainer: Trainer, output: Path, began: float) -> None:
+    def __init__(self, trainer: Trainer, output: Output, began: float) -> None:
         self.trainer, self.output, self.began = trainer, output, began
         self.config = trainer.config
-        self.session = str(uuid.uuid4().int % 10**10)
         self.dtype = SAVE_DTYPES[self.config.save_precision]
         self.own = lora.file_format(self.config, trainer.family.spec)
         self.format = lora.file_format(self.config, trainer.family.spec, self.config.save_format)
-        self.name = self._free_name()
+        self.there_already = False              # the LoRA, to the bit, before it was written
         self.last: Path | None = None
         self.best_loss: float | None = None
         self.best_step: int | None = None
@@ -73,38 +72,19 @@ class Keeper:
         self._writing: Future[Path] | None = None
         self._again: float | None = None        # monotonic, s: when to try a failed one again
 
-    def resume(self) -> int:
-        """Restores the newest checkpoint that can be read; 0 and a note where there is none."""
-        folders = [self.output, _spare(self.output)]
-        for folder in folders:
-            checkpoint.sweep(folder, self.config.name)
-        for found in checkpoint.find(folders, self.config.name):
-            try:
-                position, state = checkpoint.load(found)
-            except Fault as fault:              # torn by a power cut or a full disk
-                self.trainer.emit(Note(key=fault.code, params=fault.params))
-                continue
-            return self._restore(found, position, state)
-        self.trainer.emit(Note(key="engine.nothing_to_resume",
-                               params={"folder": str(self.output)}))
-        return 0
+    @property
+    def name(self) -> str:
+        return self.output.name
 
-    def _restore(self, found: Path, position: Position, state: State) -> int:
-        trainer = self.trainer
-        optim.check_same(position.config.get("optimizer", "adamw"), self.config.optimizer)
-        base_loras.refuse_others(trainer.base_loras.told, position.base_loras,
-                                 position.config.get("base_loras", []))
-        lowering.apply(trainer, position.lowered)
-        trainer.restore(state)
-        self.name, self.session, self.last = position.name, position.session, found
+    def resume(self, found: list[Path]) -> int:
+        """Restores the newest of these checkpoints that can be read. -> updates done; 0: none"""
+        restored = resuming.restore(found, self.trainer, self.output)
+        if restored is None:
+            return 0
+        self.last, position = restored
         self.best_loss, self.best_step = position.best_loss, position.best_step
         self.began, self.before_s = position.started, position.seconds
         self._since = time.time()
-        if position.samples not in (0, trainer.course.samples_per_epoch):
-            trainer.emit(Note(key="engine.other_pictures", params={
-                "here": trainer.course.samples_per_epoch, "there": position.samples}))
-        trainer.emit(Note(key="engine.resumed", params={
-            "step": position.update, "path": str(found)}))
         return position.update
 
     def remember(self, step: int, validation: float) -> None:
@@ -116,17 +96,21 @@ class Keeper:
         that fails is told and tried again. `last`: written when this returns, in the spare
         folder if it must be; raises Fault `engine.cant_save`."""
         self.settle()
-        state, made = self.trainer.snapshot(step), self._made()
+        state, made, course = self.trainer.snapshot(step), self._made(), self.trainer.course
         position = Position(
-            update=step, name=self.name, config=self.config.model_dump(), session=self.session,
-            started=self.began, seconds=self.before_s + time.time() - self._since,
+            update=step, name=self.name, config=self.config.model_dump(mode="json"),
+            session=self.output.session, started=self.began,
+            seconds=self.before_s + time.time() - self._since,
             best_loss=self.best_loss, best_step=self.best_step, scaler=state.scaler,
-            lowered=state.lowered, samples=self.trainer.course.samples_per_epoch,
+            lowered=state.lowered, samples=course.samples_per_epoch,
+            place=asdict(course.place(step)), start=asdict(course.start), order=course.order,
             base_loras=self.trainer.base_loras.told)
         if last:
-            self._saved(self._somewhere(lambda folder: self._save(folder, position, state, made)))
+            self._saved(self.output.somewhere(
+                lambda folder: self._save(folder, position, state, made)))
         else:
-            self._writing = self._writer.submit(self._save, self.output, position, state, made)
+            self._writing = self._writer.submit(self._save, self.output.folder, position, state,
+                                                made)
 
     def tend(self, step: int) -> None:
         """Between updates: hears what became of a checkpoint, tries a failed one again."""
@@ -145,7 +129,7 @@ class Keeper:
         except Exception as error:          # whatever it was, the training can go on
             self._again = time.monotonic() + AGAIN_S
             self.trainer.emit(Note(key="engine.checkpoint_failed", params={
-                "folder": str(self.output), "reason": one_line(error)}))
+                "folder": str(self.output.folder), "reason": one_line(error)}))
             return
         self._saved(path)
 
@@ -154,47 +138,45 @@ class Keeper:
         self.last, step = path, int(path.name.rpartition("-")[2])
         self.trainer.emit(Checkpoint(step=step, path=str(path), best=step == self.best_step))
 
-    def final(self) -> Path:
+    def final(self, step: int) -> Path:
         """Writes the LoRA file that the user takes away. Raises Fault `engine.cant_save` where
         neither the output folder nor the spare one takes it."""
         self.settle()
-        step, made, format_ = self.trainer.total, self._made(), self.format
-
-        def write(folder: Path) -> Path:
-            path = folder / lora_formats.file_name(self.name, format_)
-            self._write(path, made, step, format_)
-            return path
-        path = self._somewhere(write)
+        made = self._made()
+        path = self.output.somewhere(lambda folder: self._write_final(folder, made, step))
         self.trainer.emit(Checkpoint(step=step, path=str(path), final=True,
                                      best=step == self.best_step))
         return path
+
+    def _write_final(self, folder: Path, made: Made, step: int) -> Path:
+        """Nothing is replaced: where a LoRA has the name by now (an earlier end of this run, one
+        that somebody put there), the new one gets the next free name. The very same LoRA, left by
+        a run that was killed after writing it, is taken as it is."""
+        folder.mkdir(parents=True, exist_ok=True)
+        name = self.name
+        while True:
+            path = folder / lora_formats.file_name(name, self.format)
+            with tempfile.TemporaryDirectory(prefix=f".{name}.", suffix=".tmp", dir=folder,
+                                             ignore_cleanup_errors=True) as beside:
+                fresh = Path(beside) / path.name
+                self._write(fresh, made, step, self.format, name)
+                if _alike(fresh, path):
+                    self.there_already = True
+                    return path
+                with contextlib.suppress(FileExistsError):
+                    _put(fresh, path)
+                    return path
+            name = self.output.next_name()
 
     def close(self) -> None:
         """Whatever ends the run: a checkpoint that is being written is finished."""
         self.settle()
         self._writer.shutdown()
 
-    def _somewhere(self, write: Callable[[Path], Path]) -> Path:
-        """`write` to the output folder; where that is full, gone or forbidden, to the spare one."""
-        try:
-            return write(self.output)
-        except OSError as error:
-            reason, spare = one_line(error), _spare(self.output)
-        try:
-            path = write(spare)
-        except OSError:
-            raise Fault("engine.cant_save", folder=self.output, spare=spare, reason=reason, fixes=[
-                Fix("fixes.save_again", {"resume": True}),
-                Fix("fixes.other_folder", {"output_dir": str(Path.home() / self.output.name)}),
-            ]) from None
-        self.trainer.emit(Note(key="engine.saved_elsewhere", params={
-            "folder": str(self.output), "path": str(path), "reason": reason}))
-        return path
-
     def _save(self, folder: Path, position: Position, state: State, made: Made) -> Path:
         path = checkpoint.save(folder, position, state,
                                lambda path: self._write(path, made, position.update))
-        checkpoint.prune(folder, self.name, self.config.keep_checkpoints,
+        checkpoint.prune(folder, position.name, position.session, self.config.keep_checkpoints,
                          {s for s in (self.best_step,) if s is not None})
         return path
 
@@ -203,23 +185,14 @@ class Keeper:
         if self.best_step is None:
             return None
         name = f"{self.name}-{self.best_step:06d}"
-        path = self.output / checkpoint.FOLDER / name / f"{name}.safetensors"
+        path = self.output.folder / checkpoint.FOLDER / name / f"{name}.safetensors"
         return {"step": self.best_step, "validation": self.best_loss,
                 "lora": str(path) if path.exists() else None}
 
     def kept(self) -> list[str]:
-        return [str(self.output / checkpoint.FOLDER / f"{self.name}-{step:06d}")
-                for step in sorted(checkpoint.steps_of(self.output, self.name))]
-
-    def _free_name(self) -> str:
-        name, n = self.config.name, 1
-        while (any((self.output / lora_formats.file_name(name, f)).exists()
-                   for f in ("kohya", self.format))
-               or new_words.beside(self.output / f"{name}.safetensors").exists()
-               or checkpoint.steps_of(self.output, name)):
-            n += 1
-            name = f"{self.config.name}-{n}"
-        return name
+        folder = self.output.folder
+        return [str(folder / checkpoint.FOLDER / f"{self.name}-{step:06d}")
+                for step in sorted(checkpoint.steps_of(folder, self.name))]
 
     def _made(self) -> Made:
         """What a LoRA file holds now: the adapter, or its average, and the new words."""
@@ -234,7 +207,8 @@ class Keeper:
                     naming=NAMINGS.get(family, SD1)), family).layers
             return found, text.word() if text is not None else None
 
-    def _write(self, path: Path, made: Made, step: int, format_: str = "") -> None:
+    def _write(self, path: Path, made: Made, step: int, format_: str = "", name: str = ""
+               ) -> None:
         """The LoRA, and beside it the new words, if there are any. A checkpoint's file is in its
         family's own format, whatever the final one's is. In the writer's thread: the trainer's
         weights are moving."""
@@ -242,13 +216,13 @@ class Keeper:
         format_ = format_ or self.own
         if word is not None:
             new_words.write(new_words.beside(path), word, self.dtype)
-        found.metadata = build_metadata(self._facts(step))
+        found.metadata = build_metadata(self._facts(step, name or self.name))
         if format_ in lora_formats.SINGLE:
             lora_file.write_lora(path, lora_formats.spell(found, format_), found.metadata)
         else:
             lora_formats.save(found, format_, path)
 
-    def _facts(self, step: int) -> TrainFacts:
+    def _facts(self, step: int, name: str) -> TrainFacts:
         trainer, config, spec = self.trainer, self.config, self.trainer.family.spec
         examples, course = trainer.examples, trainer.course
         chosen = [examples.items[i] for i in examples.trained()]
@@ -257,9 +231,9 @@ class Keeper:
         for item in chosen:
             counts[item.bucket] += item.picture.repeats
         native = trainer.parts.native_size
-        named = config.with_changes(output_name=self.name)
+        named = config.with_changes(output_name=name)
         return TrainFacts(
-            config=named, config_text=dump_yaml(config), title=self.name,
+            config=named, config_text=dump_yaml(config), title=name,
             description=f"LoRA Darkroom {__version__}", thumbnail=self._thumbnail(),
             base_version=spec.base_version,
             architecture=trainer.parts.architecture or spec.architecture,
@@ -275,7 +249,7 @@ class Keeper:
             text_encoder_lr=config.text_encoder_lr,
             clip_skip=config.clip_skip if spec.skips else None,
             max_token_length=config.max_tokens if spec.chunked and config.max_tokens > 75 else None,
-            session_id=self.session,
+            session_id=self.output.session,
             started_at=self.began, finished_at=time.time(),
             batches_per_epoch=course.batches_per_epoch,
             planned_epochs=-(-trainer.total // course.updates_per_epoch),
@@ -289,7 +263,7 @@ class Keeper:
 
     def _thumbnail(self) -> bytes:
         """The newest preview, else the first training picture."""
-        previews = sorted((self.output / "samples").glob(f"{self.name}-*.png"))
+        previews = sorted(checkpoint.previews_of(self.output.folder, self.name))
         path = (previews[-1] if previews
                 else self.trainer.examples.items[0].picture.path)
         try:
@@ -302,9 +276,35 @@ class Keeper:
         return buffer.getvalue()
 
 
-def _spare(output: Path) -> Path:
-    """Where a run's last state goes if its own folder takes nothing any more."""
-    return paths.data_dir() / "rescued" / f"{output.name}-{key(str(output))[:8]}"
+def _put(fresh: Path, path: Path) -> None:
+    """Moves a LoRA and its new words. Raises FileExistsError where one of the names is taken;
+    then nothing has moved."""
+    words, target = new_words.beside(fresh), new_words.beside(path)
+    brings_words = words.exists()
+    if brings_words:
+        paths.move(words, target)
+    try:
+        paths.move(fresh, path)
+    except OSError:
+        if brings_words:
+            target.unlink()
+        raise
+    paths.sync_folder(path.parent)
+
+
+def _alike(fresh: Path, path: Path) -> bool:
+    """Whether the same LoRA lies there: all tensors, whatever the metadata say."""
+    try:
+        return path.exists() and _hashes(fresh) == _hashes(path)
+    except (Fault, OSError):
+        return False
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    words = new_words.beside(path)
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    return {str(file.relative_to(path.parent)): data_hash(file)
+            for file in [*files, *([words] if words.exists() else [])]}
 
 
 class _BaseHash:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core import base_check, randomness
+from core.endings import said_first
 from core.events import Note, Phase
 from core.failures import one_line, ran_out
 from core.families import companions
@@ -33,15 +34,16 @@ class Session:
         self.after_update = after_update
         self.config, self.emit, self.control = trainer.config, trainer.emit, trainer.control
         self.previewer = Previewer(trainer.family, trainer.parts, trainer.precision, self.config,
-                                   trainer.cond, keeper.output / "samples", self.emit)
+                                   trainer.cond, keeper.output.folder / "samples", self.emit)
         self.rescue = Rescue(trainer, lookout, self.emit)
         self.samples: list[str] = []
         self.base: dict[str, Any] | None = None     # what core/base_check.py found
 
-    def run(self) -> dict[str, Any]:
+    def run(self, found: list[Path]) -> dict[str, Any]:
+        """`found`: the checkpoints to go on from, newest first; none: from the beginning."""
         self.base = base_check.check(self.trainer)
         randomness.seed(self.config.seed)
-        start = self.keeper.resume() if self.config.resume else 0
+        start = self.keeper.resume(found)
         self.lookout.go_on(self.trainer)
         meter = Meter(self.trainer, start, self.lookout)
         self.emit(Phase(name="train", done=start, total=self.trainer.total))
@@ -52,7 +54,7 @@ class Session:
             if self._asked_to_stop():
                 return self._stopped(done)
             done = self._update(done, meter)
-        return self._finish(meter)
+        return self._finish(meter, start)
 
     def _update(self, done: int, meter: Meter) -> int:
         """-> updates done after this one; fewer where the run had to go back."""
@@ -108,24 +110,36 @@ class Session:
                 "checkpoint": str(self.keeper.last) if self.keeper.last else None,
                 "base": self.base}
 
-    def _finish(self, meter: Meter) -> dict[str, Any]:
+    def _finish(self, meter: Meter, start: int) -> dict[str, Any]:
+        """`state`: done; unproven: the LoRA is saved, but the proof that it works failed;
+        nothing: all was trained before. What must be said first is in core/endings.py."""
         trainer, keeper = self.trainer, self.keeper
+        done = max(start, trainer.total)
         self.emit(Phase(name="save"))
-        final = keeper.final()
+        final = keeper.final(done)
         trainer.optimizer.zero_grad(set_to_none=True)
         self.emit(Phase(name="verify"))
         with trainer.averaged():
             proof = self._prove(final)
         free_memory()
-        told = "engine.proof" if proof["ok"] else "engine.proof_failed"
-        self.emit(Note(key="engine.not_proven" if "reason" in proof else told, params=proof))
-        return {"state": "done", "lora": str(final), "name": keeper.name,
-                "steps": trainer.total, "seconds": time.time() - self.began,
-                "best": keeper.best(), "samples": self.samples, "proof": proof, "base": self.base,
+        result: dict[str, Any] = {"state": "done" if proof["ok"] else "unproven"}
+        if start >= trainer.total:
+            if proof["ok"]:
+                result["state"] = "nothing"
+            result["nothing"] = {"step": start, "total": trainer.total, "file": str(final)}
+        if not (result["state"] == "nothing" and keeper.there_already):
+            result["lora"] = str(final)
+        if proof["ok"]:
+            self.emit(Note(key="engine.proof", params=proof))
+        for key, params in said_first({**result, "proof": proof}):
+            self.emit(Note(key=key, params=dict(params)))
+        return {**result, "name": keeper.name, "steps": done,
+                "seconds": time.time() - self.began, "best": keeper.best(),
+                "samples": self.samples, "proof": proof, "base": self.base,
                 "base_loras": trainer.base_loras.told or None,
                 "companions": companions.summary(trainer.parts.beside),
-                "checkpoints": keeper.kept(), "parameters": sum(
-                    p.numel() for p in trainer.parameters), **meter.facts(),
+                "checkpoints": keeper.kept(),
+                "parameters": sum(p.numel() for p in trainer.parameters), **meter.facts(),
                 **self.lookout.facts()}
 
     def _prove(self, final: Path) -> dict[str, Any]:

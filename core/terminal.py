@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from core import words
+from core.endings import said_first
 from core.events import (
     Checkpoint,
     Event,
@@ -250,14 +251,16 @@ SHOWN: dict[str, Callable[[Any], str]] = {
 
 
 def summary(result: Mapping[str, Any]) -> list[str]:
-    """What a run made, a line each, in a fixed order; unknown keys are for programs."""
+    """What a run made, a line each, in a fixed order, below what must be said first; unknown keys
+    are for programs."""
+    first = [words.say(key, params) for key, params in said_first(result)]
     rows = [(key, show(result[key])) for key, show in SHOWN.items()
             if result.get(key) is not None]
     if pictures := result.get("samples"):
         folder = Path(pictures[-1]).parent
         rows.append(("samples", words.say("terminal.many", {"count": len(pictures),
                                                             "folder": folder})))
-    return table([(words.say(f"terminal.result_{key}"), text) for key, text in rows])
+    return first + table([(words.say(f"terminal.result_{key}"), text) for key, text in rows])
 
 
 def table(rows: list[tuple[str, str]]) -> list[str]:

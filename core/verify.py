@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # Mean difference of 8-bit values. fp16 keeps 11 bits of each weight, which moves single values
 # by a step or two; another adapter moves the mean by tens.
 TOLERANCE = 1.5
+FAINT = TOLERANCE           # a change below it can't be told from rounding: almost no effect
 _STEPS, _SEED = 6, 1
 
 
@@ -83,8 +84,9 @@ def _draw_and_compare(family: Family, parts: Parts, precision: Precision, path: 
     if isinstance(prompt, str):
         arguments = generate.read_prompt(family, parts, precision, new_words.expand(prompt, new))
     drawn = _picture(pipeline, parts, arguments, precision)
-    report = {"modules": modules, "matched": matched, "drawn": True,
-              "change": _difference(plain, drawn)}
+    change = _difference(plain, drawn)
+    report = {"modules": modules, "matched": matched, "drawn": True, "change": change,
+              "faint": change < FAINT}
     ok = matched == modules and not np.array_equal(plain, drawn)
     if expected is not None:
         report["from_memory"] = _difference(expected, drawn)

@@ -83,8 +83,8 @@ def _attempt(job: str, config: Any, folder: Path, control: Control,
         emit(JobStarted(job=job, pid=os.getpid(), config=config.model_dump(mode="json")))
         run = _named(entry.run)                       # torch comes in here
         result = {"state": "stopped"} if control.stopping else run(config, emit, control) or {}
-        return JobEnded(state="stopped" if result.get("state") == "stopped" else "done",
-                        result=result)
+        told = result.get("state")
+        return JobEnded(state=told if told in ("stopped", "unproven") else "done", result=result)
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):
             emit(JobEnded(state="stopped"))
@@ -213,7 +213,7 @@ def main(preload: Sequence[str] = ()) -> int:
     with contextlib.suppress(OSError):
         os.chdir(facts["cwd"])                            # relative paths mean what they meant
     end = run_job(facts["job"], None, folder, control, _log)
-    return 1 if end.state == "failed" else 0
+    return 1 if end.state in ("failed", "unproven") else 0
 
 
 def _write_log(path: Path) -> None:

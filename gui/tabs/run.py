@@ -11,10 +11,11 @@ from typing import Any
 import gradio as gr
 
 from core.config import load_train_config
+from core.endings import said_first
 from core.events import Checkpoint
 from core.faults import Fault
 from core.journal import CONFIG, LOG
-from core.runs import JobView
+from core.runs import JobView, resume_of
 from gui.context import Context, Snapshot, Updates
 from gui.desktop import open_folder
 from gui.html import bar, button, card, clock, duration, esc, speed
@@ -119,8 +120,9 @@ class RunView:
     def _again(self, view: JobView, changes: Mapping[str, Any]) -> str:
         config = load_train_config(view.folder / CONFIG)
         other_lora = {"lora_rank", "lora_alpha", "target_modules"} & changes.keys()
-        return self.ctx.house.jobs.start(config.with_changes(
-            **{"resume": config.resume and not other_lora, **changes}))
+        wanted = changes.get("resume", bool(config.resume) and not other_lora)
+        resume = resume_of(view.folder) if wanted else False
+        return self.ctx.house.jobs.start(config.with_changes(**{**changes, "resume": resume}))
 
 
 def _titled(ctx: Context, key: str, html: str) -> str:
@@ -133,12 +135,22 @@ def head(ctx: Context, view: JobView, snap: Snapshot) -> str:
     log = log_end(view) if view.fault and view.over else ""
     return (f'<section class="box run {view.state}">{title(ctx, view)}{progress(ctx, view)}'
             f'{phases(ctx, view)}{buttons(ctx, view, snap)}</section>'
-            f'{fault_card(ctx, view, log)}{alarms(ctx, view)}{finished(ctx, view)}')
+            f'{fault_card(ctx, view, log)}{said(ctx, view)}{alarms(ctx, view)}'
+            f'{finished(ctx, view)}')
 
 
 def alarms(ctx: Context, view: JobView) -> str:
     return "".join(card("warning", ctx.say("look_at_this"), ctx.say(note.key, **note.params))
                    for note in view.notes if note.key in ALARMS)
+
+
+def said(ctx: Context, view: JobView) -> str:
+    """What must be known before the LoRA is used: core/endings.py."""
+    titles = {"engine.proof_failed": "not_proven", "engine.not_proven": "not_proven",
+              "engine.nothing_trained": "nothing_trained", "engine.faint": "faint"}
+    return "".join(card("fault" if titles[key] == "not_proven" else "warning",
+                        ctx.say(titles[key]), ctx.say(key, **params))
+                   for key, params in said_first(view.result))
 
 
 def log_end(view: JobView, most: int = 6000) -> str:
@@ -232,11 +244,13 @@ def finished(ctx: Context, view: JobView) -> str:
     if not view.over or number is None:
         return ""
     point = view.checkpoints[number]
-    key = "finished" if view.state == "done" else "saved_at"
+    first = said_first(view.result)
+    key = "finished" if view.state == "done" and not first else "saved_at"
     actions = (button(ctx.say("try_it"), "try", view.id, kind="primary") + folder(ctx, view)
                + f'<a class="act" href="/lora/{esc(view.id)}/{number}" download>'
                  f'{esc(ctx.say("download_lora"))}</a>')
-    return card("good", ctx.say(key, step=point.step), ctx.say("saved_as", file=lora_file(point)),
+    return card("info" if first else "good", ctx.say(key, step=point.step),
+                ctx.say("saved_as", file=lora_file(point)),
                 raw=f'<p class="acts">{actions}</p>{unhappy(ctx, view)}')
 
 

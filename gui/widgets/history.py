@@ -8,7 +8,8 @@ from gui.context import Context, Snapshot
 from gui.html import button, clock, duration, esc
 
 PAGE = 10
-SIGNS = {"done": "✓", "failed": "✖", "interrupted": "⚠", "stopped": "■", "queued": "○"}
+SIGNS = {"done": "✓", "unproven": "⚠", "failed": "✖", "interrupted": "⚠", "stopped": "■",
+         "queued": "○"}
 
 
 def history(ctx: Context, snap: Snapshot) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from core.output import Output
 from core.saving import Keeper
 from tests.bench.step import full_trainer
 
@@ -31,7 +32,9 @@ def measure(side: int, checkpoints: int, after: int) -> tuple[float, float, floa
                                 for _ in trainer.examples.latents]
     steps, waits, losses, number = [], [], [], 0
     with tempfile.TemporaryDirectory() as folder:
-        keeper = Keeper(trainer, Path(folder), time.time())
+        output = Output(Path(folder), trainer.config, trainer.emit)
+        output.rename()
+        keeper = Keeper(trainer, output, time.time())
         trainer.update(0)
         for _ in range(checkpoints):
             times: dict[bool, list[float]] = {False: [], True: []}
