@@ -229,6 +229,11 @@ class TrainConfig(BaseModel):
                 raise PydanticCustomError("lora", "expected file:weight", {"given": text})
         return value
 
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _true_or_a_folder(cls, value: Any) -> Any:
+        return {"true": True, "false": False}.get(str(value).casefold(), value)
+
     @field_validator("output_name")
     @classmethod
     def _no_path(cls, value: str) -> str:

@@ -166,8 +166,10 @@ def _(lab: Lab) -> None:
     many = lab.folder / "many"
     for keep, left in ((2, [3, 4]), (0, [1, 2, 3, 4])):
         for step in range(1, 5):
-            (many / checkpoint.FOLDER / f"a-{step:06d}").mkdir(parents=True, exist_ok=True)
-        checkpoint.prune(many, "a", keep, set())
+            own = many / checkpoint.FOLDER / f"a-{step:06d}"
+            own.mkdir(parents=True, exist_ok=True)
+            (own / checkpoint.STATE).write_text('{"name": "a", "session": "1"}')
+        checkpoint.prune(many, "a", "1", keep, set())
         assert sorted(checkpoint.steps_of(many, "a")) == left
 
 
