@@ -5,7 +5,7 @@ Pure functions: the memory side asks `planner` (core.plan), the rest is in the t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil, sqrt
@@ -37,6 +37,7 @@ PURPOSES: Mapping[str, Purpose] = {
 FEW = 15                                # pictures: a larger rank would learn them by heart
 PICTURES = 20                           # where no folder is named
 LEAST_SAMPLES, MOST_SAMPLES = 1200, 16_000          # pictures seen in a run
+FEW_SHARE, MANY_TIMES = 0.5, 2.0        # of what the calmest and the keenest purpose want: told
 LOW_RANK_LOOKS = 1.5                    # times as many where memory forced the rank down
 SMALL_BASE = 100e6                      # parameters
 RATE, SMALL_BASE_RATE = 1e-4, 5e-4      # at one picture an update and alpha = rank
@@ -177,6 +178,25 @@ def samples(purpose: Purpose, pictures: int, low_rank: bool) -> int:
     """Pictures seen in a run: by their number, within what is too little or only costs time."""
     wanted = purpose.looks * pictures * (LOW_RANK_LOOKS if low_rank else 1)
     return round(min(max(wanted, LEAST_SAMPLES), MOST_SAMPLES))
+
+
+def length(config: TrainConfig, repeats: Sequence[int]) -> Reason | None:
+    """What to say of a run that looks at its pictures far less or far more often than any purpose
+    wants, with the number that suits a style; None where it is about right. `repeats`: of each
+    picture. A run that goes on from another LoRA may be as short as it likes."""
+    effective = config.batch_size * config.gradient_accumulation_steps
+    own = effective * (1 - config.reg_share if config.regularised else 1)
+    planned = config.max_train_steps * own or config.epochs * sum(repeats)
+    wanted = {name: samples(one, len(repeats), False) for name, one in PURPOSES.items()}
+    few, many = FEW_SHARE * min(wanted.values()), MANY_TIMES * max(wanted.values())
+    if not repeats or few <= planned <= many or (planned < few and config.init_lora_weights):
+        return None
+    advised = wanted["style"]
+    key, value = (("max_train_steps", ceil(advised / own)) if config.max_train_steps
+                  else ("epochs", max(1, round(advised / sum(repeats)))))
+    return Reason("advisor.too_few" if planned < few else "advisor.too_many", {
+        "looks": f"{planned / len(repeats):.3g}", "pictures": len(repeats), "key": key,
+        "usual": round(advised / len(repeats)), "value": value})
 
 
 def _course(purpose: Purpose, config: TrainConfig, data: Data | None, low_rank: bool,

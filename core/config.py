@@ -390,7 +390,7 @@ def parse_train_config(text: str, source: str, overrides: Mapping[str, str] | No
     for key, value in (overrides or {}).items():
         data[key] = reading.scalar(value)
         lines.pop(key, None)
-    _refuse_unknown(data, lines, source)
+    reading.refuse_unknown(data, TrainConfig.model_fields, lines, source)
     try:
         return TrainConfig.model_validate(data)
     except ValidationError as error:
@@ -414,12 +414,3 @@ def resolve(path: str, beside: Path | None) -> Path:
         return plain.absolute()
     near = beside / plain
     return (near if near.exists() else plain).absolute()
-
-
-def _refuse_unknown(data: Mapping[str, Any], lines: Mapping[str, int], source: str) -> None:
-    for key in data:
-        if key not in TrainConfig.model_fields:
-            close = words.nearest(key, TrainConfig.model_fields, 1)
-            raise Fault("config.unknown_key" if close else "config.unknown_key_plain",
-                        file=source, line=lines.get(key, "--set"), key=key,
-                        nearest=close[0] if close else "")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from core import (
     base_loras,
-    distilled,
+    beforehand,
     extensions,
     families,
     lora,
@@ -37,13 +37,12 @@ from core.control import Control
 from core.course import Batch, Course, Place, Regular
 from core.ema import PREFIX as EMA
 from core.ema import Ema
-from core.embeddings import reading_of, unused_of
+from core.embeddings import reading_of
 from core.events import Event, Note, Phase
 from core.examples import Encoder, Examples, Stopped, find, say_too_long
 from core.families import companions
 from core.families.base import Cond, Family, Parts, Precision
 from core.faults import Fault, Fix
-from core.flow import Sampling, without_effect
 from core.lookout import Lookout, weigh
 from core.naming import NAMINGS, SD1
 from core.objective import Draw, split_mask, zero_terminal
@@ -55,8 +54,6 @@ from core.session import Session
 from core.text_training import TextTraining
 
 VALIDATION_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)      # of the noise schedule
-NOT_FOR_FLOWS = ("min_snr_gamma", "debiased_estimation", "zero_terminal_snr", "loss_type",
-                 "multires_noise_iterations", "prediction_type")
 _FIXED_SEED = 20_240_607                           # validation noise, the same in every run
 
 Emit = Callable[[Event], None]
@@ -70,20 +67,15 @@ def train(config: TrainConfig, emit: Emit, control: Control,
     Returns the facts for the summary. Raises Fault for whatever a user can mend.
     """
     config = base_loras.located(extensions.located(config, beside), beside)
-    with Callbacks(config.callbacks, emit, control) as callbacks:
-        result = _train(config, callbacks, control, beside)
+    with Callbacks(config.callbacks, emit, control) as callbacks, \
+            Output(_output(config), config, callbacks) as output:
+        result = _train(output, config, callbacks, control, beside)
         callbacks.state = "unproven" if result["state"] == "unproven" else "done"
         return result
 
 
-def _train(config: TrainConfig, emit: Callbacks, control: Control, beside: Path | None
-           ) -> dict[str, Any]:
-    with Output(_output(config), config, emit) as output:
-        return _train_into(output, config, emit, control, beside)
-
-
-def _train_into(output: Output, config: TrainConfig, emit: Callbacks, control: Control,
-                beside: Path | None) -> dict[str, Any]:
+def _train(output: Output, config: TrainConfig, emit: Callbacks, control: Control,
+           beside: Path | None) -> dict[str, Any]:
     began = time.time()
     found = resuming.choose(output, config, emit)
     for key, name in extensions.named_in(config):
@@ -99,15 +91,13 @@ def _train_into(output: Output, config: TrainConfig, emit: Callbacks, control: C
     parts.beside = companions.announce(family, source, emit)
     if config.prediction_type != "auto" and parts.flow is None:
         parts.objective = config.prediction_type
-    _tell_distilled(config, parts, emit)
-    _say_unused(config, parts.flow, emit)
+    beforehand.tell_distilled(config, parts, emit)
+    beforehand.tell_unused(config, family, parts.flow, emit)
     if config.zero_terminal_snr and parts.flow is None:
         zero_terminal(parts)
-    if unused := unused_of(family, reading_of(config)):
-        emit(Note(key="engine.not_for_family", params={
-            "keys": ", ".join(unused), "family": family.spec.title}))
     examples = find(config, *_picture_paths(config, beside), parts.native_size,
                     parts.bucket_step, emit)
+    beforehand.tell_length(config, examples, emit)
     try:
         if config.regularised:
             regularise.add(config, examples, family, parts, precision, beside, emit, control)
@@ -401,26 +391,6 @@ def _course(config: TrainConfig, examples: Examples, start: Place | None) -> Cou
     return Course(chosen, buckets(chosen), repeats, config.batch_size,
                   config.gradient_accumulation_steps, config.seed, regular, examples.names(),
                   start)
-
-
-def _tell_distilled(config: TrainConfig, parts: Parts, emit: Emit) -> None:
-    """What such a base means for a training; `distilled` in the config overrules what it says."""
-    if config.distilled != "auto":
-        parts.distilled = distilled.of(parts.source, config.distilled)
-    if found := parts.distilled:
-        emit(Note(key="distilled.with_base_loras" if config.base_loras else "distilled.trained",
-                  params={"sign": found.sign, "steps": found.steps}))
-
-
-def _say_unused(config: TrainConfig, flow: Sampling | None, emit: Emit) -> None:
-    """Keys that mean something for noise schedules and nothing for a flow, or the reverse."""
-    keys = [key for key in NOT_FOR_FLOWS if flow is not None
-            and getattr(config, key) != TrainConfig.model_fields[key].default]
-    if keys:
-        emit(Note(key="engine.not_for_flows", params={"keys": ", ".join(keys)}))
-    if keys := without_effect(config, flow):
-        emit(Note(key="engine.not_for_curve" if flow else "engine.only_for_flows",
-                  params={"keys": ", ".join(keys)}))
 
 
 def _source(config: TrainConfig, beside: Path | None) -> Path:

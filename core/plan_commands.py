@@ -109,17 +109,21 @@ def _plan(options: argparse.Namespace) -> int:
     base = weigh.base_of(config.base_model, config.family)
     machine = _machine(options.vram_gb, config.device)
     with _patience():
-        planner = weigh.Weigher(base, machine, _pictures(config))
+        pictures = _pictures(config)
+        planner = weigh.Weigher(base, machine, pictures)
         found = planner(config)
         verdict = ladder.verdict(found)
         nearest = None if verdict == "fits" else advisor.nearest_fit(
             config, base, machine, planner.data(config), planner)
+    length = advisor.length(config, pictures.repeats) if pictures else None
     if options.json:
         print_json({"ok": verdict != "too_big", **plan.as_dict(found), "verdict": verdict,
+                    "length": length and length.text(),
                     "lacking": advisor.lacking(found), "nearest": nearest and {
                         "changes": nearest[0], "needs_mb": round(nearest[1].needs_mb, 1)}})
     else:
-        print("\n".join(_report(found, verdict, nearest)))
+        print("\n".join([*_report(found, verdict, nearest),
+                         *([length.text()] if length else [])]))
     return FAILED if verdict == "too_big" else FINE
 
 

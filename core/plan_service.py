@@ -2,7 +2,8 @@
 
 Torch is imported only where a trace isn't on disk yet (core/plan.ask), and never by the asker.
 Question: {"config": {TrainConfig}, "purpose", "language", "suggest": bool}. Answer: {"plan",
-"verdict", "lacking", "nearest", "suggestion", "pictures", "updates"} as far as each is known,
+"verdict", "lacking", "nearest", "suggestion", "pictures", "updates", "length" (what to say of too
+few or too many updates)} as far as each is known,
 "remedies" where a "symptom" (core/remedies.py) is asked about;
 or {"fault": {"code", "params"}}. {"sizes": base} asks for a base's native side and step alone.
 """
@@ -84,6 +85,8 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
               "lacking": advisor.lacking(planned)}
     if pictures:
         found["updates"] = updates(config, pictures)
+        if told := advisor.length(config, pictures.repeats):
+            found["length"] = {"key": told.key, "params": dict(told.params)}
     if verdict != "fits":
         nearest = advisor.nearest_fit(config, base, machine, planner.data(config), planner)
         found["nearest"] = nearest and {"changes": nearest[0],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import yaml
@@ -148,3 +149,13 @@ def scalar(text: str) -> Any:
         return from_yaml(text)
     except ValueError:
         return text
+
+
+def refuse_unknown(data: Mapping[str, Any], known: Collection[str], lines: Mapping[str, int],
+                   source: str) -> None:
+    for key in data:
+        if key not in known:
+            close = words.nearest(key, known, 1)
+            raise Fault("config.unknown_key" if close else "config.unknown_key_plain",
+                        file=source, line=lines.get(key, "--set"), key=key,
+                        nearest=close[0] if close else "")

@@ -28,6 +28,8 @@ def items(ctx: Context, snap: Snapshot) -> list[Item]:
         found.append(Item("bad", said(ctx, snap.problem)))
     if steps := snap.forecast.answer.get("updates"):
         found.append(Item("ok", ctx.say("will_do_steps", steps=steps)))
+    if length := snap.forecast.answer.get("length"):
+        found.append(Item("warn", ctx.say(length["key"], **length["params"])))
     return found
 
 

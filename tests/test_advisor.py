@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -432,3 +433,46 @@ def test_sd15_on_small_and_large_cards(traces: Path) -> None:
     assert NOWHERE.family == base.family
     assert advisor.Shape.of(base, advisor.card_of(4)).parameters == pytest.approx(
         SHAPE.parameters, rel=0.01)
+
+
+@settings(max_examples=60)
+@given(pictures=st.integers(1, 400), repeats=st.integers(1, 10), batch=st.integers(1, 8),
+       accumulation=st.integers(1, 4), steps=st.booleans(), length=st.integers(1, 30_000))
+def test_a_run_far_too_short_or_long_is_told_with_a_number_that_is_not(
+        pictures: int, repeats: int, batch: int, accumulation: int, steps: bool, length: int
+        ) -> None:
+    """The advised number, taken, is neither."""
+    config = TrainConfig.model_validate({
+        "batch_size": batch, "gradient_accumulation_steps": accumulation,
+        ("max_train_steps" if steps else "epochs"): length})
+    told = advisor.length(config, [repeats] * pictures)
+    planned = length * (batch * accumulation if steps else pictures * repeats)
+    wanted = [advisor.samples(one, pictures, False) for one in advisor.PURPOSES.values()]
+    if told is None:
+        assert min(wanted) / 2 <= planned <= 2 * max(wanted)
+        return
+    assert (told.key == "advisor.too_few") == (planned < min(wanted) / 2)
+    assert (told.key == "advisor.too_many") == (planned > 2 * max(wanted))
+    mended = config.with_changes(**{told.params["key"]: told.params["value"]})
+    again = advisor.length(mended, [repeats] * pictures)
+    least = (batch * accumulation) if steps else pictures * repeats
+    assert again is None or (again.key == "advisor.too_many" and told.params["value"] == 1
+                             and least > 2 * max(wanted))
+
+
+def test_the_readmes_own_config_is_long_enough() -> None:
+    for name in ("README.md", "README.zh-CN.md"):
+        text = (Path(__file__).parent.parent / name).read_text("utf-8")
+        block = next(part for part in text.split("```yaml\n")[1:] if "train_data_dir" in part)
+        config = TrainConfig.model_validate(yaml.safe_load(block.split("```")[0]))
+        assert advisor.length(config, [1] * 20) is None
+        few = advisor.length(config.with_changes(epochs=10), [1] * 20)
+        assert few is not None
+        assert (few.key, few.params["key"], few.params["value"]) == (
+            "advisor.too_few", "epochs", 100)
+        assert "`epochs: 100`" in few.text("en")
+        from_a_lora = config.with_changes(epochs=10, init_lora_weights="x")
+        assert advisor.length(from_a_lora, [1] * 20) is None
+        steps = advisor.length(config.with_changes(max_train_steps=100), [1] * 20)
+        assert steps is not None
+        assert steps.params["value"] == 500     # 2000 pictures at batch 4

@@ -250,7 +250,7 @@ def test_a_worker_whose_proof_failed_ends_so(config: TrainConfig, tmp_path: Path
 
 
 def test_almost_no_effect_is_told(config: TrainConfig) -> None:
-    result, events = run(config.with_changes(epochs=1, learning_rate=1e-5))
+    result, events = run(config.with_changes(epochs=1, learning_rate=1e-3))
     assert (result["state"], result["proof"]["ok"], result["proof"]["faint"]) == (
         "done", True, True)
     assert 0 < result["proof"]["change"] < 1.5
