@@ -50,14 +50,11 @@ def test_writers_at_once_leave_one_of_their_files(tmp_path: Path) -> None:
 
 
 def test_the_next_free_name(tmp_path: Path) -> None:
-    names = []
-    for _ in range(3):
-        found = paths.free(tmp_path / "a.safetensors")
-        found.touch()
-        names.append(found.name)
+    names = [paths.create(tmp_path / "a.safetensors", Path.touch).name for _ in range(3)]
     assert names == ["a.safetensors", "a-2.safetensors", "a-3.safetensors"]
     (tmp_path / "run.v1").mkdir()
-    assert paths.free(tmp_path / "run.v1").name == "run.v1-2"       # a folder's dot is no suffix
+    found = paths.create(tmp_path / "run.v1", Path.touch)
+    assert found.name == "run.v1-2"                         # a folder's dot is no suffix
 
 
 def test_what_can_t_be_read_is_set_aside_never_lost(tmp_path: Path) -> None:

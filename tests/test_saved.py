@@ -50,7 +50,9 @@ def test_the_newest_checkpoint_is_found(tmp_path: Path) -> None:
     for age, name in enumerate(reversed(made)):
         folder = tmp_path / checkpoint.FOLDER / name
         folder.mkdir(parents=True)
-        (folder / "state.json").write_text("{}")
+        wanted = name[:-7] if name != "ink-2-000100" else "ink"
+        (folder / "state.json").write_text(json.dumps({
+            "name": name[:-7], "session": "1", "config": {"output_name": wanted}}))
         os.utime(folder, (1_000_000 + age, 1_000_000 + age))
     found = [path.name for path in checkpoint.find([tmp_path], "ink")]
     assert found == ["ink-000300", "ink-2-000100", "ink-000200"]

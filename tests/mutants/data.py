@@ -3,6 +3,7 @@
 from tests.mutants import Mutant, key
 
 _EXAMPLES, _BUCKETS, _COURSE = "core/examples.py", "core/buckets.py", "core/course.py"
+_RESUMED = ("test_course.py::test_other_batches_learn_what_the_epoch_lacks",)
 _CAPTIONS, _DATASET, _CACHE = "core/captions.py", "core/dataset.py", "core/cache.py"
 
 MUTANTS = [
@@ -117,11 +118,18 @@ MUTANTS = [
     Mutant("every-epoch-the-same", _COURSE, "self.seed * 1_000_003 + epoch",
            "self.seed * 1_000_003",
            ("test_step.py::test_epochs_come_in_another_order",)),
-    Mutant("every-epoch-the-same-noise", _COURSE, "number = epoch * self.samples_per_epoch",
-           "number = 0", ("test_step.py::test_every_sample_of_a_run_has_a_number_of_its_own",)),
+    Mutant("every-epoch-the-same-noise", _COURSE, "number + after * self.samples_per_epoch)",
+           "number)", ("test_step.py::test_every_sample_of_a_run_has_a_number_of_its_own",)),
     Mutant("order-of-one-seed", _COURSE, "self.seed * 1_000_003 + epoch", "epoch", key("seed")),
-    Mutant("updates-overlap", _COURSE, "start = place * self.accumulation", "start = place",
-           key("gradient_accumulation_steps")),
+    Mutant("updates-overlap", _COURSE, "return self._head, number * self.accumulation, self",
+           "return self._head, number, self", key("gradient_accumulation_steps")),
+    Mutant("learned-again-after-a-resume", _COURSE, "                if seen[name] > 0:\n",
+           "                if False:\n", _RESUMED),
+    Mutant("broken-batches-are-lost", _COURSE, "            elif left:\n",
+           "            elif False:\n", _RESUMED),
+    Mutant("noise-again-after-a-resume", _COURSE,
+           "self._numbered(self._rest(), self.start.samples)", "self._numbered(self._rest(), 0)",
+           _RESUMED),
     Mutant("end-of-the-epoch-dropped", _COURSE,
            "math.ceil(self.batches_per_epoch / accumulation)",
            "max(1, self.batches_per_epoch // accumulation)",

@@ -10,6 +10,7 @@ _HEADER, _LOADING, _COMMON = ("core/safetensors_header.py", "core/families/loadi
                               "core/families/common.py")
 _COMPANIONS, _WORDS = "core/families/companions.py", "core/families/vocabularies.py"
 _BESIDE = "test_companions.py"
+_OWN = ("test_names.py::test_a_checkpoint_replaces_and_deletes_only_its_own_runs",)
 _PROOF = ("test_verify.py::test_another_adapter_than_the_trained_one_fails",)
 
 
@@ -132,10 +133,17 @@ MUTANTS = [
             "test_text_training.py::test_resume_with_everything_on_equals_an_unbroken_run")),
     Mutant("checkpoint-of-the-oldest", _CHECKPOINT, "sorted(found, reverse=True)]",
            "sorted(found)]", ("test_saved.py::test_the_newest_checkpoint_is_found",)),
-    Mutant("checkpoint-of-any-run", _CHECKPOINT, "and own.fullmatch(m[\"name\"])", "",
+    Mutant("checkpoint-of-any-run", _CHECKPOINT, "(session or own.fullmatch(m[\"name\"]))", "True",
            ("test_saved.py::test_the_newest_checkpoint_is_found",)),
-    Mutant("prunes-the-newest", _CHECKPOINT, "    for step in steps[:-keep]:\n",
-           "    for step in steps[keep:]:\n", key("keep_checkpoints")),
+    Mutant("prunes-the-newest", _CHECKPOINT, "in sorted(own)[:-keep]:", "in sorted(own)[keep:]:",
+           key("keep_checkpoints")),
+    Mutant("prunes-other-runs", _CHECKPOINT, '/ f"{name}-{step:06d}") == session]',
+           '/ f"{name}-{step:06d}") is not None]', _OWN),
+    Mutant("replaces-other-runs", _CHECKPOINT, "not in (position.session, None):",
+           "in (None,):", _OWN),
+    Mutant("another-lora-of-a-like-name", _CHECKPOINT,
+           'else name in (m["name"], _wanted_name(facts))', "else True",
+           ("test_names.py::test_the_name_of_another_lora_is_not_ours",)),
     Mutant("prunes-the-spared", _CHECKPOINT, "        if step not in spare:\n",
            "        if True:\n",
            ("test_step.py::test_the_best_step_is_the_one_of_the_lowest_loss",)),
@@ -172,8 +180,11 @@ MUTANTS = [
            "not np.array_equal", ("test_generate.py::test_verify_tells_good_from_bad",
                                   "test_verify.py::test_layers_that_the_base_lacks_fail")),
     Mutant("failed-proof-is-told-as-proof", "core/session.py",
-           'told = "engine.proof" if proof["ok"] else "engine.proof_failed"',
-           'told = "engine.proof"', _PROOF),
+           '{"state": "done" if proof["ok"] else "unproven"}', '{"state": "done"}',
+           ("test_resuming.py::test_a_worker_whose_proof_failed_ends_so",)),
+    Mutant("nothing-is-told-as-done", "core/session.py",
+           '                result["state"] = "nothing"\n', "                pass\n",
+           ("test_resuming.py::test_a_run_that_trains_nothing_says_so",)),
 
     # --- headers ---
     Mutant("gaps-in-files", _HEADER, "        if info.begin > reached:\n",

@@ -109,9 +109,9 @@ MUTANTS = [
            ("test_rescue.py::test_it_returns_to_the_older_of_two_good_states",)),
     Mutant("encodes-twice-as-much", "core/gently.py", "self.at_once = tried // 2",
            "self.at_once = tried", ("test_examples.py::test_encoding_in_little_memory",)),
-    Mutant("lowered-is-forgotten", "core/saving.py",
-           "        lowering.apply(trainer, position.lowered)\n",
-           "        pass\n", ("test_rescue.py::test_a_resumed_run_stays_lowered",)),
+    Mutant("lowered-is-forgotten", "core/resuming.py",
+           "    lowering.apply(trainer, position.lowered)\n",
+           "    pass\n", ("test_rescue.py::test_a_resumed_run_stays_lowered",)),
 
     # --- bases in fewer bits, in RAM ---
     Mutant("int8-of-half-the-range", _QUANTISE, "rows.abs().amax(1, keepdim=True) / 127)",
