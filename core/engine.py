@@ -49,6 +49,7 @@ from core.objective import Draw, split_mask, zero_terminal
 from core.output import Output
 from core.plan import Base
 from core.precision import autocast, choose, free_memory, load_denoiser, tell_numbers
+from core.preview import prompts_of
 from core.saving import Keeper
 from core.session import Session
 from core.text_training import TextTraining
@@ -105,7 +106,7 @@ def _train(output: Output, config: TrainConfig, emit: Callbacks, control: Contro
                           weigh(examples.items, config, kind), emit)
         lookout.announce()
         Encoder(family, source, precision, config, emit, control).fill(
-            examples, config.sample_prompts)
+            examples, prompts_of(config))
         companions.tell_scale(parts.beside, examples.latents, config.masked_loss, emit)
     except Stopped:
         return {"state": "stopped", "steps": 0, "seconds": time.time() - began}
@@ -328,7 +329,7 @@ class Trainer:
         if text.live:
             if self.ema is not None:
                 self.ema.settle(text.parameters)
-            self.examples.texts = text.rest(self.examples.captions(*self.config.sample_prompts))
+            self.examples.texts = text.rest(self.examples.captions(*prompts_of(self.config)))
             free_memory()
 
     def set_training(self, on: bool) -> None:

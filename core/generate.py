@@ -67,6 +67,7 @@ class Studio:
         self._adapters: dict[Path, str] = {}
         self._words: dict[Path, dict[str, str]] = {}
         self._active: dict[str, str] = {}           # new words -> their tokens
+        self._told: set[str] = set()
 
     def shot(self, config: GenerateConfig, prompt: str) -> Shot:
         """What a config asks of one picture; its own numbers where it says nothing."""
@@ -153,6 +154,11 @@ class Studio:
             return values
         texts = [new_words.expand(text, self._active) for text in (shot.prompt, shot.negative)]
         arguments = read_prompt(self.family, self.parts, self.precision, *texts)
+        if shot.negative and "cfg" not in self._told and (
+                shot.cfg <= 1 or not any("negative" in name for name in arguments)):
+            self._told.add("cfg")
+            self.emit(Note(key="generate.negative_unused", params={
+                "cfg": f"{shot.cfg:g}", "family": self.family.spec.title}))
         return draw(self.pipeline, self.parts, shot,
                     {**arguments, "callback_on_step_end": called}, self.precision)
 

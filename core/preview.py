@@ -14,9 +14,15 @@ from core.config import TrainConfig, size_of
 from core.events import Event, Note, Sample
 from core.failures import one_line, ran_out
 from core.families.base import Cond, Family, Parts, Precision
+from core.lora_names import split_prompt
 from core.offload import stage_of
 from core.precision import free_memory
 from core.text_training import TextTraining
+
+
+def prompts_of(config: TrainConfig) -> list[str]:
+    """The previews' prompts without `<lora:...>`: there the adapter in training is drawn alone."""
+    return [split_prompt(prompt)[0] for prompt in config.sample_prompts]
 
 
 class Previewer:
@@ -29,6 +35,10 @@ class Previewer:
         self.family, self.parts, self.precision = family, parts, precision
         self.config, self.cond, self.folder, self.emit = config, cond, folder, emit
         self.tiled = self._out_of_memory = False
+        tags = [tag.name for one in config.sample_prompts for tag in split_prompt(one)[1]]
+        if tags:
+            emit(Note(key="engine.preview_tags", params={
+                "names": ", ".join(dict.fromkeys(tags)), "weight": config.sample_weight}))
 
     def draw(self, step: int, name: str, text: TextTraining | None = None) -> list[str]:
         """-> the files. Training's randomness and adapter weight are left as they were. Where
@@ -75,7 +85,7 @@ class Previewer:
             lora.set_training(model, False)
         attached = self.parts.base_loras
         with attached.switched(config.base_loras_in_previews) if attached else nullcontext():
-            for i, prompt in enumerate(config.sample_prompts):
+            for i, prompt in enumerate(prompts_of(config)):
                 found.append(self._one(i, prompt, step, name))
 
     def _one(self, index: int, prompt: str, step: int, name: str) -> str:

@@ -147,12 +147,12 @@ def test_command_line_and_window_draw_the_same_bytes(
 @pytest.mark.parametrize("key", ["prompt", "negative"])
 def test_the_end_of_a_prompt_that_isn_t_read_is_told(base: Path, tmp_path: Path, key: str) -> None:
     told: list[Event] = []
-    text = ", ".join(["a big cat"] * 22) + ", two zebras"
+    text = ", ".join(["a big cat"] * 70) + ", two zebras"
     draw.draw(settings(base, tmp_path, **{"steps": 1, "prompt": "a cat", key: text}), told.append,
               Control())
     (note,) = [one for one in told if getattr(one, "key", "") == f"generate.{key}_too_long"]
     assert note.params["rest"].endswith("two zebras")  # type: ignore
-    assert note.params["tokens"] == 91  # type: ignore
+    assert note.params["tokens"] == 283  # type: ignore
 
 
 def test_tags_name_and_don_t_reach(tmp_path: Path) -> None:
@@ -214,3 +214,44 @@ def test_sizes_that_can_t_be_drawn_and_loras_of_other_families(base: Path, tmp_p
     with pytest.raises(Fault) as caught:
         draw.draw(settings(base, tmp_path, loras=[str(other)]), lambda event: None, Control())
     assert caught.value.code == "generate.other_family"
+
+
+def test_a_preview_is_the_picture_that_generate_draws(base: Path, tmp_path: Path) -> None:
+    """The same prompt, weight, seed and numbers, from memory and from the file; clip skip and
+    several chunks included, tags of a preview's prompt left out and told."""
+    import numpy as np
+
+    from core.config import TrainConfig
+    from core.engine import train
+    from tests.tiny import pictures
+    prompt, told = "a red disc, " * 30, list[Event]()
+    result = train(TrainConfig(
+        base_model=str(base), train_data_dir=str(pictures(tmp_path / "p", 2)), lora_rank=4,
+        output_dir=str(tmp_path / "out"), max_train_steps=3, learning_rate=0.05, clip_skip=2,
+        sample_prompts=[prompt, "a cat <lora:other:1>"], sample_every=3, sample_inference_steps=3,
+        sample_cfg=2.0, sample_size="32,40", sample_weight=0.7, save_precision="fp32", seed=8,
+        text_encoder_lr=1e-3, device="cpu"), told.append, Control())
+    (note,) = [one for one in told if getattr(one, "key", "") == "engine.preview_tags"]
+    assert note.params["names"] == "other"  # type: ignore
+    previews = result["samples"][-2:]
+    for number, text in enumerate((prompt, "a cat")):
+        (file,) = draw.draw(settings(
+            base, tmp_path, prompt=text, loras=[f"{result['lora']}:0.7"], cfg=2.0, steps=3,
+            size="32,40", seed=8 + number), lambda event: None, Control())["files"]
+        ours, theirs = (np.asarray(Image.open(path).convert("RGB"), np.int16)
+                        for path in (file, previews[number]))
+        assert ours.shape == (40, 32, 3)
+        assert np.abs(ours - theirs).max() <= 1
+        without = draw.draw(settings(
+            base, tmp_path, prompt=text, cfg=2.0, steps=3, size="32,40", seed=8 + number,
+            clip_skip=2), lambda event: None, Control())["files"][0]
+        plain = np.asarray(Image.open(without).convert("RGB"), np.int16)
+        assert np.abs(ours - plain).max() > 4
+
+
+def test_a_negative_prompt_without_guidance_is_told(base: Path, tmp_path: Path) -> None:
+    for cfg, notes in ((1.0, 1), (2.0, 0)):
+        told: list[Event] = []
+        draw.draw(settings(base, tmp_path, negative="blur", cfg=cfg, count=2), told.append,
+                  Control())
+        assert sum(getattr(one, "key", "") == "generate.negative_unused" for one in told) == notes
