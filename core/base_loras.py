@@ -22,6 +22,7 @@ from core.config import TrainConfig, resolve
 from core.events import Event, Note
 from core.faults import Fault, Fix
 from core.lora_layers import DOWN, UP, Layer, kind_of, rank_of, scale_of, without_mid
+from core.lora_metadata import BASE_LORAS_KEY
 from core.lora_names import Lora, checked, find_lora, parse_lora
 from core.naming import NAMINGS, Part
 from core.safetensors_header import data_hash, read_header
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from core.families.base import Precision
 
-METADATA_KEY = "darkroom.base_loras"
 WEIGHT = 1.0                                # where the user says none
 
 
@@ -149,7 +149,7 @@ def _add(attached: Attached, one: Lora, path: str, layer: Layer, base: Any,
 
 def metadata(told: Sequence[str]) -> dict[str, str]:
     """For the LoRA that was trained: what it was trained upon, and doesn't hold."""
-    return {METADATA_KEY: json.dumps(list(told))} if told else {}
+    return {BASE_LORAS_KEY: json.dumps(list(told))} if told else {}
 
 
 def refuse_others(here: Sequence[str], there: Sequence[str], before: Sequence[str]) -> None:

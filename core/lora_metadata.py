@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CONFIG_KEY = "darkroom.config"
 VERSION_KEY = "darkroom.version"
+BASE_LORAS_KEY = "darkroom.base_loras"     # what belonged to the base, see core/base_loras.py
 TOOL = "lora-darkroom"
 MODELSPEC = "1.0.1"
 OLD_HASH_AT, OLD_HASH_BYTES = 0x100000, 0x10000    # what A1111 once took for a whole file
@@ -314,6 +315,7 @@ class Facts:
     tags: tuple[tuple[str, int], ...] = ()     # the most frequent ones
     family: str = ""
     base_model: str = ""
+    base_loras: tuple[str, ...] = ()       # that the base had on it, "name:weight:hash"
     resolution: str = ""                   # 512x768
     pictures: int | None = None            # repeats counted
     steps: int | None = None
@@ -332,6 +334,8 @@ def facts_of(metadata: Mapping[str, str]) -> Facts:
         description=_said(metadata, "modelspec.description", "ss_training_comment"),
         trigger_words=_triggers(metadata, tags), tags=tuple(tags.most_common(TOP_TAGS)),
         family=_family(metadata), base_model=_said(metadata, "ss_sd_model_name"),
+        base_loras=tuple(one for one in _json(metadata.get(BASE_LORAS_KEY, ""), list)
+                         if isinstance(one, str)),
         resolution=_resolution(metadata), pictures=_whole(metadata, "ss_num_train_images"),
         steps=_whole(metadata, "ss_steps"), epochs=_whole(metadata, "ss_epoch"),
         learning_rate=_number(metadata, "ss_learning_rate"), made_by=_maker(metadata),
@@ -341,7 +345,7 @@ def facts_of(metadata: Mapping[str, str]) -> Facts:
 def noted(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """PEFT's config by part, as diffusers notes it beside PEFT weights."""
     configs: dict[str, dict[str, Any]] = {}
-    for key, value in _object(metadata.get("lora_adapter_metadata", "")).items():
+    for key, value in _json(metadata.get("lora_adapter_metadata", ""), dict).items():
         if "." in key:
             configs.setdefault(key.split(".")[0], {})[key.partition(".")[2]] = value
     return configs
@@ -364,17 +368,18 @@ def _whole(metadata: Mapping[str, str], key: str) -> int | None:
     return None if number is None else int(number)
 
 
-def _object(text: str) -> dict[str, Any]:
+def _json(text: str, kind: type) -> Any:
+    """A value of that kind; an empty one where the text holds none."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return kind()
+    return value if isinstance(value, kind) else kind()
 
 
 def _tags(metadata: Mapping[str, str]) -> Counter[str]:
     tags: Counter[str] = Counter()
-    for folder in _object(metadata.get("ss_tag_frequency", "")).values():
+    for folder in _json(metadata.get("ss_tag_frequency", ""), dict).values():
         if isinstance(folder, dict):
             tags.update({_clean(tag.strip()): count for tag, count in folder.items()
                          if type(count) is int})
@@ -385,7 +390,7 @@ def _triggers(metadata: Mapping[str, str], tags: Counter[str]) -> tuple[str, ...
     """The phrase that the file names; else the tags that stand in every caption."""
     if phrase := _said(metadata, "modelspec.trigger_phrase"):
         return tuple(word.strip() for word in phrase.split(",") if word.strip())
-    folders = [f.get("img_count") for f in _object(metadata.get("ss_dataset_dirs", "")).values()
+    folders = [f.get("img_count") for f in _json(metadata.get("ss_dataset_dirs", ""), dict).values()
                if isinstance(f, dict)]
     captions = sum(count for count in folders if type(count) is int)
     shared = [tag for tag, count in tags.items() if 1 < captions <= count]

@@ -23,6 +23,7 @@ from core import (
     foreign,
     generate,
     lora,
+    lora_file,
     lora_formats,
     plan,
     words,
@@ -34,6 +35,7 @@ from core.events import Event, Note, Sample
 from core.families.base import Family, Frame, Parts
 from core.faults import Fault
 from core.lookout import Lookout
+from core.lora_metadata import BASE_LORAS_KEY
 from core.lora_names import parse_lora
 from core.naming import NAMINGS
 from core.offload import offload_
@@ -213,10 +215,11 @@ def test_a_run_learns_upon_them_and_saves_draws_and_proves_without(
     assert {k: v.shape for k, v in here.items()} == {k: v.shape for k, v in there.items()}
     assert any(not torch.equal(here[key], there[key]) for key in here)     # another base's gradient
     with safe_open(found["lora"], "pt") as file:
-        told = json.loads(file.metadata()[base_loras.METADATA_KEY])
+        told = json.loads(file.metadata()[BASE_LORAS_KEY])
     assert told == found["base_loras"]
     assert told[0].startswith("adapter:0.9:")
     assert plain["base_loras"] is None
+    assert lora_file.describe(Path(found["lora"])).facts.base_loras == tuple(told)
     assert np.array_equal(picture(events["with"], 0), picture(events["plain"], 0))
     assert not np.array_equal(picture(events["shown"], 0), picture(events["plain"], 0))
     notes = [e for e in events["with"] if isinstance(e, Note) and e.key == "base_loras.used"]
