@@ -175,7 +175,8 @@ MUTANTS = [
            "in_memory = _picture(family.pipeline(parts), parts,"
            " arguments, precision)", "in_memory = None", _PROOF),
     Mutant("proof-of-no-change", _VERIFY, "matched == modules and not np.array_equal(plain, drawn)",
-           "matched == modules", ("test_verify.py::test_a_file_that_changes_nothing_fails",)),
+           "matched == modules",
+           ("test_verify.py::test_an_adapter_that_learned_nothing_is_no_proof",)),
     Mutant("proof-of-some-layers", _VERIFY, "matched == modules and not np.array_equal",
            "not np.array_equal", ("test_generate.py::test_verify_tells_good_from_bad",
                                   "test_verify.py::test_layers_that_the_base_lacks_fail")),

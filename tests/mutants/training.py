@@ -97,7 +97,7 @@ MUTANTS = [
            "                self.ema.settle(text.parameters)\n", "                pass\n",
            ("test_step.py::test_the_average_is_of_all_that_learns",)),
     Mutant("prompts-forgotten-at-rest", _ENGINE,
-           "text.rest(self.examples.captions(*self.config.sample_prompts))",
+           "text.rest(self.examples.captions(*prompts_of(self.config)))",
            "text.rest(self.examples.captions())",
            ("test_step.py::test_prompts_of_previews_are_there_after_the_text_encoder_rests",)),
     Mutant("share-without-repeats", _ENGINE, "Regular(more, buckets(more), sum(repeats)",
