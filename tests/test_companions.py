@@ -502,6 +502,19 @@ def rounded(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, 
     return {name: value.to(dtype) for name, value in state.items()}
 
 
+def tensorwise(state: Mapping[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """ComfyUI's marks of numbers: int8_tensorwise, and others that aren't read."""
+    found = {}
+    for name, value in state.items():
+        layer = name.removesuffix(".weight")
+        scale = value.abs().max().float() / 127
+        mark = json.dumps({"format": kind}).encode()
+        found |= {name: (value.float() / scale).round().to(torch.int8),
+                  f"{layer}.weight_scale": scale,
+                  f"{layer}.comfy_quant": torch.tensor(list(mark), dtype=torch.uint8)}
+    return found
+
+
 def scaled(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """As ComfyUI has it."""
     found = {"scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn)}
@@ -516,12 +529,16 @@ def test_the_same_weights_in_other_numbers_are_no_question(tmp_path: Path) -> No
     """The finest is taken; a model that was changed a little is another."""
     half = rounded(weights(0.02), torch.float16)
     files = {"fp8": rounded(half, torch.float8_e4m3fn), "fp16": half,
-             "bf16": rounded(weights(0.02), torch.bfloat16), "scaled": scaled(half)}
+             "bf16": rounded(weights(0.02), torch.bfloat16), "scaled": scaled(half),
+             "int8": tensorwise(half, "int8_tensorwise")}
     for name, state in files.items():
         save_file(state, tmp_path / f"{name}.safetensors")
     found = [tmp_path / f"{name}.safetensors" for name in files]
     assert copies.finest(found) == [tmp_path / "fp16.safetensors"]
     assert copies.finest(reversed(found)) == [tmp_path / "fp16.safetensors"]
+    config = {"vocab_size": 1, "d_model": 1}        # files without a table of words fit any
+    save_file(tensorwise(half, "nvfp4"), tmp_path / "nvfp4.safetensors")
+    assert companions.find_file(tmp_path / "base", "t5", config, NONE) == found[1]
     # What is left after a direction is taken out of each weight, as for "abliterated" models.
     along = torch.nn.functional.normalize(torch.randn(1024, 1), dim=0)
     bent = {name: value.float() - along @ (along.T @ value.float())

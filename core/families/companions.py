@@ -106,6 +106,7 @@ def find_file(source: Path, what: str, config: Mapping[str, Any], known: Chosen)
             raise Fault("families.companion_foreign", path=source, file=path,
                         made_for=vae_files.TITLES[model], wanted=vae_files.TITLES[wanted],
                         fixes=[_taking("vae", path, str(path))])
+    found = [path for path in found if not identify(path).numbers] or found    # that are read here
     found = copies.finest(found) if len(found) > 1 else found
     if len(found) > 1:
         key = "vae" if vae else "text_encoders"

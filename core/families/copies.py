@@ -64,13 +64,14 @@ def _same(fine: Path, coarse: Path, changed: tuple[int, int]) -> bool:
 def _agree(fine: TensorFile, coarse: TensorFile, name: str) -> bool:
     """Whether a weight's first numbers, rounded to those of the other file, are its."""
     dtype = _numbers(coarse, name)
-    if not dtype.is_floating_point:
-        return False
     ours, theirs = (file[name][:ROWS, :COLUMNS].float() for file in (fine, coarse))
     scale = torch.ones(1)
     if (helper := coarse.scaling.scales.get(name)) is not None:
         scale = coarse[helper].float().reshape(-1, 1)[:ROWS]
-    return _share(((ours / scale).to(dtype).float() * scale), theirs) >= EQUAL
+    ours = ours / scale
+    if not dtype.is_floating_point:
+        ours = ours.round().clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    return _share(ours.to(dtype).float() * scale, theirs) >= EQUAL
 
 
 def _share(ours: Tensor, theirs: Tensor) -> float:
