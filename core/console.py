@@ -103,9 +103,13 @@ def debugging(options: argparse.Namespace) -> bool:
 
 # --- Ctrl+C ---
 
+_HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []     # none on Windows
+
+
 @contextlib.contextmanager
 def stop_on_ctrl_c(control: Control, tell: Callable[[str], None]) -> Iterator[None]:
-    """The first Ctrl+C, or a SIGTERM, asks for stop-and-save; the second aborts.
+    """The first Ctrl+C, a SIGTERM or a terminal that closes asks for stop-and-save; a second
+    Ctrl+C aborts.
 
     Where Ctrl+C is ignored (under nohup, behind a shell's `&`) it stays so, and SIGTERM stops.
     """
@@ -121,7 +125,7 @@ def stop_on_ctrl_c(control: Control, tell: Callable[[str], None]) -> Iterator[No
         tell(say("stopping"))
 
     before = {number: signal.signal(number, on_signal)
-              for number in (signal.SIGINT, signal.SIGTERM)
+              for number in (signal.SIGINT, signal.SIGTERM, *_HANGUP)
               if signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield

@@ -79,7 +79,13 @@ def _put_back(path: Path, position: Position, state: State, trainer: Trainer) ->
     base_loras.refuse_others(trainer.base_loras.told, position.base_loras,
                              position.config.get("base_loras", []))
     lowering.apply(trainer, position.lowered)
-    trainer.restore(state)
+    try:
+        trainer.restore(state)
+    except Fault as fault:
+        others = "; ".join(differences(position.config, trainer.config))
+        if fault.code != "engine.other_adapter" or not others:
+            raise
+        raise Fault("engine.other_adapter_keys", keys=others) from fault
     place = _place(position, trainer)
     whole = trainer.course
     same = position.order == whole.order and position.start is not None

@@ -5,6 +5,7 @@ Progress goes to stderr, so that stdout holds answers only.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -43,7 +44,8 @@ class Terminal:
     """Listens to events: `with Terminal() as terminal: run_job(..., listen=terminal)`."""
 
     def __init__(self, file: TextIO | None = None, every_s: float = EVERY_S) -> None:
-        console = Console(file=file or sys.stderr, highlight=False, soft_wrap=True)
+        steady: Any = Steady(file or sys.stderr)
+        console = Console(file=steady, highlight=False, soft_wrap=True)
         self.screen: Screen = Bars(console) if console.is_terminal else Lines(console, every_s)
         self.loss = Smooth()
         self.fault: Faulted | None = None               # told by the caller, as the last line
@@ -84,6 +86,26 @@ class Terminal:
         """Ctrl+C was heard, and the journal's own note of it needn't be told again."""
         self.hushed.add("jobs.stopping")
         self.screen.say(text)
+
+
+class Steady:
+    """A file that may go away: a pipe that nobody reads any more, a terminal that closed, a log
+    on a full disk. What can't be written is lost, the run is not."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):      # ValueError: closed
+            self.file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 class Bars:

@@ -6,8 +6,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from core.endings import said_first
 from core.engine import Trainer, train
 from core.events import Checkpoint, Event, JobEnded, Note, Step
 from core.examples import Encoder, find
+from core.faults import Fault
 from core.precision import choose
 from core.terminal import summary
 from tests import tiny
@@ -302,3 +305,42 @@ def test_one_process_of_a_launcher_goes_on(config: TrainConfig, tmp_path: Path) 
         [sys.executable, "launcher.py", "train", "--config", str(file)], cwd=ROOT, text=True,
         capture_output=True, env=os.environ | {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"})
     assert done.returncode == 0, done.stderr
+
+
+# --- what goes away while a run goes on ---
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_reader_that_goes_away_costs_no_run(config: TrainConfig, tmp_path: Path) -> None:
+    """Its output is a pipe that nobody reads any more: the run comes to its proven LoRA."""
+    file = tmp_path / "c.yaml"
+    file.write_text(dump_yaml(config.with_changes(epochs=1)))
+    process = subprocess.Popen([sys.executable, "launcher.py", "train", "--config", str(file)],
+                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout
+    process.stdout.close()
+    process.wait()
+    view = runs.list_runs()[0]
+    assert (view.state, view.result["proof"]["ok"]) == ("done", True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_terminal_that_closes_saves_the_run(config: TrainConfig, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(dump_yaml(config.with_changes(epochs=1000, save_steps=0)))
+    process = subprocess.Popen([sys.executable, "launcher.py", "train", "--config", str(file)],
+                               cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (started := runs.list_runs()) or not started[0].step:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGHUP)
+    process.wait()
+    view = runs.list_runs()[0]
+    assert view.state == "stopped"
+    assert Path(view.result["checkpoint"]).is_dir()
+
+
+def test_another_rank_is_refused_by_its_name(config: TrainConfig) -> None:
+    run(config, stop=2)
+    with pytest.raises(Fault) as caught:
+        run(config.with_changes(resume=True, lora_rank=4))
+    assert caught.value.code == "engine.other_adapter_keys"
+    assert caught.value.params["keys"] == "lora_rank: 2 -> 4"
