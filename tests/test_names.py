@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -156,6 +158,25 @@ def _take_names(folder: Path, config: TrainConfig, number: int) -> None:
         (folder / "twice").write_text(str(error))
     finally:
         os._exit(0)
+
+
+def test_a_claim_of_a_process_that_is_gone_is_free(tmp_path: Path) -> None:
+    """One that was killed takes its name with it; one that lives keeps it. A pid alone says
+    nothing: another process may have it by now."""
+    config = TrainConfig(output_dir=str(tmp_path), output_name="ink")
+    claim = tmp_path / ".ink.taken"
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    owner = {"pid": child.pid, "create_time": psutil.Process(child.pid).create_time(),
+             "host": platform.node()}
+    for told, gone, name in ((owner, False, "ink-2"), (owner | {"create_time": 1.0}, False, "ink"),
+                             (owner, True, "ink")):
+        if gone:
+            child.kill()
+            child.wait()
+        claim.write_text(json.dumps(told))
+        with Output(tmp_path, config, silent) as one:
+            one.rename()
+            assert one.name == name
 
 
 def test_a_claim_of_another_computer_or_without_content(tmp_path: Path) -> None:

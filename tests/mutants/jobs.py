@@ -105,7 +105,7 @@ MUTANTS = [
            ("test_names.py::test_a_run_that_still_goes_on_is_not_resumed",)),
     Mutant("claims-of-the-dead-stay", "core/output.py",
            "return process is not None and (", "return process is None or (",
-           ("test_names.py::test_a_thousand_claims_under_fire",)),
+           ("test_names.py::test_a_claim_of_a_process_that_is_gone_is_free",)),
     Mutant("names-with-folders", _PATHS, "_NO_NAME = re.compile(r'[<>:\"/",
            "_NO_NAME = re.compile(r'[<>:\"",
            ("test_safety.py::test_names_that_are_no_names",)),
