@@ -352,7 +352,8 @@ def _runs_show(options: argparse.Namespace) -> int:
                  "folder": view.folder, "checkpoints": files, "pictures": len(view.samples)},
                 "run")
     if view.plan and "memory" not in view.result:
-        print(terminal.planned(view.plan))
+        with contextlib.suppress(TypeError, ValueError, KeyError):          # a damaged record
+            print(terminal.planned(view.plan))
     print("\n".join(terminal.summary(view.result)))
     if view.fault:
         print(words.say(view.fault.code, view.fault.params))

@@ -6,10 +6,13 @@ Unknown kinds and unknown fields in a line are ignored, so that an older app rea
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
+
+from pydantic import TypeAdapter
 
 from core.reading import from_json
 
@@ -119,10 +122,18 @@ def to_line(event: Event) -> str:
 
 
 def from_line(line: str) -> Event | None:
-    """The event of a line; None for a torn line or a kind this version doesn't know."""
+    """The event of a line; None for a torn line, values of other types than an event's, or a kind
+    this version doesn't know."""
     try:
         data = from_json(line)
-        cls, known = _SHAPES[data.pop("kind")]
-        return cls(**{k: v for k, v in data.items() if k in known})
-    except (ValueError, KeyError, TypeError, AttributeError):
+        kind = data.pop("kind")
+        _, known = _SHAPES[kind]
+        event: Event = _checks(kind).validate_python({k: v for k, v in data.items() if k in known})
+        return event
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
+
+
+@functools.cache
+def _checks(kind: str) -> TypeAdapter[Any]:
+    return TypeAdapter(KINDS[kind])

@@ -85,7 +85,7 @@ def tail_lines(path: Path, offset: int) -> tuple[list[str], int]:
         with open(path, "rb") as file:
             file.seek(offset)
             data = file.read()
-    except FileNotFoundError:
+    except OSError:                     # not there yet, or no file at all
         return [], offset
     whole = data[:data.rfind(b"\n") + 1]
     return whole.decode("utf-8", "replace").split("\n")[:-1], offset + len(whole)

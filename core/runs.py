@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+from pydantic import TypeAdapter
 
 from core import paths, words
 from core.control import Request
@@ -184,7 +185,7 @@ def _longer(series: tuple[Point, ...], step: int, value: float | None) -> tuple[
 
 def _output_dir(cwd: str, config: dict[str, Any]) -> str:
     folder = config.get("output_dir")
-    return str(Path(cwd, folder)) if folder else ""
+    return str(Path(cwd, folder)) if folder and isinstance(folder, str) else ""
 
 
 # --- runs on disk ---
@@ -276,7 +277,9 @@ def blank(folder: Path) -> JobView:
     facts: dict[str, Any] = {}
     config: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
-        facts = from_json((folder / RUN).read_text("utf-8"))
+        found = from_json((folder / RUN).read_text("utf-8"))
+        facts = {key: value for key, value in found.items() if isinstance(
+            value, (int, float) if key == "created" else str)} if isinstance(found, dict) else {}
     with contextlib.suppress(OSError, ValueError, Fault):
         config = read_flat_yaml((folder / CONFIG).read_text("utf-8"), CONFIG)[0]
     cwd = facts.get("cwd", "")
@@ -351,7 +354,7 @@ def write_owner(folder: Path, owner: Owner) -> None:
 
 def owner_of(folder: Path) -> Owner | None:
     try:
-        return Owner(**from_json((folder / OWNER).read_text("utf-8")))
+        return TypeAdapter(Owner).validate_python(from_json((folder / OWNER).read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -364,5 +367,5 @@ def process_of(owner: Owner | None) -> psutil.Process | None:
         process = psutil.Process(owner.pid)
         same = abs(process.create_time() - owner.create_time) < 2      # s; clocks get corrected
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.Error:
+    except (psutil.Error, ValueError, OverflowError):       # no number that a process can have
         return None

@@ -276,8 +276,11 @@ def summary(result: Mapping[str, Any]) -> list[str]:
     """What a run made, a line each, in a fixed order, below what must be said first; unknown keys
     are for programs."""
     first = [words.say(key, params) for key, params in said_first(result)]
-    rows = [(key, show(result[key])) for key, show in SHOWN.items()
-            if result.get(key) is not None]
+    rows = []
+    for key, show in SHOWN.items():
+        if result.get(key) is not None:
+            with contextlib.suppress(TypeError, ValueError, KeyError):      # a damaged record
+                rows.append((key, show(result[key])))
     if pictures := result.get("samples"):
         folder = Path(pictures[-1]).parent
         rows.append(("samples", words.say("terminal.many", {"count": len(pictures),

@@ -133,7 +133,7 @@ def test_a_fault_crosses_the_process(manager):
     view = manager.wait(manager.start(config("fault", 9)), 20)
     assert (view.state, view.step, view.fault.code) == ("failed", 2, "config.missing")
     assert view.fault.params == {"file": "画/no.yaml", "folder": "/x"}
-    assert view.fault.fixes == [{"key": "smaller", "changes": {"lora_rank": 4}}]
+    assert view.fault.fixes == [{"key": "smaller", "changes": {"lora_rank": 4}, "params": {}}]
     assert "Traceback" in (view.folder / LOG).read_text("utf-8")
 
 

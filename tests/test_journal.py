@@ -192,3 +192,37 @@ def test_an_event_of_a_newer_version_is_skipped(tmp_path):
         writer.append(Step(step=1, total=2, epoch=0.5, loss=None, lr=1e-4, steps_per_s=1.0,
                            eta_s=1.0))
     assert [event.kind for event in read(tmp_path)] == ["note", "step"]
+
+
+STARTED = '{"kind": "started", "at": 1.7e9, "job": "train", "pid": 1, "config": {}}\n'
+DAMAGED = {
+    "run.json": ['[]', '5', '', '{"created": "yesterday", "name": 5, "cwd": null, "job": []}'],
+    "worker.json": ['{"pid": "abc", "create_time": 1}', '{"pid": -5, "create_time": 1}',
+                    '{"pid": 99999999999999999999999, "create_time": 1}', '[]',
+                    f'{{"pid": {os.getpid()}, "create_time": "x"}}'],
+    "config.yaml": ["output_dir: 5\n", "output_dir: [a]\n", "\0\0\0"],
+    "events.jsonl": [
+        '{"kind": "started", "at": 1, "job": "train", "pid": 1, "config": [1]}\n',
+        STARTED + '{"kind": "step", "at": 1, "step": 1, "total": 2, "loss": "x"}\n',
+        STARTED + f'{{"kind": "step", "at": 1, "step": 1, "total": 2, "loss": 1{"0" * 400}}}\n',
+        STARTED + '{"kind": "note", "at": 1, "key": ["a"]}\n',
+        STARTED + '{"kind": "ended", "at": 1, "state": ["x"], "result": "x"}\n',
+        STARTED + '{"kind": "plan", "at": 1, "plan": {"parts": 5}}\n{"kind": "ended", "at": 1, '
+                  '"state": "done", "result": {"lora": 5, "proof": 7, "seconds": "x"}}\n',
+        "\0" * 500]}
+
+
+@pytest.mark.parametrize(("file", "content"), [
+    (file, content) for file, contents in DAMAGED.items() for content in contents])
+def test_a_damaged_record_harms_no_other(file: str, content: str) -> None:
+    """The list, the view and its summary are read as far as they can be."""
+    from core import terminal
+    from core.runs import create_run, list_runs, load_run
+    fine, ill = (create_run("train", "base_model: demo\n", name) for name in ("fine", "ill"))
+    (ill / file).write_text(content)
+    assert {view.id for view in list_runs()} == {fine.name, ill.name}
+    view = load_run(ill.name)
+    terminal.summary(view.result)
+    (ill / "events.jsonl").unlink(missing_ok=True)
+    (ill / "events.jsonl").mkdir()
+    assert load_run(ill.name).id == ill.name
