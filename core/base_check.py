@@ -44,7 +44,7 @@ def check(trainer: Trainer) -> dict[str, Any] | None:
     """
     try:
         errors = measure(trainer)
-    except RuntimeError as reason:
+    except (RuntimeError, MemoryError) as reason:
         if not ran_out(reason):
             raise
         free_memory()

@@ -159,3 +159,21 @@ def test_a_lora_that_the_run_begins_with_is_off(base: Path, tmp_path: Path) -> N
     plain, _ = checked(config(pictures, tmp_path / "a", **options))
     begun, _ = checked(config(pictures, tmp_path / "b", init_lora_weights=str(start), **options))
     assert begun == plain
+
+
+def test_a_check_that_memory_does_not_suffice_for_is_left_out(
+        base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run's own steps have ways to go on with less."""
+    family = type(families.get("sd15"))
+    predict, left = family.predict, [1]
+
+    def short(*inputs: Any) -> Any:
+        if left and not inputs[2].is_meta and left.pop():     # the plan asks before
+            raise MemoryError
+        return predict(*inputs)
+    monkeypatch.setattr(family, "predict", short)
+    result = train(config(tiny.pictures(tmp_path / "p"), tmp_path / "out", base_model=str(base),
+                          max_train_steps=1), lambda _: None, Control())
+    assert result["state"] == "done"
+    assert result["base"] is None
+    assert not left
