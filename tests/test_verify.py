@@ -22,8 +22,8 @@ def run_with(lab: Lab, monkeypatch: pytest.MonkeyPatch, change: Change, **more: 
     """A run whose file is changed between its writing and its proof."""
     plain = Keeper.final
 
-    def final(self: Keeper) -> Path:
-        path = plain(self)
+    def final(self: Keeper, step: int) -> Path:
+        path = plain(self, step)
         save_file({k: v.clone() for k, v in change(load_file(path)).items()}, path,
                   {"ss_base_model_version": "sd_v1"})
         return path
