@@ -17,6 +17,7 @@ from core import lora, objective
 from core.events import Note
 from core.failures import ran_out
 from core.families.detection import identify
+from core.faults import Fault, Fix
 from core.objective import Diffusion
 from core.precision import autocast, free_memory
 from core.safetensors_header import read_header
@@ -56,6 +57,9 @@ def check(trainer: Trainer) -> dict[str, Any] | None:
     fits_other = (errors.get(other, 9.0) <= CLEARLY * errors[kind] and errors[other] <= WELL)
     if fits_other and _may_choose(trainer):
         _tell(trainer, "taken_for_other", errors, kind)
+        if trainer.config.reg_from_base:    # its pictures are there, drawn by the wrong one
+            raise Fault("base_check.regular_of_other", prediction=kind, other=other, fixes=[
+                Fix("fixes.predicts", {"prediction_type": other}, {"prediction": other})])
         _take_for(trainer, other)
         kind, other, fits_other = other, kind, False
     error = errors[kind]

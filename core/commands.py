@@ -72,7 +72,7 @@ def _add_generate(commands: Any) -> None:
         "lora": {"action": "append", "dest": "loras", "metavar": "FILE[:WEIGHT]"},
         "seed": {"type": int}, "steps": {"type": int}, "cfg": {"type": float},
         "size": {"metavar": "W,H"}, "sampler": {}, "clip_skip": {"type": int},
-        "max_tokens": {"type": int}, "count": {"type": int}, "sheet": {},
+        "prediction_type": {}, "max_tokens": {"type": int}, "count": {"type": int}, "sheet": {},
         "out": {"metavar": "DIR"}, "precision": {}, "device": {}, "family": {},
         "vae": {"metavar": "FILE"}, "text_encoder": {
             "action": "append", "dest": "text_encoders", "metavar": "FILE"}, "tokenizer": {}}

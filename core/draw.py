@@ -72,6 +72,7 @@ def draw(config: DrawConfig, emit: Callable[[Event], None], control: Control) ->
     studio = Studio(base, config, emit)
     studio.load()
     studio.read_as(config, loras)
+    studio.predict_as(config, loras)
     shot = studio.shot(config, prompt)
     studio.use(columns[0])                  # whose new words are tokens too
     studio.tell_unread(shot)

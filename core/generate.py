@@ -26,16 +26,18 @@ from core import (
     samplers,
     words,
 )
+from core.cache import fingerprint
 from core.config import GenerateConfig, size_of
 from core.embeddings import reading_of, trimmed, unread, unused_of
 from core.events import Event, Note
 from core.families import companions
-from core.families.base import ALL_PARTS, Family, Parts, Precision
+from core.families.base import ALL_PARTS, Family, Objective, Parts, Precision
 from core.faults import Fault
 from core.lora_file import read_lora
-from core.lora_metadata import CONFIG_KEY
+from core.lora_metadata import BASE_KEY, CONFIG_KEY, short_hash
 from core.lora_names import Lora, checked
 from core.naming import NAMINGS
+from core.objective import zero_terminal
 from core.precision import autocast, choose, tell_numbers
 from core.safetensors_header import data_hash, read_header
 from core.trash import TRASH
@@ -113,6 +115,33 @@ class Studio:
             self.emit(Note(key="generate.clip_skip", params={
                 "clip_skip": reading.clip_skip, "loras": ", ".join(told)}))
         self.parts.reading = reading
+
+    def predict_as(self, config: GenerateConfig, loras: Sequence[Lora]) -> None:
+        """What the base predicts, and whether its schedule ends in noise alone: as the config
+        says; else as previews of the LoRAs that were trained on this very base were drawn."""
+        parts = self.parts
+        if parts.flow is not None:
+            if config.prediction_type != "auto":
+                self.emit(Note(key="engine.not_for_flows", params={"keys": "prediction_type"}))
+            return
+        told = [(one.path.stem, said) for one in loras if (said := trained_prediction(one.path))]
+        here = [(name, said) for name, said in told if said.on(self.family, self.source)]
+        own = here[0][1].prediction if here else parts.objective
+        if config.prediction_type == "auto" and own != parts.objective:
+            self.emit(Note(key="generate.prediction", params={
+                "prediction": own, "base": parts.objective, "lora": here[0][0]}))
+        parts.objective = own if config.prediction_type == "auto" else config.prediction_type
+        parts.scheduler["prediction_type"] = parts.objective
+        others = [f"{name} ({said.prediction})" for name, said in told
+                  if said.prediction != parts.objective]
+        if others:
+            self.emit(Note(key="generate.other_prediction", params={
+                "prediction": parts.objective, "loras": ", ".join(others)}))
+        if (zero := [name for name, said in here if said.zero_snr]) and (
+                parts.objective == "v_prediction"
+                and not parts.scheduler.get("rescale_betas_zero_snr")):
+            zero_terminal(parts)
+            self.emit(Note(key="generate.zero_snr", params={"loras": ", ".join(zero)}))
 
     def load(self) -> None:
         companions.announce(self.family, self.source, self.emit)
@@ -248,6 +277,31 @@ def load_words(parts: Parts, path: Path,
         emit(Note(key="generate.words_missing", params={
             "file": path.name, "words": new_words.beside(path).name}))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedAs:
+    """What a LoRA file says of the base that it was trained on."""
+
+    prediction: Objective
+    zero_snr: bool
+    fingerprint: str                        # of our files
+    short: str                              # of kohya's, where the base was a file
+
+    def on(self, family: Family, source: Path) -> bool:
+        """Whether that base was `source`."""
+        if self.fingerprint:
+            return self.fingerprint == fingerprint(family.weight_files(source, "denoiser"))
+        return source.is_file() and self.short == short_hash(source)
+
+
+def trained_prediction(path: Path) -> TrainedAs | None:
+    """None: the file doesn't say what its base predicted."""
+    told = read_header(lora_formats.weights_file(path)).metadata
+    kinds: dict[str, Objective] = {"epsilon": "epsilon", "v": "v_prediction"}
+    kind = kinds.get(told.get("modelspec.prediction_type", ""))
+    return kind and TrainedAs(kind, told.get("ss_zero_terminal_snr") == "True",
+                              told.get(BASE_KEY, ""), told.get("ss_sd_model_hash", ""))
 
 
 def trained_skip(path: Path) -> int:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CONFIG_KEY = "darkroom.config"
 VERSION_KEY = "darkroom.version"
+BASE_KEY = "darkroom.base_fingerprint"      # of its denoiser: core/cache.py
 BASE_LORAS_KEY = "darkroom.base_loras"     # what belonged to the base, see core/base_loras.py
 TOOL = "lora-darkroom"
 MODELSPEC = "1.0.1"

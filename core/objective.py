@@ -151,7 +151,9 @@ def zero_terminal(parts: Parts) -> None:
     noise alone. Raises Fault for a base that predicts noise: nothing could be learned there."""
     if parts.objective == "epsilon":
         raise Fault("engine.zero_snr_epsilon", fixes=[
-            Fix("fixes.no_zero_snr", {"zero_terminal_snr": False})])
+            Fix("fixes.no_zero_snr", {"zero_terminal_snr": False}),
+            Fix("fixes.predicts", {"prediction_type": "v_prediction"},
+                {"prediction": "v_prediction"})])
     parts.scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 

@@ -16,10 +16,12 @@ from core.distilled import Distilled
 from core.embeddings import batched, reading_of
 from core.events import Event, Phase
 from core.examples import Encoder, Examples, Stopped, add_regular
-from core.families.base import Family, Parts, Precision
+from core.families.base import Family, Part, Parts, Precision
 from core.faults import Fault
 from core.generate import Shot
 from core.precision import free_memory, load_denoiser
+
+PARTS: tuple[Part, ...] = ("denoiser", "vae", "text")     # all decide how pictures look
 
 
 def add(config: TrainConfig, examples: Examples, family: Family, parts: Parts,
@@ -54,9 +56,10 @@ def shots(config: TrainConfig, examples: Examples, own: float = 7.0,
 def draw(config: TrainConfig, wanted: list[Shot], family: Family, parts: Parts,
          precision: Precision, emit: Callable[[Event], None], control: Control) -> Path:
     """-> the folder in the cache that holds these pictures, drawn now if no run drew them yet."""
-    base = fingerprint(family.weight_files(parts.source, "denoiser"))
+    files = [fingerprint(family.weight_files(parts.source, part)) for part in PARTS]
     folder = paths.cache_dir() / "regular" / key(
-        base, parts.scheduler, wanted, *([reading_of(config)] if family.spec.chunked else []))[:20]
+        *files, parts.objective, parts.scheduler, parts.distilled, wanted,
+        *([reading_of(config)] if family.spec.chunked else []))[:20]
     missing = [n for n in range(len(wanted)) if not _picture(folder, n).exists()]
     if not missing:
         return folder

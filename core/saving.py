@@ -31,12 +31,14 @@ from core import (
     pictures,
     resuming,
 )
+from core.cache import fingerprint
 from core.checkpoint import Position, State
 from core.config import dump_yaml, size_of
 from core.events import Checkpoint, Note
 from core.examples import Example
 from core.failures import one_line
 from core.families import companions
+from core.families.base import Family
 from core.faults import Fault
 from core.lora_layers import Lora
 from core.lora_metadata import Bucket, Folder, TrainFacts, build_metadata
@@ -67,7 +69,7 @@ class Keeper:
         self.best_loss: float | None = None
         self.best_step: int | None = None
         self.before_s, self._since = 0.0, began     # s that earlier runs trained; Unix time
-        self._base = _BaseHash(trainer.parts.source)
+        self._base = _BaseHash(trainer.family, trainer.parts.source)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Path] | None = None
         self._again: float | None = None        # monotonic, s: when to try a failed one again
@@ -258,7 +260,8 @@ class Keeper:
             mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(
                 trainer.precision.compute, "no"),
             gradient_checkpointing=config.gradient_checkpointing,
-            extra=base_loras.metadata(trainer.base_loras.told)
+            extra=({lora_metadata.BASE_KEY: self._base.own} if self._base.own else {})
+            | base_loras.metadata(trainer.base_loras.told)
             | companions.metadata(trainer.parts.beside))
 
     def _thumbnail(self) -> bytes:
@@ -308,10 +311,13 @@ def _hashes(path: Path) -> dict[str, str]:
 
 
 class _BaseHash:
-    """The hashes of a single-file base, computed beside the training: gigabytes take seconds."""
+    """What tells a base from others; the hashes of a single file are computed beside the
+    training: gigabytes take seconds."""
 
-    def __init__(self, source: Path) -> None:
-        self._sha256, self.short = "", ""
+    def __init__(self, family: Family, source: Path) -> None:
+        self._sha256, self.short, self.own = "", "", ""
+        with contextlib.suppress(OSError):
+            self.own = fingerprint(family.weight_files(source, "denoiser"))
         self._thread = threading.Thread(target=self._compute, args=(source,), daemon=True)
         if source.is_file():
             self._thread.start()

@@ -228,10 +228,11 @@ def job(snap: Snapshot, desk: Desk, kind: str, values: Mapping[str, Any], device
 
 
 def _companions(snap: Snapshot, base: str) -> dict[str, Any]:
-    """The files that the project names for this base, else those that its last run used."""
+    """The files that the project names for this base and what it takes it for, else those of its
+    last run."""
     configs = [snap.config.model_dump(), *(view.config for view in snap.runs)]  # newest first
     own = next((one for one in configs if base == one.get("base_model", one.get("base"))), {})
-    return {key: own[key] for key in COMPANIONS if own.get(key)}
+    return {key: own[key] for key in (*COMPANIONS, "family", "prediction_type") if own.get(key)}
 
 
 def again(view: JobView, changes: Mapping[str, Any]) -> DrawConfig:

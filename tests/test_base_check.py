@@ -10,12 +10,17 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from core import families, paths
 from core.config import GenerateConfig, TrainConfig
 from core.control import Control
+from core.draw import draw
+from core.draw_config import DrawConfig
 from core.engine import train
 from core.events import Event, Note
+from core.faults import Fault
 from core.generate import Shot, Studio
 from core.terminal import summary
 from tests import tiny, tiny_families
@@ -36,6 +41,8 @@ class Unmarked(StableDiffusion1):
         return parts
     def skeleton(self, source, precision, only=ALL_PARTS):
         return super().skeleton(DEMO, precision, only)
+    def beside(self, source):
+        return super().beside(DEMO)
     def weight_files(self, source, part):
         return super().weight_files(DEMO, part)
 '''
@@ -134,6 +141,75 @@ def test_an_unmarked_file_is_taken_for_what_fits(own_pictures: Path, tmp_path: P
                                    **options))
     assert found["prediction"] == "epsilon"
     assert note.key == "base_check.predicts_other"
+
+
+def drawn(tmp_path: Path, **more: Any) -> tuple[bytes, list[str]]:
+    """One small picture, and the keys of what is told."""
+    told: list[str] = []
+    options = {"prompt": "an apple", "steps": 2, "cfg": 1.5, "size": "64,64", "device": "cpu",
+               "out": str(tmp_path / "drawn")} | more
+    files = draw(DrawConfig(**options), lambda event: told.append(event.key) if isinstance(
+        event, Note) else None, Control())["files"]
+    with Image.open(files[0]) as picture:
+        return picture.tobytes(), told
+
+
+def test_a_base_is_drawn_as_its_loras_were_trained_on_it(own_pictures: Path, tmp_path: Path
+                                                         ) -> None:
+    (tmp_path / "unmarked.py").write_text(UNMARKED, "utf-8")
+    base = str(tiny.tiny_lora(tmp_path / "base.safetensors"))
+    family = f"{tmp_path / 'unmarked.py'}:Unmarked"
+    file = train(config(own_pictures, tmp_path / "out", base_model=base, family=family),
+                 lambda event: None, Control())["lora"]
+    by_itself, _ = drawn(tmp_path, base=base, family=family)
+    right, told = drawn(tmp_path, base=base, family=family, prediction_type="v_prediction")
+    assert by_itself != right
+    assert "generate.prediction" not in told
+    picture, told = drawn(tmp_path, base=base, family=family, loras=[f"{file}:0"])
+    assert picture == right
+    assert "generate.prediction" in told
+    # what the user says counts more, and what that means for the LoRA is told
+    picture, told = drawn(tmp_path, base=base, family=family, loras=[f"{file}:0"],
+                          prediction_type="epsilon")
+    assert picture == by_itself
+    assert "generate.other_prediction" in told
+
+
+def test_another_base_is_drawn_as_it_is(tmp_path: Path) -> None:
+    pictures = tiny.pictures(tmp_path / "p", count=2)
+    bases = [str(tiny.tiny_base(tmp_path / kind, kind)) for kind in ("epsilon", "v_prediction")]
+    file = tmp_path / "epsilon" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: one * 1.01 for name, one in load_file(file).items()}, file, {"format": "pt"})
+    file = train(config(pictures, tmp_path / "out", base_model=bases[1], zero_terminal_snr=True),
+                 lambda event: None, Control())["lora"]
+    plain, _ = drawn(tmp_path, base=bases[0])
+    picture, told = drawn(tmp_path, base=bases[0], loras=[f"{file}:0"])
+    assert picture == plain
+    assert "generate.other_prediction" in told
+    plain, _ = drawn(tmp_path, base=bases[1])
+    picture, told = drawn(tmp_path, base=bases[1], loras=[f"{file}:0"])
+    assert picture != plain
+    assert "generate.zero_snr" in told
+
+
+def test_regularisation_pictures_of_the_wrong_prediction_are_not_learned(
+        own_pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "unmarked.py").write_text(UNMARKED, "utf-8")
+    apple = tmp_path / "apple"
+    apple.mkdir()
+    for name in ("0.png", "0.txt"):
+        shutil.copy(own_pictures / name, apple)
+    options = {"base_model": str(tiny.tiny_lora(tmp_path / "base.safetensors")),
+               "family": f"{tmp_path / 'unmarked.py'}:Unmarked", "trigger_word": "an apple",
+               "reg_from_base": 1, "sample_inference_steps": 2, "max_resolution": 64}
+    with pytest.raises(Fault) as caught:
+        train(config(apple, tmp_path / "out", **options), lambda event: None, Control())
+    assert caught.value.code == "base_check.regular_of_other"
+    before = set(paths.cache_dir().glob("regular/*"))
+    found, _ = checked(config(apple, tmp_path / "out", **options).with_changes(
+        **caught.value.fixes[0].changes))
+    assert found["verdict"] == "fits"
+    assert len(set(paths.cache_dir().glob("regular/*")) - before) == 1      # drawn anew
 
 
 def test_five_forward_passes(own_pictures: Path, tmp_path: Path,
