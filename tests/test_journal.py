@@ -199,7 +199,7 @@ DAMAGED = {
     "run.json": ['[]', '5', '', '{"created": "yesterday", "name": 5, "cwd": null, "job": []}'],
     "worker.json": ['{"pid": "abc", "create_time": 1}', '{"pid": -5, "create_time": 1}',
                     '{"pid": 99999999999999999999999, "create_time": 1}', '[]',
-                    f'{{"pid": {os.getpid()}, "create_time": "x"}}'],
+                    '{"pid": THIS_PROCESS, "create_time": "x"}'],
     "config.yaml": ["output_dir: 5\n", "output_dir: [a]\n", "\0\0\0"],
     "events.jsonl": [
         '{"kind": "started", "at": 1, "job": "train", "pid": 1, "config": [1]}\n',
@@ -213,13 +213,14 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize(("file", "content"), [
-    (file, content) for file, contents in DAMAGED.items() for content in contents])
+    (file, content) for file, contents in DAMAGED.items() for content in contents],
+    ids=[f"{file}-{n}" for file, contents in DAMAGED.items() for n in range(len(contents))])
 def test_a_damaged_record_harms_no_other(file: str, content: str) -> None:
     """The list, the view and its summary are read as far as they can be."""
     from core import terminal
     from core.runs import create_run, list_runs, load_run
     fine, ill = (create_run("train", "base_model: demo\n", name) for name in ("fine", "ill"))
-    (ill / file).write_text(content)
+    (ill / file).write_text(content.replace("THIS_PROCESS", str(os.getpid())))
     assert {view.id for view in list_runs()} == {fine.name, ill.name}
     view = load_run(ill.name)
     terminal.summary(view.result)
