@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from captioner.rules import RULES, Replace, Rule, name_of
 from core import words
 from core.faults import Fault
+from core.reading import problem_of
 
 
 def parse(rules: Iterable[Mapping[str, Any]]) -> tuple[Rule, ...]:
@@ -56,7 +57,7 @@ def _refused(number: int, name: str, cls: type[Rule], given: Mapping[str, Any],
     if first["type"].startswith("missing"):
         return Fault("rules.missing_key", number=number, rule=name, key=key)
     return Fault("rules.bad_value", number=number, rule=name, key=key, value=given.get(key),
-                 problem=first["msg"])
+                 problem=problem_of(first))
 
 
 def _check_regex(number: int, rule: Rule) -> None:

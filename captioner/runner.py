@@ -36,7 +36,7 @@ from core.captions import decode_text, one_line
 from core.control import Control
 from core.events import Captioned, Event, Note, Phase
 from core.faults import Fault
-from core.reading import read_flat_yaml
+from core.reading import problem_of, read_flat_yaml
 
 FLUSH_S = 1.0                               # captions wait so long to be written together;
 FLUSH_SHARE = 0.1                           # longer where a large table takes long to write
@@ -70,7 +70,7 @@ def checked(data: dict[str, Any], source: str, lines: dict[str, int]) -> Caption
                         file=source, line=line, key=key,
                         nearest=close[0] if close else "") from None
         raise Fault("config.bad_value", file=source, line=line, key=key, value=data.get(key),
-                    problem=first["msg"].removeprefix("Value error, ")) from None
+                    problem=problem_of(first)) from None
 
 
 def rules_of(config: CaptionConfig) -> tuple[Rule, ...]:

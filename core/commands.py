@@ -72,13 +72,22 @@ def _add_generate(commands: Any) -> None:
         "lora": {"action": "append", "dest": "loras", "metavar": "FILE[:WEIGHT]"},
         "seed": {"type": int}, "steps": {"type": int}, "cfg": {"type": float},
         "size": {"metavar": "W,H"}, "sampler": {}, "clip_skip": {"type": int},
-        "prediction_type": {}, "max_tokens": {"type": int}, "count": {"type": int}, "sheet": {},
-        "out": {"metavar": "DIR"}, "precision": {}, "device": {}, "family": {},
-        "vae": {"metavar": "FILE"}, "text_encoder": {
-            "action": "append", "dest": "text_encoders", "metavar": "FILE"}, "tokenizer": {}}
-    for name, more in arguments.items():
-        generate.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
-                              help=say(f"arg_generate_{name}"), **more)
+        "max_tokens": {"type": int}, "count": {"type": int}, "sheet": {},
+        "out": {"metavar": "DIR"}, "precision": {}, "device": {}, **_BASE}
+    _add_options(generate, arguments)
+
+
+# How a base is taken, wherever pictures are drawn with it.
+_BASE: dict[str, dict[str, Any]] = {
+    "family": {}, "vae": {"metavar": "FILE"}, "text_encoder": {
+        "action": "append", "dest": "text_encoders", "metavar": "FILE"},
+    "tokenizer": {}, "prediction_type": {}, "distilled": {}}
+
+
+def _add_options(parser: argparse.ArgumentParser, options: Mapping[str, dict[str, Any]]) -> None:
+    for name, more in options.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
+                            help=say(f"arg_generate_{name}"), **more)
 
 
 def _add_lora(commands: Any) -> None:
@@ -92,6 +101,7 @@ def _add_lora(commands: Any) -> None:
     for parser in (info, verify):
         parser.add_argument("file", type=Path, metavar="FILE", help=say("arg_lora_file"))
     verify.add_argument("--base", metavar="MODEL", help=say("arg_lora_base"))
+    _add_options(verify, _BASE)
 
 
 def _add_runs(commands: Any) -> None:
@@ -257,21 +267,13 @@ def found_beside(config: TrainConfig, folder: Path) -> TrainConfig:
 # --- pictures and files ---
 
 def _generate(options: argparse.Namespace) -> int:
-    from pydantic import ValidationError
+    return _drawn(_drawing(options), options)
 
-    from core.config import GenerateConfig
-    from core.draw_config import DrawConfig
-    given = {key: value for key, value in vars(options).items()
-             if key in GenerateConfig.model_fields}
-    given["base"] = str(_base(given.get("base", "demo")))
-    try:
-        config = DrawConfig.model_validate(given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0])
-        raise Fault("commands.bad_option", option=f"--{key}", value=given.get(key),
-                    problem=first["msg"].removeprefix("Value error, ")) from None
-    return _drawn(config, options)
+
+def _drawing(options: argparse.Namespace) -> DrawConfig:
+    from core.draw_config import of_options
+    given = vars(options)
+    return of_options(given | {"base": str(_base(given.get("base") or "demo"))})
 
 
 def _base(name: str) -> Path:
@@ -316,7 +318,7 @@ def _lora_verify(options: argparse.Namespace) -> int:
     from core.terminal import Terminal
     from core.verify import verify
     with Terminal() as terminal:
-        proof = verify(options.file, options.base and _base(options.base), terminal)
+        proof = verify(options.file, _drawing(options) if options.base else None, terminal)
     if options.json:
         print_json(proof)
     else:

@@ -328,6 +328,7 @@ class GenerateConfig(BaseModel):
     max_tokens: int = Field(default=225, ge=75, le=750, multiple_of=75)
     clip_skip: int | None = Field(default=None, ge=1, le=12)    # None: as the LoRAs were trained
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    distilled: Literal["auto", "true", "false"] = "auto"
     count: int = Field(default=1, ge=1, le=1000)
     sheet: str = ""                        # weights=0,0.8 | checkpoints=100,200
     out: str = "./output/generate"

@@ -3,13 +3,15 @@ Without torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, ValidationError
 
 from core.config import GenerateConfig
 from core.faults import Fault
-from core.reading import read_flat_yaml
+from core.reading import problem_of, read_flat_yaml
 
 SHEET = -1                                  # a Sample's `step` where it is no column
 
@@ -33,4 +35,16 @@ def load(path: Path) -> DrawConfig:
         first = error.errors()[0]
         key = str(first["loc"][0])
         raise Fault("config.bad_value", file=path, line=lines.get(key, "?"), key=key,
-                    value=data.get(key), problem=first["msg"]) from None
+                    value=data.get(key), problem=problem_of(first)) from None
+
+
+def of_options(given: Mapping[str, Any]) -> DrawConfig:
+    """What a command line asks for, with options of other meaning beside it. Raises Fault."""
+    known = {key: value for key, value in given.items() if key in DrawConfig.model_fields}
+    try:
+        return DrawConfig.model_validate(known)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        raise Fault("commands.bad_option", option=f"--{key.replace('_', '-')}",
+                    value=known.get(key), problem=problem_of(first)) from None

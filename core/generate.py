@@ -61,7 +61,7 @@ class Studio:
 
     def __init__(self, source: Path, config: GenerateConfig,
                  emit: Callable[[Event], None]) -> None:
-        self.source, self.emit = source, emit
+        self.source, self.emit, self.distilled = source, emit, config.distilled
         kind = families.detect(source) if config.family == "auto" else config.family
         self.family: Family = families.get(kind, companions.chosen(config))
         self.precision = choose(config.precision, config.device, kind)
@@ -146,6 +146,8 @@ class Studio:
     def load(self) -> None:
         companions.announce(self.family, self.source, self.emit)
         self.parts: Parts = self.family.load(self.source, self.precision, ALL_PARTS)
+        if self.distilled != "auto":
+            self.parts.distilled = distilled.of(self.source, self.distilled)
         self.pipeline: Any = self.family.pipeline(self.parts)
 
     def use(self, loras: Sequence[Lora]) -> None:

@@ -103,7 +103,7 @@ def problem_of(error: Any) -> Any:
     """What pydantic found wrong, in our words; its own where we have none."""
     code = f"config.must_{_SAME.get(error['type'], error['type'])}"
     if code not in words.catalogue("en"):
-        return error["msg"]
+        return error["msg"].removeprefix("Value error, ")
     return {"say": code, **{name: str(value).replace(" or ", ", ")
                             for name, value in error.get("ctx", {}).items()}}
 

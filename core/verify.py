@@ -16,13 +16,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from core import families, generate, lora, new_words
+from core import generate, lora, new_words
+from core.config import GenerateConfig
 from core.events import Event, Phase
-from core.families.base import ALL_PARTS, Family, Parts, Precision
+from core.families.base import Family, Parts, Precision
 from core.lora_file import describe
 from core.lora_formats import weights_file
+from core.lora_names import Lora
 from core.plan import PROOF_SIDE
-from core.precision import choose, free_memory, load_denoiser
+from core.precision import free_memory, load_denoiser
 from core.safetensors_header import read_header
 
 if TYPE_CHECKING:
@@ -35,18 +37,22 @@ FAINT = TOLERANCE           # a change below it can't be told from rounding: alm
 _STEPS, _SEED = 6, 1
 
 
-def verify(path: Path, base: Path | None, emit: Callable[[Event], None]) -> dict[str, Any]:
-    """Checks any LoRA file; `base` draws pictures with it, without one only the file is read."""
+def verify(path: Path, config: GenerateConfig | None, emit: Callable[[Event], None]
+           ) -> dict[str, Any]:
+    """Checks any LoRA file; `config` says on which base pictures are drawn with it, without one
+    only the file is read."""
     file = weights_file(path)
     info = describe(file)
     report: dict[str, Any] = {"file": str(path), "format": info.format, "family": info.family}
-    if base is None:
+    if config is None:
         return report | {"ok": True, "keys": len(read_header(file).tensors), "drawn": False}
-    kind = families.detect(base)
-    family, precision = families.get(kind), choose("auto", family=kind)
+    studio = generate.Studio(Path(config.base), config, emit)
     emit(Phase(name="load"))
-    parts = family.load(base, precision, ALL_PARTS)
-    return report | _draw_and_compare(family, parts, precision, path, "", None)
+    studio.load()
+    studio.read_as(config, [Lora(path, 1.0)])
+    studio.predict_as(config, [Lora(path, 1.0)])
+    return report | _draw_and_compare(studio.family, studio.parts, studio.precision, path, "",
+                                      None)
 
 
 def verify_run(trainer: Trainer, path: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ SWEEP = (0.0, 0.4, 0.8, 1.0)
 MOST_LORAS = 60                         # of runs, in the list of what can be added
 MOST_ADDED = 8
 LEAST, MOST = -1.0, 2.0                 # of a weight
+TAKEN_FOR = ("family", "prediction_type", "distilled")     # keys that say what a base is
 TYPED = ("prompt", "negative", "seed", "steps", "cfg", "size", "sampler", "clip_skip", "count",
          "same_seed")
 
@@ -232,7 +233,7 @@ def _companions(snap: Snapshot, base: str) -> dict[str, Any]:
     last run."""
     configs = [snap.config.model_dump(), *(view.config for view in snap.runs)]  # newest first
     own = next((one for one in configs if base == one.get("base_model", one.get("base"))), {})
-    return {key: own[key] for key in (*COMPANIONS, "family", "prediction_type") if own.get(key)}
+    return {key: own[key] for key in (*COMPANIONS, *TAKEN_FOR) if own.get(key)}
 
 
 def again(view: JobView, changes: Mapping[str, Any]) -> DrawConfig:

@@ -57,6 +57,16 @@ def test_the_same_as_json(run: Run, tmp_path: Path) -> None:
     assert told.json == {"ok": False, "fault": "config.unknown_key", "message": told.err.strip()}
 
 
+@pytest.mark.parametrize(("lang", "problem"), [
+    ("en", "it must be a multiple of 75"), ("zh-CN", "75")])
+def test_a_bad_option_is_called_as_it_is_typed(run: Run, lang: str, problem: str) -> None:
+    told = run("generate", "--prompt", "x", "--max-tokens", "80", lang=lang)
+    assert told.code == 2
+    assert "--max-tokens 80" in told.err
+    assert problem in told.err
+    assert "Input should be" not in told.err
+
+
 @pytest.mark.parametrize("argv", [
     ["train", "--config", "no.yaml"], ["lora", "info", "no.safetensors"],
     ["lora", "verify", "no.safetensors"], ["runs", "show", "nothing"], ["runs", "resume", "last"],
@@ -302,6 +312,9 @@ def test_from_pictures_to_a_lora_and_back(run: Run, base: Path, tmp_path: Path) 
     assert (info.json["format"], info.json["ranks"]) == ("kohya", [8])
     assert "kohya" in run("lora", "info", lora, lang="zh-CN").out
     proof = run("lora", "verify", lora, "--base", base, "--json")
+    for key in ("--vae", "--text-encoder"):         # read as `generate` reads them
+        assert "no_such.safetensors" in run("lora", "verify", lora, "--base", base, key,
+                                            "no_such.safetensors").err
     assert proof.json["matched"] == proof.json["modules"] > 0
     assert proof.code == (0 if proof.json["ok"] else 1)
     drawn = run("generate", "--base", base, "--prompt", f"a disc <lora:{lora.stem}:0.8>", "--steps",

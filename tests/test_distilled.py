@@ -171,6 +171,7 @@ def test_pictures_drawn_on_demand(tmp_path: Path) -> None:
     for changes, drawn, notes in (
             ({}, "Steps: 8, Sampler: DDIM, CFG scale: 1,", ["distilled.drawn"]),
             ({"steps": 2}, "Steps: 2, Sampler: DDIM, CFG scale: 1,", ["distilled.drawn"]),
+            ({"distilled": "false", "steps": 2}, "Steps: 2, Sampler: DDIM, CFG scale: 7,", []),
             ({"steps": 2, "cfg": 5.0}, "Steps: 2, Sampler: DDIM, CFG scale: 5,", [])):
         events: list[Event] = []
         draw(DrawConfig(base=str(base), prompt="red disc", out=str(tmp_path / "out"),

@@ -185,7 +185,7 @@ def test_every_sampler_draws(base: Path) -> None:
 
 
 def test_verify_tells_good_from_bad(base: Path, lora: Path, tmp_path: Path) -> None:
-    report = verify(lora, base, lambda event: None)
+    report = verify(lora, DrawConfig(base=str(base)), lambda event: None)
     assert report["ok"]
     assert report["matched"] == report["modules"] > 0
     from safetensors.torch import load_file, save_file
@@ -193,10 +193,10 @@ def test_verify_tells_good_from_bad(base: Path, lora: Path, tmp_path: Path) -> N
     nothing = tmp_path / "nothing.safetensors"
     save_file({k: torch.zeros_like(v) if "lora_up" in k else v for k, v in tensors.items()},
               nothing)
-    assert not verify(nothing, base, lambda event: None)["ok"]
+    assert not verify(nothing, DrawConfig(base=str(base)), lambda event: None)["ok"]
     other = tmp_path / "other.safetensors"
     save_file({k.replace("mid_block", "mid_block_gone"): v for k, v in tensors.items()}, other)
-    part = verify(other, base, lambda event: None)
+    part = verify(other, DrawConfig(base=str(base)), lambda event: None)
     assert not part["ok"]
     assert 0 < part["matched"] < part["modules"]
     notes: list[Any] = []
@@ -204,4 +204,4 @@ def test_verify_tells_good_from_bad(base: Path, lora: Path, tmp_path: Path) -> N
     assert any(getattr(n, "key", "") == "generate.lora_partly" for n in notes)
     save_file({f"x_{k}": v for k, v in tensors.items()}, other)
     with pytest.raises(Fault, match="doesn't fit this base"):
-        verify(other, base, lambda event: None)
+        verify(other, DrawConfig(base=str(base)), lambda event: None)

@@ -87,7 +87,7 @@ def test_files_are_kohyas_and_draw_what_was_learned(make: Make, v_base: Path,
     assert describe(path).scales == (1.0,)
     words = load_file(new_words.beside(path))
     assert words["emb_params"].shape == (2, 32)
-    assert verify.verify(path, v_base, lambda event: None)["ok"]
+    assert verify.verify(path, GenerateConfig(base=str(v_base)), lambda event: None)["ok"]
     studio = Studio(v_base, GenerateConfig(base=str(v_base)), lambda event: None)
     studio.load()
 
