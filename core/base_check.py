@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from core import lora, objective
+from core import lora, objective, paths
 from core.events import Note
 from core.failures import ran_out
 from core.families.detection import identify
@@ -37,7 +37,7 @@ def check(trainer: Trainer) -> dict[str, Any] | None:
     """Measures the base with the LoRA off, by at most five forward passes of one picture each,
     tells what came out, and returns it for the summary: `error` and, of a noise schedule,
     `other_error`, both as shares of the target's variance (1: as bad as guessing the mean),
-    `verdict` (fits | near | wrong) and `prediction`.
+    `verdict` (fits | near | wrong | new: to the base that ships) and `prediction`.
 
     A single file that doesn't say whether it predicts noise or v, and fits the other one clearly,
     is taken for that from here on, unless the config says `prediction_type`. None where memory
@@ -63,10 +63,12 @@ def check(trainer: Trainer) -> dict[str, Any] | None:
         _take_for(trainer, other)
         kind, other, fits_other = other, kind, False
     error = errors[kind]
-    verdict = ("wrong" if error > WORSE_THAN_THE_MEAN or fits_other
-               else "near" if error > NEAR_THE_MEAN else "fits")
-    key = "predicts_other" if fits_other else verdict + (
-        "_flow" if verdict == "wrong" and not other else "")
+    verdict = ("fits" if error <= NEAR_THE_MEAN and not fits_other
+               else "new" if _built_in(trainer)
+               else "wrong" if error > WORSE_THAN_THE_MEAN or fits_other else "near")
+    helps = errors.get(other, WORSE_THAN_THE_MEAN) < WORSE_THAN_THE_MEAN
+    key = ("predicts_other" if fits_other and verdict == "wrong"
+           else "wrong_parts" if verdict == "wrong" and not helps else verdict)
     _tell(trainer, key, errors, kind)
     found: dict[str, Any] = {"error": round(error, 3), "verdict": verdict, "prediction": kind}
     return found | ({"other_error": round(errors[other], 3)} if other else {})
@@ -118,6 +120,15 @@ def _errors(trainer: Trainer, index: int, share: float) -> dict[str, Tensor]:
     return {kind: torch.stack([(predicted - wanted).square().mean(),
                                wanted.var((2, 3), correction=0).mean()])
             for kind, wanted in targets.items()}
+
+
+def _built_in(trainer: Trainer) -> bool:
+    """Whether it is the base that ships with the program, as it is: what that one predicts is
+    known, and most pictures are beyond the few that it learned from."""
+    config = trainer.config
+    return (trainer.parts.source == paths.DEMO / "base"
+            and config.prediction_type in ("auto", "v_prediction")
+            and not (config.vae or config.text_encoders or config.tokenizer))
 
 
 def _may_choose(trainer: Trainer) -> bool:

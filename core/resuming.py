@@ -96,7 +96,7 @@ def _put_back(path: Path, position: Position, state: State, trainer: Trainer) ->
     if changed:
         trainer.emit(Note(key="engine.resumed_otherwise", params={
             "keys": "; ".join(changed), "samples": place.samples,
-            "left": trainer.total - position.update}))
+            "left": max(0, trainer.total - position.update)}))
     known = position.order.split(" ")[0]
     if known != whole.data if known else position.samples not in (0, whole.samples_per_epoch):
         trainer.emit(Note(key="engine.other_pictures", params={

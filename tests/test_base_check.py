@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from core import families, paths
@@ -98,9 +99,38 @@ def test_the_wrong_prediction_is_worse_than_guessing(own_pictures: Path, tmp_pat
 
 
 def test_a_style_that_the_base_never_saw_is_a_caution(tmp_path: Path) -> None:
-    found, [note] = checked(config(paths.DEMO / "pictures", tmp_path))
+    base = shutil.copytree(paths.DEMO / "base", tmp_path / "base")
+    found, [note] = checked(config(paths.DEMO / "pictures", tmp_path / "out",
+                                   base_model=str(base)))
     assert found["verdict"] == "near"
     assert note.key == "base_check.near"
+
+
+def test_the_built_in_base_is_right_whatever_the_pictures_are(tmp_path: Path) -> None:
+    """It ships with the program: the demo, and a first try on pictures of one's own, alarm
+    nobody."""
+    for pictures in (paths.DEMO / "pictures", tiny.pictures(tmp_path / "p")):
+        found, [note] = checked(config(pictures, tmp_path / "out"))
+        assert found["error"] > 0.8
+        assert (found["verdict"], note.key) == ("new", "base_check.new")
+        assert "".join(summary({"base": found}))
+
+
+def test_a_prediction_that_is_no_better_is_not_advised(tmp_path: Path) -> None:
+    """Heaps of loud ellipses, which are beyond the demo base either way."""
+    base, dice = shutil.copytree(paths.DEMO / "base", tmp_path / "base"), Random(0)
+    folder = tmp_path / "p"
+    folder.mkdir()
+    for i in range(5):
+        picture = Image.new("RGB", (96, 96))
+        for _ in range(60):
+            x, y, w, h = (dice.randrange(96) for _ in range(4))
+            ImageDraw.Draw(picture).ellipse((x, y, x + w // 3, y + h // 3),
+                                            tuple(dice.randbytes(3)))
+        picture.save(folder / f"{i}.png")
+    found, [note] = checked(config(folder, tmp_path / "out", base_model=str(base)))
+    assert min(found["error"], found["other_error"]) > 1
+    assert note.key == "base_check.wrong_parts"
 
 
 def test_a_wrong_vae_is_seen(own_pictures: Path, tmp_path: Path) -> None:
@@ -125,7 +155,7 @@ def test_a_flow_that_knows_nothing_is_worse_than_guessing(family: str, tmp_path:
     assert found["prediction"] == "flow"
     assert "other_error" not in found
     assert (found["verdict"] == "wrong") == (found["error"] > 1) == (
-        note.key == "base_check.wrong_flow")
+        note.key == "base_check.wrong_parts")
 
 
 def test_an_unmarked_file_is_taken_for_what_fits(own_pictures: Path, tmp_path: Path) -> None:

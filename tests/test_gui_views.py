@@ -178,8 +178,8 @@ def test_a_fault_is_a_card_with_its_fixes_and_no_traceback_first(
 def test_a_base_that_does_not_fit_stands_on_top(ctx: Context, tmp_path: Path) -> None:
     params = {"error": "1.39", "other_error": "0.08", "prediction": "epsilon",
               "other": "v_prediction"}
-    for key, there in (("fits", False), ("near", False), ("wrong", True), ("wrong_flow", True),
-                       ("predicts_other", True)):
+    for key, there in (("fits", False), ("near", False), ("new", False), ("wrong", True),
+                       ("wrong_parts", True), ("predicts_other", True)):
         shown = view(tmp_path, notes=(Note(key=f"base_check.{key}", params=params),))
         head = run.head(ctx, shown, Snapshot(runs=(shown,)))
         assert ('class="card warning"' in head) == ("1.39" in head) == there
