@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Made = tuple[Lora, new_words.NewWord | None]
 AGAIN_S = 60.0              # after a checkpoint failed: a disk may be emptied meanwhile
+CLOCKS_S = 2.0              # exFAT counts a file's time in so many seconds
 _THUMBNAIL = 256            # px
 
 
@@ -265,11 +266,13 @@ class Keeper:
             | companions.metadata(trainer.parts.beside))
 
     def _thumbnail(self) -> bytes:
-        """The newest preview, else the first training picture."""
-        previews = sorted(checkpoint.previews_of(self.output.folder, self.name))
-        path = (previews[-1] if previews
-                else self.trainer.examples.items[0].picture.path)
+        """The newest preview of this run, else the first training picture: a run of the same name
+        that was killed before its first checkpoint leaves pictures, too."""
         try:
+            previews = [(made, path) for path in checkpoint.previews_of(
+                self.output.folder, self.name)
+                if (made := path.stat().st_mtime) > self.began - CLOCKS_S]
+            path = max(previews)[1] if previews else self.trainer.examples.items[0].picture.path
             image = pictures.open_picture(path)
         except (OSError, Fault):            # deleted in the meantime
             return b""

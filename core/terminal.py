@@ -246,8 +246,9 @@ def _share(value: Any) -> str:
 
 # a result's key -> how its value reads
 def _best(value: Mapping[str, Any]) -> str:
-    return words.say("terminal.best", {"path": value["lora"], "step": value["step"],
-                                       "loss": f"{value['validation']:.4f}"})
+    key = "terminal.best" if value["lora"] else "terminal.best_not_saved"
+    return words.say(key, {"path": value["lora"], "step": value["step"],
+                           "loss": f"{value['validation']:.4f}"})
 
 
 def _proof(value: Mapping[str, Any]) -> str:

@@ -186,6 +186,12 @@ def test_a_base_that_does_not_fit_stands_on_top(ctx: Context, tmp_path: Path) ->
         assert "1.39" in run.notes(ctx, shown)
 
 
+def test_far_too_few_updates_stand_on_top(ctx: Context, tmp_path: Path) -> None:
+    params = {"looks": "2", "pictures": 6, "key": "epochs", "usual": 217, "value": 217}
+    shown = view(tmp_path, notes=(Note(key="advisor.too_few", params=params),))
+    assert "217" in run.head(ctx, shown, Snapshot(runs=(shown,)))
+
+
 def test_what_comes_from_outside_is_escaped(ctx: Context, tmp_path: Path) -> None:
     shown = view(tmp_path, name=NASTY, state="failed", ended=5.0, notes=(
         Note(key="jobs.no_permission", params={"file": NASTY}),),

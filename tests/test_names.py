@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import platform
@@ -16,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from PIL import Image, ImageStat
 from safetensors.torch import load_file
 
 from core import checkpoint, paths, runs, trash
@@ -378,6 +381,21 @@ def test_the_name_of_another_lora_is_not_ours(config: TrainConfig, tmp_path: Pat
     assert Path(other["lora"]).read_bytes() == before
     assert Path(result["lora"]).name == "cat-3.safetensors"
     assert told(events, "engine.other_name")
+
+
+def test_a_dead_runs_preview_is_not_the_loras_thumbnail(config: TrainConfig, tmp_path: Path
+                                                        ) -> None:
+    """A run that was killed before its first checkpoint leaves previews of a name that is free."""
+    old = tmp_path / "out" / "samples" / "ink-000900-0.png"
+    old.parent.mkdir(parents=True)
+    Image.new("RGB", (64, 64), (255, 0, 255)).save(old)
+    os.utime(old, (time.time() - 3600,) * 2)
+    result = train(config.with_changes(sample_prompts=[], max_train_steps=1), silent, Control())
+    assert Path(result["lora"]).name == "ink.safetensors"
+    url = read_header(Path(result["lora"])).metadata["modelspec.thumbnail"]
+    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as thumbnail:
+        found = ImageStat.Stat(thumbnail.convert("RGB")).mean
+    assert found[1] > 20                                    # a magenta picture has no green
 
 
 def test_a_checkpoint_replaces_and_deletes_only_its_own_runs(tmp_path: Path) -> None:

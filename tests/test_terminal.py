@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from core import terminal
+from core import terminal, words
 from core.events import Checkpoint, Faulted, JobEnded, Note, Phase, Sample, Step
 from core.terminal import Bars, Lines, Smooth, Terminal
 
@@ -139,6 +139,14 @@ def test_summary() -> None:
         ["subjects kept", "90 %"], ["memory", "1530 MB planned, 1498 MB at the most in use"],
         ["previews", "3 in /x/p"]]
     assert terminal.summary({}) == []
+
+
+def test_the_best_step_without_a_checkpoint_is_told() -> None:
+    best = {"step": 4, "validation": 0.81534, "lora": None}
+    for key, lora in (("terminal.best_not_saved", None), ("terminal.best", "/x/a.safetensors")):
+        [line] = terminal.summary({"best": best | {"lora": lora}})
+        assert line.endswith(words.say(key, {"step": 4, "loss": "0.8153", "path": lora}))
+        assert "None" not in line
 
 
 def test_tables_count_wide_characters_twice() -> None:

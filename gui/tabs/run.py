@@ -37,7 +37,8 @@ PHASES = ("scan", "load", "cache", "train", "save", "verify")
 ALIAS = {"check": "scan", "texts": "cache", "regular": "cache", "draw": "train", "download": "load"}
 MOST_NOTES = 30
 # Notes that decide whether the LoRA will be of use: they stand on top of the run.
-ALARMS = ("base_check.wrong", "base_check.wrong_parts", "base_check.predicts_other")
+ALARMS = ("base_check.wrong", "base_check.wrong_parts", "base_check.predicts_other",
+          "advisor.too_few")
 
 
 class RunView:
