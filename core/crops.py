@@ -93,11 +93,11 @@ def base_facts(source: Path, config: TrainConfig = USUAL,
                sizes: Callable[[Base], Mapping[str, float]] = plan.sizes) -> BaseFacts:
     """Facts of a base, by the engine's own code (`sizes`), for a run of `config`. Raises Fault
     where it is no base."""
-    base = Base.of(source)
+    base = Base.of(source, config.family)
     found = sizes(base)
     rule = Rule.of(config, int(found["native"]), int(found["step"]))
     counter, folder = None, source / "tokenizer"
-    if families.MODULES[base.family].chunked:
+    if base.family in families.MODULES and families.MODULES[base.family].chunked:
         counter = TokenCounter(folder if folder.is_dir() else TOKENIZER)
     limit = families.token_limit(base.family, config.max_tokens)
     return BaseFacts(**asdict(rule), base=source.name, token_limit=limit, count_tokens=counter)

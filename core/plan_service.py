@@ -51,7 +51,7 @@ def sizes_beside(base: Base) -> dict[str, float]:
     """plan.sizes for the window's process: torch comes into another one, once for each base."""
     if (known := plan.known_sizes(base)) is not None:
         return known
-    question = json.dumps({"sizes": str(base.source)}) + "\n"
+    question = json.dumps({"sizes": str(base.source), "family": base.family}) + "\n"
     done = subprocess.run(
         children.command("plan-service"), input=question, env=children.environment(),
         capture_output=True, encoding="utf-8", timeout=LONGEST_S, check=False,
@@ -65,9 +65,9 @@ def sizes_beside(base: Base) -> dict[str, float]:
 
 def _answer(question: dict[str, Any]) -> dict[str, Any]:
     if "sizes" in question:
-        return {"sizes": plan.sizes(Base.of(Path(question["sizes"])))}
+        return {"sizes": plan.sizes(Base.of(Path(question["sizes"]), question["family"]))}
     config = TrainConfig.model_validate(question["config"])
-    base = weigh.base_of(config.base_model or next(iter(families.MODULES)))
+    base = weigh.base_of(config.base_model or next(iter(families.MODULES)), config.family)
     machine = weigh.machine_here(config.device)
     found: dict[str, Any] = {}
     pictures = None

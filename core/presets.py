@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from core import advisor, captions, families, paths, reading, words
+from core import advisor, captions, extensions, families, paths, reading, words
 from core.config import (
     FOREIGN,
     TrainConfig,
@@ -26,6 +26,7 @@ from core.config import (
     parse_train_config,
     resolve,
 )
+from core.families import detection
 from core.faults import Fault
 from core.plan import Machine, Verdict
 
@@ -99,8 +100,9 @@ def find(name: str, family: str, purpose: str = PURPOSE) -> Preset:
                 known=", ".join(dict.fromkeys(one.said("title") for one in here)))
 
 
-def family_of(base_model: str, beside: Path | None = None) -> str:
-    """The folder of presets for a config's `base_model`. Raises Fault where nothing is there."""
+def family_of(base_model: str, beside: Path | None = None, family: str = "auto") -> str:
+    """The folder of presets for a config's `base_model`, or of the `family` that it is named to
+    be. Raises Fault where nothing is there."""
     if not base_model:
         return next(iter(families.MODULES))
     if base_model == "demo" or base_model in families.MODULES:
@@ -108,7 +110,15 @@ def family_of(base_model: str, beside: Path | None = None) -> str:
     path = resolve(base_model, beside)
     if path.exists() and path.samefile(paths.DEMO / "base"):
         return "demo"
-    return families.detect(path)
+    if family in families.MODULES:
+        detection.expect(path, family)
+        return family
+    try:
+        return families.detect(path)
+    except Fault:
+        if extensions.is_named(family) and path.exists():
+            return family                   # one's own may read any file
+        raise
 
 
 def _files() -> Iterator[Path]:
@@ -271,8 +281,8 @@ def train_config(name: str, path: Path | None, overrides: Mapping[str, str] | No
                  purpose: str = PURPOSE) -> tuple[TrainConfig, Preset, tuple[str, ...]]:
     """`train --preset NAME [--config FILE] [--set ...]`: the config, the preset, and the fields
     that the preset set. Raises Fault as load_train_config does, with the file's own lines."""
-    own, base = _own(path, overrides or {})
-    preset = find(name, family_of(base, path.parent if path else None), purpose)
+    own, base, family = _own(path, overrides or {})
+    preset = find(name, family_of(base, path.parent if path else None, family), purpose)
     kept = _below(preset.set, own)
     text = {key: json.dumps(value) for key, value in kept.items()} | dict(overrides or {})
     config = (load_train_config(path, text) if path
@@ -280,8 +290,8 @@ def train_config(name: str, path: Path | None, overrides: Mapping[str, str] | No
     return config, preset, tuple(kept)
 
 
-def _own(path: Path | None, overrides: Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    """The keys that a user wrote, with their values, and the base model."""
+def _own(path: Path | None, overrides: Mapping[str, str]) -> tuple[dict[str, Any], str, str]:
+    """The keys that a user wrote, with their values, the base model and its family."""
     given = load_train_config(path, overrides) if path else parse_train_config(
         "", "--set", overrides)
     data: Mapping[str, Any] = {}
@@ -289,7 +299,8 @@ def _own(path: Path | None, overrides: Mapping[str, str]) -> tuple[dict[str, Any
         data, _ = reading.read_flat_yaml(captions.decode_text(path.read_bytes()), str(path))
     elif path is not None:
         data = given.model_dump(exclude_unset=True)
-    return ({key: getattr(given, key) for key in (*data, *overrides)}, given.base_model)
+    return ({key: getattr(given, key) for key in (*data, *overrides)}, given.base_model,
+            given.family)
 
 
 # --- against a machine ---

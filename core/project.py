@@ -51,7 +51,8 @@ class Project(BaseModel):
         if not self.preset:
             return None
         try:
-            family = presets.family_of(str(self.edits.get("base_model", "")))
+            family = presets.family_of(str(self.edits.get("base_model", "")),
+                                       family=str(self.edits.get("family", "auto")))
             return next((one for one in known_presets(family) if one.slug == self.preset), None)
         except Fault:
             return None

@@ -35,7 +35,8 @@ from gui.context import House, Snapshot
 
 RECHECK_S = 2.0                 # after an edit, so that several edits cost one check
 REREAD_S = 2.0                  # between looks at captions that a job is writing
-RULE = ("max_resolution", "bucket_no_upscale", "min_bucket_side", "max_bucket_side", "max_tokens")
+RULE = ("max_resolution", "bucket_no_upscale", "min_bucket_side", "max_bucket_side", "max_tokens",
+        "family")
 STEPS = ("names", "captions", "check")
 
 

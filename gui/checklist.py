@@ -65,10 +65,10 @@ def _base(ctx: Context, snap: Snapshot) -> Item:
     if not base:
         return Item("bad", ctx.say("no_base"))
     try:
-        family = presets.family_of(base)
+        family = presets.family_of(base, family=snap.config.family)
     except Fault as fault:
         return Item("bad", ctx.told(fault))
-    if unfit := _unfit(ctx, base):
+    if snap.config.family == "auto" and (unfit := _unfit(ctx, base)):
         return Item("bad", unfit)
     return Item("ok", ctx.say("base_is", base=Path(base).name, family=family))
 

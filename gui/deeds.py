@@ -69,8 +69,9 @@ def save_preset(ctx: Context, title: str) -> None:
     snap = house.snapshot()
     plan = snap.forecast.answer.get("plan") or {}
     card = (plan.get("machine") or {}).get("kind") == "cuda"
+    family = presets.family_of(snap.config.base_model, family=snap.config.family)
     made = presets.save_own(
-        title, presets.family_of(snap.config.base_model), snap.project.purpose, snap.config,
+        title, family, snap.project.purpose, snap.config,
         presets.needs_of(plan.get("needs_mb", 0), card))
     house.projects.change(preset=made.slug)
     ctx.page.tell(ctx.say("presets.own_saved", title=title))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from core import families, intake, lora_file, lora_names, paths, trash
+from core import intake, lora_file, lora_names, paths, trash
 from core.faults import Fault
 from core.lora_export import Place, convert_to, copy_to, find_places, fits
 from core.runs import JobView
@@ -70,10 +70,11 @@ class Desk:
         except (OSError, Fault):
             return None
 
-    def take(self, file: Path, base: Path) -> lora_file.Info:
+    def take(self, file: Path, kind: str) -> lora_file.Info:
         """A copy of a LoRA that was dropped, as uploads don't last. Raises Fault where it is no
-        LoRA for the base."""
-        lora_names.checked(file, families.detect(base))
+        LoRA for the base, whose family is `kind`; empty: one that takes any."""
+        if kind:
+            lora_names.checked(file, kind)
         clean = file.with_name(f"{intake.clean(file.stem)}.safetensors")
         if clean != file:
             file = file.rename(clean)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from core import lora_names, paths
+from core import extensions, families, lora_names, paths
 from core.config import COMPANIONS
 from core.draw_config import SHEET, DrawConfig
 from core.faults import Fault
@@ -234,6 +234,15 @@ def _companions(snap: Snapshot, base: str) -> dict[str, Any]:
     configs = [snap.config.model_dump(), *(view.config for view in snap.runs)]  # newest first
     own = next((one for one in configs if base == one.get("base_model", one.get("base"))), {})
     return {key: own[key] for key in (*COMPANIONS, *TAKEN_FOR) if own.get(key)}
+
+
+def kind_of(snap: Snapshot, found: list[Choice]) -> str:
+    """The family that LoRAs of the base must be of; empty: one of the user's own takes any."""
+    base = base_of(snap, found)
+    family = str(_companions(snap, base).get("family", "auto"))
+    if extensions.is_named(family):
+        return ""
+    return families.detect(folder_of(base)) if family == "auto" else family
 
 
 def again(view: JobView, changes: Mapping[str, Any]) -> DrawConfig:

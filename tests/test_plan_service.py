@@ -11,8 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from core import children, paths, plan_service
+from core import children, paths, plan_service, presets
+from core.faults import Fault
+from gui.album import facts_of
+from gui.album_state import Question
 from gui.planning import Planning
+from tests.test_companions import BASES, sparse
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -108,3 +112,22 @@ def test_a_child_whose_window_was_killed_leaves(tmp_path: Path) -> None:
         window.kill()
         os.close(reader)
         os.close(writer)
+
+
+def test_a_family_that_the_user_names_counts_everywhere(tmp_path: Path) -> None:
+    """A file that is called like what can't be trained, of a user who knows better."""
+    file = sparse(tmp_path / "my_kontext_merge.safetensors", BASES["flux"])
+    with pytest.raises(Fault) as caught:
+        presets.family_of(str(file))
+    assert caught.value.code == "families.by_name"
+    said = caught.value.fixes[0].changes
+    assert said == {"family": "flux"}
+    assert presets.family_of(str(file), family="flux") == "flux"
+    with pytest.raises(Fault):                      # but it isn't believed to be anything
+        presets.family_of(str(file), family="zimage")
+    asked = Question(str(tmp_path), "", str(file), tuple(said.items()), "style")
+    facts = facts_of(asked)
+    assert (facts.token_limit, facts.base) == (511, file.name)
+    found = plan_service.answer({"config": {"base_model": str(file), "device": "cpu", **said}})
+    assert "fault" not in found
+    assert found["plan"]["needs_mb"] > 10_000

@@ -65,8 +65,8 @@ def chunks_of(family_id: str, tokens: int, max_tokens: int) -> int:
 
 
 def token_limit(family_id: str, max_tokens: int = 225) -> int:
-    """Of a built-in family: tokens of a caption that it reads."""
-    return MODULES[family_id].tokens or max_tokens
+    """Tokens of a caption that a family reads; of one's own as if in chunks."""
+    return (MODULES[family_id].tokens if family_id in MODULES else 0) or max_tokens
 
 
 def get(family_id: str, chosen: Chosen | None = None) -> Family:

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from core import families, lora_export, lora_names, picture_settings
+from core import lora_export, lora_names, picture_settings
 from core.config import load_train_config
 from core.faults import Fault
 from core.runs import JobView
@@ -211,7 +211,8 @@ class Inference:
     def _with(self, loras: list[Added], path: Path, snap: Snapshot, found: list[Choice]
               ) -> list[Added]:
         """With one LoRA more. Raises Fault where the file is none for this base."""
-        lora_names.checked(path, families.detect(wanted.folder_of(wanted.base_of(snap, found))))
+        if kind := wanted.kind_of(snap, found):
+            lora_names.checked(path, kind)
         if len(loras) >= wanted.MOST_ADDED:
             raise Fault("tab_inference.too_many", most=wanted.MOST_ADDED)
         if any(one.file == str(path) for one in loras):
@@ -244,8 +245,7 @@ class Inference:
     def _take_lora(self, file: Path) -> None:
         snap = self.ctx.house.snapshot()
         found = wanted.choices(snap, self.desk)
-        base = wanted.folder_of(wanted.base_of(snap, found))
-        info = self.desk.take(file, base)
+        info = self.desk.take(file, wanted.kind_of(snap, found))
         loras = self._with(wanted.added(snap, found), info.path, snap, found)
         self._keep(wanted.own_list(loras, found))
         self.ctx.page.tell(self.ctx.say("tab_inference.lora_taken", name=info.path.stem))

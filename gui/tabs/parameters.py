@@ -147,7 +147,8 @@ class Parameters:
         house = self.ctx.house
         text = str(value or "").strip().strip('"')
         house.projects.edit(base_model=text or None)
-        presets.family_of(text)                 # a fault where nothing is there
+        family = house.projects.now.edits.get("family", "auto")
+        presets.family_of(text, family=family)  # a fault where nothing is there
         house.replan(self.ctx.language)
 
     def choose_purpose(self, value: str) -> None:
@@ -198,7 +199,7 @@ def known(snap: Snapshot) -> list[presets.Preset]:
     if not base and (snap.machine is None or snap.machine.kind != "cuda"):
         return []                               # all of them would only say that they don't fit
     try:
-        return known_presets(presets.family_of(base))
+        return known_presets(presets.family_of(base, family=snap.config.family))
     except Fault:
         return []
 
