@@ -266,7 +266,7 @@ def test_two_runs_of_one_config_at_once(two: tuple[Warm, Warm], config: TrainCon
     alone = [train(config.with_changes(seed=seed, output_dir=str(tmp_path / f"alone{seed}")),
                    silent, Control()) for seed in (1, 2)]
     dice = random.Random(3)
-    for turn in range(6):
+    for turn in range(4):
         out = tmp_path / f"together{turn}"
         started, children = [], []
         for seed, warm in zip((1, 2), two, strict=True):
