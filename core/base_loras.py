@@ -147,6 +147,12 @@ def _add(attached: Attached, one: Lora, path: str, layer: Layer, base: Any,
                                                                precision.compute))
 
 
+def tags(attached: Attached | None) -> str:
+    """As a prompt names them, for a picture that is drawn with them."""
+    told = [one.rsplit(":", 2) for one in attached.told] if attached else []
+    return "".join(f" <lora:{name}:{weight}>" for name, weight, _ in told)
+
+
 def metadata(told: Sequence[str]) -> dict[str, str]:
     """For the LoRA that was trained: what it was trained upon, and doesn't hold."""
     return {BASE_LORAS_KEY: json.dumps(list(told))} if told else {}

@@ -175,13 +175,17 @@ def _network(lora: Lora) -> dict[str, str]:
 
 def _merged_metadata(all_: list[dict[str, str]], files: list[Path], lora: Lora
                      ) -> dict[str, str]:
-    """What is true of the sum: what all of them say alike, and what it was made from."""
+    """What is true of the sum: what all of them say alike, what it was made from, and the LoRAs
+    that any of them was trained upon."""
+    from core import base_loras
+    from core.lora_metadata import facts_of
     shared = {key: value for key, value in all_[0].items()
               if key.startswith(("ss_", "modelspec.")) and all(one.get(key) == value
                                                                for one in all_)}
     words_ = [one["modelspec.trigger_phrase"] for one in all_ if "modelspec.trigger_phrase" in one]
     phrase = {"modelspec.trigger_phrase": ", ".join(dict.fromkeys(words_))} if words_ else {}
-    return shared | phrase | _network(lora) | {
+    upon = dict.fromkeys(one for told in all_ for one in facts_of(told).base_loras)
+    return shared | phrase | base_loras.metadata(list(upon)) | _network(lora) | {
         "modelspec.merged_from": ", ".join(path.name for path in files)}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from core import distilled, generate, lora, paths, randomness
+from core import base_loras, distilled, generate, lora, paths, randomness
 from core.config import TrainConfig, size_of
 from core.events import Event, Note, Sample
 from core.failures import one_line, ran_out
@@ -101,7 +101,8 @@ class Previewer:
             arguments = self.family.prompt_arguments(self.cond([prompt]), self.cond([""]))
         image = generate.draw(self.family.pipeline(self.parts), self.parts, shot, arguments,
                               self.precision)
-        facts = (f"{prompt} <lora:{name}:{config.sample_weight:g}>\nSteps: {shot.steps}, "
+        upon = base_loras.tags(self.parts.base_loras) if config.base_loras_in_previews else ""
+        facts = (f"{prompt} <lora:{name}:{config.sample_weight:g}>{upon}\nSteps: {shot.steps}, "
                  f"CFG scale: {shot.cfg:g}, Seed: {shot.seed}, "
                  f"Size: {shot.size[0]}x{shot.size[1]}"
                  + (f", Clip skip: {skip}" if (skip := self.parts.reading.clip_skip) > 1 else ""))

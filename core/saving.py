@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Made = tuple[Lora, new_words.NewWord | None]
+OF_EPSILON = {"stable-diffusion-v2-768-v": "stable-diffusion-v2-512"}
 AGAIN_S = 60.0              # after a checkpoint failed: a disk may be emptied meanwhile
 CLOCKS_S = 2.0              # exFAT counts a file's time in so many seconds
 _THUMBNAIL = 256            # px
@@ -239,7 +240,7 @@ class Keeper:
             config=named, config_text=dump_yaml(config), title=name,
             description=f"LoRA Darkroom {__version__}", thumbnail=self._thumbnail(),
             base_version=spec.base_version,
-            architecture=trainer.parts.architecture or spec.architecture,
+            architecture=_architecture(trainer),
             implementation=spec.implementation, prediction_type=trainer.parts.objective,
             base_name=trainer.parts.source.name, base_sha256=self._base.sha256(),
             base_short_hash=self._base.short, folders=_folders(chosen),
@@ -311,6 +312,12 @@ def _hashes(path: Path) -> dict[str, str]:
     files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
     return {str(file.relative_to(path.parent)): data_hash(file)
             for file in [*files, *([words] if words.exists() else [])]}
+
+
+def _architecture(trainer: Trainer) -> str:
+    """modelspec's word for the base; SD 2's tells what it predicts."""
+    told = trainer.parts.architecture or trainer.family.spec.architecture
+    return OF_EPSILON.get(told, told) if trainer.parts.objective == "epsilon" else told
 
 
 class _BaseHash:

@@ -23,6 +23,7 @@ from core.engine import train
 from core.events import Event, Note
 from core.faults import Fault
 from core.generate import Shot, Studio
+from core.safetensors_header import read_header
 from core.terminal import summary
 from tests import tiny, tiny_families
 
@@ -203,6 +204,20 @@ def test_a_base_is_drawn_as_its_loras_were_trained_on_it(own_pictures: Path, tmp
                           prediction_type="epsilon")
     assert picture == by_itself
     assert "generate.other_prediction" in told
+
+
+@pytest.mark.parametrize(("prediction", "told"), [
+    ("epsilon", "stable-diffusion-v2-512/lora"),
+    ("v_prediction", "stable-diffusion-v2-768-v/lora")])
+def test_what_was_learned_is_what_the_file_says(prediction: str, told: str, tmp_path: Path
+                                                ) -> None:
+    base = tiny_families.base("sd2", tmp_path / "base")
+    file = train(config(tiny.pictures(tmp_path / "p", count=2), tmp_path / "out",
+                        base_model=str(base), prediction_type=prediction),
+                 lambda event: None, Control())["lora"]
+    metadata = read_header(Path(file)).metadata
+    assert metadata["modelspec.architecture"] == told
+    assert metadata["modelspec.prediction_type"] == prediction[0].replace("e", "epsilon")
 
 
 def test_another_base_is_drawn_as_it_is(tmp_path: Path) -> None:

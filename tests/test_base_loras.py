@@ -222,6 +222,9 @@ def test_a_run_learns_upon_them_and_saves_draws_and_proves_without(
     assert lora_file.describe(Path(found["lora"])).facts.base_loras == tuple(told)
     assert np.array_equal(picture(events["with"], 0), picture(events["plain"], 0))
     assert not np.array_equal(picture(events["shown"], 0), picture(events["plain"], 0))
+    for kind, named_so in (("shown", True), ("with", False)):      # in the picture's own text
+        file = next(e for e in events[kind] if isinstance(e, Sample)).path
+        assert ("<lora:adapter:0.9>" in Image.open(file).text["parameters"]) == named_so
     notes = [e for e in events["with"] if isinstance(e, Note) and e.key == "base_loras.used"]
     assert "0.9" in words.say(notes[0].key, notes[0].params)
 

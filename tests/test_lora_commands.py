@@ -66,7 +66,8 @@ def test_precision(run: Run, style: Path, tmp_path: Path) -> None:  # noqa: F811
 
 def test_merge(run: Run, style: Path, tmp_path: Path) -> None:  # noqa: F811
     other = lora_formats.save(Lora({NAME: layer(3, 12, 11, alpha=1.0)}, SD1, {
-        "ss_base_model_version": "sd_v1", "modelspec.trigger_phrase": "neon"}), "comfyui",
+        "ss_base_model_version": "sd_v1", "modelspec.trigger_phrase": "neon",
+        "darkroom.base_loras": '["turbo_adapter:1:0123"]'}), "comfyui",
         tmp_path / "other.safetensors")
     told = run("lora", "merge", f"{style}:0.8", f"{other}:-0.5", "--out", "both", "--json")
     assert told.code == 0
@@ -78,6 +79,7 @@ def test_merge(run: Run, style: Path, tmp_path: Path) -> None:  # noqa: F811
     assert merged.metadata["modelspec.merged_from"] == "style.safetensors, other.safetensors"
     assert merged.metadata["ss_base_model_version"] == "sd_v1"
     assert merged.metadata["ss_network_dim"] == "Dynamic"
+    assert describe(tmp_path / "both.safetensors").facts.base_loras == ("turbo_adapter:1:0123",)
     less = run("lora", "merge", f"{style}", f"{other}", "--out", "less", "--rank", "2", "--json")
     assert 0 < less.json["kept"] < 1
     assert {rank_of(one) for one in lora_formats.read(tmp_path / "less.safetensors"
