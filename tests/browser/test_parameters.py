@@ -178,3 +178,20 @@ def test_own_presets_and_dropped_settings(page: Any, served: Any, tmp_path: Path
     page.locator("#save-settings").click()
     page.locator("#messages .message.warning").wait_for()
     assert house.settings.now.mirror == ""
+
+
+def test_the_start_leaves_room_in_a_narrow_window(page: Any) -> None:
+    """However long the list above the button is: the row is pinned to the window's foot."""
+    page.set_viewport_size({"width": 360, "height": 760})
+    tab(page, "parameters")
+    page.locator("#checklist .checklist").wait_for()
+    row, button = page.evaluate("""() => {
+      const list = document.querySelector('#checklist .checklist');
+      for (let n = 0; n < 20; n++) list.insertAdjacentHTML('beforeend',
+        '<li class="warn">each of the 20 pictures will be looked at about 10 times</li>');
+      return ['#start-row', '#start'].map(one => {
+        const box = document.querySelector(one).getBoundingClientRect();
+        return [box.top, box.width, box.height]; });
+    }""")
+    assert row[2] < 760 / 2
+    assert button[1] > 360 * 0.7
