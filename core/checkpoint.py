@@ -47,6 +47,7 @@ class Position:
     lowered: dict[str, Any] = field(default_factory=dict)    # config keys that the run changed
     samples: int = 0                     # of an epoch
     base_loras: list[str] = field(default_factory=list)      # "name:weight:hash"
+    base: dict[str, str] = field(default_factory=dict)       # fingerprints of its parts' files
     place: dict[str, Any] | None = None  # in the data, see course.Place; None: of older versions
     start: dict[str, Any] | None = None  # the Place where these settings began
     order: str = ""                      # digest of all that decides the order from there on

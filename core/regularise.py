@@ -16,12 +16,10 @@ from core.distilled import Distilled
 from core.embeddings import batched, reading_of
 from core.events import Event, Phase
 from core.examples import Encoder, Examples, Stopped, add_regular
-from core.families.base import Family, Part, Parts, Precision
+from core.families.base import PARTS, Family, Parts, Precision
 from core.faults import Fault
 from core.generate import Shot
 from core.precision import free_memory, load_denoiser
-
-PARTS: tuple[Part, ...] = ("denoiser", "vae", "text")     # all decide how pictures look
 
 
 def add(config: TrainConfig, examples: Examples, family: Family, parts: Parts,

@@ -16,6 +16,7 @@ from core.checkpoint import Position, State
 from core.config import TrainConfig
 from core.course import Place
 from core.events import Event, Note
+from core.families.base import PARTS
 from core.faults import Fault
 from core.output import Output
 
@@ -55,8 +56,10 @@ def _candidates(output: Output, wanted: bool | str) -> list[Path]:
     return output.checkpoints(wanted)
 
 
-def restore(found: list[Path], trainer: Trainer, output: Output) -> tuple[Path, Position] | None:
-    """Puts back the newest one that can be read. None where none can: the run begins anew."""
+def restore(found: list[Path], trainer: Trainer, output: Output, base: Mapping[str, str]
+            ) -> tuple[Path, Position] | None:
+    """Puts back the newest one that can be read. None where none can: the run begins anew.
+    `base`: fingerprints of the base's parts; others than the checkpoint's are told."""
     exactly = isinstance(trainer.config.resume, str) and not trainer.config.resume.isdigit()
     for path in found:
         try:
@@ -67,6 +70,9 @@ def restore(found: list[Path], trainer: Trainer, output: Output) -> tuple[Path, 
             trainer.emit(Note(key=fault.code, params=fault.params))
             continue
         _put_back(path, position, state, trainer)
+        for part in PARTS:
+            if position.base.get(part, "") not in ("", base.get(part, "")):
+                trainer.emit(Note(key=f"engine.other_{part}", params={}))
         return path, position
     if found:
         trainer.emit(Note(key="engine.nothing_to_resume", params={"folder": str(output.folder)}))

@@ -38,7 +38,7 @@ from core.events import Checkpoint, Note
 from core.examples import Example
 from core.failures import one_line
 from core.families import companions
-from core.families.base import Family
+from core.families.base import PARTS, Family
 from core.faults import Fault
 from core.lora_layers import Lora
 from core.lora_metadata import Bucket, Folder, TrainFacts, build_metadata
@@ -82,7 +82,7 @@ class Keeper:
 
     def resume(self, found: list[Path]) -> int:
         """Restores the newest of these checkpoints that can be read. -> updates done; 0: none"""
-        restored = resuming.restore(found, self.trainer, self.output)
+        restored = resuming.restore(found, self.trainer, self.output, self._base.parts)
         if restored is None:
             return 0
         self.last, position = restored
@@ -108,7 +108,7 @@ class Keeper:
             best_loss=self.best_loss, best_step=self.best_step, scaler=state.scaler,
             lowered=state.lowered, samples=course.samples_per_epoch,
             place=asdict(course.place(step)), start=asdict(course.start), order=course.order,
-            base_loras=self.trainer.base_loras.told)
+            base_loras=self.trainer.base_loras.told, base=self._base.parts)
         if last:
             self._saved(self.output.somewhere(
                 lambda folder: self._save(folder, position, state, made)))
@@ -262,8 +262,7 @@ class Keeper:
             mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(
                 trainer.precision.compute, "no"),
             gradient_checkpointing=config.gradient_checkpointing,
-            extra=({lora_metadata.BASE_KEY: self._base.own} if self._base.own else {})
-            | base_loras.metadata(trainer.base_loras.told)
+            extra=self._base.told() | base_loras.metadata(trainer.base_loras.told)
             | companions.metadata(trainer.parts.beside))
 
     def _thumbnail(self) -> bytes:
@@ -325,9 +324,10 @@ class _BaseHash:
     training: gigabytes take seconds."""
 
     def __init__(self, family: Family, source: Path) -> None:
-        self._sha256, self.short, self.own = "", "", ""
+        self._sha256, self.short, self.parts = "", "", dict[str, str]()
         with contextlib.suppress(OSError):
-            self.own = fingerprint(family.weight_files(source, "denoiser"))
+            for part in PARTS:
+                self.parts[part] = fingerprint(family.weight_files(source, part))
         self._thread = threading.Thread(target=self._compute, args=(source,), daemon=True)
         if source.is_file():
             self._thread.start()
@@ -336,6 +336,10 @@ class _BaseHash:
         with contextlib.suppress(OSError):          # gone: the LoRA can do without
             self.short = lora_metadata.short_hash(source)
             self._sha256 = lora_metadata.model_hash(source)
+
+    def told(self) -> dict[str, str]:
+        own = self.parts.get("denoiser")
+        return {lora_metadata.BASE_KEY: own} if own else {}
 
     def sha256(self) -> str:
         if self._thread.ident is not None:

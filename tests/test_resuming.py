@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from core import checkpoint, families, runs, words, worker
 from core.config import TrainConfig, dump_yaml
@@ -173,6 +173,24 @@ def test_what_is_learned_otherwise_is_told(config: TrainConfig) -> None:
 
 # --- nothing left to do ---
 
+@pytest.mark.parametrize(("part", "file"), [
+    ("denoiser", "unet/diffusion_pytorch_model.safetensors"),
+    ("vae", "vae/diffusion_pytorch_model.safetensors"),
+    ("text", "text_encoder/model.safetensors")])
+def test_a_base_that_was_changed_meanwhile_is_told(config: TrainConfig, tmp_path: Path, part: str,
+                                                   file: str) -> None:
+    base = shutil.copytree(config.base_model, tmp_path / "own base")
+    config = config.with_changes(base_model=str(base))
+    run(config, stop=1)
+    _, events = run(config.with_changes(resume=True), stop=2)
+    changed = ("denoiser", "vae", "text")
+    assert not any(told(events, f"engine.other_{one}") for one in changed)
+    weights = load_file(base / file)
+    save_file({name: one * 1.01 for name, one in weights.items()}, base / file, {"format": "pt"})
+    _, events = run(config.with_changes(resume=True), stop=3)
+    assert [one for one in changed if told(events, f"engine.other_{one}")] == [part]
+
+
 def test_a_run_that_trains_nothing_says_so(config: TrainConfig) -> None:
     first, _ = run(config.with_changes(epochs=1))
     content = Path(first["lora"]).read_bytes()
@@ -208,7 +226,7 @@ def test_a_finished_lora_stays_when_its_run_goes_on(config: TrainConfig) -> None
 
 SPOILS = """
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_file
 from core.events import Checkpoint
 
 def spoil(event):

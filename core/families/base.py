@@ -86,7 +86,8 @@ class Parts:
     text: dict[str, Any] = field(default_factory=dict)  # tokenizers, encoders by pipeline name
 
 
-ALL_PARTS: frozenset[Part] = frozenset({"denoiser", "vae", "text"})
+PARTS: tuple[Part, ...] = ("denoiser", "vae", "text")
+ALL_PARTS: frozenset[Part] = frozenset(PARTS)
 Cond = dict[str, Tensor]                    # name -> (B, ...)
 
 
