@@ -296,17 +296,18 @@ def _each_has_its_own(started: list[Path], alone: list[dict[str, Any]], out: Pat
     assert names[0] != names[1]
     for view, name, reference in zip(views, names, alone, strict=True):
         assert view.result["proof"]["ok"]
-        assert Path(view.result["lora"]) == out / f"{name}.safetensors"
-        assert equal(view.result["lora"], reference["lora"])
+        # one that was killed after its file was there, and goes on, has nothing left to train
+        lora = Path(view.result.get("lora") or view.result["nothing"]["file"])
+        assert lora == out / f"{name}.safetensors"
+        assert equal(lora, reference["lora"])
         assert TrainConfig.model_validate_json(json.dumps(view.config)).seed == int(
-            "seed: 2" in read_header(Path(view.result["lora"])).metadata[CONFIG_KEY]) + 1
+            "seed: 2" in read_header(lora).metadata[CONFIG_KEY]) + 1
         kept = [Path(path) for path in view.result["checkpoints"]]
         assert {path.name for path in kept} >= {f"{name}-{step:06d}" for step in (6, 8)}
         assert len({checkpoint.session_of(path) for path in kept}) == 1
         last = Path(reference["checkpoints"][-1]) / "state.safetensors"
         assert equal(kept[-1] / "state.safetensors", last)
-        drawn = Path(view.samples[-1].path)
-        assert drawn.name.startswith(f"{name}-000008-0")
+        [drawn, *_] = (out / "samples").glob(f"{name}-000008-0*.png")
         assert drawn.read_bytes()[:4] == b"\x89PNG"
     assert len([*out.glob("*.safetensors")]) == 2
     assert not [path for path in out.rglob(".*") if path.suffix != ".taken"]

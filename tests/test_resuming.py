@@ -28,6 +28,7 @@ from core.faults import Fault
 from core.precision import choose
 from core.terminal import summary
 from tests import tiny
+from tests.conftest import handling
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -345,8 +346,10 @@ def test_a_reader_that_goes_away_costs_no_run(config: TrainConfig, tmp_path: Pat
 def test_a_terminal_that_closes_saves_the_run(config: TrainConfig, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(dump_yaml(config.with_changes(epochs=1000, save_steps=0)))
-    process = subprocess.Popen([sys.executable, "launcher.py", "train", "--config", str(file)],
-                               cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with handling(signal.SIGHUP, signal.SIG_DFL):       # under nohup it would stay ignored
+        process = subprocess.Popen(
+            [sys.executable, "launcher.py", "train", "--config", str(file)],
+            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (started := runs.list_runs()) or not started[0].step:
         time.sleep(0.1)
     process.send_signal(signal.SIGHUP)
