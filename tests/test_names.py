@@ -287,10 +287,11 @@ def test_two_runs_of_one_config_at_once(two: tuple[Warm, Warm], config: TrainCon
                                           resume=runs.resume_of(started[0]))
             started[0] = runs.create_run("train", dump_yaml(resumed), "ink")
             assert two[0].start(TOGETHER, str(started[0]), str(tmp_path / f"go{turn}")).wait() == 0
-        _each_has_its_own(started, alone, out)
+        _each_has_its_own(started, alone, out, killed)
 
 
-def _each_has_its_own(started: list[Path], alone: list[dict[str, Any]], out: Path) -> None:
+def _each_has_its_own(started: list[Path], alone: list[dict[str, Any]], out: Path,
+                      killed: bool) -> None:
     views = [runs.load_run(folder.name) for folder in started]
     names = [view.result["name"] for view in views]
     assert names[0] != names[1]
@@ -312,7 +313,9 @@ def _each_has_its_own(started: list[Path], alone: list[dict[str, Any]], out: Pat
         assert drawn.name.startswith(f"{name}-000008-0") or "nothing" in view.result
         assert drawn.read_bytes()[:4] == b"\x89PNG"
     assert len([*out.glob("*.safetensors")]) == 2
-    assert not [path for path in out.rglob(".*") if path.suffix != ".taken"]
+    # what a killed process was writing may lie there under its hidden name
+    rest = {path.suffix for path in out.rglob(".*")}
+    assert rest <= ({".taken", ".tmp"} if killed else {".taken"}), [*out.rglob(".*")]
 
 
 def test_the_windows_job_beside_the_command_line(config: TrainConfig, tmp_path: Path) -> None:
