@@ -8,13 +8,12 @@ name says ("4step").
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from core import reading
 from core.families.detection import Found, identify
+from core.reading import json_object
 from core.safetensors_header import read_header
 
 STEPS = 25                                  # of a base that isn't one, where the user says nothing
@@ -73,9 +72,9 @@ def _signs(source: Path, found: Found) -> Iterator[str]:
     if any(_UNDONE.search(name) for name in names):
         return
     if source.is_dir():
-        if _json(source / "model_index.json").get("is_distilled") is True:
+        if json_object(source / "model_index.json").get("is_distilled") is True:
             yield "model_index.json, is_distilled"
-        shift = _json(source / "scheduler" / "scheduler_config.json").get("shift")
+        shift = json_object(source / "scheduler" / "scheduler_config.json").get("shift")
         if found.family == "zimage" and shift == ZIMAGE_TURBO and any(
                 (source / "transformer").glob("*.safetensors")):    # else it's nobody's base
             yield f"scheduler_config.json, shift {shift:g}"
@@ -95,11 +94,3 @@ def _names(source: Path) -> Iterator[str]:
     if source.is_file() and source.suffix == ".safetensors":
         metadata = read_header(source).metadata
         yield from (metadata[key] for key in _TITLES if metadata.get(key))
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        found = reading.from_json(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -15,7 +15,7 @@ from typing import Any
 
 from core import words
 from core.faults import Fault
-from core.reading import from_json
+from core.reading import json_object
 from core.safetensors_header import (
     PICKLES,
     Header,
@@ -100,9 +100,9 @@ PIPELINES = {
 
 
 def _folder(path: Path) -> Found:
-    index = _json(path / "model_index.json")
+    index = json_object(path / "model_index.json")
     name = str(index.get("_class_name", ""))
-    unet = _json(path / "unet" / "config.json")
+    unet = json_object(path / "unet" / "config.json")
     if unet and name in ("", "StableDiffusionPipeline", "StableDiffusionXLPipeline"):
         return _unet_folder(unet, path)
     if name in PIPELINES:
@@ -111,7 +111,7 @@ def _folder(path: Path) -> Found:
         return Found("other_pipeline")
     if (path / "adapter_config.json").is_file():
         return Found("lora")
-    if _json(path / "config.json"):
+    if json_object(path / "config.json"):
         return Found("part_folder")
     missing = "model_index.json" if not (path / "unet").exists() else "unet/config.json"
     raise Fault("families.not_a_folder", path=path, missing=missing)
@@ -133,20 +133,12 @@ def _unet_folder(unet: Mapping[str, Any], path: Path) -> Found:
 
 
 def _named(what: str, family: str, path: Path) -> Found:
-    scheduler = _json(path / "scheduler" / "scheduler_config.json")
-    if what == "flux_dev" and not _json(path / "transformer" / "config.json").get(
+    scheduler = json_object(path / "scheduler" / "scheduler_config.json")
+    if what == "flux_dev" and not json_object(path / "transformer" / "config.json").get(
             "guidance_embeds"):
         what = "flux_schnell"
     return Found(what, family, scheduler.get("prediction_type") == "v_prediction",
                  bool(scheduler.get("rescale_betas_zero_snr")))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = from_json(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 # --- files ---
