@@ -125,7 +125,7 @@ class Lookout:
         found["more_than_planned"] = more = real > self.plan.needs_mb * (1 + plan.MARGIN)
         if more:
             self.emit(Note(key="engine.more_than_planned", params={
-                "held": round(real), "planned": round(self.plan.needs_mb),
+                "held": round(found["real_mb"]), "planned": round(self.plan.needs_mb),
                 "free": round(self.machine.free_mb)}))
         return {"memory": found}
 

@@ -43,7 +43,8 @@ def run(served: Any, name: str, state: str = "done", steps: int = 30, fault: str
             journal.append(Faulted(code=fault, params={"reason": "x"}))
         if state != "running":
             journal.append(JobEnded(state=state))
-    until(lambda: any(view.id == folder.name for view in served.house.jobs.views()))
+    until(lambda: any(view.id == folder.name and view.samples and view.over != (state == "running")
+                      for view in served.house.jobs.views()))      # read to its end
     return folder.name
 
 
@@ -108,10 +109,10 @@ def test_two_runs_side_by_side_and_a_record_removed_and_back(page: Any, served: 
         page.locator(f"#history button[data-act=compare][data-id='{id}']").click()
     compared = page.locator("#compared")
     compared.wait_for()
-    assert compared.locator("polyline").count() == 2
+    compared.locator("img").nth(1).wait_for()
+    assert compared.locator("img").count() == compared.locator("polyline").count() == 2
     rows = compared.locator(".differs tr").all_inner_texts()
     assert [row.split() for row in rows[1:]] == [["Rank", "4", "16"]]
-    assert compared.locator("img").count() == 2
     compared.get_by_role("button").click()
     compared.wait_for(state="detached")
 
