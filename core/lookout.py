@@ -112,8 +112,8 @@ class Lookout:
         """Planned and real, for the run's summary; remembered for this card's next plans."""
         if self.plan is None:
             return {}
-        real = max(held_mb(self.device), self.watch.peak_mb if self.watch else 0.0)
-        found = {"planned_mb": round(self.plan.needs_mb, 1), "real_mb": round(real, 1),
+        real = round(max(held_mb(self.device), self.watch.peak_mb if self.watch else 0.0), 1)
+        found = {"planned_mb": round(self.plan.needs_mb, 1), "real_mb": real,
                  "phase": self.plan.peak.name, "lowered": self.lowered}
         if self.device.type == "cuda":
             allocated = torch.cuda.max_memory_allocated(self.device) / plan.MB
@@ -125,7 +125,7 @@ class Lookout:
         found["more_than_planned"] = more = real > self.plan.needs_mb * (1 + plan.MARGIN)
         if more:
             self.emit(Note(key="engine.more_than_planned", params={
-                "held": round(found["real_mb"]), "planned": round(self.plan.needs_mb),
+                "held": round(real), "planned": round(self.plan.needs_mb),
                 "free": round(self.machine.free_mb)}))
         return {"memory": found}
 
