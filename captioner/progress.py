@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import dataclass
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
 from captioner.base import Description, Tag
 from captioner.swaps import cannot_write
 from captioner.undo import state_dir
+from core import paths
 from core.journal import append_line, tail_lines
 from core.reading import from_json
 
@@ -46,7 +46,7 @@ class Progress:
         try:
             stat = picture.stat()
             same = (stat.st_size, stat.st_mtime_ns) == (known.size, known.mtime_ns)
-            return known.said if same or _digest(picture) == known.sha256 else None
+            return known.said if same or paths.sha256(picture) == known.sha256 else None
         except OSError:
             return None
 
@@ -54,7 +54,7 @@ class Progress:
         try:
             stat = picture.stat()
             self._append({"name": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns,
-                          "sha256": _digest(picture), "sentence": said.sentence,
+                          "sha256": paths.sha256(picture), "sentence": said.sentence,
                           "tags": [[tag.name, tag.score, tag.category] for tag in said.tags]})
         except FileNotFoundError:           # deleted since it was read
             return
@@ -84,8 +84,3 @@ class Progress:
             append_line(self.file, json.dumps(told, ensure_ascii=False))
         except OSError as error:
             raise cannot_write(error, self.file) from error
-
-
-def _digest(picture: Path) -> str:
-    with open(picture, "rb") as file:
-        return file_digest(file, "sha256").hexdigest()

@@ -372,7 +372,7 @@ def _runs_resume(options: argparse.Namespace) -> int:
         raise Fault("jobs.still_running", id=view.id, state=view.state)
     config = worker.load_config(view.job, view.folder / CONFIG)
     if view.job == "train":
-        config = config.with_changes(resume=runs.resume_of(view.folder))
+        config = config.with_changes(resume=runs.resume_of(view.folder, config.resume))
     with contextlib.suppress(OSError):
         os.chdir(view.cwd)              # relative paths mean what they meant
     return _run(view.job, config, options, resumed_from=view.id)

@@ -19,9 +19,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from core import buckets, captions, choices, crops, dataset, extensions, masks, pictures, plan
+from core import (
+    buckets,
+    captions,
+    choices,
+    crops,
+    dataset,
+    extensions,
+    masks,
+    paths,
+    pictures,
+    plan,
+)
 from core.buckets import Point
-from core.cache import Cache, file_digest, fingerprint, key
+from core.cache import Cache, fingerprint, key
 from core.config import TrainConfig
 from core.control import Control
 from core.embeddings import batched, grouped, reading_of, sizes_of, trimmed, unread
@@ -356,8 +367,8 @@ class Encoder:
         background = self.config.alpha_background if item.picture.has_alpha else ""
         crop = buckets.crop_to(item.picture.size, item.bucket, item.focus).box
         try:
-            digest = file_digest(item.picture.path)
-            mask = (("mask", item.mask and file_digest(item.mask))
+            digest = paths.sha256(item.picture.path)
+            mask = (("mask", item.mask and paths.sha256(item.mask))
                     if self.config.masked_loss else ())
         except OSError:
             return []

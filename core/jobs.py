@@ -109,8 +109,8 @@ class JobManager:
             raise Fault("jobs.still_running", id=run_id, state=old.state)
         config = (old.folder / CONFIG).read_text("utf-8")
         if old.job == "train":
-            config = dump_yaml(load_train_config(old.folder / CONFIG).with_changes(
-                resume=runs.resume_of(old.folder)))
+            own = load_train_config(old.folder / CONFIG)
+            config = dump_yaml(own.with_changes(resume=runs.resume_of(old.folder, own.resume)))
         return self._enqueue(old.job, config, old.name, run_id, old.cwd)
 
     def stop(self, run_id: str) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from core import __version__
 from core.config import TrainConfig, dump_yaml
+from core.reading import json_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -277,12 +278,6 @@ def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
             "sshs_legacy_hash": _old_hash(content[OLD_HASH_AT:OLD_HASH_AT + OLD_HASH_BYTES])}
 
 
-def model_hash(path: Path) -> str:
-    """SHA-256 of a whole model file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def short_hash(path: Path) -> str:
     """The eight digits that A1111 showed before it took SHA-256."""
     with open(path, "rb") as file:
@@ -335,7 +330,7 @@ def facts_of(metadata: Mapping[str, str]) -> Facts:
         description=_said(metadata, "modelspec.description", "ss_training_comment"),
         trigger_words=_triggers(metadata, tags), tags=tuple(tags.most_common(TOP_TAGS)),
         family=_family(metadata), base_model=_said(metadata, "ss_sd_model_name"),
-        base_loras=tuple(one for one in _json(metadata.get(BASE_LORAS_KEY, ""), list)
+        base_loras=tuple(one for one in json_of(metadata.get(BASE_LORAS_KEY, ""), list)
                          if isinstance(one, str)),
         resolution=_resolution(metadata), pictures=_whole(metadata, "ss_num_train_images"),
         steps=_whole(metadata, "ss_steps"), epochs=_whole(metadata, "ss_epoch"),
@@ -346,7 +341,7 @@ def facts_of(metadata: Mapping[str, str]) -> Facts:
 def noted(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """PEFT's config by part, as diffusers notes it beside PEFT weights."""
     configs: dict[str, dict[str, Any]] = {}
-    for key, value in _json(metadata.get("lora_adapter_metadata", ""), dict).items():
+    for key, value in json_of(metadata.get("lora_adapter_metadata", ""), dict).items():
         if "." in key:
             configs.setdefault(key.split(".")[0], {})[key.partition(".")[2]] = value
     return configs
@@ -369,18 +364,9 @@ def _whole(metadata: Mapping[str, str], key: str) -> int | None:
     return None if number is None else int(number)
 
 
-def _json(text: str, kind: type) -> Any:
-    """A value of that kind; an empty one where the text holds none."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return kind()
-    return value if isinstance(value, kind) else kind()
-
-
 def _tags(metadata: Mapping[str, str]) -> Counter[str]:
     tags: Counter[str] = Counter()
-    for folder in _json(metadata.get("ss_tag_frequency", ""), dict).values():
+    for folder in json_of(metadata.get("ss_tag_frequency", ""), dict).values():
         if isinstance(folder, dict):
             tags.update({_clean(tag.strip()): count for tag, count in folder.items()
                          if type(count) is int})
@@ -391,9 +377,9 @@ def _triggers(metadata: Mapping[str, str], tags: Counter[str]) -> tuple[str, ...
     """The phrase that the file names; else the tags that stand in every caption."""
     if phrase := _said(metadata, "modelspec.trigger_phrase"):
         return tuple(word.strip() for word in phrase.split(",") if word.strip())
-    folders = [f.get("img_count") for f in _json(metadata.get("ss_dataset_dirs", ""), dict).values()
-               if isinstance(f, dict)]
-    captions = sum(count for count in folders if type(count) is int)
+    folders = json_of(metadata.get("ss_dataset_dirs", ""), dict).values()
+    counts = [one.get("img_count") for one in folders if isinstance(one, dict)]
+    captions = sum(count for count in counts if type(count) is int)
     shared = [tag for tag, count in tags.items() if 1 < captions <= count]
     return tuple(shared) if len(shared) <= MAX_TRIGGERS else ()
 

@@ -67,7 +67,13 @@ class Output:
                 path.unlink()
 
     def rename(self) -> None:
-        self.name = self.next_name()
+        self._be(self.next_name())
+
+    def _be(self, name: str) -> None:
+        """What later starts of this run go by is in its journal (runs.resume_of)."""
+        self.name = name
+        self.emit(Note(key="engine.named", params={
+            "name": name, "folder": str(self.folder), "session": self.session}))
 
     def start_anew(self) -> None:
         """Another run than the one that was to go on."""
@@ -143,7 +149,7 @@ class Output:
                     for folder in (self.folder, self.spare)
                     for step in checkpoint.steps_of(folder, name)} - {None}
         if sessions == {session}:
-            self.name = name
+            self._be(name)
         else:
             self.rename()
 

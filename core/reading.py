@@ -9,13 +9,14 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from core import words
 from core.faults import Fault
 
+Kind = TypeVar("Kind", dict[str, Any], list[Any])
 MOST_DEEP = 30                              # brackets
 MOST_YAML = 2**18                           # characters; PyYAML reads some 100 kB a second
 
@@ -60,10 +61,19 @@ def from_json(text: str | bytes) -> Any:
 def json_object(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds; an empty one where it holds none, or can't be read."""
     try:
-        found = from_json(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return json_of(text, dict)
+
+
+def json_of(text: str, kind: type[Kind]) -> Kind:
+    """The value of that kind that a text holds; an empty one where it holds none."""
+    try:
+        found = from_json(text)
+    except ValueError:
+        return kind()
+    return found if isinstance(found, kind) else kind()
 
 
 def from_yaml(text: str) -> Any:

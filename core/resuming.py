@@ -39,8 +39,6 @@ def choose(output: Output, config: TrainConfig, emit: Callable[[Event], None]) -
         if config.resume:
             emit(Note(key="engine.nothing_to_resume", params={"folder": str(output.folder)}))
         output.rename()
-    emit(Note(key="engine.named", params={"name": output.name, "folder": str(output.folder),
-                                          "session": output.session}))
     return found if known is not None else []
 
 

@@ -227,10 +227,15 @@ def send(view: JobView, request: Request) -> None:
     append_line(view.folder / REQUESTS, json.dumps({"ask": request, "at": time.time()}))
 
 
-def resume_of(folder: Path) -> bool | str:
+def resume_of(folder: Path, own: bool | str) -> bool | str:
     """What `resume` must be to go on with this run and no other of its name: the number of its
-    session; True where it told none."""
-    told = [event.params["session"] for event in tail(folder, 0)[0]
+    session; True where it told none. Where its `own` resume is one checkpoint's folder and it has
+    saved none since, that one."""
+    events = tail(folder, 0)[0]
+    if isinstance(own, str) and not own.isdigit() and not any(
+            isinstance(event, Checkpoint) for event in events):
+        return own
+    told = [event.params["session"] for event in events
             if isinstance(event, Note) and "session" in event.params]
     return str(told[-1]) if told else True
 

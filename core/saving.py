@@ -335,7 +335,7 @@ class _BaseHash:
     def _compute(self, source: Path) -> None:
         with contextlib.suppress(OSError):          # gone: the LoRA can do without
             self.short = lora_metadata.short_hash(source)
-            self._sha256 = lora_metadata.model_hash(source)
+            self._sha256 = paths.sha256(source)
 
     def told(self) -> dict[str, str]:
         own = self.parts.get("denoiser")

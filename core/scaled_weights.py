@@ -10,12 +10,12 @@ serve products in fp8, which nothing here computes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.reading import json_of
 from core.safetensors_header import Header, TensorInfo, opened
 
 SCALES = ("scale_weight", "weight_scale")
@@ -74,7 +74,7 @@ def scaling_of(path: Path, header: Header) -> Scaling:
 def _kinds(path: Path, header: Header) -> dict[str, Mapping[str, Any]]:
     """Layer -> what its mark says, such as {"format": "float8_e4m3fn"}."""
     found: dict[str, Mapping[str, Any]] = {}
-    told = _json(header.metadata.get("_quantization_metadata", ""))
+    told = json_of(header.metadata.get("_quantization_metadata", ""), dict)
     layers = told.get("layers")
     for layer, kind in layers.items() if isinstance(layers, dict) else ():
         if isinstance(kind, dict):
@@ -85,17 +85,9 @@ def _kinds(path: Path, header: Header) -> dict[str, Mapping[str, Any]]:
         with opened(path) as file:
             for name in marks:
                 file.seek(header.data_start + header.tensors[name].begin)
-                found[name.removesuffix(".comfy_quant")] = _json(
-                    file.read(header.tensors[name].nbytes).decode("utf-8", "replace"))
+                found[name.removesuffix(".comfy_quant")] = json_of(
+                    file.read(header.tensors[name].nbytes).decode("utf-8", "replace"), dict)
     return found
-
-
-def _json(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text) if text else {}
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _other(kind: Mapping[str, Any], weight: TensorInfo, scale: TensorInfo) -> str:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from core import __version__
+from core import __version__, paths
 from core.config import TrainConfig, load_train_config
 from core.lora_file import describe, read_lora, write_lora
 from core.lora_metadata import (
@@ -28,7 +28,6 @@ from core.lora_metadata import (
     build_metadata,
     facts_of,
     hashes,
-    model_hash,
     noted,
     short_hash,
 )
@@ -247,7 +246,7 @@ def test_hashes_of_a_base(tmp_path):
     path = tmp_path / "base.safetensors"
     content = bytes(range(256)) * 5000                   # 1.28 MB
     path.write_bytes(content)
-    assert model_hash(path) == hashlib.sha256(content).hexdigest()
+    assert paths.sha256(path) == hashlib.sha256(content).hexdigest()
     assert short_hash(path) == hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
 
 

@@ -28,6 +28,7 @@ from core.engine import train
 from core.events import Checkpoint, Event, Note, Step
 from core.faults import Fault
 from core.jobs import JobManager
+from core.journal import Journal
 from core.lora_metadata import CONFIG_KEY
 from core.output import Output
 from core.safetensors_header import read_header
@@ -284,7 +285,7 @@ def test_two_runs_of_one_config_at_once(two: tuple[Warm, Warm], config: TrainCon
         if killed and codes[0]:
             assert codes[0] == -9
             resumed = config.with_changes(seed=1, output_dir=str(out),
-                                          resume=runs.resume_of(started[0]))
+                                          resume=runs.resume_of(started[0], False))
             started[0] = runs.create_run("train", dump_yaml(resumed), "ink")
             assert two[0].start(TOGETHER, str(started[0]), str(tmp_path / f"go{turn}")).wait() == 0
         _each_has_its_own(started, alone, out, killed)
@@ -465,3 +466,30 @@ def test_what_is_no_checkpoint_is_refused(config: TrainConfig, tmp_path: Path) -
     assert told(events, "engine.named")
 
 
+def test_a_run_that_begins_anew_tells_its_new_session(config: TrainConfig, tmp_path: Path) -> None:
+    """Where every checkpoint is torn: the new run's are resumed next, not the torn ones."""
+    plain = config.with_changes(sample_prompts=[])
+    stopped_at(plain, 4)
+    for state in (tmp_path / "out" / "checkpoints").glob("*/state.safetensors"):
+        state.write_bytes(b"torn")
+    second = stopped_at(plain.with_changes(resume=True), 4)
+    sessions = [note["session"] for note in told(second, "engine.named")]
+    assert len(set(sessions)) == 2
+    third: list[Event] = []
+    train(plain.with_changes(resume=sessions[-1]), third.append, Control())
+    assert [one["step"] for one in told(third, "engine.resumed")] == [4]
+
+
+@pytest.mark.parametrize(("own", "saved", "expected"), [
+    (False, True, "12"), (True, False, "12"), ("34", False, "12"),
+    ("out/checkpoints/ink-000002", False, "out/checkpoints/ink-000002"),
+    ("out/checkpoints/ink-000002", True, "12")])
+def test_what_went_on_from_one_checkpoint_does_so_again(own: bool | str, saved: bool,
+                                                        expected: str) -> None:
+    """Until it has saved one of its own."""
+    folder = runs.create_run("train", "", "ink")
+    with Journal(folder) as journal:
+        journal.append(Note(key="engine.named", params={"session": "12", "name": "ink"}))
+        if saved:
+            journal.append(Checkpoint(step=3, path="out/checkpoints/ink-000003"))
+    assert runs.resume_of(folder, own) == expected

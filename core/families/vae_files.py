@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from core.lora_metadata import model_hash
+from core import paths
 
 FILES = {
     # ae.safetensors of Flux.1, Z-Image and Lumina 2; the same in diffusers' names, in bf16
@@ -46,4 +46,4 @@ def sha256(path: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _sha256(path: Path, changed: int) -> str:
-    return model_hash(path)
+    return paths.sha256(path)

@@ -122,7 +122,7 @@ class RunView:
         config = load_train_config(view.folder / CONFIG)
         other_lora = {"lora_rank", "lora_alpha", "target_modules"} & changes.keys()
         wanted = changes.get("resume", bool(config.resume) and not other_lora)
-        resume = resume_of(view.folder) if wanted else False
+        resume = resume_of(view.folder, config.resume) if wanted else False
         return self.ctx.house.jobs.start(config.with_changes(**{**changes, "resume": resume}))
 
 

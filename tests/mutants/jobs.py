@@ -23,7 +23,7 @@ MUTANTS = [
            '                self._end_here(run, JobEnded(state="stopped"))\n',
            "                pass\n",
            ("test_jobs.py::test_a_queued_run_can_be_withdrawn",)),
-    Mutant("resume-starts-anew", _JOBS, "resume=runs.resume_of(old.folder)", "",
+    Mutant("resume-starts-anew", _JOBS, "resume=runs.resume_of(old.folder, own.resume)", "",
            ("test_jobs.py::test_resume_is_a_new_run_that_knows_the_old_one",)),
     Mutant("watchers-start-runs", _JOBS,
            "        if self._dispatch:\n            self._start_next()",
