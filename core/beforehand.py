@@ -21,7 +21,7 @@ Emit = Callable[[Event], None]
 def tell_distilled(config: TrainConfig, parts: Parts, emit: Emit) -> None:
     """What such a base means for a training; `distilled` in the config overrules what it says."""
     if config.distilled != "auto":
-        parts.distilled = distilled.of(parts.source, config.distilled)
+        parts.take_as(distilled.of(parts.source, config.distilled))
     if found := parts.distilled:
         emit(Note(key="distilled.with_base_loras" if config.base_loras else "distilled.trained",
                   params={"sign": found.sign, "steps": found.steps}))

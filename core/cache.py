@@ -7,6 +7,7 @@ crop, background or encoder is another name. A torn entry is made again.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import struct
@@ -27,8 +28,15 @@ def fingerprint(files: Iterable[tuple[Path, str]]) -> str:
     """Identifies a part of a base by its weights: names, shapes and the first bytes of every
     tensor. `files` are (path, tensor-name prefix); JSON files count whole. Reads kilobytes of
     gigabytes."""
+    named = sorted(files)
+    return _fingerprint(tuple(named), tuple(paths.stamp(path) for path, _ in named))
+
+
+@functools.lru_cache(maxsize=64)
+def _fingerprint(files: tuple[tuple[Path, str], ...], stamps: tuple[tuple[int, int, int], ...]
+                 ) -> str:
     digest = hashlib.sha256()
-    for path, prefix in sorted(files):
+    for path, prefix in files:
         if path.suffix != ".safetensors":
             digest.update(path.read_bytes())
             continue

@@ -147,7 +147,7 @@ class Studio:
         companions.announce(self.family, self.source, self.emit)
         self.parts: Parts = self.family.load(self.source, self.precision, ALL_PARTS)
         if self.distilled != "auto":
-            self.parts.distilled = distilled.of(self.source, self.distilled)
+            self.parts.take_as(distilled.of(self.source, self.distilled))
         self.pipeline: Any = self.family.pipeline(self.parts)
 
     def use(self, loras: Sequence[Lora]) -> None:

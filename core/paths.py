@@ -172,3 +172,9 @@ def sha256(path: Path) -> str:
     """Of a file's whole content, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stamp(path: Path) -> tuple[int, int, int]:
+    """Changes with the file: what is known of one may be kept under it. Raises OSError."""
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size, found.st_ino

@@ -5,6 +5,7 @@ A file is: 8 bytes header length (little endian), a JSON header, then the tensor
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
 
+from core import paths
 from core.faults import Fault
 
 MAX_HEADER = 100_000_000                   # bytes; the format's own limit
@@ -52,6 +54,12 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Reads and checks the header alone. Raises Fault with the file and what is wrong in it."""
+    with opened(path):                      # else a Fault says why it can't be
+        return _kept(path, paths.stamp(path))
+
+
+@functools.lru_cache(maxsize=16)
+def _kept(path: Path, stamp: tuple[int, int, int]) -> Header:
     with opened(path) as file:
         return _read(file, path)
 
@@ -70,9 +78,14 @@ def read_scalars(path: Path, header: Header, names: list[str]) -> dict[str, floa
 
 def data_hash(path: Path) -> str:
     """SHA-256 of the tensors' bytes: does not change when metadata is edited."""
+    with opened(path):
+        return _data_hash(path, paths.stamp(path))
+
+
+@functools.lru_cache(maxsize=64)
+def _data_hash(path: Path, stamp: tuple[int, int, int]) -> str:
     with opened(path) as file:
-        header = _read(file, path)
-        file.seek(header.data_start)
+        file.seek(read_header(path).data_start)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

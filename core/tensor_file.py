@@ -46,22 +46,26 @@ class TensorFile:
     def shape(self, name: str) -> Tensor:
         """A tensor on the meta device. Raises Fault where its numbers are of a kind that isn't
         read here."""
-        info = self.header.tensors[name]
-        kind = self.scaling.unread.get(name, "" if info.dtype in DTYPES else info.dtype)
-        if kind:
-            raise Fault("families.numbers_unread", path=self.path, key=name, kind=kind)
-        scaled = name in self.scaling.scales
+        info, scaled = self._read(name), name in self.scaling.scales
         return torch.empty(info.shape, device="meta",
                            dtype=torch.float32 if scaled else DTYPES[info.dtype])
 
     def __getitem__(self, name: str) -> Tensor:
-        """Not to be written into: of the file's own bytes, unless it is scaled."""
-        found = self._mapped(self.header.tensors[name])
+        """Not to be written into: of the file's own bytes, unless it is scaled. Raises Fault as
+        `shape` does."""
+        found = self._mapped(self._read(name))
         if (scale := self.scaling.scales.get(name)) is None:
             return found
         factor = self._mapped(self.header.tensors[scale]).float()
         sides = (1,) * found.ndim if factor.numel() == 1 else (-1, *(1,) * (found.ndim - 1))
         return found.to(torch.float32, copy=True).mul_(factor.reshape(sides))
+
+    def _read(self, name: str) -> TensorInfo:
+        info = self.header.tensors[name]
+        kind = self.scaling.unread.get(name, "" if info.dtype in DTYPES else info.dtype)
+        if kind:
+            raise Fault("families.numbers_unread", path=self.path, key=name, kind=kind)
+        return info
 
     def _mapped(self, info: TensorInfo) -> Tensor:
         dtype = DTYPES[info.dtype]

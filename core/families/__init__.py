@@ -59,8 +59,8 @@ MODULES = {
 
 
 def chunks_of(family_id: str, tokens: int, max_tokens: int) -> int:
-    """In how many chunks a text of so many tokens is read."""
-    chunked = family_id in MODULES and MODULES[family_id].chunked
+    """In how many chunks a text of so many tokens is read; of one's own as if in chunks."""
+    chunked = family_id not in MODULES or MODULES[family_id].chunked
     return max(1, -(-min(tokens, max_tokens) // CHUNK)) if chunked else 1
 
 

@@ -78,12 +78,19 @@ class Parts:
     text_width: int = 0                     # of the last CLIP's text, where it is padded
     reading: Reading = Reading()
     distilled: Distilled | None = None      # a base that draws in few steps without guidance
+    shifts: tuple[float, float] | None = None   # the scheduler's, of one that isn't and one that is
     base_loras: Attached | None = None      # what the denoiser has on it while it learns
     beside: list[Taken] = field(default_factory=list)   # files of other places that it is used with
     film: bool = False                      # the VAE is one of videos: (B, C, frames, h, w)
     denoiser: Any = None                    # UNet or transformer
     vae: Any = None
     text: dict[str, Any] = field(default_factory=dict)  # tokenizers, encoders by pipeline name
+
+    def take_as(self, distilled: Distilled | None) -> None:
+        """As one that is distilled, or isn't (None)."""
+        self.distilled = distilled
+        if self.shifts is not None:
+            self.scheduler["shift"] = self.shifts[distilled is not None]
 
 
 PARTS: tuple[Part, ...] = ("denoiser", "vae", "text")

@@ -88,7 +88,7 @@ class Loaded:
         layout = self.layout(source)
         with loading.told(source):          # configs may say anything
             parts = self.empty(layout)
-        parts.distilled = distilled.told(source, layout.found)
+        parts.take_as(distilled.told(source, layout.found))
         return layout, parts
 
     def _wanted(self, layout: Layout, only: frozenset[Part]) -> list[Piece]:
@@ -145,7 +145,7 @@ class Loaded:
                              else Taken(piece.name, None))
             if file and piece.part == "text" and self.vocabularies[piece.name].kind:
                 folder = self._words(layout, piece.name)
-                if not folder.is_relative_to(source):
+                if not folder.is_relative_to(source) or folder == self.chosen.tokenizer:
                     found.append(companions.taken_tokenizer(_tokenizer_of(piece.name), folder))
         companions.check_used(self.chosen, found, self.spec.title)
         return found

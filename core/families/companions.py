@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,6 @@ def find_file(source: Path, what: str, config: Mapping[str, Any], known: Chosen)
             raise Fault("families.companion_foreign", path=source, file=path,
                         made_for=vae_files.TITLES[model], wanted=vae_files.TITLES[wanted],
                         fixes=[_taking("vae", path, str(path))])
-    found = [path for path in found if not identify(path).numbers] or found    # that are read here
     found = copies.finest(found) if len(found) > 1 else found
     if len(found) > 1:
         key = "vae" if vae else "text_encoders"
@@ -145,13 +143,8 @@ def _taking(key: str, path: Path, value: str | list[str]) -> Fix:
 
 def _different(found: Iterable[Path]) -> list[Path]:
     """One of each content."""
-    return list({_content(path, path.stat().st_mtime_ns): path
+    return list({fingerprint([(path, "")]): path
                  for path in reversed([*dict.fromkeys(found)])}.values())[::-1]
-
-
-@lru_cache(maxsize=64)
-def _content(path: Path, changed: int) -> str:
-    return fingerprint([(path, "")])
 
 
 def _is(path: Path, what: str) -> bool:
@@ -192,14 +185,16 @@ def find_tokenizer(source: Path, name: str, kind: Kind, rows: int, known: Chosen
     if known.tokenizer is not None and kind.folder is None:
         raise Fault("families.tokenizer_not_shipped", title=kind.title)
     found, others = list[tuple[Path, dict[str, int]]](), list[Path]()
+    unreadable: Fault | None = None
     if kind.folder is not None:
         known_words = dict(_read(kind.folder))
         found.append((kind.folder, known_words | {
             word: len(known_words) + n for n, word in enumerate(kind.more)}))
     for folder in () if known.tokenizer is not None else _tokenizers(source):
         try:
-            read = vocabularies.words_in(folder)
-        except (OSError, ValueError):
+            read = _read(folder)
+        except Fault as fault:              # another model's may be, of those beside this base
+            unreadable = unreadable or fault
             continue
         if not kind.fits(read, rows):
             others.append(folder)
@@ -212,6 +207,8 @@ def find_tokenizer(source: Path, name: str, kind: Kind, rows: int, known: Chosen
                                 else str(folder)) for folder, _ in found])
     if found:
         return _checked(*found[0], rows)
+    if unreadable is not None and not others:
+        raise unreadable
     raise Fault("families.tokenizer_other" if others else "families.tokenizer_missing",
                 path=source, title=kind.title, folder=source.parent, found=", ".join(
                     map(str, others)), shared=paths.data_dir() / "tokenizers")
@@ -246,7 +243,7 @@ def taken_file(part: str, path: Path, config: Mapping[str, Any]) -> Taken:
         made, wanted = vae_files.model_in(path), vae_files.model_of(config)
         odd = vae_files.TITLES[made] if made and wanted not in ("", made) else ""
         return Taken(part, path, vae_files.sha256(path), short_hash(path), odd)
-    return Taken(part, path, _content(path, path.stat().st_mtime_ns))
+    return Taken(part, path, fingerprint([(path, "")]))
 
 
 def taken_tokenizer(part: str, folder: Path) -> Taken:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core import words
+from core import paths, words
 from core.faults import Fault
 from core.reading import json_object
 from core.safetensors_header import (
@@ -67,8 +67,7 @@ def identify(path: Path) -> Found:
         raise Fault("families.missing", path=path, folder=path.parent)
     if path.is_dir():
         return _folder(path)
-    stat = path.stat()
-    return _file(path, (stat.st_mtime_ns, stat.st_size, stat.st_ino))
+    return _file(path, paths.stamp(path))
 
 
 def expect(path: Path, family: str) -> Found:
@@ -148,9 +147,9 @@ def _named(what: str, family: str, path: Path) -> Found:
 # --- files ---
 
 @functools.lru_cache(maxsize=1024)
-def _file(path: Path, stamp: tuple[int, ...]) -> Found:
-    """`stamp` changes with the file: every file beside a base is asked for, part by part, and a
-    header of thousands of names takes 15 ms."""
+def _file(path: Path, stamp: tuple[int, int, int]) -> Found:
+    """Kept: every file beside a base is asked for, part by part, and a header of thousands of
+    names takes 15 ms."""
     with opened(path) as file:
         head = file.read(64)
     if head[:4] == b"GGUF" or path.suffix.lower() == ".gguf":

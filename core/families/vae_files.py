@@ -41,9 +41,9 @@ def model_in(path: Path) -> str:
 
 
 def sha256(path: Path) -> str:
-    return _sha256(path, path.stat().st_mtime_ns)
+    return _sha256(path, paths.stamp(path))
 
 
 @lru_cache(maxsize=64)
-def _sha256(path: Path, changed: int) -> str:
+def _sha256(path: Path, stamp: tuple[int, int, int]) -> str:
     return paths.sha256(path)

@@ -75,7 +75,6 @@ def words_in(folder: Path) -> dict[str, int]:
 
 @lru_cache(maxsize=16)
 def _words_in(folder: Path, stamps: tuple[tuple[int, int], ...]) -> dict[str, int]:
-    pieces = pieces_in(folder)
     if (folder / "tokenizer.json").is_file():
         told = from_json((folder / "tokenizer.json").read_text("utf-8"))
         known = told["model"]["vocab"]
@@ -84,7 +83,7 @@ def _words_in(folder: Path, stamps: tuple[tuple[int, int], ...]) -> dict[str, in
         words |= {mark["content"]: mark["id"] for mark in told.get("added_tokens") or ()}
     elif (folder / "vocab.json").is_file():
         words = dict(from_json((folder / "vocab.json").read_text("utf-8")))
-    elif pieces is not None:
+    elif (pieces := pieces_in(folder)) is not None:
         words = dict(pieces.numbers)
     else:
         raise FileNotFoundError(folder / "tokenizer.json")

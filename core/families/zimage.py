@@ -57,15 +57,13 @@ class ZImage(Loaded):
         "text_encoder": Vocabulary("qwen3", LENGTH, chat=text.QWEN3_CHAT)}
     pipe = ZImagePipeline
 
-    def adapt(self, layout: Layout) -> None:
-        """Turbo draws with another shift; the config is shipped for both."""
-        turbo = distilled.told(layout.source, layout.found)
-        layout.scheduler["shift"] = distilled.ZIMAGE_TURBO if turbo else distilled.ZIMAGE
-
     def empty(self, layout: Layout) -> Parts:
+        """Turbo draws with another shift; the scheduler's config is shipped for both."""
         native, step = dit_sizes(layout)
+        shipped = not layout.source.is_dir()
         return Parts(layout.source, layout.scheduler, "flow", native, step, unguided=0.0,
-                     flow=LEARNS)
+                     flow=LEARNS, shifts=(distilled.ZIMAGE, distilled.ZIMAGE_TURBO)
+                     if shipped else None)
 
     def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
         tokenizer = parts.text["tokenizer"]

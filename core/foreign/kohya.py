@@ -84,11 +84,13 @@ class Kohya(Reader):
 
     def take_base_weights(self, value: Any, entry: Entry) -> None:
         """Its multipliers are a list beside it, 1 where there are fewer."""
-        files = value if isinstance(value, list) else str(value).split()
-        given = self.found.get("base_weights_multiplier", [])
-        weights = given if isinstance(given, list) else [given]
-        self.put("base_loras", [f"{file}:{number(weights[n]) if n < len(weights) else 1.0:g}"
-                                for n, file in enumerate(files)], entry)
+        files, given = _several(value), _several(self.found.get("base_weights_multiplier", []))
+        try:
+            weights = [*map(float, given), *[1.0] * len(files)]
+        except (TypeError, ValueError):
+            return self.leave(entry, "value")
+        self.put("base_loras", [f"{file}:{weight:g}" for file, weight in zip(
+            files, weights, strict=False)], entry)
 
     def take_base_weights_multiplier(self, value: Any, entry: Entry) -> None: ...
 
@@ -328,3 +330,13 @@ def _literal(text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+def _several(value: Any) -> list[Any]:
+    """A list; or text with one item a line, or on one line between spaces, as on kohya's command
+    line."""
+    if isinstance(value, list):
+        return value
+    text = str(value)
+    return [line.strip() for line in text.splitlines() if line.strip()] if (
+        "\n" in text.strip()) else text.split()

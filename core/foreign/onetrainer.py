@@ -162,7 +162,7 @@ class OneTrainer(Reader):
     def take_text_encoder_layer_skip(self, value: Any, entry: Entry) -> None:
         """0 is the last layer there, 1 here."""
         if number(value):
-            self.put("clip_skip", value + 1, entry)
+            self.put("clip_skip", int(number(value)) + 1, entry)
 
     def take_save_every(self, value: Any, entry: Entry) -> None:
         unit = self.found.get("save_every_unit", "NEVER")
