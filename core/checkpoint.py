@@ -7,6 +7,7 @@ objective.py, so that the samples learned so far are the whole position in the d
 
 from __future__ import annotations
 
+import functools
 import glob
 import json
 import os
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from core import paths
 from core.faults import Fault
-from core.reading import from_json
+from core.reading import from_json, json_object
 
 FOLDER = "checkpoints"
 STATE = "state.json"
@@ -132,10 +133,15 @@ def find(outputs: Iterable[Path], name: str, session: str = "") -> list[Path]:
 def told(folder: Path) -> dict[str, Any]:
     """What a checkpoint says of itself (a Position); empty where it can't be read."""
     try:
-        found = from_json((folder / STATE).read_text("utf-8"))
-    except (OSError, ValueError):
+        return _told(folder / STATE, paths.stamp(folder / STATE))
+    except OSError:
         return {}
-    return found if isinstance(found, dict) and {"name", "session"} <= found.keys() else {}
+
+
+@functools.lru_cache(maxsize=64)
+def _told(path: Path, stamp: tuple[int, int, int]) -> dict[str, Any]:
+    found = json_object(path)
+    return found if {"name", "session"} <= found.keys() else {}
 
 
 def _wanted_name(facts: dict[str, Any]) -> str:

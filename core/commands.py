@@ -248,15 +248,14 @@ def overrides(pairs: Sequence[str]) -> dict[str, str]:
 def found_beside(config: TrainConfig, folder: Path) -> TrainConfig:
     """Paths that lie beside the YAML and not in the working folder, made absolute."""
     from core import base_loras
-    from core.config import resolve
+    from core.config import COMPANIONS, resolve
     from core.extensions import located
 
     def found(path: str) -> str:
         there = resolve(path, folder)
         return str(there) if path and there.exists() and there != resolve(path, None) else path
     given = {key: getattr(config, key) for key in (
-        "train_data_dir", "metadata_path", "base_model", "init_lora_weights", "vae", "tokenizer",
-        "text_encoders")}
+        "train_data_dir", "metadata_path", "base_model", "init_lora_weights", *COMPANIONS)}
     new = {key: [found(one) for one in value] if isinstance(value, list) else found(value)
            for key, value in given.items()}
     changes = {key: value for key, value in new.items() if value != given[key]}

@@ -1,7 +1,6 @@
 """TrainConfig and GenerateConfig: the flat YAML that users write, checked once, frozen after.
 
-The keys are the described lora-scripts' own. `level`, `unit` and range live on each field, so
-that the window's form and the documentation are built from here.
+Keys are lora-scripts' own. Form and documentation are built from each field's level, unit, range.
 """
 
 from __future__ import annotations
@@ -232,7 +231,10 @@ class TrainConfig(BaseModel):
     @field_validator("resume", mode="before")
     @classmethod
     def _true_or_a_folder(cls, value: Any) -> Any:
-        return {"true": True, "false": False}.get(str(value).casefold(), value)
+        """A session's number is one to YAML, too; its words for true and false may be quoted."""
+        said = {"": False, "0": False, "no": False, "off": False, "false": False,
+                "1": True, "yes": True, "on": True, "true": True}
+        return said.get(str(value).casefold(), str(value) if isinstance(value, int) else value)
 
     @field_validator("output_name")
     @classmethod

@@ -80,9 +80,11 @@ class Course:
         self.batch_size, self.accumulation, self.seed = batch_size, accumulation, seed
         self.regular, self.names, self.start = regular, names, start or Place()
         self.samples_per_epoch = sum(repeats) + (regular.each_epoch if regular else 0)
-        self.batches_per_epoch = len(self._batches(0))
+        first = self._batches(0)
+        self.batches_per_epoch = len(first)
         self.updates_per_epoch = math.ceil(self.batches_per_epoch / accumulation)
-        self._head = self._numbered(self._rest(), self.start.samples)
+        head = self._batches(self.start.epoch) if self.start.epoch else first
+        self._head = self._numbered(self._rest(head), self.start.samples)
         self._head_updates = math.ceil(len(self._head) / accumulation)
 
     def update(self, number: int) -> list[Batch]:
@@ -152,16 +154,18 @@ class Course:
             range(len(self.indices), len(indices)))
         return [[indices[place] for place in batch] for batch in chosen]
 
-    def _rest(self) -> list[list[int]]:
+    def _rest(self, batches: list[list[int]]) -> list[list[int]]:
         """What the first epoch has not learned: its batches in their order, those that are
         learned in part cut anew, by bucket, after them."""
+        if not self.start.seen:
+            return batches
         seen, whole = Counter(self.start.seen), []
         broken: dict[tuple[int, int], list[int]] = {}
         buckets_of = dict(zip(self.indices, self.bucket_of, strict=True))
         if self.regular:
             buckets_of |= {index: bucket for bucket, members in self.regular.members.items()
                            for index in members}
-        for batch in self._batches(self.start.epoch):
+        for batch in batches:
             left = []
             for index in batch:
                 name = self._name(index)

@@ -30,6 +30,7 @@ class BaseFacts(Rule):
     base: str = ""                          # its name; empty: none is known, SD 1.5 is assumed
     token_limit: int = 75
     count_tokens: Callable[[Sequence[str]], list[int]] | None = None    # without start and end
+    fault: Fault | None = None              # why those of the base that was named are not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,18 +104,11 @@ def base_facts(source: Path, config: TrainConfig = USUAL,
     return BaseFacts(**asdict(rule), base=source.name, token_limit=limit, count_tokens=counter)
 
 
-def assumed_facts(config: TrainConfig = USUAL) -> BaseFacts:
+def assumed_facts(config: TrainConfig = USUAL, fault: Fault | None = None) -> BaseFacts:
     """Where no base is known: those of Stable Diffusion 1.5."""
     rule = Rule.of(config, ASSUMED.native_size, ASSUMED.step)
     return BaseFacts(**asdict(rule), token_limit=config.max_tokens,
-                     count_tokens=TokenCounter(TOKENIZER))
-
-
-def facts_for(area: Size, step: int, no_upscale: bool = False, token_limit: int = 75,
-              count_tokens: Callable[[Sequence[str]], list[int]] | None = None) -> BaseFacts:
-    """Of sizes that are given."""
-    rule = Rule.usual(area, step, no_upscale=no_upscale)
-    return BaseFacts(**asdict(rule), token_limit=token_limit, count_tokens=count_tokens)
+                     count_tokens=TokenCounter(TOKENIZER), fault=fault)
 
 
 class TokenCounter:

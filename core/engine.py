@@ -44,12 +44,12 @@ from core.families import companions
 from core.families.base import Cond, Family, Parts, Precision
 from core.faults import Fault, Fix
 from core.lookout import Lookout, weigh
+from core.lora_names import prompts_of
 from core.naming import NAMINGS, SD1
 from core.objective import Draw, split_mask, zero_terminal
 from core.output import Output
 from core.plan import Base
 from core.precision import autocast, choose, free_memory, load_denoiser, tell_numbers
-from core.preview import prompts_of
 from core.saving import Keeper
 from core.session import Session
 from core.text_training import TextTraining

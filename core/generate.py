@@ -146,9 +146,13 @@ class Studio:
     def load(self) -> None:
         companions.announce(self.family, self.source, self.emit)
         self.parts: Parts = self.family.load(self.source, self.precision, ALL_PARTS)
+        self.take_distilled()
+        self.pipeline: Any = self.family.pipeline(self.parts)
+
+    def take_distilled(self) -> None:
+        """As the user says, where the name doesn't tell."""
         if self.distilled != "auto":
             self.parts.take_as(distilled.of(self.source, self.distilled))
-        self.pipeline: Any = self.family.pipeline(self.parts)
 
     def use(self, loras: Sequence[Lora]) -> None:
         """Switches LoRAs. Weight 0 switches a file off: the base's own picture, to the bit."""

@@ -22,7 +22,7 @@ from core.faults import Fault
 from core.meter import held_mb
 from core.plan import Base, Data, Machine, Plan
 from core.watch import NvmlReader, RamReader, Watch
-from core.weigh import chunks_of, heaviest_batch, machine_here
+from core.weigh import chunks_of, drawn_chunks, heaviest_batch, machine_here
 
 if TYPE_CHECKING:
     from core.engine import Trainer
@@ -168,5 +168,5 @@ def weigh(items: Sequence[Example], config: TrainConfig, family: str = "") -> Da
     bucket, batch = heaviest_batch([item.bucket for item in items],
                                    [item.picture.repeats for item in items], config.batch_size)
     captions = tuple({"", *(text for item in items for text in item.captions)})
-    chunks = chunks_of(captions + tuple(config.sample_prompts), family, config.max_tokens)
-    return Data(len(items), sum(chunks[:len(captions)]), batch, bucket, max(chunks))
+    chunks = chunks_of(captions, family, config.max_tokens)
+    return Data(len(items), sum(chunks), batch, bucket, max(chunks), drawn_chunks(config, family))

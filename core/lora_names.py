@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from core import lora_file, paths, words
+from core.config import TrainConfig
 from core.faults import Fault
 
 DEFAULT_WEIGHT = 0.8
@@ -75,6 +76,11 @@ def refuse_paths(tagged: Iterable[Tag]) -> None:
             raise Fault("generate.lora_path", name=tag.name)
 
 
+def prompts_of(config: TrainConfig) -> list[str]:
+    """The previews' prompts without `<lora:...>`: there the adapter in training is drawn alone."""
+    return [split_prompt(prompt)[0] for prompt in config.sample_prompts]
+
+
 def parse_lora(text: str, default: float = DEFAULT_WEIGHT) -> tuple[str, float]:
     """'ink.safetensors:0.5' -> (name, weight). A colon of a Windows drive is no weight."""
     name, colon, weight = text.rpartition(":")
@@ -84,8 +90,8 @@ def parse_lora(text: str, default: float = DEFAULT_WEIGHT) -> tuple[str, float]:
         return text, default
 
 
-def find_lora(name: str, weight: float, folders: Sequence[Path] = ()) -> Lora:
-    """A path, or a name looked up in `folders`, ./output and the finished runs' folders.
+def find_lora(name: str, weight: float) -> Lora:
+    """A path, or a name looked up in ./output and the finished runs' folders.
 
     Raises Fault `generate.unknown_lora` with the nearest names.
     """
@@ -94,7 +100,7 @@ def find_lora(name: str, weight: float, folders: Sequence[Path] = ()) -> Lora:
         for path in (direct, direct.with_name(f"{direct.name}.safetensors")):
             if path.is_file() or (path / FOLDER).is_file():
                 return Lora(path.absolute(), weight)
-    known = files_by_name([*folders, Path("output"), *_run_folders()])
+    known = files_by_name([Path("output"), *_run_folders()])
     if name in known:
         return Lora(known[name], weight)
     raise unknown(name, known)

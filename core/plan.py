@@ -80,6 +80,7 @@ class Data:
     batch: int = 0                              # largest that one bucket fills; 0: the config's
     bucket: tuple[int, int] | None = None       # that bucket; None: the largest possible
     chunks: int = 1                             # of the longest caption
+    drawn_chunks: int = 1                       # of the longest prompt of previews
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ def plan_run(config: TrainConfig, base: Base, machine: Machine, data: Data | Non
     rule = buckets.Rule.of(config, int(facts["native"]), int(facts["step"]))
     bucket = data.bucket or rule.largest()
     step = ask("step", base, numbers, **step_settings(config, machine, bucket, data))
-    rows = config.cache_batch_size * 2 * data.chunks
+    rows = config.cache_batch_size * 2 * max(data.chunks, data.drawn_chunks)
     texts = ask("texts", base, numbers, kind=machine.kind, batch=rows,
                 **_encoders(config, machine, facts))
     cache = ask("cache", base, numbers, kind=machine.kind, width=bucket[0], height=bucket[1],
@@ -166,13 +167,14 @@ def step_settings(config: TrainConfig, machine: Machine, bucket: tuple[int, int]
             "targets": targets if isinstance(targets, str) else sorted(targets),
             "checkpointing": config.gradient_checkpointing,
             "accumulating": config.gradient_accumulation_steps > 1,
-            **adapter_settings(config), **kept_settings(config, machine.kind), **_longer(data),
+            **adapter_settings(config), **kept_settings(config, machine.kind),
+            **_longer(data.chunks if data else 1),
             **({"eight_bit": True} if eight_bit(config, machine.kind) else rule_settings(config)),
             **({"text": text_settings(config)} if config.trains_text else {})}
 
 
-def _longer(data: Data | None) -> dict[str, int]:
-    return {"chunks": data.chunks} if data and data.chunks > 1 else {}
+def _longer(chunks: int) -> dict[str, int]:
+    return {"chunks": chunks} if chunks > 1 else {}
 
 
 def kept_settings(config: TrainConfig, kind: str) -> dict[str, Any]:
@@ -263,7 +265,7 @@ def _drawing(config: TrainConfig, base: Base, numbers: dict[str, str], machine: 
     for name, (size, batch) in wanted.items():
         drawn = ask("draw", base, numbers, kind=machine.kind, width=size[0], height=size[1],
                     batch=batch, rank=config.lora_rank, targets=targets, **kept,
-                    **_longer(data), **adapter_settings(config))
+                    **_longer(max(data.chunks, data.drawn_chunks)), **adapter_settings(config))
         phases.append(_phase(name, denoiser=facts["denoiser"], vae=facts["vae"],
                              adapter=step["adapter"], optimizer=step["optimizer"],
                              activations=drawn["peak"], **_beside(config, facts, step)))

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from core import paths
-from core.reading import from_json
+from core.reading import json_object
 
 
 def remember(card: str, planned_mb: float, allocated_mb: float, reserved_mb: float) -> None:
@@ -15,7 +15,7 @@ def remember(card: str, planned_mb: float, allocated_mb: float, reserved_mb: flo
     overhead."""
     if allocated_mb <= 0:
         return
-    known = _history()
+    known = json_object(_file())
     rows = [*known.get(card, []), {
         "planned": planned_mb, "allocated": allocated_mb, "reserved": reserved_mb}]
     with contextlib.suppress(OSError):
@@ -25,18 +25,10 @@ def remember(card: str, planned_mb: float, allocated_mb: float, reserved_mb: flo
 def overhead(card: str) -> float | None:
     """(reserved - planned tensors) / planned tensors: the worst of the last runs on this card;
     None before the first. Never below zero: what ran once with less is no promise."""
-    rows = _history().get(card, [])[-5:]
+    rows = json_object(_file()).get(card, [])[-5:]
     worst = [(row["reserved"] - row["planned"]) / row["planned"] for row in rows]
     return max(0.0, *worst) if worst else None
 
 
 def _file() -> Path:
     return paths.data_dir() / "planned-and-real.json"
-
-
-def _history() -> dict[str, list[dict[str, float]]]:
-    try:
-        found: dict[str, list[dict[str, float]]] = from_json(_file().read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

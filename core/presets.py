@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core import advisor, captions, extensions, families, paths, reading, words
 from core.config import (
+    COMPANIONS,
     FOREIGN,
     TrainConfig,
     load_train_config,
@@ -170,8 +171,7 @@ def _plain(name: str) -> str:
 
 # What says which pictures and which base, or where to; a preset is about how.
 NOT_KEPT = frozenset({"train_data_dir", "base_model", "output_dir", "output_name", "trigger_word",
-                      "metadata_path", "vae", "text_encoders", "tokenizer", "resume", "device",
-                      "sample_prompts", "family"})
+                      "metadata_path", *COMPANIONS, "resume", "device", "sample_prompts", "family"})
 
 
 def own_folder() -> Path:

@@ -14,15 +14,10 @@ from core.config import TrainConfig, size_of
 from core.events import Event, Note, Sample
 from core.failures import one_line, ran_out
 from core.families.base import Cond, Family, Parts, Precision
-from core.lora_names import split_prompt
+from core.lora_names import prompts_of, split_prompt
 from core.offload import stage_of
 from core.precision import free_memory
 from core.text_training import TextTraining
-
-
-def prompts_of(config: TrainConfig) -> list[str]:
-    """The previews' prompts without `<lora:...>`: there the adapter in training is drawn alone."""
-    return [split_prompt(prompt)[0] for prompt in config.sample_prompts]
 
 
 class Previewer:

@@ -40,7 +40,7 @@ from core.events import (
 )
 from core.faults import Fault
 from core.journal import CONFIG, LOG, Point, append_line, new_run_id, tail, thinned
-from core.reading import from_json, read_flat_yaml
+from core.reading import from_json, json_object, read_flat_yaml
 
 RUN = "run.json"                          # name, job, created, ...: written once, never changed
 OWNER = "worker.json"                     # which process runs it
@@ -51,7 +51,7 @@ State = Literal["queued", "starting", "running", "paused", "stopping",
 ENDED: frozenset[str] = frozenset({"done", "unproven", "stopped", "failed", "interrupted"})
 POINTS = 400                              # of a chart; thinned when twice as many have come
 NOTES = 200                               # newest kept
-_MOODS: dict[str, State] = {"jobs.paused": "paused", "jobs.going": "running",
+MOODS: dict[str, State] = {"jobs.paused": "paused", "jobs.going": "running",
                             "jobs.stopping": "stopping"}
 
 
@@ -157,7 +157,7 @@ def _changes(view: JobView, event: Event) -> dict[str, Any]:
         case Captioned():
             return working | {"captioned": view.captioned + 1}
         case Note():
-            mood = {"state": _MOODS[event.key]} if event.key in _MOODS else {}
+            mood = {"state": MOODS[event.key]} if event.key in MOODS else {}
             return mood | {"notes": (*view.notes, event)[-NOTES:]}
         case Faulted():
             return {"fault": event}
@@ -279,12 +279,9 @@ class Seen:
 
 def blank(folder: Path) -> JobView:
     """The view before the first event."""
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {key: value for key, value in json_object(folder / RUN).items()
+                             if isinstance(value, (int, float) if key == "created" else str)}
     config: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        found = from_json((folder / RUN).read_text("utf-8"))
-        facts = {key: value for key, value in found.items() if isinstance(
-            value, (int, float) if key == "created" else str)} if isinstance(found, dict) else {}
     with contextlib.suppress(OSError, ValueError, Fault):
         config = read_flat_yaml((folder / CONFIG).read_text("utf-8"), CONFIG)[0]
     cwd = facts.get("cwd", "")

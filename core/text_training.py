@@ -94,7 +94,6 @@ class TextTraining:
                     self.parts, [new_words.expand(text, self.words)])
         rows = [self.tokens[text] for text in texts]
 
-
         def encode(some: list[int]) -> Cond:
             with self.cast():
                 cond = self.family.encode_tokens(self.parts, {

@@ -32,6 +32,7 @@ from core.buckets import Rule, Size
 from core.config import TrainConfig
 from core.crops import TOKENIZER, TokenCounter
 from core.faults import Fault
+from core.lora_names import prompts_of
 from core.pictures import FORMATS, MAX_MEGAPIXELS, Look, prepare
 from core.plan import Base, Data, Machine, Plan
 
@@ -129,7 +130,8 @@ def data_of(config: TrainConfig, found: Pictures, facts: Mapping[str, float], fa
     repeats = (*found.repeats, *[1] * len(found.regular))
     bucket, batch = heaviest_batch(assigned, repeats, config.batch_size)
     captions, longest = _captions(config, found, family)
-    return Data(len(assigned) + config.reg_from_base, captions, batch, bucket, longest)
+    return Data(len(assigned) + config.reg_from_base, captions, batch, bucket, longest,
+                drawn_chunks(config, family))
 
 
 def heaviest_batch(assigned: Iterable[Size], repeats: Iterable[int],
@@ -141,12 +143,6 @@ def heaviest_batch(assigned: Iterable[Size], repeats: Iterable[int],
     filled = {bucket: min(batch_size, count) for bucket, count in counts.items()}
     largest = max(filled, key=lambda b: (filled[b] * b[0] * b[1], b))
     return largest, filled[largest]
-
-
-def data_facts(config: TrainConfig, folder: Path, facts: Mapping[str, float]) -> Data:
-    """A folder's Data for one config; for several, `pictures_of` once and `data_of` for each."""
-    metadata = Path(config.metadata_path).expanduser() if config.metadata_path else None
-    return data_of(config, pictures_in(folder, metadata), facts)
 
 
 def base_sizes(base: Base, where: Machine) -> dict[str, float]:
@@ -170,16 +166,20 @@ class Weigher:
 
 
 def _captions(config: TrainConfig, found: Pictures, family: str) -> tuple[int, int]:
-    """Chunks of all different captions and of the empty one, and those of the longest, previews'
-    prompts included; of shuffled tags at most as many as are kept."""
+    """Chunks of all different captions and of the empty one, and those of the longest; of shuffled
+    tags at most as many as are kept."""
     texts = sorted({captions.with_trigger(text, config.trigger_word) for text in found.captions})
-    counts = chunks_of((*texts, *config.sample_prompts), family, config.max_tokens)
-    own = counts[:len(texts)]
+    counts = chunks_of(tuple(texts), family, config.max_tokens)
     if not config.shuffle_tags:
-        return sum(own) + ("" not in texts), max(counts, default=1)
+        return sum(counts) + ("" not in texts), max(counts, default=1)
     free = (max(0, len(captions.split_tags(text)) - config.keep_tokens) for text in texts)
     kept = [min(MOST_SHUFFLES, factorial(min(count, 4))) for count in free]
-    return 1 + sum(k * n for k, n in zip(kept, own, strict=True)), max(counts, default=1)
+    return 1 + sum(k * n for k, n in zip(kept, counts, strict=True)), max(counts, default=1)
+
+
+def drawn_chunks(config: TrainConfig, family: str) -> int:
+    """Of the longest prompt of previews."""
+    return max(chunks_of(tuple(prompts_of(config)), family, config.max_tokens), default=1)
 
 
 @functools.lru_cache(maxsize=8)

@@ -27,6 +27,7 @@ from core.config import TrainConfig
 from core.control import Control
 from core.crops import BaseFacts
 from core.events import Event, Phase
+from core.failures import one_line
 from core.faults import Fault
 from core.plan_service import sizes_beside
 from core.runs import JobView
@@ -312,8 +313,13 @@ def facts_of(question: Question) -> BaseFacts:
     config = TrainConfig.model_validate(dict(question.rule))
     if question.base:
         source = paths.DEMO / "base" if question.base == "demo" else Path(question.base)
-        with contextlib.suppress(Fault, OSError, ValueError, KeyError, subprocess.SubprocessError):
+        try:
             return crops.base_facts(source.expanduser(), config, sizes_beside)
+        except Fault as fault:
+            return crops.assumed_facts(config, fault)
+        except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
+            return crops.assumed_facts(config, Fault(
+                "checks.base_not_read", base=question.base, reason=one_line(error)))
     return crops.assumed_facts(config)
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
+from core.buckets import Rule
+from core.crops import BaseFacts
 
 Size = tuple[int, int]
 
@@ -79,3 +84,10 @@ def save(image: Image.Image, path: Path, caption: str | None = None,
     if caption is not None:
         path.with_suffix(".txt").write_text(caption, "utf-8")
     return path
+
+
+def facts_for(area: tuple[int, int], step: int, no_upscale: bool = False,
+              count_tokens: Callable[[Sequence[str]], list[int]] | None = None) -> BaseFacts:
+    """Of a base of sizes that are given."""
+    rule = Rule.usual(area, step, no_upscale=no_upscale)
+    return BaseFacts(**asdict(rule), count_tokens=count_tokens)

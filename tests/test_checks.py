@@ -25,13 +25,13 @@ from core.captions import with_trigger
 from core.checks import Report, check
 from core.config import TrainConfig
 from core.control import Control
-from core.crops import TOKENIZER, BaseFacts, TokenCounter, base_facts, facts_for
+from core.crops import TOKENIZER, BaseFacts, TokenCounter, base_facts
 from core.events import Event, Phase
 from core.faults import Fault
 from core.findings import Finding
 from core.looks import Looks, Stopped, measure
 from core.picture_checks import style_finding, style_outliers
-from tests.drawn import DRAWN, as_jpeg, blurred, clouds, discs, save, subject
+from tests.drawn import DRAWN, as_jpeg, blurred, clouds, discs, facts_for, save, subject
 
 FACTS = facts_for((192, 192), 64)
 DEMO = paths.DEMO / "base"

@@ -429,6 +429,25 @@ def test_the_published_vaes_belong_to_known_models() -> None:
 
 # --- what is told ---
 
+def test_a_tokenizer_of_the_bases_own_may_be_named(tmp_path: Path) -> None:
+    folder = tiny_families.base("flux", tmp_path / "flux")
+    named = Chosen(tokenizer=folder / "tokenizer_2")
+    found = {one.part: one.path for one in families.get("flux", named).beside(folder)}
+    assert found["tokenizer_2"] == folder / "tokenizer_2"
+
+
+def test_a_torn_file_beside_a_whole_tokenizer_is_not_read(tmp_path: Path) -> None:
+    """git-lfs leaves pointers in its place."""
+    folder = words_folder(tmp_path / "tokenizer", gemma_words(106, 107), "GemmaTokenizerFast")
+    (folder / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1")
+    assert find(tmp_path / "x.safetensors", KINDS["gemma2"], 256_000) == folder
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(Fault) as caught:
+        find(tmp_path / "x.safetensors", KINDS["gemma2"], 256_000)
+    assert caught.value.code == "families.tokenizer_unreadable"
+
+
+
 def test_a_base_tells_what_it_is_used_with(tmp_path: Path) -> None:
     source = sparse(tmp_path / "zimage.safetensors", BASES["zimage"])
     vae_file(tmp_path / "vae" / "ae.safetensors", b"1")

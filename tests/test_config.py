@@ -160,3 +160,11 @@ def test_what_is_wrong_with_a_value_is_told_in_the_users_language(line: str, say
         parse_train_config(f"base_model: demo\n{line}\n", "x.yaml")
     assert says in words.say(caught.value.code, caught.value.params, "zh-CN")
     assert "expected" in str(caught.value) or "at least" in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("true", True), ("'no'", False), ("off", False), ("''", False), ("1", True), ("0", False),
+    ("1234567890", "1234567890"), ("out/checkpoints/a-000100", "out/checkpoints/a-000100")])
+def test_resume_is_a_switch_a_session_or_a_folder(text: str, value: bool | str) -> None:
+    assert parse_train_config(f"resume: {text}", "x.yaml").resume == value
+    assert type(parse_train_config("", "x.yaml", {"resume": text}).resume) is type(value)

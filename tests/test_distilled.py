@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from core import distilled, families, generate, plan, samplers, words
-from core.config import TrainConfig, parse_train_config
+from core import beforehand, distilled, families, generate, plan, samplers, words
+from core.config import GenerateConfig, TrainConfig, parse_train_config
 from core.control import Control
 from core.distilled import Distilled, drawing, told
 from core.draw import draw
@@ -200,4 +200,12 @@ def test_a_turbo_file_draws_with_turbos_shift(tmp_path: Path, name: str, shift: 
     parts = families.get("zimage").load(file, FP32, frozenset())
     assert samplers.create("auto", parts).config.shift == shift
     assert (parts.distilled is not None) == (shift == 3.0)
+    wanted = "false" if shift == 3.0 else "true"            # the key settles what a name can't
+    beforehand.tell_distilled(TrainConfig(distilled=wanted), parts, lambda event: None)
+    assert samplers.create("auto", parts).config.shift == 9.0 - shift
+    studio = generate.Studio(file, GenerateConfig(base=str(file), distilled=wanted),
+                             lambda event: None)
+    studio.parts = studio.family.load(file, FP32, frozenset())
+    studio.take_distilled()
+    assert studio.parts.scheduler["shift"] == 9.0 - shift
     assert parts.flow == families.get("zimage").load(folder, FP32, frozenset()).flow

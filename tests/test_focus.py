@@ -14,11 +14,11 @@ from PIL import Image
 from core import choices, paths
 from core.buckets import Crop, crop_to, fit_picture
 from core.choices import Choices
-from core.crops import facts_for, plan_crops
+from core.crops import plan_crops
 from core.faults import Fault
 from core.focus import SIDE, Box, centre, lost, salient_box
 from core.measures import small
-from tests.drawn import blurred, clouds, discs, drawing, subject
+from tests.drawn import blurred, clouds, discs, drawing, facts_for, subject
 
 SIDES = st.integers(16, 4000)
 SIZES = st.tuples(SIDES, SIDES)

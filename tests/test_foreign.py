@@ -229,8 +229,24 @@ def test_kohya_ss(tmp_path: Path) -> None:
     assert all(f'"{one.key}"' in text[one.line - 1] for one in imported.left)
 
 
+@pytest.mark.parametrize(("files", "weights", "taken"), [
+    (["a.safetensors", "b.safetensors"], [0.5], ["a.safetensors:0.5", "b.safetensors:1"]),
+    ("a.safetensors b.safetensors", "0.5 0.7", ["a.safetensors:0.5", "b.safetensors:0.7"]),
+    ("my loras/a.safetensors\nb.safetensors", "0.5\n0.7",
+     ["my loras/a.safetensors:0.5", "b.safetensors:0.7"]),
+    ("a.safetensors", 0.5, ["a.safetensors:0.5"]),
+    (["a.safetensors"], ["half"], None)])
+def test_kohyas_base_weights_and_their_multipliers(
+        tmp_path: Path, files: Any, weights: Any, taken: list[str] | None) -> None:
+    """One that is no number is left and told, never 0."""
+    imported = foreign.read(written(tmp_path, GUI | {
+        "base_weights": files, "base_weights_multiplier": weights}))
+    assert imported.values.get("base_loras") == taken
+    assert (left(imported).get("base_weights") == "value") == (taken is None)
+
+
 def test_onetrainer_counts_layers_from_zero(tmp_path: Path) -> None:
-    for skip, taken in ((0, None), (1, 2)):
+    for skip, taken in ((0, None), (1, 2), ("1", 2), ("last", None)):
         imported = foreign.read(written(tmp_path, ONETRAINER | {"text_encoder_layer_skip": skip}))
         assert imported.values.get("clip_skip") == taken
 

@@ -123,10 +123,13 @@ def test_sheets(base: Path, lora: Path, tmp_path: Path) -> None:
         assert caught.value.code == code
 
 
-def test_unknown_names_get_the_nearest(base: Path, lora: Path, tmp_path: Path) -> None:
+def test_unknown_names_get_the_nearest(base: Path, lora: Path, tmp_path: Path,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "output").symlink_to(lora.parent)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(Fault, match="ink"):
-        lora_names.find_lora("inkk", 0.8, [lora.parent])
-    assert lora_names.find_lora("ink", 0.8, [lora.parent]).path == lora
+        lora_names.find_lora("inkk", 0.8)
+    assert lora_names.find_lora("ink", 0.8).path.resolve() == lora
     with pytest.raises(Fault, match="euler"):
         draw(base, tmp_path, sampler="eulr")
 

@@ -205,7 +205,10 @@ def test_only_what_matters_starts_a_look(folder: Path) -> None:
 def test_facts_need_no_base() -> None:
     assert facts_of(Question()).area == (512, 512)
     assert facts_of(Question(base="demo")).area == (64, 64)
-    assert facts_of(Question(base="/nowhere/at/all")).area == (512, 512)
+    nowhere = facts_of(Question(base="/nowhere/at/all"))
+    assert nowhere.area == (512, 512)
+    assert nowhere.fault is not None                        # told, and not as "no base is known"
+    assert nowhere.fault.code == "families.missing"
     assert facts_of(Question(rule=(("max_resolution", "256,128"),))).area == (256, 128)
     assert absolute("") == ""
 

@@ -16,7 +16,7 @@ from PIL import Image
 from core import generate, lora_export, lora_names, runs, words
 from core.config import TrainConfig, dump_yaml
 from core.draw_config import SHEET, DrawConfig
-from core.events import Checkpoint, Phase, Sample
+from core.events import Checkpoint, Note, Phase, Sample
 from core.faults import Fault
 from core.jobs import JobManager
 from core.runs import JobView, fold
@@ -227,6 +227,18 @@ def test_what_is_drawn_is_painted_and_escaped(ctx: Context, tmp_path: Path) -> N
     table.page = 9                                  # beyond the end: the last one
     cells = [a for a in Tags(drawings.gallery(ctx, snap, table)).seen if a[0] == "figure"]
     assert len(cells) == 6
+
+
+def test_notes_of_a_drawing_say_what_had_no_effect(ctx: Context, tmp_path: Path) -> None:
+    """What only tells how it was drawn is no warning; what a job tells of itself is no note."""
+    snap = Snapshot()
+    keys = {"jobs.stopping": {}, "generate.clip_skip": {"skip": 2, "loras": "x"},
+            "generate.tag_unread": {"name": "x", "part": "0.5"}}
+    view = replace(drawn(tmp_path, snap), notes=tuple(
+        Note(key=key, params=params) for key, params in keys.items()))
+    text = drawings.status(ctx, replace(snap, runs=(view,)), desk())
+    assert text.count("card warning") == text.count("card info") == 1
+    assert ctx.say("jobs.stopping") not in text
 
 
 def test_steps_that_nobody_asked_for_are_the_pictures_own(ctx: Context, tmp_path: Path) -> None:

@@ -182,6 +182,15 @@ def test_the_worst_of_the_last_runs_counts() -> None:
     assert plan_history.overhead(LAPTOP.name) == 0          # less than planned is no promise
 
 
+def test_a_long_prompt_of_previews_weighs_where_it_is_drawn() -> None:
+    base, few = plan.Base.of(DEMO), Data(20, 20)
+    config = TrainConfig(sample_prompts=["x"])
+    short, long = (plan.plan_run(config, base, CPU, replace(few, drawn_chunks=n)) for n in (1, 3))
+    assert short.phase("train") == long.phase("train")
+    assert short.phase("preview").mb < long.phase("preview").mb
+    assert short.phase("texts").mb < long.phase("texts").mb
+
+
 def test_longer_captions_are_planned() -> None:
     """Three chunks of text: keys and values in each cross-attention, rows in the cache."""
     base = Base.of(DEMO)

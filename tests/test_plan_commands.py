@@ -275,14 +275,14 @@ def captions_most(texts: tuple[str, ...]) -> int:
     return weigh.MOST_SHUFFLES * len(set(texts))
 
 
-def test_data_facts_reads_repeats_and_captions(tmp_path: Path) -> None:
+def test_data_of_a_folder_reads_repeats_and_captions(tmp_path: Path) -> None:
     tiny.pictures(tmp_path / "5_cats", 4, (80, 40))
     tiny.pictures(tmp_path / "1_dogs", 3, (40, 80))
     facts = {"native": 64.0, "step": 16.0}
-    found = weigh.data_facts(TrainConfig(batch_size=16), tmp_path, facts)
+    found = weigh.data_of(TrainConfig(batch_size=16), weigh.pictures_in(tmp_path), facts)
     assert found.pictures == 7
     assert (found.batch, found.bucket) == (16, (80, 48))
-    small = weigh.data_facts(TrainConfig(batch_size=64), tmp_path, facts)
+    small = weigh.data_of(TrainConfig(batch_size=64), weigh.pictures_in(tmp_path), facts)
     assert small.batch == 20                            # 4 pictures, 5 times each
 
 
@@ -357,6 +357,12 @@ def test_long_captions_weigh_as_their_chunks(tmp_path: Path) -> None:
         items = find(config, folder, None, 64, 16, lambda event: None).items
         there = lookout.weigh(items, config, family)
         assert (there.captions, there.chunks) == (chunks, longest)
-    prompts = config.with_changes(sample_prompts=["cat " * 220])
-    assert weigh.data_of(prompts, weigh.pictures_of(config), {"native": 64, "step": 16},
-                         "sd2").chunks == 3
+    # a preview's prompt weighs where it is drawn, without its tags; the step learns captions
+    (folder / "000.txt").write_text("cat", "utf-8")
+    prompts = config.with_changes(sample_prompts=["cat " * 220, "cat " * 70 + "<lora:x:0.8>" * 9])
+    for wanted, drawn in ((prompts, 3), (prompts.with_changes(
+            sample_prompts=prompts.sample_prompts[1:]), 1)):
+        data = weigh.data_of(wanted, weigh.pictures_of(config), {"native": 64, "step": 16}, "sd2")
+        there = lookout.weigh(find(wanted, folder, None, 64, 16, lambda event: None).items,
+                              wanted, "sd2")
+        assert {(one.chunks, one.drawn_chunks) for one in (data, there)} == {(2, drawn)}

@@ -21,11 +21,10 @@ import launcher
 from core import buckets, choices, dataset, paths, words
 from core.control import Control
 from core.copies import Options
-from core.crops import facts_for
 from core.events import Event, Phase
 from core.faults import Fault
 from core.prepare import LOG, Prepared, prepare
-from tests.drawn import clouds, discs, save
+from tests.drawn import clouds, discs, facts_for, save
 
 FACTS = facts_for((128, 128), 32)
 

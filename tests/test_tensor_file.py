@@ -304,6 +304,9 @@ def test_other_numbers_are_refused_by_name(name: str, tmp_path: Path) -> None:
     assert caught.value.code == "families.numbers_unread"
     assert said in str(caught.value)
     assert "layer.weight" in str(caught.value)
+    with pytest.raises(Fault) as caught:                # nor are they taken for numbers of another
+        TensorFile(path)["layer.weight"]
+    assert caught.value.code == "families.numbers_unread"
 
 
 def test_int8_with_scales_of_rows(tmp_path: Path) -> None:

@@ -30,9 +30,13 @@ def summary(ctx: Context, album: Album) -> str:
     if state.report is None:
         return ""
     facts = state.report.facts
+    sizes = {"width": facts.area[0], "height": facts.area[1], "step": facts.step,
+             "limit": facts.token_limit}
     judged = "" if facts.base else card("info", say("tab_dataset.assumed"), say(
-        "checks.base_assumed", width=facts.area[0], height=facts.area[1], step=facts.step,
-        limit=facts.token_limit))
+        "checks.base_assumed", **sizes))
+    if facts.fault is not None:
+        judged = card("warning", say("tab_dataset.assumed"), " ".join(
+            (ctx.told(facts.fault), say("checks.base_instead", **sizes))))
     worst = min((LEVELS.index(one.level) for one in state.report.findings), default=2)
     kind = {0: "fault", 1: "warning", 2: "good"}[worst]
     key = {0: "has_errors", 1: "has_warnings", 2: "ready"}[worst]

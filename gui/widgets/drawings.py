@@ -9,7 +9,7 @@ from core import paths, picture_settings
 from core.draw_config import SHEET
 from core.faults import Fault
 from core.lora_names import DEFAULT_WEIGHT
-from core.runs import JobView
+from core.runs import MOODS, JobView
 from gui import inference_wanted as wanted
 from gui.context import Context, Snapshot
 from gui.html import bar, button, card, clock, duration, esc
@@ -98,10 +98,15 @@ def status(ctx: Context, snap: Snapshot, desk: Desk) -> str:
     return f'<p class="small">{esc(ctx.say(key, count=count, time=took))}</p>' + _notes(ctx, last)
 
 
+# What only says how a picture was drawn; of other notes something had no effect or was left out.
+TOLD = ("families.companions_taken", "distilled.drawn", "generate.clip_skip",
+        "generate.prediction", "generate.zero_snr")
+
+
 def _notes(ctx: Context, view: JobView) -> str:
-    """What had no effect, or was left out: a tag, the end of a prompt."""
-    told = dict.fromkeys(ctx.say(note.key, **note.params) for note in view.notes)
-    return "".join(card("warning", text) for text in told)
+    told = {ctx.say(note.key, **note.params): "info" if note.key in TOLD else "warning"
+            for note in view.notes if note.key not in MOODS}
+    return "".join(card(kind, text) for text, kind in told.items())
 
 
 def _going(ctx: Context, snap: Snapshot, view: JobView) -> str:
