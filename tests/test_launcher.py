@@ -133,7 +133,8 @@ def test_train_asks_for_a_config_or_a_preset(run: Any) -> None:
 def test_test_hands_all_arguments_to_pytest(tmp_path: Path) -> None:
     quick = ("-p", "no:hypothesispytest", "-p", "no:xdist", "-o", "addopts=", "--noconftest")
     done = start("--debug", "test", *quick, "-q", "--collect-only",
-                 "-k", "test_version or bogus", "tests/test_launcher.py", cwd=tmp_path)
+                 "-k", "test_version or bogus", "tests/test_launcher.py", cwd=tmp_path,
+                 PYTEST_ADDOPTS="")
     assert done.returncode == 0, done.stderr
     assert "tests/test_launcher.py::test_version" in done.stdout
     missing = start("test", *quick, "tests/no_such_file.py", cwd=tmp_path)
