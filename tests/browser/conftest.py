@@ -78,7 +78,7 @@ def page(browser: Any, served: Any) -> Iterator[Any]:
     page.on("request", lambda request: wrong.append(f"outside: {request.url}")
             if not request.url.startswith((f"http://127.0.0.1:{served.port}/", "data:", "blob:"))
             else None)
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(180_000)               # of a busy machine; what never comes fails
     page.goto(served.url)
     page.wait_for_selector("#header .header")
     yield page

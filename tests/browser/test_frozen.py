@@ -143,7 +143,7 @@ def test_the_short_way(app: Path, bare: dict[str, str], browser: Any, tmp_path: 
         page.wait_for_selector("#header .header")
         page.get_by_role("button", name=re.compile("demo world")).click()
         page.wait_for_function("!document.querySelector('#start').disabled", timeout=300_000)
-        page.locator("#start").click(timeout=120_000)
+        page.locator("#start").click()
         page.wait_for_selector("#run-head .title")
         until(lambda: step_of(page) > 1, 600)
         page.get_by_role("button", name="Stop and save").click()

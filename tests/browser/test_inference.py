@@ -66,7 +66,7 @@ def test_loras_are_mixed_swept_and_exported(page: Any, served: Any, base: Path, 
     page.locator("#draw-steps input").fill("2")
     page.locator("#draw-acts [data-act=checkpoints]").click()
     sheet = page.locator("#draw-large img.sheet")
-    sheet.wait_for(state="visible", timeout=90_000)
+    sheet.wait_for(state="visible")
     until(lambda: page.locator("#gallery figure").count() == 3)     # two pictures, their sheet
     until(lambda: page.locator("#gallery figcaption small").nth(1).inner_text().count(
         "ink-20 0.8") == 1)

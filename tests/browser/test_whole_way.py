@@ -56,7 +56,7 @@ def test_from_pictures_to_an_exported_lora(page: Any, served: Any, language: str
     keep("dataset")
 
     page.locator("#caption-start").click()                  # caption with the demo captioners
-    until(lambda: "✓8/8" in page.locator("#tab-captioning-button").inner_text(), 120)
+    until(lambda: "✓8/8" in page.locator("#tab-captioning-button").inner_text())
     until(lambda: page.locator("#caption-rows textarea").first.input_value())
     row = page.locator("#caption-rows textarea").first      # edit, and the next row by keyboard
     row.fill("duskprint style, a banana by the window")
@@ -74,14 +74,14 @@ def test_from_pictures_to_an_exported_lora(page: Any, served: Any, language: str
                         sample_prompts=["a cat, duskprint style"], sample_inference_steps=4)
     page.wait_for_function("!document.querySelector('#start').disabled")
     keep("parameters")
-    page.locator("#start").click(timeout=120_000)
+    page.locator("#start").click()
     page.wait_for_selector("#run-head .title")
-    until(lambda: step_of(page) > 0, 150)
+    until(lambda: step_of(page) > 0)
 
     page.reload()                                           # refresh in mid-run
     page.wait_for_selector("#run-head .title")
     press(page, say("preview_now"))
-    page.locator("#run-previews img").first.wait_for(state="visible", timeout=60_000)
+    page.locator("#run-previews img").first.wait_for(state="visible")
     keep("run")
     press(page, say("stop_and_save"))
     first = house.snapshot().shown
@@ -99,7 +99,7 @@ def test_from_pictures_to_an_exported_lora(page: Any, served: Any, language: str
     weight.wait_for(state="visible")
     assert weight.input_value() == "0.8"
     page.locator("#draw-acts [data-act=compare]").click()
-    page.locator("#draw-large .compare img").nth(1).wait_for(state="visible", timeout=120_000)
+    page.locator("#draw-large .compare img").nth(1).wait_for(state="visible")
     drawn = next(view for view in house.jobs.views() if view.job == "generate")
     assert drawn.config["weights"] == [0.0, 0.8]
     keep("inference")
@@ -172,17 +172,17 @@ def started(page: Any, served: Any, **edits: Any) -> Any:
     until(lambda: served.house.settings.now.welcomed)
     served.house.projects.edit(sample_every=0, batch_size=1, lr_warmup_steps=2, **edits)
     page.wait_for_function("!document.querySelector('#start').disabled")
-    page.locator("#start").click(timeout=120_000)
+    page.locator("#start").click()
     page.wait_for_selector("#run-head .title")
     return until(lambda: served.house.snapshot().shown)
 
 
 def test_a_killed_worker_can_be_resumed(page: Any, served: Any) -> None:
     run = started(page, served, max_train_steps=100_000, save_steps=5)
-    until(lambda: served.house.jobs.view(run.id).checkpoints, 150)
+    until(lambda: served.house.jobs.view(run.id).checkpoints)
     os.kill(served.house.jobs.view(run.id).pid, signal.SIGKILL)
     card = page.locator("#run-head .card.fault")
-    card.wait_for(timeout=60_000)
+    card.wait_for()
     assert card.locator("pre").is_hidden() or card.locator("pre").count() == 0
     card.get_by_role("button", name="Resume", exact=True).click()
     again = until(lambda: next((view for view in served.house.jobs.views()
