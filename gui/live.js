@@ -167,7 +167,12 @@ window.darkroom = (() => {
   document.addEventListener('input', ({target: box}) => {
     if (box.matches('textarea, input:not([type=range], [type=checkbox], [type=radio])')
         && (box === document.activeElement || box === typed?.box) && !box.closest('.live'))
-      typed = {box, value: box.value};
+      typed = {box, value: box.value, selection: [box.selectionStart, box.selectionEnd]};
+  });
+  document.addEventListener('selectionchange', () => {
+    const {box, value} = typed ?? {};
+    if (box && box === document.activeElement && box.value === value)
+      typed.selection = [box.selectionStart, box.selectionEnd];
   });
   document.addEventListener('keydown', ({key}) => { if (key === 'Enter') typed = null; });
   document.addEventListener('focusout', ({target: box}) => {
@@ -179,11 +184,10 @@ window.darkroom = (() => {
   }
 
   function keep() {
-    const {box, value} = typed ?? {};
+    const {box, value, selection} = typed ?? {};
     if (!box || box.value === value || box !== document.activeElement) return;
-    const at = [box.selectionStart, box.selectionEnd];
     box.value = value;
-    if (at[0] !== null) box.setSelectionRange(...at);       // numbers have none
+    if (selection[0] !== null) box.setSelectionRange(...selection);     // numbers have none
     box.dispatchEvent(new Event('input', {bubbles: true}));
   }
 

@@ -82,7 +82,9 @@ document.addEventListener('keydown', event => {
     mark(box);
   }
 }, true);
-document.addEventListener('focusout', event => { if (prompt(event.target)) setTimeout(close, 150); });
+document.addEventListener('focusout', ({target: box}) => {       // back in it, it goes on
+  if (prompt(box)) setTimeout(() => { if (document.activeElement !== box) close(); }, 150);
+});
 document.addEventListener('scroll', () => { if (!list.hidden) close(); });
 list.addEventListener('mousedown', event => {
   event.preventDefault();                       // the prompt keeps its focus
