@@ -3,7 +3,7 @@
 window.darkroom = (() => {
   const address = location.pathname.replace(/\/*$/, '/') + 'live';
   const told = {}, marks = {}, places = {};
-  const done = {refill: 0, repaint: ''}, wanted = {...done};
+  const wanted = {}, asked = {};                // refill and repaint: what the page has to show
   let version = '', busy = false, again = false, misses = 0, typed = null;
 
   // Nodes that stay keep their focus, scroll position and open folds.
@@ -68,11 +68,18 @@ window.darkroom = (() => {
   function settle() {                           // Gradio's part; its buttons may come late
     if (!typed?.box.isConnected) typed = null;
     for (const id in wanted) {
-      const button = document.getElementById(id);
-      if (!button || done[id] === wanted[id] || (typed && id === 'refill')) continue;
-      done[id] = wanted[id];
+      const button = document.getElementById(id), shown = nowShown(id), now = performance.now();
+      if (!button || shown === wanted[id] || (typed && id === 'refill')
+          || (!shown && now < 5000)             // the page's first filling is on its way
+          || (asked[id]?.what === wanted[id] && now - asked[id].at < 3000)) continue;
+      asked[id] = {what: wanted[id], at: now};
       button.click();
     }
+  }
+
+  // An old answer may come after a newer one: what has to be shown is asked for until it's there.
+  function nowShown(id) {
+    return (document.getElementById(`${id}-shown`)?.textContent ?? '').trim().split(' ')[0];
   }
 
   async function poll() {
@@ -97,7 +104,7 @@ window.darkroom = (() => {
       marks[id] = mark;
     }
     version = news.version;
-    wanted.refill = news.filled;
+    wanted.refill = String(news.filled);
     wanted.repaint = news.painted;
   }
 

@@ -18,6 +18,7 @@ import gradio as gr
 from pydantic import ValidationError
 
 from core.faults import Fault
+from core.reading import json_of
 from gui import form
 from gui.widgets.panel import READY
 
@@ -86,7 +87,7 @@ class Page:
         changed = {name: (mark, html) for name, html in panels.items()
                    if marks.get(name) != (mark := _mark(html))}
         return {"version": snap.mark, "panels": changed, "filled": ctx.house.fills,
-                "painted": _mark(repr([(c._id, value) for c, value in rest.items()]))}
+                "painted": _mark_of_all(rest)}
 
     def _painted(self, snap: Snapshot) -> tuple[dict[str, str], Updates]:
         """-> panels by name; updates of other components."""
@@ -108,30 +109,32 @@ class Page:
         painted, filled = list(self._painted(snap)[1]), list(self._filled(snap))
         both = list(dict.fromkeys([*painted, *filled]))
         self.close = ctx.say("close")
-        seen = gr.State({})
         say = gr.HTML("", visible="hidden", js_on_load=_SAY)
+        # What a page shows is known by the page alone: answers may arrive in any order.
+        seen, filling = (gr.HTML("", visible="hidden", elem_id=f"{name}-shown")
+                         for name in ("repaint", "refill"))
         repaint, refill = (gr.Button(visible="hidden", elem_id=name)
                            for name in ("repaint", "refill"))
 
-        def paint(seen: Seen) -> Any:
-            return _difference(self._painted(ctx.house.snapshot())[1], seen, painted)
+        def paint(shown: str) -> Any:
+            return _difference(self._painted(ctx.house.snapshot())[1], _seen(shown), painted)
 
         def fill() -> Any:
-            found = self._filled(ctx.house.snapshot())
-            return [found.get(one, gr.skip()) for one in filled]
+            fills, found = ctx.house.fills, self._filled(ctx.house.snapshot())
+            return [str(fills), *(found.get(one, gr.skip()) for one in filled)]
 
         def begin() -> Any:
             ctx.house.replan(ctx.language)
-            now = ctx.house.snapshot()
+            fills, now = ctx.house.fills, ctx.house.snapshot()
             rest = self._painted(now)[1]
             values = {one: _merged(rest.get(one), found) for one, found in
                       self._filled(now).items()}
-            return [_difference(rest, {}, painted)[0],
+            return [_difference(rest, {}, painted)[0], str(fills),
                     *((rest | values).get(one, gr.skip()) for one in both)]
 
-        load(begin, [], [seen, *both], **QUIET)
+        load(begin, [], [seen, filling, *both], **QUIET)
         repaint.click(paint, [seen], [seen, *painted], trigger_mode="always_last", **QUIET)
-        refill.click(fill, [], filled, trigger_mode="always_last", **QUIET)
+        refill.click(fill, [], [filling, *filled], trigger_mode="always_last", **QUIET)
         for wish in self._wishes:
             wish.event(self._handled(ctx, wish), wish.inputs, [say, self.frame, *wish.outputs],
                        trigger_mode="multiple" if wish.panel else "always_last", **QUIET)
@@ -172,16 +175,25 @@ def _merged(painted: Any, filled: Any) -> Any:
     return filled
 
 
+def _mark_of_all(found: Updates) -> str:
+    return _mark(repr([(one._id, value) for one, value in found.items()]))
+
+
 def _difference(found: Updates, seen: Seen, known: Sequence[Any]) -> list[Any]:
-    """The new Seen, then outputs in the order of `known`; what the page shows already is
-    skipped."""
+    """What the page shows then, for its `repaint-shown`; outputs in the order of `known`, without
+    what it shows already."""
     fresh, changed = dict(seen), {}
     for component, value in found.items():
-        name, mark = str(component._id), repr(value)
+        name, mark = str(component._id), _mark(repr(value))
         if fresh.get(name) != mark:
             fresh[name] = mark
             changed[component] = value
-    return [fresh, *(changed.get(one, gr.skip()) for one in known)]
+    return [f"{_mark_of_all(found)} {json.dumps(fresh)}",
+            *(changed.get(one, gr.skip()) for one in known)]
+
+
+def _seen(shown: str | None) -> Seen:
+    return json_of((shown or "").partition(" ")[2], dict)
 
 
 def _guarded(ctx: Context, handler: Handler, values: Sequence[Any]) -> Updates | None:

@@ -26,7 +26,7 @@ from core.runs import ENDED, JobView
 from gui import checklist, form, html
 from gui.context import Context, Gauge, House, Snapshot
 from gui.header import header
-from gui.page import Page, _difference
+from gui.page import Page, _difference, _seen
 from gui.planning import Forecast, Planning
 from gui.tabs import run
 from gui.widgets.fault_card import fault_card
@@ -367,9 +367,11 @@ def test_only_differences_are_sent() -> None:
     one, two = Thing(1), Thing(2)
     first = _difference({one: "a", two: "b"}, {}, [one, two])
     assert first[1:] == ["a", "b"]
-    second = _difference({one: "a", two: "c"}, first[0], [one, two])
+    second = _difference({one: "a", two: "c"}, _seen(first[0]), [one, two])
     assert second[1] != "a"
     assert second[2] == "c"
+    for lost in (None, "", "mark", "mark {", "mark []"):        # a page that shows nothing yet
+        assert _difference({one: "a", two: "c"}, _seen(lost), [one, two])[1:] == ["a", "c"]
 
 
 def test_snapshots_are_the_same_until_something_changes(house: House) -> None:
