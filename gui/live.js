@@ -3,7 +3,7 @@
 window.darkroom = (() => {
   const address = location.pathname.replace(/\/*$/, '/') + 'live';
   const told = {}, marks = {}, places = {};
-  const wanted = {}, asked = {};                // refill and repaint: what the page has to show
+  const wanted = {}, asked = {};                // what the page has to show: repaint, refill
   let version = '', busy = false, again = false, misses = 0, typed = null;
 
   // Nodes that stay keep their focus, scroll position and open folds.
@@ -65,21 +65,21 @@ window.darkroom = (() => {
     put(id);
   }
 
-  function settle() {                           // Gradio's part; its buttons may come late
+  // Gradio's part. What has to be shown is asked for until it is: an answer may get lost.
+  function settle() {
     if (!typed?.box.isConnected) typed = null;
-    for (const id in wanted) {
+    for (const id of ['repaint', 'refill']) {
       const button = document.getElementById(id), shown = nowShown(id), now = performance.now();
-      if (!button || shown === wanted[id] || (typed && id === 'refill')
-          || (!shown && now < 5000)             // the page's first filling is on its way
-          || (asked[id]?.what === wanted[id] && now - asked[id].at < 3000)) continue;
+      if (!button || shown === wanted[id]) continue;        // buttons may come late
+      if (id === 'refill' && (typed || !nowShown('repaint'))) continue;
+      if (asked[id]?.what === wanted[id] && now - asked[id].at < (shown ? 3000 : 1000)) continue;
       asked[id] = {what: wanted[id], at: now};
       button.click();
     }
   }
 
-  // An old answer may come after a newer one: what has to be shown is asked for until it's there.
   function nowShown(id) {
-    return (document.getElementById(`${id}-shown`)?.textContent ?? '').trim().split(' ')[0];
+    return document.querySelector(`#${id}-shown [data-shown]`)?.dataset.shown ?? '';
   }
 
   async function poll() {

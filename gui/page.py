@@ -107,10 +107,9 @@ class Page:
         """Called once, inside gr.Blocks, when everything is built; `load`: the Blocks' own."""
         snap = ctx.house.snapshot()
         painted, filled = list(self._painted(snap)[1]), list(self._filled(snap))
-        both = list(dict.fromkeys([*painted, *filled]))
         self.close = ctx.say("close")
         say = gr.HTML("", visible="hidden", js_on_load=_SAY)
-        # What a page shows is known by the page alone: answers may arrive in any order.
+        # What a page shows is known by the page alone: an answer may be lost on its way.
         seen, filling = (gr.HTML("", visible="hidden", elem_id=f"{name}-shown")
                          for name in ("repaint", "refill"))
         repaint, refill = (gr.Button(visible="hidden", elem_id=name)
@@ -121,18 +120,10 @@ class Page:
 
         def fill() -> Any:
             fills, found = ctx.house.fills, self._filled(ctx.house.snapshot())
-            return [str(fills), *(found.get(one, gr.skip()) for one in filled)]
+            return [_shown(str(fills)), *(found.get(one, gr.skip()) for one in filled)]
 
-        def begin() -> Any:
-            ctx.house.replan(ctx.language)
-            fills, now = ctx.house.fills, ctx.house.snapshot()
-            rest = self._painted(now)[1]
-            values = {one: _merged(rest.get(one), found) for one, found in
-                      self._filled(now).items()}
-            return [_difference(rest, {}, painted)[0], str(fills),
-                    *((rest | values).get(one, gr.skip()) for one in both)]
-
-        load(begin, [], [seen, filling, *both], **QUIET)
+        load(lambda: ctx.house.replan(ctx.language), [], [], **QUIET)
+        # The page (gui/live.js) presses these, one at a time: answers overtake none of their kind.
         repaint.click(paint, [seen], [seen, *painted], trigger_mode="always_last", **QUIET)
         refill.click(fill, [], [filling, *filled], trigger_mode="always_last", **QUIET)
         for wish in self._wishes:
@@ -167,14 +158,6 @@ def _mark(text: str) -> str:
     return f"{zlib.crc32(text.encode('utf-8', 'replace')):x}{len(text):x}"
 
 
-def _merged(painted: Any, filled: Any) -> Any:
-    """One update of both, where a component is painted and filled."""
-    if isinstance(painted, dict) and "__type__" in painted:
-        more = filled if isinstance(filled, dict) and "__type__" in filled else {"value": filled}
-        return painted | more
-    return filled
-
-
 def _mark_of_all(found: Updates) -> str:
     return _mark(repr([(one._id, value) for one, value in found.items()]))
 
@@ -188,12 +171,16 @@ def _difference(found: Updates, seen: Seen, known: Sequence[Any]) -> list[Any]:
         if fresh.get(name) != mark:
             fresh[name] = mark
             changed[component] = value
-    return [f"{_mark_of_all(found)} {json.dumps(fresh)}",
+    return [_shown(_mark_of_all(found), json.dumps(fresh)),
             *(changed.get(one, gr.skip()) for one in known)]
 
 
 def _seen(shown: str | None) -> Seen:
-    return json_of((shown or "").partition(" ")[2], dict)
+    return json_of((shown or "").partition(">")[2].removesuffix("</i>"), dict)
+
+
+def _shown(mark: str, seen: str = "") -> str:
+    return f'<i data-shown="{mark}">{seen}</i>'
 
 
 def _guarded(ctx: Context, handler: Handler, values: Sequence[Any]) -> Updates | None:

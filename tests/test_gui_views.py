@@ -370,7 +370,7 @@ def test_only_differences_are_sent() -> None:
     second = _difference({one: "a", two: "c"}, _seen(first[0]), [one, two])
     assert second[1] != "a"
     assert second[2] == "c"
-    for lost in (None, "", "mark", "mark {", "mark []"):        # a page that shows nothing yet
+    for lost in (None, "", "<i>", "<i>{</i>", "<i>[]</i>"):        # a page that shows nothing yet
         assert _difference({one: "a", two: "c"}, _seen(lost), [one, two])[1:] == ["a", "c"]
 
 

@@ -73,7 +73,7 @@ class Parameters:
         with gr.Row(equal_height=True, elem_id="start-row"):
             self.checks = panel("checklist", scale=3)
             self.start = gr.Button(ctx.say("start"), variant="primary", elem_id="start", scale=1,
-                                   min_width=220)
+                                   interactive=False, min_width=220)
         ctx.page.on(self.base.input, self.choose_base, [self.base], fill=True)
         ctx.page.on(self.purpose.input, self.choose_purpose, [self.purpose], fill=True)
         for one in (self.bases, self.native, self.presets, self.memory):
