@@ -72,7 +72,9 @@ window.darkroom = (() => {
       const button = document.getElementById(id), shown = nowShown(id), now = performance.now();
       if (!button || shown === wanted[id]) continue;        // buttons may come late
       if (id === 'refill' && (typed || !nowShown('repaint'))) continue;
-      if (asked[id]?.what === wanted[id] && now - asked[id].at < (shown ? 3000 : 1000)) continue;
+      const again = asked[id]?.what === wanted[id];
+      if (again && now - asked[id].at < (shown ? 3000 : 1000)) continue;
+      if (again) version = '';              // what is wanted may have changed unsaid: told anew
       asked[id] = {what: wanted[id], at: now};
       button.click();
     }

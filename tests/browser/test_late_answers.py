@@ -5,11 +5,28 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import pytest
+
+from gui.context import Snapshot, Updates
+from gui.page import Page
 from tests.browser.test_short_way import until
 
 DISABLED = "document.querySelector('#start').disabled"
 SHOWN, FILLED = (f"document.querySelector('#{name}-shown [data-shown]')?.dataset.shown"
                  for name in ("repaint", "refill"))
+
+
+def quiet(page: Any) -> bool:
+    """What is shown is not asked for again; plans may still come, on a busy machine late."""
+    asked = list[str]()
+
+    def note(request: Any) -> None:
+        asked.append(request.url)
+
+    page.on("request", note)
+    page.wait_for_timeout(7000)
+    page.remove_listener("request", note)
+    return not [url for url in asked if "/gradio_api/" in url]
 
 
 def test_an_old_answer_that_comes_late_does_not_stay(page: Any, served: Any) -> None:
@@ -34,14 +51,24 @@ def test_an_old_answer_that_comes_late_does_not_stay(page: Any, served: Any) -> 
     until(lambda: not other.evaluate(DISABLED))
     until(lambda: other.evaluate(FILLED) == str(served.house.fills))
 
-    asked = list[str]()
-    other.on("request", lambda request: asked.append(request.url))
-
-    def quiet() -> bool:
-        """What is shown is not asked for again; plans may still come, on a busy machine late."""
-        asked.clear()
-        other.wait_for_timeout(7000)
-        return not [url for url in asked if "/gradio_api/" in url]
-
-    until(quiet)
+    until(lambda: quiet(other))
     other.close()
+
+
+def test_what_changed_unsaid_is_painted_once(page: Any, served: Any,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is painted is another thing than was announced, and no new version says so."""
+    until(lambda: quiet(page))
+    truly, announced = Page._painted, list[int]()
+
+    def painted(self: Page, snap: Snapshot) -> tuple[dict[str, str], Updates]:
+        panels, rest = truly(self, snap)
+        announced.append(1)
+        return panels, dict(reversed(rest.items())) if len(announced) == 1 else rest
+
+    monkeypatch.setattr(Page, "_painted", painted)
+    served.house.touch()
+    snap = served.house.snapshot()
+    monkeypatch.setattr(served.house, "snapshot", lambda: snap)
+    until(lambda: len(announced) > 1)
+    until(lambda: quiet(page), 40)
