@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent
-ROOMS = ("core.commands", "core.config_commands", "core.plan_commands",
-         "core.dataset_commands", "core.hub_commands", "core.family_commands",
-         "captioner.commands", "gui.commands")              # each has add_commands(subparsers)
+ROOMS = ("core.cli.commands", "core.cli.config", "core.cli.plan",
+         "core.cli.dataset", "core.cli.models", "core.cli.families",
+         "captioner.cli", "gui.cli")              # each has add_commands(subparsers)
 
 RESTARTED = "DARKROOM_RESTARTED"        # as build/bootstrap.py has it
 # OpenMP threads that spin while they wait make a run several times slower beside another program.
@@ -100,10 +100,10 @@ def _wanted(argv: list[str]) -> tuple[str, str]:
 
 def run(argv: list[str]) -> int:
     """A command, or one of those that the program starts itself with; the packages are here."""
-    from core.children import run_inner
+    from core.system.processes import run_inner
     if (code := run_inner(argv)) is not None:
         return code
-    from core.console import guarded
+    from core.cli.console import guarded
     at = _index_of_command(argv)
     own, rest = (argv[:at + 1], argv[at + 1:]) if _command(argv) == "test" else (argv, [])
     if rest[:1] in (["-h"], ["--help"]):
@@ -127,12 +127,12 @@ def _dispatch(argv: list[str], pytest_arguments: list[str]) -> int:
 
 
 def _parser() -> Any:
-    from core.console import add_command, new_parser
+    from core.cli.console import add_command, new_parser
     parser = new_parser(_version())
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for room in ROOMS:
         importlib.import_module(room).add_commands(commands)
-    add_command(commands, "test", line="test tests/test_config.py -q",
+    add_command(commands, "test", line="test tests/config/test_config.py -q",
                 usage=_say("commands.usage_test"))
     add_command(commands, "repair", line="repair")
     setup = add_command(commands, "setup", line="setup --test")
@@ -147,7 +147,7 @@ def _parser() -> Any:
 def _test(arguments: list[str]) -> int:
     """The project's own tests, run from the project's folder in a process of their own."""
     if not (ROOT / "tests").is_dir():
-        from core.faults import Fault
+        from core.errors import Fault
         raise Fault("commands.no_tests", folder=ROOT)
     child = subprocess.Popen([sys.executable, "-m", "pytest", *arguments], cwd=ROOT)
     while True:
@@ -165,8 +165,8 @@ def _window() -> int:
 
 
 def _say(key: str, params: dict[str, Any] | None = None) -> str:
-    from core import words
-    return words.say(key, params)
+    from core import i18n
+    return i18n.say(key, params)
 
 
 def _index_of_command(argv: list[str]) -> int:
@@ -200,9 +200,9 @@ def _bootstrap() -> Any:
 def _alert(sentence: str, argv: list[str]) -> None:
     """A double click has no arguments, and often no console."""
     if not argv:
-        from core import alert  # standard library only
-        if alert.unseen():
-            alert.show(sentence)
+        from core.system import message_box  # standard library only
+        if message_box.unseen():
+            message_box.show(sentence)
 
 
 def _forgiving_streams() -> None:

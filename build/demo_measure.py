@@ -31,7 +31,7 @@ from demo_models import (
     vae_pictures,
 )
 
-from core.judge import Judge, JudgeNet
+from core.demo.classifier import Judge, JudgeNet
 
 
 def load_vae(args: argparse.Namespace) -> AutoencoderKL:
@@ -81,7 +81,7 @@ def draw_grid(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- judge
 
 def train_judge(args: argparse.Namespace) -> None:
-    """A classifier of the subjects in any inks, for the measures (core/judge.py)."""
+    """A classifier of the subjects in any inks, for the measures (core/demo/classifier.py)."""
     torch.manual_seed(0)
     rng = random.Random(5)
     drawings = pictures.load_drawings(args.emoji)

@@ -16,8 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from core.families import chroma, flux, flux2, krea2, qwen, sd3, zimage  # noqa: E402
-from core.flow import Sampling, shifted  # noqa: E402
+from core.families.chroma import model as chroma  # noqa: E402
+from core.families.flux import model as flux  # noqa: E402
+from core.families.flux2 import model as flux2  # noqa: E402
+from core.families.krea2 import model as krea2  # noqa: E402
+from core.families.qwen import model as qwen  # noqa: E402
+from core.families.sd3 import model as sd3  # noqa: E402
+from core.families.zimage import model as zimage  # noqa: E402
+from core.objectives.flow import Sampling, shifted  # noqa: E402
 
 TARGET = ROOT / "docs" / "noise-levels.svg"
 SIDE = 128                                  # latent pixels of 1024 px

@@ -36,7 +36,7 @@ import captioner, diffusers
 from captioner import runner
 from captioner.config import CaptionConfig
 from core import demo, families, lora_algebra, memory, paths, plan_service, samplers, tracing
-from core.control import Control
+from core.jobs.control import Control
 home = Path(sys.argv[1])
 for name in families.MODULES: families.get(name)
 for name in captioner.REGISTRY: captioner.get(name)

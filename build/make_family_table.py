@@ -16,8 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from core import advisor, families, lora_formats, paths, plan, weigh  # noqa: E402
+from core import families, paths  # noqa: E402
 from core.config import TrainConfig  # noqa: E402
+from core.lora_files import formats  # noqa: E402
+from core.memory import advisor, plan, plan_inputs  # noqa: E402
 
 READMES = {"en": ROOT / "README.md", "zh-CN": ROOT / "README.zh-CN.md"}
 MARKS = "<!-- families: build/make_family_table.py -->", "<!-- /families -->"
@@ -38,15 +40,15 @@ def gigabytes(family: str, kept: str) -> str:
     config = TrainConfig.model_validate({
         "base_precision": kept, "gradient_checkpointing": True, "lora_rank": 16,
         "cache_batch_size": 1, "precision": "bf16"})
-    needs = plan.plan_run(config, weigh.base_of(family), advisor.card_of(12)).needs_mb
+    needs = plan.plan_run(config, plan_inputs.base_of(family), advisor.card_of(12)).needs_mb
     return f"{needs / 1024:.1f}"
 
 
 def row(family: str, lang: str, sizes: list[str]) -> str:
     listed, spec = families.MODULES[family], families.get(family).spec
     unet, transformer, text = TRAINS[lang]
-    trained = unet if (paths.FAMILY_CONFIGS / family / "unet").is_dir() else transformer
-    others = [name for name in lora_formats.FORMATS if name != spec.lora_format]
+    trained = unet if (paths.family_configs(family) / "unet").is_dir() else transformer
+    others = [name for name in formats.FORMATS if name != spec.lora_format]
     cells = (f"{listed.title} (`{family}`, {listed.native_size} px)", FILES[lang][listed.file],
              trained + (text if spec.text_targets else ""),
              f"**{spec.lora_format}**, {', '.join(others)}", *sizes)

@@ -1,8 +1,8 @@
-"""Writes presets/<family>/*.yaml from what core.advisor suggests for each size of card.
+"""Writes presets/<family>/*.yaml from what core.memory.advisor suggests for each size of card.
 
     python build/make_presets.py [FAMILY ...]
 
-Run it when the advisor's tables or the plans change; tests/test_presets.py holds the files to it.
+Run it when the advisor's tables or the plans change; tests/workspace/test_presets.py holds the files to it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from core import advisor, families, ladder, paths, plan, weigh, words  # noqa: E402
-from core.advisor import Shape, Suggestion  # noqa: E402
+from core import families, i18n, paths  # noqa: E402
 from core.config import TrainConfig  # noqa: E402
-from core.ladder import Rungs  # noqa: E402
-from core.plan import Base, Machine, Phase, Plan  # noqa: E402
+from core.memory import advisor, plan, plan_inputs, relief  # noqa: E402
+from core.memory.advisor import Shape, Suggestion  # noqa: E402
+from core.memory.plan import Base, Machine, Phase, Plan  # noqa: E402
+from core.memory.relief import Rungs  # noqa: E402
 
 PURPOSES = ("style", "character", "object")
 RAM_GB = (2, 4, 8, 16, 32, 64)
@@ -95,14 +96,14 @@ def made(family: str, only: str = "") -> Iterator[tuple[Path, dict[str, Any]]]:
             name = f"{size.slug}-{purpose}"
             if only in ("", name):
                 found = suggestion(family, size, purpose)
-                if not found.fits or ladder.verdict(found.plan) != "fits" or not found.plan.ram:
+                if not found.fits or relief.verdict(found.plan) != "fits" or not found.plan.ram:
                     raise SystemExit(f"{family} {name}: nothing fits")
                 yield (paths.PRESETS / family / f"{name}.yaml",
                        content(family, size, purpose, found))
 
 
 def suggestion(family: str, size: Size, purpose: str) -> Suggestion:
-    base, machine = weigh.base_of(family), machine_for(size)
+    base, machine = plan_inputs.base_of(family), machine_for(size)
     if not size.least:
         return advisor.suggest(machine, base, None, purpose)
     shape = Shape.of(base, machine)
@@ -137,7 +138,7 @@ def pretended(machine: Machine, mb: float) -> Plan:
 def content(family: str, size: Size, purpose: str, found: Suggestion) -> dict[str, Any]:
     values = {key: value for key, value in found.values.items() if key not in LEFT_OPEN}
     return {"title": size.title,
-            "about": {lang: _about(lang, family, purpose, found) for lang in words.LANGUAGES},
+            "about": {lang: _about(lang, family, purpose, found) for lang in i18n.LANGUAGES},
             "family": family, "purpose": purpose,
             "needs": {"vram_gb": size.vram_gb, "ram_gb": ram_gb(found.plan)}, "set": values}
 
@@ -152,9 +153,9 @@ def _about(lang: str, family: str, purpose: str, found: Suggestion) -> str:
     values = found.values
     more = "".join(text[lang].format(value=values[key]) for key, text in MORE.items()
                    if values[key] not in (False, 0.0, "same"))
-    side = ladder.side_of(found.config(), 0)
+    side = relief.side_of(found.config(), 0)
     return ABOUT[lang].format(
-        purpose=words.say(f"presets.purpose_{purpose}", lang=lang), base=base_name(family, lang),
+        purpose=i18n.say(f"presets.purpose_{purpose}", lang=lang), base=base_name(family, lang),
         side=side, batch=values["batch_size"], times=values["gradient_accumulation_steps"],
         rank=values["lora_rank"], more=more, needs=advisor.gigabytes(found.plan.needs_mb))
 
@@ -185,7 +186,8 @@ def planned(data: dict[str, Any]) -> Plan:
     """A preset's plan on the smallest machine that it is for."""
     size = next(one for one in FAMILIES[data["family"]]
                 if one.vram_gb == data["needs"]["vram_gb"])
-    return plan.plan_run(TrainConfig.model_validate(data["set"]), weigh.base_of(data["family"]),
+    return plan.plan_run(TrainConfig.model_validate(data["set"]),
+                         plan_inputs.base_of(data["family"]),
                          machine_for(size))
 
 

@@ -37,6 +37,6 @@ def texts(lang: str) -> dict[str, str]:
 
 
 def language() -> str:
-    """As core.words.language, which needs a package."""
+    """As core.i18n.language, which needs a package."""
     wanted = os.environ.get("DARKROOM_LANG") or locale.getlocale()[0] or ""
     return "zh-CN" if wanted.lower().startswith(("zh", "chinese")) else "en"

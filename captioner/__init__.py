@@ -6,14 +6,14 @@ import importlib
 from typing import cast
 
 from captioner.base import Captioner
-from core.faults import Fault
+from core.errors import Fault
 
 REGISTRY = {
-    "clip": "captioner.clip:ClipTagger",
-    "blip": "captioner.blip:Blip",
-    "wd": "captioner.wd:WdTagger",
-    "florence": "captioner.florence:Florence",
-    "endpoint": "captioner.endpoint:Endpoint",
+    "clip": "captioner.models.clip:ClipTagger",
+    "blip": "captioner.models.blip:Blip",
+    "wd": "captioner.models.wd:WdTagger",
+    "florence": "captioner.models.florence:Florence",
+    "endpoint": "captioner.models.endpoint:Endpoint",
 }
 
 

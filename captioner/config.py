@@ -48,5 +48,5 @@ class CaptionConfig(BaseModel):
     endpoint: str = "http://127.0.0.1:11434/v1"
     timeout_s: float = Field(default=120.0, gt=0, le=3600)
 
-    # caption rules applied before writing; see captioner/rules.py
+    # caption rules applied before writing; see captioner/captions/rules.py
     rules: list[dict[str, Any]] = []

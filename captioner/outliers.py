@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from core import choices, dataset, pictures
-from core.events import Event, Phase
-from core.findings import Finding
-from core.picture_checks import Purpose, style_finding
+from core.dataset import curation, image_folder, images
+from core.dataset.checks.findings import Finding
+from core.dataset.checks.images import Purpose, style_finding
+from core.jobs.events import Event, Phase
 
 if TYPE_CHECKING:
     from captioner.config import CaptionConfig
@@ -21,17 +21,17 @@ def find_outliers(config: CaptionConfig, purpose: Purpose,
                   emit: Callable[[Event], None]) -> tuple[int, Finding | None]:
     """-> how many pictures were compared, and what stands out (None: nothing). Left-out pictures
     don't count. Raises Fault where the folder or the model can't be used."""
-    from captioner.clip import ClipTagger  # torch comes in here
+    from captioner.models.clip import ClipTagger  # torch comes in here
     folder = Path(config.folder)
-    data = dataset.scan(folder, left_out=choices.load(folder).left_out)
+    data = image_folder.scan(folder, left_out=curation.load(folder).left_out)
     emit(Phase(name="load"))
     tagger = ClipTagger(config)
     tagger.load()
     names, vectors = [], []
     for start in range(0, len(data.pictures), config.batch_size):
         part = data.pictures[start:start + config.batch_size]
-        prepared = [tagger.prepare(pictures.open_picture(one.path)) for one in part]
+        prepared = [tagger.prepare(images.open_picture(one.path)) for one in part]
         vectors.append(tagger.embed_images(prepared).cpu().numpy())
-        names += [dataset.relative_name(one.path, data.folder) for one in part]
+        names += [image_folder.relative_name(one.path, data.folder) for one in part]
         emit(Phase(name="check", done=len(names), total=len(data.pictures)))
     return len(names), style_finding(names, np.concatenate(vectors), purpose)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from captioner.base import Captioner, Description
-from core import pictures
-from core.control import Control
+from core.dataset import images
+from core.errors import Fault
 from core.failures import ran_out
-from core.faults import Fault
+from core.jobs.control import Control
 
 OnResult = Callable[[Path, Description], None]
 OnFault = Callable[[Path, Fault], None]
@@ -40,7 +40,7 @@ def describe_all(captioner: Captioner, paths: Sequence[Path], batch_size: int,
     alone doesn't fit. Between batches a pause waits and a stop returns; what was told before is
     whole.
     """
-    pictures.prepare()
+    images.prepare()
     run = _Run(captioner, on_result, on_fault, on_halved, batch_size)
     with ThreadPoolExecutor(max_workers=_threads(), thread_name_prefix="decode") as pool:
         waiting: Waiting = deque()
@@ -70,7 +70,7 @@ def _refill(pool: ThreadPoolExecutor, captioner: Captioner, waiting: Waiting,
 
 
 def _prepared(captioner: Captioner, path: Path, about: About | None) -> Any:
-    image = pictures.open_picture(path)
+    image = images.open_picture(path)
     if about:
         image.info[CONTEXT] = about(path)
     return captioner.prepare(image)
@@ -147,5 +147,5 @@ class _Run:
 
 
 def _free_memory() -> None:
-    from core.precision import free_memory
+    from core.weights.precision import free_memory
     free_memory()

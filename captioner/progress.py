@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from captioner.base import Description, Tag
-from captioner.swaps import cannot_write
-from captioner.undo import state_dir
+from captioner.captions.edits import cannot_write
+from captioner.captions.undo import state_dir
 from core import paths
-from core.journal import append_line, tail_lines
-from core.reading import from_json
+from core.jobs.journal import append_line, tail_lines
+from core.serialization import from_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,13 @@ DEMO = PRESETS / "demo"
 _SUFFIXES = frozenset((".safetensors", ".yaml", ".yml", ".png", ".jpg", ".jpeg", ".webp"))
 _NO_NAME = re.compile(r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]')
 _DEVICE = re.compile(r"con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]", re.IGNORECASE)
-FAMILY_CONFIGS = ROOT / "core" / "families" / "configs"
+FAMILIES = ROOT / "core" / "families"
 TOKENIZERS = ROOT / "core" / "families" / "tokenizers"   # that families share
+
+
+def family_configs(family: str) -> Path:
+    """The configs of a family that single files need, as its diffusers folder has them."""
+    return FAMILIES / family / "configs"
 
 
 def data_dir() -> Path:

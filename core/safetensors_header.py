@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from core import paths
-from core.faults import Fault
+from core.errors import Fault
 
 MAX_HEADER = 100_000_000                   # bytes; the format's own limit
 MAX_ELEMENTS = 2**62

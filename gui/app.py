@@ -18,15 +18,16 @@ from pathlib import Path
 import gradio as gr
 from fastapi import FastAPI
 
-from core import paths, thumbnails, words
-from core.jobs import JobManager
-from gui.album_routes import add_album_routes
-from gui.context import Context, House, pictures_folder
+from core import i18n, paths
+from core.dataset import thumbnails
+from core.jobs.manager import JobManager
+from gui.dataset_routes import add_album_routes
 from gui.header import Header
-from gui.page import Page
-from gui.planning import Planning
 from gui.routes import add_live_route, add_routes
 from gui.server import Served, listen
+from gui.state.app_state import Context, House, pictures_folder
+from gui.state.page import Page
+from gui.state.plan_client import Planning
 from gui.theme import HEAD, theme
 
 TABS = ("dataset", "captioning", "parameters", "inference", "settings")     # files in gui/tabs
@@ -58,7 +59,7 @@ def application(house: House) -> FastAPI:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     add_routes(app, house)
     add_album_routes(app, house)
-    for language in words.LANGUAGES:
+    for language in i18n.LANGUAGES:
         ctx = Context(house, language, Page())
         add_live_route(app, ctx)
         gr.mount_gradio_app(

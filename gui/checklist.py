@@ -6,11 +6,13 @@ import functools
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from core import model_search, presets, words
-from core.faults import Fault
-from gui.context import Context, Snapshot
-from gui.form import problems, said
+from core import i18n
+from core.base_models import search
+from core.errors import Fault
+from core.workspace import presets
 from gui.html import esc, gigabytes
+from gui.state.app_state import Context, Snapshot
+from gui.state.form import problems, said
 
 Mark = Literal["ok", "wait", "warn", "bad"]
 _SIGNS: dict[Mark, str] = {"ok": "✓", "wait": "…", "warn": "⚠", "bad": "✖"}
@@ -85,11 +87,11 @@ def _unfit(ctx: Context, base: str) -> str:
 @functools.lru_cache(maxsize=32)
 def _looked(path: Path, mark: int, language: str) -> str:
     try:
-        found = model_search.look(path)
+        found = search.look(path)
     except Fault:
-        return words.say("base_model.damaged", {"base": path.name}, language)
+        return i18n.say("base_model.damaged", {"base": path.name}, language)
     if found is None:
-        return words.say("base_model.no_base", {"base": path.name}, language)
+        return i18n.say("base_model.no_base", {"base": path.name}, language)
     return found.why(language) if found.reason else ""
 
 
@@ -100,7 +102,8 @@ def _memory(ctx: Context, snap: Snapshot) -> list[Item]:
     if fault := answer.get("fault"):
         return [Item("warn", ctx.say(fault["code"], **fault["params"]))]
     plan = answer["plan"]
-    mark: Mark = {"fits": "ok", "tight": "warn"}.get(answer["verdict"], "warn")  # type: ignore[assignment]
+    mark: Mark = {"fits": "ok", "tight": "warn"}.get(answer["verdict"],
+                                                     "warn")  # type: ignore[assignment]
     return [Item(mark, ctx.say(f"memory_{answer['verdict']}", needs=gigabytes(plan["needs_mb"]),
                                free=gigabytes(plan["machine"]["free_mb"])))]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from core.runs import JobView
-from gui.context import Context, Snapshot, Updates
+from core.jobs.runs import JobView
 from gui.html import bar, button, duration, esc, gigabytes
+from gui.state.app_state import Context, Snapshot, Updates
 from gui.widgets.close_dialog import close_dialog
 from gui.widgets.panel import panel
 

@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gui.context import Context
+    from gui.state.app_state import Context
 
 
 def esc(value: object) -> str:

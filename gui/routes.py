@@ -13,10 +13,12 @@ from fastapi import FastAPI, HTTPException
 from fastapi.responses import FileResponse, PlainTextResponse, RedirectResponse, Response
 from pydantic import BaseModel, Field
 
-from core import diagnostics, thumbnails, words
-from core.faults import Fault
-from core.runs import JobView
-from gui.context import Context, House
+from core import i18n
+from core.dataset import thumbnails
+from core.errors import Fault
+from core.jobs import bug_report
+from core.jobs.runs import JobView
+from gui.state.app_state import Context, House
 from gui.tabs.run import lora_file
 
 THUMB_PX = 320
@@ -39,7 +41,7 @@ def add_routes(app: FastAPI, house: House) -> None:
 
     @app.get("/language/{language}")
     def language(language: str) -> RedirectResponse:
-        if language not in words.LANGUAGES:
+        if language not in i18n.LANGUAGES:
             raise HTTPException(404)
         house.settings.change(language=language)
         return _to(house)
@@ -64,11 +66,11 @@ def add_routes(app: FastAPI, house: House) -> None:
 
     @app.get("/diagnostics")
     def report() -> PlainTextResponse:
-        return PlainTextResponse(diagnostics.text())
+        return PlainTextResponse(bug_report.text())
 
     @app.get("/diagnostics/{run_id}")
     def report_of_run(run_id: str) -> PlainTextResponse:
-        return PlainTextResponse(diagnostics.text(_run(house, run_id)))
+        return PlainTextResponse(bug_report.text(_run(house, run_id)))
 
     @app.get("/live.js")
     def script() -> FileResponse:

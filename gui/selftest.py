@@ -26,10 +26,13 @@ from urllib.parse import urljoin
 
 import captioner
 from captioner.config import CaptionConfig
-from core import __version__, children, doctor, families, gpu, journal, lora_export, paths
+from core import __version__, families, paths
 from core.config import TrainConfig, load_train_config
-from core.events import Step
-from core.jobs import JobManager, JobView
+from core.jobs import journal
+from core.jobs.events import Step
+from core.jobs.manager import JobManager, JobView
+from core.lora_files import export
+from core.system import doctor, gpu, processes
 
 STEPS = 3                               # updates; as many again after the resume
 PATIENCE_S = 600.0                      # for a job, on a slow disk
@@ -54,7 +57,7 @@ def run(tell: Callable[[Facts], None]) -> Facts:
             parts.append(_timed(part.__name__, part, bench))
             tell(parts[-1])
     return {"ok": all(part["ok"] for part in parts), "version": __version__,
-            "frozen": children.frozen(), "system": platform.platform(),
+            "frozen": processes.frozen(), "system": platform.platform(),
             "seconds": round(time.perf_counter() - began, 1), "parts": parts}
 
 
@@ -117,7 +120,7 @@ def modules(_: Bench) -> Facts:
 
 def plan(bench: Bench) -> Facts:
     """By the window's child process."""
-    from gui.planning import Planning
+    from gui.state.plan_client import Planning
     planning = Planning()
     try:
         planning.ask({"config": _config(bench).model_dump(mode="json"), "purpose": "style",
@@ -145,14 +148,14 @@ def train(bench: Bench) -> Facts:
 
 
 def verify(bench: Bench) -> Facts:
-    prove = importlib.import_module("core.verify").verify       # takes torch
+    prove = importlib.import_module("core.training.verify").verify       # takes torch
     proof: Facts = prove(bench.lora, paths.DEMO / "base", lambda _: None)
     return proof
 
 
 def convert(bench: Bench) -> Facts:
     """For another program, by a command of our own in a child process."""
-    made = lora_export.convert_to(bench.lora, "diffusers", bench.home / "export", "en")
+    made = export.convert_to(bench.lora, "diffusers", bench.home / "export", "en")
     return {"bytes": made.stat().st_size}
 
 

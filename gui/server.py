@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from core import words
+from core import i18n
 from gui.security import Guard, Receive, Scope, Send
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from gui.context import House
+    from gui.state.app_state import House
 
 QUIET_S = 60.0                          # without a page and without a run: the app ends
 FAREWELL_S = 2.0
@@ -54,7 +54,7 @@ class Front:
 
 def page(fault: str = "") -> str:
     """The same page as a file of its own where no server can be opened: see window.py."""
-    told = [words.say("window.waiting", lang=lang) for lang in words.LANGUAGES]
+    told = [i18n.say("window.waiting", lang=lang) for lang in i18n.LANGUAGES]
     said = fault.split("\n") if fault else told
     body = "".join(f"<p>{escape(line)}</p>" for line in said)
     return (_PAGE.read_text("utf-8").replace("{body}", body)

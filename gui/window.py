@@ -23,10 +23,12 @@ from urllib.parse import parse_qs, urlsplit
 import psutil
 from filelock import FileLock, Timeout
 
-from core import alert, children, logs, paths, settings, words
-from core.faults import Fault
-from gui.desktop import WebviewWindow
+from core import i18n, paths
+from core.errors import Fault
+from core.system import logs, message_box, processes
+from core.workspace import settings
 from gui.server import Served, listen
+from gui.state.desktop import WebviewWindow
 
 ADDRESS = "window.json"                 # of the server that runs: address and process
 PATIENCE_S = 10.0                       # with a first start that has no address yet, or is busy
@@ -53,13 +55,13 @@ def open_window(port: int = 0, show: bool = True) -> int:
 
 
 def say(key: str, **params: Any) -> str:
-    return words.say(f"window.{key}", params, _language())
+    return i18n.say(f"window.{key}", params, _language())
 
 
 def _language() -> str:
     with contextlib.suppress(Exception):
         return settings.read().spoken
-    return words.language()
+    return i18n.language()
 
 
 def _lock() -> FileLock | None:
@@ -126,7 +128,7 @@ class _Stage:
     def play(self) -> int:
         self._making.start()
         if not self._native():
-            if self.show and not alert.browse(self.served.url):
+            if self.show and not message_box.browse(self.served.url):
                 self._no_browser()
             self.served.wait()
         self._making.join()             # a closed window may be quicker
@@ -193,8 +195,8 @@ class _Stage:
     def _no_browser(self) -> None:
         told = say("no_browser", url=self.served.url)
         print(told, flush=True)
-        if alert.unseen():
-            threading.Thread(target=alert.show, args=[told], daemon=True).start()
+        if message_box.unseen():
+            threading.Thread(target=message_box.show, args=[told], daemon=True).start()
 
 
 def pages() -> Any:
@@ -221,12 +223,12 @@ def _can_show(renderer: str) -> bool:
 
 def _why_not(error: BaseException) -> str:
     if isinstance(error, Fault):
-        return words.say(error.code, error.params, _language())
+        return i18n.say(error.code, error.params, _language())
     if isinstance(error, OSError):
         fault = _fault(error, paths.data_dir())
-        return words.say(fault.code, fault.params, _language())
+        return i18n.say(fault.code, fault.params, _language())
     reason = f"{type(error).__name__}: {error}"
-    return say("broken_app" if children.frozen() else "broken_packages", reason=reason,
+    return say("broken_app" if processes.frozen() else "broken_packages", reason=reason,
                log=logs.file())
 
 
@@ -234,7 +236,7 @@ def _to_the_first(show: bool) -> None:
     """What a second start does. Raises Fault where the first one doesn't answer."""
     url = _running()
     print(say("already", url=url))
-    if show and not _brought_forward(url) and not alert.browse(url):
+    if show and not _brought_forward(url) and not message_box.browse(url):
         raise Fault("window.no_browser", url=url)
 
 

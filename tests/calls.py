@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import launcher
-from core import words
+from core import i18n
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,12 +36,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     def call(*argv: str | Path, lang: str = "en") -> Told:
         monkeypatch.setenv("DARKROOM_RESTARTED", str(ROOT / ".venv"))
         monkeypatch.setenv("DARKROOM_LANG", lang)
-        words.language.cache_clear()
+        i18n.language.cache_clear()
         code = launcher.main([str(word) for word in argv])
         return Told(code, *capsys.readouterr())
     monkeypatch.chdir(tmp_path)
     yield call
-    words.language.cache_clear()
+    i18n.language.cache_clear()
 
 
 def serving(module: str) -> Iterator[str]:

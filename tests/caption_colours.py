@@ -60,6 +60,6 @@ class Silent(Colours):
 
 
 if __name__ == "__main__":
-    from core import worker
-    worker.JOBS["caption"] = worker.Job("captioner.runner:load", "captioner.runner:caption")
+    from core.jobs import worker
+    worker.JOBS["caption"] = worker.Job("captioner.job:load", "captioner.job:caption")
     sys.exit(worker.main(sys.argv[1:]))

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from core.buckets import Rule
-from core.crops import BaseFacts
+from core.dataset.buckets import Rule
+from core.dataset.crops import BaseFacts
 
 Size = tuple[int, int]
 

@@ -9,9 +9,9 @@ import threading
 import time
 from pathlib import Path
 
-from core import worker
-from core.events import Checkpoint, Note, Phase, Sample, Step
-from core.faults import Fault, Fix
+from core.errors import Fault, Fix
+from core.jobs import worker
+from core.jobs.events import Checkpoint, Note, Phase, Sample, Step
 
 IMPORTED = time.time()
 STEP_S = 0.02

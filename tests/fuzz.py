@@ -208,9 +208,9 @@ set: {lora_rank: 8, epochs: 4}
 # --- readers ----------------------------------------------------------------------------------
 
 def read_a_lora(file: Path, box: Path) -> None:
-    from core import lora_file
     from core.config import load_train_config
-    from core.faults import Fault
+    from core.errors import Fault
+    from core.lora_files import files as lora_file
     from core.safetensors_header import data_hash
     lora_file.describe(file)
     data_hash(file)
@@ -223,7 +223,7 @@ def read_a_lora(file: Path, box: Path) -> None:
 
 
 def _load_into_base(file: Path) -> None:
-    from core.generate import load_adapter
+    from core.inference.generate import load_adapter
     pipeline = _pipeline()
     try:
         load_adapter(pipeline, file, "fuzz")
@@ -247,7 +247,7 @@ def _pipeline() -> Any:
 
 def read_a_base(file: Path, box: Path) -> None:
     from core import families
-    from core.plan import Base
+    from core.memory.plan import Base
     Base.of(file)
     families.get(families.detect(file)).weight_files(file, "vae")
 
@@ -274,7 +274,8 @@ def read_a_config(file: Path, box: Path) -> None:
 
 
 def read_settings(file: Path, box: Path) -> None:
-    from core import paths, project, settings
+    from core import paths
+    from core.workspace import project, settings
     for place in (paths.data_dir() / "settings.yaml", paths.data_dir() / "projects" / "a.yaml"):
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, place)
@@ -285,7 +286,8 @@ def read_settings(file: Path, box: Path) -> None:
 
 
 def read_a_preset(file: Path, box: Path) -> None:
-    from core import paths, presets
+    from core import paths
+    from core.workspace import presets
     place = paths.data_dir() / "presets" / "sd15" / "x.yaml"
     place.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, place)
@@ -296,14 +298,14 @@ def read_a_preset(file: Path, box: Path) -> None:
 
 
 def read_a_vocabulary(file: Path, box: Path) -> None:
-    from captioner.tagging import load_vocabulary
+    from captioner.models.tagging import load_vocabulary
     load_vocabulary(file)
 
 
 def read_rules(file: Path, box: Path) -> None:
-    from captioner.rule_parser import parse
-    from captioner.rules import apply
-    from core.reading import from_json
+    from captioner.captions.rule_parser import parse
+    from captioner.captions.rules import apply
+    from core.serialization import from_json
     try:
         given = from_json(file.read_bytes())
     except ValueError:
@@ -314,9 +316,9 @@ def read_rules(file: Path, box: Path) -> None:
 def read_captions(file: Path, box: Path) -> None:
     """As the folder's metadata or a picture's caption: what training reads, and what a change of
     every caption writes."""
-    from captioner.store import Store
-    from captioner.swaps import perform
-    from core.dataset import scan
+    from captioner.captions.edits import perform
+    from captioner.captions.store import Store
+    from core.dataset.image_folder import scan
     folder = box / "pictures"
     folder.mkdir()
     for name in ("a.png", "b.png"):
@@ -330,16 +332,17 @@ def read_captions(file: Path, box: Path) -> None:
 
 
 def read_a_picture(file: Path, box: Path) -> None:
-    from core import looks, pictures
-    pictures.look_at(file)
-    pictures.open_picture(file)
-    pictures.open_picture(file, None)
-    looks.Looks()
+    from core.dataset import images
+    from core.dataset.checks import image_stats
+    images.look_at(file)
+    images.open_picture(file)
+    images.open_picture(file, None)
+    image_stats.Looks()
 
 
 def read_a_run(file: Path, box: Path) -> None:
     """The file stands in for each file of a run's folder in turn."""
-    from core import journal, runs
+    from core.jobs import journal, runs
     folder = runs.create_run("train", "lora_rank: 4\n", "fuzz")
     names = (journal.EVENTS, journal.EVENTS, runs.RUN, runs.OWNER, journal.CONFIG, runs.REQUESTS)
     (folder / journal.EVENTS).write_bytes(EVENTS)
@@ -355,19 +358,20 @@ def read_a_run(file: Path, box: Path) -> None:
 
 def read_state(file: Path, box: Path) -> None:
     """What the program wrote itself and someone edited: choices, undo, progress, checkpoints."""
+    from captioner.captions.undo import History
     from captioner.progress import Progress
-    from captioner.undo import History
-    from core import checkpoint, choices
-    from core.faults import Fault
+    from core.dataset import curation
+    from core.errors import Fault
+    from core.training import checkpoint
     folder = box / "state"
     folder.mkdir()
     progress = Progress(folder, "ab", read_only=True)
-    for place in (choices._file(folder), History(folder).file, progress.file,
+    for place in (curation._file(folder), History(folder).file, progress.file,
                   folder / "state.json"):
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, place)
     shutil.copyfile(_made["state"], folder / "state.safetensors")
-    for read in (lambda: choices.load(folder), lambda: History(folder).actions(),
+    for read in (lambda: curation.load(folder), lambda: History(folder).actions(),
                  lambda: Progress(folder, "ab", read_only=True), lambda: checkpoint.load(folder)):
         try:
             read()
@@ -376,8 +380,8 @@ def read_state(file: Path, box: Path) -> None:
 
 
 def read_a_prompt(file: Path, box: Path) -> None:
-    from core.faults import Fault
-    from core.lora_names import Tag, find_lora, parse_lora, split_prompt
+    from core.errors import Fault
+    from core.lora_files.library import Tag, find_lora, parse_lora, split_prompt
     text = file.read_bytes().decode("utf-8", "surrogateescape")
     for tag in [*split_prompt(text)[1], Tag(*parse_lora(text))]:
         try:
@@ -558,7 +562,7 @@ def _box(path: Path) -> Path:
 
 def _one(kind: Kind, content: bytes, rng: random.Random, where: Path, watch: Watch) -> str:
     """'' or what went wrong."""
-    from core.faults import Fault
+    from core.errors import Fault
     box = _box(where)
     file = box / f"file{rng.choice(kind.suffixes)}"
     file.write_bytes(content)

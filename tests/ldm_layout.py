@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from core import families, weigh
+from core import families
 from core.families.base import Precision
-from core.families.sd15 import CONFIGS
-from core.naming import KREA2, NAMINGS, Part, to_native
+from core.families.layer_names import KREA2, NAMINGS, Part, to_native
+from core.families.sd15.model import CONFIGS
+from core.memory import plan_inputs
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
           "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
@@ -184,7 +185,7 @@ def write(path: Path, models: dict[str, nn.Module], dtype: torch.dtype = torch.f
 def write_full_size(family: str, path: Path) -> Path:
     """Stable Diffusion 1.5 or XL as one fp16 file, written piece by piece: 2 and 7 GB."""
     meta = Precision(torch.device("meta"), torch.float16, torch.float16, torch.float16)
-    parts = families.get(family).skeleton(weigh.base_of(family).source, meta)
+    parts = families.get(family).skeleton(plan_inputs.base_of(family).source, meta)
     unet, text = parts.denoiser.state_dict(), parts.text["text_encoder"].state_dict()
     tensors = behind("first_stage_model.", vae(parts.vae.state_dict()))
     if family == "sd15":

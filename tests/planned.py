@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from core import advisor, plan
-from core.advisor import Shape
 from core.config import TrainConfig, size_of
-from core.plan import Base, Machine, Phase, Plan
+from core.memory import advisor, plan
+from core.memory.advisor import Shape
+from core.memory.plan import Base, Machine, Phase, Plan
 
 KEPT = {"same": 1.0, "int8": 0.5, "fp8": 0.5, "nf4": 0.25}
 NOWHERE = Base(Path("nowhere"), "sd15", "0")

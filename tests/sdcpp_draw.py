@@ -1,4 +1,4 @@
-"""Draws with stable-diffusion.cpp what a job asks for. Run by tests/test_interop.py in a Python of
+"""Draws with stable-diffusion.cpp what a job asks for. Run by tests/lora_files/test_interop.py in a Python of
 its own (3.12 or newer, with `inferna`); imports nothing of ours.
 
     python sdcpp_draw.py job.json -> job.npz (shot number -> (H, W, 3) uint8), job.log.json

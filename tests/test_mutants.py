@@ -30,7 +30,8 @@ def test_breaks_are_python() -> None:
 def test_a_list_that_is_no_longer_true_is_told() -> None:
     good = MUTANTS[0]
     for changes in ({"old": "no such text"}, {"file": "core/no_such.py"}, {"new": good.old},
-                    {"tests": ("test_no_such.py",)}, {"tests": ("test_engine.py::test_no_such",)},
+                    {"tests": ("test_no_such.py",)},
+                    {"tests": ("training/test_trainer.py::test_no_such",)},
                     {"tests": ()}):
         values = {"name": "x", "file": good.file, "old": good.old, "new": good.new,
                   "tests": good.tests} | changes

@@ -17,21 +17,24 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from captioner.store import Store
-from captioner.swaps import perform
-from captioner.weights import safetensors_of
-from core import families, generate, lora_file, paths, pictures, reading
-from core.checkpoint import load as load_checkpoint
+from captioner.captions.edits import perform
+from captioner.captions.store import Store
+from captioner.models.weights import safetensors_of
+from core import families, paths, serialization
 from core.config import load_train_config, parse_train_config
-from core.dataset import scan
-from core.draw import wanted
-from core.draw_config import DrawConfig
+from core.config.draw import DrawConfig
+from core.dataset import images
+from core.dataset.image_folder import scan
+from core.errors import Fault
 from core.families.base import Precision
-from core.faults import Fault
-from core.lora_names import find_lora
-from core.plan import Base
-from core.project import checked_name
+from core.inference import generate
+from core.inference.draw import wanted
+from core.lora_files import files
+from core.lora_files.library import find_lora
+from core.memory.plan import Base
 from core.safetensors_header import read_header
+from core.training.checkpoint import load as load_checkpoint
+from core.workspace.project import checked_name
 
 CPU = Precision(torch.device("cpu"), *[torch.float32] * 3)
 
@@ -63,8 +66,8 @@ def test_no_pickle_is_opened_anywhere(tmp_path: Path, monkeypatch: pytest.Monkey
     family = families.get("sd15")
     for read, code in (
             (lambda: read_header(file), "lora_file"),
-            (lambda: lora_file.describe(file), "lora_file"),
-            (lambda: lora_file.read_lora(file), "lora_file"), (lambda: Base.of(file), "families"),
+            (lambda: files.describe(file), "lora_file"),
+            (lambda: files.read_lora(file), "lora_file"), (lambda: Base.of(file), "families"),
             (lambda: generate.load_adapter(None, file, "a", "sd15"), "lora_file"),
             (lambda: family.load(file, CPU), "families"),
             (lambda: family.skeleton(file, CPU), "families")):
@@ -95,7 +98,7 @@ def test_nan_is_told_before_it_blackens_pictures(tmp_path: Path, value: float,
                "lora_unet_x.lora_up.weight": torch.full((2, 2), value, dtype=dtype)}
     save_file(weights, tmp_path / "a.safetensors")
     with pytest.raises(Fault, match="lora_up") as caught:
-        lora_file.read_lora(tmp_path / "a.safetensors")
+        files.read_lora(tmp_path / "a.safetensors")
     assert caught.value.code == "lora_file.holds_nan"
 
 
@@ -109,7 +112,7 @@ DEEP = "[" * 100_000
 def test_odd_yaml_is_refused_at_once(text: str, tmp_path: Path) -> None:
     assert code_of(lambda: parse_train_config(text, "x.yaml")).startswith("config.")
     with pytest.raises(ValueError, match="line"):
-        reading.from_yaml(text)
+        serialization.from_yaml(text)
 
 
 @pytest.mark.parametrize("content", [b"\0\1\2", b"\xff\xfe\xff", "seed: 0x" + "f" * 9999])
@@ -121,7 +124,7 @@ def test_odd_configs_are_one_sentence(content: bytes | str, tmp_path: Path) -> N
 
 def test_deep_json_is_a_value_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="deep"):
-        reading.from_json(DEEP)
+        serialization.from_json(DEEP)
     (tmp_path / "state.json").write_text(DEEP)
     assert code_of(lambda: load_checkpoint(tmp_path)) == "engine.bad_checkpoint"
 
@@ -129,8 +132,8 @@ def test_deep_json_is_a_value_error(tmp_path: Path) -> None:
 @given(st.text() | st.text(alphabet="[]{}:-&*!?|>'\"#,a1. \n\t", max_size=60))
 def test_any_yaml_is_a_value_or_a_value_error(text: str) -> None:
     try:
-        reading.from_yaml(text)
-    except reading.BadYaml as error:
+        serialization.from_yaml(text)
+    except serialization.BadYaml as error:
         lines = 1 + sum(map(text.count, "\n\r\x85\u2028\u2029"))
         assert 1 <= error.line <= lines  # noqa: PT017
 
@@ -141,7 +144,7 @@ def test_pictures_of_a_few_bytes(tmp_path: Path, size: int) -> None:
                   b"II*\0aaa"):
         file = tmp_path / "a.png"
         file.write_bytes(start[:size])
-        assert code_of(lambda: pictures.open_picture(file)).startswith("dataset.")  # noqa: B023
+        assert code_of(lambda: images.open_picture(file)).startswith("dataset.")  # noqa: B023
 
 
 # --- names ------------------------------------------------------------------------------------

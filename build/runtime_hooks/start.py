@@ -13,5 +13,5 @@ if sys.platform.startswith("linux"):
 os.environ["PYINSTALLER_RESET_ENVIRONMENT"] = "1"
 
 if sys.stdout is None or sys.stderr is None:        # a program without a console
-    from core.logs import to_file
+    from core.system.logs import to_file
     to_file()

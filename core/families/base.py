@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from core.base_loras import Attached
-from core.distilled import Distilled
-from core.families.companions import Taken
-from core.flow import Sampling
-from core.quantise import Kind
+from core.adapters.base_loras import Attached
+from core.families.components import Taken
+from core.families.distilled import Distilled
+from core.objectives.flow import Sampling
+from core.weights.quantization import Kind
 
 Objective = Literal["epsilon", "v_prediction", "flow"]
 # "text": all encoders; by name: one of them, with its tokenizer.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.families import CHUNK
+from core.families.registry import CHUNK
 
 WHOLE = CHUNK + 2
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTokenizer
 
-from core import distilled, paths, samplers
-from core.families import clip, companions, detection, loading, text
+from core import paths
+from core.errors import Fault
+from core.families import clip, components, detection, distilled, loading, schedulers, text
 from core.families.base import ALL_PARTS, Cond, FamilySpec, Frame, Objective, Part, Parts, Precision
-from core.families.companions import Chosen, Taken
+from core.families.components import Chosen, Taken
 from core.families.loading import Layout, Piece
-from core.families.vocabularies import FILES, KINDS, MARKS
-from core.faults import Fault
+from core.families.tokenizer_kinds import FILES, KINDS, MARKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +39,12 @@ class Loaded:
     pieces: ClassVar[tuple[Piece, ...]]
     vocabularies: ClassVar[Mapping[str, Vocabulary]]
     pipe: ClassVar[Any]                     # of diffusers
-    chosen: Chosen = companions.NONE        # companions that the user named
+    chosen: Chosen = components.NONE        # companions that the user named
 
     def layout(self, source: Path) -> Layout:
         """Raises Fault where `source` is no base of this family, or lacks a config."""
         found = detection.expect(source, self.kind)
-        configs = source if source.is_dir() else paths.FAMILY_CONFIGS / self.kind
+        configs = source if source.is_dir() else paths.family_configs(self.kind)
         scheduler = loading.read_json(configs / "scheduler" / "scheduler_config.json", configs)
         layout = Layout(source, found, loading.configs_in(configs, self.pieces), scheduler,
                         {} if source.is_dir() else loading.files_of(source, self.pieces),
@@ -127,7 +127,7 @@ class Loaded:
         config = layout.configs[encoder]
         with loading.told(layout.source):   # some configs leave out what is usual
             rows = int(config.get("text_config", config).get("vocab_size", sys.maxsize))
-        return companions.find_tokenizer(layout.source, _tokenizer_of(encoder), KINDS[
+        return components.find_tokenizer(layout.source, _tokenizer_of(encoder), KINDS[
             self.vocabularies[encoder].kind], rows, self.chosen)
 
     def beside(self, source: Path) -> list[Taken]:
@@ -140,14 +140,14 @@ class Loaded:
                 continue
             file = loading.file_of(layout, piece)
             if file is None or file[0] not in (source, source / piece.name):
-                found.append(companions.taken_file(
+                found.append(components.taken_file(
                     piece.name, file[0], layout.configs[piece.name]) if file
                              else Taken(piece.name, None))
             if file and piece.part == "text" and self.vocabularies[piece.name].kind:
                 folder = self._words(layout, piece.name)
                 if not folder.is_relative_to(source) or folder == self.chosen.tokenizer:
-                    found.append(companions.taken_tokenizer(_tokenizer_of(piece.name), folder))
-        companions.check_used(self.chosen, found, self.spec.title)
+                    found.append(components.taken_tokenizer(_tokenizer_of(piece.name), folder))
+        components.check_used(self.chosen, found, self.spec.title)
         return found
 
     def weight_files(self, source: Path, part: Part) -> list[tuple[Path, str]]:
@@ -199,7 +199,7 @@ class Loaded:
             piece.part, parts.text.get(piece.name)) for piece in self.pieces}
         words = {_tokenizer_of(name): parts.text.get(_tokenizer_of(name))
                  for name in self.vocabularies}
-        made = self.pipe(**models, **words, scheduler=samplers.create("auto", parts),
+        made = self.pipe(**models, **words, scheduler=schedulers.create("auto", parts),
                          **self.pipe_options(parts))
         made.set_progress_bar_config(disable=True)
         return made

@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core import paths, words
-from core.faults import Fault
-from core.reading import json_object
+from core import i18n, paths
+from core.errors import Fault
 from core.safetensors_header import (
     PICKLES,
     Header,
@@ -25,7 +24,8 @@ from core.safetensors_header import (
     opened,
     read_header,
 )
-from core.scaled_weights import scaling_of
+from core.serialization import json_object
+from core.weights.scaled_weights import scaling_of
 
 Tensors = Mapping[str, TensorInfo]
 Shapes = dict[str, tuple[int, ...]]
@@ -54,10 +54,10 @@ class Found:
     plain: Found | None = None             # by the shapes alone, where names say otherwise
 
     def said(self, language: str | None = None) -> str:
-        found = words.say(f"families.is_{self.what}", lang=language)
+        found = i18n.say(f"families.is_{self.what}", lang=language)
         if self.numbers:
-            return words.say("families.in_numbers", {"found": found, "kind": self.numbers},
-                             language)
+            return i18n.say("families.in_numbers", {"found": found, "kind": self.numbers},
+                            language)
         return found
 
 
@@ -77,7 +77,7 @@ def expect(path: Path, family: str) -> Found:
     if found.plain and found.plain.family == family:
         return found.plain
     if found.family != family:
-        from core.families import MODULES
+        from core.families.registry import MODULES
         raise Fault("families.other_model", path=path, found=found.said(),
                     wanted=MODULES[family].title)
     return found
@@ -197,7 +197,7 @@ def _by_name(path: Path, metadata: Mapping[str, str], found: Found) -> Found:
 
 def of_tensors(tensors: Tensors) -> Found:
     """What tensors of these names and shapes make up; LoRAs first: they carry any model's names."""
-    from core.lora_file import detect_format
+    from core.lora_files.files import detect_format
     if any("lora" in k or k.endswith((".alpha", "hada_w1_a", ".lokr_w1", ".oft_blocks"))
            for k in tensors) and detect_format(tensors) not in ("checkpoint", "unknown", "vae"):
         return Found("lora")

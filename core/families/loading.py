@@ -1,6 +1,6 @@
 """How the models of a base are read, offline: from a diffusers folder, or from single files.
 
-Single files have the original code's names or diffusers' own (core/families/names.py). Configs ship
+Single files have the original code's names or diffusers' own (core/families/checkpoint_keys.py). Configs ship
 with the app, since files have none.
 """
 
@@ -19,17 +19,17 @@ from safetensors import SafetensorError
 from torch import nn
 
 from core import paths
-from core.families import companions
+from core.errors import Fault
+from core.families import components
 from core.families.base import Part, Precision
-from core.families.companions import Chosen
+from core.families.checkpoint_keys import Convert, Tensors, own
+from core.families.components import Chosen
 from core.families.detection import Found, denoiser_prefix
-from core.families.names import Convert, Tensors, own
-from core.families.weights import File, Weights, files_in, shapes_of
-from core.faults import Fault
-from core.offload import offload_
-from core.quantise import fill_, quantise_
-from core.reading import from_json
 from core.safetensors_header import PICKLES, read_header
+from core.serialization import from_json
+from core.weights.lazy import File, Weights, files_in, shapes_of
+from core.weights.offload import offload_
+from core.weights.quantization import fill_, quantise_
 
 TOKENIZER = paths.DEMO / "base" / "tokenizer"       # CLIP's own, shipped once
 LARGE_ENCODER = 1e9                                 # parameters; smaller ones stay as they are
@@ -64,7 +64,7 @@ class Layout:
     configs: dict[str, dict[str, Any]]      # by piece
     scheduler: dict[str, Any]
     files: dict[str, tuple[Path, str]] = field(default_factory=dict)   # of single files; prefix
-    chosen: Chosen = companions.NONE        # companions that the user named
+    chosen: Chosen = components.NONE        # companions that the user named
 
     @property
     def folder(self) -> bool:
@@ -123,7 +123,7 @@ def file_of(layout: Layout, piece: Piece) -> tuple[Path, str] | None:
     """The file of one piece: one that the user named, the base itself, else one beside it; of a
     base's folder the piece's own. Raises Fault where none is there; None for one that needn't be.
     """
-    if named := companions.named(layout.chosen, piece.part, piece.alone):
+    if named := components.named(layout.chosen, piece.part, piece.alone):
         return named, ""
     if layout.folder:
         return layout.source / piece.name, ""
@@ -131,10 +131,10 @@ def file_of(layout: Layout, piece: Piece) -> tuple[Path, str] | None:
         return layout.files[piece.name]
     if not piece.alone:
         raise Fault("families.part_missing", path=layout.source, part=piece.name)
-    path = companions.find_file(layout.source, piece.alone, layout.configs[piece.name],
+    path = components.find_file(layout.source, piece.alone, layout.configs[piece.name],
                                 layout.chosen)
     if path is None and not piece.optional:
-        raise companions.missing(layout.source, piece.alone)
+        raise components.missing(layout.source, piece.alone)
     return (path, "") if path else None
 
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
-from core.families import vocabularies
-from core.families.vocabularies import UNIGRAM, Kind, Pieces
-from core.faults import Fault
+from core.errors import Fault
+from core.families import tokenizer_kinds
+from core.families.tokenizer_kinds import UNIGRAM, Kind, Pieces
 
 SPACE = "\u2581"                            # sentencepiece's
 # Qwen3's chat, as far as captions need it: what a user says, then the answer's beginning, without
@@ -43,7 +43,7 @@ def open_tokenizer(folder: Path, kind: Kind) -> Any:
     its kind differs from the one that ships."""
     pieces = None
     if not (folder / "tokenizer.json").is_file():
-        pieces = vocabularies.pieces_in(folder)
+        pieces = tokenizer_kinds.pieces_in(folder)
     tokenizer = (AutoTokenizer.from_pretrained(folder, local_files_only=True) if pieces is None
                  else _unigram(pieces) if pieces.model == UNIGRAM else _byte_pairs(pieces))
     if folder == kind.folder and kind.more:

@@ -7,24 +7,24 @@ from typing import Any
 
 import gradio as gr
 
-from captioner import tags
+from captioner.captions import search
+from captioner.captions.rule_parser import parse, parse_line
+from captioner.captions.rules import Change, MaxTokens, Rule, preview, with_trigger_rule
+from captioner.captions.undo import Outcome
 from captioner.config import CaptionConfig
-from captioner.rule_parser import parse, parse_line
-from captioner.rules import Change, MaxTokens, Rule, preview, with_trigger_rule
-from captioner.undo import Outcome
-from core import hub
-from core.faults import Fault
-from core.runs import JobView
-from gui.album import Album, album_of, caption_job
-from gui.context import Context, Snapshot, Updates
+from core.base_models import hub
+from core.errors import Fault
+from core.jobs.runs import JobView
 from gui.html import bar, button, card, duration, esc
+from gui.state.app_state import Context, Snapshot, Updates
+from gui.state.dataset_view import Album, album_of, caption_job
 from gui.widgets import caption_rows
 from gui.widgets.fault_card import fault_card
 from gui.widgets.panel import panel
 from gui.widgets.picture_grid import page_of
 
 OWNERS = {"florence-community": "florence", "Salesforce": "blip", "SmilingWolf": "wd",
-          "laion": "clip"}      # of core/models.yaml -> captioner
+          "laion": "clip"}      # of core/base_models/models.yaml -> captioner
 SENTENCES, TAGS = ("blip", "florence", "endpoint"), ("wd", "clip")
 TAB = "captioning"              # in Project.tabs
 
@@ -166,7 +166,7 @@ class CaptioningTab:
     def look_for(self, text: str) -> None:
         text = (text or "").strip()
         if text != self.album.shown.search:
-            tags.parse(text)        # a fault names the column
+            search.parse(text)        # a fault names the column
             self.album.show(search=text, only=())
 
     def act(self, act: str, id: str) -> Updates | None:

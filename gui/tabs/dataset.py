@@ -6,16 +6,16 @@ from pathlib import Path
 
 import gradio as gr
 
-from core import dataset, intake
-from core.faults import Fault
-from gui.album import Album, album_of
-from gui.context import Context, Snapshot, Updates
+from core.dataset import image_folder, import_files
+from core.errors import Fault
+from gui.state.app_state import Context, Snapshot, Updates
+from gui.state.dataset_view import Album, album_of
 from gui.widgets import dataset_report
 from gui.widgets.drop_zone import drop_zone, uploaded
 from gui.widgets.panel import panel
 from gui.widgets.picture_grid import PER_PAGE, filtered, grid, large, of_finding, page_of
 
-DROPPED = [*sorted(dataset.SUFFIXES), *sorted(intake.CAPTIONS)]
+DROPPED = [*sorted(image_folder.SUFFIXES), *sorted(import_files.CAPTIONS)]
 
 
 def build(ctx: Context) -> DatasetTab:
@@ -101,9 +101,9 @@ class DatasetTab:
         """Copies what was dropped into a folder of ours and shows that folder."""
         house, language = self.ctx.house, self.ctx.language
         given = uploaded(told)
-        folder = intake.folder_for(house.projects.now.name)
+        folder = import_files.folder_for(house.projects.now.name)
 
-        def then(taken: intake.Taken) -> None:
+        def then(taken: import_files.Taken) -> None:
             if taken.copied or taken.same:
                 house.projects.edit(train_data_dir=str(folder))
                 house.replan(language)

@@ -10,15 +10,16 @@ from typing import Any
 
 import gradio as gr
 
-from core import lora_export, lora_names, picture_settings
 from core.config import load_train_config
-from core.faults import Fault
-from core.runs import JobView
-from core.samplers import SAMPLERS
-from gui import inference_wanted as wanted
-from gui.context import Context, Snapshot, Updates
-from gui.inference_desk import PER_PAGE, Desk, desk_of
-from gui.inference_wanted import Added, Choice
+from core.errors import Fault
+from core.families.schedulers import SAMPLERS
+from core.inference import png_info
+from core.jobs.runs import JobView
+from core.lora_files import export, library
+from gui.state import inference_request as wanted
+from gui.state.app_state import Context, Snapshot, Updates
+from gui.state.inference_files import PER_PAGE, Desk, desk_of
+from gui.state.inference_request import Added, Choice
 from gui.widgets import drawings
 from gui.widgets.drop_zone import drop_zone, uploaded
 from gui.widgets.fault_card import fix_of, keep_companions
@@ -212,7 +213,7 @@ class Inference:
               ) -> list[Added]:
         """With one LoRA more. Raises Fault where the file is none for this base."""
         if kind := wanted.kind_of(snap, found):
-            lora_names.checked(path, kind)
+            library.checked(path, kind)
         if len(loras) >= wanted.MOST_ADDED:
             raise Fault("tab_inference.too_many", most=wanted.MOST_ADDED)
         if any(one.file == str(path) for one in loras):
@@ -240,7 +241,7 @@ class Inference:
             if file.suffix.lower() == ".safetensors":
                 self._take_lora(file)
             else:
-                self._take_picture(picture_settings.read(file), file.name)
+                self._take_picture(png_info.read(file), file.name)
 
     def _take_lora(self, file: Path) -> None:
         snap = self.ctx.house.snapshot()
@@ -250,26 +251,26 @@ class Inference:
         self._keep(wanted.own_list(loras, found))
         self.ctx.page.tell(self.ctx.say("tab_inference.lora_taken", name=info.path.stem))
 
-    def _take_picture(self, told: picture_settings.Settings, file: str) -> None:
+    def _take_picture(self, told: png_info.Settings, file: str) -> None:
         """A picture's prompt and numbers. Its LoRAs go into the list where they are here; others
         stay in the prompt, and are named."""
         say, snap = self.ctx.say, self.ctx.house.snapshot()
         found = wanted.choices(snap, self.desk)
         known = wanted.used(snap) | wanted.names(found)
-        loras = {known[tag.name]: tag.weight for tag in lora_names.split_prompt(told.prompt)[1]
+        loras = {known[tag.name]: tag.weight for tag in library.split_prompt(told.prompt)[1]
                  if tag.name in known and wanted.LEAST <= tag.weight <= wanted.MOST
                  and tag.text is None}      # two weights stay in the prompt
 
         def kept(tag: Any) -> str:
             return "" if known.get(tag[1].strip()) in loras else str(tag[0])
-        prompt = lora_names.TAG.sub(kept, told.prompt).strip()
+        prompt = library.TAG.sub(kept, told.prompt).strip()
         values = {"prompt": prompt, "negative": told.negative, "seed": told.seed,
                   "steps": told.steps, "cfg": told.cfg, "size": told.size,
                   "sampler": told.sampler or "auto", "same_seed": True, "count": 1}
         added = [Added(name, weight) for name, weight in loras.items()]
         self._keep({key: value for key, value in values.items() if value is not None}
                    | {"clip_skip": told.clip_skip} | wanted.own_list(added, found))
-        missing = [tag.name for tag in lora_names.split_prompt(prompt)[1]
+        missing = [tag.name for tag in library.split_prompt(prompt)[1]
                    if tag.name not in wanted.names(found)]
         self.ctx.page.tell(say("tab_inference.picture_taken", file=file))
         if missing:
@@ -355,10 +356,10 @@ class Inference:
         snap = house.snapshot()
         loras = wanted.added(snap, wanted.choices(snap, self.desk))
         file, program = str(asked.get("file", "")), str(asked.get("program", ""))
-        if act != "export" or program not in lora_export.PROGRAMS or not any(
+        if act != "export" or program not in export.PROGRAMS or not any(
                 one.file == file for one in loras):
             return
-        folder = lora_export.target_folder(str(asked.get("folder", "")), program)
+        folder = export.target_folder(str(asked.get("folder", "")), program)
         self.desk.export(Path(file), program, folder, self.ctx.say, self.ctx.language)
         house.settings.change(exports={**snap.settings.exports, program: str(folder)})
 

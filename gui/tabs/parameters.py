@@ -1,6 +1,6 @@
 """Parameters: what is trained, whether it fits, Start; while a run is shown the tab is the run.
 
-What its panels' buttons do stands in gui/deeds.py.
+What its panels' buttons do stands in gui/actions.py.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from pathlib import Path
 
 import gradio as gr
 
-from core import foreign, presets
+from core import importers
 from core.config import FOREIGN, TrainConfig, dump_yaml, load_train_config, parse_train_config
-from core.faults import Fault
-from core.project import known_presets
-from gui import checklist, deeds
-from gui.context import Context, Snapshot, Updates
-from gui.first_start import first_start
-from gui.form import Form, keys_of
+from core.errors import Fault
+from core.workspace import presets
+from core.workspace.project import known_presets
+from gui import actions, checklist
 from gui.html import button
+from gui.onboarding import first_start
+from gui.state.app_state import Context, Snapshot, Updates
+from gui.state.form import Form, keys_of
 from gui.tabs.run import RunView
 from gui.widgets.base_chooser import base_chooser
 from gui.widgets.compare import compare
@@ -141,7 +142,7 @@ class Parameters:
 
     def act(self, act: str, id: str) -> Updates | None:
         """Buttons of the tab's panels."""
-        return deeds.act(self.ctx, act, id)
+        return actions.act(self.ctx, act, id)
 
     def choose_base(self, value: str | None) -> None:
         house = self.ctx.house
@@ -159,7 +160,7 @@ class Parameters:
             same = next((one for one in known_presets(chosen.family)
                          if one.purpose == value and one.title == chosen.title), None)
             if same:
-                deeds.choose_preset(house, same.slug)
+                actions.choose_preset(house, same.slug)
         house.replan(self.ctx.language)
 
     def take_yaml(self, text: str) -> None:
@@ -174,7 +175,7 @@ class Parameters:
         self._replace(load_train_config(given[0]))
         self.ctx.page.tell(self.ctx.say("drop_config.taken", file=given[0].name))
         if given[0].suffix.lower() in FOREIGN:      # what that config said beyond ours
-            head, *lines = foreign.told(foreign.read(given[0]), self.ctx.language)
+            head, *lines = importers.told(importers.read(given[0]), self.ctx.language)
             self.ctx.page.tell("\n".join(lines), head, "warning")
 
     def _replace(self, config: TrainConfig) -> None:

@@ -11,14 +11,14 @@ from typing import Any
 import gradio as gr
 
 from core.config import load_train_config
-from core.endings import said_first
-from core.events import Checkpoint
-from core.faults import Fault
-from core.journal import CONFIG, LOG
-from core.runs import JobView, resume_of
-from gui.context import Context, Snapshot, Updates
-from gui.desktop import open_folder
+from core.errors import Fault
+from core.jobs.events import Checkpoint
+from core.jobs.journal import CONFIG, LOG
+from core.jobs.outcome import said_first
+from core.jobs.runs import JobView, resume_of
 from gui.html import bar, button, card, clock, duration, esc, speed
+from gui.state.app_state import Context, Snapshot, Updates
+from gui.state.desktop import open_folder
 from gui.widgets.fault_card import (
     fault_card,
     fix_of,
@@ -146,7 +146,7 @@ def alarms(ctx: Context, view: JobView) -> str:
 
 
 def said(ctx: Context, view: JobView) -> str:
-    """What must be known before the LoRA is used: core/endings.py."""
+    """What must be known before the LoRA is used: core/jobs/outcome.py."""
     titles = {"engine.proof_failed": "not_proven", "engine.not_proven": "not_proven",
               "engine.nothing_trained": "nothing_trained", "engine.faint": "faint"}
     return "".join(card("fault" if titles[key] == "not_proven" else "warning",

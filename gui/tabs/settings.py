@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gradio as gr
 
-from core import __version__, diagnostics, paths
-from core.hub_index import checked_source
-from gui import deeds
-from gui.context import Context, Snapshot, Updates
-from gui.desktop import open_folder
+from core import __version__, paths
+from core.base_models.catalog import checked_source
+from core.jobs import bug_report
+from gui import actions
 from gui.html import button, esc, gigabytes
+from gui.state.app_state import Context, Snapshot, Updates
+from gui.state.desktop import open_folder
 from gui.widgets.fault_card import diagnostics as copy_button
 from gui.widgets.panel import panel
 
@@ -61,7 +62,7 @@ class SettingsTab:
     def act(self, act: str, id: str) -> Updates | None:
         house = self.ctx.house
         if act == "open":
-            folder = (diagnostics.log_folder() if id == "logs"
+            folder = (bug_report.log_folder() if id == "logs"
                       else house.settings.now.output_folder)
             folder.mkdir(parents=True, exist_ok=True)
             open_folder(folder)
@@ -75,12 +76,12 @@ class SettingsTab:
         house = self.ctx.house
         mirror = (mirror or "").strip()
         checked_source(mirror)
-        searched = [str(deeds.absolute(line)) for line in (folders or "").splitlines()
+        searched = [str(actions.absolute(line)) for line in (folders or "").splitlines()
                     if line.strip()]
-        deeds.set_output(self.ctx, folder or "")
+        actions.set_output(self.ctx, folder or "")
         if searched != house.settings.now.model_folders:
             house.settings.change(model_folders=searched)
-            deeds.search_bases(house)
+            actions.search_bases(house)
         house.settings.change(mirror=mirror)
         house.replan(self.ctx.language)
         self.ctx.page.tell(self.ctx.say("saved"))

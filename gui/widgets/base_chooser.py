@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from core import families, hub
-from core.hub_index import Entry
-from core.model_search import Found
-from gui.bases import Fetch
-from gui.context import Context, Snapshot
+from core import families
+from core.base_models import hub
+from core.base_models.catalog import Entry
+from core.base_models.search import Found
 from gui.html import bar, button, card, esc
+from gui.state.app_state import Context, Snapshot
+from gui.state.base_models import Fetch
 
 TITLES = {"sd15": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "sd3": "SD 3", "flux": "Flux",
           "chroma": "Chroma", "zimage": "Z-Image", "lumina2": "Lumina 2", "sana": "Sana"}

@@ -8,14 +8,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from captioner import tags
-from captioner.rules import Change
-from core.captions import split_tags
+from captioner.captions import search as tags
+from captioner.captions.rules import Change
 from core.config import TrainConfig
-from gui.album import Album
-from gui.album_state import State
-from gui.context import Context
+from core.dataset.captions import split_tags
 from gui.html import button, esc
+from gui.state.app_state import Context
+from gui.state.dataset import State
+from gui.state.dataset_view import Album
 from gui.widgets.picture_grid import address, page_of, pager
 
 PER_PAGE = 20

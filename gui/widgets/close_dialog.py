@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gui.context import Context, Snapshot
 from gui.html import bar, button, esc
+from gui.state.app_state import Context, Snapshot
 
 
 def close_dialog(ctx: Context, snap: Snapshot) -> str:

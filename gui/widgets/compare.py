@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from core.config import TrainConfig
-from core.runs import JobView
-from gui.context import Context, Snapshot
-from gui.form import label
+from core.jobs.runs import JobView
 from gui.html import button, esc
+from gui.state.app_state import Context, Snapshot
+from gui.state.form import label
 from gui.widgets.loss_chart import Curve, curves, ema
 from gui.widgets.previews import cell, picked
 from gui.widgets.suggestion import value_text

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from core.checks import LEVELS
-from core.findings import Finding
-from gui.album import Album
-from gui.album_state import State
-from gui.context import Context
+from core.dataset.checks.findings import Finding
+from core.dataset.checks.report import LEVELS
 from gui.html import bar, button, card, esc
+from gui.state.app_state import Context
+from gui.state.dataset import State
+from gui.state.dataset_view import Album
 from gui.widgets.picture_grid import of_finding
 
 SIGNS = {"error": "✖", "warning": "⚠", "note": "ⓘ"}

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from core import paths, picture_settings
-from core.draw_config import SHEET
-from core.faults import Fault
-from core.lora_names import DEFAULT_WEIGHT
-from core.runs import MOODS, JobView
-from gui import inference_wanted as wanted
-from gui.context import Context, Snapshot
+from core import paths
+from core.config.draw import SHEET
+from core.errors import Fault
+from core.inference import png_info
+from core.jobs.runs import MOODS, JobView
+from core.lora_files.library import DEFAULT_WEIGHT
 from gui.html import bar, button, card, clock, duration, esc
-from gui.inference_desk import PER_PAGE, Desk, is_of
+from gui.state import inference_request as wanted
+from gui.state.app_state import Context, Snapshot
+from gui.state.inference_files import PER_PAGE, Desk, is_of
 from gui.widgets.fault_card import fault_card
 from gui.widgets.lora_list import base_name
 from gui.widgets.picture_grid import page_of, pager
@@ -212,7 +213,7 @@ def facts(ctx: Context, view: JobView, number: int) -> list[tuple[str, str]]:
     steps, cfg = config.get("steps"), config.get("cfg")
     if None in (steps, cfg):                # the base's own, as the picture has them
         with contextlib.suppress(OSError, Fault):
-            told = picture_settings.read(Path(sample.path))
+            told = png_info.read(Path(sample.path))
             steps, cfg = steps or told.steps, told.cfg if cfg is None else cfg
     numbers = [f"{say('seed')} {sample.seed}", f"{say('draw_steps')} {steps}" if steps else "",
                f"CFG {cfg:g}" if cfg is not None else "",

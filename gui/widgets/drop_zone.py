@@ -10,8 +10,8 @@ from pathlib import Path
 
 import gradio as gr
 
-from gui.context import Context
 from gui.html import button, esc
+from gui.state.app_state import Context
 
 
 def drop_zone(ctx: Context, name: str, suffixes: Iterable[str],

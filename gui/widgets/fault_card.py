@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from core import ladder
-from core import remedies as core_remedies
 from core.config import COMPANIONS, TrainConfig
-from core.faults import Fault
-from core.runs import JobView
-from gui.context import Context
+from core.errors import Fault
+from core.jobs.runs import JobView
+from core.memory import relief
+from core.memory import troubleshooting as core_remedies
 from gui.html import button, card, esc, gigabytes
+from gui.state.app_state import Context
 
 MOST = 5                                # remedies
 SYMPTOMS = ("weak", "overtrained", "loss_swings")   # of a run that went through
@@ -75,7 +75,7 @@ def folder(ctx: Context, view: JobView) -> str:
 # --- what to change ---
 
 def _memory(ctx: Context, view: JobView) -> str:
-    """Answers of core/remedies.py, with what each saves by the plan."""
+    """Answers of core/memory/troubleshooting.py, with what each saves by the plan."""
     if (symptom := symptom_of(view)) is None:
         return ""
     return remedies(ctx, view, symptom, ctx.say("remedies.memory"))
@@ -107,7 +107,7 @@ def known_remedies(ctx: Context, view: JobView, symptom: str) -> list[dict[str, 
         return planned
     question = _question(ctx, view, symptom)
     machine = ctx.house.machine
-    facts = core_remedies.Facts(rungs=ladder.rungs(machine) if machine else ladder.Rungs(),
+    facts = core_remedies.Facts(rungs=relief.rungs(machine) if machine else relief.Rungs(),
                                 updates=question["updates"], best_step=question["best_step"])
     config = TrainConfig.model_validate(question["config"])
     return [{"key": one.key, "params": dict(one.params), "changes": dict(one.changes)}

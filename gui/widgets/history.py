@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from core import records
-from core.runs import JobView
-from gui.context import Context, Snapshot
+from core.jobs import history as records
+from core.jobs.runs import JobView
 from gui.html import button, clock, duration, esc
+from gui.state.app_state import Context, Snapshot
 
 PAGE = 10
 SIGNS = {"done": "✓", "unproven": "⚠", "failed": "✖", "interrupted": "⚠", "stopped": "■",

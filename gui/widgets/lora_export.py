@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from core.lora_export import PROGRAMS
-from gui import inference_wanted as wanted
-from gui.context import Context, Snapshot
+from core.lora_files.export import PROGRAMS
 from gui.html import esc
-from gui.inference_desk import Desk
+from gui.state import inference_request as wanted
+from gui.state.app_state import Context, Snapshot
+from gui.state.inference_files import Desk
 from gui.widgets.lora_list import called
 
 LABELS = {"a1111": "A1111", "forge": "Forge", "comfyui": "ComfyUI", "diffusers": "diffusers"}

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 from core import paths
-from core.lora_file import NOT_LORA, Info
-from gui import inference_wanted as wanted
-from gui.context import Context, Snapshot
+from core.lora_files.files import NOT_LORA, Info
 from gui.html import button, clock, esc
-from gui.inference_desk import Desk
-from gui.inference_wanted import Added, Choice
+from gui.state import inference_request as wanted
+from gui.state.app_state import Context, Snapshot
+from gui.state.inference_files import Desk
+from gui.state.inference_request import Added, Choice
 
 
 def lora_list(ctx: Context, snap: Snapshot, desk: Desk) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10
 
-from core.journal import Point
-from gui.context import Context
+from core.jobs.journal import Point
 from gui.html import esc
+from gui.state.app_state import Context
 
 WIDTH, HEIGHT = 640, 200
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 26

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from core.plan import MARGIN
-from gui.context import Context
+from core.memory.plan import MARGIN
 from gui.html import esc, gigabytes
+from gui.state.app_state import Context
 
-_GROUPS = {                             # parts of core/plan.py, as few as an eye can tell apart
+_GROUPS = {                             # parts of core/memory/plan.py, as few as an eye can tell apart
     "base": ("denoiser", "text_encoder", "vae"), "activations": ("activations",),
     "lora": ("adapter", "optimizer", "gradients", "average", "base_loras"),
     "system": ("context", "workspace", "fragments", "allocator", "process", "dataset", "offload")}
@@ -27,7 +27,7 @@ def grouped(plan: Mapping[str, Any]) -> dict[str, float]:
 
 def memory_bar(ctx: Context, plan: Mapping[str, Any], live_mb: float | None = None,
                pending: bool = False) -> str:
-    """`plan`: core.plan.as_dict's. `live_mb`: what the run holds now."""
+    """`plan`: core.memory.plan.as_dict's. `live_mb`: what the run holds now."""
     machine = plan["machine"]
     needs, free, total = plan["needs_mb"], machine["free_mb"], machine["total_mb"]
     scale = max(needs, total) or 1.0

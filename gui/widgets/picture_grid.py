@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gui.album import Album
-from gui.album_state import Shown, State
-from gui.context import Context
 from gui.html import button, esc
+from gui.state.app_state import Context
+from gui.state.dataset import Shown, State
+from gui.state.dataset_view import Album
 
 PER_PAGE = 60
 FILTERS = ("all", "problems", "uncaptioned", "left_out")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from core import presets
-from core.plan import Machine
-from core.presets import Preset
-from gui.context import Context
+from core.memory.plan import Machine
+from core.workspace import presets
+from core.workspace.presets import Preset
 from gui.html import button, esc, field
+from gui.state.app_state import Context
 
 _SIGNS = {"fits": "✓", "tight": "⚠", "too_big": "✖"}
 

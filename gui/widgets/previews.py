@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from core.runs import JobView
-from gui.context import Context
+from core.jobs.runs import JobView
 from gui.html import esc
+from gui.state.app_state import Context
 
 MOST_STEPS = 8                          # columns: first, last, and evenly between
 

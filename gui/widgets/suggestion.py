@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from core.config import TrainConfig
-from gui.context import Context, Snapshot
-from gui.form import label
 from gui.html import button, esc, gigabytes
+from gui.state.app_state import Context, Snapshot
+from gui.state.form import label
 from gui.widgets.memory_bar import memory_bar
 
 FIRST = ("max_resolution", "batch_size", "gradient_accumulation_steps", "lora_rank",

@@ -24,7 +24,8 @@ from typing import Any
 
 import psutil
 
-from core import children, paths
+from core import paths
+from core.system import processes
 from tests.browser.conftest import chromium
 
 
@@ -41,7 +42,7 @@ def start(command: list[str], browser: Any) -> tuple[float, float]:
         page = browser.new_page()
         began = time.perf_counter()
         child = subprocess.Popen([*command, "gui", "--no-window"], stdout=subprocess.DEVNULL,
-                                             env=children.environment(DARKROOM_HOME=home))
+                                             env=processes.environment(DARKROOM_HOME=home))
         address = Path(home, "window.json")
         while not address.exists():
             time.sleep(0.02)

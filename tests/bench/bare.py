@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
-from core.engine import Trainer
-from core.precision import autocast
+from core.training.trainer import Trainer
+from core.weights.precision import autocast
 
 
 class BareLoop:

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from core import buckets, families, paths, pictures
+from core import families, paths
 from core.config import TrainConfig
-from core.control import Control
-from core.examples import Encoder, Examples, find
+from core.dataset import buckets, images
+from core.dataset.examples import Encoder, Examples, find
 from core.families.base import Precision
-from core.precision import choose
+from core.jobs.control import Control
+from core.weights.precision import choose
 
 
 def make_pictures(folder: Path, count: int) -> None:
@@ -36,7 +37,7 @@ def one_at_a_time(examples: Examples, precision: Precision) -> float:
     parts = family.load(paths.DEMO / "base", precision, frozenset({"vae"}))
     began = time.perf_counter()
     for item in examples.items:
-        array = buckets.fit_picture(pictures.open_picture(item.picture.path), item.bucket)
+        array = buckets.fit_picture(images.open_picture(item.picture.path), item.bucket)
         x = torch.from_numpy(array).permute(2, 0, 1)[None].float() / 127.5 - 1
         family.encode_image(parts, x)
     return time.perf_counter() - began

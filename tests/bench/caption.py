@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")         # as core.worker starts its process
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")         # as core.jobs.worker starts its process
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import numpy as np
@@ -29,10 +29,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from captioner.base import Description
-from captioner.clip import ClipTagger
 from captioner.config import CaptionConfig
+from captioner.models.clip import ClipTagger
 from captioner.pipeline import describe_all
-from core.control import Control
+from core.jobs.control import Control
 
 
 def make_pictures(folder: Path, count: int, side: int) -> list[Path]:

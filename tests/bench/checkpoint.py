@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from core.output import Output
-from core.saving import Keeper
+from core.training.output import Keeper
+from core.training.output_names import Output
 from tests.bench.step import full_trainer
 
 EVERY = 100                     # save_steps

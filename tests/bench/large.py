@@ -24,14 +24,15 @@ from typing import Any
 
 import torch
 
-from core import families, memory, paths, plan, weigh
+from core import families, paths
 from core.config import TrainConfig
-from core.control import Control
-from core.dataset import Dataset, Picture
-from core.engine import Trainer
-from core.examples import Example, Examples
+from core.dataset.examples import Example, Examples
+from core.dataset.image_folder import Dataset, Picture
 from core.families.base import ALL_PARTS, Precision
-from core.precision import choose, load_denoiser
+from core.jobs.control import Control
+from core.memory import plan, plan_inputs, traces
+from core.training.trainer import Trainer
+from core.weights.precision import choose, load_denoiser
 from tests import ldm_layout
 from tests.bench.plan import measure
 from tests.bench.step import compare
@@ -78,7 +79,7 @@ def _diffusers(family: str, file: Path) -> Callable[[], Any]:
     import diffusers
     cls = getattr(diffusers, PIPELINES[family])
     folder = file.with_suffix("")
-    shutil.copytree(weigh.base_of(family).source, folder, dirs_exist_ok=True)
+    shutil.copytree(plan_inputs.base_of(family).source, folder, dirs_exist_ok=True)
     if family == "sdxl":
         shutil.copytree(folder / "tokenizer", folder / "tokenizer_2", dirs_exist_ok=True)
     index = {"_class_name": cls.__name__, **{
@@ -120,7 +121,7 @@ def trainer_of(family: str, file: Path, **changes: Any) -> Trainer:
     examples = Examples([item], Dataset((item.picture,), (), Path()), frozenset())
     channels, side = parts.denoiser.config.in_channels, SIDE // 8
     examples.latents = [torch.randn(channels, side, side)]
-    shapes = memory._embedding(plan.Base.of(weigh.base_of(family).source, family), "fp32")
+    shapes = traces._embedding(plan.Base.of(plan_inputs.base_of(family).source, family), "fp32")
     text = {k: torch.randn(v.shape, dtype=precision.compute) for k, v in shapes.items()}
     examples.texts = {"x": text, "": text}
     return Trainer(config, one, parts, precision, examples, lambda event: None, Control())

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import psutil
 
-from core.engine import Trainer
-from core.lookout import Lookout, weigh
-from core.plan import Base
-from core.rescue import Rescue
+from core.memory.plan import Base
+from core.training.memory_guard import Lookout, weigh
+from core.training.recovery import Rescue
+from core.training.trainer import Trainer
 from tests.bench.bare import BareLoop
 from tests.bench.step import demo_trainer, full_trainer
 

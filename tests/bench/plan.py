@@ -3,7 +3,7 @@
     python -m tests.bench.plan [--full] [--json FILE]
 
 Measured: bytes of the real weights, adapter and optimizer state, and the peak of what torch's CPU
-allocator hands out during one update (torch.profiler's memory events). Planned: core.plan, from
+allocator hands out during one update (torch.profiler's memory events). Planned: core.memory.plan, from
 meta tensors. With --full also a full-size random SD 1.5 UNet (up to 12 GB of memory).
 """
 
@@ -24,13 +24,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.profiler import ProfilerActivity, profile
 
-from core import families, paths, plan
+from core import families, paths
 from core.config import TrainConfig, size_of
-from core.engine import Trainer
-from core.examples import Example, Examples
+from core.dataset.examples import Example, Examples
 from core.families.base import Parts
-from core.families.sd15 import CONFIGS, TOKENIZER
-from core.precision import choose, keep_, load_denoiser
+from core.families.sd15.model import CONFIGS, TOKENIZER
+from core.memory import plan
+from core.training.trainer import Trainer
+from core.weights.precision import choose, keep_, load_denoiser
 
 MB = 2**20
 
@@ -92,7 +93,7 @@ def trainer_of(config: TrainConfig, source: Path, random: bool) -> Trainer:
 
 
 def _examples(config: TrainConfig, parts: Parts) -> Examples:
-    from core.dataset import Dataset, Picture
+    from core.dataset.image_folder import Dataset, Picture
     bucket = size_of(config.max_resolution)
     assert bucket
     picture = Picture(Path("x.png"), "x", config.batch_size, bucket, False)

@@ -54,8 +54,9 @@ def _jpeg(image: Image.Image, quality: int) -> bytes:
 
 def look(folder: Path) -> None:
     """In a process of its own: prints seconds, peak memory and what was found as JSON."""
-    from core import checks, crops
-    report = checks.check(folder, crops.base_facts(paths.DEMO / "base"), trigger="m1a")
+    from core.dataset import crops
+    from core.dataset.checks import report as dataset_report
+    report = dataset_report.check(folder, crops.base_facts(paths.DEMO / "base"), trigger="m1a")
     copies = {one.code: len(one.subjects) for one in report.findings
               if one.code in ("checks.same_file", "checks.near_same")}
     print(json.dumps({"seconds": report.seconds, "cpu_s": time.process_time(),

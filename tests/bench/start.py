@@ -16,8 +16,8 @@ CHILD = """
 import json, sys, time
 began = time.perf_counter()
 from core import demo, engine
-from core.control import Control
-from core.events import Phase, Step
+from core.jobs.control import Control
+from core.jobs.events import Phase, Step
 from pathlib import Path
 marks = {"imports": time.perf_counter() - began}
 last, control = time.perf_counter(), Control()

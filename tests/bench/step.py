@@ -22,12 +22,12 @@ from diffusers import UNet2DConditionModel
 
 from core import families, paths
 from core.config import AdapterKind, TrainConfig
-from core.control import Control
-from core.engine import Trainer
-from core.examples import Encoder, find
+from core.dataset.examples import Encoder, find
 from core.families.base import Parts
-from core.families.sd15 import CONFIGS
-from core.precision import choose
+from core.families.sd15.model import CONFIGS
+from core.jobs.control import Control
+from core.training.trainer import Trainer
+from core.weights.precision import choose
 from tests.bench.bare import BareLoop
 
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from core import worker
-from core.jobs import JobManager
+from core.jobs import worker
+from core.jobs.manager import JobManager
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 GENERATES = """
 import sys
 from core import worker
-worker.JOBS.setdefault("generate", worker.Job("core.draw_config:load", "core.draw:draw"))
+worker.JOBS.setdefault("generate", worker.Job("core.config.draw:load", "core.inference.draw:draw"))
 sys.exit(worker.main(sys.argv[1:]))
 """
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from core import lora_file, runs
-from core.events import Checkpoint, JobEnded, JobStarted
-from core.journal import Journal
+from core.jobs import runs
+from core.jobs.events import Checkpoint, JobEnded, JobStarted
+from core.jobs.journal import Journal
+from core.lora_files import files
 from tests.browser.test_short_way import tab, until
 from tests.tiny import MIDDLE, tiny_lora
 
@@ -101,6 +102,6 @@ def test_loras_are_mixed_swept_and_exported(page: Any, served: Any, base: Path, 
     page.locator("#lora-export [role=status]").wait_for()
     copy = mine / "ink-10.safetensors"
     until(copy.is_file, 90)
-    assert lora_file.describe(copy).format == "peft"        # diffusers' file has PEFT's names
+    assert files.describe(copy).format == "peft"        # diffusers' file has PEFT's names
     until(lambda: str(copy.parent) in page.locator("#lora-export [role=status]").inner_text())
     assert page.evaluate("document.documentElement.scrollWidth") <= 1366

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from gui.context import Snapshot, Updates
-from gui.page import Page
+from gui.state.app_state import Snapshot, Updates
+from gui.state.page import Page
 from tests.browser.test_short_way import until
 
 DISABLED = "document.querySelector('#start').disabled"

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from core import paths, runs
-from core.events import Faulted, JobEnded, JobStarted, Phase, Sample, Step
-from core.journal import Journal
+from core import paths
+from core.jobs import runs
+from core.jobs.events import Faulted, JobEnded, JobStarted, Phase, Sample, Step
+from core.jobs.journal import Journal
 from tests.browser.test_short_way import tab, until
 
 PICTURES = paths.DEMO / "pictures"
@@ -76,11 +77,12 @@ def test_first_start_in_three_steps_by_keyboard(page: Any, served: Any, tmp_path
 
 def test_a_fault_has_remedies_and_its_diagnostics_can_be_copied(page: Any, served: Any,
                                                                monkeypatch: Any) -> None:
-    monkeypatch.setattr("core.doctor.torch_facts", lambda: {"error": "left out: it takes seconds"})
+    monkeypatch.setattr("core.system.doctor.torch_facts",
+                        lambda: {"error": "left out: it takes seconds"})
     failed = run(served, "too-big", "failed", fault="jobs.out_of_gpu_memory", batch_size=4)
     key = f"{failed}/oom_run"
     house = served.house
-    with house.planning._changed:                   # the planner itself: tests/test_plan_service.py
+    with house.planning._changed:                   # the planner itself: tests/memory/test_service.py
         house.planning._mended(key, [{"key": "advisor.do_batch", "saves_mb": 2048.0, "params": {
             "now": 2, "before": 4, "times": 2}, "changes": {
                 "batch_size": 2, "gradient_accumulation_steps": 2}}])

@@ -100,9 +100,9 @@ def test_the_short_way(page: Any, served: Any) -> None:
 
 def test_a_second_page_shows_the_same_and_a_fault_is_mended_in_one_click(
         page: Any, served: Any) -> None:
-    from core import runs
-    from core.events import Faulted, JobEnded, JobStarted
-    from core.journal import Journal
+    from core.jobs import runs
+    from core.jobs.events import Faulted, JobEnded, JobStarted
+    from core.jobs.journal import Journal
     text = served.house.snapshot()
     config = f"base_model: demo\ntrain_data_dir: {Path(__file__).parent}\nbatch_size: 4\n"
     folder = runs.create_run("train", config + f"output_dir: {text.config.output_dir}\n", "broken",

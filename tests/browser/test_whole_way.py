@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from core import paths, words
+from core import i18n, paths
 from tests.browser.test_accessibility import faults
 from tests.browser.test_short_way import step_of, tab, until
 
@@ -28,7 +28,7 @@ def speak(page: Any, served: Any, language: str) -> Any:
     page.wait_for_selector("#header .header")
 
     def say(key: str, **params: Any) -> str:
-        return words.say(key if "." in key else f"gui.{key}", params, language)
+        return i18n.say(key if "." in key else f"gui.{key}", params, language)
     return say
 
 

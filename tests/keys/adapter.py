@@ -12,11 +12,11 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
 
-from core import lora
-from core.engine import Trainer
-from core.faults import Fault
-from core.precision import load_denoiser
-from core.quantise import Frozen
+from core.adapters import lora
+from core.errors import Fault
+from core.training.trainer import Trainer
+from core.weights.precision import load_denoiser
+from core.weights.quantization import Frozen
 from tests import tiny
 from tests.keys.lab import CARD, Lab, moves, near, of_one, row, started
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from core import paths
-from core.course import Batch
+from core.dataset.sampler import Batch
 from tests import tiny
 from tests.keys.lab import SAME_CAPTION, Lab, near, of_one, row, shown, started
 

@@ -1,4 +1,4 @@
-"""What the rows of tests/test_config_keys.py share: a tiny base, pictures, trainers, whole runs."""
+"""What the rows of tests/config/test_config_keys.py share: a tiny base, pictures, trainers, whole runs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from core import families, paths, plan, regularise
+from core import families, paths
 from core.config import TrainConfig
-from core.control import Control
-from core.course import Batch
-from core.engine import Trainer, train
-from core.events import Event, Note
-from core.examples import Encoder, Examples, find
+from core.dataset.examples import Encoder, Examples, find
+from core.dataset.sampler import Batch
 from core.families.base import Cond, Parts, Precision
-from core.objective import Draw
-from core.plan import Base, Data, Machine, Plan
-from core.precision import choose
-from core.preview import Previewer
+from core.jobs.control import Control
+from core.jobs.events import Event, Note
+from core.memory import plan
+from core.memory.plan import Base, Data, Machine, Plan
+from core.objectives.diffusion import Draw
+from core.training import regularization
+from core.training.previews import Previewer
+from core.training.trainer import Trainer, train
+from core.weights.precision import choose
 from tests import tiny
 
 Row = Callable[["Lab"], None]
@@ -124,8 +126,8 @@ class Lab:
         family, precision, parts = self.parts(config.precision)
         found = self.found(**changes)
         if config.regularised:
-            regularise.add(config, found, family, parts, precision, None, lambda event: None,
-                           Control())
+            regularization.add(config, found, family, parts, precision, None, lambda event: None,
+                               Control())
         Encoder(family, self.base, precision, config, lambda event: None, Control()).fill(
             found, config.sample_prompts)
         return found

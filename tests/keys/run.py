@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from core import checkpoint, paths
+from core import paths
 from core.config import TrainConfig
-from core.control import Control
-from core.events import Checkpoint, Phase, Sample, Step
-from core.examples import Encoder
-from core.faults import Fault
+from core.dataset.examples import Encoder
+from core.errors import Fault
+from core.jobs.control import Control
+from core.jobs.events import Checkpoint, Phase, Sample, Step
+from core.training import checkpoint
 from tests import tiny
 from tests.keys.lab import Lab, row
 

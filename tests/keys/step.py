@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from core import lora, objective
-from core.flow import Flow, Sampling
-from core.objective import Diffusion
+from core.adapters import lora
+from core.objectives import diffusion as objective
+from core.objectives.diffusion import Diffusion
+from core.objectives.flow import Flow, Sampling
 from tests.keys.lab import Lab, moves, near, of_one, row, shown, started
 
 MANY = range(4000)

@@ -43,7 +43,7 @@ class Mutant:
 
 def key(*names: str) -> tuple[str, ...]:
     """The rows of these config keys."""
-    return tuple(f"test_config_keys.py::test_key[{name}]" for name in names)
+    return tuple(f"config/test_config_keys.py::test_key[{name}]" for name in names)
 
 
 def every() -> list[Mutant]:

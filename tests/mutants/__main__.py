@@ -18,7 +18,8 @@ WANTED = 0.95                               # share that the tests must catch
 TIMEOUT_S = 300.0
 OWN = ("core", "captioner", "gui", "build", "tests", "launcher", "conftest")
 # What these import from other packages is loaded once, and is there in each fork.
-PRELOADED = ("core.engine", "core.generate", "core.adapter_file", "tests.tiny_families",
+PRELOADED = ("core.training.trainer", "core.inference.generate", "core.adapters.from_file",
+             "tests.tiny_families",
              "hypothesis", "pytest")
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "output", "*.png")
 

@@ -1,0 +1,1 @@
+"""Caption files: stored, searched, edited in bulk by rules, undone."""

@@ -1,0 +1,290 @@
+"""Commands on captions that are there: darkroom captions stats, filter, apply, undo, redo, history.
+
+Modules that a command needs are imported when it runs, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core import i18n
+from core.cli import console
+from core.cli.console import FINE, print_json
+from core.errors import Fault
+
+if TYPE_CHECKING:
+    from captioner.captions.rules import Change, Rule
+    from captioner.captions.store import Store
+    from captioner.captions.undo import Outcome
+
+PURPOSES = ("person", "object", "style")
+SHOWN = 30                                  # rows of a table
+
+
+def say(key: str, **params: Any) -> str:
+    return i18n.say(f"captions.{key}", params)
+
+
+# --- parsers ----------------------------------------------------------------------------------
+
+def add_commands(commands: Any) -> None:
+    captions = command(commands, "captions", None, "captions stats photos", answers=False)
+    inner = captions.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, run, line in (
+            ("stats", _stats, "captions stats photos --tag hat"),
+            ("filter", _filter, 'captions filter photos "cat and not dog"'),
+            ("apply", _apply, 'captions apply photos --rule "replace:girl=>woman"'),
+            ("undo", _undo, "captions undo photos"), ("redo", _redo, "captions redo photos"),
+            ("history", _history, "captions history photos"),
+            ("outliers", _outliers, "captions outliers photos --purpose style")):
+        parser = command(inner, name, run, line, key=f"captions_{name}")
+        parser.add_argument("folder", type=Path, metavar="DIR", help=say("arg_folder"))
+        if name in ("stats", "filter", "apply"):
+            parser.add_argument("--metadata", type=Path, metavar="FILE", help=say("arg_metadata"))
+        if name in ("stats", "filter"):
+            parser.add_argument("--trigger", default="", metavar="WORD", help=say("arg_has"))
+        if name in ("filter", "apply"):
+            parser.add_argument("--base", default="", metavar="MODEL", help=say("arg_base"))
+    choices = inner.choices
+    choices["outliers"].add_argument("--model", default="demo", help=say("arg_clip_model"))
+    choices["outliers"].add_argument("--purpose", default="", choices=["", *PURPOSES],
+                                     metavar="person|object|style", help=say("arg_purpose"))
+    choices["stats"].add_argument("--tag", default="", help=say("arg_tag"))
+    choices["filter"].add_argument("filter", metavar="FILTER", help=say("arg_filter"))
+    add_rules(choices["apply"])
+    choices["apply"].add_argument("--trigger", default="", metavar="WORD",
+                                  help=say("arg_trigger"))
+    choices["apply"].add_argument("--where", default="", metavar="FILTER", help=say("arg_where"))
+    choices["apply"].add_argument("--dry-run", action="store_true", help=say("arg_dry_run"))
+
+
+def add_rules(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rule", action="append", default=[], metavar="RULE",
+                        help=say("arg_rule"))
+
+
+def command(commands: Any, name: str, run: Any, line: str, *, key: str = "",
+             answers: bool = True) -> argparse.ArgumentParser:
+    """As console.add_command, with this room's own sentences."""
+    help_ = say(f"help_{key or name}")
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help_, description=help_, epilog=console.example(line),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common(parser, answers)
+    if run is not None:
+        parser.set_defaults(run=run)
+    return parser
+
+
+def add_common(parser: argparse.ArgumentParser, answers: bool) -> None:
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
+                        help=console.say("arg_debug"))
+    if answers:
+        parser.add_argument("--json", action="store_true", help=console.say("arg_json"))
+
+
+def rules_of_lines(lines: Sequence[str]) -> list[dict[str, Any]]:
+    """`replace:a=>b` and the like, or a rule as JSON."""
+    from captioner.captions.rule_parser import parse_line
+    rules = []
+    for number, line in enumerate(lines, 1):
+        if not line.lstrip().startswith("{"):
+            rules.append(parse_line(line, number))
+            continue
+        try:
+            rules.append(json.loads(line))
+        except ValueError as error:
+            raise Fault("rules.bad_json", number=number, line=line, reason=error) from None
+    return rules
+
+
+def _outliers(options: argparse.Namespace) -> int:
+    from captioner.config import CaptionConfig
+    from captioner.outliers import find_outliers
+    from core.cli.progress import Terminal
+    config = CaptionConfig(folder=str(options.folder.expanduser().absolute()),
+                           models={"clip": options.model})
+    with Terminal() as terminal:
+        count, found = find_outliers(config, options.purpose, terminal)
+    if options.model == "demo":
+        print(i18n.say("captioner.demo_only"), file=sys.stderr)
+    if options.json:
+        print_json({"ok": True, "compared": count, "outliers": [
+            {"file": one.name, **one.params} for one in (found.subjects if found else ())]})
+        return FINE
+    print("\n".join([found.text, *(f"  {found.line(one)}" for one in found.subjects), found.mend])
+          if found else say("no_outliers", count=count))
+    return FINE
+
+
+# --- looking ----------------------------------------------------------------------------------
+
+def _open(options: argparse.Namespace) -> Store:
+    from captioner.captions.store import Store
+    if options.metadata and not options.metadata.is_file():
+        raise Fault("dataset.metadata_missing", file=options.metadata)
+    return Store(options.folder, options.metadata)
+
+
+def _stats(options: argparse.Namespace) -> int:
+    from captioner.captions import search
+    from core.cli import progress
+    captions = list(_open(options).captions.values())
+    told = {**search.counted(captions, options.trigger), "top": search.count(captions),
+            "words": search.count_words(captions)}
+    if options.tag:
+        told["together"] = search.together(captions, options.tag)
+    if options.json:
+        print_json({"ok": True, **told})
+        return FINE
+    print(say("stats", **told))
+    if told["with_trigger"] is not None:
+        print(say("stats_trigger", trigger=options.trigger, **told))
+    for key in ("together",) if options.tag else ("top", "words"):
+        print("\n" + say(f"stats_{key}", tag=options.tag))
+        rows = [(str(row[0]), str(row[1])) for row in told[key][:SHOWN]]
+        print("\n".join(progress.table(rows)))
+    return FINE
+
+
+def _filter(options: argparse.Namespace) -> int:
+    from captioner.captions import search
+    from captioner.captions.tokens import counter
+    count = counter(options.base) if search.needs_tokens(options.filter) else None
+    captions = _open(options).captions
+    found = search.find(options.filter, captions, options.trigger, count)
+    if options.json:
+        print_json({"ok": True, "found": {name: captions[name] for name in found}})
+    else:
+        print("\n".join(f"{name}\t{captions[name]}" for name in found))
+        print(say("found", count=len(found), total=len(captions)), file=sys.stderr)
+    return FINE
+
+
+def _apply(options: argparse.Namespace) -> int:
+    """Rules on the captions that are there; pictures without one stay without."""
+    from captioner.captions.rule_parser import parse
+    from captioner.captions.rules import preview, with_trigger_rule
+    from captioner.job import tokens_of
+    rules = with_trigger_rule(parse(rules_of_lines(options.rule)), options.trigger)
+    if not rules:
+        raise Fault("captions.no_rules")
+    store = _open(options)
+    captions = _where(store, options)
+    changes = preview(captions, rules, tokens_of(_with_base(rules, options.base)))
+    if options.dry_run:
+        return _preview(changes, len(captions), options)
+    return _write(store, changes, options)
+
+
+def _with_base(rules: Sequence[Rule], base: str) -> list[Rule]:
+    from dataclasses import replace
+
+    from captioner.captions.rules import MaxTokens
+    return [replace(rule, base=base) if isinstance(rule, MaxTokens) and base else rule
+            for rule in rules]
+
+
+def _where(store: Store, options: argparse.Namespace) -> dict[str, str]:
+    from captioner.captions import search
+    from captioner.captions.tokens import counter
+    captions = {name: text for name, text in store.captions.items() if text}
+    count = counter(options.base) if search.needs_tokens(options.where) else None
+    return {name: captions[name]
+            for name in search.find(options.where, captions, options.trigger, count)}
+
+
+def _preview(changes: Sequence[Change], total: int, options: argparse.Namespace) -> int:
+    if options.json:
+        print_json({"ok": True, "dry_run": True, "changes": [
+            {"path": one.path, "before": one.before, "after": one.after} for one in changes]})
+        return FINE
+    for one in changes:
+        print(change_line(one.path, one.before, one.after))
+    print(say("would_change", count=len(changes), total=total))
+    return FINE
+
+
+def _write(store: Store, changes: Sequence[Change], options: argparse.Namespace) -> int:
+    from captioner.captions.undo import Action, History
+    history = History(store.folder)
+    swaps = store.swaps({one.path: one.after for one in changes})
+    flattened = sum(store.entries[swap.picture].several_lines for swap in swaps if swap.picture)
+    outcome = history.carry_out(Action("apply", {"rules": options.rule}), swaps)
+    if options.json:
+        print_json({"ok": not outcome.left, **_told(outcome), "flattened": flattened})
+        return FINE
+    print(say("applied", count=_pictures(outcome.done), folder=store.folder))
+    if flattened:
+        print(say("summary_flattened", count=flattened))
+    _print_left(outcome)
+    return FINE
+
+
+def _undo(options: argparse.Namespace) -> int:
+    return _step(options, "undo")
+
+
+def _redo(options: argparse.Namespace) -> int:
+    return _step(options, "redo")
+
+
+def _step(options: argparse.Namespace, which: str) -> int:
+    from captioner.captions.undo import History
+    if not options.folder.is_dir():
+        raise Fault("dataset.not_a_folder" if options.folder.exists() else "captions.no_folder",
+                    folder=options.folder)
+    history = History(options.folder)
+    outcome = history.undo() if which == "undo" else history.redo()
+    if outcome is None:
+        raise Fault("captions.nothing_to_undo" if which == "undo" else "captions.nothing_to_redo",
+                    folder=options.folder)
+    if options.json:
+        print_json({"ok": not outcome.left, **_told(outcome)})
+        return FINE
+    print(say("undone" if which == "undo" else "redone", count=_pictures(outcome.done),
+              what=say(f"what_{outcome.action.what}")))
+    _print_left(outcome)
+    return FINE
+
+
+def _history(options: argparse.Namespace) -> int:
+    from captioner.captions.undo import History
+    actions = History(options.folder).actions()
+    if options.json:
+        print_json({"ok": True, "actions": [
+            {"id": one.id, "what": one.what, "params": one.params, "at": one.at,
+             "undone": one.undone} for one in actions]})
+        return FINE
+    for one in actions:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.at))
+        print(f"{one.id}  {when}  {say(f'what_{one.what}')}  {say('is_undone') * one.undone}")
+    if not actions:
+        print(say("no_history", folder=options.folder))
+    return FINE
+
+
+def _told(outcome: Outcome) -> dict[str, Any]:
+    return {"action": outcome.action.id, "what": outcome.action.what,
+            "changed": [swap.picture for swap in outcome.done if swap.picture],
+            "left": [swap.picture for swap in outcome.left if swap.picture]}
+
+
+def _pictures(swaps: Sequence[Any]) -> int:
+    return sum(bool(swap.picture) for swap in swaps)
+
+
+def _print_left(outcome: Outcome) -> None:
+    for swap in outcome.left:
+        if swap.picture:
+            print(i18n.say("runner.edited", {"picture": swap.picture}))
+
+
+def change_line(name: str, before: str, after: str) -> str:
+    return f"{name}\n  - {before}\n  + {after}"

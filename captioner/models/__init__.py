@@ -1,0 +1,1 @@
+"""Captioners: each turns pictures into text."""

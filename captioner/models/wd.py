@@ -1,0 +1,186 @@
+"""WD taggers: Danbooru tags for anime pictures, by ONNX Runtime (v2 and v3 models).
+
+A model is a folder with model.onnx and selected_tags.csv (tag_id, name, category, count; the
+category is 0 general, 4 character, 9 rating). The input is NHWC, BGR, 0..255, a white square
+around the whole picture; the output is one probability a row of the csv.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from captioner.base import CaptionerSpec, Description, Tag
+from captioner.captions.text import is_face
+from captioner.config import CaptionConfig
+from core.base_models import hub
+from core.errors import Fault
+
+FILES = ("model.onnx", "selected_tags.csv")
+CATEGORIES = {0: "general", 4: "character"}     # ratings (9) and all others are left out
+GENERAL, CHARACTER = 0.35, 0.85                 # thresholds as published with the models
+PACKAGE = "onnxruntime"
+
+Pixels = npt.NDArray[np.uint8]                  # (side, side, 3), BGR
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A row of the csv, as it goes into captions."""
+
+    tag: str
+    category: str                               # "" is never written
+
+
+class WdTagger:
+    spec: ClassVar[CaptionerSpec] = CaptionerSpec(
+        id="wd", title="WD tagger", makes="tags",
+        default_model="SmilingWolf/wd-vit-tagger-v3",
+        models=("SmilingWolf/wd-vit-tagger-v3", "SmilingWolf/wd-swinv2-tagger-v3",
+                "SmilingWolf/wd-convnext-tagger-v3", "SmilingWolf/wd-eva02-large-tagger-v3",
+                "SmilingWolf/wd-v1-4-moat-tagger-v2"))
+
+    def __init__(self, config: CaptionConfig) -> None:
+        self.config = config
+        self.model = config.models.get("wd") or self.spec.default_model
+        self.thresholds = {
+            "general": GENERAL if config.tag_threshold is None else config.tag_threshold,
+            "character": (CHARACTER if config.character_threshold is None
+                          else config.character_threshold)}
+        self.most = most_tags(config)
+        self.session: Any = None
+        self.side, self.one_by_one, self.labels = 0, False, list[Label]()
+
+    def load(self) -> None:
+        runtime = _runtime()
+        folder = hub.find(self.model, FILES)
+        folder = folder.parent if folder.is_file() else folder
+        for name in FILES:
+            if not (folder / name).is_file():
+                raise Fault("wd.incomplete", folder=folder, file=name)
+        self.labels = read_labels(folder / FILES[1], self.config)
+        self.session = _session(runtime, folder / FILES[0], self.config.device)
+        self.side, self.one_by_one = self._shape(folder / FILES[0])
+
+    def prepare(self, image: Image.Image) -> Pixels:
+        return square(image, self.side)
+
+    def describe(self, batch: Sequence[Pixels]) -> list[Description]:
+        groups = [[one] for one in batch] if self.one_by_one else [list(batch)]
+        return [self._described(row) for group in groups if group for row in self._run(group)]
+
+    def identity(self) -> str:
+        config = self.config
+        return f"wd|{hub.stamp(self.model)}|{self.thresholds}|{self.most}|{config.underscores}|" \
+               f"{config.escape_brackets}|{sorted(config.exclude)}"
+
+    def _run(self, group: list[Pixels]) -> npt.NDArray[np.float32]:
+        """(N, side, side, 3) -> (N, tags)"""
+        pixels = np.stack(group).astype(np.float32)
+        try:
+            scores = self.session.run(None, {self.session.get_inputs()[0].name: pixels})[0]
+        except Exception as error:      # onnxruntime knows no class of its own for this
+            if re.search(r"alloc|out of memory", str(error), re.IGNORECASE):
+                raise MemoryError(str(error)) from None
+            raise
+        return np.asarray(scores, dtype=np.float32)
+
+    def _described(self, scores: npt.NDArray[np.float32]) -> Description:
+        """The tags of a row above their category's threshold, best first."""
+        order = np.argsort(-scores, kind="stable")
+        tags = [Tag(label.tag, float(scores[at]), label.category) for at in order
+                if (label := self.labels[at]).category
+                and scores[at] >= self.thresholds[label.category]]
+        return Description(tags=tuple(tags[:self.most]))
+
+    def _shape(self, path: Path) -> tuple[int, bool]:
+        """Side of the square; whether the model takes one picture at a time only."""
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        shape, tags = inputs[0].shape, outputs[0].shape[-1]
+        if len(inputs) != 1 or len(shape) != 4 or shape[3] != 3 or not isinstance(shape[1], int):
+            raise Fault("wd.not_a_tagger", path=path, shape=shape)
+        if isinstance(tags, int) and tags != len(self.labels):
+            raise Fault("wd.other_tags", path=path, tags=tags, rows=len(self.labels))
+        return shape[1], shape[0] == 1
+
+
+def most_tags(config: CaptionConfig) -> int | None:
+    """The thresholds decide, as published, unless the user set a number of their own."""
+    default = CaptionConfig.model_fields["most_tags"].default
+    return None if config.most_tags in (None, default) else config.most_tags
+
+
+# --- files ---
+
+def _runtime() -> Any:
+    try:
+        return importlib.import_module(PACKAGE)
+    except ImportError as error:
+        raise Fault("wd.no_runtime", reason=error) from None
+
+
+def _session(runtime: Any, path: Path, device: str) -> Any:
+    """On the GPU where this ONNX Runtime can (onnxruntime-gpu), else on the CPU."""
+    has_cuda = "CUDAExecutionProvider" in runtime.get_available_providers()
+    if device == "cuda" and not has_cuda:
+        raise Fault("wd.no_cuda")
+    wanted = ["CUDAExecutionProvider"] if has_cuda and device in ("auto", "cuda") else []
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        return runtime.InferenceSession(str(path), options,
+                                        providers=[*wanted, "CPUExecutionProvider"])
+    except Exception as error:          # its classes come from C++ and have no common base
+        reason = str(error).strip().splitlines()[0][:200]
+        raise Fault("wd.unreadable", path=path, reason=reason) from None
+
+
+def read_labels(path: Path, config: CaptionConfig) -> list[Label]:
+    """One label a row, in the model's order. Raises Fault `wd.bad_tags` with file and line."""
+    labels, excluded = [], {_plain(tag) for tag in config.exclude}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for row in csv.DictReader(file):
+                category = CATEGORIES.get(int(row["category"]), "")
+                name = row["name"].strip()
+                labels.append(Label(written(name, config.underscores, config.escape_brackets),
+                                    "" if _plain(name) in excluded else category))
+    except (KeyError, ValueError, AttributeError, TypeError, csv.Error):
+        raise Fault("wd.bad_tags", path=path, line=len(labels) + 2) from None
+    if not labels:
+        raise Fault("wd.bad_tags", path=path, line=1)
+    return labels
+
+
+def _plain(tag: str) -> str:
+    return tag.strip().lower().replace("_", " ").replace("\\", "")
+
+
+def written(name: str, underscores: bool = False, escape: bool = False) -> str:
+    r"""`long_hair` -> `long hair`; `fate_(series)` -> `fate \(series\)`. Faces such as ^_^ stay
+    as they are: they are drawings, not words."""
+    if not underscores and not is_face(name):
+        name = name.replace("_", " ")
+    return re.sub(r"([()])", r"\\\1", name) if escape else name
+
+
+def square(image: Image.Image, side: int) -> Pixels:
+    """The whole picture on a white square, resized (bicubic), as BGR bytes."""
+    image = image.convert("RGB")
+    longest = max(image.size)
+    if image.size != (longest, longest):
+        canvas = Image.new("RGB", (longest, longest), "white")
+        canvas.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
+        image = canvas
+    if longest != side:
+        image = image.resize((side, side), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(image)[:, :, ::-1])

@@ -1,0 +1,51 @@
+"""Where a captioner's weights lie on this machine, and what is said when they don't. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from core import paths
+from core.errors import Fault
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def find(captioner: str, name: str, repository: str = "") -> Path:
+    """The folder for `name`: "demo", a folder, or a hub repository that has been fetched.
+
+    Raises Fault("captioner.no_weights") with the command that fetches them.
+    """
+    if name == "demo":
+        return paths.DEMO / "captioners" / captioner
+    plain = Path(name).expanduser()
+    if plain.is_dir():
+        return plain.absolute()
+    repository = repository or name
+    from core.base_models import hub
+    found = hub.local(repository, ("*.safetensors",))
+    if found is None:
+        raise Fault("captioner.no_weights", model=name,
+                    command=f"darkroom models get {repository}")
+    return found
+
+
+def safetensors_of(captioner: str, folder: Path, preferred: Sequence[str]) -> Path:
+    """The weights in the folder: the first of `preferred` that is there, else the only one."""
+    files = sorted(folder.glob("*.safetensors"))
+    for name in preferred:
+        if folder / name in files:
+            return folder / name
+    if files:
+        return files[0]
+    for path in sorted(folder.glob("*")):
+        if path.suffix in PICKLES:
+            raise Fault("captioner.pickle", file=path)
+    raise Fault("captioner.no_weights_in", folder=folder, captioner=captioner.upper())
+
+
+def broken(captioner: str, model: str, folder: Path, error: Exception) -> Fault:
+    """Files that are there but don't make a model: torn, of another kind, of another size."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return Fault("captioner.broken_weights", captioner=captioner.upper(), model=model,
+                 folder=folder, reason=reason[:300])

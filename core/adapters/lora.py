@@ -1,0 +1,310 @@
+"""Adapters on a denoiser, by peft: which layers, attach, scale, read out.
+
+The kinds: lora (Hu et al. 2021, arXiv 2106.09685), rslora (Kalajdzievski 2023, 2312.03732),
+loha (Hyeon-Woo et al. 2021, 2108.06098), lokr (Yeh et al. 2023, 2309.14859); dora, pissa and oft
+are in core/adapters/layers.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
+from peft.tuners.lokr.layer import factorization
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from core import i18n, plugins
+from core.adapters import layers as adapters
+from core.config import PRODUCTS, TrainConfig
+from core.errors import Fault, Fix
+from core.families.base import FamilySpec
+from core.weights.quantization import trunk
+
+ADAPTER = "default"
+_TARGETABLE = (nn.Linear, nn.Conv2d)
+_WITHOUT = {                                # keys -> the adapters that have them
+    "lora_dropout": PRODUCTS,
+    "lora_plus_ratio": PRODUCTS,
+    "rank_dropout": ("lora", "rslora", "pissa", "loha", "lokr"),
+    "module_dropout": ("lora", "rslora", "pissa", "loha", "lokr", "oft"),
+    "lokr_factor": ("lokr",),
+}
+_UNWRITTEN = {"peft": ("dora", "lokr", "oft"),      # formats that can't say what is trained here
+              "diffusers": ("dora", "loha", "lokr", "oft")}
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of one layer's adapter."""
+
+    rank: int
+    alpha: float
+
+
+def file_format(config: TrainConfig, spec: FamilySpec, wanted: str = "auto") -> str:
+    """`auto` is the family's own, or kohya's where that can't say what is trained."""
+    unwritten = config.adapter in _UNWRITTEN.get(spec.lora_format, ())
+    own = "kohya" if unwritten else spec.lora_format
+    return own if wanted == "auto" else wanted
+
+
+def resolve_targets(wanted: list[str] | str, spec: FamilySpec, model: nn.Module) -> list[str]:
+    """Preset or layer names of users -> suffixes that exist in the model.
+
+    `q_proj, v_proj`, which the described configs name, are `to_q, to_v` in a UNet.
+    Raises Fault naming the first target that matches no layer, with the nearest that does.
+    """
+    if isinstance(wanted, str):
+        wanted = list(spec.lora_presets.get(wanted) or [w.strip() for w in wanted.split(",")])
+    suffixes = [spec.lora_aliases.get(name, name) for name in wanted]
+    layers = [n for n, m in model.named_modules() if isinstance(m, _TARGETABLE)]
+    for suffix in suffixes:
+        if not any(_ends(n, suffix) for n in layers):
+            known = sorted({*spec.lora_presets, *spec.lora_aliases,
+                            *(s for p in spec.lora_presets.values() for s in p)})
+            raise Fault("engine.no_such_target", target=suffix, known=", ".join(known),
+                        nearest=(i18n.nearest(suffix, known, 1) or ["to_q"])[0],
+                        fixes=[Fix("fixes.attention", {"target_modules": "attention"})])
+    return list(dict.fromkeys(suffixes))
+
+
+def choose(model: nn.Module, config: TrainConfig, spec: FamilySpec) -> dict[str, Size]:
+    """Path of each layer that gets an adapter -> its size, in the model's order.
+
+    `conv_rank` adds the kernels wider than a pixel in the model's blocks (LoCon). A rank of
+    `block_ranks` keeps the scale alpha / rank. Raises Fault for names that match no layer.
+    """
+    suffixes = resolve_targets(config.target_modules, spec, model)
+    wide = _wide_kernels(model) if config.conv_rank else set()
+    _match_all(config.block_ranks, model)
+    found = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, _TARGETABLE):
+            continue
+        if any(_ends(path, suffix) for suffix in suffixes):
+            size = Size(config.lora_rank, config.alpha)
+        elif id(module) in wide:
+            size = Size(config.conv_rank, config.conv_alpha or float(config.conv_rank))
+        else:
+            continue
+        rank = int(_last(config.block_ranks, path, size.rank))
+        if rank:
+            found[path] = Size(rank, size.alpha * rank / size.rank)
+    if not found:
+        raise Fault("engine.no_layer_left")
+    return found
+
+
+def _ends(path: str, suffix: str) -> bool:
+    return path == suffix or path.endswith(f".{suffix}")
+
+
+def _wide_kernels(model: nn.Module) -> set[int]:
+    return {id(m) for part in trunk(model) for m in part.modules()
+            if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1}
+
+
+def _within(block: str, path: str) -> bool:
+    """`down_blocks.1`, `mid_block`, `attn2`, `down_blocks.*.attentions.0`: whole names in a row."""
+    pattern = re.escape(block.strip(".")).replace(r"\*", r"[^.]*")
+    return re.search(rf"(^|\.){pattern}(\.|$)", path) is not None
+
+
+def _last(values: Mapping[str, float], path: str, default: float) -> float:
+    """The last that matches counts: first the large blocks, then the exceptions."""
+    return next((v for block, v in reversed(list(values.items())) if _within(block, path)), default)
+
+
+def _match_all(blocks: Iterable[str], model: nn.Module) -> None:
+    paths = [n for n, m in model.named_modules() if isinstance(m, _TARGETABLE)]
+    for block in blocks:
+        if not any(_within(block, path) for path in paths):
+            known = sorted({".".join(p.split(".")[:n]) for p in paths for n in (1, 2)})
+            raise Fault("engine.no_such_block", block=block, known=", ".join(known),
+                        nearest=(i18n.nearest(block, known, 1) or known)[0])
+
+
+def attach(model: Any, config: TrainConfig, spec: FamilySpec) -> list[nn.Parameter]:
+    """Adds the adapter; its weights are fp32 whatever the base is. -> the trainable parameters.
+
+    Layers with fewer than `rank` inputs or outputs are no exception: rank is the user's word.
+    Raises Fault where a key is set that this kind of adapter doesn't have.
+    """
+    kind = "lora" if plugins.is_named(config.adapter) else config.adapter
+    for key, kinds in _WITHOUT.items():
+        default = TrainConfig.model_fields[key].default
+        if getattr(config, key) != default and kind not in kinds:
+            raise Fault("engine.adapter_lacks", adapter=config.adapter, key=key,
+                        kinds=", ".join(kinds), fixes=[Fix("fixes.without_key", {key: default})])
+    if kind in _UNWRITTEN.get(config.save_format, ()):      # before the run, not at its end
+        raise Fault("engine.format_lacks", adapter=kind, format=config.save_format,
+                    fixes=[Fix("fixes.kohya_file", {"save_format": "kohya"})])
+    sizes = choose(model, config, spec)
+    with torch.random.fork_rng():       # the start of the adapter depends on the seed alone
+        torch.manual_seed(config.seed)
+        model.requires_grad_(False)
+        (_attach_oft if config.adapter == "oft" else _attach_by_peft)(model, config, sizes)
+    for parameter in trainable(model):
+        parameter.data = parameter.data.float()
+    _finish(model, config)
+    if plugins.is_named(config.adapter):
+        _vary(model, config)
+    return trainable(model)
+
+
+def _attach_by_peft(model: Any, config: TrainConfig, sizes: Mapping[str, Size]) -> None:
+    common = {"target_modules": "|".join(map(re.escape, sizes)), "r": config.lora_rank,
+              "rank_pattern": {re.escape(p): s.rank for p, s in sizes.items()
+                               if s.rank != config.lora_rank},
+              "alpha_pattern": {re.escape(p): s.alpha for p, s in sizes.items()
+                                if s.alpha != config.alpha}}
+    dropped = {"rank_dropout": config.rank_dropout, "module_dropout": config.module_dropout}
+    made: Any
+    if config.adapter == "loha":
+        made = LoHaConfig(alpha=config.alpha, **dropped, **common)
+    elif config.adapter == "lokr":
+        made = LoKrConfig(alpha=config.alpha, decompose_factor=config.lokr_factor,
+                          rank_dropout_scale=True, **dropped, **common)
+    else:
+        made = LoraConfig(lora_alpha=config.alpha, lora_dropout=config.lora_dropout,
+                          use_rslora=config.adapter == "rslora", **common)
+    inject_adapter_in_model(made, model, ADAPTER)
+
+
+def _attach_oft(model: Any, config: TrainConfig, sizes: Mapping[str, Size]) -> None:
+    """The rank is the largest side of a block; blocks divide the outputs, as in LyCORIS, which
+    wants no block to be larger than there are blocks."""
+    for path, size in sizes.items():
+        layer = adapters.rotate(model, path)
+        weight: Tensor = layer.get_base_layer().weight
+        side, blocks = sorted(factorization(weight.shape[0], size.rank))
+        layer.add(ADAPTER, torch.zeros(blocks, side, side, device=weight.device),
+                  module_dropout=config.module_dropout)
+
+
+def _finish(model: nn.Module, config: TrainConfig) -> None:
+    """What peft's own layers lack. After the weights are fp32."""
+    dropped = config.rank_dropout, config.module_dropout
+    with torch.random.fork_rng():           # PiSSA's decomposition throws dice
+        torch.manual_seed(config.seed)
+        for _, layer in layers(model):
+            if config.adapter == "lokr":
+                adapters.full_kronecker(layer, ADAPTER)
+            elif config.adapter == "dora":
+                adapters.decompose(layer, ADAPTER)
+            elif config.adapter == "pissa":
+                start = adapters.start_at_principal(layer, ADAPTER)
+                layer.lora_variant[ADAPTER] = adapters.Product(*dropped, start)
+            elif any(dropped) and isinstance(layer, LoraLayer):
+                layer.lora_variant[ADAPTER] = adapters.Product(*dropped)
+
+
+def _vary(model: nn.Module, config: TrainConfig) -> None:
+    """The user's own variant changes the LoRA that is there: which of it trains, how it starts."""
+    extension = plugins.load(config.adapter, "adapter")
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        extension(model, config)
+    if not trainable(model):
+        raise extension.wrong("trainable parameters", None)
+
+
+def groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """The trainable parameters for the optimizer, by the factor of their rate: LoRA+ (Hayou et
+    al. 2024, arXiv 2402.12354: B learns faster than A) and `block_rates`."""
+    _match_all(config.block_rates, model)
+    found: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            factor = _last(config.block_rates, name, 1.0)
+            factor *= config.lora_plus_ratio if ".lora_B." in name else 1.0
+            found.setdefault(factor, []).append(parameter)
+    return [{"params": members, "factor": factor} for factor, members in found.items()]
+
+
+def set_training(model: nn.Module, on: bool) -> None:
+    """Dropout of the adapter on or off. The frozen base stays in eval mode: diffusers' UNets copy
+    activations in train mode, for trainers with several cards."""
+    model.eval()
+    for _, layer in layers(model):
+        if isinstance(layer, LoraLayer):
+            layer.lora_dropout.train(on)
+        # peft's LoHa and LoKr throw dice whenever they train: once in 2^24 they'd leave out a layer
+        shares = *getattr(layer, "rank_dropout", {}).values(), *getattr(
+            layer, "module_dropout", {}).values()
+        layer.training = on and (isinstance(layer, LoraLayer) or any(shares))
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The adapted layers: peft's LoraLayer, LoHaLayer, LoKrLayer, or Rotation."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield name, module
+
+
+def holds(layer: BaseTunerLayer, adapter: str) -> bool:
+    return any(adapter in getattr(layer, name, ()) for name in layer.adapter_layer_names)
+
+
+def count(models: Iterable[object], adapter: str) -> int:
+    """Layers of a pipeline's models that hold the adapter."""
+    return sum(holds(layer, adapter) for model in models if isinstance(model, nn.Module)
+               for _, layer in layers(model))
+
+
+def set_weight(model: nn.Module, weight: float) -> None:
+    """Strength of the adapter: 1.0 while training, 0.8 for previews."""
+    for _, layer in layers(model):
+        layer.set_scale(ADAPTER, weight)
+
+
+def use(models: Iterable[object], weights: Mapping[str, float]) -> None:
+    """Switches a pipeline's adapters, of all kinds: those in `weights` on, all others off."""
+    for model in models:
+        for _, layer in layers(model) if isinstance(model, nn.Module) else ():
+            layer.enable_adapters(bool(weights))
+            if weights:
+                layer.set_adapter(list(weights))
+            for name, weight in weights.items():
+                if holds(layer, name):
+                    layer.set_scale(name, weight)
+
+
+def starts(model: nn.Module) -> list[Any]:
+    """Tensors that the adapter holds besides its parameters: PiSSA's start."""
+    variants = [v for _, layer in layers(model) if isinstance(layer, LoraLayer)
+                for v in layer.lora_variant.values()]
+    return [half.weight for v in variants if isinstance(v, adapters.Product) and v.start
+            for half in v.start]
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's weights by peft's names, on the CPU, fp32."""
+    return {name: p.detach().to("cpu", torch.float32).clone()
+            for name, p in _own(model).items()}
+
+
+def load_state(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raises Fault where the weights are of other layers or another rank."""
+    own = _own(model)
+    if ({k: v.shape for k, v in own.items()} != {k: v.shape for k, v in weights.items()}):
+        raise Fault("engine.other_adapter", here=len(own), there=len(weights))
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
+
+
+def _own(model: nn.Module) -> dict[str, nn.Parameter]:
+    """`... to_q.lora_A.default.weight` -> `... to_q.lora_A.weight`"""
+    return {name.replace(f".{ADAPTER}", ""): p for name, p in model.named_parameters()
+            if f".{ADAPTER}." in f"{name}."}

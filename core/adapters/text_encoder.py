@@ -1,0 +1,153 @@
+"""Text encoders that learn: a LoRA on them, new words, captions encoded in the step.
+
+Only token numbers are cached. After `text_encoder_stop` all captions are encoded once, and the
+encoders leave the device: from then on a step is what it is without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.adapters import lora
+from core.config import TrainConfig
+from core.dataset.text_embeddings import batched, grouped, sizes_of
+from core.errors import Fault
+from core.families.base import Cond, Family, Parts, Precision
+from core.lora_files import textual_inversion
+from core.lora_files.textual_inversion import NewWord, Rows
+from core.weights.precision import autocast
+
+WORDS = "words."                            # of the rows' names in a checkpoint
+
+
+class TextTraining:
+    """Learns in `parts.text`, which must be loaded."""
+
+    def __init__(self, config: TrainConfig, family: Family, parts: Parts, precision: Precision,
+                 cast: Callable[[], AbstractContextManager[object]] | None = None) -> None:
+        self.config, self.family, self.parts, self.precision = config, family, parts, precision
+        self.cast = cast or (lambda: autocast(precision))
+        self.models = {name: model for name, (_, model)
+                       in textual_inversion.encoders(parts.text).items()}
+        self.live = True
+        self.tokens: dict[str, dict[str, Tensor]] = {}          # by text, (1, L) each
+        self.adapters = self._attach() if config.text_encoder_lr else []    # freezes all else
+        self.words, self.rows = self._add_words() if config.pivotal_tokens else ({}, {})
+
+    def _add_words(self) -> tuple[dict[str, str], dict[str, Rows]]:
+        config, word = self.config, self.config.trigger_word.strip()
+        if not word:
+            raise Fault("engine.words_need_trigger", count=config.pivotal_tokens)
+        rows, tokens = {}, ""
+        for name, (tokenizer, encoder) in textual_inversion.encoders(self.parts.text).items():
+            begin = textual_inversion.start_rows(tokenizer, encoder, config.pivotal_init or word,
+                                                 config.pivotal_tokens)
+            rows[name], tokens = textual_inversion.install(tokenizer, encoder, begin)
+        return {word: tokens}, rows
+
+    def _attach(self) -> list[nn.Parameter]:
+        """LoRA at the denoiser's alpha / rank. What names blocks there means nothing here."""
+        config, spec = self.config, self.family.spec
+        rank = config.text_encoder_rank or config.lora_rank
+        own = TrainConfig(lora_rank=rank, lora_alpha=self.alpha, seed=config.seed,
+                          lora_dropout=config.lora_dropout,
+                          target_modules=list(spec.text_targets))
+        plain = replace(spec, lora_aliases={}, lora_presets={})
+        found: list[nn.Parameter] = []
+        for model in self.models.values():
+            found += lora.attach(model, own, plain)
+            lora.set_training(model, True)
+        return found
+
+    @property
+    def alpha(self) -> float:
+        config = self.config
+        return config.alpha * (config.text_encoder_rank or config.lora_rank) / config.lora_rank
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [*self.adapters, *(rows.rows for rows in self.rows.values())]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """For the optimizer. `factor`: of the rate of the step. Words don't decay."""
+        config = self.config
+        groups: list[dict[str, Any]] = []
+        if self.adapters:
+            groups.append({"params": self.adapters, "lr": config.text_encoder_lr,
+                           "factor": config.text_encoder_lr / config.learning_rate})
+        if self.rows:
+            groups.append({"params": [rows.rows for rows in self.rows.values()],
+                           "weight_decay": 0.0, "lr": config.pivotal_lr,
+                           "factor": config.pivotal_lr / config.learning_rate})
+        return groups
+
+    def cond(self, texts: Sequence[str]) -> Cond:
+        """Embeddings (B, ...), with gradients where they are wanted."""
+        for text in texts:
+            if text not in self.tokens:
+                self.tokens[text] = self.family.tokenize(
+                    self.parts, [textual_inversion.expand(text, self.words)])
+        rows = [self.tokens[text] for text in texts]
+
+        def encode(some: list[int]) -> Cond:
+            with self.cast():
+                cond = self.family.encode_tokens(self.parts, {
+                    name: torch.cat([rows[i][name] for i in some]) for name in rows[0]})
+            return {name: value.to(self.precision.compute) for name, value in cond.items()}
+        return batched(grouped([sizes_of(row) for row in rows], encode), self.precision.device)
+
+    @torch.no_grad()
+    def rest(self, texts: Sequence[str]) -> dict[str, Cond]:
+        """The end of its training. -> embeddings of all texts, (1, ...) each, on the CPU."""
+        self.set_training(False)
+        found = {text: {name: value.cpu() for name, value in self.cond([text]).items()}
+                 for text in texts}
+        self.live, self.parts.text = False, {}
+        for model in self.models.values():
+            model.to("cpu")
+        return found
+
+    def set_training(self, on: bool) -> None:
+        for model in self.models.values():
+            lora.set_training(model, on)
+
+    # --- what is kept ---
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The LoRA by peft's names behind the encoder's, fp32, on the CPU."""
+        if not self.adapters:
+            return {}
+        return {f"{name}.{key}": value for name, model in self.models.items()
+                for key, value in lora.state(model).items()}
+
+    def word(self) -> NewWord | None:
+        if not self.rows:
+            return None
+        return NewWord(next(iter(self.words)), {name: rows.rows.detach().cpu().clone()
+                                                for name, rows in self.rows.items()})
+
+    def state(self) -> dict[str, Tensor]:
+        word = self.word()
+        return self.adapter_state() | {
+            f"{WORDS}{name}": rows for name, rows in (word.rows if word else {}).items()}
+
+    def owns(self, key: str) -> bool:
+        """Whether a key of a checkpoint is this one's."""
+        return key.partition(".")[0] in (*self.models, WORDS[:-1])
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises Fault where a checkpoint is of other settings."""
+        if {key: value.shape for key, value in tensors.items()} != {
+                key: value.shape for key, value in self.state().items()}:
+            raise Fault("engine.other_adapter", here=len(self.state()), there=len(tensors))
+        for name, rows in self.rows.items():
+            rows.rows.data.copy_(tensors[f"{WORDS}{name}"])
+        for name, model in self.models.items() if self.adapters else ():
+            lora.load_state(model, {key.removeprefix(f"{name}."): value for key, value
+                                    in tensors.items() if key.startswith(f"{name}.")})

@@ -1,0 +1,1 @@
+"""Base models on this machine and on the hub: found, listed, fetched on the user's word."""

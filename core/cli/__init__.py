@@ -1,0 +1,3 @@
+"""The command line: one module for each group of `darkroom` commands, and how a run is shown
+in a terminal.
+"""

@@ -1,0 +1,270 @@
+"""Captions: text of any encoding, metadata.csv and .jsonl, trigger words, tags."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from core.errors import Fault
+from core.serialization import from_json
+
+if TYPE_CHECKING:
+    from core.dataset.image_folder import Picture
+
+NAME_KEYS = ("filename", "file_name", "file", "image", "image_path", "path")
+CAPTION_KEYS = ("prompt", "caption", "text", "description", "tags")    # first one filled wins
+
+_BOMS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+         (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"),
+         (codecs.BOM_UTF16_BE, "utf-16"))
+_COMMA = re.compile("[,，]")
+_WORD = r"[^\W\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff]"    # Chinese has no spaces between words
+_HAN = re.compile(r"[\0-\x7f\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]+")
+_ONE_SCRIPT = re.compile("|".join(          # Latin with plain letters, Greek, Cyrillic, ...
+    rf"[\0-\x7f\xa0-\xbf{script}]*" for script in (
+        r"\u0370-\u03ff", r"\u0400-\u045f\u0490\u0491", r"\u0531-\u058a", r"\u05be-\u05ea",
+        r"\u0600-\u06ff")) + r"|(?=.*[A-Za-z])[\0-\x7f\xa0-\u024f\u0300-\u036f]*", re.DOTALL)
+_LOOKS_LIKE_FILE = re.compile(r".*\.[A-Za-z]{3,5}\s*", re.DOTALL)
+
+
+# --- text -------------------------------------------------------------------------------------
+
+def decode_text(data: bytes) -> str:
+    """UTF-8 with or without BOM, UTF-16 and UTF-32 with BOM, else GB18030, else Windows-1252.
+
+    Raises ValueError for what is no text.
+    """
+    text = _decoded(data)
+    if "\0" in text:
+        raise ValueError("it holds binary data")
+    return text
+
+
+def _decoded(data: bytes) -> str:
+    for bom, encoding in _BOMS:
+        if data.startswith(bom):
+            return data.decode(encoding)
+    for encoding in ("utf-8", "gb18030", "cp1252"):
+        try:
+            text = data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if encoding != "utf-8" or not _is_chinese_misread(text, data):
+            return text
+    raise ValueError("it is neither UTF-8, UTF-16 nor GB18030")
+
+
+def _is_chinese_misread(text: str, data: bytes) -> bool:
+    """Short Chinese text in GB18030 can be valid UTF-8 by chance: the bytes of "one cat" read
+    as a Cyrillic, a Hebrew and a French letter. No language writes so."""
+    if text.isascii() or max(text) > "\u07ff" or _ONE_SCRIPT.fullmatch(text):
+        return False
+    try:
+        return bool(_HAN.fullmatch(data.decode("gb18030")))
+    except UnicodeDecodeError:
+        return False
+
+
+def readable_name(name: str) -> str:
+    """A file name as text, also where it isn't UTF-8: Chinese archives unpacked on Linux."""
+    try:
+        name.encode()
+        return name
+    except UnicodeEncodeError:
+        pass
+    try:
+        return decode_text(os.fsencode(name))
+    except ValueError:
+        return name.encode("utf-8", "replace").decode()
+
+
+def one_line(text: str) -> str:
+    """A caption file's whole text as one line. Lines of tags (with a comma, or all of at most
+    four words, and none a sentence) are joined with commas, prose with spaces."""
+    text = text.replace("\ufeff", "")                       # a BOM in the middle: joined files
+    lines = [clean for line in text.splitlines() if (clean := " ".join(line.split()))]
+    prose = any(line.endswith(tuple(".!?。！？")) for line in lines)
+    tags = any(_COMMA.search(line) for line in lines) or all(len(x.split()) <= 4 for x in lines)
+    if prose or not tags:
+        return " ".join(lines)
+    return ", ".join(clean for line in lines if (clean := line.strip(",， ")))
+
+
+def split_tags(caption: str) -> list[str]:
+    return [tag for part in _COMMA.split(caption) if (tag := part.strip())]
+
+
+def with_trigger(caption: str, trigger: str) -> str:
+    """The trigger put first, unless the caption already has it as a whole word or phrase."""
+    if not trigger.strip() or phrase(trigger).search(caption):
+        return caption
+    return ", ".join(filter(None, (trigger.strip(), caption.strip())))
+
+
+def without_trigger(caption: str, trigger: str) -> str:
+    """The caption with the trigger taken out, and what is left joined neatly."""
+    if not trigger.strip():
+        return caption
+    parts = (" ".join(part.split()) for part in phrase(trigger).sub("", caption).split(","))
+    return ", ".join(filter(None, parts))
+
+
+def phrase(text: str) -> re.Pattern[str]:
+    """Finds a word or phrase as a whole, in any case, over any spaces."""
+    words = r"\s+".join(map(re.escape, text.split()))
+    return re.compile(f"(?<!{_WORD}){words}(?!{_WORD})", re.IGNORECASE)
+
+
+def shuffle_tags(caption: str, keep_tokens: int, rng: Random) -> str:
+    """The comma-separated tags in random order; the first `keep_tokens` stay in front."""
+    tags = split_tags(caption)
+    kept, rest = tags[:keep_tokens], tags[keep_tokens:]
+    rng.shuffle(rest)
+    return ", ".join(kept + rest)
+
+
+def drop_caption(rng: Random, share: float) -> bool:
+    """True for `share` of the calls: this picture trains without its caption this time."""
+    return rng.random() < share
+
+
+def tag_frequency(pictures: Iterable[Picture]) -> dict[str, dict[str, int]]:
+    """ss_tag_frequency: folder name -> tag in lower case -> number of pictures."""
+    counts: dict[str, dict[str, int]] = {}
+    for picture in pictures:
+        tags = counts.setdefault(readable_name(picture.path.parent.name), {})
+        for tag in map(str.lower, split_tags(picture.caption)):
+            tags[tag] = tags.get(tag, 0) + 1
+    return counts
+
+
+# --- metadata.csv and metadata.jsonl ----------------------------------------------------------
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    line: int
+    name: str                               # as written there
+    caption: str
+
+
+def read_caption(path: Path) -> str:
+    """A sidecar's caption. Raises Fault when it can't be read."""
+    try:
+        return one_line(decode_text(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise Fault("dataset.caption_unreadable", file=path.name, reason=_why(error)) from None
+
+
+def read_metadata(path: Path) -> tuple[list[Row], list[Fault]]:
+    """All rows of a .csv or .jsonl, and what is wrong with single lines of it.
+
+    Raises Fault when the whole file is missing, unreadable or lacks the columns.
+    """
+    try:
+        text = decode_text(path.read_bytes())
+    except FileNotFoundError:
+        raise Fault("dataset.metadata_missing", file=path) from None
+    except (OSError, ValueError) as error:
+        raise Fault("dataset.metadata_unreadable", file=path, reason=_why(error)) from None
+    is_json = path.suffix.lower() in (".json", ".jsonl", ".ndjson")
+    found = list(_json_rows(text, path) if is_json else _csv_rows(text, path))
+    return ([row for row in found if isinstance(row, Row)],
+            [row for row in found if isinstance(row, Fault)])
+
+
+def _json_rows(text: str, path: Path) -> Iterator[Row | Fault]:
+    for number, line in enumerate(text.split("\n"), 1):     # splitlines() would cut at U+2028
+        if line.strip():
+            try:
+                yield json_row(number, from_json(line))
+            except (ValueError, RecursionError) as error:
+                yield Fault("dataset.row_bad", file=path.name, line=number, reason=_why(error))
+
+
+def json_row(number: int, data: Any) -> Row:
+    if not isinstance(data, dict):
+        raise ValueError("expected an object with file_name and text")
+    values = {str(key).strip().lower(): value for key, value in data.items()}
+    name = next((values[key] for key in NAME_KEYS if isinstance(values.get(key), str)), None)
+    if name is None:
+        raise ValueError("there is no file_name")
+    captions = (json_caption(values.get(key)) for key in CAPTION_KEYS)
+    return Row(number, name.strip(), next(filter(None, captions), ""))
+
+
+def json_caption(value: Any) -> str:
+    if isinstance(value, list):                             # a list of tags
+        value = ", ".join(tag for tag in value if isinstance(tag, str))
+    if value is not None and not isinstance(value, str):
+        raise ValueError("the caption is not a text")
+    return one_line(value or "")
+
+
+def _csv_rows(text: str, path: Path) -> Iterator[Row | Fault]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter_of(text),
+                        skipinitialspace=True)
+    columns: Columns | None = None
+    line = 1
+    try:
+        for fields in reader:
+            first, line = line, reader.line_num + 1         # a quoted caption may span lines
+            if not any(field.strip() for field in fields):
+                continue
+            if columns is None:
+                columns, is_header = columns_of(fields, path)
+                if is_header:
+                    continue
+            yield columns.row(first, fields)
+    except csv.Error as error:
+        yield Fault("dataset.row_bad", file=path.name, line=line, reason=error)
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    width: int
+    name: int
+    captions: tuple[int, ...]
+
+    def row(self, line: int, fields: Sequence[str]) -> Row:
+        fields = [*fields[:self.width], *[""] * (self.width - len(fields)), *fields[self.width:]]
+        caption = next((text for i in self.captions if (text := fields[i].strip())), "")
+        if self.captions == (self.width - 1,):              # commas that nobody quoted
+            caption = ", ".join(part for field in fields[self.width - 1:]
+                                if (part := field.strip()))
+        return Row(line, fields[self.name].strip(), one_line(caption))
+
+
+def columns_of(fields: Sequence[str], path: Path) -> tuple[Columns, bool]:
+    """The columns told by a file's first record, and whether that record is a header."""
+    names = [field.strip().lower() for field in fields]
+    name = next((names.index(key) for key in NAME_KEYS if key in names), None)
+    captions = tuple(names.index(key) for key in CAPTION_KEYS if key in names)
+    if name is not None and captions:
+        return Columns(len(fields), name, captions), True
+    if name == 0:
+        raise Fault("dataset.metadata_columns", file=path, columns=", ".join(fields))
+    return Columns(2, 0, (1,)), False
+
+
+def delimiter_of(text: str) -> str:
+    """A comma, unless only a tab or a semicolon (Excel) splits the first line as it should be."""
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    for mark in (",", "\t", ";"):
+        fields = next(csv.reader([first], delimiter=mark, skipinitialspace=True), [])
+        names = [field.strip().lower() for field in fields]
+        if len(fields) > 1 and (_LOOKS_LIKE_FILE.fullmatch(fields[0])
+                                or set(NAME_KEYS) & set(names)):
+            return mark
+    return ","
+
+
+def _why(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)

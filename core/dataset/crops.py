@@ -1,0 +1,135 @@
+"""How each picture of a folder will be scaled and cut, from the base's own facts. No weights are
+read: configs and headers tell."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from core import families, paths
+from core.config import TrainConfig
+from core.dataset import buckets
+from core.dataset.buckets import Crop, Point, Rule, Size
+from core.dataset.checks import saliency
+from core.dataset.checks.image_stats import Table, subject_of
+from core.dataset.curation import Choices
+from core.dataset.image_folder import Dataset, relative_name
+from core.errors import Fault
+from core.memory import plan
+from core.memory.plan import Base
+
+TOKENIZER = paths.DEMO / "base" / "tokenizer"       # CLIP's own, shipped once
+ASSUMED = families.MODULES["sd15"]
+USUAL = TrainConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFacts(Rule):
+    """What a base asks of pictures and captions."""
+
+    base: str = ""                          # its name; empty: none is known, SD 1.5 is assumed
+    token_limit: int = 75
+    count_tokens: Callable[[Sequence[str]], list[int]] | None = None    # without start and end
+    fault: Fault | None = None              # why those of the base that was named are not known
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One picture as the training will see it."""
+
+    crop: Crop
+    size: Size                              # px of the original, as seen
+    focus: Point | None = None
+
+    @property
+    def scale(self) -> float:
+        """Above 1: the picture is enlarged."""
+        return max(self.crop.resized[0] / self.size[0], self.crop.resized[1] / self.size[1])
+
+    @property
+    def cut(self) -> float:
+        """The share of the picture's area that is cut away."""
+        kept = self.crop.size[0] * self.crop.size[1]
+        return max(1 - kept / (self.crop.resized[0] * self.crop.resized[1]), 0.0)
+
+    @property
+    def sides_cut(self) -> tuple[float, float, float, float]:
+        """Shares of width or height cut away at left, top, right, bottom."""
+        (wide, high), (left, top, right, bottom) = self.crop.resized, self.crop.box
+        return left / wide, top / high, 1 - right / wide, 1 - bottom / high
+
+
+def plan_crops(sizes: Sequence[Size], facts: BaseFacts,
+               focus_at: Sequence[Point | None] | None = None) -> list[Planned]:
+    """Each picture's bucket and crop, in their order, by the functions that training uses."""
+    chosen = facts.assign(sizes)
+    points = focus_at if focus_at is not None else [None] * len(sizes)
+    return [Planned(buckets.crop_to(size, bucket, point), size, point)
+            for size, bucket, point in zip(sizes, chosen, points, strict=True)]
+
+
+def focus_points(data: Dataset, chosen: Choices, table: Table | None = None) -> list[Point | None]:
+    """Where each picture is cut about: the point set by hand; else, where `table` is given
+    (looks.RECORD rows of the same pictures), the subject found; else None, the centre."""
+    points: list[Point | None] = []
+    for index, picture in enumerate(data.pictures):
+        point = chosen.focus.get(relative_name(picture.path, data.folder))
+        if point is None and table is not None and (box := subject_of(table, index)):
+            point = saliency.centre(box)
+        points.append(point)
+    return points
+
+
+def count_buckets(planned: Sequence[Planned], repeats: Sequence[int]) -> dict[Size, int]:
+    """Pictures, with their repeats, in each bucket; the fullest first."""
+    counts: Counter[Size] = Counter()
+    for one, times in zip(planned, repeats, strict=True):
+        counts[one.crop.size] += times
+    return dict(sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])))
+
+
+# --- the base ---------------------------------------------------------------------------------
+
+def base_facts(source: Path, config: TrainConfig = USUAL,
+               sizes: Callable[[Base], Mapping[str, float]] = plan.sizes) -> BaseFacts:
+    """Facts of a base, by the engine's own code (`sizes`), for a run of `config`. Raises Fault
+    where it is no base."""
+    base = Base.of(source, config.family)
+    found = sizes(base)
+    rule = Rule.of(config, int(found["native"]), int(found["step"]))
+    counter, folder = None, source / "tokenizer"
+    if base.family in families.MODULES and families.MODULES[base.family].chunked:
+        counter = TokenCounter(folder if folder.is_dir() else TOKENIZER)
+    limit = families.token_limit(base.family, config.max_tokens)
+    return BaseFacts(**asdict(rule), base=source.name, token_limit=limit, count_tokens=counter)
+
+
+def assumed_facts(config: TrainConfig = USUAL, fault: Fault | None = None) -> BaseFacts:
+    """Where no base is known: those of Stable Diffusion 1.5."""
+    rule = Rule.of(config, ASSUMED.native_size, ASSUMED.step)
+    return BaseFacts(**asdict(rule), token_limit=config.max_tokens,
+                     count_tokens=TokenCounter(TOKENIZER), fault=fault)
+
+
+class TokenCounter:
+    """Counts as the base's own text encoder does. transformers is imported when it is asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tokenizer: Any = None
+
+    def __call__(self, texts: Sequence[str]) -> list[int]:
+        if not texts:
+            return []
+        if self._tokenizer is None:
+            from transformers import CLIPTokenizer
+            try:
+                self._tokenizer = CLIPTokenizer.from_pretrained(self.folder)
+            except (OSError, ValueError) as error:
+                raise Fault("checks.tokenizer_unreadable", folder=self.folder,
+                            reason=str(error).split("\n")[0]) from None
+        ids = self._tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+        return [len(one) for one in ids]

@@ -1,0 +1,250 @@
+"""One picture file: is it whole, how large is it, and its pixels as plain RGB. Pillow only."""
+
+from __future__ import annotations
+
+import io
+import threading
+import warnings
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, ImageColor, ImageFile, UnidentifiedImageError
+
+from core.errors import Fault
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "AVIF", "TIFF", "GIF")
+MAX_MEGAPIXELS = 175                        # a bomb beyond; below Pillow's own limit of 179
+BIG = 24_000_000                            # px; such pictures are decoded one at a time
+
+Look = tuple[tuple[int, int], bool]         # size as seen, whether some pixel is not opaque
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """The first frame of a file, upright."""
+
+    image: Image.Image                      # any mode; a JPEG may be smaller than `size`
+    size: tuple[int, int]                   # width, height as seen
+    format: str                             # "JPEG", "PNG" ...
+    animated: bool                          # or with several pages
+    turned: bool                            # EXIF says that the stored pixels lie otherwise
+    tables: dict[int, list[int]] = field(default_factory=dict)      # of a JPEG's quantisation
+
+
+
+_ORIENTATION = 0x0112                       # EXIF tag
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}
+_one_big = threading.Lock()
+
+# Pillow warns on stderr about odd metadata and large pictures. We judge sizes ourselves, and
+# warnings.catch_warnings() isn't safe in threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def prepare() -> None:
+    """Loads Pillow's readers; call it before threads need them."""
+    Image.init()
+
+
+def look_at(path: Path) -> Look | Fault:
+    """Decodes the whole picture, so that a torn one is found now and not in the training."""
+    try:
+        decoded = decode(path, least=1)
+        return decoded.size, is_see_through(decoded.image)
+    except Fault as fault:
+        return fault
+    except Exception as error:
+        return damage(path, error)
+
+
+def open_picture(path: Path, background: str | None = "white") -> Image.Image:
+    """The picture as RGB in sRGB, upright, transparent parts over `background`; None keeps them
+    (RGBA, where some pixel is not opaque).
+
+    Raises Fault when it can't be decoded or the colour has no meaning.
+    """
+    colour = None if background is None else _colour(background)
+    image = decode(path).image
+    try:
+        image = _to_8_bit(image)
+        if colour is not None:
+            return _flat(image, colour)
+        return _painted(image) if is_see_through(image) else _flat(image, (0, 0, 0))
+    except Exception as error:              # a palette that is too short, for example
+        raise damage(path, error) from None
+
+
+# --- decoding ---------------------------------------------------------------------------------
+
+def decode(path: Path, least: int | None = None) -> Decoded:
+    """The picture upright. With `least`, a JPEG's data is read in full, but its pixels come at
+    1/2, 1/4 or 1/8 size while the shorter side keeps `least` px: several times faster.
+
+    Raises Fault for all that keeps a picture from being decoded in full.
+    """
+    try:
+        if path.stat().st_size == 0:
+            raise Fault("dataset.empty", file=path)
+        with Image.open(path, formats=FORMATS) as image:
+            return _upright(image, path, least)
+    except Fault:
+        raise
+    except Image.DecompressionBombError:
+        raise _too_large(path) from None
+    except UnidentifiedImageError:
+        raise _unknown(path) from None
+    except Exception as error:              # readers raise nearly anything on damaged data
+        raise damage(path, error) from None
+
+
+def _upright(image: ImageFile.ImageFile, path: Path, least: int | None) -> Decoded:
+    width, height = image.size
+    if width * height > MAX_MEGAPIXELS * 1_000_000:
+        raise _too_large(path)
+    if least is not None:
+        share = min(1.0, least / min(width, height))
+        image.draft(None, (ceil(width * share), ceil(height * share)))
+    tables = dict(getattr(image, "quantization", None) or {})
+    animated = _is_animated(image)
+    with _one_big if image.width * image.height > BIG else nullcontext():
+        image.load()
+    orientation = _orientation(image)
+    turn = _TURNS.get(orientation)
+    size = (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+    return Decoded(image if turn is None else image.transpose(turn), size, image.format or "",
+                   animated, turn is not None, tables)
+
+
+def _is_animated(image: ImageFile.ImageFile) -> bool:
+    if image.format == "MPO":               # a phone's JPEG with a depth or brightness map
+        return False
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:                       # later frames are damaged; the first one counts
+        return False
+
+
+def _orientation(image: Image.Image) -> Any:
+    """EXIF orientation, asked after load(): Pillow itself turns a TIFF, and forgets it then."""
+    try:
+        return image.getexif().get(_ORIENTATION)
+    except Exception:                       # broken EXIF; the picture itself is fine
+        return None
+
+
+def _unknown(path: Path) -> Fault:
+    """No reader could begin with the file: a stranger, or a picture whose table is lost."""
+    with open(path, "rb") as file:
+        head = file.read(16)
+    for name in FORMATS:
+        accept = Image.OPEN[name][1] if name in Image.OPEN else None
+        with suppress(Exception):           # they fail on the shortest files
+            if not accept or accept(head) is not True:
+                continue
+            return Fault("dataset.corrupt", file=path, reason=f"incomplete {name}")
+    return Fault("dataset.not_a_picture", file=path)
+
+
+def _too_large(path: Path) -> Fault:
+    return Fault("dataset.too_large", file=path, limit=MAX_MEGAPIXELS)
+
+
+def damage(path: Path, error: Exception) -> Fault:
+    """What an error on the way to a picture's pixels means for its file."""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.errno is not None:
+        return Fault("dataset.unreadable", file=path, reason=reason)
+    if "truncated" in reason.lower():
+        return Fault("dataset.truncated", file=path)
+    return Fault("dataset.corrupt", file=path, reason=reason)
+
+
+# --- pixels -----------------------------------------------------------------------------------
+
+def is_see_through(image: Image.Image) -> bool:
+    if not image.has_transparency_data:
+        return False
+    return _to_8_bit(image).convert("RGBA").getchannel("A").getextrema()[0] != 255
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """8-bit RGB over white for measuring; the colour profile is ignored, which takes no time."""
+    image = _to_8_bit(image)
+    image.info.pop("icc_profile", None)
+    return _flat(image, (255, 255, 255))
+
+
+def _flat(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if not image.has_transparency_data:
+        return _to_srgb(image, profile)
+    painted = _painted(image)
+    flat = Image.new("RGBA", image.size, colour)
+    flat.alpha_composite(painted)
+    return flat.convert("RGB")
+
+
+def _painted(image: Image.Image) -> Image.Image:
+    """RGBA, the colours in sRGB."""
+    profile = image.info.get("icc_profile")
+    image = image.convert("RGBA")
+    painted = _to_srgb(image.convert("RGB"), profile).convert("RGBA")
+    painted.putalpha(image.getchannel("A"))
+    return painted
+
+
+def _colour(name: str) -> tuple[int, int, int]:
+    try:
+        red, green, blue, *_ = ImageColor.getrgb(name.strip())
+    except ValueError:
+        raise Fault("dataset.bad_colour", colour=name) from None
+    return red, green, blue
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and float grey as 8-bit grey; other pictures as they are."""
+    if not (image.mode == "F" or image.mode.startswith("I")):
+        return image
+    raw = np.asarray(image)
+    values = np.nan_to_num(raw.astype(np.float64), nan=0, posinf=0, neginf=0)
+    low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else _range(values, image.mode)
+    grey = Image.fromarray(np.rint((values - low) * (255 / (high - low))).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):              # the one value that means "nothing here"
+        grey.putalpha(Image.fromarray(np.where(raw == clear, 0, 255).astype(np.uint8)))
+    grey.info = {k: v for k, v in image.info.items() if k == "icc_profile"}
+    return grey
+
+
+def _range(values: NDArray[np.float64], mode: str) -> tuple[float, float]:
+    """Which values are black and white: the smallest usual range that holds all of them."""
+    low, high = float(values.min()), float(values.max())
+    usual = (1.0, 255.0, 65535.0) if mode == "F" else (255.0, 65535.0)
+    top = next((top for top in usual if low >= 0 and high <= top), None)
+    return (0.0, top) if top else (low, max(high, low + 1))
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """RGB, through the embedded colour profile if there is one that works."""
+    if image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
+    return (_by_profile(image, profile) if profile else None) or image.convert("RGB")
+
+
+def _by_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if image.mode == "RGB" and "srgb" in ImageCms.getProfileDescription(source).lower():
+            return image                    # most pictures: not one rounding more than needed
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"),
+                                         outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):  # damaged, or of another colour space
+        return None

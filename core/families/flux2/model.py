@@ -1,0 +1,141 @@
+"""Flux.2 klein (Black Forest Labs 2026), 4B and 9B: a flow; three layers of Qwen3 are the text.
+
+No paper; what is here is the reference code's and diffusers' own: latents normalised by the VAE's
+batch norm in tokens of 2 x 2; layers 9, 18 and 27 of the text side by side, padding included, since
+the transformer has no mask. klein has no guidance as an input. The base models draw with true
+guidance, the distilled ones without. Noise levels are learned on Flux.1's line (mu 0.5 to 1.15):
+the sampler's shift (e^2 at 4096 tokens) would leave 2 % of the draws below 1/2, and the trainers
+that its users know all stay below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3Model
+
+from core.families import checkpoint_keys, text
+from core.families.base import Cond, FamilySpec, Parts
+from core.families.common import (
+    ATTENTION_ALIASES,
+    Loaded,
+    Vocabulary,
+    dit_sizes,
+    layer_count,
+    pack,
+    unpack,
+)
+from core.families.layer_names import FLUX2
+from core.families.loading import Layout, Piece
+from core.families.sd3.model import JOINT
+from core.objectives.flow import FLUX_LINE, STEPS, Sampling
+
+LENGTH = 512                                # tokens
+LAYERS = (9, 18, 27)                        # of the text encoder, by their outputs
+LEARNS = Sampling(line=FLUX_LINE)
+QWEN3_8B = {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
+QWEN3 = tuple(f"text_encoders.{size}.transformer." for size in ("qwen3_4b", "qwen3_8b"))
+SINGLE = ("attn.to_qkv_mlp_proj", "attn.to_out")        # a single block's attention is one matrix
+FF = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
+ENDS = ("x_embedder", "context_embedder", "proj_out")
+
+
+def read_layers(config: dict[str, Any]) -> Any:
+    """Qwen3 up to the last layer that is read, and one: the very last is normalised."""
+    wanted = min(config["num_hidden_layers"], LAYERS[-1] + 1)
+    return Qwen3Config.from_dict(config | {"num_hidden_layers": wanted, "layer_types": None})
+
+
+class Klein(Flux2KleinPipeline):            # type: ignore[misc]
+    """Takes a negative prompt, as the other families' pipelines do."""
+
+    def __call__(self, negative_prompt: str = "", **options: Any) -> Any:
+        if negative_prompt:
+            options["negative_prompt_embeds"] = self.encode_prompt(negative_prompt)[0]
+        return super().__call__(**options)
+
+
+class Flux2(Loaded):
+    kind = "flux2"
+    spec: ClassVar[FamilySpec] = FamilySpec(
+        id="flux2", title="Flux.2 klein", native_size=1024, bucket_step=64,
+        lora_presets={"attention": JOINT + SINGLE, "attention+ff": JOINT + SINGLE + FF,
+                      "all-linear": (*JOINT, *SINGLE, *FF, *ENDS)},
+        lora_aliases=ATTENTION_ALIASES | {"fc1": "ff.linear_in", "fc2": "ff.linear_out"},
+        kohya_prefix="lora_unet", base_version="flux2", architecture="flux-2-klein",
+        implementation="https://github.com/black-forest-labs/flux2", cfg=4.0)
+    pieces = (
+        Piece("transformer", Flux2Transformer2DModel, "denoiser",
+              convert=checkpoint_keys.by_table(FLUX2[0])),
+        Piece("vae", AutoencoderKLFlux2, "vae", ("vae.",), checkpoint_keys.batch_normed_vae,
+              alone="vae_32"),
+        Piece("text_encoder", Qwen3Model, "text", QWEN3, checkpoint_keys.decoder, alone="qwen3",
+              wide=True, config=read_layers))
+    vocabularies: ClassVar = {      # eleven of its tokens are the template's
+        "text_encoder": Vocabulary("qwen3", LENGTH - 11, chat=text.QWEN3_CHAT)}
+    pipe = Klein
+
+    def adapt(self, layout: Layout) -> None:
+        """4B and 9B differ in sizes that the shapes tell."""
+        shapes = self.shapes(layout)
+        config = layout.configs["transformer"]
+        config |= {"num_layers": layer_count(shapes, "transformer_blocks."),
+                   "num_single_layers": layer_count(shapes, "single_transformer_blocks."),
+                   "num_attention_heads":
+                       shapes["x_embedder.weight"][0] // config["attention_head_dim"],
+                   "joint_attention_dim": shapes["context_embedder.weight"][1]}
+        if config["joint_attention_dim"] == len(LAYERS) * QWEN3_8B["hidden_size"]:
+            layout.configs["text_encoder"] |= QWEN3_8B
+
+    def empty(self, layout: Layout) -> Parts:
+        native, step = dit_sizes(layout)
+        return Parts(layout.source, layout.scheduler, "flow", native, step,
+                     flow=LEARNS)
+
+    def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
+        tokenizer = parts.text["tokenizer"]
+        found = text.padded(tokenizer, text.chat(tokenizer, prompts, thinking=False), LENGTH)
+        return {"text_encoder": found.input_ids, "text_encoder.mask": found.attention_mask}
+
+    def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
+        out, _ = text.read(parts.text["text_encoder"], tokens, output_hidden_states=True)
+        return {"text": torch.cat([out.hidden_states[layer] for layer in LAYERS], -1)}
+
+    def encode_image(self, parts: Parts, pixels: Tensor) -> Tensor:
+        """(B, 32, h, w), whose tokens of 2 x 2 are what the batch norm normalises."""
+        with torch.no_grad():
+            vae = parts.vae
+            latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+            height, width = latents.shape[2] // 2, latents.shape[3] // 2
+            spread = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+            normal = (pack(latents) - vae.bn.running_mean) / spread
+            return unpack(normal.to(latents), height, width)
+
+    def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        height, width = noisy.shape[2] // 2, noisy.shape[3] // 2
+        found = denoiser(
+            hidden_states=pack(noisy), timestep=t / STEPS, encoder_hidden_states=cond["text"],
+            txt_ids=places(noisy, (cond["text"].shape[1],), 3),
+            img_ids=places(noisy, (height, width), 1), return_dict=False)[0]
+        return unpack(found, height, width)
+
+    def prompt_arguments(self, cond: Cond, negative: Cond) -> dict[str, Tensor]:
+        return {"prompt_embeds": cond["text"], "negative_prompt_embeds": negative["text"]}
+
+    def pipe_options(self, parts: Parts) -> dict[str, Any]:
+        """A distilled one takes cfg 1 where the user says nothing; the pipeline would ignore
+        what the user says."""
+        return {"is_distilled": False}
+
+
+def places(like: Tensor, sides: tuple[int, ...], axis: int) -> Tensor:
+    """(tokens, 4): time, row, column and word of each token, counted from `axis` on."""
+    ids = like.new_zeros(*sides, 4)
+    for n, side in enumerate(sides):
+        count = torch.arange(side, device=like.device, dtype=like.dtype)
+        ids[..., axis + n] = count.view([-1 if m == n else 1 for m in range(len(sides))])
+    return ids.flatten(0, -2)

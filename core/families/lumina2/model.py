@@ -1,0 +1,126 @@
+"""Lumina-Image 2.0 (Qin et al. 2025, arXiv 2503.21758): a flow in one stream of text and picture
+tokens; Gemma 2 reads the text behind a fixed instruction, which an empty text goes without.
+
+As its reference code (github.com/Alpha-VLLM/Lumina-Image-2.0, transport.py) learns: noise levels
+drawn logit-normally and shifted with the picture's size (mu from 0.5 at 256 tokens to 1.15 at
+4096); pictures are drawn with a shift of 6. Time runs from noise (0) to the picture (1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, Lumina2Pipeline, Lumina2Transformer2DModel
+from torch import Tensor
+from transformers import Gemma2Model
+
+from core.families import checkpoint_keys, text
+from core.families.base import Cond, FamilySpec, Parts
+from core.families.common import (
+    ATTENTION,
+    ATTENTION_ALIASES,
+    Loaded,
+    Vocabulary,
+    dit_sizes,
+    layer_count,
+)
+from core.families.layer_names import LUMINA2
+from core.families.loading import Layout, Piece
+from core.objectives.flow import FLUX_LINE, STEPS, Sampling
+
+FEED_FORWARD = ("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
+GEMMA = "text_encoders.gemma2_2b.transformer."
+LEARNS = Sampling(line=FLUX_LINE)
+LENGTH = 256                                # tokens, the instruction's among them
+# The model's own words, part of every prompt that it has seen.
+INSTRUCTION = ("You are an assistant designed to generate superior images with the superior degree "
+               "of image-text alignment based on textual prompts or user prompts."
+               " <Prompt Start> ")
+
+
+def gemma_states(parts: Parts, tokens: dict[str, Tensor], layer: int) -> tuple[Tensor, Tensor]:
+    """What a layer of Gemma makes of tokens (B, L, C), and their mask (B, L). Its numbers outgrow
+    fp16: it stays in its own."""
+    encoder = parts.text["text_encoder"]
+    mask = tokens["text_encoder.mask"].to(encoder.device)
+    plain = nullcontext() if mask.is_meta else torch.autocast(mask.device.type, enabled=False)
+    with plain:
+        out = encoder(input_ids=tokens["text_encoder"].to(encoder.device),
+                      attention_mask=None if mask.is_meta else mask, output_hidden_states=True)
+    return out.hidden_states[layer], mask
+
+
+class Lumina2(Loaded):
+    kind = "lumina2"
+    spec: ClassVar[FamilySpec] = FamilySpec(
+        id="lumina2", title="Lumina 2", native_size=1024, bucket_step=64,
+        lora_presets={"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD,
+                      "all-linear": (*ATTENTION, *FEED_FORWARD, "norm1.linear")},
+        lora_aliases=ATTENTION_ALIASES,
+        kohya_prefix="lora_unet", base_version="lumina2", architecture="lumina-2",
+        implementation="https://github.com/Alpha-VLLM/Lumina-Image-2.0", cfg=4.0)
+    pieces = (
+        Piece("transformer", Lumina2Transformer2DModel, "denoiser",
+              convert=checkpoint_keys.by_table(LUMINA2[0])),
+        Piece("vae", AutoencoderKL, "vae", ("vae.",), checkpoint_keys.vae, alone="vae_16"),
+        Piece("text_encoder", Gemma2Model, "text", (GEMMA,), checkpoint_keys.gemma, alone="gemma_2",
+              wide=True))
+    vocabularies: ClassVar = {
+        "text_encoder": Vocabulary("gemma2", LENGTH)}
+    pipe = Lumina2Pipeline
+
+    def adapt(self, layout: Layout) -> None:
+        shapes = self.shapes(layout)
+        layout.configs["transformer"] |= {
+            "num_layers": layer_count(shapes, "layers."),
+            "num_refiner_layers": layer_count(shapes, "noise_refiner."),
+            "cap_feat_dim": shapes["time_caption_embed.caption_embedder.0.weight"][0]}
+
+    def empty(self, layout: Layout) -> Parts:
+        native, step = dit_sizes(layout)
+        return Parts(layout.source, layout.scheduler, "flow", native, step,
+                     flow=LEARNS)
+
+    def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
+        tokenizer = parts.text["tokenizer"]
+        tokenizer.padding_side = "right"    # Gemma's own is left; this model has learned so
+        found = text.padded(tokenizer, [p and INSTRUCTION + p for p in prompts], LENGTH)
+        return {"text_encoder": found.input_ids, "text_encoder.mask": found.attention_mask}
+
+    def token_limit(self, parts: Parts) -> int:
+        return LENGTH - 1 - text.count(parts.text["tokenizer"], [INSTRUCTION])[0]
+
+    def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
+        states, mask = gemma_states(parts, tokens, -2)
+        return {"text": states, "mask": mask}
+
+    def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        mask = cond["mask"]
+        found: Tensor = denoiser(
+            hidden_states=noisy, timestep=1 - t / STEPS, encoder_hidden_states=cond["text"],
+            encoder_attention_mask=Unknown(mask) if mask.is_meta else mask.int(),
+            return_dict=False)[0]
+        return -found
+
+    def prompt_arguments(self, cond: Cond, negative: Cond) -> dict[str, Tensor]:
+        return text.masked_arguments(cond | {"mask": cond["mask"].int()},
+                                     negative | {"mask": negative["mask"].int()})
+
+
+class Unknown:
+    """A mask in a plan, whose numbers the transformer asks for: texts are as long as can be."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask, self.shape = mask, mask.shape
+
+    def bool(self) -> Tensor:
+        return self.mask.bool()
+
+    def sum(self, dim: int) -> Unknown:
+        return self
+
+    def tolist(self) -> list[int]:
+        return [self.shape[1]] * self.shape[0]

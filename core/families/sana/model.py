@@ -1,0 +1,106 @@
+"""Sana (Xie et al. 2024, arXiv 2410.10629): a flow by linear attention on a 32 x smaller picture;
+Gemma 2 reads the text behind a long instruction (section 3.2), which an empty text goes without.
+
+Noise levels are drawn logit-normally and shifted by 3, as its reference code
+(github.com/NVlabs/Sana) learns; pictures are drawn by DPM-Solver++ on the same flow (section 2.3).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
+from torch import Tensor
+from transformers import Gemma2Model
+
+from core.families import checkpoint_keys, text
+from core.families.base import Cond, FamilySpec, Parts
+from core.families.common import ALIASES, ATTENTION, Loaded, Vocabulary, layer_count
+from core.families.loading import Layout, Piece
+from core.families.lumina2.model import GEMMA, gemma_states
+from core.objectives.flow import Sampling
+
+FEED_FORWARD = ("ff.conv_inverted", "ff.conv_point")
+LENGTH = 300                                # tokens that reach the transformer
+INSTRUCTION = "\n".join(
+    inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
+HEAD = {2240: 112, 1152: 72}                # px of a cross-attention head, by the model's width
+
+
+class Unbinned(SanaPipeline):  # type: ignore[misc]
+    """Draws the size that is asked for, not the nearest of a list, scaled."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return super().__call__(*args, **{"use_resolution_binning": False, **options})
+
+
+class Sana(Loaded):
+    kind = "sana"
+    spec: ClassVar[FamilySpec] = FamilySpec(
+        id="sana", title="Sana", native_size=1024, bucket_step=32,
+        lora_presets={"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD,
+                      "all-linear": (*ATTENTION, *FEED_FORWARD, "proj_out")},
+        lora_aliases=ALIASES | {"fc1": "ff.conv_inverted", "fc2": "ff.conv_point"},
+        kohya_prefix="lora_unet", base_version="sana", architecture="sana",
+        implementation="https://github.com/NVlabs/Sana", cfg=4.5, lora_format="diffusers")
+    pieces = (
+        Piece("transformer", SanaTransformer2DModel, "denoiser", convert=checkpoint_keys.sana),
+        Piece("vae", AutoencoderDC, "vae", ("vae.",), checkpoint_keys.deep_vae, alone="vae_dc"),
+        Piece("text_encoder", Gemma2Model, "text", (GEMMA,), checkpoint_keys.gemma, alone="gemma_2",
+              wide=True))
+    vocabularies: ClassVar = {
+        "text_encoder": Vocabulary("gemma2", LENGTH)}
+    pipe = Unbinned
+
+    def adapt(self, layout: Layout) -> None:
+        shapes = self.shapes(layout)
+        config, width = layout.configs["transformer"], shapes["patch_embed.proj.weight"][0]
+        head = HEAD.get(width, config["cross_attention_head_dim"])
+        config |= {
+            "num_layers": layer_count(shapes, "transformer_blocks."), "cross_attention_dim": width,
+            "num_attention_heads": width // config["attention_head_dim"],
+            "cross_attention_head_dim": head, "num_cross_attention_heads": width // head,
+            "qk_norm": ("rms_norm_across_heads"
+                        if "transformer_blocks.0.attn1.norm_q.weight" in shapes else None)}
+
+    def empty(self, layout: Layout) -> Parts:
+        config, vae = layout.configs["transformer"], layout.configs["vae"]
+        step = config["patch_size"] * 2 ** (len(vae["encoder_block_out_channels"]) - 1)
+        native = config["sample_size"] * step
+        if not 1 <= native <= 8192:
+            raise ValueError(f"sample_size: {config['sample_size']}")
+        shift = float(layout.scheduler.get("flow_shift", layout.scheduler.get("shift", 1.0)))
+        return Parts(layout.source, layout.scheduler | {"flow_shift": shift, "shift": shift},
+                     "flow", native, step, flow=Sampling("logit_normal", shift=shift))
+
+    def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
+        tokenizer = parts.text["tokenizer"]
+        tokenizer.padding_side = "right"    # Gemma's own is left; this model has learned so
+        plan = isinstance(tokenizer, text.Blank)
+        most = LENGTH + (LENGTH if plan else len(tokenizer(INSTRUCTION).input_ids) - 2)
+        prompts = [one and INSTRUCTION + one for one in (p.lower().strip() for p in prompts)]
+        found = text.padded(tokenizer, prompts, most)
+        return {"text_encoder": found.input_ids, "text_encoder.mask": found.attention_mask}
+
+    def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
+        states, mask = gemma_states(parts, tokens, -1)
+        seen = [0, *range(1 - LENGTH, 0)]   # the start and what stands behind the instruction
+        return {"text": states[:, seen], "mask": mask[:, seen]}
+
+    def encode_image(self, parts: Parts, pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            vae = parts.vae
+            latents: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent
+            return latents * float(vae.config.scaling_factor)
+
+    def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        predicted: Tensor = denoiser(
+            noisy, encoder_hidden_states=cond["text"], encoder_attention_mask=cond["mask"],
+            timestep=t * denoiser.config.timestep_scale, return_dict=False)[0]
+        return predicted[:, :noisy.shape[1]]
+
+    def prompt_arguments(self, cond: Cond, negative: Cond) -> dict[str, Any]:
+        return {**text.masked_arguments(cond, negative), "negative_prompt": None}

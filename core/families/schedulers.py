@@ -1,0 +1,82 @@
+"""Samplers by the names that users know from A1111 and ComfyUI, as diffusers schedulers.
+
+The table is for the window too: diffusers comes in only where one is made.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from core import i18n
+from core.errors import Fault
+
+if TYPE_CHECKING:
+    from core.families.base import Parts
+
+# name -> (label in A1111, diffusers class, options)
+SAMPLERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "ddim": ("DDIM", "DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    "euler": ("Euler", "EulerDiscreteScheduler", {}),
+    "euler_a": ("Euler a", "EulerAncestralDiscreteScheduler", {}),
+    "heun": ("Heun", "HeunDiscreteScheduler", {}),
+    "dpm++2m": ("DPM++ 2M", "DPMSolverMultistepScheduler", {}),
+    "dpm++2m_karras": ("DPM++ 2M Karras", "DPMSolverMultistepScheduler",
+                       {"use_karras_sigmas": True}),
+    "dpm++2m_sde": ("DPM++ 2M SDE", "DPMSolverMultistepScheduler",
+                    {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPC", "UniPCMultistepScheduler", {}),
+    "pndm": ("PLMS", "PNDMScheduler", {"skip_prk_steps": True}),
+}
+FALLBACK = "dpm++2m"
+# Of bases that learn a flow; all but the first only where it is the base's own.
+FLOW = {"euler": "FlowMatchEulerDiscreteScheduler", "dpm++2m": "DPMSolverMultistepScheduler"}
+
+
+def create(name: str, parts: Parts) -> Any:
+    """A scheduler with the base's noise schedule. auto: the base's own sampler, except that
+    PNDM, the old default, gives way to DPM++ 2M. Raises Fault for a name that is unknown, or
+    of no use to this base."""
+    if parts.flow is not None:
+        return _flow(name, parts)
+    if name == "auto":
+        own = parts.scheduler.get("_class_name", "")
+        name = next((n for n, (_, cls, _) in SAMPLERS.items()
+                     if cls == own and n != "pndm"), FALLBACK)
+    if name not in SAMPLERS:
+        close = i18n.nearest(name, SAMPLERS, 1)
+        raise Fault("generate.unknown_sampler", name=name, known=", ".join(SAMPLERS),
+                    nearest=close[0] if close else FALLBACK)
+    import diffusers
+    _, cls, options = SAMPLERS[name]
+    config = {k: v for k, v in parts.scheduler.items() if not k.startswith("_")}
+    config |= {"prediction_type": parts.objective}
+    if parts.distilled:                     # few steps must begin at noise alone
+        config["timestep_spacing"] = "trailing"
+    return getattr(diffusers, cls).from_config(config, **options)
+
+
+def _flow(name: str, parts: Parts) -> Any:
+    own = parts.scheduler.get("_class_name", "")
+    known = {n: cls for n, cls in FLOW.items() if n == "euler" or cls == own}
+    name = [*known][-1] if name == "auto" else name
+    if name not in known:
+        code = "generate.not_for_flow" if name in SAMPLERS else "generate.unknown_sampler"
+        raise Fault(code, name=name, known=", ".join(known), nearest="euler")
+    import diffusers
+    config = {k: v for k, v in parts.scheduler.items() if not k.startswith("_")}
+    if config.get("use_beta_sigmas") and not find_spec("scipy"):
+        config["use_beta_sigmas"] = False   # evenly spaced steps then
+    return getattr(diffusers, FLOW[name]).from_config(config)
+
+
+def label(scheduler: Any) -> str:
+    """The A1111 name of a scheduler, for the parameters inside a PNG."""
+    cls: str = type(scheduler).__name__
+    if cls == FLOW["euler"]:
+        return "Euler"
+    matches = [(text, options) for text, name, options in SAMPLERS.values() if name == cls]
+    for text, options in reversed(matches):     # the most particular options stand last
+        if all(scheduler.config.get(k) == v for k, v in options.items()):
+            return str(text)
+    return matches[0][0] if matches else cls

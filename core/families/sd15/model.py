@@ -1,0 +1,71 @@
+"""Stable Diffusion 1.x (Rombach et al. 2022, arXiv 2112.10752): UNet, CLIP ViT-L/14, VAE f8.
+
+The demo base is of this family as well: the same classes, only smaller.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from core import paths
+from core.errors import Fault
+from core.families import checkpoint_keys, clip
+from core.families.base import Cond, FamilySpec, Parts
+from core.families.common import (
+    ALIASES,
+    TEXT_TARGETS,
+    UNET_PRESETS,
+    UNetFamily,
+    Vocabulary,
+)
+from core.families.layer_names import SD1
+from core.families.loading import TOKENIZER, Piece
+
+__all__ = ["CONFIGS", "TOKENIZER", "StableDiffusion1"]
+CONFIGS = paths.family_configs("sd15")
+CLIP = "cond_stage_model.transformer."
+
+
+class StableDiffusion1(UNetFamily):
+    kind = "sd15"
+    spec: ClassVar[FamilySpec] = FamilySpec(
+        id="sd15", title="Stable Diffusion 1.x",
+        native_size=512, bucket_step=64, lora_presets=UNET_PRESETS, lora_aliases=ALIASES,
+        kohya_prefix="lora_unet", base_version="sd_v1", architecture="stable-diffusion-v1",
+        implementation="diffusers",
+        text_targets=TEXT_TARGETS, chunked=True, skips=True)
+    pieces = (
+        Piece("unet", UNet2DConditionModel, "denoiser", convert=checkpoint_keys.by_table(SD1[0])),
+        Piece("vae", AutoencoderKL, "vae", ("first_stage_model.",), checkpoint_keys.vae,
+              alone="vae"),
+        Piece("text_encoder", CLIPTextModel, "text", (CLIP,), alone="clip_l"))
+    vocabularies: ClassVar = {"text_encoder": Vocabulary()}
+    pipe = StableDiffusionPipeline
+
+    def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
+        """clip_skip takes an earlier layer through the norm of the last one, as A1111 does."""
+        encoder, skip = parts.text["text_encoder"], parts.reading.clip_skip
+        if not self.spec.skips or skip == 1:
+            return {"text": clip.read(encoder, tokens["text_encoder"])[0]}
+        if skip > (layers := encoder.config.num_hidden_layers):
+            raise Fault("families.clip_skip", given=skip, layers=layers)
+        states = clip.read(encoder, tokens["text_encoder"], skip)[0]
+        return {"text": encoder.final_layer_norm(states)}
+
+    def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        predicted: Tensor = denoiser(
+            noisy, t, cond["text"], encoder_attention_mask=cond.get("mask"), return_dict=False)[0]
+        return predicted
+
+    def pipe_options(self, parts: Parts) -> dict[str, Any]:
+        return {"safety_checker": None, "feature_extractor": None,
+                "requires_safety_checker": False}
+
+    def prompt_arguments(self, cond: Cond, negative: Cond) -> dict[str, Tensor]:
+        text, other = cond["text"], negative["text"]
+        return {"prompt_embeds": clip.like(text, other),
+                "negative_prompt_embeds": clip.like(other, text)}

@@ -1,0 +1,342 @@
+"""kohya's arguments: lora-scripts' TOML, `--config_file`, kohya_ss' presets; its dataset TOML."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from core.config import resolve
+from core.importers import lines, tables
+from core.importers.lines import Entry, Keys, Lines
+from core.importers.reader import Imported, Reader, absent, number, plain
+
+_OPTIONS = re.compile(r"\s--[a-z]+(\s|$)")            # kohya's prompts: `a cat --w 512 --n blurry`
+
+
+class Kohya(Reader):
+    """kohya's arguments: lora-scripts' TOML, `--config_file`, kohya_ss' presets. Sections are only
+    for the eye."""
+
+    table = tables.KOHYA
+
+    def name(self, entry: Entry) -> str:
+        return entry.keys[-1]
+
+    def entries(self, data: Mapping[str, Any], at: Lines) -> Iterable[Entry]:
+        """Lists are values here; what others depend on comes first."""
+        first = ("max_train_steps", "network_module")
+        return sorted(lines.entries(data, at), key=lambda entry: entry.keys[-1] not in first)
+
+    def finish(self) -> None:
+        self.assume("network_dim", "lora_rank", tables.KOHYA_DEFAULTS["network_dim"])
+        self.assume("network_alpha", "lora_alpha", tables.KOHYA_DEFAULTS["network_alpha"])
+        if not {"epochs", "max_train_steps"} & self.result.values.keys():
+            self.assume("max_train_epochs", "max_train_steps",
+                        tables.KOHYA_DEFAULTS["max_train_steps"])
+        if not {"learning_rate", "unet_lr"} & self.found.keys():
+            self.assume("learning_rate", "learning_rate", tables.KOHYA_DEFAULTS["learning_rate"])
+
+    # rates
+
+    def take_learning_rate(self, value: Any, entry: Entry) -> None:
+        if not number(self.found.get("unet_lr")):
+            self.put("learning_rate", value, entry)
+
+    def take_unet_lr(self, value: Any, entry: Entry) -> None:
+        if number(value):
+            self.put("learning_rate", value, entry)
+
+    def take_text_encoder_lr(self, value: Any, entry: Entry) -> None:
+        value = value[0] if isinstance(value, list) and len(set(map(str, value))) == 1 else value
+        if not self.found.get("network_train_unet_only"):
+            self.put("text_encoder_lr", value, entry)
+
+    def take_network_train_unet_only(self, value: Any, entry: Entry) -> None: ...
+
+    def take_network_train_text_encoder_only(self, value: Any, entry: Entry) -> None:
+        if value:
+            self.leave(entry, "unknown")
+
+    # how long
+
+    def take_max_train_epochs(self, value: Any, entry: Entry) -> None:
+        if number(value):
+            self.put("epochs", value, entry)
+            self.result.values.pop("max_train_steps", None)
+
+    def take_epoch(self, value: Any, entry: Entry) -> None:
+        if not number(self.found.get("max_train_epochs")) and not number(
+                self.found.get("max_train_steps")):
+            self.take_max_train_epochs(value, entry)
+
+    def take_max_train_steps(self, value: Any, entry: Entry) -> None:
+        if number(value) and not number(self.found.get("max_train_epochs")):
+            self.put("max_train_steps", value, entry)
+
+    def take_lr_warmup_steps(self, value: Any, entry: Entry) -> None:
+        self.warm_up(value, entry)
+
+    def take_lr_warmup(self, value: Any, entry: Entry) -> None:
+        """kohya_ss' in percent."""
+        if share := number(value):
+            self.warm_up(share / 100, entry)
+
+    def take_base_weights(self, value: Any, entry: Entry) -> None:
+        """Its multipliers are a list beside it, 1 where there are fewer."""
+        files, given = _several(value), _several(self.found.get("base_weights_multiplier", []))
+        try:
+            weights = [*map(float, given), *[1.0] * len(files)]
+        except (TypeError, ValueError):
+            return self.leave(entry, "value")
+        self.put("base_loras", [f"{file}:{weight:g}" for file, weight in zip(
+            files, weights, strict=False)], entry)
+
+    def take_base_weights_multiplier(self, value: Any, entry: Entry) -> None: ...
+
+    # files beside the base
+
+    def take_clip_l(self, value: Any, entry: Entry) -> None:
+        known = self.result.values.get("text_encoders", [])
+        self.put("text_encoders", [*known, str(value)], entry)
+
+    take_clip_g = take_t5xxl = take_gemma2 = take_qwen3 = take_text_encoder = take_clip_l
+
+    # choices
+
+    def take_optimizer_type(self, value: Any, entry: Entry) -> None:
+        if "." in str(value):
+            self.put("optimizer", value, entry)
+        else:
+            self.choose("optimizer", tables.OPTIMIZERS, value, entry)
+
+    def take_optimizer(self, value: Any, entry: Entry) -> None:
+        self.take_optimizer_type(value, entry)
+
+    def take_use_8bit_adam(self, value: Any, entry: Entry) -> None:
+        if value and "optimizer_type" not in self.found:
+            self.put("optimizer", "adamw8bit", entry)
+
+    def take_lr_scheduler(self, value: Any, entry: Entry) -> None:
+        self.choose("lr_scheduler", tables.SCHEDULES, value, entry)
+
+    def take_mixed_precision(self, value: Any, entry: Entry) -> None:
+        self.choose("precision", tables.PRECISIONS, value, entry)
+
+    def take_save_precision(self, value: Any, entry: Entry) -> None:
+        self.choose("save_precision", tables.PRECISIONS, value, entry)
+
+    def take_fp8_base(self, value: Any, entry: Entry) -> None:
+        if value:
+            self.put("base_precision", "fp8", entry)
+
+    def take_network_module(self, value: Any, entry: Entry) -> None:
+        if str(value) != "lycoris.kohya":             # there network_args say which kind
+            self.choose("adapter", tables.ADAPTERS, value, entry)
+
+    def take_LoRA_type(self, value: Any, entry: Entry) -> None:
+        self.choose("adapter", tables.ADAPTERS, value, entry)
+
+    def take_algo(self, value: Any, entry: Entry) -> None:
+        self.choose("adapter", tables.ADAPTERS, value, entry)
+
+    def take_dora_wd(self, value: Any, entry: Entry) -> None:
+        if str(value).lower() == "true":
+            self.put("adapter", "dora", entry)
+
+    def take_factor(self, value: Any, entry: Entry) -> None:
+        self.put("lokr_factor", value, entry)
+
+    def take_v_parameterization(self, value: Any, entry: Entry) -> None:
+        if value:
+            self.put("prediction_type", "v_prediction", entry)
+
+    def take_model_train_type(self, value: Any, entry: Entry) -> None:
+        self.family(value, entry)
+
+    def take_sdxl(self, value: Any, entry: Entry) -> None:
+        if value:
+            self.family("sdxl-lora", entry)
+
+    def take_v2(self, value: Any, entry: Entry) -> None:
+        if value:
+            self.leave(entry, "family")
+
+    def take_clip_skip(self, value: Any, entry: Entry) -> None:
+        if number(value) > 1:
+            self.put("clip_skip", value, entry)
+
+    def take_max_token_length(self, value: Any, entry: Entry) -> None:
+        """lora-scripts writes 255, of which kohya fills three chunks of 75."""
+        self.put("max_tokens", int(number(value)) // 75 * 75 or value, entry)
+
+    # noise levels of flows
+
+    def take_timestep_sampling(self, value: Any, entry: Entry) -> None:
+        """`sigma` leaves it to weighting_scheme; only it and `shift` go by discrete_flow_shift."""
+        kind = plain(value)
+        if kind == "sigma":
+            return
+        self.choose("timestep_sampling", tables.LEVELS, value, entry)
+        if kind in ("uniform", "sigmoid"):
+            self.put("flow_shift", 1.0, entry)
+
+    def take_weighting_scheme(self, value: Any, entry: Entry) -> None:
+        """The others weigh the loss."""
+        if plain(value) in ("sigmasqrt", "cosmap"):
+            self.leave(entry, "value")
+        elif self.by_scheme:
+            self.choose("timestep_sampling", tables.SCHEMES, value, entry)
+
+    def take_discrete_flow_shift(self, value: Any, entry: Entry) -> None:
+        if self.by_scheme or plain(self.found["timestep_sampling"]) == "shift":
+            self.put("flow_shift", value, entry)
+
+    def take_sigmoid_scale(self, value: Any, entry: Entry) -> None:
+        if not self.by_scheme and plain(self.found["timestep_sampling"]) != "uniform":
+            self.put("logit_std", value, entry)
+
+    def take_logit_mean(self, value: Any, entry: Entry) -> None:
+        if self.by_scheme and plain(self.found.get("weighting_scheme")) == "logitnormal":
+            self.put(entry.keys[-1], value, entry)
+
+    def take_logit_std(self, value: Any, entry: Entry) -> None:
+        self.take_logit_mean(value, entry)
+
+    def take_mode_scale(self, value: Any, entry: Entry) -> None:
+        if self.by_scheme and plain(self.found.get("weighting_scheme")) == "mode":
+            self.put("mode_scale", value, entry)
+
+    @property
+    def by_scheme(self) -> bool:
+        return plain(self.found.get("timestep_sampling", "sigma")) == "sigma"
+
+    # lists and texts
+
+    def take_resolution(self, value: Any, entry: Entry) -> None:
+        self.put("max_resolution", value, entry)
+
+    def take_max_resolution(self, value: Any, entry: Entry) -> None:
+        self.put("max_resolution", value, entry)
+
+    def take_network_args(self, value: Any, entry: Entry) -> None:
+        for key, one in _pairs(value):
+            inner = Entry((*entry.keys, key), one, entry.line)
+            if key in ("dropout", "conv_dim", "conv_alpha"):
+                key = {"dropout": "network_dropout"}.get(key, key)
+            self.one(key, inner)
+
+    def take_optimizer_args(self, value: Any, entry: Entry) -> None:
+        rest = {}
+        for key, one in _pairs(value):
+            if key == "weight_decay":
+                self.put("weight_decay", one, entry)
+            elif key == "betas" and len(numbers := re.findall(r"[\d.eE-]+", str(one))) == 2:
+                self.put("adam_beta1", numbers[0], entry)
+                self.put("adam_beta2", numbers[1], entry)
+            else:
+                rest[key] = _literal(one)
+        if rest:
+            self.put("optimizer_args", rest, Entry(entry.keys, rest, entry.line))
+
+    def take_sample_prompts(self, value: Any, entry: Entry) -> None:
+        """The prompts themselves, or a text file of them."""
+        text = str(value) if not isinstance(value, list) else "\n".join(map(str, value))
+        if text.endswith((".txt", ".toml", ".json")):
+            file = resolve(text, self.result.file.parent)
+            if file.suffix != ".txt" or not file.is_file():
+                return self.leave(entry, "file")
+            text = file.read_text("utf-8", "replace")
+        lines = [line.strip() for line in text.splitlines()]
+        prompts = [_OPTIONS.split(f" {line}")[0].strip() for line in lines
+                   if line and not line.startswith("#")]
+        if any(_OPTIONS.search(line) for line in lines):
+            self.leave(entry, "prompt_options")
+        self.put("sample_prompts", [prompt for prompt in prompts if prompt], entry)
+
+    def take_sample_sampler(self, value: Any, entry: Entry) -> None:
+        self.choose("sample_sampler", tables.SAMPLERS, value, entry)
+
+    def take_resume(self, value: Any, entry: Entry) -> None:
+        self.leave(entry, "state")
+
+    def take_dataset_config(self, value: Any, entry: Entry) -> None:
+        file = resolve(str(value), self.result.file.parent)
+        if not file.is_file():
+            return self.leave(entry, "file")
+        from core.importers.load import read
+        inner = read(file)
+        self.result.values |= inner.values
+        self.result.left += inner.left
+
+
+class Dataset(Kohya):
+    """kohya's dataset TOML: [general], [[datasets]], [[datasets.subsets]]. One subset is one
+    folder; of several, the first one is taken."""
+
+    def take(self, data: Mapping[str, Any], at: Lines) -> Imported:
+        for entry in lines.entries(data, at):
+            if not absent(entry.value):
+                self.one(entry.keys[-1] if self.is_first(entry.keys) else "", entry)
+        return self.result
+
+    def is_first(self, keys: Keys) -> bool:
+        return all(key == "0" for key in keys[:-1] if key.isdigit())
+
+    def one(self, name: str, entry: Entry) -> None:
+        if not name:
+            self.leave(entry, "second")
+        else:
+            super().one(name, entry)
+
+    def take_image_dir(self, value: Any, entry: Entry) -> None:
+        self.put("train_data_dir", value, entry)
+
+    def take_batch_size(self, value: Any, entry: Entry) -> None:
+        self.put("batch_size", value, entry)
+
+    def take_num_repeats(self, value: Any, entry: Entry) -> None:
+        if value != 1:
+            self.leave(entry, "repeats")
+
+    def take_class_tokens(self, value: Any, entry: Entry) -> None:
+        self.leave(entry, "class_tokens")
+
+    def take_metadata_file(self, value: Any, entry: Entry) -> None:
+        if str(value).lower().endswith((".jsonl", ".csv")):
+            self.put("metadata_path", value, entry)
+        else:
+            self.leave(entry, "value")
+
+    def take_is_reg(self, value: Any, entry: Entry) -> None:
+        if value:
+            self.leave(entry, "unknown")
+
+
+def _pairs(value: Any) -> list[tuple[str, str]]:
+    """["conv_dim=4", "algo=loha"], or kohya_ss' one line of them."""
+    parts = value if isinstance(value, list) else re.findall(r"[^\s=]+=\S+", str(value))
+    return [(key.strip(), one.strip()) for part in parts
+            for key, equals, one in [str(part).partition("=")] if equals]
+
+
+def _literal(text: str) -> Any:
+    lowered = text.lower()
+    if lowered in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[lowered]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _several(value: Any) -> list[Any]:
+    """A list; or text with one item a line, or on one line between spaces, as on kohya's command
+    line."""
+    if isinstance(value, list):
+        return value
+    text = str(value)
+    return [line.strip() for line in text.splitlines() if line.strip()] if (
+        "\n" in text.strip()) else text.split()

@@ -1,0 +1,174 @@
+"""OneTrainer's JSON: presets and saved configs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from core.importers import lines, tables
+from core.importers.lines import Entry, Lines
+from core.importers.reader import Reader, number, plain
+
+# Beginnings of model types whose bases learn no flow.
+NO_FLOWS = ("stablediffusion15", "stablediffusion2", "stablediffusionxl")
+
+
+class OneTrainer(Reader):
+    table = tables.ONETRAINER
+
+    def entries(self, data: Mapping[str, Any], at: Lines) -> Iterable[Entry]:
+        """Of a group that has no meaning here one line is enough."""
+        known = {name.split(".")[0] for name in (*self.table, *self.special)} | {"concepts"}
+        for key, value in data.items():
+            if key in known:
+                yield from lines.entries(value, at, (key,))
+            else:
+                yield Entry((key,), value, at.get((key,), 1))
+
+    def finish(self) -> None:
+        for name, key in (("lora_rank", "lora_rank"), ("lora_alpha", "lora_alpha"),
+                          ("epochs", "epochs")):
+            self.assume(name, key, tables.ONETRAINER_DEFAULTS[name])
+
+    def one(self, name: str, entry: Entry) -> None:
+        if name.startswith("concepts."):
+            self.concept(entry)
+        elif not name.startswith("__"):
+            super().one(name, entry)
+
+    def concept(self, entry: Entry) -> None:
+        if entry.keys[1] != "0":
+            if entry.keys[2:] == ("path",):
+                self.leave(entry, "second")
+            return
+        name = ".".join(entry.keys[2:])
+        ours = {"path": "train_data_dir", "image.enable_random_flip": "flip",
+                "text.enable_tag_shuffling": "shuffle_tags",
+                "text.keep_tags_count": "keep_tokens"}.get(name)
+        if ours:
+            self.put(ours, entry.value, entry)
+        elif name in ("balancing", "image_variations", "text_variations") and number(
+                entry.value) != 1:
+            self.leave(entry, "repeats" if name == "balancing" else "unknown")
+
+    def take_concept_file_name(self, value: Any, entry: Entry) -> None:
+        if "concepts.0.path" not in self.found:
+            self.leave(entry, "concepts")
+
+    def take_model_type(self, value: Any, entry: Entry) -> None:
+        self.family(value, entry)
+
+    def take_training_method(self, value: Any, entry: Entry) -> None:
+        if value != "LORA":
+            self.leave(entry, "value")
+
+    def take_output_model_destination(self, value: Any, entry: Entry) -> None:
+        path = Path(str(value).replace("\\", "/"))
+        self.put("output_dir", str(path.parent), entry)
+        self.put("output_name", path.stem, entry)
+
+    def take_resolution(self, value: Any, entry: Entry) -> None:
+        """A comma stands between sizes to choose from at random."""
+        several = "," in str(value)
+        if several:
+            self.leave(entry, "resolutions")
+        else:
+            self.put("max_resolution", value, entry)
+
+    def take_optimizer__optimizer(self, value: Any, entry: Entry) -> None:
+        self.choose("optimizer", tables.OPTIMIZERS, value, entry)
+
+    def take_learning_rate_scheduler(self, value: Any, entry: Entry) -> None:
+        self.choose("lr_scheduler", tables.SCHEDULES, value, entry)
+
+    def take_learning_rate_warmup_steps(self, value: Any, entry: Entry) -> None:
+        self.warm_up(value, entry)
+
+    def take_gradient_checkpointing(self, value: Any, entry: Entry) -> None:
+        self.put("gradient_checkpointing", value not in ("OFF", False), entry)
+        if value == "CPU_OFFLOADED":
+            self.leave(entry, "unknown")
+
+    def take_train_dtype(self, value: Any, entry: Entry) -> None:
+        self.choose("precision", tables.PRECISIONS, value, entry)
+
+    def take_output_dtype(self, value: Any, entry: Entry) -> None:
+        self.choose("save_precision", tables.PRECISIONS, value, entry)
+
+    def take_unet__weight_dtype(self, value: Any, entry: Entry) -> None:
+        if plain(value) not in {**tables.PRECISIONS, "none": ""}:
+            self.choose("base_precision", tables.BASE_PRECISIONS, value, entry)
+
+    def take_unet__train(self, value: Any, entry: Entry) -> None:
+        if value is False:
+            self.leave(entry, "value")
+
+    def take_text_encoder__train(self, value: Any, entry: Entry) -> None:
+        if value and not self.found.get("text_encoder.learning_rate"):
+            self.put("text_encoder_lr", self.found.get("learning_rate", 0), entry)
+
+    def take_peft_type(self, value: Any, entry: Entry) -> None:
+        self.choose("adapter", tables.ADAPTERS, value, entry)
+
+    def take_lora_decompose(self, value: Any, entry: Entry) -> None:
+        if value:
+            self.put("adapter", "dora", entry)
+
+    def take_loss_weight_fn(self, value: Any, entry: Entry) -> None:
+        match value:
+            case "MIN_SNR_GAMMA":
+                self.put("min_snr_gamma", self.found.get("loss_weight_strength", 5.0), entry)
+            case "DEBIASED_ESTIMATION":
+                self.put("debiased_estimation", True, entry)
+            case "CONSTANT": ...
+            case _:
+                self.leave(entry, "value")
+
+    def take_timestep_distribution(self, value: Any, entry: Entry) -> None:
+        """Of flows: what noise schedules draw is uniform here. Its normal distribution of the
+        logit has the mean noising_bias and the deviation noising_weight + 1."""
+        if plain(self.found.get("model_type", "")).startswith(NO_FLOWS):
+            if value != "UNIFORM":
+                self.leave(entry, "value")
+            return
+        self.choose("timestep_sampling", tables.SCHEMES, value, entry)
+        if not self.found.get("dynamic_timestep_shifting"):
+            self.put("flow_shift", number(self.found.get("timestep_shift", 1.0)), entry)
+        if value == "LOGIT_NORMAL":
+            self.put("logit_mean", number(self.found.get("noising_bias", 0.0)), entry)
+            self.put("logit_std", 1 + number(self.found.get("noising_weight", 0.0)), entry)
+
+    def take_timestep_shift(self, value: Any, entry: Entry) -> None: ...
+
+    def take_dynamic_timestep_shifting(self, value: Any, entry: Entry) -> None: ...
+
+    def take_noising_bias(self, value: Any, entry: Entry) -> None: ...
+
+    def take_noising_weight(self, value: Any, entry: Entry) -> None: ...
+
+    def take_loss_weight_strength(self, value: Any, entry: Entry) -> None: ...
+
+    def take_ema(self, value: Any, entry: Entry) -> None:
+        if value not in ("OFF", False):
+            self.put("ema_decay", self.found.get("ema_decay", 0.999), entry)
+
+    def take_ema_decay(self, value: Any, entry: Entry) -> None: ...
+
+    def take_force_v_prediction(self, value: Any, entry: Entry) -> None:
+        if value:
+            self.put("prediction_type", "v_prediction", entry)
+
+    def take_text_encoder_layer_skip(self, value: Any, entry: Entry) -> None:
+        """0 is the last layer there, 1 here."""
+        if number(value):
+            self.put("clip_skip", int(number(value)) + 1, entry)
+
+    def take_save_every(self, value: Any, entry: Entry) -> None:
+        unit = self.found.get("save_every_unit", "NEVER")
+        if unit == "STEP":
+            self.put("save_steps", value, entry)
+        elif unit != "NEVER":
+            self.leave(entry, "epochs")
+
+    def take_save_every_unit(self, value: Any, entry: Entry) -> None: ...

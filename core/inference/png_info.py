@@ -1,0 +1,210 @@
+"""The settings inside a generated picture: A1111's parameters text and ComfyUI's prompt JSON.
+
+Only the text chunks before the pixels are read. Formats: modules/infotext_utils.py of
+stable-diffusion-webui writes "prompt / Negative prompt: / Steps: 20, Sampler: ..." into the PNG
+chunk `parameters`; ComfyUI writes its graph, {id: {class_type, inputs}}, into `prompt`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from core.errors import Fault
+from core.families.schedulers import SAMPLERS
+
+MOST_TEXT = 200_000                         # characters; longer ones are no settings of ours
+MOST_NODES = 2000
+_NEGATIVE = "Negative prompt:"
+_FACTS = re.compile(r"\s*Steps:\s*\d+\s*(,|$)")
+_PAIR = re.compile(r'\s*([A-Za-z][\w /+-]*?)\s*:\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
+# ComfyUI's (sampler, scheduler) -> ours; a scheduler that isn't named here changes nothing
+_COMFY = {"euler": "euler", "euler_ancestral": "euler_a", "ddim": "ddim", "heun": "heun",
+          "dpmpp_2m": "dpm++2m", "dpmpp_2m karras": "dpm++2m_karras",
+          "dpmpp_2m_sde": "dpm++2m_sde", "uni_pc": "unipc", "uni_pc_bh2": "unipc"}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a picture tells; None and "" where it says nothing or nothing that can be used."""
+
+    prompt: str = ""                        # with its <lora:...> tags
+    negative: str = ""
+    seed: int | None = None
+    steps: int | None = None
+    cfg: float | None = None
+    size: str = ""                          # "512,768"
+    sampler: str = ""                       # a name of core/families/schedulers.py
+    unknown_sampler: str = ""               # as the picture calls it
+    model: str = ""
+    clip_skip: int | None = None
+
+
+def read(path: Path) -> Settings:
+    """Raises Fault where the file is no picture or tells nothing."""
+    chunks = _chunks(path)
+    if text := chunks.get("parameters", ""):
+        return parse(text)
+    if text := chunks.get("prompt", ""):
+        return parse_comfy(text, path)
+    raise Fault("tab_inference.no_settings", file=path.name)
+
+
+def _chunks(path: Path) -> dict[str, str]:
+    try:
+        with warnings.catch_warnings():     # of a picture's size: its pixels are not decoded
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=("PNG",)) as image:
+                found = dict(image.info)
+    except (OSError, ValueError, SyntaxError, OverflowError, Image.DecompressionBombError):
+        raise Fault("tab_inference.no_picture", file=path.name) from None
+    texts = {key: str(value) for key, value in found.items()
+             if key in ("parameters", "prompt") and isinstance(value, str)}
+    if any(len(text) > MOST_TEXT for text in texts.values()):
+        raise Fault("tab_inference.no_settings", file=path.name)
+    return texts
+
+
+# --- A1111 ---
+
+def parse(text: str) -> Settings:
+    """Never fails: what is not understood counts as part of the prompt."""
+    lines = text.strip().splitlines()
+    facts: dict[str, str] = {}
+    if lines and _FACTS.match(lines[-1]):
+        facts = {m[1]: _unquoted(m[2].strip()) for m in _PAIR.finditer(lines.pop())}
+    at = next((n for n in reversed(range(len(lines))) if lines[n].startswith(_NEGATIVE)),
+              len(lines))
+    negative = "\n".join(lines[at:]).removeprefix(_NEGATIVE).strip()
+    sampler, unknown = _sampler(facts.get("Sampler", ""), facts.get("Schedule type", ""))
+    return Settings("\n".join(lines[:at]).strip(), negative, _whole(facts.get("Seed"), 2**63 - 1),
+                    _whole(facts.get("Steps"), 1000, 1), _number(facts.get("CFG scale")),
+                    _size(facts.get("Size", "")), sampler, unknown, facts.get("Model", ""),
+                    _whole(facts.get("Clip skip"), 12, 1))
+
+
+def _unquoted(value: str) -> str:
+    if not value.startswith('"'):
+        return value
+    try:
+        return str(json.loads(value))
+    except ValueError:
+        return value.strip('"')
+
+
+def _sampler(label: str, schedule: str) -> tuple[str, str]:
+    """-> our name, or what can't be named. Newer versions tell the schedule apart."""
+    names = {text.casefold(): name for name, (text, _, _) in SAMPLERS.items()}
+    known = names.get(f"{label} {schedule}".casefold()) or names.get(label.casefold(), "")
+    return known, "" if known else label
+
+
+def _size(text: str) -> str:
+    found = re.fullmatch(r"\s*(\d{1,5})\s*x\s*(\d{1,5})\s*", text)
+    sides = (int(found[1]), int(found[2])) if found else (0, 0)
+    return f"{sides[0]},{sides[1]}" if all(8 <= side <= 16384 for side in sides) else ""
+
+
+def _whole(value: Any, most: int, least: int = 0) -> int | None:
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if least <= number <= most else None
+
+
+def _number(value: Any, most: float = 50.0) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) and 0 <= number <= most else None
+
+
+# --- ComfyUI ---
+
+def parse_comfy(text: str, path: Path) -> Settings:
+    """A graph with one sampler and plain text nodes. Raises Fault for others."""
+    try:
+        graph = json.loads(text)
+    except (ValueError, RecursionError):
+        graph = None
+    if not isinstance(graph, dict) or len(graph) > MOST_NODES:
+        raise Fault("tab_inference.no_settings", file=path.name)
+    nodes = {str(key): node for key, node in graph.items() if isinstance(node, dict)
+             and isinstance(node.get("inputs"), dict)}
+    samplers = [node["inputs"] for node in nodes.values()
+                if {"positive", "steps", "cfg"} <= node["inputs"].keys()]
+    if not samplers:
+        raise Fault("tab_inference.other_graph", file=path.name)
+    return _settings(nodes, samplers[0])
+
+
+def _settings(nodes: Mapping[str, Any], main: Mapping[str, Any]) -> Settings:
+    name, schedule = (str(main.get(key, "")) for key in ("sampler_name", "scheduler"))
+    sampler = _COMFY.get(f"{name} {schedule}") or _COMFY.get(name, "")
+    latent = _node(nodes, main.get("latent_image"))
+    size = _size(f"{latent.get('width', 0)}x{latent.get('height', 0)}")
+    tags = "".join(f" <lora:{stem}:{weight:g}>" for stem, weight in _loras(nodes, main))
+    seed = _value(nodes, main.get("seed", main.get("noise_seed")))
+    return Settings(
+        (_text(nodes, main.get("positive")) + tags).strip(),
+        _text(nodes, main.get("negative")), _whole(seed, 2**63 - 1),
+        _whole(_value(nodes, main.get("steps")), 1000, 1),
+        _number(_value(nodes, main.get("cfg"))), size, sampler, "" if sampler else name,
+        next((str(one) for node in nodes.values()
+              if isinstance(one := node["inputs"].get("ckpt_name"), str)), ""),
+        _whole(next((-one for node in nodes.values() if isinstance(
+            one := node["inputs"].get("stop_at_clip_layer"), int)), None), 12, 1))
+
+
+def _node(nodes: Mapping[str, Any], link: Any) -> dict[str, Any]:
+    """The inputs of the node that a link [id, output] names."""
+    match link:
+        case [key, *_] if str(key) in nodes:
+            found: dict[str, Any] = nodes[str(key)]["inputs"]
+            return found
+    return {}
+
+
+def _chain(nodes: Mapping[str, Any], link: Any, through: tuple[str, ...]
+           ) -> Iterator[dict[str, Any]]:
+    """Nodes one behind the other, by the first of the inputs `through` that is a link."""
+    for _ in range(len(nodes)):             # a graph may be a circle
+        inputs = _node(nodes, link)
+        if not inputs:
+            return
+        yield inputs
+        link = next((inputs[name] for name in through if isinstance(inputs.get(name), list)), None)
+
+
+def _text(nodes: Mapping[str, Any], link: Any) -> str:
+    for inputs in _chain(nodes, link, ("text", "conditioning", "conditioning_1", "string")):
+        for name in ("text", "string", "value"):
+            if isinstance(text := inputs.get(name), str):
+                return text
+    return ""
+
+
+def _value(nodes: Mapping[str, Any], value: Any) -> Any:
+    return _node(nodes, value).get("value") if isinstance(value, list) else value
+
+
+def _loras(nodes: Mapping[str, Any], main: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """(file name without suffix, weight) of the loaders before the sampler, the first first."""
+    found = []
+    for inputs in _chain(nodes, main.get("model"), ("model",)):
+        name, weight = inputs.get("lora_name"), _number(abs(w) if isinstance(
+            w := inputs.get("strength_model"), (int, float)) else None)
+        if isinstance(name, str) and weight is not None:
+            stem = re.sub(r"\.safetensors$", "", re.split(r"[\\/]", name)[-1])
+            found.append((stem.replace(":", "_"), math.copysign(weight, inputs["strength_model"])))
+    return found[::-1]

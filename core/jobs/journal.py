@@ -1,0 +1,127 @@
+"""A run's folder: runs/<id>/ with events.jsonl (append-only, the truth), config.yaml, log.txt.
+
+One process appends, any number read. A line counts once its line break is on disk, so that a
+reader never sees half an event and a writer killed in mid-line costs that one line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import threading
+import time
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from core.jobs.events import Checkpoint, Event, Faulted, JobEnded, from_line, to_line
+
+EVENTS = "events.jsonl"
+CONFIG = "config.yaml"
+LOG = "log.txt"
+
+Point = tuple[float, float]                       # step, value
+_SYNCED = (Checkpoint, Faulted, JobEnded)         # what must survive a power cut
+
+
+def new_run_id(name: str) -> str:
+    """'20260116-142530-123-my-style-x7k2': UTC, so that ids sort; plain ASCII in lower case, so
+    that every file system keeps it as it is."""
+    now = time.time()
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now)) + f"-{int(now * 1000) % 1000:03d}"
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", plain)[:32].strip("-") or "run"
+    return f"{stamp}-{slug}-{secrets.token_hex(2)}"
+
+
+class Journal:
+    """The writing end of a run's events. Safe to share between threads of the one writer."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(folder / EVENTS, "ab+", buffering=0)  # noqa: SIM115 - closed by close()
+        self._torn = _ends_torn(self._file.fileno())
+        self._lock = threading.Lock()
+
+    def append(self, event: Event) -> None:
+        with self._lock:
+            torn, self._torn = self._torn, True           # stays so if the disk is full
+            _write_line(self._file.fileno(), to_line(event), torn)
+            self._torn = False
+            if isinstance(event, _SYNCED):
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read(folder: Path) -> list[Event]:
+    return tail(folder, 0)[0]
+
+
+def tail(folder: Path, offset: int) -> tuple[list[Event], int]:
+    """Events since `offset`, and the offset for the next call."""
+    lines, offset = tail_lines(folder / EVENTS, offset)
+    return [event for line in lines if (event := from_line(line)) is not None], offset
+
+
+def append_line(path: Path, line: str) -> None:
+    """One line to a file that several processes may append to."""
+    with open(path, "ab+", buffering=0) as file:
+        _write_line(file.fileno(), line, _ends_torn(file.fileno()))
+
+
+def tail_lines(path: Path, offset: int) -> tuple[list[str], int]:
+    """Whole lines since `offset`; what follows the last line break waits for the next call."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read()
+    except OSError:                     # not there yet, or no file at all
+        return [], offset
+    whole = data[:data.rfind(b"\n") + 1]
+    return whole.decode("utf-8", "replace").split("\n")[:-1], offset + len(whole)
+
+
+def thinned(series: Sequence[Point], most: int = 400) -> tuple[Point, ...]:
+    """At most `most` points (4 or more) for a chart: the first, the last, and the lowest and
+    highest of equal stretches of steps, so that thinning again and again keeps the shape."""
+    if len(series) <= most:
+        return tuple(series)
+    start, end = series[0][0], series[-1][0]
+    stretches = max(1, (most - 2) // 2)
+    scale = stretches / (end - start) if end > start else 0.0
+    lowest: dict[int, int] = {}
+    highest: dict[int, int] = {}
+    for index, (step, value) in enumerate(series):
+        stretch = min(int((step - start) * scale), stretches - 1)
+        if value < series[lowest.setdefault(stretch, index)][1]:
+            lowest[stretch] = index
+        if value > series[highest.setdefault(stretch, index)][1]:
+            highest[stretch] = index
+    kept = {0, len(series) - 1, *lowest.values(), *highest.values()}
+    return tuple(series[index] for index in sorted(kept))
+
+
+def _ends_torn(handle: int) -> bool:
+    """True if a writer died in mid-line: the next line must not be glued onto its rest."""
+    size = os.lseek(handle, 0, os.SEEK_END)
+    if size == 0:
+        return False
+    os.lseek(handle, size - 1, os.SEEK_SET)
+    return os.read(handle, 1) != b"\n"
+
+
+def _write_line(handle: int, line: str, torn: bool) -> None:
+    # backslashreplace: a file name that is no valid text becomes a JSON escape and comes back
+    data = (b"\n" if torn else b"") + line.encode("utf-8", "backslashreplace") + b"\n"
+    while data:
+        data = data[os.write(handle, data):]

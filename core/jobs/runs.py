@@ -1,0 +1,373 @@
+"""A run as others see it: its folder, who runs it, and the JobView that its journal folds into.
+
+The folder is the only truth: a refreshed page, a second window, the command line and a restarted
+app all read the same picture from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from pydantic import TypeAdapter
+
+from core import i18n, paths
+from core.errors import Fault
+from core.jobs.control import Request
+from core.jobs.events import (
+    Captioned,
+    Checkpoint,
+    Event,
+    Faulted,
+    JobEnded,
+    JobStarted,
+    Note,
+    Phase,
+    Planned,
+    Sample,
+    Step,
+)
+from core.jobs.journal import CONFIG, LOG, Point, append_line, new_run_id, tail, thinned
+from core.serialization import from_json, json_object, read_flat_yaml
+
+RUN = "run.json"                          # name, job, created, ...: written once, never changed
+OWNER = "worker.json"                     # which process runs it
+REQUESTS = "requests.jsonl"               # stop, pause, ...: anyone appends, that process reads
+
+State = Literal["queued", "starting", "running", "paused", "stopping",
+                "done", "unproven", "stopped", "failed", "interrupted"]
+ENDED: frozenset[str] = frozenset({"done", "unproven", "stopped", "failed", "interrupted"})
+POINTS = 400                              # of a chart; thinned when twice as many have come
+NOTES = 200                               # newest kept
+MOODS: dict[str, State] = {"jobs.paused": "paused", "jobs.going": "running",
+                            "jobs.stopping": "stopping"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobView:
+    """A run as it stands: an immutable snapshot. `version` differs whenever anything does."""
+
+    id: str
+    folder: Path
+    job: str = "train"
+    name: str = ""
+    version: int = 0
+    state: State = "queued"
+    phase: str = ""
+    phase_done: int = 0
+    phase_total: int = 0                  # 0: unknown
+    step: int = 0
+    total: int = 0
+    epoch: float = 0.0
+    loss: float | None = None
+    lr: float = 0.0
+    steps_per_s: float = 0.0
+    eta_s: float = 0.0
+    memory_mb: float = 0.0
+    free_mb: float | None = None
+    temperature_c: float | None = None
+    plan: dict[str, Any] = field(default_factory=dict)     # what was planned, before the start
+    losses: tuple[Point, ...] = ()
+    validations: tuple[Point, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    checkpoints: tuple[Checkpoint, ...] = ()
+    captioned: int = 0
+    notes: tuple[Note, ...] = ()
+    fault: Faulted | None = None
+    result: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    output_dir: str = ""                  # absolute
+    cwd: str = ""                         # where relative paths of the config start
+    created: float = 0.0                  # Unix times, s; 0: not yet
+    started: float = 0.0
+    updated: float = 0.0                  # the last event's
+    ended: float = 0.0
+    pid: int = 0
+    exit_code: int | None = None          # of a worker that died; -N: signal N
+    resumed_from: str = ""                # id of the run that this one goes on from
+
+    @property
+    def over(self) -> bool:
+        return self.state in ENDED
+
+    @property
+    def beside(self) -> bool:
+        """Pictures on the CPU: they leave the card alone and run beside what holds it."""
+        return self.job == "generate" and self.config.get("device") == "cpu"
+
+
+def fold(view: JobView, event: Event) -> JobView:
+    """The view after one more event."""
+    if view.over:
+        return view
+    return replace(view, version=view.version + 1, updated=event.at, **_changes(view, event))
+
+
+def fold_all(view: JobView, events: Iterable[Event]) -> JobView:
+    """The same for many events; quicker, as of Steps in a row only the last makes a view."""
+    for steps, group in itertools.groupby(events, lambda event: isinstance(event, Step)):
+        batch = list(group)
+        if steps and not view.over:
+            view, batch = _with_points(view, batch[:-1]), batch[-1:]
+        view = reduce(fold, batch, view)
+    return view
+
+
+def _with_points(view: JobView, steps: Sequence[Event]) -> JobView:
+    losses, validations = view.losses, view.validations
+    for step in steps:
+        if isinstance(step, Step):
+            losses = _longer(losses, step.step, step.loss)
+            validations = _longer(validations, step.step, step.validation)
+    return replace(view, version=view.version + len(steps), losses=losses,
+                   validations=validations)
+
+
+def _changes(view: JobView, event: Event) -> dict[str, Any]:
+    working = {"state": "running"} if view.state in ("queued", "starting") else {}
+    match event:
+        case JobStarted():
+            return {"state": "starting" if view.state == "queued" else view.state,
+                    "job": event.job, "pid": event.pid, "started": event.at,
+                    "config": event.config, "output_dir": _output_dir(view.cwd, event.config)}
+        case Phase():
+            return working | {"phase": event.name, "phase_done": event.done,
+                              "phase_total": event.total,
+                              "eta_s": event.eta_s or view.eta_s}
+        case Planned():
+            return working | {"plan": event.plan}
+        case Step():
+            return working | _step(view, event)
+        case Sample():
+            return working | {"samples": (*view.samples, event)}
+        case Checkpoint():
+            return working | {"checkpoints": (*view.checkpoints, event)}
+        case Captioned():
+            return working | {"captioned": view.captioned + 1}
+        case Note():
+            mood = {"state": MOODS[event.key]} if event.key in MOODS else {}
+            return mood | {"notes": (*view.notes, event)[-NOTES:]}
+        case Faulted():
+            return {"fault": event}
+        case JobEnded():
+            return {"state": event.state if event.state in ENDED else "failed",
+                    "result": event.result, "ended": event.at}
+    return {}
+
+
+def _step(view: JobView, step: Step) -> dict[str, Any]:
+    return {"step": step.step, "total": step.total, "epoch": step.epoch, "loss": step.loss,
+            "lr": step.lr, "steps_per_s": step.steps_per_s, "eta_s": step.eta_s,
+            "memory_mb": step.memory_mb, "free_mb": step.free_mb,
+            "temperature_c": step.temperature_c,
+            "losses": _longer(view.losses, step.step, step.loss),
+            "validations": _longer(view.validations, step.step, step.validation)}
+
+
+def _longer(series: tuple[Point, ...], step: int, value: float | None) -> tuple[Point, ...]:
+    if value is None or not math.isfinite(value):
+        return series
+    longer = (*series, (step, value))
+    return longer if len(longer) <= 2 * POINTS else thinned(longer, POINTS)
+
+
+def _output_dir(cwd: str, config: dict[str, Any]) -> str:
+    folder = config.get("output_dir")
+    return str(Path(cwd, folder)) if folder and isinstance(folder, str) else ""
+
+
+# --- runs on disk ---
+
+def create_run(job: str, config: str, name: str, *, resumed_from: str = "", cwd: str = "",
+               queued: bool = True) -> Path:
+    """A new run's folder. Not queued: this process is about to run it itself (worker.run_job)."""
+    folder = paths.runs_dir() / new_run_id(name)
+    folder.mkdir(parents=True)
+    paths.write_atomic(folder / CONFIG, config)
+    if not queued:
+        claim(folder)
+    facts = {"job": job, "name": name, "created": time.time(), "resumed_from": resumed_from,
+             "cwd": cwd or os.getcwd()}
+    paths.write_atomic(folder / RUN, json.dumps(facts, ensure_ascii=False))   # now others see it
+    return folder
+
+
+def list_runs() -> list[JobView]:
+    """All runs, newest first."""
+    return newest_first(observe(Seen(blank(paths.runs_dir() / run_id))) for run_id in run_ids())
+
+
+def load_run(run_id: str) -> JobView:
+    known = run_ids()
+    if run_id not in known:
+        raise unknown(run_id, known)
+    return observe(Seen(blank(paths.runs_dir() / run_id)))
+
+
+def ask(run_id: str, request: Request) -> None:
+    """Asks a run that goes on anywhere, without a manager: for the command line."""
+    send(load_run(run_id), request)
+
+
+def send(view: JobView, request: Request) -> None:
+    if view.over or view.state == "queued":
+        raise Fault("jobs.not_running", id=view.id, state=view.state)
+    append_line(view.folder / REQUESTS, json.dumps({"ask": request, "at": time.time()}))
+
+
+def resume_of(folder: Path, own: bool | str) -> bool | str:
+    """What `resume` must be to go on with this run and no other of its name: the number of its
+    session; True where it told none. Where its `own` resume is one checkpoint's folder and it has
+    saved none since, that one."""
+    events = tail(folder, 0)[0]
+    if isinstance(own, str) and not own.isdigit() and not any(
+            isinstance(event, Checkpoint) for event in events):
+        return own
+    told = [event.params["session"] for event in events
+            if isinstance(event, Note) and "session" in event.params]
+    return str(told[-1]) if told else True
+
+
+def log_tail(run_id: str, lines: int = 200) -> str:
+    """The last lines of a run's log.txt, for "copy diagnostics"."""
+    with contextlib.suppress(FileNotFoundError), open(load_run(run_id).folder / LOG, "rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - 400 * lines))
+        return "\n".join(log.read().decode("utf-8", "replace").splitlines()[-lines:])
+    return ""
+
+
+def run_ids(known: Container[str] = ()) -> list[str]:
+    """The ids on disk, oldest first; folders in `known` are runs without another look."""
+    root = paths.runs_dir()
+    try:
+        names = os.listdir(root)
+    except FileNotFoundError:
+        return []
+    return sorted(name for name in names if name in known or (root / name / RUN).exists())
+
+
+def newest_first(views: Iterable[JobView]) -> list[JobView]:
+    return sorted(views, key=lambda view: (view.created, view.id), reverse=True)
+
+
+def unknown(run_id: str, known: Iterable[str]) -> Fault:
+    close = i18n.nearest(run_id, known)
+    return Fault("jobs.unknown" if close else "jobs.unknown_plain", id=run_id,
+                 nearest=", ".join(close))
+
+
+@dataclass(slots=True)
+class Seen:
+    """How far one reader has come with a run."""
+
+    folded: JobView                       # by its journal alone
+    offset: int = 0
+    child: subprocess.Popen[bytes] | None = None      # the worker, if this process started it
+
+
+def blank(folder: Path) -> JobView:
+    """The view before the first event."""
+    facts: dict[str, Any] = {key: value for key, value in json_object(folder / RUN).items()
+                             if isinstance(value, (int, float) if key == "created" else str)}
+    config: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, Fault):
+        config = read_flat_yaml((folder / CONFIG).read_text("utf-8"), CONFIG)[0]
+    cwd = facts.get("cwd", "")
+    return JobView(id=folder.name, folder=folder, job=facts.get("job", ""), cwd=cwd,
+                   name=facts.get("name", folder.name), created=facts.get("created", 0.0),
+                   resumed_from=facts.get("resumed_from", ""), config=config,
+                   output_dir=_output_dir(cwd, config))
+
+
+def observe(seen: Seen) -> JobView:
+    """Reads on in the journal. The process is looked at first, so that an end that comes in
+    between is not taken for a death."""
+    folder = seen.folded.folder
+    owner = owner_of(folder)
+    alive = seen.child.poll() is None if seen.child else process_of(owner) is not None
+    events, seen.offset = tail(folder, seen.offset)
+    view = seen.folded = fold_all(seen.folded, events)
+    if view.over or (owner is None and (view.state == "queued" or owner_of(folder))):
+        return view
+    if alive and owner:
+        return replace(view, state="starting", pid=owner.pid) if view.state == "queued" else view
+    if owner and seen.child and owner.exit_code is None:
+        owner = replace(owner, exit_code=seen.child.returncode)
+        with contextlib.suppress(OSError):
+            write_owner(folder, owner)    # for those who are not its parent
+    return replace(view, state="interrupted", exit_code=owner.exit_code if owner else None,
+                   ended=view.updated or view.created, fault=view.fault or _death(owner, view))
+
+
+def _death(owner: Owner | None, view: JobView) -> Faulted:
+    """Why a run broke off, as far as one can tell from outside."""
+    code = owner.exit_code if owner else None
+    if owner and owner.forced:
+        key, how = "jobs.forced", ""
+    elif code is None:
+        key, how = "jobs.lost", ""
+    elif code == -9:
+        key, how = "jobs.killed", "SIGKILL"
+    else:
+        key, how = "jobs.died", _signal_name(-code) if code < 0 else f"exit code {code}"
+    return Faulted(at=view.updated, code=key, params={"how": how, "log": str(view.folder / LOG)})
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+# --- which process runs it ---
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A pid alone could be a later process's; its creation time tells."""
+
+    pid: int
+    create_time: float                # Unix time, s
+    dedicated: bool = False           # a worker that lives for this run alone, and may be killed
+    exit_code: int | None = None      # known to the parent; -N: signal N
+    forced: bool = False              # it ignored a stop and was killed
+
+
+def claim(folder: Path, pid: int | None = None, dedicated: bool = False) -> None:
+    process = psutil.Process(pid)
+    write_owner(folder, Owner(process.pid, process.create_time(), dedicated))
+
+
+def write_owner(folder: Path, owner: Owner) -> None:
+    paths.write_atomic(folder / OWNER, json.dumps(asdict(owner)))
+
+
+def owner_of(folder: Path) -> Owner | None:
+    try:
+        return TypeAdapter(Owner).validate_python(from_json((folder / OWNER).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def process_of(owner: Owner | None) -> psutil.Process | None:
+    """The owner if it still runs; a zombie doesn't."""
+    if owner is None or owner.exit_code is not None:
+        return None
+    try:
+        process = psutil.Process(owner.pid)
+        same = abs(process.create_time() - owner.create_time) < 2      # s; clocks get corrected
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except (psutil.Error, ValueError, OverflowError):       # no number that a process can have
+        return None

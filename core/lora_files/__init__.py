@@ -1,0 +1,1 @@
+"""LoRA files of every format: read, told apart, written, merged, resized, extracted."""

@@ -1,0 +1,224 @@
+"""The layers of a LoRA, whatever file they come from: kinds, ranks, alpha, fused matrices.
+
+Tensors by LyCORIS' names: lora_down.weight, hada_w1_a ... Torch is imported where it is used.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from core.errors import Fault
+from core.families.layer_names import Naming, Part, from_native, to_native
+from core.families.layer_renames import Rename
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DOWN, UP, MID, ALPHA, DORA = ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha",
+                              "dora_scale")
+Layer = dict[str, "Tensor"]                # lora_down.weight, lora_up.weight, alpha, hada_w1_a ...
+
+
+@dataclass(slots=True)
+class Lora:
+    layers: dict[str, Layer]               # by module path: `unet.mid_block.attentions.0.proj_in`
+    naming: Naming
+    metadata: dict[str, str] = field(default_factory=dict)
+    bundled: dict[str, Tensor] = field(default_factory=dict)   # embeddings, as the file has them
+    unknown: tuple[str, ...] = ()          # keys that name no layer: told, not kept
+
+
+# --- one layer ---------------------------------------------------------------------------------
+
+def kind_of(layer: Mapping[str, Any]) -> str:
+    """lora | dora | loha | lokr | oft | full (whole differences of weights, biases, norms)."""
+    for beginning, kind in (("hada_", "loha"), ("lokr_", "lokr"), ("oft_", "oft")):
+        if any(end.startswith(beginning) for end in layer):
+            return kind
+    if DOWN in layer and UP in layer:
+        return "dora" if DORA in layer else "lora"
+    return "full" if {"diff", "diff_b", "w_norm", "b_norm"} & layer.keys() else "broken"
+
+
+def rank_of(layer: Mapping[str, Tensor]) -> int:
+    """Rows of the inner matrix; 0 where the layer has none."""
+    for end in (DOWN, "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
+        if end in layer and layer[end].ndim:
+            return int(layer[end].shape[0])
+    return 0
+
+
+def fits(layer: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors of a layer can belong together: files come from anywhere."""
+    kinds = {end[:5] for end in layer if end.startswith(("lora_", "hada_", "lokr_"))}
+    if len(kinds) > 1 or (ALPHA in layer and layer[ALPHA].numel() != 1) or (
+            DORA in layer and not layer[DORA].ndim):
+        return False
+    if not (DOWN in layer and UP in layer):
+        return True
+    down, up, rank = layer[DOWN], layer[UP], rank_of(layer)
+    if min(down.ndim, up.ndim) < 2 or not min(down.numel(), up.numel()) or (
+            up.flatten(1).shape[1] != rank):
+        return False
+    return MID not in layer or (layer[MID].ndim == 4 and layer[MID].shape[:2] == (rank, rank)
+                                and down[0, 0].numel() == 1)
+
+
+def alpha_of(layer: Mapping[str, Tensor]) -> float:
+    """No alpha, or 0: the rank, as kohya has it."""
+    return (float(layer[ALPHA]) if ALPHA in layer else 0.0) or float(rank_of(layer))
+
+
+def scale_of(layer: Mapping[str, Tensor]) -> float:
+    """alpha / rank: what the product is multiplied with."""
+    rank = rank_of(layer)
+    return alpha_of(layer) / rank if rank else 1.0
+
+
+def with_alpha(layer: Layer, alpha: float | None = None) -> Layer:
+    """With this alpha; None: its own, or its rank where it has none."""
+    if alpha is None and (ALPHA in layer or not rank_of(layer)):
+        return layer
+    import torch
+    return {**layer, ALPHA: torch.tensor(float(rank_of(layer) if alpha is None else alpha))}
+
+
+def folded(layer: Layer) -> Layer:
+    """The same product without alpha: it is multiplied into the second matrix, in float32, and
+    rounded to that matrix's type."""
+    scale, end = scale_of(layer), UP if UP in layer else "hada_w1_a"
+    rest = {key: value for key, value in layer.items() if key != ALPHA}
+    if scale == 1 or end not in layer:
+        return rest
+    return {**rest, end: (layer[end].float() * scale).to(layer[end].dtype)}
+
+
+def without_mid(layer: Layer) -> Layer:
+    """A Tucker-decomposed convolution as a plain one: down and mid are multiplied."""
+    if MID not in layer or DOWN not in layer:
+        return layer
+    import torch
+    down = torch.einsum("rjkl,ji->rikl", layer[MID].float(), layer[DOWN].float().flatten(1))
+    rest = {key: value for key, value in layer.items() if key != MID}
+    return {**rest, DOWN: down.to(layer[DOWN].dtype)}
+
+
+def refuse_broken(lora: Lora, kinds: Iterable[str], to: str) -> None:
+    """Raises Fault for the first kind of layers that `to` has no place for."""
+    found = defaultdict(list)
+    for path, layer in lora.layers.items():
+        found[kind_of(layer)].append(path)
+    if "broken" in found:
+        raise Fault("lora_file.lone_half", keys=", ".join(found["broken"][:3]),
+                    count=len(found["broken"]))
+    for kind in sorted(found.keys() - set(kinds)):
+        raise Fault("lora_convert.no_room", kind=kind, to=to, count=len(found[kind]),
+                    example=found[kind][0])
+
+
+# --- matrices that the original code fuses ------------------------------------------------------
+
+def split(part: Part, inner: str, layer: Layer) -> list[tuple[str, Layer]]:
+    """A layer of the original code -> those of diffusers. A fused one whose rows can't be told
+    apart stays whole, under its own name."""
+    names, rename = from_native(part, inner)
+    if rename is None or (len(names) == 1 and not rename.swapped):
+        return [(names[0], layer)]
+    ends = _rowed(layer, sum(rename.rows) * (2 if rename.swapped else 1))
+    if not ends:
+        return [(inner, layer)]
+    if rename.swapped:
+        return [(names[0], _swapped(layer, ends))]
+    import torch
+    pieces = {end: torch.split(layer[end], [len(layer[end]) // sum(rename.rows) * share
+                                            for share in rename.rows]) for end in ends}
+    return [(name, {**layer, **{end: pieces[end][i] for end in ends}})
+            for i, name in enumerate(names)]
+
+
+_ROWED = {"lora": (UP,), "dora": (UP,), "loha": ("hada_w1_a", "hada_w2_a"),
+          "lokr": ("lokr_w1", "lokr_w1_a"), "full": ("diff",)}
+
+
+def _rowed(layer: Layer, parts: int) -> list[str]:
+    """The tensors whose rows are the matrix's rows, in order; none: it can't be cut in so many
+    equal parts. A Kronecker product's rows are its first factor's, a Hadamard product's are
+    those of both its factors; lengths of columns belong to all rows at once."""
+    ends = [end for end in (*_ROWED.get(kind_of(layer), ()), DORA, "diff_b") if end in layer]
+    if "hada_t1" in layer or any(not layer[end].ndim or len(layer[end]) % parts for end in ends):
+        return []
+    return ends
+
+
+def _swapped(layer: Layer, ends: Iterable[str]) -> Layer:
+    return {**layer, **{end: layer[end].roll(len(layer[end]) // 2, 0) for end in ends}}
+
+
+def native(part: Part, layers: dict[str, Layer]) -> tuple[dict[str, Layer], dict[str, Layer]]:
+    """Layers by the original code's names, fused where it fuses them. And, by diffusers' names,
+    those that can't be rows of one matrix: factors of LoHa, LoKr and OFT, lengths of columns."""
+    named: dict[str, Layer] = {}
+    apart: dict[str, Layer] = {}
+    groups: dict[str, tuple[Rename, dict[int, str]]] = {}
+    for inner, layer in layers.items():
+        place = to_native(part, inner)
+        if place.fused and place.of is not None:
+            groups.setdefault(place.name, (place.of, {}))[1][place.number] = inner
+        else:
+            named[part.rooted(place.name)] = layer
+    for name, (rename, inners) in groups.items():
+        members = {number: layers[inner] for number, inner in inners.items()}
+        if rename.swapped and (ends := _rowed(members[0], 2)):
+            named[name] = _swapped(members[0], ends)
+        elif not rename.swapped and _joins(rename, members):
+            named[name] = _joined(rename, members, name)
+        else:
+            apart |= {inner: layers[inner] for inner in inners.values()}
+    return named, apart
+
+
+def _joins(rename: Rename, members: Mapping[int, Layer]) -> bool:
+    """Plain products; with lengths only where all rows have theirs."""
+    lengths = [DORA in layer for layer in members.values()]
+    return all(kind_of(layer) in ("lora", "dora") and MID not in layer
+               and (DORA not in layer or len(layer[DORA]) == len(layer[UP]))
+               for layer in members.values()) and (
+        not any(lengths) or (all(lengths) and len(lengths) == len(rename.ours)))
+
+
+def _joined(rename: Rename, members: Mapping[int, Layer], name: str) -> Layer:
+    """Layers that are rows of one matrix -> one layer with the same products, exactly: their
+    common down matrix where they have one, else their downs one below the other."""
+    import torch
+    _check_rows(rename, members, name)
+    magnitudes = [members[i][DORA] for i in sorted(members) if DORA in members[i]]
+    ordered = [members[i] for i in sorted(members)]
+    first = ordered[0]
+    scales = {scale_of(layer) for layer in ordered}
+    dora = {DORA: torch.cat(magnitudes)} if magnitudes else {}
+    if len(ordered) == len(rename.ours) and len(scales) == 1 and all(
+            torch.equal(layer[DOWN], first[DOWN]) for layer in ordered):
+        return {**first, UP: torch.cat([layer[UP] for layer in ordered]), **dora}
+    plain = ordered if len(scales) == 1 else [folded(layer) for layer in ordered]
+    unit = plain[0][UP].shape[0] // rename.rows[min(members)]
+    ranks = [rank_of(layer) for layer in plain]
+    up = first[UP].new_zeros(unit * sum(rename.rows), sum(ranks))
+    for column, i, layer in zip(_starts(ranks), sorted(members), plain, strict=True):
+        row = unit * sum(rename.rows[:i])
+        up[row:row + layer[UP].shape[0], column:column + rank_of(layer)] = layer[UP]
+    joined = {DOWN: torch.cat([layer[DOWN] for layer in plain]), UP: up, **dora}
+    return with_alpha(joined, sum(ranks) * (scales.pop() if len(scales) == 1 else 1.0))
+
+
+def _check_rows(rename: Rename, members: Mapping[int, Layer], name: str) -> None:
+    units = {(layer[UP].shape[0] / rename.rows[i], layer[UP].ndim, layer[DOWN].shape[1:])
+             for i, layer in members.items()}
+    if len(units) > 1 or any(layer[UP].ndim > 2 for layer in members.values()):
+        raise Fault("lora_convert.not_fusible", layer=name)
+
+
+def _starts(sizes: list[int]) -> list[int]:
+    return [sum(sizes[:i]) for i in range(len(sizes))]

@@ -1,0 +1,141 @@
+"""What a prompt's `<lora:name:0.8>` and `--lora name:0.8` mean: names, weights, files. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from core import i18n, paths
+from core.config import TrainConfig
+from core.errors import Fault
+from core.lora_files import files
+
+DEFAULT_WEIGHT = 0.8
+TAG = re.compile(r"<lora:\s*([^:<>\s][^:<>]*)((?::[^:<>]*)*)>")
+_NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)\s*")
+STATE = "state.safetensors"                 # of a checkpoint's folder: no LoRA
+WORDS = "_emb.safetensors"                  # new words beside a LoRA
+FOLDER = "adapter_config.json"              # of a LoRA that is a folder, as PEFT saves it
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    path: Path
+    weight: float
+    text: float | None = None               # weight in the text encoders; None: the same
+
+    @property
+    def tag(self) -> str:
+        """As A1111 writes it: the text encoders' weight stands before the denoiser's."""
+        two = "" if self.text is None else f"{self.text:g}:"
+        return f"<lora:{self.path.stem}:{two}{self.weight:g}>"
+
+
+class Tag(NamedTuple):
+    """A `<lora:...>` of a prompt."""
+
+    name: str
+    weight: float = DEFAULT_WEIGHT
+    text: float | None = None               # weight in the text encoders; None: the same
+    unread: str = ""                        # what of it means nothing here, such as lbw=MIDD
+
+
+def split_prompt(prompt: str) -> tuple[str, list[Tag]]:
+    """'a cat <lora:ink:0.5>' -> ('a cat', [Tag('ink', 0.5)]); the weight's default is 0.8."""
+    found = [_tag(m[1].strip(), m[2].split(":")[1:]) for m in TAG.finditer(prompt)]
+    return re.sub(r"\s{2,}", " ", TAG.sub("", prompt)).strip(), found
+
+
+def _tag(name: str, parts: Sequence[str]) -> Tag:
+    """By A1111's rules: one number is the weight of all, of two the first is the text encoders';
+    `te=` and `unet=` go before both."""
+    placed: list[float] = []
+    named: dict[str, float] = {}
+    unread = []
+    for part in parts:
+        key, equals, value = part.strip().rpartition("=")
+        if not _NUMBER.fullmatch(value) or (equals and key not in ("te", "unet")) or (
+                not equals and len(placed) == 2):
+            unread.append(part.strip())
+        elif equals:
+            named[key] = float(value)
+        else:
+            placed.append(float(value))
+    text = named.get("te", placed[0] if placed else DEFAULT_WEIGHT)
+    weight = named.get("unet", placed[1] if len(placed) == 2 else text)
+    return Tag(name, weight, None if text == weight else text, ", ".join(filter(None, unread)))
+
+
+def refuse_paths(tagged: Iterable[Tag]) -> None:
+    """Prompts are passed on: they name LoRAs, they don't reach for files. Raises Fault."""
+    for tag in tagged:
+        if not paths.is_file_name(tag.name):
+            raise Fault("generate.lora_path", name=tag.name)
+
+
+def prompts_of(config: TrainConfig) -> list[str]:
+    """The previews' prompts without `<lora:...>`: there the adapter in training is drawn alone."""
+    return [split_prompt(prompt)[0] for prompt in config.sample_prompts]
+
+
+def parse_lora(text: str, default: float = DEFAULT_WEIGHT) -> tuple[str, float]:
+    """'ink.safetensors:0.5' -> (name, weight). A colon of a Windows drive is no weight."""
+    name, colon, weight = text.rpartition(":")
+    try:
+        return (name, float(weight)) if colon and name else (text, default)
+    except ValueError:
+        return text, default
+
+
+def find_lora(name: str, weight: float) -> Lora:
+    """A path, or a name looked up in ./output and the finished runs' folders.
+
+    Raises Fault `generate.unknown_lora` with the nearest names.
+    """
+    with contextlib.suppress(OSError, ValueError, RuntimeError):        # no path of this system
+        direct = Path(name).expanduser()
+        for path in (direct, direct.with_name(f"{direct.name}.safetensors")):
+            if path.is_file() or (path / FOLDER).is_file():
+                return Lora(path.absolute(), weight)
+    known = files_by_name([Path("output"), *_run_folders()])
+    if name in known:
+        return Lora(known[name], weight)
+    raise unknown(name, known)
+
+
+def files_by_name(folders: Iterable[Path]) -> dict[str, Path]:
+    """File name without suffix -> path, all folders below included; of the same name the first."""
+    known: dict[str, Path] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("**/*.safetensors")) if folder.is_dir() else ():
+            if path.name != STATE and not path.name.endswith(WORDS):
+                known.setdefault(path.stem, path.absolute())
+    return known
+
+
+def unknown(name: str, known: Iterable[str]) -> Fault:
+    names = list(known)
+    close = i18n.nearest(name, names)
+    return Fault("generate.unknown_lora", name=" ".join(name.split()),
+                 nearest=", ".join(close) or ", ".join(names[:5]) or "-")
+
+
+def checked(path: Path, family: str) -> files.Info:
+    """What a LoRA file is, by its header alone. Raises Fault where it is none, or of another
+    family than the base; a family that the file doesn't tell passes."""
+    info = files.describe(path)
+    if info.format in files.NOT_LORA:
+        raise Fault("lora_file.not_a_lora", file=path, what=info.format)
+    if info.family not in ("unknown", family):
+        raise Fault("generate.other_family", file=path, family=info.family, base=family)
+    return info
+
+
+def _run_folders() -> list[Path]:
+    from core.jobs import runs
+    folders = [Path(view.output_dir) for view in runs.list_runs() if view.output_dir]
+    return list(dict.fromkeys(folders))

@@ -1,0 +1,406 @@
+"""What a LoRA file tells about itself: ss_* (kohya), sshs_* (hashes), modelspec.*, darkroom.*.
+
+All values are strings. Keys that would say something untrue of this trainer are left out.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core import __version__
+from core.config import TrainConfig, dump_yaml
+from core.serialization import json_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG_KEY = "darkroom.config"
+VERSION_KEY = "darkroom.version"
+BASE_KEY = "darkroom.base_fingerprint"      # of its denoiser: core/dataset/cache.py
+BASE_LORAS_KEY = "darkroom.base_loras"     # what belonged to the base, see core/adapters/base_loras.py
+TOOL = "lora-darkroom"
+MODELSPEC = "1.0.1"
+OLD_HASH_AT, OLD_HASH_BYTES = 0x100000, 0x10000    # what A1111 once took for a whole file
+
+V_VERSIONS = {"sd_v1": "sd_v1_v", "sd_v2": "sd_v2_v"}         # kohya's names of v-prediction bases
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}     # modelspec's; flow has none
+SCHEDULES_WITH_WARMUP = {"constant": "constant_with_warmup"}  # the others warm up by themselves
+
+# LyCORIS' names of the kinds that plain LoRA readers don't know.
+ALGORITHMS = {"dora": {"algo": "locon", "dora_wd": "True", "wd_on_output": "False"},
+              "loha": {"algo": "loha"}, "lokr": {"algo": "lokr"}, "oft": {"algo": "diag-oft"}}
+
+# Things that kohya's trainer can do and this one never does, in kohya's spelling.
+NEVER: dict[str, Any] = {
+    "ss_full_fp16": False, "ss_lowram": False, "ss_fp8_base": False, "ss_fp8_base_unet": False,
+    "ss_adaptive_noise_scale": None, "ss_ip_noise_gamma": None, "ss_scale_weight_norms": None,
+    "ss_noise_offset_random_strength": False, "ss_ip_noise_gamma_random_strength": False,
+    "ss_caption_dropout_every_n_epochs": 0, "ss_caption_tag_dropout_rate": 0.0,
+    "ss_face_crop_aug_range": None, "ss_color_aug": False, "ss_random_crop": False,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    width: int                             # px
+    height: int                            # px
+    pictures: int                          # repeats counted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folder:
+    repeats: int
+    pictures: int
+    tags: Mapping[str, int]                # tag -> captions that hold it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainFacts:
+    """All that a run knows about itself when it saves."""
+
+    config: TrainConfig
+    config_text: str = ""                  # YAML; empty: `config` as YAML
+    title: str = ""                        # empty: the output name
+    description: str = ""
+    author: str = ""                       # empty: not written
+    license: str = ""
+    thumbnail: bytes = b""                 # small JPEG, WebP or PNG
+
+    # the base
+    base_version: str                      # these three come from the family's spec
+    architecture: str
+    implementation: str
+    prediction_type: str                   # epsilon | v_prediction | flow, never auto
+    base_name: str                         # file or folder name, no path
+    base_sha256: str = ""                  # empty for a folder
+    base_short_hash: str = ""
+
+    # the pictures
+    folders: Mapping[str, Folder]          # folder name, no path
+    regular: Mapping[str, Folder] = field(default_factory=dict)     # regularisation pictures
+    buckets: tuple[Bucket, ...]
+    bucket_sides: tuple[int, int]          # px
+    aspect_error: float = 0.0              # mean |picture's aspect - bucket's|
+    resolution: tuple[int, int]            # px
+    validation_pictures: int = 0
+    cache_latents: bool = True
+
+    # the run
+    session_id: str                        # same for all files of a run
+    started_at: float                      # Unix time, s
+    finished_at: float
+    batches_per_epoch: int
+    planned_epochs: int
+    planned_steps: int
+    epoch: int
+    step: int
+    optimizer: str                         # class and arguments
+    mixed_precision: str = "no"            # no | fp16 | bf16
+    gradient_checkpointing: bool = False
+    text_encoder_lr: float = 0.0           # 0: not trained
+    clip_skip: int | None = None
+    max_token_length: int | None = None    # None: 75
+    extra: Mapping[str, str] = field(default_factory=dict)      # a family's own keys
+
+    @property
+    def pictures(self) -> int:
+        """Repeats counted, as kohya does."""
+        return sum(f.repeats * f.pictures for f in self.folders.values())
+
+
+def build_metadata(facts: TrainFacts) -> dict[str, str]:
+    """All metadata but the hashes, which `hashes` takes from the tensors."""
+    values = (NEVER | _run(facts) | _network(facts) | _loss(facts) | _data(facts) | _base(facts)
+              | _modelspec(facts) | _ours(facts) | dict(facts.extra))
+    return {key: _clean(str(value)) for key, value in values.items()}
+
+
+def _run(facts: TrainFacts) -> dict[str, Any]:
+    config = facts.config
+    schedule: str = config.lr_scheduler
+    if config.lr_warmup_steps:
+        schedule = SCHEDULES_WITH_WARMUP.get(schedule, schedule)
+    return {
+        "ss_session_id": facts.session_id,
+        "ss_training_started_at": facts.started_at,
+        "ss_training_finished_at": facts.finished_at,
+        "ss_output_name": config.name,
+        "ss_training_comment": facts.description or None,
+        "ss_learning_rate": config.learning_rate, "ss_unet_lr": config.learning_rate,
+        "ss_text_encoder_lr": facts.text_encoder_lr,
+        "ss_lr_scheduler": schedule,
+        "ss_lr_warmup_steps": config.lr_warmup_steps,
+        "ss_optimizer": facts.optimizer,
+        "ss_max_grad_norm": config.max_grad_norm,
+        "ss_num_epochs": facts.planned_epochs, "ss_max_train_steps": facts.planned_steps,
+        "ss_epoch": facts.epoch, "ss_steps": facts.step,
+        "ss_num_batches_per_epoch": facts.batches_per_epoch,
+        "ss_batch_size_per_device": config.batch_size,
+        "ss_gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "ss_total_batch_size": config.batch_size * config.gradient_accumulation_steps,
+        "ss_gradient_checkpointing": facts.gradient_checkpointing,
+        "ss_mixed_precision": facts.mixed_precision, "ss_seed": config.seed,
+    }
+
+
+def _network(facts: TrainFacts) -> dict[str, Any]:
+    """As the file is read: alpha / dim is the scale, PiSSA has twice the rank."""
+    config = facts.config
+    times = 2 if config.adapter == "pissa" else 1
+    root = config.lora_rank ** 0.5 if config.adapter == "rslora" else 1.0
+    algo = ALGORITHMS.get(config.adapter, {})
+    conv = {"conv_dim": str(config.conv_rank),
+            "conv_alpha": str(config.conv_alpha or config.conv_rank)} if config.conv_rank else {}
+    return {
+        "ss_network_module": "lycoris.kohya" if algo else "networks.lora",  # whoever wrote it
+        "ss_network_dim": config.lora_rank * times,
+        "ss_network_alpha": float(config.alpha * times * root),
+        "ss_network_dropout": config.lora_dropout or None,
+        "ss_network_args": json.dumps({"target_modules": config.target_modules} | conv | algo),
+    }
+
+
+def _loss(facts: TrainFacts) -> dict[str, Any]:
+    config, levels = facts.config, facts.config.multires_noise_iterations
+    return {
+        "ss_min_snr_gamma": config.min_snr_gamma or None,
+        "ss_noise_offset": config.noise_offset or None,
+        "ss_multires_noise_iterations": levels or None,
+        "ss_multires_noise_discount": config.multires_noise_discount if levels else None,
+        "ss_zero_terminal_snr": config.zero_terminal_snr,
+        "ss_debiased_estimation": config.debiased_estimation, "ss_loss_type": config.loss_type,
+        **({} if config.loss_type == "l2" else {
+            "ss_huber_schedule": config.huber_schedule, "ss_huber_c": config.huber_c}),
+        **({"ss_prior_loss_weight": config.prior_loss_weight} if facts.regular else {}),
+        "ss_validation_split": config.validation_split,
+        "ss_validate_every_n_steps": config.validation_steps or None,
+    }
+
+
+def _data(facts: TrainFacts) -> dict[str, Any]:
+    config, folders = facts.config, facts.folders
+    return {
+        "ss_num_train_images": facts.pictures,
+        "ss_num_reg_images": sum(f.pictures for f in facts.regular.values()),
+        "ss_reg_dataset_dirs": _dirs(facts.regular),
+        "ss_num_validation_images": facts.validation_pictures,
+        "ss_resolution": facts.resolution,             # "(512, 512)"
+        "ss_enable_bucket": True, "ss_bucket_no_upscale": config.bucket_no_upscale,
+        "ss_min_bucket_reso": facts.bucket_sides[0], "ss_max_bucket_reso": facts.bucket_sides[1],
+        "ss_bucket_info": json.dumps(_bucket_info(facts)),
+        "ss_dataset_dirs": _dirs(folders),
+        "ss_tag_frequency": json.dumps({name: dict(f.tags) for name, f in folders.items()}),
+        "ss_cache_latents": facts.cache_latents, "ss_flip_aug": config.flip,
+        "ss_shuffle_caption": config.shuffle_tags, "ss_keep_tokens": config.keep_tokens,
+        "ss_caption_dropout_rate": config.caption_dropout,
+        "ss_clip_skip": facts.clip_skip, "ss_max_token_length": facts.max_token_length,
+    }
+
+
+def _dirs(folders: Mapping[str, Folder]) -> str:
+    return json.dumps({name: {"n_repeats": f.repeats, "img_count": f.pictures}
+                       for name, f in folders.items()})
+
+
+def _bucket_info(facts: TrainFacts) -> dict[str, Any]:
+    return {"buckets": {str(number): {"resolution": [b.width, b.height], "count": b.pictures}
+                        for number, b in enumerate(facts.buckets)},
+            "mean_img_ar_error": facts.aspect_error}
+
+
+def _base(facts: TrainFacts) -> dict[str, Any]:
+    version = facts.base_version
+    if facts.prediction_type == "v_prediction":
+        version = V_VERSIONS.get(version, version)
+    hashed = {"ss_sd_model_hash": facts.base_short_hash,
+              "ss_new_sd_model_hash": facts.base_sha256}
+    return {"ss_sd_model_name": facts.base_name, "ss_base_model_version": version,
+            "ss_v2": version.startswith("sd_v2")} | {k: v for k, v in hashed.items() if v}
+
+
+def _modelspec(facts: TrainFacts) -> dict[str, Any]:
+    config = facts.config
+    finished = datetime.fromtimestamp(int(facts.finished_at), UTC)
+    values = {
+        "sai_model_spec": MODELSPEC,
+        "architecture": f"{facts.architecture}/lora",
+        "implementation": facts.implementation,
+        "title": facts.title or config.name,
+        "resolution": "{}x{}".format(*facts.resolution),
+        "description": facts.description,
+        "author": facts.author,
+        "license": facts.license,
+        "date": finished.isoformat(),
+        "implementation_version": f"{TOOL}/{__version__}",
+        "trigger_phrase": config.trigger_word,
+        "prediction_type": PREDICTIONS.get(facts.prediction_type, ""),
+        "encoder_layer": str(facts.clip_skip or ""),
+        "thumbnail": _data_url(facts.thumbnail),
+    }
+    return {f"modelspec.{key}": value for key, value in values.items() if value}
+
+
+def _ours(facts: TrainFacts) -> dict[str, Any]:
+    return {VERSION_KEY: __version__, CONFIG_KEY: facts.config_text or dump_yaml(facts.config)}
+
+
+def _data_url(picture: bytes) -> str:
+    if not picture:
+        return ""
+    starts = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"RI": "webp"}
+    kind = starts[picture[:2]]             # KeyError: no picture that browsers show
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode('ascii')}"
+
+
+def _clean(text: str) -> str:
+    """Bytes of a file name that are no text come as lone surrogates, which no file can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """As sd-scripts: over the file as it would be with the ss_ metadata alone."""
+    from safetensors.torch import save
+    content = memoryview(save(dict(tensors),
+                              {k: v for k, v in metadata.items() if k.startswith("ss_")}))
+    start = 8 + int.from_bytes(content[:8], "little")
+    digest = hashlib.sha256(content[start:]).hexdigest()
+    return {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}",
+            "sshs_legacy_hash": _old_hash(content[OLD_HASH_AT:OLD_HASH_AT + OLD_HASH_BYTES])}
+
+
+def short_hash(path: Path) -> str:
+    """The eight digits that A1111 showed before it took SHA-256."""
+    with open(path, "rb") as file:
+        file.seek(OLD_HASH_AT)
+        return _old_hash(file.read(OLD_HASH_BYTES))
+
+
+def _old_hash(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()[:8]
+
+
+# Beginnings of ss_base_model_version and modelspec.architecture.
+FAMILIES = {"sd_v1": "sd15", "sd_v2": "sd2", "sdxl": "sdxl", "sd3": "sd3", "flux1": "flux",
+            "stable-diffusion-v1": "sd15", "stable-diffusion-v2": "sd2",
+            "stable-diffusion-xl": "sdxl", "stable-diffusion-3": "sd3", "flux-1": "flux",
+            "qwen_image": "qwen", "qwen-image": "qwen", "flux2": "flux2", "flux-2": "flux2",
+            "krea2": "krea2", "krea-2": "krea2",
+            "chroma": "chroma", "zimage": "zimage", "z-image": "zimage", "lumina": "lumina2",
+            "sana": "sana"}
+TOP_TAGS = 10
+MAX_TRIGGERS = 3                           # tags that all captions share and that may be triggers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What anyone's LoRA metadata tells; empty where it says nothing."""
+
+    title: str = ""
+    description: str = ""
+    trigger_words: tuple[str, ...] = ()
+    tags: tuple[tuple[str, int], ...] = ()     # the most frequent ones
+    family: str = ""
+    base_model: str = ""
+    base_loras: tuple[str, ...] = ()       # that the base had on it, "name:weight:hash"
+    resolution: str = ""                   # 512x768
+    pictures: int | None = None            # repeats counted
+    steps: int | None = None
+    epochs: int | None = None              # done
+    learning_rate: float | None = None
+    made_by: str = ""
+    date: str = ""
+    has_config: bool = False               # a run can be repeated from it
+
+
+def facts_of(metadata: Mapping[str, str]) -> Facts:
+    """Never fails: what can't be read counts as absent."""
+    tags = _tags(metadata)
+    return Facts(
+        title=_said(metadata, "modelspec.title", "ss_output_name"),
+        description=_said(metadata, "modelspec.description", "ss_training_comment"),
+        trigger_words=_triggers(metadata, tags), tags=tuple(tags.most_common(TOP_TAGS)),
+        family=_family(metadata), base_model=_said(metadata, "ss_sd_model_name"),
+        base_loras=tuple(one for one in json_of(metadata.get(BASE_LORAS_KEY, ""), list)
+                         if isinstance(one, str)),
+        resolution=_resolution(metadata), pictures=_whole(metadata, "ss_num_train_images"),
+        steps=_whole(metadata, "ss_steps"), epochs=_whole(metadata, "ss_epoch"),
+        learning_rate=_number(metadata, "ss_learning_rate"), made_by=_maker(metadata),
+        date=_said(metadata, "modelspec.date"), has_config=CONFIG_KEY in metadata)
+
+
+def noted(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """PEFT's config by part, as diffusers notes it beside PEFT weights."""
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in json_of(metadata.get("lora_adapter_metadata", ""), dict).items():
+        if "." in key:
+            configs.setdefault(key.split(".")[0], {})[key.partition(".")[2]] = value
+    return configs
+
+
+def _said(metadata: Mapping[str, str], *keys: str) -> str:
+    return next((metadata[k] for k in keys if metadata.get(k, "None") not in ("", "None")), "")
+
+
+def _number(metadata: Mapping[str, str], key: str) -> float | None:
+    try:
+        number = float(metadata.get(key, ""))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _whole(metadata: Mapping[str, str], key: str) -> int | None:
+    number = _number(metadata, key)
+    return None if number is None else int(number)
+
+
+def _tags(metadata: Mapping[str, str]) -> Counter[str]:
+    tags: Counter[str] = Counter()
+    for folder in json_of(metadata.get("ss_tag_frequency", ""), dict).values():
+        if isinstance(folder, dict):
+            tags.update({_clean(tag.strip()): count for tag, count in folder.items()
+                         if type(count) is int})
+    return tags
+
+
+def _triggers(metadata: Mapping[str, str], tags: Counter[str]) -> tuple[str, ...]:
+    """The phrase that the file names; else the tags that stand in every caption."""
+    if phrase := _said(metadata, "modelspec.trigger_phrase"):
+        return tuple(word.strip() for word in phrase.split(",") if word.strip())
+    folders = json_of(metadata.get("ss_dataset_dirs", ""), dict).values()
+    counts = [one.get("img_count") for one in folders if isinstance(one, dict)]
+    captions = sum(count for count in counts if type(count) is int)
+    shared = [tag for tag, count in tags.items() if 1 < captions <= count]
+    return tuple(shared) if len(shared) <= MAX_TRIGGERS else ()
+
+
+def _family(metadata: Mapping[str, str]) -> str:
+    for key in ("ss_base_model_version", "modelspec.architecture"):
+        for beginning, family in FAMILIES.items():
+            if metadata.get(key, "").startswith(beginning):
+                return family
+    return ""
+
+
+def _resolution(metadata: Mapping[str, str]) -> str:
+    """512x768, from modelspec's form or kohya's "(512, 768)"."""
+    said = _said(metadata, "modelspec.resolution", "ss_resolution")
+    found = re.search(r"(\d{1,5})\D+(\d{1,5})", said)
+    return f"{found[1]}x{found[2]}" if found else ""
+
+
+def _maker(metadata: Mapping[str, str]) -> str:
+    if VERSION_KEY in metadata:
+        return f"{TOOL}/{metadata[VERSION_KEY]}"
+    old = "sd-scripts" if "ss_sd_scripts_commit_hash" in metadata else ""
+    return _said(metadata, "modelspec.implementation_version") or old

@@ -1,0 +1,369 @@
+"""What to train with: card, base, pictures and purpose -> values that fit, each with its reason.
+
+Pure functions: the memory side asks `planner` (core.memory.plan), the rest is in the tables below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import ceil, sqrt
+from typing import Any
+
+from core import i18n
+from core.config import TrainConfig, size_of
+from core.errors import Fault
+from core.memory import plan, relief
+from core.memory.plan import Base, Data, Machine, Plan
+from core.memory.relief import Planner
+
+
+@dataclass(frozen=True, slots=True)
+class Purpose:
+    few_rank: int                       # with fewer than FEW pictures
+    rank: int
+    effective: int                      # pictures an update
+    looks: int                          # times that each picture is seen
+    dropout: float                      # share of pictures without their caption
+
+
+PURPOSES: Mapping[str, Purpose] = {
+    #                    few  rank  effective  looks  dropout
+    "style":     Purpose(8,   8,    8,         100,   0.10),
+    "character": Purpose(16,  16,   4,         100,   0.05),
+    "object":    Purpose(8,   16,   4,         80,    0.05),
+    "concept":   Purpose(16,  32,   8,         120,   0.10)}
+
+FEW = 15                                # pictures: a larger rank would learn them by heart
+PICTURES = 20                           # where no folder is named
+LEAST_SAMPLES, MOST_SAMPLES = 1200, 16_000          # pictures seen in a run
+FEW_SHARE, MANY_TIMES = 0.5, 2.0        # of what the calmest and the keenest purpose want: told
+LOW_RANK_LOOKS = 1.5                    # times as many where memory forced the rank down
+SMALL_BASE = 100e6                      # parameters
+RATE, SMALL_BASE_RATE = 1e-4, 5e-4      # at one picture an update and alpha = rank
+MOST_RATE = 10                          # times that
+WARMUP, MOST_WARMUP = 0.05, 100         # of the updates
+SAVES = 4                               # checkpoints in a run
+MIN_SNR = 5.0                           # Hang et al. 2023, arXiv 2303.09556
+CACHED_AT_ONCE = 4                      # pictures
+DESKTOP_MB = 700.0                      # what a screen and a browser hold of a card
+CARDS_GB = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 48, 80)
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    key: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    def text(self, lang: str | None = None) -> str:
+        return i18n.say(self.key, self.params, lang)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the advisor must know of a base."""
+
+    native: int                         # px a side
+    step: int                           # px; sides of buckets are multiples of it
+    parameters: int                     # of the denoiser
+    weights_mb: float = 0.0
+    flow: bool = False                  # min-SNR means nothing there
+    family: str = ""
+
+    @staticmethod
+    def of(base: Base, machine: Machine) -> Shape:
+        numbers = plan.numbers_for("auto", machine.kind, machine.capability, base.family)
+        facts = plan.ask("base", base, numbers)
+        return Shape(int(facts["native"]), int(facts["step"]),
+                     int(facts["denoiser_parameters"]), facts["denoiser"] / plan.MB,
+                     bool(facts["flow"]), base.family)
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """`values` are config keys. Where `fits` is False, nothing worth training fits: `values` and
+    `plan` are the nearest thing, and `needs_mb` is the least at half the native area or more."""
+
+    fits: bool
+    purpose: str
+    values: Mapping[str, Any]
+    plan: Plan
+    reasons: Mapping[str, Reason]       # by config key
+    notes: tuple[Reason, ...]
+    needs_mb: float
+    room_mb: float                      # what a run may count on
+    score: tuple[int, ...]              # larger: nearer to what one would train with everywhere
+
+    def config(self, **more: Any) -> TrainConfig:
+        return TrainConfig.model_validate({**self.values, **more})
+
+
+def suggest(machine: Machine, base: Base, data: Data | None = None, purpose: str = "style",
+            planner: Planner | None = None, shape: Shape | None = None) -> Suggestion:
+    """`data` None: no folder yet, steps instead of epochs. Raises Fault for an unknown purpose
+    and where the base can't be used."""
+    if purpose not in PURPOSES:
+        raise Fault("advisor.unknown_purpose", purpose=purpose, known=", ".join(PURPOSES))
+    shape = shape or Shape.of(base, machine)
+    planner = planner or planner_of(base, machine, data)
+    can = relief.rungs(machine, shape.weights_mb, shape.family)
+    wish = _wish(PURPOSES[purpose], data, shape, machine)
+    make = partial(relief.dials, wish, can, shape.native, shape.step)
+    found = relief.search(wish, make(), planner)
+    poor = None if found else relief.search(wish, make(sides=relief.POOR_SIDES), planner)
+    least = found or relief.smallest(wish, make(), planner)
+    return _told(purpose, found is not None, poor or least, least.plan.needs_mb, data, shape,
+                 wish)
+
+
+def planner_of(base: Base, machine: Machine, data: Data | None = None) -> Planner:
+    """`data`'s bucket holds for the resolution that it was found at; elsewhere the largest
+    possible one is planned."""
+    facts = data or Data()
+
+    def planned(config: TrainConfig) -> Plan:
+        bucket, area = facts.bucket, size_of(config.max_resolution)
+        if bucket and area and bucket[0] * bucket[1] > area[0] * area[1]:
+            return plan.plan_run(config, base, machine, replace(facts, bucket=None))
+        return plan.plan_run(config, base, machine, facts)
+    return planned
+
+
+def nearest_fit(config: TrainConfig, base: Base, machine: Machine, data: Data | None = None,
+                planner: Planner | None = None) -> tuple[dict[str, Any], Plan] | None:
+    """The gentlest changes that make a config fit with its margin; ({}, plan) where it does,
+    None where nothing helps (half the resolution included)."""
+    planner = planner or planner_of(base, machine, data)
+    shape = Shape.of(base, machine)
+    can = relief.rungs(machine, shape.weights_mb, shape.family)
+    for sides in (relief.HONEST_SIDES, relief.POOR_SIDES):
+        dials = relief.dials(config, can, shape.native, shape.step, sides)
+        if found := relief.search(config, dials, planner):
+            before, after = config.model_dump(), found.config.model_dump()
+            return {k: v for k, v in after.items() if v != before[k]}, found.plan
+    return None
+
+
+# --- what one would train with, if memory were no matter ---
+
+def _wish(purpose: Purpose, data: Data | None, shape: Shape, machine: Machine) -> TrainConfig:
+    pictures = data.pictures if data else PICTURES
+    rank = purpose.few_rank if pictures < FEW else purpose.rank
+    numbers = plan.numbers_for("auto", machine.kind, machine.capability, shape.family)["compute"]
+    slow_half = numbers == "fp16" and (0, 0) < machine.capability < (7, 0)
+    return TrainConfig.model_validate({
+        "max_resolution": f"{shape.native},{shape.native}",
+        "batch_size": effective_batch(purpose, pictures), "lora_rank": rank, "lora_alpha": rank,
+        "target_modules": "attention+ff" if shape.parameters >= SMALL_BASE else "all-linear",
+        "precision": "fp32" if slow_half else numbers, "cache_batch_size": CACHED_AT_ONCE})
+
+
+def effective_batch(purpose: Purpose, pictures: int) -> int:
+    """Pictures an update: a power of two, and at least two updates a round."""
+    most = purpose.effective
+    while most > 1 and most * 2 > pictures:
+        most //= 2
+    return most
+
+
+def learning_rate(effective: int, rank: int, alpha: float, parameters: int) -> float:
+    """Adam's rate grows with the root of the batch (Malladi et al. 2022, arXiv 2205.10287); the
+    adapter's scale alpha / rank multiplies every update, and is taken out; a small base, whose
+    weights are larger, takes a larger rate. Two significant digits."""
+    usual = RATE if parameters >= SMALL_BASE else SMALL_BASE_RATE
+    return float(f"{min(usual * sqrt(effective) * rank / alpha, usual * MOST_RATE):.2g}")
+
+
+def samples(purpose: Purpose, pictures: int, low_rank: bool) -> int:
+    """Pictures seen in a run: by their number, within what is too little or only costs time."""
+    wanted = purpose.looks * pictures * (LOW_RANK_LOOKS if low_rank else 1)
+    return round(min(max(wanted, LEAST_SAMPLES), MOST_SAMPLES))
+
+
+def length(config: TrainConfig, repeats: Sequence[int]) -> Reason | None:
+    """What to say of a run that looks at its pictures far less or far more often than any purpose
+    wants, with the number that suits a style; None where it is about right. `repeats`: of each
+    picture. A run that goes on from another LoRA may be as short as it likes."""
+    effective = config.batch_size * config.gradient_accumulation_steps
+    own = effective * (1 - config.reg_share if config.regularised else 1)
+    planned = config.max_train_steps * own or config.epochs * sum(repeats)
+    wanted = {name: samples(one, len(repeats), False) for name, one in PURPOSES.items()}
+    few, many = FEW_SHARE * min(wanted.values()), MANY_TIMES * max(wanted.values())
+    if not repeats or few <= planned <= many or (planned < few and config.init_lora_weights):
+        return None
+    advised = wanted["style"]
+    key, value = (("max_train_steps", ceil(advised / own)) if config.max_train_steps
+                  else ("epochs", max(1, round(advised / sum(repeats)))))
+    return Reason("advisor.too_few" if planned < few else "advisor.too_many", {
+        "looks": f"{planned / len(repeats):.3g}", "pictures": len(repeats), "key": key,
+        "usual": round(advised / len(repeats)), "value": value})
+
+
+def _course(purpose: Purpose, config: TrainConfig, data: Data | None, low_rank: bool,
+            shape: Shape) -> dict[str, Any]:
+    """Length, rate and what goes with them."""
+    pictures = data.pictures if data else PICTURES
+    effective = config.batch_size * config.gradient_accumulation_steps
+    total = samples(purpose, pictures, low_rank)
+    epochs = ceil(total / pictures)
+    updates = epochs * ceil(pictures / effective) if data else ceil(total / effective)
+    return {**({"epochs": epochs} if data else {"max_train_steps": updates}),
+            "learning_rate": learning_rate(effective, config.lora_rank, config.alpha,
+                                           shape.parameters),
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": min(MOST_WARMUP, round(updates * WARMUP)),
+            "caption_dropout": purpose.dropout,
+            **({} if shape.flow else {"min_snr_gamma": MIN_SNR}),
+            "save_steps": max(1, updates // SAVES)}
+
+
+# --- the answer with its reasons ---
+
+def _told(name: str, fits: bool, found: relief.Found, needs_mb: float, data: Data | None,
+          shape: Shape, wish: TrainConfig) -> Suggestion:
+    purpose, low = PURPOSES[name], found.chosen["rank"] > 0
+    memory = {key: getattr(found.config, key) for key in _MEMORY}
+    course = _course(purpose, found.config, data, low, shape)
+    config = found.config.with_changes(**course)
+    reasons = {key: Reason(f"advisor.{what}", params)
+               for key, (what, params) in {**_memory_reasons(name, config, found, wish, shape),
+                                           **_course_reasons(config, course, data, low)}.items()}
+    score = (int(fits), int(relief.fits(found.plan)),
+             *(-option for option in reversed(list(found.chosen.values()))))
+    return Suggestion(fits, name, memory | course, found.plan, reasons,
+                      tuple(_notes(fits, found.plan, needs_mb, config, shape)), needs_mb,
+                      relief.room(found.plan.machine), score)
+
+
+_MEMORY = ("max_resolution", "batch_size", "gradient_accumulation_steps", "lora_rank",
+           "lora_alpha", "target_modules", "precision", "base_precision",
+           "gradient_checkpointing", "offload", "optimizer", "cache_batch_size")
+Told = dict[str, tuple[str, Mapping[str, Any]]]
+
+
+def _memory_reasons(purpose: str, config: TrainConfig, found: relief.Found, wish: TrainConfig,
+                    shape: Shape) -> Told:
+    took = found.without
+    def why(dial: str) -> dict[str, str]:
+        """What shows that a sacrifice is needed."""
+        lack = took[dial].needs_mb if dial in took else found.plan.needs_mb
+        return {"without": gigabytes(lack), "room": gigabytes(_limit(found.plan.machine))}
+    effective = config.batch_size * config.gradient_accumulation_steps
+    split = {"batch": config.batch_size, "times": config.gradient_accumulation_steps,
+             "effective": effective, **why("batch")}
+    side = relief.side_of(config, shape.native)
+    share = 100 * found.plan.parameters / max(1, found.plan.base_parameters)
+    resolution = ("lower" if 2 * side * side >= shape.native ** 2 else "poor") if (
+        side < shape.native) else "native"
+    return {
+        "max_resolution": (f"resolution_{resolution}",
+                           {"side": side, "native": shape.native, **why("resolution")}),
+        "batch_size": ("batch_whole" if config.batch_size == effective else "batch_part", split),
+        "gradient_accumulation_steps": (
+            "accumulation_none" if config.batch_size == effective else "accumulation", split),
+        "lora_rank": ("rank_lowered" if "rank" in took or config.lora_rank < wish.lora_rank
+                      else f"rank_{purpose}",
+                      {"rank": config.lora_rank, "usual": wish.lora_rank, **why("rank")}),
+        "lora_alpha": ("alpha", {}),
+        "target_modules": ("targets" if shape.parameters >= SMALL_BASE else "targets_small",
+                           {"count": f"{found.plan.parameters / 1e6:.1f}",
+                            "share": f"{share:.2g}"}),
+        "precision": (f"precision_{'lowered' if 'precision' in took else config.precision}",
+                      {"precision": config.precision, **why("precision")}),
+        "base_precision": (f"base_{config.base_precision}", why("base")),
+        "gradient_checkpointing": (
+            f"checkpointing_{'on' if config.gradient_checkpointing else 'off'}",
+            why("checkpointing")),
+        "offload": ("offload" if config.offload else "offload_none",
+                    {"share": f"{config.offload:.0%}", **why("offload")}),
+        "optimizer": (f"optimizer_{config.optimizer}", why("optimizer")),
+        "cache_batch_size": ("cache_batch", {"count": config.cache_batch_size})}
+
+
+def _course_reasons(config: TrainConfig, course: Mapping[str, Any], data: Data | None,
+                    low_rank: bool) -> Told:
+    pictures = data.pictures if data else PICTURES
+    effective = config.batch_size * config.gradient_accumulation_steps
+    updates = config.max_train_steps or config.epochs * ceil(pictures / effective)
+    length = {"epochs": config.epochs, "pictures": pictures, "updates": updates,
+              "effective": effective,
+              "looks": config.epochs if data else round(updates * effective / pictures)}
+    end = "_low_rank" if low_rank else ""
+    return {
+        "epochs" if data else "max_train_steps": (
+            f"epochs{end}" if data else f"steps{end}", length),
+        "learning_rate": ("rate", {"rate": f"{config.learning_rate:g}", "effective": effective}),
+        "lr_scheduler": ("scheduler", {}),
+        "lr_warmup_steps": ("warmup", {"steps": config.lr_warmup_steps}),
+        "caption_dropout": ("dropout", {"share": f"{config.caption_dropout:.0%}"}),
+        **({"min_snr_gamma": ("min_snr", {"gamma": f"{config.min_snr_gamma:g}"})}
+           if "min_snr_gamma" in course else {}),
+        "save_steps": ("saves", {"steps": course["save_steps"], "count": SAVES})}
+
+
+def _notes(fits: bool, found: Plan, needs_mb: float, config: TrainConfig, shape: Shape
+           ) -> list[Reason]:
+    """What concerns no single value."""
+    machine = found.machine
+    told = [] if fits else _does_not_fit(found, needs_mb, config, shape)
+    encoders = sum(found.phase("texts").parts.values()) if found.phases else 0.0
+    told.append(Reason("advisor.cached_texts", {"saved": gigabytes(encoders)}))
+    if machine.total_mb > machine.free_mb:
+        told.append(Reason("advisor.not_ours", {
+            "total": gigabytes(machine.total_mb), "room": gigabytes(relief.room(machine)),
+            "held": gigabytes(machine.total_mb - machine.free_mb)}))
+    if lacks := lacking(found):
+        told += [Reason(f"advisor.{what}_short", params) for what, params in lacks.items()]
+    return told
+
+
+def _does_not_fit(found: Plan, needs_mb: float, config: TrainConfig, shape: Shape
+                  ) -> list[Reason]:
+    told = [Reason("advisor.does_not_fit", {
+        "needs": gigabytes(needs_mb), "room": gigabytes(_limit(found.machine))})]
+    if relief.fits(found):
+        told.append(Reason("advisor.would_fit_at", {
+            "side": relief.side_of(config, shape.native), "native": shape.native}))
+    card = card_for(needs_mb)
+    if card and found.machine.kind == "cuda":
+        told.append(Reason("advisor.card_needed", {"gb": card}))
+    return told
+
+
+def lacking(found: Plan) -> dict[str, dict[str, str]]:
+    """RAM and disk that the plan needs beyond what is free, where that is known; by name."""
+    wanted = {"ram": (sum(found.ram.values()), found.machine.ram_mb),
+              "disk": (sum(found.disk.values()), found.machine.disk_mb)}
+    return {what: {"needs": gigabytes(needs), "free": gigabytes(free)}
+            for what, (needs, free) in wanted.items()
+            if 0 < free < needs and not (what == "ram" and found.machine.kind == "cpu")}
+
+
+def card_for(needs_mb: float) -> int | None:
+    """The smallest usual card, in GB, that holds this with its margin beside a desktop."""
+    return next((gb for gb in CARDS_GB if needs_mb <= _limit(card_of(gb))), None)
+
+
+def card_of(vram_gb: float, capability: tuple[int, int] = (8, 6)) -> Machine:
+    """A card of this size that also draws a desktop; what is around it is unknown."""
+    total = vram_gb * 1024
+    return Machine("cuda", f"{vram_gb:g} GB", total, max(0.0, total - DESKTOP_MB), capability)
+
+
+def _limit(machine: Machine) -> float:
+    return relief.room(machine) * (1 - plan.MARGIN)
+
+
+def gigabytes(mb: float) -> str:
+    return f"{mb / 1024:.1f} GB" if mb >= 1000 else f"{mb:.0f} MB"
+
+
+def as_dict(found: Suggestion) -> dict[str, Any]:
+    """For --json."""
+    return {"fits": found.fits, "verdict": relief.verdict(found.plan), "purpose": found.purpose,
+            "values": dict(found.values), "needs_mb": round(found.needs_mb, 1),
+            "room_mb": round(found.room_mb, 1),
+            "reasons": {key: reason.text() for key, reason in found.reasons.items()},
+            "notes": [note.text() for note in found.notes], "plan": plan.as_dict(found.plan)}
+

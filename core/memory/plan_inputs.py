@@ -1,0 +1,214 @@
+"""What a plan is asked about: this machine, a base by its name, the pictures by their headers.
+
+Cheap facts only, no torch: 10,000 pictures are weighed in seconds, none is decoded.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import factorial
+from pathlib import Path
+
+from PIL import Image
+
+from core import families, i18n, paths, threads
+from core.config import TrainConfig
+from core.dataset import captions, curation, image_folder
+from core.dataset.buckets import Rule, Size
+from core.dataset.crops import TOKENIZER, TokenCounter
+from core.dataset.images import FORMATS, MAX_MEGAPIXELS, Look, prepare
+from core.errors import Fault
+from core.lora_files.library import prompts_of
+from core.memory import plan
+from core.memory.plan import Base, Data, Machine, Plan
+from core.system import gpu, machine
+
+MOST_SHUFFLES = 8               # caption variants that training keeps of a picture
+_ORIENTATION = 0x0112           # EXIF tag; 5..8: lying on a side
+
+
+# --- the machine and the base ---
+
+def machine_here(device: str = "auto") -> Machine:
+    """Where training would go: the first visible card, Apple's chip, else the CPU. Never raises."""
+    total, free = machine.ram()
+    disk = machine.disk_free(paths.cache_dir()) or 0.0
+    card = gpu.chosen(gpu.report()) if device in ("auto", "cuda") else None
+    if card is not None:
+        return Machine("cuda", card.name, card.total_mb, card.free_mb, card.capability, free, disk)
+    apple = device in ("auto", "mps") and sys.platform == "darwin" and any(
+        one.support == "mps" for one in machine.accelerators())
+    return Machine("mps" if apple else "cpu", machine.cpu_name(), total, free, ram_mb=free,
+                   disk_mb=disk)
+
+
+def base_of(name: str, family: str = "auto") -> Base:
+    """`demo`, a folder, a file, or a family's id for its standard shapes. Raises Fault."""
+    if name == "demo":
+        return Base.of(paths.DEMO / "base", family)
+    path = Path(name).expanduser()
+    if path.exists():
+        return Base.of(path, family)
+    if name in families.MODULES:
+        return Base.of(_shapes(name), name)
+    close = i18n.nearest(name, [*families.MODULES, "demo"], 1)
+    raise Fault("plan.no_base", base=name, folder=Path.cwd(), known=", ".join(families.MODULES),
+                nearest=close[0] if close else "demo")
+
+
+def _shapes(family: str) -> Path:
+    """A base without weights: the family's configs, and the tokenizer that ships with the app."""
+    folder = paths.cache_dir() / "shapes" / family
+    configs = paths.family_configs(family)
+    for path in (*configs.rglob("*.json"), *_tokenizer(configs)):
+        inner = path.relative_to(configs if path.is_relative_to(configs) else paths.DEMO / "base")
+        if not (folder / inner).exists():
+            with paths.atomic(folder / inner) as fresh:
+                shutil.copyfile(path, fresh)
+    return folder
+
+
+def _tokenizer(configs: Path) -> Sequence[Path]:
+    """CLIP's, where the family brings none and reads with CLIP first."""
+    if b'"clip_text_model"' not in (configs / "text_encoder" / "config.json").read_bytes():
+        return ()
+    if (configs / "tokenizer").is_dir():
+        return tuple(path for path in (configs / "tokenizer").iterdir() if path.suffix != ".json")
+    return tuple((paths.DEMO / "base" / "tokenizer").iterdir())
+
+
+# --- the pictures ---
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """A folder as far as it weighs."""
+
+    sizes: tuple[Size, ...]                     # px, as seen
+    repeats: tuple[int, ...]
+    captions: tuple[str, ...]
+    regular: tuple[Size, ...] = ()              # of regularisation pictures
+
+
+def pictures_of(config: TrainConfig) -> Pictures:
+    """A config's folders. Raises Fault as `pictures_in` does."""
+    metadata = Path(config.metadata_path).expanduser() if config.metadata_path else None
+    found = pictures_in(Path(config.train_data_dir).expanduser(), metadata)
+    if not config.reg_data_dir:
+        return found
+    more = pictures_in(Path(config.reg_data_dir).expanduser())
+    return replace(found, captions=found.captions + more.captions, regular=more.sizes)
+
+
+def pictures_in(folder: Path, metadata: Path | None = None) -> Pictures:
+    """From headers alone, less those left out; a torn picture counts: training's scan finds it.
+    Raises Fault where nothing is found."""
+    found = image_folder.scan(folder, metadata, left_out=curation.load(folder).left_out,
+                              look_all=_headers).pictures
+    return Pictures(tuple(p.size for p in found), tuple(p.repeats for p in found),
+                    tuple(p.caption for p in found))
+
+
+def data_of(config: TrainConfig, found: Pictures, facts: Mapping[str, float], family: str = ""
+            ) -> Data:
+    """The bucket whose batch is the largest, and how much there is to keep. `facts`: `native`
+    and `step` px of the base (core.memory.plan's "base")."""
+    rule = Rule.of(config, int(facts["native"]), int(facts["step"]))
+    assigned = rule.assign(found.sizes + found.regular)
+    repeats = (*found.repeats, *[1] * len(found.regular))
+    bucket, batch = heaviest_batch(assigned, repeats, config.batch_size)
+    captions, longest = _captions(config, found, family)
+    return Data(len(assigned) + config.reg_from_base, captions, batch, bucket, longest,
+                drawn_chunks(config, family))
+
+
+def heaviest_batch(assigned: Iterable[Size], repeats: Iterable[int],
+                   batch_size: int) -> tuple[Size, int]:
+    """The bucket whose batch has the most pixels, and how many pictures it holds."""
+    counts: Counter[Size] = Counter()
+    for bucket, times in zip(assigned, repeats, strict=True):
+        counts[bucket] += times
+    filled = {bucket: min(batch_size, count) for bucket, count in counts.items()}
+    largest = max(filled, key=lambda b: (filled[b] * b[0] * b[1], b))
+    return largest, filled[largest]
+
+
+def base_sizes(base: Base, where: Machine) -> dict[str, float]:
+    return plan.ask("base", base, plan.numbers_for(
+        "auto", where.kind, where.capability, base.family))
+
+
+class Weigher:
+    """A planner (core.memory.relief) that buckets the pictures anew for each config."""
+
+    def __init__(self, base: Base, where: Machine, found: Pictures | None = None) -> None:
+        self.base, self.machine, self.found = base, where, found
+        self.facts = base_sizes(base, where)
+
+    def data(self, config: TrainConfig) -> Data | None:
+        return (data_of(config, self.found, self.facts, self.base.family) if self.found
+                else None)
+
+    def __call__(self, config: TrainConfig) -> Plan:
+        return plan.plan_run(config, self.base, self.machine, self.data(config))
+
+
+def _captions(config: TrainConfig, found: Pictures, family: str) -> tuple[int, int]:
+    """Chunks of all different captions and of the empty one, and those of the longest; of shuffled
+    tags at most as many as are kept."""
+    texts = sorted({captions.with_trigger(text, config.trigger_word) for text in found.captions})
+    counts = chunks_of(tuple(texts), family, config.max_tokens)
+    if not config.shuffle_tags:
+        return sum(counts) + ("" not in texts), max(counts, default=1)
+    free = (max(0, len(captions.split_tags(text)) - config.keep_tokens) for text in texts)
+    kept = [min(MOST_SHUFFLES, factorial(min(count, 4))) for count in free]
+    return 1 + sum(k * n for k, n in zip(kept, counts, strict=True)), max(counts, default=1)
+
+
+def drawn_chunks(config: TrainConfig, family: str) -> int:
+    """Of the longest prompt of previews."""
+    return max(chunks_of(tuple(prompts_of(config)), family, config.max_tokens), default=1)
+
+
+@functools.lru_cache(maxsize=8)
+def chunks_of(texts: tuple[str, ...], family: str, max_tokens: int) -> tuple[int, ...]:
+    """In how many chunks each text is read. A token is a byte or more: short ones need no count."""
+    long = [text for text in texts if len(text.encode()) > families.CHUNK
+            and families.chunks_of(family, len(text.encode()), max_tokens) > 1]
+    tokens = dict(zip(long, TokenCounter(TOKENIZER)(long), strict=True))
+    return tuple(families.chunks_of(family, tokens.get(text, 0), max_tokens) for text in texts)
+
+
+def _headers(files: Sequence[Path]) -> Iterator[Look | Fault]:
+    prepare()
+    return threads.in_order(header, files, "weigh")
+
+
+def header(path: Path) -> Look | Fault:
+    """A picture's size as seen; nothing is decoded, transparency isn't looked for."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_MEGAPIXELS * 1_000_000:
+                return Fault("dataset.too_large", file=path, limit=MAX_MEGAPIXELS)
+            return ((height, width) if _lies(image) else (width, height)), False
+    except Image.DecompressionBombError:
+        return Fault("dataset.too_large", file=path, limit=MAX_MEGAPIXELS)
+    except Exception as error:          # the training's scan finds out what it is
+        return Fault("dataset.corrupt", file=path, reason=error)
+
+
+def _lies(image: Image.Image) -> bool:
+    """By EXIF. A PNG that tells it after its pixels would have to be decoded: left out; the size
+    of a TIFF has been turned already."""
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return False
+    try:
+        return image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+    except Exception:                   # broken EXIF; the picture itself is fine
+        return False
+

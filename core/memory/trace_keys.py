@@ -1,0 +1,38 @@
+"""What of an adapter and of an optimizer decides how much a step holds: keys of its trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from core import plugins
+from core.config import TrainConfig
+
+_ADAPTER_KEYS = ("adapter", "conv_rank", "block_ranks", "rank_dropout", "module_dropout",
+                 "lokr_factor")
+
+
+def adapter_settings(config: TrainConfig) -> dict[str, Any]:
+    """What of the adapter, besides its rank, decides what it holds; empty: LoRA."""
+    changed = {key: getattr(config, key) for key in _ADAPTER_KEYS
+               if getattr(config, key) != TrainConfig.model_fields[key].default}
+    for key in ("rank_dropout", "module_dropout"):          # how much is no matter
+        changed |= {key: 0.1} if key in changed else {}
+    named = plugins.is_named(config.adapter)             # may leave a part untrained
+    return ({"adapter": changed} if changed else {}) | (
+        {"variant_source": plugins.mark(config.adapter)} if named else {})
+
+
+def rule_settings(config: TrainConfig) -> dict[str, Any]:
+    """Empty: torch's AdamW."""
+    if config.optimizer in ("adamw", "adamw8bit"):
+        return {}
+    named = plugins.is_named(config.optimizer)
+    return {"rule": {"optimizer": config.optimizer, "optimizer_args": config.optimizer_args},
+            **({"rule_source": plugins.mark(config.optimizer)} if named else {})}
+
+
+def text_settings(config: TrainConfig) -> dict[str, float]:
+    rank = config.text_encoder_rank or config.lora_rank
+    learns = config.text_encoder_lr > 0
+    return {"text_encoder_lr": 1e-4 if learns else 0.0, "text_encoder_rank": rank if learns else 0,
+            "pivotal_tokens": config.pivotal_tokens}

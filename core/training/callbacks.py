@@ -1,0 +1,78 @@
+"""Callbacks of the user's own around a run: they hear its events, and may ask it for something.
+
+A callback is a function of one event (core/jobs/events.py), or a class whose object is one. What it
+returns may be a request: stop, pause, save, sample. With a method `after_update(trainer, done)`
+it is also handed the trainer itself after every update.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self, get_args
+
+from core import plugins
+from core.errors import Fault
+from core.jobs.control import Control, Request
+from core.jobs.events import Event, JobEnded
+from core.plugins import Extension
+
+if TYPE_CHECKING:
+    from core.training.trainer import Trainer
+
+
+class Callbacks:
+    """`with Callbacks(...) as emit:` around a run; it ends with a JobEnded. Events of other
+    threads wait for the run's next own: callbacks need no locks."""
+
+    def __init__(self, names: list[str], emit: Callable[[Event], None], control: Control) -> None:
+        self.emit, self.control, self.state = emit, control, "done"
+        loaded = [plugins.load(name, "callbacks") for name in names]
+        self.heard: list[tuple[Extension, Any]] = [
+            (one, one() if inspect.isclass(one.found) else one.found) for one in loaded]
+        self._waiting: deque[Event] = deque()
+        self._thread = threading.get_ident()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            while self._waiting:
+                self._tell(self._waiting.popleft())
+            self._tell(JobEnded(state="stopped" if self.control.stopping else self.state))
+            return
+        with contextlib.suppress(Fault):            # the first failure is the one to tell
+            self._tell(JobEnded(state="failed"))
+
+    def __call__(self, event: Event) -> None:
+        self.emit(event)
+        if not self.heard:
+            return
+        self._waiting.append(event)
+        while self._waiting and threading.get_ident() == self._thread:
+            self._tell(self._waiting.popleft())
+
+    def after_update(self, trainer: Trainer, done: int) -> None:
+        for extension, callback in self.heard:
+            if hasattr(callback, "after_update"):
+                self._call(extension, callback.after_update, trainer, done)
+
+    def _tell(self, event: Event) -> None:
+        for extension, callback in self.heard:
+            self._call(extension, callback, event)
+
+    def _call(self, extension: Extension, function: Callable[..., Any], *args: Any) -> None:
+        try:
+            answer = extension.run(function, *args)
+            if answer is None:
+                return
+            if answer not in get_args(Request):
+                raise extension.wrong(f"None, {', '.join(get_args(Request))}", answer)
+        except Fault:
+            self.heard = []                         # the end that follows is not for it
+            raise
+        self.control.ask(answer)

@@ -1,0 +1,198 @@
+"""Training state on disk: a folder `<name>-000100/` with the LoRA and all that resuming needs.
+
+The folder is written under a temporary name, synced and renamed: after a crash at any moment a
+checkpoint is there whole or not at all. Randomness is a function of (seed, sample number), see
+objective.py, so that the samples learned so far are the whole position in the data.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from core import paths
+from core.errors import Fault
+from core.serialization import from_json, json_object
+
+FOLDER = "checkpoints"
+STATE = "state.json"
+_PARTS = ("adapter", "optimizer", "random")     # of State, by the first word of a tensor's name
+_NAME = re.compile(r"(?P<name>.+)-(?P<step>\d{6,})$")
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """What a resumed run must know besides tensors."""
+
+    update: int                          # optimizer steps done
+    name: str                            # of the LoRA
+    config: dict[str, Any]
+    session: str
+    started: float                       # Unix time of the first start, s
+    seconds: float                       # of training so far
+    best_loss: float | None = None
+    best_step: int | None = None
+    scaler: dict[str, Any] | None = None
+    lowered: dict[str, Any] = field(default_factory=dict)    # config keys that the run changed
+    samples: int = 0                     # of an epoch
+    base_loras: list[str] = field(default_factory=list)      # "name:weight:hash"
+    base: dict[str, str] = field(default_factory=dict)       # fingerprints of its parts' files
+    place: dict[str, Any] | None = None  # in the data, see course.Place; None: of older versions
+    start: dict[str, Any] | None = None  # the Place where these settings began
+    order: str = ""                      # digest of all that decides the order from there on
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """How a run stands between two updates: all that decides how it goes on, besides the config.
+
+    Tensors lie on the CPU and are nobody else's, so that a thread may write them.
+    """
+
+    update: int                          # optimizer steps done
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    random: dict[str, Tensor]
+    scaler: dict[str, Any] | None = None
+    lowered: dict[str, Any] = field(default_factory=dict)
+
+
+def save(folder: Path, position: Position, state: State,
+         write_lora: Callable[[Path], None]) -> Path:
+    """-> the checkpoint's folder; `write_lora` puts the LoRA file at the given path. Raises
+    FileExistsError where another run's checkpoint has that name."""
+    name = f"{position.name}-{position.update:06d}"
+    final = folder / FOLDER / name
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=final.parent))
+    before = temporary.with_suffix(".old")
+    try:
+        tensors = {f"{part}.{k}": v for part in _PARTS
+                   for k, v in getattr(state, part).items()}
+        paths.write_atomic(temporary / "state.safetensors", safetensors.torch.save(tensors))
+        write_lora(temporary / f"{name}.safetensors")
+        paths.write_atomic(temporary / STATE, json.dumps(asdict(position), indent=1))
+        temporary.chmod(0o755)
+        if final.exists():               # the same step, saved again after a resume
+            if session_of(final) not in (position.session, None):
+                raise FileExistsError(17, "a checkpoint of another run", str(final))
+            os.replace(final, before)
+        os.replace(temporary, final)
+        paths.sync_folder(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if before.exists() and not final.exists():
+            os.replace(before, final)
+        shutil.rmtree(before, ignore_errors=True)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
+    return final
+
+
+def load(folder: Path) -> tuple[Position, State]:
+    """Raises Fault where it can't be read."""
+    try:
+        position = Position(**from_json((folder / STATE).read_text("utf-8")))
+        # from bytes, not mapped: the folder stays free to be deleted, on Windows too
+        tensors = safetensors.torch.load((folder / "state.safetensors").read_bytes())
+    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+        raise Fault("engine.bad_checkpoint", path=folder, reason=error) from error
+    parts = {part: {k.removeprefix(f"{part}."): v for k, v in tensors.items()
+                    if k.startswith(f"{part}.")} for part in _PARTS}
+    return position, State(position.update, **parts, scaler=position.scaler,
+                           lowered=position.lowered)
+
+
+def find(outputs: Iterable[Path], name: str, session: str = "") -> list[Path]:
+    """Newest first: the checkpoints called `name`, and those called `name-2` ... whose run wanted
+    to be called `name` and found it taken; or, whatever they are called, those of a session."""
+    own = re.compile(rf"{re.escape(name)}(-\d+)?")
+    found = []
+    for path in (path for output in outputs for path in (output / FOLDER).glob("*")):
+        m = _NAME.match(path.name)
+        if m and (path / STATE).is_file() and (session or own.fullmatch(m["name"])):
+            facts = told(path)
+            if (facts.get("session") == session if session
+                    else name in (m["name"], _wanted_name(facts))):
+                found.append((path.stat().st_mtime_ns, path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def told(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself (a Position); empty where it can't be read."""
+    try:
+        return _told(folder / STATE, paths.stamp(folder / STATE))
+    except OSError:
+        return {}
+
+
+@functools.lru_cache(maxsize=64)
+def _told(path: Path, stamp: tuple[int, int, int]) -> dict[str, Any]:
+    found = json_object(path)
+    return found if {"name", "session"} <= found.keys() else {}
+
+
+def _wanted_name(facts: dict[str, Any]) -> str:
+    config = facts.get("config")
+    config = config if isinstance(config, dict) else {}
+    return str(config.get("output_name") or Path(str(config.get("output_dir", ""))).name)
+
+
+def session_of(folder: Path) -> str | None:
+    """Whose checkpoint it is; None where it can't be read any more."""
+    found = told(folder).get("session")
+    return None if found is None else str(found)
+
+
+_HALF = re.compile(r"\.((?P<name>.+)-\d{6,})\.[^.]+\.(?P<kind>tmp|old)")
+
+
+def half_written(output: Path) -> set[str]:
+    """Names of runs that were writing a checkpoint, or are."""
+    return {m["name"] for path in (output / FOLDER).glob(".*") if (m := _HALF.fullmatch(path.name))}
+
+
+def sweep(output: Path, name: str) -> None:
+    """Deletes what a killed run of this name was writing; the caller holds the name. Of two
+    folders that a kill left during the exchange, the old one comes back."""
+    for path in (output / FOLDER).glob(".*"):
+        if (m := _HALF.fullmatch(path.name)) and m["name"] == name:
+            if m["kind"] == "old" and not (output / FOLDER / m[1]).exists():
+                os.replace(path, output / FOLDER / m[1])
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(output: Path, name: str, session: str, keep: int, spare: set[int]) -> None:
+    """Deletes all but the newest `keep` checkpoints of this run and those of the steps in
+    `spare`. Newest by the clock: a run that went back has higher steps that are older."""
+    if not keep:
+        return
+    own = [(path.stat().st_mtime_ns, step, path) for step in steps_of(output, name)
+           if session_of(path := output / FOLDER / f"{name}-{step:06d}") == session]
+    for _, step, path in sorted(own)[:-keep]:
+        if step not in spare:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def steps_of(output: Path, name: str) -> list[int]:
+    return [int(m["step"]) for p in (output / FOLDER).glob(f"{glob.escape(name)}-*")
+            if (m := _NAME.match(p.name)) and m["name"] == name]
+
+
+def previews_of(output: Path, name: str) -> Iterator[Path]:
+    """The pictures that a run of this name drew while it trained."""
+    form = re.compile(rf"{re.escape(name)}-\d{{6,}}-\d+(-\d+)?")
+    return (path for path in (output / "samples").glob(f"{glob.escape(name)}-*.png")
+            if form.fullmatch(path.stem))

@@ -1,0 +1,174 @@
+"""A run's plan beside the run: planned before it starts, watched while it goes, compared after.
+
+When another program takes the memory that the plan counts on, the run is lowered before it fails:
+smaller micro-batches first (the same samples, the same update), then activation checkpointing,
+then blocks of the base in RAM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from core.config import TrainConfig
+from core.dataset.examples import Example
+from core.errors import Fault
+from core.jobs.events import Event, Note, Planned
+from core.memory import history, plan
+from core.memory.monitor import NvmlReader, RamReader, Watch
+from core.memory.plan import Base, Data, Machine, Plan
+from core.memory.plan_inputs import chunks_of, drawn_chunks, heaviest_batch, machine_here
+from core.system import gpu
+from core.training import fallbacks
+from core.training.progress import held_mb
+
+if TYPE_CHECKING:
+    from core.training.trainer import Trainer
+
+HEADROOM = 0.03                 # of the memory; less margin than this is pressure
+
+
+class Lookout:
+    """`with Lookout(...) as lookout:` around the training."""
+
+    def __init__(self, config: TrainConfig, base: Base, device: torch.device, data: Data,
+                 emit: Callable[[Event], None]) -> None:
+        self.config, self.base, self.data, self.emit = config, base, data, emit
+        self.device, self.machine = device, here(device.type)
+        self.plan: Plan | None = None
+        self.watch: Watch | None = None
+        self.lowered: dict[str, Any] = {}           # the trainer's own, see `go_on`
+
+    def announce(self) -> None:
+        """Plans and tells. A plan that can't be made must not keep a run from starting."""
+        self.plan = self._plan(self.config)
+        if self.plan is None:
+            return
+        facts = plan.as_dict(self.plan)
+        self.emit(Planned(plan=facts))
+        if facts["verdict"] == "too_big":
+            self.emit(Note(key="engine.plan_too_big", params={
+                "needs": round(self.plan.needs_mb), "free": round(self.machine.free_mb),
+                "phase": self.plan.peak.name}))
+
+    def __enter__(self) -> Self:
+        if self.plan is not None and (reader := self._reader()) is not None:
+            self.watch = Watch(reader, self.plan.needs_mb, HEADROOM * self.machine.total_mb,
+                               self.emit)
+            self.watch.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.watch is not None:
+            self.watch.__exit__(*_)
+
+    def between_steps(self, trainer: Trainer, step_s: float) -> None:
+        """Asked after every update; cheap: two flags that the watching thread sets."""
+        if self.watch is None:
+            return
+        if self.watch.spilling(step_s):
+            self.lower(trainer, "engine.lowered_for_spill")
+        if self.watch.pressure():
+            self.lower(trainer, "engine.lowered_for_others")
+
+    def lower(self, trainer: Trainer, why: str, most: int = 0) -> bool:
+        """The next gentler setting, kept for the rest of the run; False: there is none. `most`:
+        samples that were there at once."""
+        changes = fallbacks.lower(trainer, most)
+        if changes is None:
+            return False
+        needs = self._planned_anew(trainer)
+        for key, value in changes.items():
+            self.emit(Note(key=why, params={"key": key, "value": value, "needs": needs}))
+        return True
+
+    def ease(self, trainer: Trainer) -> dict[str, Any]:
+        """Gentler numbers or a lower rate, kept likewise. -> the config keys"""
+        changes = fallbacks.gentler_numbers(trainer)
+        self._planned_anew(trainer)
+        return changes
+
+    def go_on(self, trainer: Trainer) -> None:
+        """What the run before this one had lowered stays lowered."""
+        self.lowered = trainer.lowered
+        if self.lowered:
+            needs = self._planned_anew(trainer)
+            for key, value in self.lowered.items():
+                self.emit(Note(key="engine.stays_lowered", params={
+                    "key": key, "value": value, "needs": needs}))
+
+    def _planned_anew(self, trainer: Trainer) -> int | str:
+        """-> MB that the lowered run needs at its peak."""
+        lower = self._plan(self.config.with_changes(**trainer.lowered))
+        if lower is None:
+            return "?"
+        if self.watch is not None:
+            self.watch.lowered(lower.needs_mb)
+        return round(lower.needs_mb)
+
+    def facts(self) -> dict[str, Any]:
+        """Planned and real, for the run's summary; remembered for this card's next plans."""
+        if self.plan is None:
+            return {}
+        real = round(max(held_mb(self.device), self.watch.peak_mb if self.watch else 0.0), 1)
+        found = {"planned_mb": round(self.plan.needs_mb, 1), "real_mb": real,
+                 "phase": self.plan.peak.name, "lowered": self.lowered}
+        if self.device.type == "cuda":
+            allocated = torch.cuda.max_memory_allocated(self.device) / plan.MB
+            reserved = torch.cuda.max_memory_reserved(self.device) / plan.MB
+            found |= {"planned_tensors_mb": round(self.plan.peak.mb, 1),
+                      "allocated_mb": round(allocated, 1), "reserved_mb": round(reserved, 1)}
+            if not self.lowered:
+                history.remember(self.machine.name, self.plan.peak.mb, allocated, reserved)
+        found["more_than_planned"] = more = real > self.plan.needs_mb * (1 + plan.MARGIN)
+        if more:
+            self.emit(Note(key="engine.more_than_planned", params={
+                "held": round(real), "planned": round(self.plan.needs_mb),
+                "free": round(self.machine.free_mb)}))
+        return {"memory": found}
+
+    def _plan(self, config: TrainConfig) -> Plan | None:
+        try:
+            return plan.plan_run(config, self.base, self.machine, self.data)
+        except Fault:
+            raise
+        except Exception as error:          # an op that meta tensors lack, in a base nobody knew
+            self.emit(Note(key="engine.no_plan", params={
+                "reason": f"{type(error).__name__}: {str(error)[:200]}"}))
+            return None
+
+    def _reader(self) -> NvmlReader | RamReader | None:
+        if self.device.type == "cpu":
+            return RamReader()
+        card = gpu.chosen(gpu.report())
+        if card is None:
+            return None
+        return NvmlReader(card.uuid or card.index, held=self._held)
+
+    def _held(self) -> float:
+        return torch.cuda.memory_reserved(self.device) / plan.MB + plan.CONTEXT_MB
+
+
+def here(kind: str) -> Machine:
+    """This machine, as far as a plan needs it; `kind`: cpu | cuda | mps."""
+    found = machine_here(kind)
+    if kind == "cuda" and found.kind != "cuda":     # no NVML: torch knows less, but it knows
+        with contextlib.suppress(RuntimeError):
+            free, total = torch.cuda.mem_get_info()
+            return replace(found, kind="cuda", name=torch.cuda.get_device_name(),
+                           total_mb=total / plan.MB, free_mb=free / plan.MB,
+                           capability=torch.cuda.get_device_capability())
+    return found
+
+
+def weigh(items: Sequence[Example], config: TrainConfig, family: str = "") -> Data:
+    """The bucket whose batch is the largest, and how much there is to keep."""
+    bucket, batch = heaviest_batch([item.bucket for item in items],
+                                   [item.picture.repeats for item in items], config.batch_size)
+    captions = tuple({"", *(text for item in items for text in item.captions)})
+    chunks = chunks_of(captions, family, config.max_tokens)
+    return Data(len(items), sum(chunks), batch, bucket, max(chunks), drawn_chunks(config, family))

@@ -1,0 +1,356 @@
+"""What a run leaves behind: checkpoints, the best one, the final LoRA with its metadata."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from core import __version__, paths
+from core.adapters import base_loras, from_file, lora
+from core.config import dump_yaml, size_of
+from core.dataset import captions, images
+from core.dataset.cache import fingerprint
+from core.dataset.examples import Example
+from core.errors import Fault
+from core.failures import one_line
+from core.families import components
+from core.families.base import PARTS, Family
+from core.families.layer_names import NAMINGS, SD1
+from core.jobs.events import Checkpoint, Note
+from core.lora_files import files as lora_file
+from core.lora_files import formats, metadata, textual_inversion
+from core.lora_files.layers import Lora
+from core.lora_files.metadata import Bucket, Folder, TrainFacts, build_metadata
+from core.optim import optimizers
+from core.safetensors_header import data_hash
+from core.training import checkpoint
+from core.training import resume as resuming
+from core.training.checkpoint import Position, State
+from core.training.output_names import Output
+
+if TYPE_CHECKING:
+    from core.training.trainer import Trainer
+
+SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Made = tuple[Lora, textual_inversion.NewWord | None]
+OF_EPSILON = {"stable-diffusion-v2-768-v": "stable-diffusion-v2-512"}
+AGAIN_S = 60.0              # after a checkpoint failed: a disk may be emptied meanwhile
+CLOCKS_S = 2.0              # exFAT counts a file's time in so many seconds
+_THUMBNAIL = 256            # px
+
+
+class Keeper:
+    """Writes the run's files, under the names that `output` holds for it."""
+
+    def __init__(self, trainer: Trainer, output: Output, began: float) -> None:
+        self.trainer, self.output, self.began = trainer, output, began
+        self.config = trainer.config
+        self.dtype = SAVE_DTYPES[self.config.save_precision]
+        self.own = lora.file_format(self.config, trainer.family.spec)
+        self.format = lora.file_format(self.config, trainer.family.spec, self.config.save_format)
+        self.there_already = False              # the LoRA, to the bit, before it was written
+        self.last: Path | None = None
+        self.best_loss: float | None = None
+        self.best_step: int | None = None
+        self.before_s, self._since = 0.0, began     # s that earlier runs trained; Unix time
+        self._base = _BaseHash(trainer.family, trainer.parts.source)
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[Path] | None = None
+        self._again: float | None = None        # monotonic, s: when to try a failed one again
+
+    @property
+    def name(self) -> str:
+        return self.output.name
+
+    def resume(self, found: list[Path]) -> int:
+        """Restores the newest of these checkpoints that can be read. -> updates done; 0: none"""
+        restored = resuming.restore(found, self.trainer, self.output, self._base.parts)
+        if restored is None:
+            return 0
+        self.last, position = restored
+        self.best_loss, self.best_step = position.best_loss, position.best_step
+        self.began, self.before_s = position.started, position.seconds
+        self._since = time.time()
+        return position.update
+
+    def remember(self, step: int, validation: float) -> None:
+        if self.best_loss is None or validation < self.best_loss:
+            self.best_loss, self.best_step = validation, step
+
+    def checkpoint(self, step: int, last: bool = False) -> None:
+        """Copies the state now and writes it beside the training; waits for the one before. One
+        that fails is told and tried again. `last`: written when this returns, in the spare
+        folder if it must be; raises Fault `engine.cant_save`."""
+        self.settle()
+        state, made, course = self.trainer.snapshot(step), self._made(), self.trainer.course
+        position = Position(
+            update=step, name=self.name, config=self.config.model_dump(mode="json"),
+            session=self.output.session, started=self.began,
+            seconds=self.before_s + time.time() - self._since,
+            best_loss=self.best_loss, best_step=self.best_step, scaler=state.scaler,
+            lowered=state.lowered, samples=course.samples_per_epoch,
+            place=asdict(course.place(step)), start=asdict(course.start), order=course.order,
+            base_loras=self.trainer.base_loras.told, base=self._base.parts)
+        if last:
+            self._saved(self.output.somewhere(
+                lambda folder: self._save(folder, position, state, made)))
+        else:
+            self._writing = self._writer.submit(self._save, self.output.folder, position, state,
+                                                made)
+
+    def tend(self, step: int) -> None:
+        """Between updates: hears what became of a checkpoint, tries a failed one again."""
+        if self._writing and self._writing.done():
+            self.settle()
+        if self._again is not None and time.monotonic() >= self._again:
+            self.checkpoint(step)
+
+    def settle(self) -> None:
+        """Waits for the checkpoint that is being written; a failed one becomes a note."""
+        writing, self._writing, self._again = self._writing, None, None
+        if writing is None:
+            return
+        try:
+            path = writing.result()
+        except Exception as error:          # whatever it was, the training can go on
+            self._again = time.monotonic() + AGAIN_S
+            self.trainer.emit(Note(key="engine.checkpoint_failed", params={
+                "folder": str(self.output.folder), "reason": one_line(error)}))
+            return
+        self._saved(path)
+
+    def _saved(self, path: Path) -> None:
+        """Told from the training's own thread: listeners may look at it."""
+        self.last, step = path, int(path.name.rpartition("-")[2])
+        self.trainer.emit(Checkpoint(step=step, path=str(path), best=step == self.best_step))
+
+    def final(self, step: int) -> Path:
+        """Writes the LoRA file that the user takes away. Raises Fault `engine.cant_save` where
+        neither the output folder nor the spare one takes it."""
+        self.settle()
+        made = self._made()
+        path = self.output.somewhere(lambda folder: self._write_final(folder, made, step))
+        self.trainer.emit(Checkpoint(step=step, path=str(path), final=True,
+                                     best=step == self.best_step))
+        return path
+
+    def _write_final(self, folder: Path, made: Made, step: int) -> Path:
+        """Nothing is replaced: where a LoRA has the name by now (an earlier end of this run, one
+        that somebody put there), the new one gets the next free name. The very same LoRA, left by
+        a run that was killed after writing it, is taken as it is."""
+        folder.mkdir(parents=True, exist_ok=True)
+        name = self.name
+        while True:
+            path = folder / formats.file_name(name, self.format)
+            with tempfile.TemporaryDirectory(prefix=f".{name}.", suffix=".tmp", dir=folder,
+                                             ignore_cleanup_errors=True) as beside:
+                fresh = Path(beside) / path.name
+                self._write(fresh, made, step, self.format, name)
+                if _alike(fresh, path):
+                    self.there_already = True
+                    return path
+                with contextlib.suppress(FileExistsError):
+                    _put(fresh, path)
+                    return path
+            name = self.output.next_name()
+
+    def close(self) -> None:
+        """Whatever ends the run: a checkpoint that is being written is finished."""
+        self.settle()
+        self._writer.shutdown()
+
+    def _save(self, folder: Path, position: Position, state: State, made: Made) -> Path:
+        path = checkpoint.save(folder, position, state,
+                               lambda path: self._write(path, made, position.update))
+        checkpoint.prune(folder, position.name, position.session, self.config.keep_checkpoints,
+                         {s for s in (self.best_step,) if s is not None})
+        return path
+
+    def best(self) -> dict[str, object] | None:
+        """The checkpoint with the lowest validation loss, where there is one."""
+        if self.best_step is None:
+            return None
+        name = f"{self.name}-{self.best_step:06d}"
+        path = self.output.folder / checkpoint.FOLDER / name / f"{name}.safetensors"
+        return {"step": self.best_step, "validation": self.best_loss,
+                "lora": str(path) if path.exists() else None}
+
+    def kept(self) -> list[str]:
+        folder = self.output.folder
+        return [str(folder / checkpoint.FOLDER / f"{self.name}-{step:06d}")
+                for step in sorted(checkpoint.steps_of(folder, self.name))]
+
+    def _made(self) -> Made:
+        """What a LoRA file holds now: the adapter, or its average, and the new words."""
+        text, family = self.trainer.text, self.trainer.family.spec.id
+        with self.trainer.averaged():
+            model, part = self.trainer.denoiser, NAMINGS.get(family, SD1)[0].name
+            tensors = from_file.tensors(model, lora.state(model), self.dtype, part, None)
+            found = formats.from_tensors(tensors, family)
+            if text is not None:
+                found.layers |= formats.from_tensors(lora_file.to_kohya(
+                    text.adapter_state(), text.alpha, self.dtype,
+                    naming=NAMINGS.get(family, SD1)), family).layers
+            return found, text.word() if text is not None else None
+
+    def _write(self, path: Path, made: Made, step: int, format_: str = "", name: str = ""
+               ) -> None:
+        """The LoRA, and beside it the new words, if there are any. A checkpoint's file is in its
+        family's own format, whatever the final one's is. In the writer's thread: the trainer's
+        weights are moving."""
+        found, word = made
+        format_ = format_ or self.own
+        if word is not None:
+            textual_inversion.write(textual_inversion.beside(path), word, self.dtype)
+        found.metadata = build_metadata(self._facts(step, name or self.name))
+        if format_ in formats.SINGLE:
+            lora_file.write_lora(path, formats.spell(found, format_), found.metadata)
+        else:
+            formats.save(found, format_, path)
+
+    def _facts(self, step: int, name: str) -> TrainFacts:
+        trainer, config, spec = self.trainer, self.config, self.trainer.family.spec
+        examples, course = trainer.examples, trainer.course
+        chosen = [examples.items[i] for i in examples.trained()]
+        sides = [side for item in chosen for side in item.bucket]
+        counts = Counter({b: 0 for b in sorted({i.bucket for i in chosen})})
+        for item in chosen:
+            counts[item.bucket] += item.picture.repeats
+        native = trainer.parts.native_size
+        named = config.with_changes(output_name=name)
+        return TrainFacts(
+            config=named, config_text=dump_yaml(config), title=name,
+            description=f"LoRA Darkroom {__version__}", thumbnail=self._thumbnail(),
+            base_version=spec.base_version,
+            architecture=_architecture(trainer),
+            implementation=spec.implementation, prediction_type=trainer.parts.objective,
+            base_name=trainer.parts.source.name, base_sha256=self._base.sha256(),
+            base_short_hash=self._base.short, folders=_folders(chosen),
+            buckets=tuple(Bucket(width=w, height=h, pictures=n)
+                          for (w, h), n in counts.items()),
+            bucket_sides=(min(sides), max(sides)), aspect_error=_aspect_error(chosen),
+            resolution=size_of(config.max_resolution) or (native, native),
+            validation_pictures=len(examples.held_out), regular=_folders(
+                [examples.items[i] for i in sorted(examples.regular)]),
+            text_encoder_lr=config.text_encoder_lr,
+            clip_skip=config.clip_skip if spec.skips else None,
+            max_token_length=config.max_tokens if spec.chunked and config.max_tokens > 75 else None,
+            session_id=self.output.session,
+            started_at=self.began, finished_at=time.time(),
+            batches_per_epoch=course.batches_per_epoch,
+            planned_epochs=-(-trainer.total // course.updates_per_epoch),
+            planned_steps=trainer.total, epoch=int(course.epoch_of(step)), step=step,
+            optimizer=optimizers.describe(trainer.optimizer),
+            mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(
+                trainer.precision.compute, "no"),
+            gradient_checkpointing=config.gradient_checkpointing,
+            extra=self._base.told() | base_loras.metadata(trainer.base_loras.told)
+            | components.metadata(trainer.parts.beside))
+
+    def _thumbnail(self) -> bytes:
+        """The newest preview of this run, else the first training picture: a run of the same name
+        that was killed before its first checkpoint leaves pictures, too."""
+        try:
+            previews = [(made, path) for path in checkpoint.previews_of(
+                self.output.folder, self.name)
+                if (made := path.stat().st_mtime) > self.began - CLOCKS_S]
+            path = max(previews)[1] if previews else self.trainer.examples.items[0].picture.path
+            image = images.open_picture(path)
+        except (OSError, Fault):            # deleted in the meantime
+            return b""
+        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", quality=80)
+        return buffer.getvalue()
+
+
+def _put(fresh: Path, path: Path) -> None:
+    """Moves a LoRA and its new words. Raises FileExistsError where one of the names is taken;
+    then nothing has moved."""
+    words, target = textual_inversion.beside(fresh), textual_inversion.beside(path)
+    brings_words = words.exists()
+    if brings_words:
+        paths.move(words, target)
+    try:
+        paths.move(fresh, path)
+    except OSError:
+        if brings_words:
+            target.unlink()
+        raise
+    paths.sync_folder(path.parent)
+
+
+def _alike(fresh: Path, path: Path) -> bool:
+    """Whether the same LoRA lies there: all tensors, whatever the metadata say."""
+    try:
+        return path.exists() and _hashes(fresh) == _hashes(path)
+    except (Fault, OSError):
+        return False
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    words = textual_inversion.beside(path)
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    return {str(file.relative_to(path.parent)): data_hash(file)
+            for file in [*files, *([words] if words.exists() else [])]}
+
+
+def _architecture(trainer: Trainer) -> str:
+    """modelspec's word for the base; SD 2's tells what it predicts."""
+    told = trainer.parts.architecture or trainer.family.spec.architecture
+    return OF_EPSILON.get(told, told) if trainer.parts.objective == "epsilon" else told
+
+
+class _BaseHash:
+    """What tells a base from others; the hashes of a single file are computed beside the
+    training: gigabytes take seconds."""
+
+    def __init__(self, family: Family, source: Path) -> None:
+        self._sha256, self.short, self.parts = "", "", dict[str, str]()
+        with contextlib.suppress(OSError):
+            for part in PARTS:
+                self.parts[part] = fingerprint(family.weight_files(source, part))
+        self._thread = threading.Thread(target=self._compute, args=(source,), daemon=True)
+        if source.is_file():
+            self._thread.start()
+
+    def _compute(self, source: Path) -> None:
+        with contextlib.suppress(OSError):          # gone: the LoRA can do without
+            self.short = metadata.short_hash(source)
+            self._sha256 = paths.sha256(source)
+
+    def told(self) -> dict[str, str]:
+        own = self.parts.get("denoiser")
+        return {metadata.BASE_KEY: own} if own else {}
+
+    def sha256(self) -> str:
+        if self._thread.ident is not None:
+            self._thread.join()
+        return self._sha256
+
+
+def _folders(items: list[Example]) -> dict[str, Folder]:
+    """Kohya's view of the data: folder name -> repeats, pictures, tags."""
+    pictures = [i.picture for i in items]
+    tags = captions.tag_frequency(pictures)
+    found: dict[str, Folder] = {}
+    for name in dict.fromkeys(p.path.parent.name for p in pictures):
+        own = [p for p in pictures if p.path.parent.name == name]
+        found[name] = Folder(repeats=own[0].repeats, pictures=len(own), tags=tags.get(name, {}))
+    return found
+
+
+def _aspect_error(items: list[Example]) -> float:
+    errors = [abs(i.picture.size[0] / i.picture.size[1]
+                  - i.bucket[0] / i.bucket[1]) for i in items]
+    return sum(errors) / len(errors)

@@ -1,0 +1,230 @@
+"""Where a run's files go and what they are called: the name is taken for as long as it goes on.
+
+`.<name>.taken` in the output folder tells which process holds the name, by its number and start
+time, as a number alone may be a later process's. The file is made in one step, so that of two
+runs that start at once each gets a name of its own; one that a dead process left is free again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+import psutil
+from filelock import FileLock
+
+from core import paths
+from core.config import TrainConfig
+from core.dataset.cache import key
+from core.errors import Fault, Fix
+from core.failures import one_line
+from core.jobs.events import Event, Note
+from core.jobs.runs import Owner, process_of
+from core.lora_files import textual_inversion
+from core.lora_files.formats import file_name
+from core.serialization import from_json
+from core.training import checkpoint
+
+UNREADABLE_S = 10.0             # a claim without content may be one that is just being written
+# What this process's own claims say; of a run that is over, one may be left on a disk that became
+# read-only meanwhile.
+_OURS: set[str] = set()
+
+
+class Output:
+    """`with Output(folder, config, emit) as output:` around a run. `name` is what its LoRA,
+    checkpoints and previews are called; names of finished runs and of living ones are left alone.
+
+    Raises Fault `engine.cant_save` where neither the folder nor the spare one can be written.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, emit: Callable[[Event], None]) -> None:
+        self.folder, self.spare = folder, spare_of(folder)
+        self.config, self.emit = config, emit
+        self.session = _new_session()
+        self.name = ""
+        self._claims: dict[Path, str] = {}          # file -> what we wrote into it
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._claims:
+            self._release(self._claims.popitem())
+
+    def _release(self, claim: tuple[Path, str]) -> None:
+        path, content = claim
+        _OURS.discard(content)
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if path.read_text("utf-8") == content:          # the folder may have gone and come
+                path.unlink()
+
+    def rename(self) -> None:
+        self._be(self.next_name())
+
+    def _be(self, name: str) -> None:
+        """What later starts of this run go by is in its journal (runs.resume_of)."""
+        self.name = name
+        self.emit(Note(key="engine.named", params={
+            "name": name, "folder": str(self.folder), "session": self.session}))
+
+    def start_anew(self) -> None:
+        """Another run than the one that was to go on."""
+        self.session = _new_session()
+        self.rename()
+
+    def next_name(self) -> str:
+        """Takes the first name that is free. -> it; told where it is not the one in the config"""
+        for path in paths.numbered(self.folder / self.config.name):
+            if self._is_free(path.name) and self.take(path.name):
+                self._sweep(path.name)
+                if self._is_free(path.name):        # still, now that it is held
+                    break
+        if path.name != self.config.name:
+            self.emit(Note(key="engine.other_name", params={
+                "wanted": self.config.name, "name": path.name, "folder": str(self.folder)}))
+        return path.name
+
+    def take(self, name: str) -> bool:
+        """Holds the name until the end of the run; False: a living process has it."""
+        for folder in (self.folder, self.spare):
+            path = folder / f".{name}.taken"
+            if path in self._claims:
+                return True
+            try:
+                content = _claim(path)
+            except OSError as error:
+                if folder == self.folder:
+                    reason = one_line(error)
+                    continue
+                raise self._cant_save(reason) from None
+            if content and folder == self.spare and not self._claims:
+                self.emit(Note(key="engine.output_elsewhere", params={
+                    "folder": str(self.folder), "spare": str(self.spare), "reason": reason}))
+            if content:
+                self._claims[path] = content
+            return bool(content)
+        return False
+
+    def somewhere(self, write: Callable[[Path], Path]) -> Path:
+        """`write` to the output folder; where that is full, gone or forbidden, to the spare one."""
+        try:
+            return write(self.folder)
+        except OSError as error:
+            reason = one_line(error)
+        try:
+            path = write(self.spare)
+        except OSError:
+            raise self._cant_save(reason) from None
+        self.emit(Note(key="engine.saved_elsewhere", params={
+            "folder": str(self.folder), "path": str(path), "reason": reason}))
+        return path
+
+    def checkpoints(self, session: str = "") -> list[Path]:
+        """Of this run's earlier starts, newest first: those whose config asked for this name, or
+        those of a session. What killed runs were writing is cleared away before."""
+        folders = (self.folder, self.spare)
+        for name in {name for folder in folders for name in checkpoint.half_written(folder)}:
+            held = len(self._claims)
+            if self.take(name):
+                self._sweep(name)
+                if len(self._claims) > held:
+                    self._release(self._claims.popitem())
+        return checkpoint.find(folders, self.config.name, session)
+
+    def go_on_as(self, name: str, session: str) -> None:
+        """Takes the name of an earlier start, or the next free one where others' checkpoints have
+        that name by now. Raises Fault where that run is still going on."""
+        if not self.take(name):
+            raise Fault("engine.still_going", name=name, file=self.folder / f".{name}.taken")
+        self.session = session
+        sessions = {checkpoint.session_of(folder / checkpoint.FOLDER / f"{name}-{step:06d}")
+                    for folder in (self.folder, self.spare)
+                    for step in checkpoint.steps_of(folder, name)} - {None}
+        if sessions == {session}:
+            self._be(name)
+        else:
+            self.rename()
+
+    def _sweep(self, name: str) -> None:
+        """What a killed run of this name, which is held, was writing."""
+        half = re.compile(rf"\.{re.escape(name)}\.[^.]+\.tmp")
+        for folder in (self.folder, self.spare):
+            checkpoint.sweep(folder, name)
+            for path in folder.glob(".*.tmp"):
+                if half.fullmatch(path.name) and path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _is_free(self, name: str) -> bool:
+        formats = {"kohya", self.config.save_format}
+        return not any(
+            checkpoint.steps_of(folder, name)
+            or textual_inversion.beside(folder / f"{name}.safetensors").exists()
+            or any(os.path.lexists(folder / file_name(name, format_)) for format_ in formats)
+            for folder in (self.folder, self.spare))
+
+    def _cant_save(self, reason: str) -> Fault:
+        fixes = [Fix("fixes.save_again", {"resume": True}),
+                 Fix("fixes.other_folder", {"output_dir": str(Path.home() / self.folder.name)})]
+        return Fault("engine.cant_save", folder=self.folder, spare=self.spare, reason=reason,
+                     fixes=fixes)
+
+
+def _new_session() -> str:
+    return str(uuid.uuid4().int % 10**10)
+
+
+def spare_of(output: Path) -> Path:
+    """Where a run's last state goes if its own folder takes nothing any more."""
+    return paths.data_dir() / "rescued" / f"{output.name}-{key(str(output))[:8]}"
+
+
+def _claim(path: Path) -> str:
+    """Makes the file that says that this process has a name. -> its content; empty: a living
+    process was there first. Raises OSError."""
+    process = psutil.Process()
+    content = json.dumps({"pid": process.pid, "create_time": process.create_time(),
+                          "host": platform.node(), "mark": uuid.uuid4().hex})
+    while True:
+        with contextlib.suppress(FileExistsError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with paths.atomic(path, paths.move) as temporary:
+                temporary.write_text(content, "utf-8")
+            _OURS.add(content)
+            return content
+        if not path.parent.is_dir():
+            raise NotADirectoryError(20, "not a folder", str(path.parent))
+        if _lives(path):
+            return ""
+        paths.data_dir().mkdir(parents=True, exist_ok=True)
+        with FileLock(paths.data_dir() / ".names.lock"):    # not a claim made since we looked
+            if not _lives(path):
+                path.unlink(missing_ok=True)
+
+
+def _lives(path: Path) -> bool:
+    """Whether the process that made a claim may still be there. Another computer's can't be asked
+    and counts as there."""
+    try:
+        content = path.read_text("utf-8")
+        found = from_json(content)
+        owner = Owner(int(found["pid"]), float(found["create_time"]))
+        if found["host"] != platform.node():
+            return True
+        process = process_of(owner)
+        return process is not None and (process.pid != os.getpid() or content in _OURS)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, TypeError, KeyError):
+        with contextlib.suppress(OSError):
+            return time.time() - path.stat().st_mtime < UNREADABLE_S
+        return False

@@ -1,0 +1,87 @@
+"""Progress of a run: speed, time left, memory; shown often enough to watch, never every step."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from core.jobs.events import Step
+from core.memory.plan import CONTEXT_MB, MB
+from core.system import machine
+
+if TYPE_CHECKING:
+    from core.training.memory_guard import Lookout
+    from core.training.trainer import Trainer
+
+SHOW_EVERY_S = 0.5          # asking for the loss waits for the GPU, so not at every step
+_SMOOTH = 0.7               # of the speed shown
+
+
+class Meter:
+    def __init__(self, trainer: Trainer, start: int, lookout: Lookout | None = None) -> None:
+        self.trainer, self.start, self.lookout = trainer, start, lookout
+        self.shown = self.began = time.perf_counter()
+        self.shown_step = self.done = start
+        self.speed = 0.0                    # steps/s, smoothed
+        self.training_s, self.steps = 0.0, 0
+        self.losses: list[float] = []
+
+    def tick(self, done: int, whole: bool = False) -> None:
+        """`whole`: the run's last update, after which nothing may be left unread."""
+        self.done = done
+        late = time.perf_counter() - self.shown >= SHOW_EVERY_S
+        if late or whole or done == self.start + 1:
+            self.show(done)
+
+    def go_back(self, done: int) -> None:
+        """The run goes on from an earlier state."""
+        self.done = self.shown_step = done
+        self.shown = time.perf_counter()
+
+    def show(self, done: int, validation: float | None = None) -> None:
+        """Emits a Step."""
+        trainer, updates = self.trainer, done - self.shown_step
+        if updates:
+            loss = trainer.mean_loss()
+            if loss is not None:
+                self.losses.append(loss)
+            self.steps += updates
+            now = time.perf_counter()
+            fresh = updates / max(1e-9, now - self.shown)
+            self.speed = fresh if not self.speed else _SMOOTH * self.speed + (1 - _SMOOTH) * fresh
+            self.training_s += now - self.shown
+            self.shown, self.shown_step = now, done
+        elif validation is None:
+            return
+        watch = self.lookout.watch if self.lookout else None
+        trainer.emit(Step(
+            step=done, total=trainer.total, epoch=trainer.course.epoch_of(done),
+            loss=self.losses[-1] if self.losses else None,
+            lr=float(trainer.optimizer.param_groups[0]["lr"]), steps_per_s=self.speed,
+            eta_s=(trainer.total - done) / max(self.speed, 1e-9),
+            memory_mb=held_mb(trainer.precision.device), validation=validation,
+            free_mb=watch.reading.free_mb if watch else None,
+            temperature_c=watch.reading.temperature_c if watch else None))
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time for previews and checkpoints is not the step's."""
+        self.show(self.done)
+        yield
+        self.shown = time.perf_counter()
+
+    def facts(self) -> dict[str, Any]:
+        return {"steps_per_second": self.steps / self.training_s if self.training_s else 0.0,
+                "loss": self.losses[-1] if self.losses else None}
+
+
+def held_mb(device: torch.device) -> float:
+    """What a run holds, in MiB, measured as it is planned: on CUDA the most that was reserved and
+    the context, else what this process holds for itself (on Apple's chips with the GPU's share)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / MB + CONTEXT_MB
+    return machine.private_mb()

@@ -1,0 +1,91 @@
+"""Regularisation pictures: what the LoRA must not change without its trigger word (the prior
+preservation of Ruiz et al. 2022, arXiv 2208.12242). From a folder, or drawn by the base itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from core import paths
+from core.config import TrainConfig, resolve
+from core.dataset import captions
+from core.dataset.cache import fingerprint, key
+from core.dataset.examples import Encoder, Examples, Stopped, add_regular
+from core.dataset.text_embeddings import batched, reading_of
+from core.errors import Fault
+from core.families import distilled
+from core.families.base import PARTS, Family, Parts, Precision
+from core.families.distilled import Distilled
+from core.inference import generate
+from core.inference.generate import Shot
+from core.jobs.control import Control
+from core.jobs.events import Event, Phase
+from core.weights.precision import free_memory, load_denoiser
+
+
+def add(config: TrainConfig, examples: Examples, family: Family, parts: Parts,
+        precision: Precision, beside: Path | None, emit: Callable[[Event], None],
+        control: Control) -> None:
+    """Adds them to `examples`, drawing first what is to be drawn. Raises Fault where a folder
+    won't do; Stopped."""
+    folders = [resolve(config.reg_data_dir, beside)] if config.reg_data_dir else []
+    if config.reg_from_base:
+        wanted = shots(config, examples, family.spec.cfg, parts.distilled)
+        folders.append(draw(config, wanted, family, parts, precision, emit,
+                            control))
+    for folder in folders:
+        add_regular(config, examples, folder, parts.native_size, parts.bucket_step, emit)
+
+
+def shots(config: TrainConfig, examples: Examples, own: float = 7.0,
+          base: Distilled | None = None) -> list[Shot]:
+    """The captions in turn without the trigger word, each in its picture's own bucket, so that
+    the trigger is all that tells the two kinds apart. `own`: the family's guidance."""
+    if not config.trigger_word.strip():
+        raise Fault("engine.regular_needs_trigger", count=config.reg_from_base)
+    items = [examples.items[i] for i in examples.trained()]
+    chosen = [items[n % len(items)] for n in range(config.reg_from_base)]
+    cfg, steps = distilled.drawing(config.sample_cfg, config.sample_inference_steps, own,
+                                   distilled.PREVIEW_STEPS, base)
+    return [Shot(captions.without_trigger(item.picture.caption, config.trigger_word), "",
+                 config.seed + n, steps, cfg, item.bucket,
+                 config.sample_sampler) for n, item in enumerate(chosen)]
+
+
+def draw(config: TrainConfig, wanted: list[Shot], family: Family, parts: Parts,
+         precision: Precision, emit: Callable[[Event], None], control: Control) -> Path:
+    """-> the folder in the cache that holds these pictures, drawn now if no run drew them yet."""
+    files = [fingerprint(family.weight_files(parts.source, part)) for part in PARTS]
+    folder = paths.cache_dir() / "regular" / key(
+        *files, parts.objective, parts.scheduler, parts.distilled, wanted,
+        *([reading_of(config)] if family.spec.chunked else []))[:20]
+    missing = [n for n in range(len(wanted)) if not _picture(folder, n).exists()]
+    if not missing:
+        return folder
+    texts = Encoder(family, parts.source, precision, config, emit, control).embeddings(
+        list(dict.fromkeys(["", *(shot.prompt for shot in wanted)])))
+    free_memory()
+    own = family.load(parts.source, precision, frozenset({"vae"}))
+    own.scheduler, own.objective = parts.scheduler, parts.objective
+    own.distilled = parts.distilled
+    own.denoiser = load_denoiser(config, family, parts.source, precision)
+    pipeline: Any = family.pipeline(own)
+    for done, number in enumerate(missing, 1):
+        if control.stopping:
+            raise Stopped
+        shot, path = wanted[number], _picture(folder, number)
+        arguments = family.prompt_arguments(*(
+            batched([texts[text]], precision.device) for text in (shot.prompt, "")))
+        image = generate.draw(pipeline, own, shot, arguments, precision)
+        paths.write_atomic(path.with_suffix(".txt"), shot.prompt)
+        generate.save_png(image, path, shot.prompt)
+        emit(Phase(name="regular", done=done, total=len(missing)))
+    del own, pipeline
+    free_memory()
+    return folder
+
+
+def _picture(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.png"

@@ -1,0 +1,1 @@
+"""Frozen weights: number formats, quantization, offload, tensors read one by one from files."""

@@ -1,0 +1,160 @@
+"""A project: folder, trigger word, preset and own edits; on disk, so that no page holds any state.
+
+projects/<name>.yaml in the data folder, one small file each. What is trained is
+family default -> preset -> suggestion, if applied -> own edits (core/workspace/presets.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from core import paths, serialization
+from core.config import TrainConfig
+from core.errors import Fault
+from core.workspace import presets
+
+FIRST = "my-lora"
+
+
+class Project(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str = FIRST
+    preset: str = ""                     # file name of a preset, without suffix; "": none
+    purpose: str = presets.PURPOSE
+    edits: dict[str, Any] = {}           # TrainConfig keys that the user set
+    invalid: dict[str, str] = {}         # what stands in a field and can't be used, as typed
+    advised: dict[str, Any] = {}         # values of the suggestion that was applied
+    run: str = ""                        # id of the run that is shown; "": the form is
+    inference: dict[str, Any] = {}       # the last prompt, seed, ...
+    tabs: dict[str, Any] = {}            # what other tabs keep, by tab
+
+    def data(self, output: Path) -> dict[str, Any]:
+        """The config's data; `output`: where LoRAs go unless an edit says otherwise."""
+        own = {"output_dir": str(output / self.name), "output_name": self.name} | self.edits
+        preset = self.chosen()
+        if preset is None:
+            return dict(self.advised) | own
+        return presets.apply(preset, own, self.advised or None)
+
+    def config(self, output: Path) -> TrainConfig:
+        return TrainConfig.model_validate(self.data(output))
+
+    def chosen(self) -> presets.Preset | None:
+        """The preset, if it is still there and belongs to the base."""
+        if not self.preset:
+            return None
+        try:
+            family = presets.family_of(str(self.edits.get("base_model", "")),
+                                       family=str(self.edits.get("family", "auto")))
+            return next((one for one in known_presets(family) if one.slug == self.preset), None)
+        except Fault:
+            return None
+
+    def sources(self) -> dict[str, str]:
+        """Who decides a key: own | advised | preset; keys left out: the default."""
+        preset = self.chosen()
+        below = dict.fromkeys(presets.sets(preset, self.advised | self.edits), "preset") \
+            if preset else {}
+        return below | dict.fromkeys(self.advised, "advised") | dict.fromkeys(self.edits, "own")
+
+
+class Projects:
+    """The projects on disk and the one that is open. Safe to share between threads."""
+
+    def __init__(self, name: str = "") -> None:
+        self.version = 0
+        self.broken: Fault | None = None     # the last file that couldn't be read
+        self._lock = threading.RLock()
+        known = self.names()
+        first = name if name in known else known[0] if known else FIRST
+        self._now = self._read(first)
+
+    @property
+    def now(self) -> Project:
+        return self._now
+
+    def names(self) -> list[str]:
+        return sorted((path.stem for path in _folder().glob("*.yaml")), key=str.casefold)
+
+    def open(self, name: str) -> Project:
+        """An existing project, or a new one of this name. Raises Fault for what is no name."""
+        name = checked_name(name)
+        with self._lock:
+            self._now, self.version = self._read(name), self.version + 1
+            return self._now
+
+    def change(self, **changes: Any) -> Project:
+        return self.update(lambda project: project.model_copy(update=changes))
+
+    def edit(self, **edits: Any) -> Project:
+        """Own edits of the config; None takes an edit back. Raises ValidationError where the
+        config would be wrong: nothing is kept then."""
+        def edited(project: Project) -> Project:
+            merged: Mapping[str, Any] = project.edits | edits
+            kept = {key: value for key, value in merged.items() if value is not None}
+            TrainConfig.model_validate(kept)
+            invalid = {key: raw for key, raw in project.invalid.items() if key not in edits}
+            return project.model_copy(update={"edits": kept, "invalid": invalid})
+        return self.update(edited)
+
+    def refuse(self, key: str, raw: str) -> Project:
+        """Keeps what stands in a field and can't be used, so that every page shows it."""
+        return self.update(lambda project: project.model_copy(
+            update={"invalid": project.invalid | {key: raw}}))
+
+    def update(self, how: Callable[[Project], Project]) -> Project:
+        with self._lock:
+            new = how(self._now)
+            if new != self._now:
+                text = yaml.safe_dump(new.model_dump(exclude_defaults=True) | {"name": new.name},
+                                      allow_unicode=True, sort_keys=False)
+                paths.write_atomic(_folder() / f"{new.name}.yaml", text)
+                self._now, self.version = new, self.version + 1
+            return new
+
+    def _read(self, name: str) -> Project:
+        """A file that can't be read is put aside and counts as a new project."""
+        file = _folder() / f"{name}.yaml"
+        try:
+            found = serialization.from_yaml(file.read_text("utf-8"))
+            return Project.model_validate({**found, "name": name})
+        except FileNotFoundError:
+            return Project(name=name)
+        except (OSError, ValueError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            self.broken = Fault("window.project_broken", file=file, reason=reason, name=name,
+                                aside=paths.set_aside(file).name)
+            return Project(name=name)
+
+
+def known_presets(family: str) -> list[presets.Preset]:
+    """presets.list_presets, read again only where a file changed: pages ask every second."""
+    folders = (paths.PRESETS, paths.data_dir() / "presets")
+    mark = tuple((str(path), path.stat().st_mtime_ns)
+                 for folder in folders for path in sorted(folder.glob("*/*.yaml")))
+    return [one for one in _listed(mark) if one.family == family]
+
+
+@functools.lru_cache(maxsize=2)
+def _listed(mark: tuple[tuple[str, int], ...]) -> tuple[presets.Preset, ...]:
+    return tuple(presets.list_presets())
+
+
+def checked_name(name: str) -> str:
+    """A name that every file system keeps, and no path. Raises Fault."""
+    plain = " ".join(name.split()).strip(". ")
+    if len(plain) > 60 or not paths.is_file_name(plain) or plain != name.strip():
+        raise Fault("gui.bad_name", name=" ".join(name.split()))
+    return plain
+
+
+def _folder() -> Path:
+    return paths.data_dir() / "projects"

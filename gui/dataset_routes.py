@@ -1,0 +1,32 @@
+"""Addresses of the pictures of the project's folder, by a key that holds no path."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, HTTPException
+from fastapi.responses import FileResponse, Response
+
+from core.dataset import thumbnails
+from core.errors import Fault
+from gui.state.app_state import House
+from gui.state.dataset_view import album_of
+
+KEPT = {"cache-control": "private, max-age=86400, immutable"}   # addresses change with pictures
+TORN = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><rect width="64" height="64" '
+        'fill="#d8d8de"/><path d="M20 20 44 44M44 20 20 44" stroke="#86868f" stroke-width="4"/>'
+        '</svg>')
+
+
+def add_album_routes(app: FastAPI, house: House) -> None:
+    @app.get("/dataset/{key}")
+    def picture(key: str, view: bool = False) -> Response:
+        album = album_of(house)
+        try:
+            path = album.path(album.named(key))
+        except Fault:
+            raise HTTPException(404) from None
+        try:
+            side = thumbnails.VIEW if view else thumbnails.SIDE
+            return FileResponse(thumbnails.thumbnail(path, side), media_type="image/webp",
+                                headers=KEPT)
+        except (Fault, OSError):            # torn, gone, a full disk: the check says so in words
+            return Response(TORN, media_type="image/svg+xml", headers={"cache-control": "no-store"})

@@ -1,0 +1,260 @@
+"""What a tab gets: the house that all pages share, a language, and words.
+
+A tab is one file in gui/tabs with `build(ctx) -> Tab`, called inside its gr.Tab; its name stands
+in `TABS` of gui/app.py. Nothing lives in the page: handlers act on `ctx.house`, and the page is
+painted from a Snapshot: on load, after each handler, and once a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import psutil
+from pydantic import ValidationError
+
+from core import i18n, paths
+from core.config import TrainConfig
+from core.errors import Fault
+from core.jobs.manager import JobManager
+from core.jobs.runs import JobView
+from core.memory import plan, plan_inputs
+from core.system import gpu
+from core.system.gpu import GpuInfo
+from core.workspace.project import Project, Projects
+from core.workspace.settings import Settings, SettingsFile
+from gui.state.base_models import Bases, Known
+from gui.state.desktop import Closing, Desktop
+from gui.state.plan_client import Forecast, Planning
+
+if TYPE_CHECKING:
+    from gui.state.page import Page
+
+PULSE_S = 2.0                           # between looks at the card
+
+
+@dataclass(frozen=True, slots=True)
+class Gauge:
+    """Memory of the card, or of the computer where there is none; MiB, whole ones."""
+
+    name: str = ""
+    kind: str = "cpu"                   # cuda | mps | cpu
+    used_mb: int = 0
+    total_mb: int = 0
+    temperature_c: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything that is painted, at one moment. `version` is equal where nothing differs."""
+
+    version: tuple[Any, ...] = ()
+    mark: str = ""                      # the same for pages
+    runs: tuple[JobView, ...] = ()      # newest first
+    project: Project = field(default_factory=Project)
+    settings: Settings = field(default_factory=Settings)
+    config: TrainConfig = field(default_factory=TrainConfig)
+    problem: Exception | None = None    # why the project's config can't be used
+    gauge: Gauge = field(default_factory=Gauge)
+    machine: plan.Machine | None = None
+    forecast: Forecast = field(default_factory=Forecast)
+    bases: Known = field(default_factory=Known)
+    order: tuple[str, ...] = ()         # ids that wait, the next one first; (): as they came
+    native: bool = False                # a window of our own, with the system's dialogs
+    closing: Closing = ""
+    now: float = 0.0                    # Unix time, s
+
+    @property
+    def active(self) -> JobView | None:
+        """The run that holds the machine; pictures on the CPU only where nothing else does."""
+        going = [view for view in self.runs if not view.over and view.state != "queued"]
+        return min(going, key=lambda view: view.beside, default=None)
+
+    @property
+    def queued(self) -> tuple[JobView, ...]:
+        """The next one first."""
+        waiting = [view for view in reversed(self.runs) if view.state == "queued"]
+        return tuple(sorted(waiting, key=lambda view: self.order.index(view.id)
+                            if view.id in self.order else len(self.order)))
+
+    @property
+    def shown(self) -> JobView | None:
+        """The training that stands in the Parameters tab instead of the form."""
+        chosen = next((view for view in self.runs if view.id == self.project.run), None)
+        active = self.active
+        return chosen or (active if active and active.job == "train" else None)
+
+    def run(self, run_id: str) -> JobView | None:
+        return next((view for view in self.runs if view.id == run_id), None)
+
+
+class House:
+    """What all pages of all languages share. Every method may be called from any thread."""
+
+    def __init__(self, jobs: JobManager, planning: Planning | None = None) -> None:
+        self.jobs = jobs
+        self.settings = SettingsFile()
+        self.projects = Projects(self.settings.now.project)
+        if not self.projects.names():   # the first start: a base that is there for sure
+            self.projects.edit(base_model="demo")
+        self.planning = planning or Planning()
+        self.gauge = Gauge()
+        self.machine: plan.Machine | None = None
+        self._card: GpuInfo | None = None
+        self.fills = 0                  # differs whenever inputs have to be set anew
+        self._touched = 0
+        self.bases = Bases(self.touch)
+        self.desktop = Desktop(self.touch, self._busy)
+        self._marks = (f"{time.time_ns():x}-{n}" for n in itertools.count())
+        self._snapshot = Snapshot()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._pulse, name="pulse", daemon=True)
+        self._thread.start()
+
+    def snapshot(self) -> Snapshot:
+        settings, project = self.settings.now, self.projects.now
+        version = (self.jobs.version, self.settings.version, self.projects.version,
+                   self.planning.version, self.gauge, self._touched)
+        if self._snapshot.version == version:
+            return self._snapshot
+        config, problem = TrainConfig(), None
+        try:
+            config = project.config(settings.output_folder)
+        except (ValidationError, Fault) as error:
+            problem = error
+        self._snapshot = Snapshot(
+            version, next(self._marks), tuple(self.jobs.views()), project, settings, config,
+            problem, self.gauge, self.machine, self.planning.now, self.bases.now,
+            tuple(view.id for view in self.jobs.queue()), self.desktop.window is not None,
+            self.desktop.state, time.time())
+        return self._snapshot
+
+    @property
+    def broken(self) -> list[Fault]:
+        """Files of ours that were found damaged."""
+        return [one for one in (self.settings.broken, self.projects.broken) if one]
+
+    def dismiss(self) -> None:
+        self.settings.broken = self.projects.broken = None
+        self.touch()
+
+    def _busy(self) -> bool:
+        """Something runs; what waits would start by itself with the next start."""
+        return any(not view.over and view.state != "queued" for view in self.jobs.views())
+
+    def stop_all(self, seconds: float = 120.0) -> None:
+        """Stops what runs, with its work saved, and waits for it. What waits stays where it is."""
+        self.jobs.hold()
+        running = [view.id for view in self.jobs.views()
+                   if not view.over and view.state != "queued"]
+        for run_id in running:
+            self.jobs.stop(run_id)
+        for run_id in running:
+            self.jobs.wait(run_id, seconds)
+
+    def touch(self) -> None:
+        """Makes the next snapshot a new one: something beside the house has changed."""
+        self._touched += 1
+
+    def filled(self) -> None:
+        """Inputs of all pages are set from the project."""
+        self.fills += 1
+        self.touch()
+
+    def replan(self, language: str) -> None:
+        """Asks for plan and suggestion of the project as it stands; returns at once."""
+        with contextlib.suppress(ValidationError, Fault):
+            project = self.projects.now
+            config = project.config(self.settings.now.output_folder)
+            self.planning.ask({"config": config.model_dump(mode="json", exclude_defaults=True),
+                               "purpose": project.purpose, "language": language})
+
+    def close(self) -> None:
+        """The run that goes on goes on."""
+        self._closed.set()
+        self.planning.close()
+        self.jobs.close()
+
+    def _pulse(self) -> None:
+        with gpu.Reader() as reader:
+            while True:
+                with contextlib.suppress(Exception):    # a driver that is being replaced
+                    if self.machine is None or self.machine.kind == "cpu":
+                        self.machine = self.machine or plan_inputs.machine_here()
+                    if self._card is None and self.machine.kind == "cuda":
+                        self._card = gpu.chosen(gpu.report())
+                    self.gauge = self._read(reader)
+                if self._closed.wait(PULSE_S):
+                    return
+
+    def _read(self, reader: gpu.Reader) -> Gauge:
+        assert self.machine is not None
+        if self._card is None:
+            memory = psutil.virtual_memory()
+            used = round((memory.total - memory.available) / 2**20, -2)
+            return Gauge(self.machine.name, self.machine.kind, int(used),
+                         round(memory.total / 2**20))
+        told = reader.poll(self._card.uuid or self._card.index)
+        total = told.total_mb or self._card.total_mb
+        used = 0 if told.free_mb is None else total - told.free_mb
+        degrees = None if told.temperature_c is None else round(told.temperature_c)
+        return Gauge(self._card.name, "cuda", int(round(used, -1)), round(total), degrees)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The house, spoken in one language, and the page that the tab stands on.
+
+    Handlers are registered with `ctx.page.on` and `ctx.page.on_panel`, never with Gradio's own
+    listeners: the page then turns faults into messages and sends what changed at once.
+    """
+
+    house: House
+    language: str
+    page: Page
+
+    def say(self, key: str, /, **params: Any) -> str:
+        """A sentence: `key` of strings/<language>/gui.yaml, or with its subject (`checks.x`)."""
+        full = key if "." in key else f"gui.{key}"
+        return i18n.say(full, params, self.language)
+
+    def told(self, fault: Fault) -> str:
+        return i18n.say(fault.code, fault.params, self.language)
+
+    @property
+    def pictures_folder(self) -> Path:
+        """Where generated pictures go; the one folder that pages may read by path."""
+        return pictures_folder()
+
+
+def pictures_folder() -> Path:
+    return paths.data_dir() / "pictures"
+
+
+Updates = dict[Any, Any]                # component -> value or gr.update(...)
+
+
+class Tab(Protocol):
+    """What `build` returns. Of `paint` only what differs from the last time is sent."""
+
+    def label(self, snap: Snapshot) -> str:
+        """The tab's name with its live status."""
+        ...
+
+    def paint(self, snap: Snapshot) -> Updates:
+        """Everything but what the user types in: on load, and whenever the version changes.
+        A panel's is its HTML."""
+        ...
+
+    def fill(self, snap: Snapshot) -> Updates:
+        """Inputs, from the project: on load, and after a project was changed as a whole."""
+        ...
+
+
+Build = Callable[[Context], Tab]

@@ -1,0 +1,129 @@
+"""What only this computer's desktop can do: native dialogs, a file manager, closing the app."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from core.errors import Fault
+
+Closing = Literal["", "asked", "stopping", "closed"]
+
+
+class Window(Protocol):
+    """A native window, as far as it is needed here; see `gui/window.py` for pywebview's."""
+
+    def choose(self, folder: bool, start: str) -> str:
+        """A path from the system's dialog; "": nothing was chosen."""
+        ...
+
+    def close(self) -> None: ...
+
+    def forward(self) -> None:
+        """Before all other windows."""
+        ...
+
+
+class Desktop:
+    """`state` asked: every page shows the question; `quit`: the server is to end."""
+
+    def __init__(self, changed: Callable[[], None], busy: Callable[[], bool]) -> None:
+        self.window: Window | None = None
+        self.state: Closing = ""
+        self.quit = threading.Event()
+        self._changed, self._busy = changed, busy
+
+    def choose(self, folder: bool, start: str = "") -> str:
+        """Blocks while the dialog is open. Raises Fault where there is no native window."""
+        if self.window is None:
+            raise Fault("close.no_dialog")
+        return self.window.choose(folder, start)
+
+    def may_close(self) -> bool:
+        """True: nothing runs, or all was asked. Else the pages ask."""
+        if self.quit.is_set() or not self._busy():
+            return True
+        self._set("asked")
+        return False
+
+    def stay(self) -> None:
+        self._set("")
+
+    def stop_first(self, stop: Callable[[], None]) -> None:
+        """Ends once `stop` has; the pages show it meanwhile, and `stay` still calls it off."""
+        def work() -> None:
+            stop()
+            if self.state == "stopping":
+                self.end()
+        self._set("stopping")
+        threading.Thread(target=work, name="closing", daemon=True).start()
+
+    def end(self) -> None:
+        self._set("closed")
+        self.quit.set()
+        if self.window:
+            # not in the window's own thread, which waits for the event that led here
+            threading.Thread(target=self.window.close, name="closing", daemon=True).start()
+
+    def _set(self, state: Closing) -> None:
+        self.state = state
+        self._changed()
+
+
+def open_folder(folder: Path) -> None:
+    """In the system's file manager. Raises Fault where the folder or the manager is missing."""
+    if not folder.is_dir():
+        raise Fault("close.folder_gone", folder=folder)
+    if sys.platform == "win32":
+        os.startfile(folder)
+        return
+    command = _manager()
+    if not command:
+        raise Fault("close.no_manager", folder=folder)
+    subprocess.Popen([*command, str(folder)], stdin=subprocess.DEVNULL,
+                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def _manager() -> Sequence[str]:
+    if sys.platform == "darwin":
+        return ["open"]
+    shown = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    return ["xdg-open"] if shown and shutil.which("xdg-open") else []
+
+
+class WebviewWindow:
+    """pywebview's window behind `Window`."""
+
+    def __init__(self, window: Any) -> None:
+        self._window = window
+        self._minimised = False         # restore() would make a maximised window small
+        window.events.minimized += lambda: self._note(True)
+        window.events.restored += lambda: self._note(False)
+        window.events.maximized += lambda: self._note(False)
+
+    def _note(self, minimised: bool) -> None:
+        self._minimised = minimised
+
+    def choose(self, folder: bool, start: str) -> str:
+        import webview
+        kinds = getattr(webview, "FileDialog", None)            # since pywebview 6
+        kind = ((kinds.FOLDER if folder else kinds.OPEN) if kinds
+                else webview.FOLDER_DIALOG if folder else webview.OPEN_DIALOG)
+        found = self._window.create_file_dialog(kind, directory=start)
+        return str(found[0]) if found else ""
+
+    def close(self) -> None:
+        self._window.destroy()
+
+    def forward(self) -> None:
+        if self._minimised:
+            self._window.restore()
+        self._window.show()
+        self._window.on_top = True      # systems keep other programs from taking the front
+        self._window.on_top = False
