@@ -22,15 +22,15 @@ from core.families.flux2 import model as flux2  # noqa: E402
 from core.families.krea2 import model as krea2  # noqa: E402
 from core.families.qwen import model as qwen  # noqa: E402
 from core.families.sd3 import model as sd3  # noqa: E402
+from core.families.timestep_sampling import TimestepSampling, shifted  # noqa: E402
 from core.families.zimage import model as zimage  # noqa: E402
-from core.objectives.flow import Sampling, shifted  # noqa: E402
 
 TARGET = ROOT / "docs" / "noise-levels.svg"
 SIDE = 128                                  # latent pixels of 1024 px
 DRAWS, BINS = 60_000, 40
 SMOOTH = (1, 2, 3, 2, 1)                    # weights of neighbouring bins
 # Label, rule, colour, and where the label stands: noise level, density.
-CURVES: tuple[tuple[str, Sampling, str, tuple[float, float]], ...] = (
+CURVES: tuple[tuple[str, TimestepSampling, str, tuple[float, float]], ...] = (
     ("Flux.1 dev, Flux.2 klein, Lumina 2, SD 3, Sana", flux.DEV, "#c2410c", (0.26, 2.42)),
     ("Krea 2", krea2.LEARNS, "#7c3aed", (0.6, 2.05)),
     ("Z-Image, Qwen-Image", zimage.LEARNS, "#1d4ed8", (0.29, 1.78)),
@@ -42,7 +42,7 @@ WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 640, 330, 44, 14, 14, 44      # px
 HIGHEST = 2.6                               # density
 
 
-def density(own: Sampling) -> list[float]:
+def density(own: TimestepSampling) -> list[float]:
     """By bins of the noise level, of mean 1."""
     generator, shift = torch.Generator().manual_seed(1), own.shift_at(SIDE, SIDE)
     counts = [0] * BINS
@@ -62,7 +62,7 @@ def at(level: float, value: float) -> tuple[float, float]:
             HEIGHT - BOTTOM - value / HIGHEST * (HEIGHT - TOP - BOTTOM))
 
 
-def line(own: Sampling, colour: str) -> str:
+def line(own: TimestepSampling, colour: str) -> str:
     points = [at((i + 0.5) / BINS, value) for i, value in enumerate(density(own))]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'

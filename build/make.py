@@ -33,20 +33,24 @@ USED = """
 import json, shutil, sys
 from pathlib import Path
 import captioner, diffusers
-from captioner import runner
+from captioner import job
 from captioner.config import CaptionConfig
-from core import demo, families, lora_algebra, memory, paths, plan_service, samplers, tracing
+from core import families, paths
+from core.demo import run as demo
+from core.families import schedulers
+from core.lora_files import merge
+from core.memory import meta_tensors, service, traces
 from core.jobs.control import Control
 home = Path(sys.argv[1])
-for name in families.MODULES: families.get(name)
+for name in families.SPECS: families.get(name)
 for name in captioner.REGISTRY: captioner.get(name)
-for name in (*(row[1] for row in samplers.SAMPLERS.values()), *samplers.FLOW.values()):
+for name in (*(row[1] for row in schedulers.SAMPLERS.values()), *schedulers.FLOW.values()):
     getattr(diffusers, name)
 config = demo.demo_config(home).with_changes(max_train_steps=1, lr_warmup_steps=0, batch_size=1)
 demo.train(config, lambda event: None, Control())
-plan_service.answer({"config": config.model_dump(mode="json"), "purpose": "style"})
+service.answer({"config": config.model_dump(mode="json"), "purpose": "style"})
 shutil.copy(next((paths.DEMO / "pictures").glob("*.png")), home)
-runner.caption(CaptionConfig(folder=str(home)), lambda event: None, Control())
+job.caption(CaptionConfig(folder=str(home)), lambda event: None, Control())
 print(json.dumps(sorted(name for name, module in sys.modules.items()
                         if name.split(".")[0] in sys.argv[2:] and getattr(module, "__file__", 0))))
 """

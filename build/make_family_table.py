@@ -45,7 +45,7 @@ def gigabytes(family: str, kept: str) -> str:
 
 
 def row(family: str, lang: str, sizes: list[str]) -> str:
-    listed, spec = families.MODULES[family], families.get(family).spec
+    listed, spec = families.SPECS[family], families.get(family).spec
     unet, transformer, text = TRAINS[lang]
     trained = unet if (paths.family_configs(family) / "unet").is_dir() else transformer
     others = [name for name in formats.FORMATS if name != spec.lora_format]
@@ -65,7 +65,7 @@ def known(path: Path) -> dict[str, list[str]]:
 def write(sizes: dict[str, list[str]]) -> None:
     for lang, path in READMES.items():
         table = "\n".join([f"| {' | '.join(HEAD[lang])} |", "|---" * len(HEAD[lang]) + "|",
-                           *(row(family, lang, sizes[family]) for family in families.MODULES
+                           *(row(family, lang, sizes[family]) for family in families.SPECS
                              if family in sizes)])
         text, (begin, end) = path.read_text("utf-8"), MARKS
         paths.write_atomic(path, f"{text.split(begin)[0]}{begin}\n{table}\n{end}"
@@ -74,7 +74,7 @@ def write(sizes: dict[str, list[str]]) -> None:
 
 def main(wanted: list[str]) -> None:
     sizes = known(READMES["en"])
-    for family in wanted or families.MODULES:
+    for family in wanted or families.SPECS:
         sizes[family] = [gigabytes(family, kept) for kept in KEPT]
         print(family, *sizes[family], flush=True)
         write(sizes)                    # a large base takes minutes: what is there stays

@@ -2,7 +2,8 @@
 
     python build/make_presets.py [FAMILY ...]
 
-Run it when the advisor's tables or the plans change; tests/workspace/test_presets.py holds the files to it.
+Run it when the advisor's tables or the plans change; tests/workspace/test_presets.py holds the
+files to it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ if str(ROOT) not in sys.path:
 
 from core import families, i18n, paths  # noqa: E402
 from core.config import TrainConfig  # noqa: E402
+from core.families.detection import Base  # noqa: E402
 from core.memory import advisor, plan, plan_inputs, relief  # noqa: E402
 from core.memory.advisor import Shape, Suggestion  # noqa: E402
-from core.memory.plan import Base, Machine, Phase, Plan  # noqa: E402
-from core.memory.relief import Rungs  # noqa: E402
+from core.memory.plan import Machine, Phase, Plan  # noqa: E402
+from core.memory.relief import Capabilities  # noqa: E402
 
 PURPOSES = ("style", "character", "object")
 RAM_GB = (2, 4, 8, 16, 32, 64)
@@ -79,7 +81,7 @@ TRACES = ROOT / "tests" / "data" / "preset_traces.json"     # of the presets' ow
 
 
 def base_name(family: str, lang: str) -> str:
-    title = families.MODULES[family].title if family in families.MODULES else ""
+    title = families.SPECS[family].title if family in families.SPECS else ""
     return BASES.get(family, {"en": title, "zh-CN": f" {title} "})[lang]
 
 
@@ -122,7 +124,7 @@ def suggestion(family: str, size: Size, purpose: str) -> Suggestion:
 def given_up(config: TrainConfig, least: dict[str, Any]) -> list[float]:
     """By dial: 0: as much as was asked for, below: less, above: more."""
     wanted = TrainConfig.model_validate({"cache_batch_size": 1} | least)
-    order, rank = Rungs().base_precisions, advisor.PURPOSES["style"].rank
+    order, rank = Capabilities().base_precisions, advisor.PURPOSES["style"].rank
     return [wanted.batch_size - config.batch_size, config.offload - wanted.offload,
             config.gradient_checkpointing - wanted.gradient_checkpointing,
             order.index(config.base_precision) - order.index(wanted.base_precision),

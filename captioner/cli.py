@@ -145,7 +145,7 @@ def _absolute(path: Path) -> str:
 
 def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
     from core.cli.commands import overrides
-    from core.serialization import read_flat_yaml
+    from core.config.flat_yaml import read_flat_yaml
     return {key: read_flat_yaml(f"value: {text}", "--set")[0].get("value", "")
             for key, text in overrides(pairs).items()}
 

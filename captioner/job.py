@@ -40,11 +40,12 @@ from captioner.models.interrogate import combine
 from captioner.pipeline import describe_all
 from captioner.progress import Progress
 from core import i18n
-from core.dataset.captions import decode_text, one_line
+from core.config.flat_yaml import read_flat_yaml, refuse_unknown, validation_fault
+from core.dataset.captions import one_line
 from core.errors import Fault
 from core.jobs.control import Control
 from core.jobs.events import Captioned, Event, Note, Phase
-from core.serialization import problem_of, read_flat_yaml
+from core.serialization import decode_text
 
 FLUSH_S = 1.0                               # captions wait so long to be written together;
 FLUSH_SHARE = 0.1                           # longer where a large table takes long to write
@@ -66,19 +67,11 @@ def load(path: Path) -> CaptionConfig:
 
 
 def checked(data: dict[str, Any], source: str, lines: dict[str, int]) -> CaptionConfig:
+    refuse_unknown(data, CaptionConfig.model_fields, lines, source)
     try:
         return CaptionConfig.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0])
-        line = lines.get(key, "--set")
-        if first["type"] == "extra_forbidden":
-            close = i18n.nearest(key, CaptionConfig.model_fields, 1)
-            raise Fault("config.unknown_key" if close else "config.unknown_key_plain",
-                        file=source, line=line, key=key,
-                        nearest=close[0] if close else "") from None
-        raise Fault("config.bad_value", file=source, line=line, key=key, value=data.get(key),
-                    problem=problem_of(first)) from None
+        raise validation_fault(error, data, source, lines, "--set") from None
 
 
 def rules_of(config: CaptionConfig) -> tuple[Rule, ...]:

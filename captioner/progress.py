@@ -14,7 +14,7 @@ from typing import Any
 from captioner.base import Description, Tag
 from captioner.captions.edits import cannot_write
 from captioner.captions.undo import state_dir
-from core import paths
+from core import hashes
 from core.jobs.journal import append_line, tail_lines
 from core.serialization import from_json
 
@@ -46,7 +46,7 @@ class Progress:
         try:
             stat = picture.stat()
             same = (stat.st_size, stat.st_mtime_ns) == (known.size, known.mtime_ns)
-            return known.said if same or paths.sha256(picture) == known.sha256 else None
+            return known.said if same or hashes.sha256(picture) == known.sha256 else None
         except OSError:
             return None
 
@@ -54,7 +54,7 @@ class Progress:
         try:
             stat = picture.stat()
             self._append({"name": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns,
-                          "sha256": paths.sha256(picture), "sentence": said.sentence,
+                          "sha256": hashes.sha256(picture), "sentence": said.sentence,
                           "tags": [[tag.name, tag.score, tag.category] for tag in said.tags]})
         except FileNotFoundError:           # deleted since it was read
             return

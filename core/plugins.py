@@ -17,15 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from core import i18n
 from core.errors import Fault
-
-if TYPE_CHECKING:
-    from core.config import TrainConfig
-
-KEYS = ("picture_processors", "callbacks", "optimizer", "adapter", "family")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,37 +77,6 @@ class Guarded:
 
 def is_named(value: str) -> bool:
     return ":" in value
-
-
-def named_in(config: TrainConfig) -> list[tuple[str, str]]:
-    """(key, name) of every extension of a config, `package.module.Class` of an optimizer too."""
-    found = []
-    for key in KEYS:
-        value = getattr(config, key)
-        names = [value] if isinstance(value, str) else value
-        found += [(key, one) for one in names if is_named(one) or "." in one]
-    return found
-
-
-def located(config: TrainConfig, folder: Path | None) -> TrainConfig:
-    """The config with the files that lie in `folder` by their full path, so that it means the
-    same from everywhere."""
-    changes: dict[str, Any] = {}
-    for key in KEYS:
-        value = getattr(config, key)
-        new = _beside(value, folder) if isinstance(value, str) else [
-            _beside(one, folder) for one in value]
-        if new != value:
-            changes[key] = new
-    return config.with_changes(**changes) if changes else config
-
-
-def _beside(name: str, folder: Path | None) -> str:
-    module, colon, item = name.rpartition(":")
-    if not colon or folder is None or "\0" in module:
-        return name
-    path = folder / (module if module.endswith(".py") else f"{module.replace('.', '/')}.py")
-    return f"{path.absolute()}:{item}" if path.is_file() else name
 
 
 def mark(name: str) -> str:

@@ -6,7 +6,6 @@ A file is: 8 bytes header length (little endian), a JSON header, then the tensor
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import struct
@@ -74,19 +73,6 @@ def read_scalars(path: Path, header: Header, names: list[str]) -> dict[str, floa
                 file.seek(header.data_start + info.begin)
                 values[name] = _number(info.dtype, file.read(info.nbytes))
     return values
-
-
-def data_hash(path: Path) -> str:
-    """SHA-256 of the tensors' bytes: does not change when metadata is edited."""
-    with opened(path):
-        return _data_hash(path, paths.stamp(path))
-
-
-@functools.lru_cache(maxsize=64)
-def _data_hash(path: Path, stamp: tuple[int, int, int]) -> str:
-    with opened(path) as file:
-        file.seek(read_header(path).data_start)
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(file: BufferedReader, path: Path) -> Header:

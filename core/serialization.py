@@ -5,20 +5,28 @@ broken, so that nobody has to think of RecursionError.
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
 import re
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from core import i18n
-from core.errors import Fault
-
 Kind = TypeVar("Kind", dict[str, Any], list[Any])
 MOST_DEEP = 30                              # brackets
 MOST_YAML = 2**18                           # characters; PyYAML reads some 100 kB a second
+
+
+_BOMS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+         (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"),
+         (codecs.BOM_UTF16_BE, "utf-16"))
+_HAN = re.compile(r"[\0-\x7f\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]+")
+_ONE_SCRIPT = re.compile("|".join(          # Latin with plain letters, Greek, Cyrillic, ...
+    rf"[\0-\x7f\xa0-\xbf{script}]*" for script in (
+        r"\u0370-\u03ff", r"\u0400-\u045f\u0490\u0491", r"\u0531-\u058a", r"\u05be-\u05ea",
+        r"\u0600-\u06ff")) + r"|(?=.*[A-Za-z])[\0-\x7f\xa0-\u024f\u0300-\u036f]*", re.DOTALL)
 
 
 class Loader(yaml.SafeLoader):
@@ -114,68 +122,52 @@ def construct(node: yaml.Node) -> Any:
                       node.start_mark.line + 1) from None
 
 
-_SAME = {"int_parsing": "int", "int_type": "int", "int_from_float": "int",
-         "float_parsing": "float", "float_type": "float", "bool_parsing": "bool",
-         "bool_type": "bool"}          # pydantic's kinds of error -> ours
+# --- text ---
+
+def decode_text(data: bytes) -> str:
+    """UTF-8 with or without BOM, UTF-16 and UTF-32 with BOM, else GB18030, else Windows-1252.
+
+    Raises ValueError for what is no text.
+    """
+    text = _decoded(data)
+    if "\0" in text:
+        raise ValueError("it holds binary data")
+    return text
 
 
-def problem_of(error: Any) -> Any:
-    """What pydantic found wrong, in our words; its own where we have none."""
-    code = f"config.must_{_SAME.get(error['type'], error['type'])}"
-    if code not in i18n.catalogue("en"):
-        return error["msg"].removeprefix("Value error, ")
-    return {"say": code, **{name: str(value).replace(" or ", ", ")
-                            for name, value in error.get("ctx", {}).items()}}
+def _decoded(data: bytes) -> str:
+    for bom, encoding in _BOMS:
+        if data.startswith(bom):
+            return data.decode(encoding)
+    for encoding in ("utf-8", "gb18030", "cp1252"):
+        try:
+            text = data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if encoding != "utf-8" or not _is_chinese_misread(text, data):
+            return text
+    raise ValueError("it is neither UTF-8, UTF-16 nor GB18030")
 
 
-def read_flat_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """-> values and line numbers by key. Aliases are refused, numbers such as 2e-4 are numbers."""
+def _is_chinese_misread(text: str, data: bytes) -> bool:
+    """Short Chinese text in GB18030 can be valid UTF-8 by chance: the bytes of "one cat" read
+    as a Cyrillic, a Hebrew and a French letter. No language writes so."""
+    if text.isascii() or max(text) > "\u07ff" or _ONE_SCRIPT.fullmatch(text):
+        return False
     try:
-        node = compose(text)
-    except BadYaml as error:
-        raise Fault("config.bad_yaml", file=source, line=error.line, reason=error.reason
-                    ) from None
-    if node is None:
-        return {}, {}
-    if not isinstance(node, yaml.MappingNode):
-        raise Fault("config.not_a_mapping", file=source)
-    lines: dict[str, int] = {}
-    for key_node, _ in node.value:
-        key = str(key_node.value)
-        if key in lines:
-            raise Fault("config.twice", file=source, line=key_node.start_mark.line + 1, key=key,
-                        first=lines[key])
-        lines[key] = key_node.start_mark.line + 1
-    try:
-        data = construct(node)
-    except BadYaml as error:
-        raise Fault("config.bad_yaml", file=source, line=error.line, reason=error.reason
-                    ) from None
-    return {str(k): v for k, v in data.items() if v is not None}, lines
+        return bool(_HAN.fullmatch(data.decode("gb18030")))
+    except UnicodeDecodeError:
+        return False
 
 
-def told(value: Any) -> str:
-    """A wrong value as a sentence can hold it; 0xfff... may be too long for a decimal."""
+def readable_name(name: str) -> str:
+    """A file name as text, also where it isn't UTF-8: Chinese archives unpacked on Linux."""
     try:
-        text = " ".join(str(value).split())
+        name.encode()
+        return name
+    except UnicodeEncodeError:
+        pass
+    try:
+        return decode_text(os.fsencode(name))
     except ValueError:
-        return "..."
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def scalar(text: str) -> Any:
-    """A --set value, read as YAML: 4, 2e-4, true, [a, b], plain text."""
-    try:
-        return from_yaml(text)
-    except ValueError:
-        return text
-
-
-def refuse_unknown(data: Mapping[str, Any], known: Collection[str], lines: Mapping[str, int],
-                   source: str) -> None:
-    for key in data:
-        if key not in known:
-            close = i18n.nearest(key, known, 1)
-            raise Fault("config.unknown_key" if close else "config.unknown_key_plain",
-                        file=source, line=lines.get(key, "--set"), key=key,
-                        nearest=close[0] if close else "")
+        return name.encode("utf-8", "replace").decode()

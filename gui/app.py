@@ -25,7 +25,7 @@ from gui.dataset_routes import add_album_routes
 from gui.header import Header
 from gui.routes import add_live_route, add_routes
 from gui.server import Served, listen
-from gui.state.app_state import Context, House, pictures_folder
+from gui.state.app_state import AppState, Context, pictures_folder
 from gui.state.page import Page
 from gui.state.plan_client import Planning
 from gui.theme import HEAD, theme
@@ -35,9 +35,8 @@ STYLES = [Path(__file__).parent / name for name in ("style.css", "panels.css")]
 WARM_AFTER_S = 3.0
 
 
-def build(ctx: Context) -> gr.Blocks:
+def build(ctx: Context, page: Page) -> gr.Blocks:
     """The page in one language."""
-    page = ctx.page
     with gr.Blocks(title="LoRA Darkroom", fill_width=True, analytics_enabled=False,
                    delete_cache=(3600, 86_400)) as blocks:
         page.header = Header(ctx)
@@ -54,16 +53,17 @@ def build(ctx: Context) -> gr.Blocks:
     return blocks
 
 
-def application(house: House) -> FastAPI:
+def application(app_state: AppState) -> FastAPI:
     """All pages and routes; every argument to Gradio stands here."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    add_routes(app, house)
-    add_album_routes(app, house)
+    add_routes(app, app_state)
+    add_album_routes(app, app_state)
     for language in i18n.LANGUAGES:
-        ctx = Context(house, language, Page())
-        add_live_route(app, ctx)
+        page = Page()
+        ctx = Context(app_state, language, page)
+        add_live_route(app, ctx, page)
         gr.mount_gradio_app(
-            app, build(ctx), path=f"/{language}",
+            app, build(ctx, page), path=f"/{language}",
             server_name="127.0.0.1", footer_links=[], run_history=False, show_error=False,
             allowed_paths=[str(pictures_folder())],
             blocked_paths=[str(paths.data_dir() / "settings.yaml")],
@@ -87,19 +87,19 @@ def move_in(served: Served, jobs: JobManager | None = None, planning: Planning |
     """Pages for a server that shows the waiting page. Raises OSError for folders of ours that
     can't be written."""
     _settle()
-    house = House(jobs or JobManager(), planning)
-    served.move_in(application(house), house)
+    app_state = AppState(jobs or JobManager(), planning)
+    served.move_in(application(app_state), app_state)
     if warm:
-        timer = threading.Timer(WARM_AFTER_S, _warm, [house])
+        timer = threading.Timer(WARM_AFTER_S, _warm, [app_state])
         timer.daemon = True
         timer.start()
 
 
-def _warm(house: House) -> None:
+def _warm(app_state: AppState) -> None:
     """What is likely to be wanted next: a worker, and the bases that lie on this machine."""
-    house.jobs.warm()
+    app_state.jobs.warm()
     thumbnails.prune()
-    house.bases.look(tuple(house.settings.now.model_folders))
+    app_state.bases.look(tuple(app_state.settings.now.model_folders))
 
 
 def _settle() -> None:

@@ -28,9 +28,9 @@ def items(ctx: Context, snap: Snapshot) -> list[Item]:
     found += [Item("bad", text) for text in problems(ctx, snap)]
     if snap.problem:
         found.append(Item("bad", said(ctx, snap.problem)))
-    if steps := snap.forecast.answer.get("updates"):
+    if steps := snap.plan_state.answer.get("updates"):
         found.append(Item("ok", ctx.say("will_do_steps", steps=steps)))
-    if length := snap.forecast.answer.get("length"):
+    if length := snap.plan_state.answer.get("length"):
         found.append(Item("warn", ctx.say(length["key"], **length["params"])))
     return found
 
@@ -51,7 +51,7 @@ def _pictures(ctx: Context, snap: Snapshot) -> Item:
         return Item("bad", ctx.say("no_folder"))
     if not Path(folder).expanduser().is_dir():
         return Item("bad", ctx.say("folder_missing", folder=folder))
-    answer, question = snap.forecast.answer, snap.forecast.question.get("config", {})
+    answer, question = snap.plan_state.answer, snap.plan_state.question.get("config", {})
     if question.get("train_data_dir") != folder:
         return Item("wait", ctx.say("counting"))
     if fault := answer.get("pictures_fault"):
@@ -96,9 +96,9 @@ def _looked(path: Path, mark: int, language: str) -> str:
 
 
 def _memory(ctx: Context, snap: Snapshot) -> list[Item]:
-    answer = snap.forecast.answer
+    answer = snap.plan_state.answer
     if not answer:
-        return [Item("wait", ctx.say("planning"))] if snap.forecast.pending else []
+        return [Item("wait", ctx.say("planning"))] if snap.plan_state.pending else []
     if fault := answer.get("fault"):
         return [Item("warn", ctx.say(fault["code"], **fault["params"]))]
     plan = answer["plan"]
@@ -109,7 +109,7 @@ def _memory(ctx: Context, snap: Snapshot) -> list[Item]:
 
 
 def _lacking(ctx: Context, snap: Snapshot) -> list[Item]:
-    answer = snap.forecast.answer
+    answer = snap.plan_state.answer
     short = [Item("warn", ctx.say(f"advisor.{what}_short", **params))
              for what, params in (answer.get("lacking") or {}).items()]
     disk = (answer.get("plan") or {}).get("machine", {}).get("disk_mb")

@@ -7,7 +7,7 @@ from fastapi.responses import FileResponse, Response
 
 from core.dataset import thumbnails
 from core.errors import Fault
-from gui.state.app_state import House
+from gui.state.app_state import AppState
 from gui.state.dataset_view import album_of
 
 KEPT = {"cache-control": "private, max-age=86400, immutable"}   # addresses change with pictures
@@ -16,10 +16,10 @@ TORN = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><rect width
         '</svg>')
 
 
-def add_album_routes(app: FastAPI, house: House) -> None:
+def add_album_routes(app: FastAPI, app_state: AppState) -> None:
     @app.get("/dataset/{key}")
     def picture(key: str, view: bool = False) -> Response:
-        album = album_of(house)
+        album = album_of(app_state)
         try:
             path = album.path(album.named(key))
         except Fault:

@@ -23,33 +23,33 @@ class Header:
         return {self.panel: header(self.ctx, snap), self.dialog: close_dialog(self.ctx, snap)}
 
     def act(self, act: str, id: str) -> Updates | None:
-        house = self.ctx.house
+        app_state = self.ctx.app_state
         if act == "job":
-            run = house.snapshot().run(id)
+            run = app_state.snapshot().run(id)
             if run and run.job == "train":
-                house.projects.change(run=id)
+                app_state.projects.change(run=id)
             places = {"train": "parameters", "caption": "captioning"}
             return self.ctx.page.select(places.get(run.job if run else "", "inference"))
         if act in ("open", "new"):
-            base = house.projects.now.edits.get("base_model", "demo")
-            if not house.projects.open(id).edits:           # a new one starts on the same base
-                house.projects.edit(base_model=base)
-            house.projects.change(run="")
-            house.settings.change(project=house.projects.now.name)
-            house.replan(self.ctx.language)
-        desktop = house.desktop
+            base = app_state.projects.now.edits.get("base_model", "demo")
+            if not app_state.projects.open(id).edits:           # a new one starts on the same base
+                app_state.projects.edit(base_model=base)
+            app_state.projects.change(run="")
+            app_state.settings.change(project=app_state.projects.now.name)
+            app_state.replan(self.ctx.language)
+        desktop = app_state.desktop
         match act:
             case "dismiss":
-                house.dismiss()
+                app_state.dismiss()
             case "quit":
                 if desktop.may_close():
                     desktop.end()
             case "keep_run":
                 desktop.end()
             case "stop_run":
-                desktop.stop_first(house.stop_all)
+                desktop.stop_first(app_state.stop_all)
             case "stay":
-                house.jobs.hold(False)
+                app_state.jobs.hold(False)
                 desktop.stay()
         return None
 
@@ -65,11 +65,11 @@ def _broken(ctx: Context) -> str:
     return "".join(
         f'<section class="card warning" role="alert"><p>{esc(ctx.told(fault))} '
         f'{button(ctx.say("close.dismiss"), "dismiss")}</p></section>'
-        for fault in ctx.house.broken)
+        for fault in ctx.app_state.broken)
 
 
 def _project(ctx: Context, snap: Snapshot) -> str:
-    names = [name for name in ctx.house.projects.names() if name != snap.project.name]
+    names = [name for name in ctx.app_state.projects.names() if name != snap.project.name]
     others = "".join(button(name, "open", name, kind="link") for name in names[:30])
     label = esc(ctx.say("new_project"))
     return (f'<details class="menu"><summary><b aria-hidden="true">◆</b> '

@@ -18,8 +18,9 @@ from core.dataset import thumbnails
 from core.errors import Fault
 from core.jobs import bug_report
 from core.jobs.runs import JobView
-from gui.state.app_state import Context, House
-from gui.tabs.run import lora_file
+from gui.state.app_state import AppState, Context
+from gui.state.page import Page
+from gui.state.run_files import lora_file
 
 THUMB_PX = 320
 SMALL = 60_000                          # bytes
@@ -34,34 +35,35 @@ class Shown(BaseModel):
 
 
 
-def add_routes(app: FastAPI, house: House) -> None:
+def add_routes(app: FastAPI, app_state: AppState) -> None:
     @app.get("/")
     def home() -> RedirectResponse:
-        return _to(house)
+        return _to(app_state)
 
     @app.get("/language/{language}")
     def language(language: str) -> RedirectResponse:
         if language not in i18n.LANGUAGES:
             raise HTTPException(404)
-        house.settings.change(language=language)
-        return _to(house)
+        app_state.settings.change(language=language)
+        return _to(app_state)
 
     @app.get("/theme/{theme}")
     def theme(theme: str) -> RedirectResponse:
         if theme not in ("auto", "light", "dark"):
             raise HTTPException(404)
-        house.settings.change(theme=theme)
-        return _to(house)
+        app_state.settings.change(theme=theme)
+        return _to(app_state)
 
     @app.get("/picture/{run_id}/{number}")
     def picture(run_id: str, number: int, full: bool = False) -> FileResponse:
-        path = _file([sample.path for sample in _run(house, run_id).samples], number)
+        path = _file([sample.path for sample in _run(app_state, run_id).samples], number)
         return FileResponse(path if full else thumbnail(path),
                             headers={"cache-control": "private, max-age=86400, immutable"})
 
     @app.get("/lora/{run_id}/{number}")
     def lora(run_id: str, number: int) -> FileResponse:
-        path = _file([str(lora_file(point)) for point in _run(house, run_id).checkpoints], number)
+        path = _file([str(lora_file(point)) for point in _run(app_state, run_id).checkpoints],
+                     number)
         return FileResponse(path, filename=path.name, media_type="application/octet-stream")
 
     @app.get("/diagnostics")
@@ -70,7 +72,7 @@ def add_routes(app: FastAPI, house: House) -> None:
 
     @app.get("/diagnostics/{run_id}")
     def report_of_run(run_id: str) -> PlainTextResponse:
-        return PlainTextResponse(bug_report.text(_run(house, run_id)))
+        return PlainTextResponse(bug_report.text(_run(app_state, run_id)))
 
     @app.get("/live.js")
     def script() -> FileResponse:
@@ -82,26 +84,26 @@ def add_routes(app: FastAPI, house: House) -> None:
         return FileResponse(ICON, media_type="image/svg+xml")
 
 
-def add_live_route(app: FastAPI, ctx: Context) -> None:
+def add_live_route(app: FastAPI, ctx: Context, page: Page) -> None:
     """What the pages of one language poll; see gui/live.js. Before Gradio's mount, which would
     take every address below it."""
     @app.post(f"/{ctx.language}/live")
     def live(shown: Shown) -> Response:
-        news = ctx.page.live(ctx, shown.version, shown.marks)
+        news = page.live(ctx, shown.version, shown.marks)
         return Response(status_code=204) if news is None else Response(
             json.dumps(news, ensure_ascii=False).encode("utf-8", "replace"),
             media_type="application/json")
 
 
-def _to(house: House) -> RedirectResponse:
-    settings = house.settings.now
+def _to(app_state: AppState) -> RedirectResponse:
+    settings = app_state.settings.now
     look = "" if settings.theme == "auto" else f"?__theme={settings.theme}"
     return RedirectResponse(f"/{settings.spoken}/{look}", 303, headers={
         "cache-control": "no-store"})
 
 
-def _run(house: House, run_id: str) -> JobView:
-    view = house.snapshot().run(run_id)
+def _run(app_state: AppState, run_id: str) -> JobView:
+    view = app_state.snapshot().run(run_id)
     if view is None:
         raise HTTPException(404)
     return view

@@ -27,7 +27,8 @@ from urllib.parse import urljoin
 import captioner
 from captioner.config import CaptionConfig
 from core import __version__, families, paths
-from core.config import TrainConfig, load_train_config
+from core.config import TrainConfig
+from core.importers import load_train_config
 from core.jobs import journal
 from core.jobs.events import Step
 from core.jobs.manager import JobManager, JobView
@@ -111,11 +112,11 @@ def torch(_: Bench) -> Facts:
 
 
 def modules(_: Bench) -> Facts:
-    for name in families.MODULES:
+    for name in families.SPECS:
         families.get(name)
     for name in captioner.REGISTRY:
         captioner.get(name)
-    return {"families": list(families.MODULES), "captioners": list(captioner.REGISTRY)}
+    return {"families": list(families.SPECS), "captioners": list(captioner.REGISTRY)}
 
 
 def plan(bench: Bench) -> Facts:

@@ -27,7 +27,7 @@ from gui.security import Guard, Receive, Scope, Send
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from gui.state.app_state import House
+    from gui.state.app_state import AppState
 
 QUIET_S = 60.0                          # without a page and without a run: the app ends
 FAREWELL_S = 2.0
@@ -70,7 +70,7 @@ class Served:
     thread: threading.Thread
     port: int
     front: Front
-    rooms: House | None = None          # None: the pages are not there yet
+    rooms: AppState | None = None          # None: the pages are not there yet
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
     _life: Any = None                   # the pages' own start and end, in the server's thread
 
@@ -79,17 +79,17 @@ class Served:
         return f"http://127.0.0.1:{self.port}/?token={self.guard.token}"
 
     @property
-    def house(self) -> House:
+    def app_state(self) -> AppState:
         assert self.rooms is not None
         return self.rooms
 
-    def move_in(self, app: FastAPI, house: House) -> None:
+    def move_in(self, app: FastAPI, app_state: AppState) -> None:
         """From now on the pages answer. Raises what their start raises."""
         begun = threading.Event()
 
         async def live() -> None:
             async with app.router.lifespan_context(app):
-                self.rooms, self.guard.app = house, app
+                self.rooms, self.guard.app = app_state, app
                 begun.set()
                 await self._ended.wait()
 

@@ -145,7 +145,7 @@ class _Stage:
         try:
             pages().move_in(self.served)
             if self.window:
-                self.served.house.desktop.window = self.window
+                self.served.app_state.desktop.window = self.window
             print(say("open", url=self.served.url), flush=True)
         except BaseException as error:
             _log.exception("no pages")

@@ -208,10 +208,10 @@ set: {lora_rank: 8, epochs: 4}
 # --- readers ----------------------------------------------------------------------------------
 
 def read_a_lora(file: Path, box: Path) -> None:
-    from core.config import load_train_config
     from core.errors import Fault
+    from core.hashes import data_hash
+    from core.importers import load_train_config
     from core.lora_files import files as lora_file
-    from core.safetensors_header import data_hash
     lora_file.describe(file)
     data_hash(file)
     for more in (lora_file.read_lora, load_train_config):
@@ -247,7 +247,7 @@ def _pipeline() -> Any:
 
 def read_a_base(file: Path, box: Path) -> None:
     from core import families
-    from core.memory.plan import Base
+    from core.families.detection import Base
     Base.of(file)
     families.get(families.detect(file)).weight_files(file, "vae")
 
@@ -257,7 +257,7 @@ def read_a_folder_of_a_base(file: Path, box: Path) -> None:
     import torch
 
     from core import families
-    from core.families.base import Precision
+    from core.weights.precision import Precision
     base = box / "base"
     shutil.copytree(_made["base"], base, ignore=shutil.ignore_patterns("*.safetensors"))
     text = file.read_bytes()
@@ -269,7 +269,7 @@ def read_a_folder_of_a_base(file: Path, box: Path) -> None:
 
 
 def read_a_config(file: Path, box: Path) -> None:
-    from core.config import load_train_config
+    from core.importers import load_train_config
     load_train_config(file)
 
 

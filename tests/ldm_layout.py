@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from core import families
-from core.families.base import Precision
-from core.families.layer_names import KREA2, NAMINGS, Part, to_native
+from core.families.krea2.spec import NAMING as KREA2
+from core.families.layer_names import Part, to_native
+from core.families.registry import SPECS
 from core.families.sd15.model import CONFIGS
 from core.memory import plan_inputs
+from core.weights.precision import Precision
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
           "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
@@ -193,7 +195,7 @@ def write_full_size(family: str, path: Path) -> Path:
         tensors |= behind("cond_stage_model.transformer.", clip(text))
     else:
         other = parts.text["text_encoder_2"].state_dict()
-        tensors |= behind("model.diffusion_model.", original(NAMINGS[family][0], unet))
+        tensors |= behind("model.diffusion_model.", original(SPECS[family].naming[0], unet))
         tensors |= behind("conditioner.embedders.0.transformer.", clip(text))
         tensors |= behind("conditioner.embedders.1.model.", open_clip(other))
     stream(path, {name: tuple(value.shape) for name, value in tensors.items()})

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from core.config import TrainConfig, size_of
+from core.families.detection import Base
 from core.memory import advisor, plan
 from core.memory.advisor import Shape
-from core.memory.plan import Base, Machine, Phase, Plan
+from core.memory.plan import Machine, Phase, Plan
 
 KEPT = {"same": 1.0, "int8": 0.5, "fp8": 0.5, "nf4": 0.25}
 NOWHERE = Base(Path("nowhere"), "sd15", "0")
@@ -31,8 +32,7 @@ class Synthetic:
     def __call__(self, config: TrainConfig) -> Plan:
         width, height = size_of(config.max_resolution) or (512, 512)
         area = width * height / 512 ** 2
-        half = plan.numbers_for(config.precision, self.machine.kind,
-                                self.machine.capability)["compute"] != "fp32"
+        half = plan.numbers_of(config.precision, self.machine, "")["compute"] != "fp32"
         wide = 1 if half else 2
         base = self.weights * wide * KEPT[config.base_precision] * (1 - 0.9 * config.offload)
         kept = 0.25 if config.gradient_checkpointing else 1.0

@@ -1,5 +1,5 @@
-"""Draws with stable-diffusion.cpp what a job asks for. Run by tests/lora_files/test_interop.py in a Python of
-its own (3.12 or newer, with `inferna`); imports nothing of ours.
+"""Draws with stable-diffusion.cpp what a job asks for. Run by lora_files/test_interop.py in a
+Python of its own (3.12 or newer, with `inferna`); imports nothing of ours.
 
     python sdcpp_draw.py job.json -> job.npz (shot number -> (H, W, 3) uint8), job.log.json
 """

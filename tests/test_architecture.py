@@ -14,23 +14,29 @@ from pathlib import Path
 
 import pytest
 import yaml
+from importlinter.cli import lint_imports
+
+from core import families
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("core", "captioner", "gui", "launcher")            # each may import those before it
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "open_clip"}
-LIGHT = ("advisor", "base_loras", "captions", "caption_checks", "checks", "children", "choices",
-         "commands", "config", "logs",
-         "console", "control", "copies", "crops", "dataset", "dataset_commands", "distilled",
-         "doctor", "draw_config", "intake", "plan_service", "project", "thumbnails",
-         "download", "duplicates", "events", "families", "faults", "findings", "focus", "gpu",
-         "hub", "hub_commands", "hub_index", "jobs", "journal", "ladder", "looks", "lora_file",
-         "lora_metadata", "lora_commands", "lora_export", "lora_formats", "lora_layers",
-         "lora_names", "naming", "foreign", "config_commands", "machine", "measures", "paths",
-         "model_search", "diagnostics", "records", "alert", "logs",
-         "picture_checks", "picture_settings", "plan", "samplers", "trash",
-         "plan_commands", "pool", "prepare", "presets", "remedies", "runs",
-         "scaled_weights",
-         "safetensors_header", "settings", "sheet", "terminal", "watch", "weigh", "words", "worker")
+# Packages of which no module takes torch when it is imported, and modules of mixed packages.
+LIGHT = ("core.base_models", "core.cli", "core.config", "core.dataset.checks", "core.importers",
+         "core.jobs", "core.system", "core.workspace")
+LIGHT_MODULES = (
+    "core.adapters.base_loras", "core.dataset.buckets", "core.dataset.captions",
+    "core.dataset.crops", "core.dataset.curation", "core.dataset.image_folder",
+    "core.dataset.images", "core.dataset.import_files", "core.dataset.masks",
+    "core.dataset.prepare", "core.dataset.render_copy", "core.dataset.sampler",
+    "core.dataset.thumbnails", "core.families", "core.families.detection",
+    "core.families.distilled", "core.families.layer_names", "core.families.schedulers",
+    "core.inference.grid", "core.inference.png_info", "core.inference.trash",
+    "core.lora_files.export", "core.lora_files.files", "core.lora_files.formats",
+    "core.lora_files.layers", "core.lora_files.library", "core.lora_files.metadata",
+    "core.memory.advisor", "core.memory.history", "core.memory.monitor", "core.memory.plan",
+    "core.memory.plan_inputs", "core.memory.relief", "core.memory.service",
+    "core.memory.troubleshooting", "core.training.callbacks", "core.weights.scaled_weights")
 LANGUAGES = ("en", "zh-CN")
 STRINGS = ROOT / "core" / "strings"
 
@@ -80,19 +86,43 @@ def test_imports_are_seen_wherever_they_hide(tmp_path: Path) -> None:
     assert list(imports(path)) == [(2, "gui.app"), (3, "captioner.b")]
 
 
-def light_modules() -> list[str]:
-    return [f"core.{name}" for name in LIGHT
-            if (ROOT / f"core/{name}.py").exists() or (ROOT / f"core/{name}/__init__.py").exists()]
+def test_packages_import_lower_floors_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contracts of pyproject.toml: floors, and no circle of modules."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+    assert lint_imports(no_cache=True) == 0
 
 
-@pytest.mark.parametrize("module",
-                         ["core.config.schema, core.system.gpu, core.jobs.manager",
-                          *light_modules()])
-def test_light_modules_take_no_torch(module: str) -> None:
-    code = (f"import sys, {module}; "
-            f"print(sorted({{name.split('.')[0] for name in sys.modules}} & {HEAVY!r}))")
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_family_stands_in_its_folder_only(path: Path) -> None:
+    """Its folder and its line of the registry are all that a family's id is written in."""
+    if path == ROOT / "core/families/registry.py" or path.parent.name in families.IDS:
+        return
+    found = [f"line {node.lineno}: {node.value}" for node in ast.walk(tree(path))
+             if isinstance(node, ast.Constant) and node.value in families.IDS]
+    assert not found
+
+
+def modules_of(package: str) -> list[str]:
+    """Itself and all below it; of `core` only its own files."""
+    folder = ROOT.joinpath(*package.split("."))
+    files = folder.glob("*.py") if package == "core" else folder.rglob("*.py")
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
+    return sorted(name.removesuffix(".__init__") for name in names)
+
+
+@pytest.mark.parametrize("package", ["core", *LIGHT, "gui", "mixed packages"])
+def test_light_modules_take_no_torch(package: str) -> None:
+    """Each module is named that brings torch, or one of the libraries upon it, with it."""
+    modules = LIGHT_MODULES if package == "mixed packages" else modules_of(package)
+    assert modules
+    code = ("import importlib, sys\n"
+            f"for name in {[*modules]!r}:\n"
+            "    importlib.import_module(name)\n"
+            f"    if found := {{one.split('.')[0] for one in sys.modules}} & {HEAVY!r}:\n"
+            "        sys.exit(f'{name} takes {sorted(found)}')\n")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
+    assert (done.returncode, done.stderr.strip()) == (0, "")
 
 
 def test_window_takes_no_torch() -> None:
@@ -147,7 +177,7 @@ def keys_in_source() -> Iterator[tuple[str, str]]:
 def _literals(call: ast.Call) -> Iterator[str]:
     name = getattr(call.func, "id", getattr(call.func, "attr", ""))
     owner = getattr(getattr(call.func, "value", None), "id", "")
-    if name == "Fault" or (name == "say" and owner == "words"):
+    if name == "Fault" or (name == "say" and owner == "i18n"):
         yield from _texts(call.args[0]) if call.args else ()
     elif name == "Note":
         for keyword in call.keywords:

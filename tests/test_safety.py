@@ -21,19 +21,20 @@ from captioner.captions.edits import perform
 from captioner.captions.store import Store
 from captioner.models.weights import safetensors_of
 from core import families, paths, serialization
-from core.config import load_train_config, parse_train_config
+from core.config import parse_train_config
 from core.config.draw import DrawConfig
 from core.dataset import images
 from core.dataset.image_folder import scan
 from core.errors import Fault
-from core.families.base import Precision
+from core.families.detection import Base
+from core.importers import load_train_config
 from core.inference import generate
 from core.inference.draw import wanted
 from core.lora_files import files
 from core.lora_files.library import find_lora
-from core.memory.plan import Base
 from core.safetensors_header import read_header
 from core.training.checkpoint import load as load_checkpoint
+from core.weights.precision import Precision
 from core.workspace.project import checked_name
 
 CPU = Precision(torch.device("cpu"), *[torch.float32] * 3)

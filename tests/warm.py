@@ -70,9 +70,10 @@ class Warm:
 
 
 def serve() -> None:
-    import core.engine  # noqa: F401 - all that a run imports, by way of it or on first use
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+
+    import core.training.run  # noqa: F401 - all that a run imports, by way of it or on first use
     gc.collect()
     gc.freeze()                             # children needn't look through all modules each time
     for line in sys.stdin:

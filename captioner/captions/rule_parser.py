@@ -11,8 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from captioner.captions.rules import RULES, Replace, Rule, name_of
 from core import i18n
+from core.config.flat_yaml import problem_of
 from core.errors import Fault
-from core.serialization import problem_of
 
 
 def parse(rules: Iterable[Mapping[str, Any]]) -> tuple[Rule, ...]:

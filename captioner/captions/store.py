@@ -1,7 +1,8 @@
 """Where a folder's captions are kept, and how they change there: sidecars, metadata.csv, .jsonl.
 
-Places are looked at in the order in which training does (core/dataset/image_folder.py). Lines of a caption
-that spans several are read as one by training; only a changed caption is written, as one line.
+Places are looked at in the order in which training does (core/dataset/image_folder.py). Lines
+of a caption that spans several are read as one by training; only a changed caption is written, as
+one line.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Literal
 from captioner.captions.edits import Place, Swap
 from captioner.captions.table import HEADER, JSON_SUFFIXES, Table, caption_in, encoded
 from core.dataset import image_folder
-from core.dataset.captions import readable_name
 from core.errors import Fault
+from core.serialization import readable_name
 
 WriteTo = Literal["auto", "txt", "caption", "csv", "jsonl"]
 

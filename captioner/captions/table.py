@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from core.dataset import captions
-from core.dataset.captions import CAPTION_KEYS, NAME_KEYS, decode_text, one_line, split_tags
+from core.dataset.captions import CAPTION_KEYS, NAME_KEYS, one_line, split_tags
+from core.serialization import decode_text
 
 HEADER = "filename,prompt"                  # of a .csv that we begin
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")

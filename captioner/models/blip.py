@@ -22,8 +22,8 @@ from torch import Tensor
 from captioner.base import CaptionerSpec, Description
 from captioner.config import CaptionConfig
 from captioner.models import weights
-from core.dataset.cache import fingerprint
 from core.errors import Fault
+from core.hashes import fingerprint
 from core.serialization import from_json
 from core.weights import precision
 

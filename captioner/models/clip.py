@@ -32,8 +32,9 @@ from torch import Tensor
 from captioner.base import CaptionerSpec, Description, Tag
 from captioner.config import CaptionConfig
 from captioner.models import tagging, weights
-from core.dataset.cache import Cache, fingerprint, key
+from core.dataset.cache import Cache, key
 from core.errors import Fault
+from core.hashes import fingerprint
 from core.serialization import from_json
 from core.weights import precision
 
@@ -82,7 +83,7 @@ class ClipTagger:
         self.scale = float(self.model.logit_scale.exp())
         self.texts = self._vocabulary_embeddings()
 
-    def _vocabulary(self, folder: Path) -> tagging.Vocabulary:
+    def _vocabulary(self, folder: Path) -> tagging.TokenizerSpec:
         if self.own_words is not None:
             return self.own_words
         beside = folder / VOCABULARY

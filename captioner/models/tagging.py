@@ -52,7 +52,7 @@ class Category:
         return self.written.replace("{}", entry)
 
 
-Vocabulary = tuple[Category, ...]
+TokenizerSpec = tuple[Category, ...]
 
 
 def fill(template: str, entry: str) -> str:
@@ -66,7 +66,7 @@ def _with_article(entry: str) -> str:
     return entry if several else f"{'an' if entry[:1].lower() in 'aeiou' else 'a'} {entry}"
 
 
-def digest(vocabulary: Vocabulary) -> str:
+def digest(vocabulary: TokenizerSpec) -> str:
     """Names what is embedded: entries and templates, not how tags are chosen."""
     asked = [(c.name, c.entries, c.templates) for c in vocabulary]
     return hashlib.sha256(repr(asked).encode()).hexdigest()[:20]
@@ -113,12 +113,12 @@ def plain(name: str) -> str:
 
 # --- reading ----------------------------------------------------------------------------------
 
-def built_in() -> Vocabulary:
+def built_in() -> TokenizerSpec:
     return tuple(category for path in sorted(BUILT_IN.glob("*.yaml"))
                  for category in load_vocabulary(path))
 
 
-def load_vocabulary(path: Path) -> Vocabulary:
+def load_vocabulary(path: Path) -> TokenizerSpec:
     """Raises Fault("clip.bad_vocabulary") with what is wrong, and where."""
     try:
         text = path.read_text("utf-8-sig")
@@ -127,7 +127,7 @@ def load_vocabulary(path: Path) -> Vocabulary:
     return parse_lines(text, path) if path.suffix.lower() == ".txt" else parse_yaml(text, path)
 
 
-def parse_lines(text: str, path: Path) -> Vocabulary:
+def parse_lines(text: str, path: Path) -> TokenizerSpec:
     lines = (line.partition("#")[0] for line in text.splitlines())
     entries = _unique(lines)
     if not entries:
@@ -135,7 +135,7 @@ def parse_lines(text: str, path: Path) -> Vocabulary:
     return (Category("general", entries, most=500),)
 
 
-def parse_yaml(text: str, path: Path) -> Vocabulary:
+def parse_yaml(text: str, path: Path) -> TokenizerSpec:
     try:
         data = serialization.from_yaml(text)
     except ValueError as error:

@@ -10,28 +10,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core import families
 from core.config import TrainConfig, resolve
 from core.errors import Fault, Fix
-from core.families.layer_names import NAMINGS, Part
+from core.families.layer_names import Part
+from core.families.registry import SPECS
+from core.hashes import data_hash
 from core.jobs.events import Event, Note
 from core.lora_files import formats
 from core.lora_files.layers import DOWN, UP, Layer, kind_of, rank_of, scale_of, without_mid
 from core.lora_files.library import Lora, checked, find_lora, parse_lora
 from core.lora_files.metadata import BASE_LORAS_KEY
-from core.safetensors_header import data_hash, read_header
+from core.safetensors_header import read_header
+from core.weights.attached import Attached
 
 if TYPE_CHECKING:
-    from torch import Tensor
 
-    from core.families.base import Precision
+    from core.weights.precision import Precision
 
 WEIGHT = 1.0                                # where the user says none
 
@@ -54,7 +53,7 @@ def located(config: TrainConfig, folder: Path | None) -> TrainConfig:
 def check(config: TrainConfig, family: str) -> None:
     """Before anything is read or encoded. Raises Fault for a LoRA of another family."""
     for one in wanted(config):
-        if family in families.MODULES:      # a family of the user's own may take any file
+        if family in families.SPECS:      # a family of the user's own may take any file
             checked(formats.weights_file(one.path), family)
 
 
@@ -65,44 +64,13 @@ def held(config: TrainConfig, bytes_each: int) -> float:
                if len(info.shape) > 1)
 
 
-@dataclass(slots=True)
-class Attached:
-    """What a run's denoiser has on it besides the adapter in training."""
-
-    on: bool = True
-    told: list[str] = field(default_factory=list)       # "name:weight:hash" of each file
-
-    @contextmanager
-    def switched(self, on: bool) -> Iterator[None]:
-        before, self.on = self.on, on
-        try:
-            yield
-        finally:
-            self.on = before
-
-    def add(self, layer: Any, down: Tensor, up: Tensor) -> None:
-        """`up` with the scale in it. The layer keeps it, whatever is laid around the layer."""
-        layer.register_forward_hook(partial(self._plus, down, up))
-
-    def _plus(self, down: Tensor, up: Tensor, layer: Any, given: tuple[Any, ...], out: Tensor
-              ) -> Tensor:
-        if not self.on:
-            return out
-        from torch.nn import functional as F
-        x = given[0].to(down.dtype)
-        if down.ndim == 2:
-            return out + F.linear(F.linear(x, down), up).to(out.dtype)
-        inner = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)
-        return out + F.conv2d(inner, up).to(out.dtype)
-
-
 def attach(model: Any, config: TrainConfig, family: str, precision: Precision,
            emit: Callable[[Event], None] = lambda event: None) -> Attached:
     """Adds the config's to a denoiser, before an adapter is. Raises Fault where one doesn't fit.
     Their layers for text encoders, whose output is cached, are told and left out."""
     attached = Attached()
     for one in wanted(config):
-        found = formats.read(one.path, family if family in NAMINGS else "")
+        found = formats.read(one.path, family if family in SPECS else "")
         part = found.naming[0]
         own = {path.partition(".")[2]: layer for path, layer in found.layers.items()
                if path.partition(".")[0] == part.name}

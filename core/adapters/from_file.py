@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from core.adapters import layers as adapters
 from core.adapters import lora
-from core.families.layer_names import SD1, Naming, Part
+from core.families.layer_names import Naming, Part
+from core.families.registry import STANDARD
 from core.lora_files.files import kohya_name
 from core.lora_files.layers import Lora
 
@@ -35,9 +36,9 @@ _KINDS = (("loha", "hada_w1_a"), ("lokr", "lokr_w1"), ("lokr", "lokr_w1_a"),
 # --- out ---
 
 def tensors(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype,
-            part: str = "unet", naming: Naming | None = SD1) -> dict[str, Tensor]:
-    """What a file holds: `state` as core.adapters.lora.state gives it, of the layers of `model`. Without
-    `naming`, layers have their own paths.
+            part: str = "unet", naming: Naming | None = STANDARD.naming) -> dict[str, Tensor]:
+    """What a file holds: `state` as core.adapters.lora.state gives it, of the layers of `model`.
+    Without `naming`, layers have their own paths.
 
     PiSSA is stored as the difference to its start, at twice the rank: a plain LoRA for the
     unchanged base. Alpha is such that alpha / rank is the scale, whatever rule gave it. Alpha and

@@ -12,8 +12,8 @@ from torch import nn
 from core.adapters import lora
 from core.config import TrainConfig
 from core.errors import Fault, Fix
-from core.families.base import FamilySpec
-from core.families.layer_names import SD1
+from core.families.registry import STANDARD
+from core.families.spec import FamilySpec
 from core.jobs.events import Event, Note
 from core.lora_files import formats
 from core.lora_files.layers import DOWN, UP, Layer, Lora, alpha_of, kind_of, rank_of, scale_of
@@ -79,7 +79,7 @@ def _fitting(own: dict[str, Layer], layers: dict[str, Any], config: TrainConfig,
                            Fix("fixes.file_rank", {"lora_rank": rank_of(first),
                                                    "lora_alpha": alpha_of(first)})])
     return {name: layer if rank_of(layer) <= ranks[name] else resize(
-        Lora({name: layer}, SD1), Cut(ranks[name])).lora.layers[name]
+        Lora({name: layer}, STANDARD.naming), Cut(ranks[name])).lora.layers[name]
             for name, layer in own.items()}
 
 

@@ -23,7 +23,7 @@ from core import i18n, plugins
 from core.adapters import layers as adapters
 from core.config import PRODUCTS, TrainConfig
 from core.errors import Fault, Fix
-from core.families.base import FamilySpec
+from core.families.spec import FamilySpec
 from core.weights.quantization import trunk
 
 ADAPTER = "default"

@@ -18,10 +18,10 @@ from core.adapters import lora
 from core.config import TrainConfig
 from core.dataset.text_embeddings import batched, grouped, sizes_of
 from core.errors import Fault
-from core.families.base import Cond, Family, Parts, Precision
+from core.families.base import Cond, Family, Parts
 from core.lora_files import textual_inversion
 from core.lora_files.textual_inversion import NewWord, Rows
-from core.weights.precision import autocast
+from core.weights.precision import Precision, autocast
 
 WORDS = "words."                            # of the rows' names in a checkpoint
 

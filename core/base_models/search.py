@@ -39,7 +39,7 @@ class Found:
     strings/*/model_search.yaml."""
 
     path: Path
-    family: str                         # a key of families.MODULES; "": none of these
+    family: str                         # a key of families.SPECS; "": none of these
     mb: int                             # 10^6 bytes
     reason: str = ""
     what: str = ""                      # a key of strings/*/families.yaml, after "is_"
@@ -76,7 +76,7 @@ def look(path: Path) -> Found | None:
     if found.what in PARTS:
         return None
     mb, reason = _weights(path) if is_folder else (round(path.stat().st_size / 1e6), "")
-    if found.family not in families.MODULES:
+    if found.family not in families.SPECS:
         reason = "other"
     return Found(path, found.family, mb, reason, found.what)
 

@@ -152,7 +152,7 @@ def _demo(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     if not _alone():
         return FINE
-    from core.config import load_train_config
+    from core.importers import load_train_config
     from core.workspace import presets
     given = overrides(options.set)
     if options.preset:
@@ -186,7 +186,7 @@ def _alone() -> bool:
 def _tell_imported(path: Path | None) -> None:
     """What another trainer's config said that is not taken over, line by line."""
     from core import importers
-    from core.config import FOREIGN
+    from core.importers import FOREIGN
     if path is not None and path.suffix.lower() in FOREIGN:
         print("\n".join(importers.told(importers.read(path))), file=sys.stderr)
 
@@ -250,7 +250,7 @@ def found_beside(config: TrainConfig, folder: Path) -> TrainConfig:
     """Paths that lie beside the YAML and not in the working folder, made absolute."""
     from core.adapters import base_loras
     from core.config import COMPANIONS, resolve
-    from core.plugins import located
+    from core.importers import located
 
     def found(path: str) -> str:
         there = resolve(path, folder)

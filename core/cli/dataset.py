@@ -123,6 +123,7 @@ def _facts(options: argparse.Namespace) -> BaseFacts:
     from core import paths
     from core.config import TrainConfig
     from core.dataset import crops
+    from core.memory import plan
     try:
         config = TrainConfig(max_resolution=options.resolution,
                              bucket_no_upscale=options.no_upscale)
@@ -132,4 +133,4 @@ def _facts(options: argparse.Namespace) -> BaseFacts:
         return crops.assumed_facts(config)
     source = (paths.DEMO / "base" if options.base == "demo"
               else Path(options.base).expanduser())
-    return crops.base_facts(source, config)
+    return crops.base_facts(source, plan.sizes, config)

@@ -22,7 +22,7 @@ def _families(options: argparse.Namespace) -> int:
         return _identify(options.file, options.json)
     listed = [{"id": name, "title": one.title, "size": one.native_size,
                "files": i18n.say(f"families.files_{one.file}")}
-              for name, one in families.MODULES.items()]
+              for name, one in families.SPECS.items()]
     if options.json:
         print_json({"ok": True, "families": listed})
         return FINE
@@ -35,7 +35,7 @@ def _families(options: argparse.Namespace) -> int:
 def _identify(path: Path, as_json: bool) -> int:
     from core.families.detection import identify
     found = identify(path.expanduser())
-    trains = found.family in families.MODULES
+    trains = found.family in families.SPECS
     if as_json:
         print_json({"ok": trains, "what": found.what, "family": found.family if trains else "",
                     "said": found.said(), "v_prediction": found.v_prediction,

@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 from core import i18n
 from core.cli.console import FAILED, FINE, add_command, print_json
 from core.errors import Fault
+from core.families.registry import STANDARD
 
 if TYPE_CHECKING:
     from core.config import TrainConfig
     from core.memory.advisor import Reason, Suggestion
     from core.memory.plan import Machine, Plan
 
-BASE = "sd15"                   # where none is named: the standard shapes
 PATIENCE_S = 2.0                # until it is told that planning takes a while
 
 
 def add_commands(commands: Any) -> None:
     suggest = add_command(commands, "suggest", _suggest, answers=True,
                           line="suggest --vram-gb 8 --purpose character")
-    suggest.add_argument("--base", default=BASE, metavar="MODEL", help=say("arg_base"))
+    suggest.add_argument("--base", default=STANDARD.id, metavar="MODEL", help=say("arg_base"))
     suggest.add_argument("--data", type=Path, default=None, metavar="DIR", help=say("arg_data"))
     suggest.add_argument("--purpose", default="style", help=say("arg_purpose"),
                          metavar="style|character|object|concept")
@@ -57,7 +57,7 @@ def _suggest(options: argparse.Namespace) -> int:
     base, machine = plan_inputs.base_of(options.base), _machine(options.vram_gb)
     pictures = plan_inputs.pictures_in(options.data) if options.data else None
     with _patience():
-        planner = plan_inputs.Weigher(base, machine, pictures)
+        planner = plan_inputs.BatchPlanner(base, machine, pictures)
         found = advisor.suggest(machine, base, planner.data(TrainConfig()), options.purpose,
                                 planner)
     if options.json:
@@ -83,7 +83,7 @@ def _value(value: Any) -> str:
 def _yaml(found: Suggestion, options: argparse.Namespace) -> list[str]:
     """A config for `train --config`; each reason is a comment above its line."""
     from core import families
-    ours = options.base if options.base not in families.MODULES else ""
+    ours = options.base if options.base not in families.SPECS else ""
     folder = str(options.data.expanduser().absolute()) if options.data else ""
     base = ours if ours in ("", "demo") else str(Path(ours).expanduser().absolute())
     lines = [f"# {line}" for line in (_headline(found.plan), *_notes(found.notes))]
@@ -110,7 +110,7 @@ def _plan(options: argparse.Namespace) -> int:
     machine = _machine(options.vram_gb, config.device)
     with _patience():
         pictures = _pictures(config)
-        planner = plan_inputs.Weigher(base, machine, pictures)
+        planner = plan_inputs.BatchPlanner(base, machine, pictures)
         found = planner(config)
         verdict = relief.verdict(found)
         nearest = None if verdict == "fits" else advisor.nearest_fit(
@@ -129,7 +129,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _config(options: argparse.Namespace) -> TrainConfig:
     from core.cli.commands import found_beside, overrides
-    from core.config import load_train_config
+    from core.importers import load_train_config
     config = found_beside(load_train_config(options.config, overrides(options.set)),
                           options.config.parent)
     if not config.base_model:

@@ -1,20 +1,16 @@
 """The config of a run as users write it: flat YAML, checked once, frozen after."""
 
+from core.config.flat_yaml import dump_yaml, parse_train_config, read_train_config, resolve
 from core.config.schema import (
     COMPANIONS,
-    FOREIGN,
     OPTIMIZERS,
     PRODUCTS,
     AdapterKind,
     GenerateConfig,
     TrainConfig,
-    dump_yaml,
-    load_train_config,
-    parse_train_config,
-    resolve,
     size_of,
 )
 
-__all__ = ["COMPANIONS", "FOREIGN", "OPTIMIZERS", "PRODUCTS", "AdapterKind", "GenerateConfig",
-           "TrainConfig", "dump_yaml", "load_train_config", "parse_train_config", "resolve",
+__all__ = ["COMPANIONS", "OPTIMIZERS", "PRODUCTS", "AdapterKind", "GenerateConfig",
+           "TrainConfig", "dump_yaml", "parse_train_config", "read_train_config", "resolve",
            "size_of"]

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from core.config import GenerateConfig
+from core.config.flat_yaml import first_problem, read_flat_yaml, validation_fault
 from core.errors import Fault
-from core.serialization import problem_of, read_flat_yaml
 
 SHEET = -1                                  # a Sample's `step` where it is no column
 
@@ -32,10 +32,7 @@ def load(path: Path) -> DrawConfig:
     try:
         return DrawConfig.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0])
-        raise Fault("config.bad_value", file=path, line=lines.get(key, "?"), key=key,
-                    value=data.get(key), problem=problem_of(first)) from None
+        raise validation_fault(error, data, path, lines, "?") from None
 
 
 def of_options(given: Mapping[str, Any]) -> DrawConfig:
@@ -44,7 +41,6 @@ def of_options(given: Mapping[str, Any]) -> DrawConfig:
     try:
         return DrawConfig.model_validate(known)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0])
+        key, problem = first_problem(error)
         raise Fault("commands.bad_option", option=f"--{key.replace('_', '-')}",
-                    value=known.get(key), problem=problem_of(first)) from None
+                    value=known.get(key), problem=problem) from None

@@ -6,19 +6,14 @@ Keys are lora-scripts' own. Form and documentation are built from each field's l
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from core import i18n, paths, serialization
-from core.dataset import captions
-from core.errors import Fault
 
-FOREIGN = (".toml", ".json")               # suffixes of other trainers' configs
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 BasePrecision = Literal["same", "int8", "fp8", "nf4"]
 Schedule = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial",
@@ -354,69 +349,3 @@ def size_of(text: str) -> tuple[int, int] | None:
         return None
     width, height = text.split(",")
     return int(width), int(height)
-
-
-def load_train_config(path: Path, overrides: Mapping[str, str] | None = None) -> TrainConfig:
-    """Reads a YAML config, the config inside a LoRA file's metadata, or another trainer's TOML
-    or JSON (`foreign.read` tells what of that is lost), and checks it.
-
-    Raises Fault with the file, the line and the nearest key where something is wrong.
-    """
-    if path.suffix.lower() == ".safetensors":
-        from core.lora_files.files import read_config
-        return _without_code(parse_train_config(read_config(path), str(path), overrides), path,
-                              overrides or {})
-    if path.suffix.lower() in FOREIGN:
-        from core import importers
-        return parse_train_config("", str(path), overrides, importers.read(path).values)
-    try:
-        text = captions.decode_text(path.read_bytes())
-    except FileNotFoundError:
-        raise Fault("config.missing", file=path, folder=Path.cwd()) from None
-    except (OSError, ValueError) as error:
-        raise Fault("config.unreadable", file=path, reason=error) from None
-    return parse_train_config(text, str(path), overrides)
-
-
-def _without_code(config: TrainConfig, path: Path, own: Mapping[str, str]) -> TrainConfig:
-    """LoRA files travel: what one says must not run code on the computer that reads it."""
-    from core.plugins import named_in
-    for key, name in named_in(config):
-        if key not in own:
-            raise Fault("extensions.in_a_lora", file=path, key=key, name=name)
-    return config
-
-
-def parse_train_config(text: str, source: str, overrides: Mapping[str, str] | None = None,
-                       below: Mapping[str, Any] | None = None) -> TrainConfig:
-    """`below`: values that the text and the overrides win over."""
-    data, lines = serialization.read_flat_yaml(text, source)
-    data = {**(below or {}), **data}
-    for key, value in (overrides or {}).items():
-        data[key] = serialization.scalar(value)
-        lines.pop(key, None)
-    serialization.refuse_unknown(data, TrainConfig.model_fields, lines, source)
-    try:
-        return TrainConfig.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0])
-        raise Fault("config.bad_value", file=source, line=lines.get(key, "--set"), key=key,
-                    value=serialization.told(data.get(key)),
-                    problem=serialization.problem_of(first)) from None
-
-
-def dump_yaml(config: BaseModel) -> str:
-    """The config as YAML: only what differs from the defaults, so that it stays readable."""
-    return yaml.safe_dump(config.model_dump(exclude_defaults=True), allow_unicode=True,
-                          sort_keys=False)
-
-
-def resolve(path: str, beside: Path | None) -> Path:
-    """A user's path: absolute as it is; relative from the config's folder if something is
-    there, else from the working folder."""
-    plain = Path(path).expanduser()
-    if plain.is_absolute() or beside is None:
-        return plain.absolute()
-    near = beside / plain
-    return (near if near.exists() else plain).absolute()

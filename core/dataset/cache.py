@@ -7,11 +7,7 @@ crop, background or encoder is another name. A torn entry is made again.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import json
-import struct
-from collections.abc import Iterable
 from pathlib import Path
 
 import safetensors.torch
@@ -21,33 +17,7 @@ from torch import Tensor
 from core import paths
 
 VERSION = 1
-_SAMPLE = 256                   # bytes read of each tensor for a fingerprint
 
-
-def fingerprint(files: Iterable[tuple[Path, str]]) -> str:
-    """Identifies a part of a base by its weights: names, shapes and the first bytes of every
-    tensor. `files` are (path, tensor-name prefix); JSON files count whole. Reads kilobytes of
-    gigabytes."""
-    named = sorted(files)
-    return _fingerprint(tuple(named), tuple(paths.stamp(path) for path, _ in named))
-
-
-@functools.lru_cache(maxsize=64)
-def _fingerprint(files: tuple[tuple[Path, str], ...], stamps: tuple[tuple[int, int, int], ...]
-                 ) -> str:
-    digest = hashlib.sha256()
-    for path, prefix in files:
-        if path.suffix != ".safetensors":
-            digest.update(path.read_bytes())
-            continue
-        with open(path, "rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(file.read(length))
-            for name in sorted(k for k in header if k.startswith(prefix) and k != "__metadata__"):
-                digest.update(f"{name}{header[name]['dtype']}{header[name]['shape']}".encode())
-                file.seek(8 + length + header[name]["data_offsets"][0])
-                digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()[:20]
 
 
 def key(*parts: object) -> str:

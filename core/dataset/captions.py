@@ -2,89 +2,27 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
-import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from core.errors import Fault
-from core.serialization import from_json
-
-if TYPE_CHECKING:
-    from core.dataset.image_folder import Picture
+from core.serialization import decode_text, from_json
 
 NAME_KEYS = ("filename", "file_name", "file", "image", "image_path", "path")
 CAPTION_KEYS = ("prompt", "caption", "text", "description", "tags")    # first one filled wins
 
-_BOMS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-         (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"),
-         (codecs.BOM_UTF16_BE, "utf-16"))
 _COMMA = re.compile("[,，]")
 _WORD = r"[^\W\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff]"    # Chinese has no spaces between words
-_HAN = re.compile(r"[\0-\x7f\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]+")
-_ONE_SCRIPT = re.compile("|".join(          # Latin with plain letters, Greek, Cyrillic, ...
-    rf"[\0-\x7f\xa0-\xbf{script}]*" for script in (
-        r"\u0370-\u03ff", r"\u0400-\u045f\u0490\u0491", r"\u0531-\u058a", r"\u05be-\u05ea",
-        r"\u0600-\u06ff")) + r"|(?=.*[A-Za-z])[\0-\x7f\xa0-\u024f\u0300-\u036f]*", re.DOTALL)
 _LOOKS_LIKE_FILE = re.compile(r".*\.[A-Za-z]{3,5}\s*", re.DOTALL)
 
 
 # --- text -------------------------------------------------------------------------------------
-
-def decode_text(data: bytes) -> str:
-    """UTF-8 with or without BOM, UTF-16 and UTF-32 with BOM, else GB18030, else Windows-1252.
-
-    Raises ValueError for what is no text.
-    """
-    text = _decoded(data)
-    if "\0" in text:
-        raise ValueError("it holds binary data")
-    return text
-
-
-def _decoded(data: bytes) -> str:
-    for bom, encoding in _BOMS:
-        if data.startswith(bom):
-            return data.decode(encoding)
-    for encoding in ("utf-8", "gb18030", "cp1252"):
-        try:
-            text = data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        if encoding != "utf-8" or not _is_chinese_misread(text, data):
-            return text
-    raise ValueError("it is neither UTF-8, UTF-16 nor GB18030")
-
-
-def _is_chinese_misread(text: str, data: bytes) -> bool:
-    """Short Chinese text in GB18030 can be valid UTF-8 by chance: the bytes of "one cat" read
-    as a Cyrillic, a Hebrew and a French letter. No language writes so."""
-    if text.isascii() or max(text) > "\u07ff" or _ONE_SCRIPT.fullmatch(text):
-        return False
-    try:
-        return bool(_HAN.fullmatch(data.decode("gb18030")))
-    except UnicodeDecodeError:
-        return False
-
-
-def readable_name(name: str) -> str:
-    """A file name as text, also where it isn't UTF-8: Chinese archives unpacked on Linux."""
-    try:
-        name.encode()
-        return name
-    except UnicodeEncodeError:
-        pass
-    try:
-        return decode_text(os.fsencode(name))
-    except ValueError:
-        return name.encode("utf-8", "replace").decode()
-
 
 def one_line(text: str) -> str:
     """A caption file's whole text as one line. Lines of tags (with a comma, or all of at most
@@ -134,16 +72,6 @@ def shuffle_tags(caption: str, keep_tokens: int, rng: Random) -> str:
 def drop_caption(rng: Random, share: float) -> bool:
     """True for `share` of the calls: this picture trains without its caption this time."""
     return rng.random() < share
-
-
-def tag_frequency(pictures: Iterable[Picture]) -> dict[str, dict[str, int]]:
-    """ss_tag_frequency: folder name -> tag in lower case -> number of pictures."""
-    counts: dict[str, dict[str, int]] = {}
-    for picture in pictures:
-        tags = counts.setdefault(readable_name(picture.path.parent.name), {})
-        for tag in map(str.lower, split_tags(picture.caption)):
-            tags[tag] = tags.get(tag, 0) + 1
-    return counts
 
 
 # --- metadata.csv and metadata.jsonl ----------------------------------------------------------

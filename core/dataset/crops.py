@@ -13,16 +13,11 @@ from core import families, paths
 from core.config import TrainConfig
 from core.dataset import buckets
 from core.dataset.buckets import Crop, Point, Rule, Size
-from core.dataset.checks import saliency
-from core.dataset.checks.image_stats import Table, subject_of
-from core.dataset.curation import Choices
-from core.dataset.image_folder import Dataset, relative_name
 from core.errors import Fault
-from core.memory import plan
-from core.memory.plan import Base
+from core.families.detection import Base
+from core.families.registry import STANDARD
 
 TOKENIZER = paths.DEMO / "base" / "tokenizer"       # CLIP's own, shipped once
-ASSUMED = families.MODULES["sd15"]
 USUAL = TrainConfig()
 
 
@@ -71,18 +66,6 @@ def plan_crops(sizes: Sequence[Size], facts: BaseFacts,
             for size, bucket, point in zip(sizes, chosen, points, strict=True)]
 
 
-def focus_points(data: Dataset, chosen: Choices, table: Table | None = None) -> list[Point | None]:
-    """Where each picture is cut about: the point set by hand; else, where `table` is given
-    (looks.RECORD rows of the same pictures), the subject found; else None, the centre."""
-    points: list[Point | None] = []
-    for index, picture in enumerate(data.pictures):
-        point = chosen.focus.get(relative_name(picture.path, data.folder))
-        if point is None and table is not None and (box := subject_of(table, index)):
-            point = saliency.centre(box)
-        points.append(point)
-    return points
-
-
 def count_buckets(planned: Sequence[Planned], repeats: Sequence[int]) -> dict[Size, int]:
     """Pictures, with their repeats, in each bucket; the fullest first."""
     counts: Counter[Size] = Counter()
@@ -93,15 +76,15 @@ def count_buckets(planned: Sequence[Planned], repeats: Sequence[int]) -> dict[Si
 
 # --- the base ---------------------------------------------------------------------------------
 
-def base_facts(source: Path, config: TrainConfig = USUAL,
-               sizes: Callable[[Base], Mapping[str, float]] = plan.sizes) -> BaseFacts:
-    """Facts of a base, by the engine's own code (`sizes`), for a run of `config`. Raises Fault
-    where it is no base."""
+def base_facts(source: Path, sizes: Callable[[Base], Mapping[str, float]],
+               config: TrainConfig = USUAL) -> BaseFacts:
+    """Facts of a base for a run of `config`; `sizes` gives its `native` size and `step`, px, as
+    core.memory.plan.sizes does. Raises Fault where it is no base."""
     base = Base.of(source, config.family)
     found = sizes(base)
     rule = Rule.of(config, int(found["native"]), int(found["step"]))
     counter, folder = None, source / "tokenizer"
-    if base.family in families.MODULES and families.MODULES[base.family].chunked:
+    if base.family in families.SPECS and families.SPECS[base.family].chunked:
         counter = TokenCounter(folder if folder.is_dir() else TOKENIZER)
     limit = families.token_limit(base.family, config.max_tokens)
     return BaseFacts(**asdict(rule), base=source.name, token_limit=limit, count_tokens=counter)
@@ -109,7 +92,7 @@ def base_facts(source: Path, config: TrainConfig = USUAL,
 
 def assumed_facts(config: TrainConfig = USUAL, fault: Fault | None = None) -> BaseFacts:
     """Where no base is known: those of Stable Diffusion 1.5."""
-    rule = Rule.of(config, ASSUMED.native_size, ASSUMED.step)
+    rule = Rule.of(config, STANDARD.native_size, STANDARD.bucket_step)
     return BaseFacts(**asdict(rule), token_limit=config.max_tokens,
                      count_tokens=TokenCounter(TOKENIZER), fault=fault)
 

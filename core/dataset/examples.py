@@ -19,23 +19,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from core import paths, plugins
+from core import hashes, plugins
 from core.config import TrainConfig
-from core.dataset import buckets, captions, crops, curation, image_folder, images, masks
+from core.dataset import buckets, captions, curation, image_folder, images, masks
 from core.dataset.batch_fallback import Gently, Way
 from core.dataset.buckets import Point
-from core.dataset.cache import Cache, fingerprint, key
+from core.dataset.cache import Cache, key
+from core.dataset.checks import image_stats
 from core.dataset.checks.image_stats import Looks
 from core.dataset.processors import Processors
 from core.dataset.text_embeddings import batched, grouped, reading_of, sizes_of, trimmed, unread
 from core.errors import Fault
 from core.failures import one_line
-from core.families.base import Cond, Family, Frame, Part, Parts, Precision
+from core.families.base import Cond, CropInfo, Family, Parts
+from core.families.spec import Part
+from core.hashes import fingerprint
 from core.jobs.control import Control
 from core.jobs.events import Event, Note, Phase
-from core.memory import plan
+from core.system.machine import MB
+from core.weights import precision_rules
 from core.weights.offload import stage_of
-from core.weights.precision import autocast, free_memory, total_memory
+from core.weights.precision import Precision, autocast, free_memory, total_memory
 
 MOST_SHUFFLES = 8           # caption variants kept for each picture when tags are shuffled
 _Item = TypeVar("_Item")
@@ -52,10 +56,10 @@ class Example:
     focus: Point | None = None              # what the crop keeps; None: the centre
     mask: Path | None = None                # its file, or the picture's own for its transparency
 
-    def frame(self, flipped: bool = False) -> Frame:
+    def frame(self, flipped: bool = False) -> CropInfo:
         cut = buckets.crop_to(self.picture.size, self.bucket, self.focus)
         left = cut.resized[0] - self.bucket[0] - cut.left if flipped else cut.left
-        return Frame(self.picture.size, (left, cut.top), self.bucket)
+        return CropInfo(self.picture.size, (left, cut.top), self.bucket)
 
 
 @dataclass(slots=True)
@@ -121,7 +125,7 @@ def _scan(config: TrainConfig, folder: Path, metadata: Path | None, native: int,
     looks = Looks() if config.crop_about == "subject" else None
     data = image_folder.scan(folder, metadata, left_out=chosen.left_out,
                              look_all=looks.look_all if looks else None)
-    points = crops.focus_points(data, chosen, looks.table if looks else None)
+    points = image_stats.focus_points(data, chosen, looks.table if looks else None)
     for problem in data.problems:
         if not (config.masked_loss and problem.code == "dataset.masks_left_out"):
             emit(Note(key=problem.code, params=dict(problem.params)))
@@ -154,8 +158,8 @@ class Encoder:
                  emit: Callable[[Event], None], control: Control) -> None:
         self.family, self.source, self.precision = family, source, precision
         self.config, self.emit, self.control = config, emit, control
-        kind, total = precision.device.type, total_memory(precision.device) / plan.MB
-        self.encoders = plan.encoder_settings(config, kind, total)
+        kind, total = precision.device.type, total_memory(precision.device) / MB
+        self.encoders = precision_rules.encoder_settings(config, kind, total)
         self.processors = Processors(config.picture_processors)
         own = plugins.is_named(config.family)
         self.marks = (plugins.mark(config.family),) if own else ()      # it encodes as it likes
@@ -171,7 +175,7 @@ class Encoder:
         free_memory()
 
     def embeddings(self, texts: list[str]) -> dict[str, Cond]:
-        """(1, ...) each, on the CPU; of large encoders as core.memory.plan has it for this device."""
+        """(1, ...) each, on the CPU; of large encoders as the plan has it for this device."""
         cache = self._cache("text")
         kept = self.encoders.get("kept")
         marks = (*self.marks, *self.text_marks, *([kept] if kept else ()))
@@ -358,8 +362,8 @@ class Encoder:
         background = self.config.alpha_background if item.picture.has_alpha else ""
         crop = buckets.crop_to(item.picture.size, item.bucket, item.focus).box
         try:
-            digest = paths.sha256(item.picture.path)
-            mask = (("mask", item.mask and paths.sha256(item.mask))
+            digest = hashes.sha256(item.picture.path)
+            mask = (("mask", item.mask and hashes.sha256(item.mask))
                     if self.config.masked_loss else ())
         except OSError:
             return []

@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from core import i18n, threads
+from core import i18n, serialization, threads
 from core.dataset import captions
 from core.dataset.images import Look, look_at, prepare
 from core.errors import Fault
@@ -136,7 +136,7 @@ def relative_name(path: Path, folder: Path) -> str:
     the folder itself and strangers in full."""
     name, root = os.fspath(path), os.path.join(folder, "")
     inside = name.startswith(root)          # pathlib takes ten times longer
-    return captions.readable_name(name[len(root):].replace(os.sep, "/") if inside else name)
+    return serialization.readable_name(name[len(root):].replace(os.sep, "/") if inside else name)
 
 
 def _plain(value: Any) -> Any:
@@ -200,7 +200,7 @@ def _rule(tree: Tree, folder: Path, repeats: int, token: str) -> tuple[int, str]
         return repeats, token
     if int(match[1]) == 0:
         tree.report(folder, "zero_repeats")
-    return int(match[1]), captions.readable_name(match[2]).strip()
+    return int(match[1]), serialization.readable_name(match[2]).strip()
 
 
 def _add_file(tree: Tree, path: Path, repeats: int) -> None:

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core import i18n, paths, threads
-from core.dataset import captions, curation, image_folder
+from core import i18n, paths, serialization, threads
+from core.dataset import curation, image_folder
 from core.dataset.checks import near_duplicates
-from core.dataset.checks.image_stats import Looks, Table
-from core.dataset.crops import BaseFacts, focus_points
+from core.dataset.checks.image_stats import Looks, Table, focus_points
+from core.dataset.crops import BaseFacts
 from core.dataset.curation import Choices
 from core.dataset.image_folder import Dataset, relative_name
 from core.dataset.render_copy import Options, Task, caption_of, render
@@ -182,7 +182,7 @@ def _write(task: Task, stamp: str, out: Path, options: Options, facts: BaseFacts
     told = caption_of(task.picture)
     if told is not None:
         _put(out / f"{task.stem}{told[0]}", told[1].encode("utf-8", "replace"), ours)
-    return Done(task.name, stamp, captions.readable_name(written), tuple(did))
+    return Done(task.name, stamp, serialization.readable_name(written), tuple(did))
 
 
 def _put(path: Path, content: bytes, ours: bool) -> None:

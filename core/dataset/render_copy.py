@@ -10,7 +10,8 @@ from zlib import crc32
 import numpy as np
 from PIL import Image
 
-from core.dataset import captions, images
+from core import serialization
+from core.dataset import images
 from core.dataset.buckets import Point, Size
 from core.dataset.checks import measures
 from core.dataset.checks.report import CropAbout
@@ -153,7 +154,7 @@ def caption_of(picture: Picture) -> tuple[str, str] | None:
         return None
     if file.suffix.lower() in (".txt", ".caption"):
         try:
-            return file.suffix.lower(), captions.decode_text(file.read_bytes())
+            return file.suffix.lower(), serialization.decode_text(file.read_bytes())
         except (OSError, ValueError):       # dataset.caption_unreadable: the scan has told
             pass
     return ".txt", picture.caption + "\n"

@@ -64,7 +64,7 @@ def _shares(total: int, weights: dict[tuple[int, int], int]) -> dict[tuple[int, 
     return shares
 
 
-class Course:
+class BucketSampler:
     """Epochs of bucketed batches, cut into updates of `accumulation` batches. The last update of
     an epoch takes what is left: no picture is dropped.
 

@@ -16,14 +16,15 @@ from typing import Any
 from PIL import Image
 
 from core import paths
-from core.config import GenerateConfig, TrainConfig, load_train_config
+from core.config import GenerateConfig, TrainConfig
 from core.demo.classifier import Judge
+from core.importers import load_train_config
 from core.inference.generate import Shot, Studio, save_png
 from core.inference.grid import draw_sheet
 from core.jobs.control import Control
 from core.jobs.events import Event, Phase
 from core.lora_files.library import DEFAULT_WEIGHT, Lora
-from core.training.trainer import train
+from core.training.run import train
 
 SUBJECTS = ("apple", "house", "cat", "car", "heart", "frog", "rocket", "penguin", "star",
             "strawberry", "tree", "butterfly")      # none is among the LoRA's 20 pictures

@@ -1,16 +1,9 @@
 """Model families: one folder each, which the registry lists by id. Importing takes no torch.
 """
 
-from core.families.registry import (
-    CHUNK,
-    MODULES,
-    Listed,
-    chunks_of,
-    detect,
-    get,
-    outgrows_fp16,
-    token_limit,
-)
+from core.families.detection import detect
+from core.families.factory import get
+from core.families.registry import CHUNK, IDS, SPECS, chunks_of, outgrows_fp16, token_limit
 
-__all__ = ["CHUNK", "MODULES", "Listed", "chunks_of", "detect", "get", "outgrows_fp16",
+__all__ = ["CHUNK", "IDS", "SPECS", "chunks_of", "detect", "get", "outgrows_fp16",
            "token_limit"]

@@ -7,51 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
-import torch
 from torch import Tensor
 
-from core.adapters.base_loras import Attached
 from core.families.components import Taken
 from core.families.distilled import Distilled
-from core.objectives.flow import Sampling
-from core.weights.quantization import Kind
+from core.families.spec import FamilySpec, Part
+from core.families.timestep_sampling import TimestepSampling
+from core.weights.attached import Attached
+from core.weights.precision import Precision
 
 Objective = Literal["epsilon", "v_prediction", "flow"]
-# "text": all encoders; by name: one of them, with its tokenizer.
-Part = Literal["denoiser", "vae", "text", "text_encoder", "text_encoder_2", "text_encoder_3"]
-
-
-@dataclass(frozen=True, slots=True)
-class FamilySpec:
-    id: str
-    title: str
-    native_size: int                        # px a side
-    bucket_step: int                        # px; sides of buckets are multiples of it
-    lora_presets: dict[str, tuple[str, ...]]   # preset -> module-name suffixes for peft
-    lora_aliases: dict[str, str]            # names that users know -> suffixes here
-    kohya_prefix: str                       # "lora_unet"
-    base_version: str                       # ss_base_model_version
-    architecture: str                       # modelspec.architecture without "/lora"
-    implementation: str                     # modelspec.implementation
-    text_targets: tuple[str, ...] = ()      # of a LoRA on the text encoders
-    encoders: tuple[Part, ...] = ("text_encoder",)   # in the order in which they are loaded
-    chunked: bool = False                   # reads long texts in chunks of CLIP's 75 tokens
-    skips: bool = False                     # clip_skip: text may be taken from an earlier layer
-    cfg: float = 7.0                        # guidance where the user says nothing
-    lora_format: str = "kohya"              # of its LoRA files where the user says nothing
-
-
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """Where the base lives and in which numbers it computes. LoRA weights are always fp32."""
-
-    device: torch.device
-    weights: torch.dtype                    # of the frozen base
-    compute: torch.dtype                    # of autocast; float32: no autocast
-    vae: torch.dtype
-    kept: Kind = "same"                     # of the denoiser's blocks and of large text encoders'
-    offload: float = 0.0                    # share of the denoiser's blocks that waits in RAM
-    room: float | None = None               # bytes; blocks of larger text encoders wait in RAM
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +36,7 @@ class Parts:
     objective: Objective
     native_size: int                        # px; this base's own
     bucket_step: int                        # px; this base's own
-    flow: Sampling | None = None            # of a base that learns a flow
+    flow: TimestepSampling | None = None            # of a base that learns a flow
     guidance: str = "guidance_scale"        # the pipeline's argument for a shot's cfg
     unguided: float = 1.0                   # that argument's value for none; cfg's is 1
     architecture: str = ""                  # where it isn't the spec's
@@ -99,7 +64,7 @@ Cond = dict[str, Tensor]                    # name -> (B, ...)
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class CropInfo:
     """How a picture was cut; px, width before height."""
 
     original: tuple[int, int]               # before scaling
@@ -135,7 +100,7 @@ class Family(Protocol):
     def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
         """Embeddings of tokens, on the base's device, with gradients where an encoder trains."""
 
-    def framing(self, frame: Frame) -> Cond:
+    def framing(self, frame: CropInfo) -> Cond:
         """What the denoiser is told of a picture's cut, (1, ...) each; empty: nothing."""
 
     def count_tokens(self, parts: Parts, prompts: Sequence[str]) -> list[int]:

@@ -49,34 +49,6 @@ def by_table(part: layer_names.Part) -> Convert:
     return convert
 
 
-def sd3(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    found = by_table(layer_names.SD3[0])(tensors, config)
-    if "pos_embed" not in found:            # diffusers' spelling
-        return found
-    found["pos_embed.pos_embed"] = found.pop("pos_embed")
-    blocks = [int(match[1]) for name in found
-              if (match := re.match(r"transformer_blocks\.(\d+)\.", name))]
-    for leaf in ("weight", "bias"):         # the last block's text ends there: shift and scale
-        name = f"transformer_blocks.{max(blocks, default=0)}.norm1_context.linear.{leaf}"
-        if name in found:
-            found[name] = found[name].roll(len(found[name]) // 2, 0)
-    return found
-
-
-def krea2(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    found: Tensors = {}
-    for name, value in by_table(layer_names.KREA2[0])(tensors, config).items():
-        if match := re.fullmatch(r"blocks\.(\d+)\.mod\.lin", name):     # six vectors in a row
-            name, value = f"transformer_blocks.{match[1]}.scale_shift_table", value.reshape(6, -1)
-        found["final_layer.scale_shift_table" if name == "last.modulation.lin" else name] = value
-    return found
-
-
-def sana(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    return {name.removeprefix("final_layer.") if name == "final_layer.scale_shift_table" else name:
-            value for name, value in by_table(layer_names.SANA[0])(tensors, config).items()}
-
-
 def vae(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     """AutoencoderKL: Stable Diffusion's, Flux's."""
     if any(name.startswith("encoder.down_blocks.") for name in tensors):

@@ -14,15 +14,25 @@ from transformers import AutoTokenizer, CLIPTokenizer
 
 from core import paths
 from core.errors import Fault
-from core.families import clip, components, detection, distilled, loading, schedulers, text
-from core.families.base import ALL_PARTS, Cond, FamilySpec, Frame, Objective, Part, Parts, Precision
+from core.families import (
+    clip,
+    components,
+    detection,
+    distilled,
+    loading,
+    schedulers,
+    text,
+)
+from core.families.base import ALL_PARTS, Cond, CropInfo, Objective, Parts
 from core.families.components import Chosen, Taken
-from core.families.loading import Layout, Piece
+from core.families.loading import CheckpointLayout, ComponentSpec
+from core.families.spec import FamilySpec, Part
 from core.families.tokenizer_kinds import FILES, KINDS, MARKS
+from core.weights.precision import Precision
 
 
 @dataclass(frozen=True, slots=True)
-class Vocabulary:
+class TokenizerSpec:
     """An encoder's tokenizer."""
 
     kind: str = ""                          # of vocabularies.KINDS; empty: CLIP's
@@ -31,37 +41,38 @@ class Vocabulary:
     chat: str = ""                          # the template that the model was trained with
 
 
-class Loaded:
+class ComponentFamily:
     """The part of the Family protocol that follows from `pieces` and `vocabularies`."""
 
     spec: ClassVar[FamilySpec]
     kind: ClassVar[str]                     # its id among the built-in ones, also of heirs
-    pieces: ClassVar[tuple[Piece, ...]]
-    vocabularies: ClassVar[Mapping[str, Vocabulary]]
+    pieces: ClassVar[tuple[ComponentSpec, ...]]
+    vocabularies: ClassVar[Mapping[str, TokenizerSpec]]
     pipe: ClassVar[Any]                     # of diffusers
     chosen: Chosen = components.NONE        # companions that the user named
 
-    def layout(self, source: Path) -> Layout:
+    def layout(self, source: Path) -> CheckpointLayout:
         """Raises Fault where `source` is no base of this family, or lacks a config."""
         found = detection.expect(source, self.kind)
         configs = source if source.is_dir() else paths.family_configs(self.kind)
         scheduler = loading.read_json(configs / "scheduler" / "scheduler_config.json", configs)
-        layout = Layout(source, found, loading.configs_in(configs, self.pieces), scheduler,
-                        {} if source.is_dir() else loading.files_of(source, self.pieces),
-                        self.chosen)
+        layout = CheckpointLayout(source, found, loading.configs_in(configs, self.pieces),
+                                  scheduler,
+                                  {} if source.is_dir() else loading.files_of(source, self.pieces),
+                                  self.chosen)
         if not source.is_dir():
             with loading.told(source):
                 self.adapt(layout)
         return layout
 
-    def adapt(self, layout: Layout) -> None:
+    def adapt(self, layout: CheckpointLayout) -> None:
         """Makes the shipped configs fit a single file."""
 
-    def shapes(self, layout: Layout) -> loading.Shapes:
+    def shapes(self, layout: CheckpointLayout) -> loading.Shapes:
         """Of a single file's denoiser, by its names in diffusers."""
         return loading.Shapes(layout, self.pieces[0])
 
-    def empty(self, layout: Layout) -> Parts:
+    def empty(self, layout: CheckpointLayout) -> Parts:
         raise NotImplementedError
 
     def load(self, source: Path, precision: Precision,
@@ -84,25 +95,26 @@ class Loaded:
             self._put(parts, layout, piece, loading.settle(model, piece, precision), real=False)
         return parts
 
-    def _begin(self, source: Path) -> tuple[Layout, Parts]:
+    def _begin(self, source: Path) -> tuple[CheckpointLayout, Parts]:
         layout = self.layout(source)
         with loading.told(source):          # configs may say anything
             parts = self.empty(layout)
         parts.take_as(distilled.told(source, layout.found))
         return layout, parts
 
-    def _wanted(self, layout: Layout, only: frozenset[Part]) -> list[Piece]:
+    def _wanted(self, layout: CheckpointLayout, only: frozenset[Part]) -> list[ComponentSpec]:
         return [piece for piece in self.pieces if piece.name in layout.configs
                 and (piece.part in only or piece.name in only)]
 
-    def _put(self, parts: Parts, layout: Layout, piece: Piece, model: Any, real: bool) -> None:
+    def _put(self, parts: Parts, layout: CheckpointLayout, piece: ComponentSpec, model: Any,
+             real: bool) -> None:
         if piece.part == "text":
             parts.text[_tokenizer_of(piece.name)] = self._tokenizer(layout, piece.name, real)
             parts.text[piece.name] = model
         else:
             setattr(parts, piece.part, model)
 
-    def _tokenizer(self, layout: Layout, encoder: str, real: bool) -> Any:
+    def _tokenizer(self, layout: CheckpointLayout, encoder: str, real: bool) -> Any:
         vocabulary, own = self.vocabularies[encoder], layout.source / _tokenizer_of(encoder)
         if not vocabulary.kind:
             if not own.is_dir():
@@ -122,7 +134,7 @@ class Loaded:
         made.chat_template = vocabulary.chat or made.chat_template
         return made
 
-    def _words(self, layout: Layout, encoder: str) -> Path:
+    def _words(self, layout: CheckpointLayout, encoder: str) -> Path:
         """The folder of an encoder's tokenizer. Raises Fault where it is none for it."""
         config = layout.configs[encoder]
         with loading.told(layout.source):   # some configs leave out what is usual
@@ -191,7 +203,7 @@ class Loaded:
             shift = float(vae.config.get("shift_factor") or 0.0)
             return (latents - shift) * float(vae.config.scaling_factor)
 
-    def framing(self, frame: Frame) -> Cond:
+    def framing(self, frame: CropInfo) -> Cond:
         return {}
 
     def pipeline(self, parts: Parts) -> Any:
@@ -217,12 +229,12 @@ def index_of(source: Path) -> dict[str, Any]:
     return loading.read_json(source / "model_index.json", source) if source.is_dir() else {}
 
 
-def vae_factor(layout: Layout) -> int:
+def vae_factor(layout: CheckpointLayout) -> int:
     """Pixels of a latent pixel, a side."""
     return int(2 ** (len(layout.configs["vae"]["block_out_channels"]) - 1))
 
 
-def dit_sizes(layout: Layout, patch: int = 2) -> tuple[int, int]:
+def dit_sizes(layout: CheckpointLayout, patch: int = 2) -> tuple[int, int]:
     """Native side and bucket step, in px, of a transformer with tokens of `patch` latent pixels a
     side: what its VAE was made for, and four tokens, which are 64 px in practice."""
     native = layout.configs["vae"]["sample_size"]
@@ -251,7 +263,7 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return split.permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, height * 2, width * 2)
 
 
-class UNetFamily(Loaded):
+class UNetFamily(ComponentFamily):
     """Stable Diffusion 1, 2 and XL."""
 
     step_multiple: ClassVar[int] = 1        # of what the UNet itself asks of sides
@@ -264,7 +276,7 @@ class UNetFamily(Loaded):
     def token_limit(self, parts: Parts) -> int:
         return parts.reading.max_tokens
 
-    def empty(self, layout: Layout) -> Parts:
+    def empty(self, layout: CheckpointLayout) -> Parts:
         unet, scheduler = layout.configs["unet"], dict(layout.scheduler)
         if not isinstance(unet["sample_size"], int) or not 1 <= unet["sample_size"] <= 1024:
             raise ValueError(f"sample_size: {unet['sample_size']}")
@@ -277,13 +289,3 @@ class UNetFamily(Loaded):
             scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         return Parts(layout.source, scheduler, objective, native_size=unet["sample_size"] * factor,
                      bucket_step=factor * 2 ** (levels - 1) * self.step_multiple)
-
-
-TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")   # of CLIP
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
-ATTENTION_ALIASES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out.0",
-                     "o_proj": "to_out.0", "to_out": "to_out.0"}
-ALIASES = ATTENTION_ALIASES | {"fc1": "ff.net.0.proj", "fc2": "ff.net.2"}
-UNET_PRESETS = {"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD,
-                "all-linear": (*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out")}

@@ -7,30 +7,29 @@ name says ("4step").
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.families.detection import Found, identify
+from core.families.detection import identify
+from core.families.registry import SPECS
+from core.families.spec import DistilledSigns, Found
 from core.safetensors_header import read_header
 from core.serialization import json_object
 
 STEPS = 25                                  # of a base that isn't one, where the user says nothing
 PREVIEW_STEPS = 20
-FEW, FEWEST = 8, 4
-ZIMAGE_TURBO, ZIMAGE = 3.0, 6.0             # shifts of their schedulers
 # Words of names: a new word begins at a sign, a capital or behind "xl".
-_WORDS = re.compile(r"""
+_WORDS = r"""
     (?: (?<![a-z]) | (?<=xl) | (?<=XL) | (?=[A-Z]) )
-    (?P<word> (?i: turbo | schnell | lightning | hyper(?![-_ ]?real) | lcm | dmd2? | distill(?:ed)?
-                 | (?<=klein[-_ .])[49]b | flash ) )
-    (?! [a-z] )""", re.VERBOSE)
+    (?i: turbo | schnell | lightning | hyper(?![-_ ]?real) | lcm | dmd2? | distill(?:ed)? OWN )
+    (?! [a-z] )"""
 _UNDONE = re.compile(r"(?i)(?:de|un)[-_ ]?(?:distill|turbo)|openflux|libreflux|klein[-_ ]?base"
                      r"|base[-_ ]?klein|klein[-_ .][49]b[-_ ]?base")
 _STEPS = re.compile(r"(?i)(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])")
 _TITLES = ("modelspec.title", "modelspec.architecture", "title")
-_OWN = {"flash": "chroma"}                  # words that mean this of one family only
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ class Distilled:
     """What such a base is drawn with where the user says nothing."""
 
     sign: str                               # what told: a name, or a key of the makers'
-    steps: int = FEW
+    steps: int = 8
     guided: bool = False                    # still takes the family's guidance, as Flux dev does
 
 
@@ -52,10 +51,10 @@ def told(source: Path, found: Found, wanted: str = "auto") -> Distilled | None:
     sign = next(_signs(source, found), "distilled: true" if wanted == "true" else "")
     if not sign or wanted == "false":
         return None
-    few = FEWEST if found.family == "flux2" or found.what == "flux_schnell" or (
-        found.family == "sd3") else FEW
+    signs = signs_of(found)
+    few = signs.steps_of.get(found.what, signs.steps)
     said = next((int(m[1]) for text in _names(source) if (m := _STEPS.search(text))), 0)
-    return Distilled(sign, said or few, found.what == "flux_dev")
+    return Distilled(sign, said or few, found.what in signs.guided)
 
 
 def drawing(cfg: float | None, steps: int | None, own: float, usual: int,
@@ -68,23 +67,28 @@ def drawing(cfg: float | None, steps: int | None, own: float, usual: int,
 
 def _signs(source: Path, found: Found) -> Iterator[str]:
     """The surest first. Whoever undid a distillation says so in the name."""
-    names = list(_names(source))
+    names, signs = list(_names(source)), signs_of(found)
     if any(_UNDONE.search(name) for name in names):
         return
     if source.is_dir():
         if json_object(source / "model_index.json").get("is_distilled") is True:
             yield "model_index.json, is_distilled"
         shift = json_object(source / "scheduler" / "scheduler_config.json").get("shift")
-        if found.family == "zimage" and shift == ZIMAGE_TURBO and any(
+        if signs.shift is not None and shift == signs.shift and any(
                 (source / "transformer").glob("*.safetensors")):    # else it's nobody's base
             yield f"scheduler_config.json, shift {shift:g}"
-    if found.what == "flux_schnell":
-        yield "Flux.1 schnell"
-    for name in names:
-        if (match := _WORDS.search(name)) and _OWN.get(
-                word := match["word"].lower(), found.family) == found.family and (
-                not word.endswith("b") or found.family == "flux2"):
-            yield name
+    if found.what in signs.named:
+        yield signs.named[found.what]
+    yield from (name for name in names if _word_pattern(signs.words).search(name))
+
+
+def signs_of(found: Found) -> DistilledSigns:
+    return SPECS[found.family].distilled if found.family in SPECS else DistilledSigns()
+
+
+@functools.cache
+def _word_pattern(own: str) -> re.Pattern[str]:
+    return re.compile(_WORDS.replace("OWN", f"| {own}" if own else ""), re.VERBOSE)
 
 
 def _names(source: Path) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """How a family's layers are called: by diffusers, by kohya's files, by the original code.
 
-One `Naming` table a family. Needs no torch: names are pure text. Sources: diffusers' module paths;
-the UNet of CompVis (input_blocks ...), the Flux of Black Forest Labs (double_blocks ...); the
-prefixes of kohya and ComfyUI.
+One `Naming` table a family, in its spec.py. Needs no torch: names are pure text. Sources:
+diffusers' module paths; the UNet of CompVis (input_blocks ...), the Flux of Black Forest Labs
+(double_blocks ...), the others' single files; the prefixes of kohya and ComfyUI.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from core.families.layer_renames import (
-    Rename,
-    chroma_renames,
-    flux2_renames,
-    flux_renames,
-    krea2_renames,
-    lumina2_renames,
-    sana_renames,
-    sd3_renames,
-    unet_renames,
-    zimage_renames,
-)
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """One layer, or all below it, in the original code's words; `{}` stands for a number."""
+
+    ours: tuple[str, ...]                  # several: rows of one fused matrix, in this order
+    theirs: str
+    shares: tuple[int, ...] = ()           # rows of each of `ours`, relative; empty: equal ones
+    swapped: bool = False                  # shift and scale stand the other way round
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return self.shares or (1,) * len(self.ours)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,66 +63,9 @@ class Place:
         return self.of is not None and (len(self.of.ours) > 1 or self.of.swapped)
 
 
-# --- tables ------------------------------------------------------------------------------------
-
-def _clip(name: str, kohya: str, native: str) -> Part:
+def clip_part(name: str, kohya: str, native: str) -> Part:
     """transformers 5 has no text_model; files have."""
     return Part(name, kohya, "text_model", f"text_encoders.{native}.transformer")
-
-
-SD1: Naming = (
-    Part("unet", "lora_unet", native="diffusion_model", renames=unet_renames(4, 2, (0, 1, 2))),
-    _clip("text_encoder", "lora_te", "clip_l"),
-)
-SD2: Naming = (SD1[0], _clip("text_encoder", "lora_te", "clip_h"))
-SDXL: Naming = (
-    Part("unet", "lora_unet", native="diffusion_model", renames=unet_renames(3, 2, (1, 2)),
-         kohya_native=True),
-    _clip("text_encoder", "lora_te1", "clip_l"), _clip("text_encoder_2", "lora_te2", "clip_g"),
-)
-FLUX: Naming = (
-    Part("transformer", "lora_unet", native="diffusion_model", renames=flux_renames(),
-         kohya_native=True),
-    _clip("text_encoder", "lora_te1", "clip_l"),
-    Part("text_encoder_2", "lora_te3", native="text_encoders.t5xxl.transformer"),
-)
-CHROMA: Naming = (
-    Part("transformer", "lora_unet", native="diffusion_model", renames=chroma_renames(),
-         kohya_native=True),
-    Part("text_encoder", "lora_te3", native="text_encoders.t5xxl.transformer"),
-)
-SD3: Naming = (
-    Part("transformer", "lora_unet", native="diffusion_model", renames=sd3_renames(),
-         kohya_native=True),
-    _clip("text_encoder", "lora_te1", "clip_l"), _clip("text_encoder_2", "lora_te2", "clip_g"),
-    Part("text_encoder_3", "lora_te3", native="text_encoders.t5xxl.transformer"),
-)
-ZIMAGE: Naming = (
-    Part("transformer", "lora_unet", native="diffusion_model", renames=zimage_renames(),
-         kohya_native=True),
-)
-QWEN: Naming = (Part("transformer", "lora_unet", native="diffusion_model"),)
-FLUX2: Naming = (
-    Part("transformer", "lora_unet", native="diffusion_model", renames=flux2_renames(),
-         kohya_native=True),
-)
-KREA2: Naming = (
-    Part("transformer", "lora_unet", native="diffusion_model", renames=krea2_renames(),
-         kohya_native=True),
-)
-LUMINA2: Naming = (
-    Part("transformer", "lora_unet", native="diffusion_model", renames=lumina2_renames(),
-         kohya_native=True),
-    Part("text_encoder", "lora_te", native="text_encoders.gemma2_2b.transformer.model"),
-)
-SANA: Naming = (
-    Part("transformer", "lora_unet", native="diffusion_model", renames=sana_renames(),
-         kohya_native=True),
-    Part("text_encoder", "lora_te", native="text_encoders.gemma2_2b.transformer.model"),
-)
-NAMINGS: dict[str, Naming] = {"sd15": SD1, "sd2": SD2, "sdxl": SDXL, "sd3": SD3, "flux": FLUX,
-                             "chroma": CHROMA, "zimage": ZIMAGE, "qwen": QWEN, "flux2": FLUX2,
-                             "krea2": KREA2, "lumina2": LUMINA2, "sana": SANA}
 
 
 # --- diffusers <-> original code ---------------------------------------------------------------

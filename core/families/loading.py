@@ -1,6 +1,6 @@
 """How the models of a base are read, offline: from a diffusers folder, or from single files.
 
-Single files have the original code's names or diffusers' own (core/families/checkpoint_keys.py). Configs ship
+Single files have the original code's names or diffusers' own (checkpoint_keys.py). Configs ship
 with the app, since files have none.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,22 @@ from safetensors import SafetensorError
 from torch import nn
 
 from core import paths
+from core.config import schema
 from core.errors import Fault
 from core.families import components
-from core.families.base import Part, Precision
+from core.families.base import Family
 from core.families.checkpoint_keys import Convert, Tensors, own
 from core.families.components import Chosen
-from core.families.detection import Found, denoiser_prefix
+from core.families.detection import denoiser_prefix
+from core.families.registry import SPECS, outgrows_fp16
+from core.families.spec import Found, Part
+from core.jobs.events import Event, Note
 from core.safetensors_header import PICKLES, read_header
 from core.serialization import from_json
+from core.weights import precision_rules
 from core.weights.lazy import File, Weights, files_in, shapes_of
 from core.weights.offload import offload_
+from core.weights.precision import Precision, keep_
 from core.weights.quantization import fill_, quantise_
 
 TOKENIZER = paths.DEMO / "base" / "tokenizer"       # CLIP's own, shipped once
@@ -36,7 +42,7 @@ LARGE_ENCODER = 1e9                                 # parameters; smaller ones s
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ComponentSpec:
     """One model of a base."""
 
     name: str                               # its folder, and the pipeline's argument
@@ -56,7 +62,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class CheckpointLayout:
     """Where the models of a base lie, and what they are made like."""
 
     source: Path
@@ -82,13 +88,13 @@ def read_json(path: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
-def configs_in(folder: Path, pieces: tuple[Piece, ...]) -> dict[str, dict[str, Any]]:
+def configs_in(folder: Path, pieces: tuple[ComponentSpec, ...]) -> dict[str, dict[str, Any]]:
     return {piece.name: read_json(folder / piece.name / "config.json", folder)
             for piece in pieces
             if not piece.optional or (folder / piece.name / "config.json").is_file()}
 
 
-def files_of(source: Path, pieces: tuple[Piece, ...]) -> dict[str, tuple[Path, str]]:
+def files_of(source: Path, pieces: tuple[ComponentSpec, ...]) -> dict[str, tuple[Path, str]]:
     """The pieces that a single file holds itself, each with its prefix: ComfyUI's and the original
     code's, or the piece's name, as some programs put it before diffusers' names."""
     names = read_header(source).tensors
@@ -107,7 +113,7 @@ def files_of(source: Path, pieces: tuple[Piece, ...]) -> dict[str, tuple[Path, s
 class Shapes(dict[str, tuple[int, ...]]):
     """The shapes of a file's denoiser, by the model's names."""
 
-    def __init__(self, layout: Layout, piece: Piece) -> None:
+    def __init__(self, layout: CheckpointLayout, piece: ComponentSpec) -> None:
         self.path, prefix = layout.files[piece.name]
         self.model = piece.cls.__name__
         with told(self.path):
@@ -119,7 +125,7 @@ class Shapes(dict[str, tuple[int, ...]]):
                     example=name, names=", ".join(list(self)[:3]))
 
 
-def file_of(layout: Layout, piece: Piece) -> tuple[Path, str] | None:
+def file_of(layout: CheckpointLayout, piece: ComponentSpec) -> tuple[Path, str] | None:
     """The file of one piece: one that the user named, the base itself, else one beside it; of a
     base's folder the piece's own. Raises Fault where none is there; None for one that needn't be.
     """
@@ -154,7 +160,7 @@ def told(path: Path) -> Iterator[None]:
                     reason=first_line(error)) from error
 
 
-def load(layout: Layout, piece: Piece, precision: Precision) -> Any:
+def load(layout: CheckpointLayout, piece: ComponentSpec, precision: Precision) -> Any:
     """One model as `precision` has it; None: an optional one that isn't there. What of the files is
     no weight of the model is never read. Raises Fault."""
     if (where := file_of(layout, piece)) is None:
@@ -210,7 +216,7 @@ def _misshapen(model: nn.Module, weights: Weights) -> str:
                  if here != there), "")
 
 
-def _by_library(layout: Layout, piece: Piece, precision: Precision) -> Any:
+def _by_library(layout: CheckpointLayout, piece: ComponentSpec, precision: Precision) -> Any:
     """Folders with older names in their files, which the libraries know; whole, in RAM."""
     dtype = dtype_of(piece, precision)
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
@@ -220,7 +226,7 @@ def _by_library(layout: Layout, piece: Piece, precision: Precision) -> Any:
                                      **options)
 
 
-def _filled(model: Any, piece: Piece, weights: Weights, precision: Precision) -> Any:
+def _filled(model: Any, piece: ComponentSpec, weights: Weights, precision: Precision) -> Any:
     """Weight after weight goes to where it stays, in the bits that it keeps."""
     names = [name for name in model.state_dict() if name in weights.shapes]
     dtype, device = dtype_of(piece, precision), precision.device
@@ -234,14 +240,14 @@ def _filled(model: Any, piece: Piece, weights: Weights, precision: Precision) ->
     return model.to(device)
 
 
-def settle(model: Any, piece: Piece, precision: Precision) -> Any:
+def settle(model: Any, piece: ComponentSpec, precision: Precision) -> Any:
     """The same of a model that is there already, or has no weights at all."""
     share = quantised(model, piece, precision)
     offload_(model, share, precision.device)
     return model if precision.device.type == "meta" else model.to(precision.device)
 
 
-def quantised(model: Any, piece: Piece, precision: Precision) -> float:
+def quantised(model: Any, piece: ComponentSpec, precision: Precision) -> float:
     """Frozen, in eval mode, its blocks in few bits; convolutions are 1.1x to 1.4x faster
     channels_last. -> share of the blocks that is to wait in RAM"""
     model.requires_grad_(False).eval()
@@ -257,7 +263,7 @@ def quantised(model: Any, piece: Piece, precision: Precision) -> float:
     return 1.0 if precision.room is not None and held > precision.room else 0.0
 
 
-def dtype_of(piece: Piece, precision: Precision) -> torch.dtype:
+def dtype_of(piece: ComponentSpec, precision: Precision) -> torch.dtype:
     if piece.part == "vae":
         return precision.vae
     wide = piece.wide and precision.weights == torch.float16
@@ -274,7 +280,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
         weight.data = weight.data.to(torch.float32 if exact & set(name.split(".")) else dtype)
 
 
-def create(piece: Piece, config: Mapping[str, Any]) -> Any:
+def create(piece: ComponentSpec, config: Mapping[str, Any]) -> Any:
     """A model of the config, where torch's default device says."""
     if piece.transformers:
         return piece.cls((piece.config or piece.cls.config_class.from_dict)(dict(config)))
@@ -291,3 +297,36 @@ def first_line(error: Exception) -> str:
     if "meta tensor" in str(error):         # what a missing weight looks like to torch
         return "some of its weights are missing"
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+# --- the denoiser of a run ---
+
+def tell_numbers(wanted: schema.Precision, family: str, precision: Precision,
+                 emit: Callable[[Event], None]) -> None:
+    """Where a family's numbers outgrow fp16: that fp16 was asked for all the same, or that fp32
+    takes its place on a GPU without bf16."""
+    if not outgrows_fp16(family):
+        return
+    title = SPECS[family].title
+    if precision.compute == torch.float16:
+        emit(Note(key="precision.outgrows_fp16", params={"title": title}))
+    elif wanted == "auto" and precision.device.type == "cuda" and (
+            precision.compute == torch.float32):
+        emit(Note(key="precision.fp32_for_fp16", params={"title": title}))
+
+
+def load_denoiser(config: schema.TrainConfig, family: Family, source: Path, precision: Precision,
+                  emit: Callable[[Event], None] | None = None) -> Any:
+    """The base's denoiser as the run keeps it: quantised, part of it in RAM; frozen.
+
+    Weights come one after the other, in the bits that they keep: the whole never has to fit the
+    GPU. Raises Fault as the family's `load` does.
+    """
+    kept = precision_rules.kept_settings(config, precision.device.type)
+    if config.offload and "offload" not in kept and emit:
+        emit(Note(key="precision.offload_useless", params={"device": precision.device.type}))
+    model = family.load(source, replace(precision, **kept), frozenset({"denoiser"})).denoiser
+    done = keep_(model, precision.device, **kept)   # families of one's own may have left it
+    if done.blocks and not done.pinned and emit:
+        emit(Note(key="precision.not_pinned"))
+    return model

@@ -53,9 +53,9 @@ QWEN = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645,
 GEMMA = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
 # By name. Qwen3-VL has the words of Qwen3, Gemma 1 those of Gemma 2.
 KINDS = {
-    "qwen25": Kind("Qwen2.5", QWEN, THINKING, "qwen", pad="<|endoftext|>"),
+    "qwen25": Kind("Qwen2.5", QWEN, THINKING, "qwen2", pad="<|endoftext|>"),
     "qwen3": Kind("Qwen3", QWEN | {word: 151665 + n for n, word in enumerate(THINKING)}, (),
-                  "qwen", THINKING, "<|endoftext|>"),
+                  "qwen2", THINKING, "<|endoftext|>"),
     "t5": Kind("T5", {"<pad>": 0, "</s>": 1, "<unk>": 2, "\u2581the": 8, "<extra_id_0>": 32099},
                (), "t5"),
     "gemma2": Kind("Gemma 2", GEMMA | {"<start_of_turn>": 106, "<end_of_turn>": 107}),

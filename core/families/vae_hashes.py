@@ -11,28 +11,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from core import paths
+from core import hashes, paths
+from core.families.registry import SPECS
 
-FILES = {
-    # ae.safetensors of Flux.1, Z-Image and Lumina 2; the same in diffusers' names, in bf16
-    "afc8e28272cd15db3919bacdb6918ce9c1ed22e96cb12c4d5ed0fba823529e38": "flux",
-    "f5b59a26851551b67ae1fe58d32e76486e1e812def4696a4bea97f16604d40a3": "flux",
-    # SD 3.5's in the original names; SD 3's in diffusers'
-    "6ad8546282f0f74d6a1184585f1c9fe6f1509f38f284e7c4f7ed578554209859": "sd3",
-    "f9b67a279283625caee39d61eacb5324243848477b4eb535355eaaa8423d4e09": "sd3",
-    # qwen_image_vae.safetensors and wan_2.1_vae.safetensors of ComfyUI's model lists
-    "a70580f0213e67967ee9c95f05bb400e8fb08307e017a924bf3441223e023d1f": "qwen",
-    "2fc39d31359a4b0a64f55876d8ff7fa8d780956ae2cb13463b0223e15148976b": "wan",
-}
-TITLES = {"flux": "Flux.1", "sd3": "Stable Diffusion 3", "qwen": "Qwen-Image", "wan": "Wan 2.1"}
-SCALES = {0.3611: "flux", 1.5305: "sd3"}    # of the latents, in their configs
+SIGNS = {one.id: one.vae for one in SPECS.values() if one.vae}
+WAN = "wan"                                 # wan_2.1_vae.safetensors of ComfyUI's model lists
+FILES = {digest: name for name, signs in SIGNS.items() for digest in signs.files} | {
+    "2fc39d31359a4b0a64f55876d8ff7fa8d780956ae2cb13463b0223e15148976b": WAN}
+TITLES = {name: signs.title for name, signs in SIGNS.items()} | {WAN: "Wan 2.1"}
 
 
 def model_of(config: Mapping[str, Any]) -> str:
     """A key of TITLES for the VAE that a config describes; empty: none that is mistaken easily."""
-    if "temperal_downsample" in config:
-        return "qwen"
-    return SCALES.get(config.get("scaling_factor", 0.0), "")
+    return next((name for name, signs in SIGNS.items() if signs.key in config or (
+        signs.scale and config.get("scaling_factor") == signs.scale)), "")
 
 
 def model_in(path: Path) -> str:
@@ -46,4 +38,4 @@ def sha256(path: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _sha256(path: Path, stamp: tuple[int, int, int]) -> str:
-    return paths.sha256(path)
+    return hashes.sha256(path)

@@ -1,6 +1,17 @@
-"""Other trainers' configs as ours: lora-scripts, kohya, kohya_ss, OneTrainer."""
+"""Configs from anywhere: our YAML, a LoRA file's metadata, other trainers' TOML and JSON."""
 
-from core.importers.load import is_ours, read, to_yaml, told
+from core.importers.load import (
+    EXTENSIONS,
+    FOREIGN,
+    is_ours,
+    load_train_config,
+    located,
+    named_in,
+    read,
+    to_yaml,
+    told,
+)
 from core.importers.reader import Imported
 
-__all__ = ["Imported", "is_ours", "read", "to_yaml", "told"]
+__all__ = ["EXTENSIONS", "FOREIGN", "Imported", "is_ours", "load_train_config", "located",
+           "named_in", "read", "to_yaml", "told"]

@@ -264,8 +264,9 @@ class Kohya(Reader):
         file = resolve(str(value), self.result.file.parent)
         if not file.is_file():
             return self.leave(entry, "file")
-        from core.importers.load import read
-        inner = read(file)
+        data, at = lines.read(file)
+        kind = Dataset if "datasets" in data else Kohya
+        inner = kind(file, "kohya dataset").take(data, at)
         self.result.values |= inner.values
         self.result.left += inner.left
 

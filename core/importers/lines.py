@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.dataset import captions
+from core import serialization
 from core.errors import Fault
 
 DEEPEST = 64                               # levels; more is no config
@@ -40,7 +40,7 @@ def read(path: Path) -> tuple[dict[str, Any], Lines]:
     try:
         if path.stat().st_size > LARGEST:
             raise Fault("config.unreadable", file=path, reason=f"> {LARGEST} bytes")
-        text = captions.decode_text(path.read_bytes())
+        text = serialization.decode_text(path.read_bytes())
     except FileNotFoundError:
         raise Fault("config.missing", file=path, folder=Path.cwd()) from None
     except (OSError, ValueError) as error:

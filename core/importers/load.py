@@ -10,10 +10,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from core import i18n
-from core.config import TrainConfig, dump_yaml
+from core import i18n, plugins
+from core.config import TrainConfig, dump_yaml, parse_train_config, read_train_config
+from core.errors import Fault
 from core.importers import kohya, lines, onetrainer
 from core.importers.reader import Imported, Reader
+from core.lora_files.files import read_config
+
+FOREIGN = (".toml", ".json")                # suffixes of other trainers' configs
+EXTENSIONS = ("picture_processors", "callbacks", "optimizer", "adapter", "family")
+
+
+def load_train_config(path: Path, overrides: Mapping[str, str] | None = None) -> TrainConfig:
+    """Reads a YAML config, the config inside a LoRA file's metadata, or another trainer's TOML
+    or JSON (`read` tells what of that is lost), and checks it.
+
+    Raises Fault with the file, the line and the nearest key where something is wrong.
+    """
+    if path.suffix.lower() == ".safetensors":
+        config = parse_train_config(read_config(path), str(path), overrides)
+        for key, name in named_in(config):      # LoRA files travel: none may run code here
+            if key not in (overrides or {}):
+                raise Fault("extensions.in_a_lora", file=path, key=key, name=name)
+        return config
+    if path.suffix.lower() in FOREIGN:
+        return parse_train_config("", str(path), overrides, read(path).values)
+    return read_train_config(path, overrides)
 
 
 def read(path: Path) -> Imported:
@@ -48,3 +70,36 @@ def told(imported: Imported, lang: str | None = None) -> list[str]:
     assumed = [i18n.say("config_import.assumed", {"key": key, "value": value}, lang)
                for key, value in imported.assumed.items()]
     return [head, *assumed, *(one.said(lang) for one in imported.left)]
+
+
+# --- extensions that a config names ---
+
+def named_in(config: TrainConfig) -> list[tuple[str, str]]:
+    """(key, name) of every extension of a config, `package.module.Class` of an optimizer too."""
+    found = []
+    for key in EXTENSIONS:
+        value = getattr(config, key)
+        names = [value] if isinstance(value, str) else value
+        found += [(key, one) for one in names if plugins.is_named(one) or "." in one]
+    return found
+
+
+def located(config: TrainConfig, folder: Path | None) -> TrainConfig:
+    """The config with the files that lie in `folder` by their full path, so that it means the
+    same from everywhere."""
+    changes: dict[str, Any] = {}
+    for key in EXTENSIONS:
+        value = getattr(config, key)
+        new = _beside(value, folder) if isinstance(value, str) else [
+            _beside(one, folder) for one in value]
+        if new != value:
+            changes[key] = new
+    return config.with_changes(**changes) if changes else config
+
+
+def _beside(name: str, folder: Path | None) -> str:
+    module, colon, item = name.rpartition(":")
+    if not colon or folder is None or "\0" in module:
+        return name
+    path = folder / (module if module.endswith(".py") else f"{module.replace('.', '/')}.py")
+    return f"{path.absolute()}:{item}" if path.is_file() else name

@@ -10,8 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from core import families, i18n
+from core import i18n
 from core.config import TrainConfig
+from core.families.registry import SPECS
 from core.importers import lines, tables
 from core.importers.lines import Entry, Lines
 
@@ -121,7 +122,7 @@ class Reader:
             self.result.values[key] = self.result.assumed[name] = value
 
     def family(self, value: Any, entry: Entry) -> None:
-        if tables.FAMILIES.get(plain(value)) not in families.MODULES:
+        if not any(plain(value) in one.trainer_names for one in SPECS.values()):
             self.leave(entry, "family")
 
     def warm_up(self, value: Any, entry: Entry) -> None:

@@ -74,8 +74,6 @@ SCHEMES = {"none": "uniform", "uniform": "uniform", "logitnormal": "logit_normal
 SAMPLERS = {"ddim": "ddim", "euler": "euler", "keuler": "euler", "eulera": "euler_a",
             "keulera": "euler_a", "heun": "heun", "dpmsolver++": "dpm++2m", "dpmsolver": "dpm++2m",
             "pndm": "pndm"}
-FAMILIES = {"sdlora": "sd15", "sdxllora": "sdxl", "fluxlora": "flux", "sd3lora": "sd3",
-            "stablediffusion15": "sd15", "stablediffusionxl10base": "sdxl", "fluxdev1": "flux"}
 
 # Where a key is left out, the other trainer takes this: (key, value).
 KOHYA_DEFAULTS: dict[str, Any] = {"network_dim": 4, "network_alpha": 1, "learning_rate": 2e-6,

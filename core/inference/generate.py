@@ -1,4 +1,4 @@
-"""A loaded base that draws, with any number of LoRAs; core/inference/draw.py is the job around it."""
+"""A loaded base that draws, with any number of LoRAs; draw.py is the job around it."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from PIL.PngImagePlugin import PngInfo
 from core import families, i18n, paths
 from core.adapters import from_file, lora
 from core.config import GenerateConfig, size_of
-from core.dataset.cache import fingerprint
 from core.dataset.text_embeddings import reading_of, trimmed, unread, unused_of
 from core.errors import Fault
 from core.families import components, distilled, schedulers
-from core.families.base import ALL_PARTS, Family, Objective, Parts, Precision
-from core.families.layer_names import NAMINGS
+from core.families.base import ALL_PARTS, Family, Objective, Parts
+from core.families.loading import tell_numbers
+from core.families.registry import SPECS
+from core.hashes import data_hash, fingerprint, short_hash
 from core.inference.trash import TRASH
 from core.jobs.events import Event, Note
 from core.lora_files import formats, textual_inversion
 from core.lora_files.files import read_lora
 from core.lora_files.library import Lora, checked
-from core.lora_files.metadata import BASE_KEY, CONFIG_KEY, short_hash
+from core.lora_files.metadata import BASE_KEY, CONFIG_KEY
 from core.objectives.diffusion import zero_terminal
-from core.safetensors_header import data_hash, read_header
-from core.weights.precision import autocast, choose, tell_numbers
+from core.safetensors_header import read_header
+from core.weights.precision import Precision, autocast, choose
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,8 @@ class Studio:
         self.source, self.emit, self.distilled = source, emit, config.distilled
         kind = families.detect(source) if config.family == "auto" else config.family
         self.family: Family = families.get(kind, components.chosen(config))
-        self.precision = choose(config.precision, config.device, kind)
+        self.precision = choose(config.precision, config.device,
+                                families.outgrows_fp16(kind))
         tell_numbers(config.precision, kind, self.precision, emit)
         self._adapters: dict[Path, str] = {}
         self._words: dict[Path, dict[str, str]] = {}
@@ -164,7 +166,7 @@ class Studio:
 
     def _load(self, path: Path) -> str:
         family = self.family.spec.id
-        if family in families.MODULES:      # a family of the user's own may take any file
+        if family in families.SPECS:      # a family of the user's own may take any file
             checked(formats.weights_file(path), family)
         name = load_adapter(self.pipeline, path, f"lora{len(self._adapters)}", family)
         found = lora.count(self.pipeline.components.values(), name)
@@ -234,10 +236,10 @@ def draw(pipeline: Any, parts: Parts, shot: Shot, arguments: dict[str, Any],
 
 
 def load_adapter(pipeline: Any, path: Path, name: str, family: str = "") -> str:
-    """Loads a LoRA file by diffusers' own reader, or what that can't read by core.adapters.from_file.
-    Raises Fault where none of it fits the base."""
+    """Loads a LoRA file by diffusers' own reader, or by core.adapters.from_file what that can't
+    read. Raises Fault where none of it fits the base."""
     keys = read_header(formats.weights_file(path)).tensors
-    known = family if family in NAMINGS else ""
+    known = family if family in SPECS else ""
     ours = from_file.is_ours(keys)
     source: Any = formats.read(path, known) if ours else (
         formats.for_diffusers(path, known))

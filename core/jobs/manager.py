@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from core import paths
-from core.config import dump_yaml, load_train_config
+from core.config import dump_yaml, read_train_config
 from core.errors import Fault
 from core.jobs import history, runs, worker
 from core.jobs.control import Request
@@ -110,7 +110,7 @@ class JobManager:
             raise Fault("jobs.still_running", id=run_id, state=old.state)
         config = (old.folder / CONFIG).read_text("utf-8")
         if old.job == "train":
-            own = load_train_config(old.folder / CONFIG)
+            own = read_train_config(old.folder / CONFIG)
             config = dump_yaml(own.with_changes(resume=runs.resume_of(old.folder, own.resume)))
         return self._enqueue(old.job, config, old.name, run_id, old.cwd)
 

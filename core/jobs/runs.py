@@ -24,6 +24,7 @@ import psutil
 from pydantic import TypeAdapter
 
 from core import i18n, paths
+from core.config.flat_yaml import read_flat_yaml
 from core.errors import Fault
 from core.jobs.control import Request
 from core.jobs.events import (
@@ -40,7 +41,7 @@ from core.jobs.events import (
     Step,
 )
 from core.jobs.journal import CONFIG, LOG, Point, append_line, new_run_id, tail, thinned
-from core.serialization import from_json, json_object, read_flat_yaml
+from core.serialization import from_json, json_object
 
 RUN = "run.json"                          # name, job, created, ...: written once, never changed
 OWNER = "worker.json"                     # which process runs it

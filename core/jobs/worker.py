@@ -43,7 +43,7 @@ class Job(NamedTuple):
     run: str                          # "module:function": config, emit, control -> result
 
 
-JOBS = {"train": Job("core.config.schema:load_train_config", "core.training.trainer:train"),
+JOBS = {"train": Job("core.config:read_train_config", "core.training.run:train"),
         "caption": Job("captioner.job:load", "captioner.job:caption"),
         "generate": Job("core.config.draw:load", "core.inference.draw:draw")}
 

@@ -2,7 +2,8 @@
 
 A1111 and Forge read models/Lora, ComfyUI models/loras; all three read kohya's format. What is
 spelled otherwise is converted by `darkroom lora convert` in a child process, which takes torch.
-docs/interop.md has the table of who reads what; tests/adapters/test_layer_keys.py proves it, key by key.
+docs/interop.md has the table of who reads what; tests/adapters/test_layer_keys.py proves it,
+key by key.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from core import paths
 from core.base_models import search
 from core.errors import Fault
-from core.families.layer_names import NAMINGS, SD1
+from core.families.registry import naming
 from core.lora_files import files
 from core.safetensors_header import read_header
 from core.system import processes
@@ -73,7 +74,7 @@ def reads(program: str, family: str) -> tuple[str, ...]:
 
     ComfyUI knows diffusers' names of transformers; of a UNet's attention only those before PEFT.
     It takes q, k and v for equally high there."""
-    part = NAMINGS.get(family, SD1)[0]
+    part = naming(family)[0]
     equal = all(len(set(one.rows[:3])) == 1 for one in part.renames)
     known = program == "comfyui" and part.name == "transformer" and equal
     return (*READS[program], "diffusers") if known else READS[program]

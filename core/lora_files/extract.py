@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from core.errors import Fault
-from core.families.layer_names import NAMINGS, SD1, Naming, from_native
+from core.families import registry
+from core.families.layer_names import Naming, from_native
+from core.families.lora_signs import family_of
+from core.families.registry import SPECS
 from core.jobs.events import Event, Phase
-from core.lora_files.files import family_of
 from core.lora_files.layers import DOWN, UP, Layer, Lora, split, with_alpha
 from core.lora_files.merge import balanced
 from core.weights.tensor_file import TensorFile
@@ -116,7 +118,7 @@ def _unfused(layers: dict[str, Layer], naming: Naming) -> Lora:
 def _model(source: Path) -> _Model:
     files = [(part, TensorFile(file)) for part, file in _files(source)]
     tensors = {key: info for _, file in files for key, info in file.header.tensors.items()}
-    naming = NAMINGS.get(family_of(tensors), SD1)
+    naming = registry.naming(family_of(tensors))
     weights = {name: (file, key) for part, file in files
                for name, key in _names(part, file.names(), naming)}
     for file, key in weights.values():
@@ -130,7 +132,7 @@ def _files(source: Path) -> list[tuple[str, Path]]:
     """(part, file); no part: a single file that holds them all."""
     if not source.is_dir():
         return [("", source)]
-    parts = dict.fromkeys(part.name for naming in NAMINGS.values() for part in naming)
+    parts = dict.fromkeys(part.name for one in SPECS.values() for part in one.naming)
     return [(part, file) for part in parts for file in sorted(
         (source / part).glob("*.safetensors")) if not _is_variant(file)]
 

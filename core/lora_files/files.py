@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 from core import paths
 from core.errors import Fault
-from core.families.layer_names import SD1, Naming, to_native
+from core.families.layer_names import Naming, to_native
+from core.families.lora_signs import NOT_LORA, TWINS, detect_format, family_of
+from core.families.registry import STANDARD
 from core.lora_files import metadata as lora_metadata
 from core.safetensors_header import Header, TensorInfo, read_header, read_scalars
 
@@ -41,7 +43,7 @@ class Adapter:
     unknown: tuple[str, ...] = ()          # keys of the file that fit no module
 
 
-def kohya_name(path: str, naming: Naming = SD1) -> str:
+def kohya_name(path: str, naming: Naming = STANDARD.naming) -> str:
     """`unet.mid_block.resnets.0.conv1` -> `lora_unet_mid_block_resnets_0_conv1`."""
     name, _, inner = path.partition(".")
     part = next((p for p in naming if p.name == name), None)
@@ -53,7 +55,8 @@ def kohya_name(path: str, naming: Naming = SD1) -> str:
     return f"{part.kohya}_{inner.replace('.', '_')}"
 
 
-def kohya_names(models: Mapping[str, nn.Module], naming: Naming = SD1) -> dict[str, str]:
+def kohya_names(models: Mapping[str, nn.Module], naming: Naming = STANDARD.naming
+                ) -> dict[str, str]:
     """Kohya names of all weighted layers: {"unet": unet, ...} -> {kohya name: module path}.
 
     Underscores don't tell where the dots were, so names are read only through such a map.
@@ -62,7 +65,7 @@ def kohya_names(models: Mapping[str, nn.Module], naming: Naming = SD1) -> dict[s
                      for path in _layers(model)), naming)
 
 
-def names_of(module_paths: Iterable[str], naming: Naming = SD1) -> dict[str, str]:
+def names_of(module_paths: Iterable[str], naming: Naming = STANDARD.naming) -> dict[str, str]:
     names: dict[str, str] = {}
     for path in module_paths:
         name = kohya_name(path, naming)
@@ -92,7 +95,7 @@ def _module_path(path: str, part: str, naming: Naming) -> str:
 
 def to_kohya(state: Mapping[str, Tensor], alpha: float | Mapping[str, float],
              dtype: torch.dtype | None = None, part: str = "unet",
-             naming: Naming = SD1) -> dict[str, Tensor]:
+             naming: Naming = STANDARD.naming) -> dict[str, Tensor]:
     """peft's adapter weights -> kohya's keys; `part` is what keys without a part belong to.
 
     `alpha` goes by module path where it is a mapping; a path that it lacks gets its rank.
@@ -232,59 +235,6 @@ def read_config(path: Path) -> str:
 
 # --- what is it? -------------------------------------------------------------------------------
 
-# A file is of the first format whose pattern is found in one of its keys.
-FORMATS = tuple((name, re.compile(pattern)) for name, pattern in (
-    ("lycoris-loha", r"\.hada_w1_[ab]$"),
-    ("lycoris-lokr", r"\.lokr_w[12](_[ab])?$"),
-    ("lycoris-oft", r"\.oft_(blocks|diag)$"),
-    ("lycoris-dora", r"\.dora_scale$|lora_magnitude_vector"),
-    ("onetrainer", r"^lora_(transformer|prior|decoder)_|^lora_(unet|te\d?|transformer)\."
-                   r"|^(unet|transformer|clip_[lg]|t5)\..*\.lora_(down|up)\.weight$"),
-    ("comfyui", r"^(diffusion_model|text_encoders)\..*\.lora_(A|B|down|up)\b"),
-    ("kohya", r"^[^.]+\.(lora_(down|up|mid)\.weight|alpha)$"),
-    ("peft", r"\.lora_[AB](\.[^.]+)?\.weight$"),
-    ("diffusers-old", r"(_lora|\.lora(_linear_layer)?)\.(down|up)\.weight$"),
-    ("full-difference", r"\.(diff|diff_b|w_norm|b_norm)$"),
-    ("controlnet", r"^control_model\.|controlnet_cond_embedding|^lora_controlnet$"),
-    ("checkpoint", r"^model\.diffusion_model\.|^conditioner\.embedders\.|^cond_stage_model\."),
-    ("vae", r"^first_stage_model\.|^(encoder|decoder)\.(conv_in|conv1)\.|^(post_)?quant_conv\."),
-    ("unet", r"^(down_blocks|input_blocks|double_blocks|joint_blocks|transformer_blocks)\."
-             r"|^diffusion_model\."),
-    ("text-encoder", r"(^|\.)text_model\.|^encoder\.(layers|block)\.\d|^transformer\.resblocks\."),
-    ("embedding", r"^(emb_params|string_to_param\b.*|clip_[lg]|<.*>)$"),
-))
-NOT_LORA = {"controlnet", "checkpoint", "vae", "unet", "text-encoder", "embedding", "unknown"}
-
-# (family, pattern of a key, its tensor's last side; None: any), the first that fits.
-FAMILY_SIGNS = tuple((family, re.compile(pattern), side) for family, pattern, side in (
-    ("chroma", r"distilled_guidance_layer", None),
-    ("flux2", r"to_qkv_mlp_proj|ff(_context)?[._]linear_(in|out)\b|_stream_modulation", None),
-    # Files in the original code's names: by the sides of a single block's second matrix.
-    *(("flux2", r"single_blocks[._]\d+[._]linear2\b.*(down|lora_A)", side)
-      for side in (12288, 16384)),
-    ("flux", r"double_blocks|single_blocks|single_transformer_blocks", None),
-    ("sd3", r"joint_blocks", None),
-    *(("sd3", r"(^|\.)transformer_blocks[._]\d+[._](attn2?|ff(_context)?)[._].*(down|lora_A)", side)
-      for side in (1536, 2432)),
-    ("krea2", r"txtfusion|text_fusion|blocks[._]\d+[._]attn[._](to_gate|w[qkvo])\b", None),
-    ("qwen", r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]", None),
-    # Attention alone: a block beyond the last that Flux.1 has of them.
-    ("qwen", r"transformer_blocks[._](19|[2-5]\d)[._]attn[._](to|add)_[qkv].*(down|lora_A)", 3072),
-    ("zimage", r"(layers|refiner)[._]\d+[._](attention[._]to_|adaLN_modulation[._]0\.)", None),
-    ("lumina2", r"(layers|refiner)[._]\d+[._](attn[._]to_|adaLN_modulation[._]1\.)", None),
-    ("zimage", r"(layers|refiner)[._]\d+[._](attention|feed_forward)[._].*(down|lora_A)", 3840),
-    ("lumina2", r"(layers|refiner)[._]\d+[._](attention|feed_forward)[._].*(down|lora_A)", 2304),
-    ("sana", r"[._]ff[._]conv_(inverted|point)\b|attn1[._]to_[qkv]\.", 2240),
-    ("sana", r"[._]ff[._]conv_(inverted|point)\b", None),
-    ("sdxl", r"lora_te2_|text_encoder_2\.|conditioner\.embedders", None),
-    ("sdxl", r"attn2[._]to_[kv]\b.*(down|lora_A|weight$)", 2048),
-    ("sdxl", r"_blocks?[._].*[._]transformer_blocks[._][2-9][._]", None),
-    ("sd2", r"attn2[._]to_[kv]\b.*(down|lora_A|weight$)", 1024),
-    ("sd2", r"lora_te_|text_encoder\..*[qkv]_proj.*(down|lora_A)", 1024),
-    ("sd15", r"attn2[._]to_[kv]\b.*(down|lora_A|weight$)", 768),
-    ("sd15", r"lora_te_.*[qkv]_proj.*down", 768),
-))
-TWINS = {"chroma": "flux", "flux2": "flux"}    # the first has the names of the second
 PARTS = (
     ("text encoder", re.compile(r"lora_te\d?[_.]|text_encoder|clip_[lg]\.|t5\.")),
     ("unet", re.compile(r"lora_(unet|transformer)[_.]|lycoris_|(base_model\.model\.|model\.)?"
@@ -318,14 +268,6 @@ class Info:
     @property
     def is_lora(self) -> bool:
         return self.format not in NOT_LORA
-
-
-def detect_format(keys: Iterable[str]) -> str:
-    names = list(keys)
-    for format_, pattern in FORMATS:
-        if any(pattern.search(name) for name in names):
-            return format_
-    return "unknown"
 
 
 def describe(path: Path) -> Info:
@@ -364,14 +306,6 @@ def _alphas(path: Path, header: Header, ranks: Mapping[str, int]) -> dict[str, f
         if layer not in alphas and isinstance(value, int | float) and abs(value) < 2**63:
             alphas[layer] = float(value)
     return alphas
-
-
-def family_of(tensors: Mapping[str, TensorInfo]) -> str:
-    for family, pattern, side in FAMILY_SIGNS:
-        if any((side is None or info.shape[-1:] == (side,)) and pattern.search(key)
-               for key, info in tensors.items()):
-            return family
-    return ""
 
 
 def _family(tensors: Mapping[str, TensorInfo], said: str) -> str:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from core import paths
 from core.errors import Fault
-from core.families.layer_names import NAMINGS, SD1, Naming, Part, dotted
+from core.families.layer_names import Naming, Part, dotted
+from core.families.registry import SPECS, STANDARD, naming
 from core.lora_files import files
 from core.lora_files import metadata as lora_metadata
 from core.lora_files.layers import (
@@ -90,7 +91,7 @@ def read(path: Path, family: str = "") -> Lora:
 
 
 def from_tensors(tensors: Mapping[str, Tensor], family: str) -> Lora:
-    return _gathered(tensors, NAMINGS.get(family, SD1), {})
+    return _gathered(tensors, naming(family), {})
 
 
 def for_diffusers(path: Path, family: str) -> dict[str, Tensor] | None:
@@ -110,7 +111,7 @@ def for_diffusers(path: Path, family: str) -> dict[str, Tensor] | None:
 
 def fuses(family: str) -> bool:
     """Whether the original code has one matrix where diffusers has several."""
-    return any(len(one.ours) > 1 for one in NAMINGS.get(family, SD1)[0].renames)
+    return any(len(one.ours) > 1 for one in naming(family)[0].renames)
 
 
 def _naming(path: Path, family: str) -> Naming:
@@ -118,10 +119,10 @@ def _naming(path: Path, family: str) -> Naming:
     one's. Raises Fault for families without a table: their names would be guessed."""
     family = family or files.describe(path).family
     if family == "unknown" and any(map(_UNET.search, read_header(path).tensors)):
-        family = "sd15"
-    if family not in NAMINGS:
-        raise Fault("lora_convert.no_names", family=family, known=", ".join(NAMINGS))
-    return NAMINGS[family]
+        family = STANDARD.id
+    if family not in SPECS:
+        raise Fault("lora_convert.no_names", family=family, known=", ".join(SPECS))
+    return SPECS[family].naming
 
 
 def _read_folder(folder: Path, family: str) -> Lora:

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from core.errors import Fault
-from core.families.layer_names import Naming, Part, from_native, to_native
-from core.families.layer_renames import Rename
+from core.families.layer_names import Naming, Part, Rename, from_native, to_native
 
 if TYPE_CHECKING:
     from torch import Tensor

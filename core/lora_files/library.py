@@ -12,6 +12,7 @@ from typing import NamedTuple
 from core import i18n, paths
 from core.config import TrainConfig
 from core.errors import Fault
+from core.families import lora_signs
 from core.lora_files import files
 
 DEFAULT_WEIGHT = 0.8
@@ -128,7 +129,7 @@ def checked(path: Path, family: str) -> files.Info:
     """What a LoRA file is, by its header alone. Raises Fault where it is none, or of another
     family than the base; a family that the file doesn't tell passes."""
     info = files.describe(path)
-    if info.format in files.NOT_LORA:
+    if info.format in lora_signs.NOT_LORA:
         raise Fault("lora_file.not_a_lora", file=path, what=info.format)
     if info.family not in ("unknown", family):
         raise Fault("generate.other_family", file=path, family=info.family, base=family)

@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core import __version__
 from core.config import TrainConfig, dump_yaml
+from core.families.registry import SPECS
+from core.hashes import legacy_hash
 from core.serialization import json_of
 
 if TYPE_CHECKING:
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
 CONFIG_KEY = "darkroom.config"
 VERSION_KEY = "darkroom.version"
 BASE_KEY = "darkroom.base_fingerprint"      # of its denoiser: core/dataset/cache.py
-BASE_LORAS_KEY = "darkroom.base_loras"     # what belonged to the base, see core/adapters/base_loras.py
+BASE_LORAS_KEY = "darkroom.base_loras"     # what belonged to the base: adapters/base_loras.py
 TOOL = "lora-darkroom"
 MODELSPEC = "1.0.1"
-OLD_HASH_AT, OLD_HASH_BYTES = 0x100000, 0x10000    # what A1111 once took for a whole file
+
 
 V_VERSIONS = {"sd_v1": "sd_v1_v", "sd_v2": "sd_v2_v"}         # kohya's names of v-prediction bases
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}     # modelspec's; flow has none
@@ -275,28 +276,9 @@ def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
     start = 8 + int.from_bytes(content[:8], "little")
     digest = hashlib.sha256(content[start:]).hexdigest()
     return {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}",
-            "sshs_legacy_hash": _old_hash(content[OLD_HASH_AT:OLD_HASH_AT + OLD_HASH_BYTES])}
+            "sshs_legacy_hash": legacy_hash(content)}
 
 
-def short_hash(path: Path) -> str:
-    """The eight digits that A1111 showed before it took SHA-256."""
-    with open(path, "rb") as file:
-        file.seek(OLD_HASH_AT)
-        return _old_hash(file.read(OLD_HASH_BYTES))
-
-
-def _old_hash(content: bytes | memoryview) -> str:
-    return hashlib.sha256(content).hexdigest()[:8]
-
-
-# Beginnings of ss_base_model_version and modelspec.architecture.
-FAMILIES = {"sd_v1": "sd15", "sd_v2": "sd2", "sdxl": "sdxl", "sd3": "sd3", "flux1": "flux",
-            "stable-diffusion-v1": "sd15", "stable-diffusion-v2": "sd2",
-            "stable-diffusion-xl": "sdxl", "stable-diffusion-3": "sd3", "flux-1": "flux",
-            "qwen_image": "qwen", "qwen-image": "qwen", "flux2": "flux2", "flux-2": "flux2",
-            "krea2": "krea2", "krea-2": "krea2",
-            "chroma": "chroma", "zimage": "zimage", "z-image": "zimage", "lumina": "lumina2",
-            "sana": "sana"}
 TOP_TAGS = 10
 MAX_TRIGGERS = 3                           # tags that all captions share and that may be triggers
 
@@ -386,9 +368,9 @@ def _triggers(metadata: Mapping[str, str], tags: Counter[str]) -> tuple[str, ...
 
 def _family(metadata: Mapping[str, str]) -> str:
     for key in ("ss_base_model_version", "modelspec.architecture"):
-        for beginning, family in FAMILIES.items():
-            if metadata.get(key, "").startswith(beginning):
-                return family
+        for spec in SPECS.values():
+            if metadata.get(key, "").startswith(spec.metadata_names):
+                return spec.id
     return ""
 
 

@@ -14,9 +14,11 @@ from typing import Any
 from core import i18n
 from core.config import TrainConfig, size_of
 from core.errors import Fault
+from core.families.detection import Base
 from core.memory import plan, relief
-from core.memory.plan import Base, Data, Machine, Plan
+from core.memory.plan import Data, Machine, Plan
 from core.memory.relief import Planner
+from core.system.machine import MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +75,10 @@ class Shape:
 
     @staticmethod
     def of(base: Base, machine: Machine) -> Shape:
-        numbers = plan.numbers_for("auto", machine.kind, machine.capability, base.family)
+        numbers = plan.numbers_of("auto", machine, base.family)
         facts = plan.ask("base", base, numbers)
         return Shape(int(facts["native"]), int(facts["step"]),
-                     int(facts["denoiser_parameters"]), facts["denoiser"] / plan.MB,
+                     int(facts["denoiser_parameters"]), facts["denoiser"] / MB,
                      bool(facts["flow"]), base.family)
 
 
@@ -107,7 +109,7 @@ def suggest(machine: Machine, base: Base, data: Data | None = None, purpose: str
         raise Fault("advisor.unknown_purpose", purpose=purpose, known=", ".join(PURPOSES))
     shape = shape or Shape.of(base, machine)
     planner = planner or planner_of(base, machine, data)
-    can = relief.rungs(machine, shape.weights_mb, shape.family)
+    can = relief.capabilities(machine, shape.weights_mb, shape.family)
     wish = _wish(PURPOSES[purpose], data, shape, machine)
     make = partial(relief.dials, wish, can, shape.native, shape.step)
     found = relief.search(wish, make(), planner)
@@ -136,7 +138,7 @@ def nearest_fit(config: TrainConfig, base: Base, machine: Machine, data: Data | 
     None where nothing helps (half the resolution included)."""
     planner = planner or planner_of(base, machine, data)
     shape = Shape.of(base, machine)
-    can = relief.rungs(machine, shape.weights_mb, shape.family)
+    can = relief.capabilities(machine, shape.weights_mb, shape.family)
     for sides in (relief.HONEST_SIDES, relief.POOR_SIDES):
         dials = relief.dials(config, can, shape.native, shape.step, sides)
         if found := relief.search(config, dials, planner):
@@ -150,7 +152,7 @@ def nearest_fit(config: TrainConfig, base: Base, machine: Machine, data: Data | 
 def _wish(purpose: Purpose, data: Data | None, shape: Shape, machine: Machine) -> TrainConfig:
     pictures = data.pictures if data else PICTURES
     rank = purpose.few_rank if pictures < FEW else purpose.rank
-    numbers = plan.numbers_for("auto", machine.kind, machine.capability, shape.family)["compute"]
+    numbers = plan.numbers_of("auto", machine, shape.family)["compute"]
     slow_half = numbers == "fp16" and (0, 0) < machine.capability < (7, 0)
     return TrainConfig.model_validate({
         "max_resolution": f"{shape.native},{shape.native}",
@@ -224,14 +226,14 @@ def _told(name: str, fits: bool, found: relief.Found, needs_mb: float, data: Dat
           shape: Shape, wish: TrainConfig) -> Suggestion:
     purpose, low = PURPOSES[name], found.chosen["rank"] > 0
     memory = {key: getattr(found.config, key) for key in _MEMORY}
-    course = _course(purpose, found.config, data, low, shape)
-    config = found.config.with_changes(**course)
+    sampler = _course(purpose, found.config, data, low, shape)
+    config = found.config.with_changes(**sampler)
     reasons = {key: Reason(f"advisor.{what}", params)
                for key, (what, params) in {**_memory_reasons(name, config, found, wish, shape),
-                                           **_course_reasons(config, course, data, low)}.items()}
+                                           **_course_reasons(config, sampler, data, low)}.items()}
     score = (int(fits), int(relief.fits(found.plan)),
              *(-option for option in reversed(list(found.chosen.values()))))
-    return Suggestion(fits, name, memory | course, found.plan, reasons,
+    return Suggestion(fits, name, memory | sampler, found.plan, reasons,
                       tuple(_notes(fits, found.plan, needs_mb, config, shape)), needs_mb,
                       relief.room(found.plan.machine), score)
 
@@ -245,9 +247,9 @@ Told = dict[str, tuple[str, Mapping[str, Any]]]
 def _memory_reasons(purpose: str, config: TrainConfig, found: relief.Found, wish: TrainConfig,
                     shape: Shape) -> Told:
     took = found.without
-    def why(dial: str) -> dict[str, str]:
+    def why(knob: str) -> dict[str, str]:
         """What shows that a sacrifice is needed."""
-        lack = took[dial].needs_mb if dial in took else found.plan.needs_mb
+        lack = took[knob].needs_mb if knob in took else found.plan.needs_mb
         return {"without": gigabytes(lack), "room": gigabytes(_limit(found.plan.machine))}
     effective = config.batch_size * config.gradient_accumulation_steps
     split = {"batch": config.batch_size, "times": config.gradient_accumulation_steps,
@@ -281,7 +283,7 @@ def _memory_reasons(purpose: str, config: TrainConfig, found: relief.Found, wish
         "cache_batch_size": ("cache_batch", {"count": config.cache_batch_size})}
 
 
-def _course_reasons(config: TrainConfig, course: Mapping[str, Any], data: Data | None,
+def _course_reasons(config: TrainConfig, sampler: Mapping[str, Any], data: Data | None,
                     low_rank: bool) -> Told:
     pictures = data.pictures if data else PICTURES
     effective = config.batch_size * config.gradient_accumulation_steps
@@ -298,8 +300,8 @@ def _course_reasons(config: TrainConfig, course: Mapping[str, Any], data: Data |
         "lr_warmup_steps": ("warmup", {"steps": config.lr_warmup_steps}),
         "caption_dropout": ("dropout", {"share": f"{config.caption_dropout:.0%}"}),
         **({"min_snr_gamma": ("min_snr", {"gamma": f"{config.min_snr_gamma:g}"})}
-           if "min_snr_gamma" in course else {}),
-        "save_steps": ("saves", {"steps": course["save_steps"], "count": SAVES})}
+           if "min_snr_gamma" in sampler else {}),
+        "save_steps": ("saves", {"steps": sampler["save_steps"], "count": SAVES})}
 
 
 def _notes(fits: bool, found: Plan, needs_mb: float, config: TrainConfig, shape: Shape

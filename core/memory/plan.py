@@ -1,6 +1,6 @@
 """What a run will hold in memory, by phase and part, before it starts; without torch.
 
-A plan is arithmetic over a few traced figures (core/memory/traces.py): each is asked for by everything
+A plan is arithmetic over a few traced figures (traces.py): each is asked for by everything
 that decides it, and kept on disk under a key of exactly that, so that the second answer is
 instant and needs no torch. What a machine showed in earlier runs corrects its later plans.
 """
@@ -23,12 +23,18 @@ from core.adapters import base_loras
 from core.config import TrainConfig, size_of
 from core.dataset import buckets
 from core.families import distilled
+from core.families.detection import Base
 from core.memory import history
 from core.memory.trace_keys import adapter_settings, rule_settings, text_settings
-from core.safetensors_header import read_header
 from core.serialization import from_json
+from core.system.machine import MB
+from core.weights.precision_rules import (
+    eight_bit,
+    encoder_settings,
+    kept_settings,
+    numbers_for,
+)
 
-MB = 2**20
 VERSION = 6                             # of the traces; raise it when tracing changes
 Kind = Literal["cuda", "mps", "cpu"]
 Verdict = Literal["fits", "tight", "too_big"]
@@ -41,7 +47,6 @@ FRAGMENTS = 0.06                        # of the tensors: what the allocator res
 PROCESS_MB = {"cuda": 2600.0, "mps": 1200.0, "cpu": 600.0}
 MARGIN = 0.08                           # of the memory: "tight" below it
 READ_MB = 256.0                         # RAM: what of a file is mapped at a time while it's loaded
-ENCODER_SHARE = 0.25                    # of a card: a large text encoder that takes more travels
 PROOF_SIDE = {"cpu": 256, "mps": 512, "cuda": 512}      # px; the proof draws no larger
 
 
@@ -56,22 +61,6 @@ class Machine:
     capability: tuple[int, int] = (0, 0)        # CUDA's; (0, 0): unknown
     ram_mb: float = 0.0                         # free; 0: unknown
     disk_mb: float = 0.0                        # free where the cache lies; 0: unknown
-
-
-@dataclass(frozen=True, slots=True)
-class Base:
-    """A base model as far as a plan needs it."""
-
-    source: Path
-    family: str
-    digest: str                                 # of its shapes, not of its weights
-
-    @staticmethod
-    def of(source: Path, family: str = "auto") -> Base:
-        """Raises Fault where nothing is there, or it can't be read."""
-        family = families.detect(source) if family == "auto" else family
-        own = plugins.mark(family) if plugins.is_named(family) else ""
-        return Base(source, family, _digest(source) + own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +125,7 @@ class Plan:
 def plan_run(config: TrainConfig, base: Base, machine: Machine, data: Data | None = None) -> Plan:
     """Raises Fault where the base or a target can't be used."""
     data = data or Data()
-    numbers = numbers_for(config.precision, machine.kind, machine.capability, base.family)
+    numbers = numbers_of(config.precision, machine, base.family)
     facts = _as_kept(config, base, numbers, machine, ask("base", base, numbers))
     rule = buckets.Rule.of(config, int(facts["native"]), int(facts["step"]))
     bucket = data.bucket or rule.largest()
@@ -161,6 +150,12 @@ def plan_run(config: TrainConfig, base: Base, machine: Machine, data: Data | Non
         learned=learned)
 
 
+def numbers_of(precision: str, machine: Machine, family: str) -> dict[str, str]:
+    """The number formats of a run of this family on this machine."""
+    return numbers_for(precision, machine.kind, machine.capability,
+                       families.outgrows_fp16(family))
+
+
 def step_settings(config: TrainConfig, machine: Machine, bucket: tuple[int, int],
                   data: Data | None = None) -> dict[str, Any]:
     """Everything about a run that decides how much its step holds."""
@@ -181,25 +176,6 @@ def _longer(chunks: int) -> dict[str, int]:
     return {"chunks": chunks} if chunks > 1 else {}
 
 
-def kept_settings(config: TrainConfig, kind: str) -> dict[str, Any]:
-    """How the frozen base is kept; empty: in full. Offload only helps a card with memory of its
-    own: elsewhere the base would wait in the memory that it works in."""
-    found: dict[str, Any] = {}
-    if config.base_precision != "same":
-        found["kept"] = config.base_precision
-    if config.offload and kind == "cuda":
-        found["offload"] = config.offload
-    return found
-
-
-def encoder_settings(config: TrainConfig, kind: str, total_mb: float) -> dict[str, Any]:
-    """How frozen text encoders of a billion parameters and more are kept while captions are
-    encoded: in int8 where the base is in few bits (4 bits would cost what they say, and they stay
-    for minutes), in RAM but for two blocks where they'd take much of a card."""
-    found: dict[str, Any] = {} if config.base_precision == "same" else {"kept": "int8"}
-    return found | ({"room": total_mb * MB * ENCODER_SHARE} if kind == "cuda" else {})
-
-
 def _encoders(config: TrainConfig, machine: Machine, facts: Mapping[str, float]
               ) -> dict[str, Any]:
     """The same for a trace, in as few ways as there are."""
@@ -207,24 +183,6 @@ def _encoders(config: TrainConfig, machine: Machine, facts: Mapping[str, float]
     held = facts["encoder_int8" if "kept" in found else "encoder"]
     room = found.pop("room", None)
     return found | ({} if room is None or held <= room else {"room": 0.0})
-
-
-def eight_bit(config: TrainConfig, kind: str) -> bool:
-    """Whether the 8-bit optimizer is wanted and can be had: bitsandbytes on CUDA."""
-    return (config.optimizer == "adamw8bit" and kind == "cuda"
-            and importlib.util.find_spec("bitsandbytes") is not None)
-
-
-def numbers_for(precision: str, kind: str, capability: tuple[int, int], family: str = ""
-                ) -> dict[str, str]:
-    """Number formats by use. auto: bf16 where the GPU computes it, fp16 on older GPUs unless the
-    family outgrows it, else fp32. The VAE stays out of fp16: SDXL's overflows there."""
-    if precision == "auto":
-        older = (0, 0) < capability < (8, 0)
-        half = "bf16" if not older else "fp32" if families.outgrows_fp16(family) else "fp16"
-        precision = half if kind == "cuda" else "fp32"
-    return {"weights": precision, "compute": precision,
-            "vae": "fp32" if precision == "fp16" else precision}
 
 
 def _as_kept(config: TrainConfig, base: Base, numbers: dict[str, str], machine: Machine,
@@ -378,20 +336,6 @@ def _key(what: str, base: Base, numbers: dict[str, str], settings: dict[str, Any
 @functools.cache
 def _versions() -> list[str]:
     return [version(name) for name in ("torch", "diffusers", "transformers", "peft")]
-
-
-def _digest(source: Path) -> str:
-    """Of what decides a model's shapes: the configs of a folder, the header of a file."""
-    digest = hashlib.sha256()
-    if source.is_dir():
-        for path in sorted(source.glob("*/*config.json")):
-            digest.update(path.relative_to(source).as_posix().encode() + path.read_bytes())
-        return digest.hexdigest()[:20]
-    header = read_header(source)
-    for name, tensor in sorted(header.tensors.items()):
-        digest.update(f"{name}{tensor.dtype}{tensor.shape}".encode())
-    digest.update(repr(sorted(header.metadata.items())).encode())   # of SD 2 it tells the size
-    return digest.hexdigest()[:20]
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:

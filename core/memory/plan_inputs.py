@@ -23,9 +23,10 @@ from core.dataset.buckets import Rule, Size
 from core.dataset.crops import TOKENIZER, TokenCounter
 from core.dataset.images import FORMATS, MAX_MEGAPIXELS, Look, prepare
 from core.errors import Fault
+from core.families.detection import Base
 from core.lora_files.library import prompts_of
 from core.memory import plan
-from core.memory.plan import Base, Data, Machine, Plan
+from core.memory.plan import Data, Machine, Plan
 from core.system import gpu, machine
 
 MOST_SHUFFLES = 8               # caption variants that training keeps of a picture
@@ -54,10 +55,10 @@ def base_of(name: str, family: str = "auto") -> Base:
     path = Path(name).expanduser()
     if path.exists():
         return Base.of(path, family)
-    if name in families.MODULES:
+    if name in families.SPECS:
         return Base.of(_shapes(name), name)
-    close = i18n.nearest(name, [*families.MODULES, "demo"], 1)
-    raise Fault("plan.no_base", base=name, folder=Path.cwd(), known=", ".join(families.MODULES),
+    close = i18n.nearest(name, [*families.SPECS, "demo"], 1)
+    raise Fault("plan.no_base", base=name, folder=Path.cwd(), known=", ".join(families.SPECS),
                 nearest=close[0] if close else "demo")
 
 
@@ -138,11 +139,10 @@ def heaviest_batch(assigned: Iterable[Size], repeats: Iterable[int],
 
 
 def base_sizes(base: Base, where: Machine) -> dict[str, float]:
-    return plan.ask("base", base, plan.numbers_for(
-        "auto", where.kind, where.capability, base.family))
+    return plan.ask("base", base, plan.numbers_of("auto", where, base.family))
 
 
-class Weigher:
+class BatchPlanner:
     """A planner (core.memory.relief) that buckets the pictures anew for each config."""
 
     def __init__(self, base: Base, where: Machine, found: Pictures | None = None) -> None:

@@ -15,7 +15,7 @@ from math import isqrt
 from typing import Any
 
 from core.config import TrainConfig, size_of
-from core.memory.plan import MARGIN, Machine, Plan, Verdict, numbers_for
+from core.memory.plan import MARGIN, Machine, Plan, Verdict, numbers_of
 
 Planner = Callable[[TrainConfig], Plan]
 Changes = Mapping[str, Any]
@@ -29,7 +29,7 @@ POOR_SIDES = (5 / 8, 1 / 2)             # less than half the area: named, never 
 
 
 @dataclass(frozen=True, slots=True)
-class Rungs:
+class Capabilities:
     """What the engine can do on a machine to save memory."""
 
     half: str = "bf16"                          # 16-bit numbers of this machine; empty: none fit
@@ -40,7 +40,7 @@ class Rungs:
 
 
 @dataclass(frozen=True, slots=True)
-class Dial:
+class Knob:
     name: str
     options: tuple[Changes, ...]                # the first is the setting as it is
 
@@ -55,7 +55,7 @@ class Found:
 
 # --- the machine ---
 
-def rungs(machine: Machine, weights_mb: float = 0.0, family: str = "") -> Rungs:
+def capabilities(machine: Machine, weights_mb: float = 0.0, family: str = "") -> Capabilities:
     """`weights_mb`: of the base as it lies in memory; of what waits in RAM at most half the free
     RAM is taken.
 
@@ -63,7 +63,7 @@ def rungs(machine: Machine, weights_mb: float = 0.0, family: str = "") -> Rungs:
     1 % of its row's deviation, fp8 (e4m3, 3 bits of mantissa) by about 2.6 % of the weight itself,
     in the same 8 bits; nf4 by about 10 %, in half of them.
     """
-    usual, other = (numbers_for("auto", machine.kind, machine.capability, one)["compute"]
+    usual, other = (numbers_of("auto", machine, one)["compute"]
                     for one in (family, ""))
     half = other if usual == other != "fp32" else "bf16" if other == "fp32" else ""
     offloads: tuple[float, ...] = ()
@@ -71,8 +71,9 @@ def rungs(machine: Machine, weights_mb: float = 0.0, family: str = "") -> Rungs:
         most = machine.ram_mb / 2 if machine.ram_mb else float("inf")
         offloads = tuple(share for share in OFFLOADS if share * weights_mb <= most)
     eight = machine.kind == "cuda" and _has("bitsandbytes")
-    return Rungs(half=half, full=usual == "fp32",
-                 optimizers=("adamw", "adamw8bit") if eight else ("adamw",), offloads=offloads)
+    return Capabilities(half=half, full=usual == "fp32",
+                        optimizers=("adamw", "adamw8bit") if eight else ("adamw",),
+                        offloads=offloads)
 
 
 @functools.cache
@@ -100,12 +101,12 @@ def fits(plan: Plan) -> bool:
 
 # --- the dials ---
 
-def dials(config: TrainConfig, can: Rungs, native: int, step: int,
-          sides: Sequence[float] = HONEST_SIDES) -> tuple[Dial, ...]:
+def dials(config: TrainConfig, can: Capabilities, native: int, step: int,
+          sides: Sequence[float] = HONEST_SIDES) -> tuple[Knob, ...]:
     """From the gentlest to the harshest: caching in smaller batches, accumulation for batch,
     checkpointing, previews, 16 bits, 8-bit optimizer, quantised base, offload, rank, resolution.
     The text encoder is never among them: its output is cached in any case."""
-    return tuple(Dial(name, ({}, *options)) for name, options in (
+    return tuple(Knob(name, ({}, *options)) for name, options in (
         ("cache", [{"cache_batch_size": 1}] if config.cache_batch_size > 1 else []),
         ("batch", _batches(config)),
         ("checkpointing", [] if config.gradient_checkpointing
@@ -157,7 +158,7 @@ def side_of(config: TrainConfig, native: int) -> int:
 
 # --- the search ---
 
-def search(config: TrainConfig, dials: Sequence[Dial], planner: Planner,
+def search(config: TrainConfig, dials: Sequence[Knob], planner: Planner,
            fit: Callable[[Plan], bool] = fits) -> Found | None:
     """The gentlest setting that fits, in a dozen plans at most; None where nothing does.
 
@@ -165,7 +166,7 @@ def search(config: TrainConfig, dials: Sequence[Dial], planner: Planner,
     planned and fits, and a machine on which more fits gets no worse one.
     """
     tries = _Tries(config, dials, planner)
-    most = tuple(len(dial.options) - 1 for dial in dials)
+    most = tuple(len(knob.options) - 1 for knob in dials)
     for failed, at in enumerate(_harsher(most)):
         if fit(tries.plan(at)):
             break
@@ -180,7 +181,7 @@ def search(config: TrainConfig, dials: Sequence[Dial], planner: Planner,
     given_up = [place for place, option in enumerate(at) if option]
     without = {dials[i].name: tries.plan((*most[:i], at[i] - 1, *at[i + 1:])) for i in given_up}
     return Found(tries.config(at), tries.plan(at),
-                 {dial.name: option for dial, option in zip(dials, at, strict=True)}, without)
+                 {knob.name: option for knob, option in zip(dials, at, strict=True)}, without)
 
 
 def _harsher(most: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
@@ -192,24 +193,24 @@ def _harsher(most: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
                 yield (*most[:place], option, *(0,) * (len(most) - place - 1))
 
 
-def smallest(config: TrainConfig, dials: Sequence[Dial], planner: Planner) -> Found:
+def smallest(config: TrainConfig, dials: Sequence[Knob], planner: Planner) -> Found:
     """With everything given up."""
-    tries, most = _Tries(config, dials, planner), tuple(len(dial.options) - 1 for dial in dials)
+    tries, most = _Tries(config, dials, planner), tuple(len(knob.options) - 1 for knob in dials)
     return Found(tries.config(most), tries.plan(most),
-                 {dial.name: option for dial, option in zip(dials, most, strict=True)}, {})
+                 {knob.name: option for knob, option in zip(dials, most, strict=True)}, {})
 
 
 class _Tries:
     """Plans by the options taken, each made once."""
 
-    def __init__(self, config: TrainConfig, dials: Sequence[Dial], planner: Planner) -> None:
+    def __init__(self, config: TrainConfig, dials: Sequence[Knob], planner: Planner) -> None:
         self.start, self.dials, self.planner = config, dials, planner
         self.plans: dict[tuple[int, ...], Plan] = {}
 
     def config(self, at: Sequence[int]) -> TrainConfig:
         changes: dict[str, Any] = {}
-        for dial, option in zip(self.dials, at, strict=True):
-            changes |= dial.options[option]
+        for knob, option in zip(self.dials, at, strict=True):
+            changes |= knob.options[option]
         return self.start.with_changes(**changes) if changes else self.start
 
     def plan(self, at: tuple[int, ...]) -> Plan:

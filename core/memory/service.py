@@ -26,8 +26,9 @@ import psutil
 from core import families
 from core.config import TrainConfig
 from core.errors import Fault
+from core.families.detection import Base
 from core.memory import advisor, plan, plan_inputs, relief, troubleshooting
-from core.memory.plan import Base, Data
+from core.memory.plan import Data
 from core.system import processes
 
 LONGEST_S = 300.0                       # until a base's sizes are known, on a slow disk
@@ -69,7 +70,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     if "sizes" in question:
         return {"sizes": plan.sizes(Base.of(Path(question["sizes"]), question["family"]))}
     config = TrainConfig.model_validate(question["config"])
-    base = plan_inputs.base_of(config.base_model or next(iter(families.MODULES)), config.family)
+    base = plan_inputs.base_of(config.base_model or next(iter(families.SPECS)), config.family)
     machine = plan_inputs.machine_here(config.device)
     found: dict[str, Any] = {}
     pictures = None
@@ -80,7 +81,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
         except Fault as fault:
             found["pictures_fault"] = {"code": fault.code, "params": {
                 key: str(value) for key, value in fault.params.items()}}
-    planner = plan_inputs.Weigher(base, machine, pictures)
+    planner = plan_inputs.BatchPlanner(base, machine, pictures)
     planned = planner(config)
     verdict = relief.verdict(planned)
     found |= {"plan": plan.as_dict(planned), "verdict": verdict,
@@ -121,11 +122,12 @@ def updates(config: TrainConfig, pictures: plan_inputs.Pictures) -> int:
     return config.epochs * ceil(batches / config.gradient_accumulation_steps)
 
 
-def _remedies(symptom: str, config: TrainConfig, planned: plan.Plan, planner: plan_inputs.Weigher,
+def _remedies(symptom: str, config: TrainConfig, planned: plan.Plan,
+              planner: plan_inputs.BatchPlanner,
               question: dict[str, Any]) -> list[dict[str, Any]]:
     """Gentlest first; those without changes are advice to follow by hand."""
     shape = advisor.Shape.of(planner.base, planner.machine)
-    can = relief.rungs(planner.machine, shape.weights_mb, shape.family)
+    can = relief.capabilities(planner.machine, shape.weights_mb, shape.family)
     facts = troubleshooting.Facts(planner, can, shape.native, shape.step,
                                   question.get("updates", 0),
                                   question.get("best_step", 0))
@@ -134,7 +136,7 @@ def _remedies(symptom: str, config: TrainConfig, planned: plan.Plan, planner: pl
             for one in troubleshooting.answer(symptom, config, planned, facts)]
 
 
-def _suggestion(question: dict[str, Any], base: Base, planner: plan_inputs.Weigher,
+def _suggestion(question: dict[str, Any], base: Base, planner: plan_inputs.BatchPlanner,
                 config: TrainConfig) -> dict[str, Any]:
     data: Data | None = planner.data(config)
     found = advisor.suggest(planner.machine, base, data, question["purpose"], planner)

@@ -18,15 +18,16 @@ from core import families
 from core.adapters import lora
 from core.adapters.text_encoder import TextTraining
 from core.config import TrainConfig
-from core.families.base import ALL_PARTS, Cond, Family, Frame, Part, Parts, Precision, Reading
+from core.families.base import ALL_PARTS, Cond, CropInfo, Family, Parts, Reading
+from core.families.detection import Base
 from core.families.registry import CHUNK
+from core.families.spec import Part
 from core.memory.meta_tensors import META, Kernels, Kind, size_of, traced
-from core.memory.plan import Base
 from core.objectives import diffusion as objective
-from core.objectives.diffusion import Draw
+from core.objectives.noise import Draw
 from core.optim import optimizers
 from core.weights.offload import stage_of, waiting
-from core.weights.precision import DTYPES, keep_
+from core.weights.precision import DTYPES, Precision, keep_
 from core.weights.quantization import Frozen
 from core.weights.quantization import Kind as QuantKind
 
@@ -258,7 +259,7 @@ def _inputs(base: Base, family: Family, parts: Parts, numbers: dict[str, str], w
     with torch.no_grad():
         latents = family.encode_image(parts, torch.empty(1, 3, height, width, device=META))
     cond = _embedding(base, numbers["weights"], chunks) | {
-        k: v.to(META) for k, v in family.framing(Frame(size, (0, 0), size)).items()}
+        k: v.to(META) for k, v in family.framing(CropInfo(size, (0, 0), size)).items()}
     compute = DTYPES[numbers["compute"]]
     return (latents.float().repeat(batch, 1, 1, 1),
             {k: v.to(compute).repeat(batch, *[1] * (v.ndim - 1)) for k, v in cond.items()})

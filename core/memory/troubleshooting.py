@@ -11,7 +11,7 @@ from core.config import TrainConfig
 from core.errors import Fault, Fix
 from core.memory import relief
 from core.memory.plan import Plan
-from core.memory.relief import Planner, Rungs
+from core.memory.relief import Capabilities, Planner
 
 Symptom = Literal["oom_start", "oom_run", "loss_swings", "weak", "overtrained"]
 
@@ -29,7 +29,7 @@ class Facts:
     """What is known beside the config. Without `planner` nothing is said about memory."""
 
     planner: Planner | None = None
-    rungs: Rungs = field(default_factory=Rungs)
+    capabilities: Capabilities = field(default_factory=Capabilities)
     native: int = 512                   # px a side
     step: int = 64                      # px; sides of buckets are multiples of it
     updates: int = 0                    # of the whole run; 0: unknown
@@ -93,10 +93,10 @@ def _out_of_memory(config: TrainConfig, plan: Plan | None, facts: Facts, order: 
     if plan and plan.machine.total_mb - plan.machine.free_mb > OTHERS_MB:
         held = plan.machine.total_mb - plan.machine.free_mb
         yield Advice("advisor.do_close_others", {"held": round(held)})
-    dials = relief.dials(config, facts.rungs, facts.native, facts.step)
+    dials = relief.dials(config, facts.capabilities, facts.native, facts.step)
     if plan and facts.planner:
         yield from _surely(config, plan, facts.planner, dials)
-    by_name = {dial.name: dial for dial in dials}
+    by_name = {knob.name: knob for knob in dials}
     for name in order:
         if changes := _first_step(by_name[name]):
             if plan and facts.planner and not _worth(config, plan, facts.planner, changes):
@@ -104,7 +104,7 @@ def _out_of_memory(config: TrainConfig, plan: Plan | None, facts: Facts, order: 
             yield Advice(f"advisor.do_{name}", _shown(config, changes), changes)
 
 
-def _surely(config: TrainConfig, plan: Plan, planner: Planner, dials: tuple[relief.Dial, ...]
+def _surely(config: TrainConfig, plan: Plan, planner: Planner, dials: tuple[relief.Knob, ...]
             ) -> Iterator[Advice]:
     """All that must change together, where one change isn't enough."""
     def safer(new: Plan) -> bool:
@@ -117,12 +117,12 @@ def _surely(config: TrainConfig, plan: Plan, planner: Planner, dials: tuple[reli
             f"{key}: {value}" for key, value in changes.items())}, changes)
 
 
-def _first_step(dial: relief.Dial) -> Mapping[str, Any]:
+def _first_step(knob: relief.Knob) -> Mapping[str, Any]:
     """The batch goes down to 2 at once; all else by one step."""
-    if dial.name == "batch":
-        small = [one for one in dial.options[1:] if one["batch_size"] <= 2]
+    if knob.name == "batch":
+        small = [one for one in knob.options[1:] if one["batch_size"] <= 2]
         return small[0] if small else {}
-    return dial.options[1] if len(dial.options) > 1 else {}
+    return knob.options[1] if len(knob.options) > 1 else {}
 
 
 def _worth(config: TrainConfig, plan: Plan, planner: Planner, changes: Mapping[str, Any]) -> bool:

@@ -13,40 +13,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
-from torch.nn import functional as F
 
 from core.config import TrainConfig
 from core.errors import Fault, Fix
 from core.families.base import Cond, Family, Objective, Parts
 from core.objectives.flow import Flow, sampling_of
-
-_MIX = 0x9E3779B97F4A7C15
-
-
-def sample_generator(seed: int, number: int) -> torch.Generator:
-    """The generator of one sample; neighbouring numbers give unrelated streams (splitmix64)."""
-    z = (seed * 0xD1342543DE82EF95 + (number + 1) * _MIX) & 0xFFFFFFFFFFFFFFFF
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-    return torch.Generator().manual_seed((z ^ (z >> 31)) & 0x7FFFFFFFFFFFFFFF)
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """Random part of a batch; drawn on the CPU."""
-
-    noise: Tensor          # (B, C, h, w)
-    timesteps: Tensor      # (B,) int64; of flows float32
-
-    def to(self, device: torch.device) -> Draw:
-        return Draw(self.noise.to(device, non_blocking=True),
-                    self.timesteps.to(device, non_blocking=True))
+from core.objectives.noise import Draw, pyramid, sample_generator
 
 
 def create(parts: Parts, config: TrainConfig, device: torch.device | str = "cpu",
@@ -155,22 +132,6 @@ def zero_terminal(parts: Parts) -> None:
             Fix("fixes.predicts", {"prediction_type": "v_prediction"},
                 {"prediction": "v_prediction"})])
     parts.scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-
-
-def pyramid(noise: Tensor, iterations: int, discount: float, generator: torch.Generator) -> Tensor:
-    """White noise (C, h, w) plus ever coarser noise, each level `discount` of the last; a level is
-    two to four times smaller than the one before. Scaled back to a deviation of 1."""
-    height, width = noise.shape[1:]
-    scale = 1.0
-    for level in range(1, iterations + 1):
-        scale *= 2 + 2 * float(torch.rand((), generator=generator))
-        size = max(1, int(height / scale)), max(1, int(width / scale))
-        coarse = torch.randn((1, noise.shape[0], *size), generator=generator)
-        noise = noise + discount ** level * F.interpolate(
-            coarse, (height, width), mode="bilinear")[0]
-        if size == (1, 1):
-            break
-    return noise / noise.std()
 
 
 def huber_deltas(alphas: Tensor, config: TrainConfig) -> Tensor:

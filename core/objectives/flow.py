@@ -9,83 +9,27 @@ How often each s is drawn, and its shift towards noise for large pictures: Esser
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from core.families.timestep_sampling import STEPS, TimestepSampling, shifted
+from core.objectives.noise import sample_generator
+
 if TYPE_CHECKING:
     from core.config import TrainConfig
     from core.families.base import Cond, Family
-    from core.objectives.diffusion import Draw
+    from core.objectives.noise import Draw
 
-STEPS = 1000                                # timesteps are s x 1000, as the models count them
-Curve = Literal["uniform", "logit_normal", "mode", "parabola"]
-Line = tuple[tuple[int, float], tuple[int, float]]
-FLUX_LINE: Line = ((256, 0.5), (4096, 1.15))        # Flux.1's (tokens, mu), and of its heirs
 # Config keys that only a flow has; of a curve's own parameters: the curve.
 KEYS = {"timestep_sampling": "", "flow_shift": "", "logit_mean": "logit_normal",
         "logit_std": "logit_normal", "mode_scale": "mode"}
 
 
-def exactly(t: Tensor, numbers: torch.dtype) -> Tensor:
-    """Of networks that read the time in fp32."""
-    return t
-
-
-def by_share(t: Tensor, numbers: torch.dtype) -> Tensor:
-    """Of networks that take t / 1000 over into the numbers in which they compute."""
-    return (t / STEPS).to(numbers).to(t.dtype) * STEPS
-
-
-def by_share_and_step(t: Tensor, numbers: torch.dtype) -> Tensor:
-    """Of networks that take t / 1000 over and multiply it again in these numbers."""
-    return ((t / STEPS).to(numbers) * STEPS).to(t.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How often a family learns each noise level. A rule of its own: what is drawn for learning
-    is seldom what the base's sampler draws pictures with."""
-
-    curve: Curve = "logit_normal"
-    logit_mean: float = 0.0                 # "logit_normal": logit(s) ~ N(mean, std^2)
-    logit_std: float = 1.0
-    mode_scale: float = 1.29                # "mode": weight of the middle; -1 to 1.75 (eq. 20)
-    bend: float = 7.7                       # "parabola": density 2 - bend (s - 1/2)^2
-    shift: float = 1.0                      # towards noise; 1: none
-    # With a size-dependent shift: e^mu, mu on the line through these (tokens, mu).
-    line: Line | None = None
-    patch: int = 2                          # latent pixels of a token, a side
-    # The time (0 to 1000) that the network reads where it is told t and computes in these numbers.
-    told: Callable[[Tensor, torch.dtype], Tensor] = exactly
-
-    def shift_at(self, height: int, width: int) -> float:
-        """For latents of this size."""
-        if self.line is None:
-            return self.shift
-        (low, base), (high, top) = self.line
-        tokens = (height // self.patch) * (width // self.patch)
-        return math.exp(base + (top - base) * (tokens - low) / (high - low))
-
-    def draw(self, generator: torch.Generator) -> float:
-        """s in (0, 1), before the shift."""
-        if self.curve == "logit_normal":
-            normal = float(torch.randn((), generator=generator))
-            return 1 / (1 + math.exp(-(self.logit_mean + self.logit_std * normal)))
-        u = float(torch.rand((), generator=generator))
-        while self.curve == "parabola" and (        # by rejection
-                2 * float(torch.rand((), generator=generator)) > 2 - self.bend * (u - 0.5) ** 2):
-            u = float(torch.rand((), generator=generator))
-        if self.curve == "mode":
-            u = 1 - u - self.mode_scale * (math.cos(math.pi * u / 2) ** 2 - 1 + u)
-        return min(max(u, 1e-5), 1 - 1e-5)
-
-
-def sampling_of(own: Sampling, config: TrainConfig) -> Sampling:
+def sampling_of(own: TimestepSampling, config: TrainConfig) -> TimestepSampling:
     """The family's, with what the user wants otherwise. A curve takes its own parameters only."""
     curve = own.curve if config.timestep_sampling == "auto" else config.timestep_sampling
     own = replace(own, curve=curve, logit_mean=config.logit_mean, logit_std=config.logit_std,
@@ -95,7 +39,7 @@ def sampling_of(own: Sampling, config: TrainConfig) -> Sampling:
     return own
 
 
-def without_effect(config: TrainConfig, own: Sampling | None) -> list[str]:
+def without_effect(config: TrainConfig, own: TimestepSampling | None) -> list[str]:
     """The keys that were set and change nothing: of another curve, or on a base that learns no
     flow (None)."""
     curve = "" if own is None else sampling_of(own, config).curve
@@ -104,24 +48,18 @@ def without_effect(config: TrainConfig, own: Sampling | None) -> list[str]:
             and (own is None or wanted not in ("", curve))]
 
 
-def shifted(s: float, shift: float) -> float:
-    """When a picture of `shift`^2 times the pixels is as noisy (2403.03206, eq. 23)."""
-    return shift * s / (1 + (shift - 1) * s)
-
-
 class Flow:
     """The interface of objective.Diffusion; `numbers` are those in which the network computes."""
 
     kind = "flow"
     times = torch.float32                   # dtype of a draw's timesteps
 
-    def __init__(self, sampling: Sampling, noise_offset: float = 0.0,
+    def __init__(self, sampling: TimestepSampling, noise_offset: float = 0.0,
                  numbers: torch.dtype = torch.float32) -> None:
         self.sampling, self.noise_offset, self.numbers = sampling, noise_offset, numbers
 
     def draw(self, seed: int, numbers: Sequence[int], shape: Sequence[int]) -> Draw:
         """Noise and timesteps of samples `numbers`; `shape` (C, h, w) is of one sample."""
-        from core.objectives.diffusion import Draw, sample_generator
         shift = self.sampling.shift_at(shape[1], shape[2])
         noise, times = [], []
         for number in numbers:
@@ -136,7 +74,6 @@ class Flow:
     def draw_fixed(self, seed: int, numbers: Sequence[int], shape: Sequence[int],
                    share: float) -> Draw:
         """For validation: s = `share`, and noise that never changes."""
-        from core.objectives.diffusion import Draw, sample_generator
         noise = [torch.randn(tuple(shape), generator=sample_generator(seed, n)) for n in numbers]
         return Draw(torch.stack(noise), self._held(torch.full((len(noise),), share * STEPS)))
 

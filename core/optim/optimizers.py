@@ -17,7 +17,7 @@ from core import plugins
 from core.config import TrainConfig
 from core.errors import Fault, Fix
 from core.jobs.events import Event, Note
-from core.memory import plan
+from core.weights import precision_rules
 
 _MAPS = ("qmap1", "qmap2")          # bitsandbytes' code books: constants, one for all tensors
 _SET = ("params", "lr", "factor", "train_mode", "scheduled_lr")     # of a group, by every run
@@ -46,7 +46,7 @@ def create(config: TrainConfig, parameters: Groups,
     found: list[Any] = list(parameters)
     device = next(_weights(found)).device.type
     if config.optimizer == "adamw8bit":
-        if plan.eight_bit(config, device):
+        if precision_rules.eight_bit(config, device):
             return _adamw8bit(found, _options(config, ("betas", "weight_decay")))
         if emit:
             emit(Note(key="precision.no_adamw8bit", params={"device": device}))

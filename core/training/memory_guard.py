@@ -17,14 +17,15 @@ import torch
 from core.config import TrainConfig
 from core.dataset.examples import Example
 from core.errors import Fault
+from core.families.detection import Base
 from core.jobs.events import Event, Note, Planned
 from core.memory import history, plan
 from core.memory.monitor import NvmlReader, RamReader, Watch
-from core.memory.plan import Base, Data, Machine, Plan
+from core.memory.plan import CONTEXT_MB, Data, Machine, Plan
 from core.memory.plan_inputs import chunks_of, drawn_chunks, heaviest_batch, machine_here
-from core.system import gpu
+from core.system import gpu, machine
+from core.system.machine import MB
 from core.training import fallbacks
-from core.training.progress import held_mb
 
 if TYPE_CHECKING:
     from core.training.trainer import Trainer
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 HEADROOM = 0.03                 # of the memory; less margin than this is pressure
 
 
-class Lookout:
-    """`with Lookout(...) as lookout:` around the training."""
+class MemoryGuard:
+    """`with MemoryGuard(...) as guard:` around the training."""
 
     def __init__(self, config: TrainConfig, base: Base, device: torch.device, data: Data,
                  emit: Callable[[Event], None]) -> None:
@@ -118,8 +119,8 @@ class Lookout:
         found = {"planned_mb": round(self.plan.needs_mb, 1), "real_mb": real,
                  "phase": self.plan.peak.name, "lowered": self.lowered}
         if self.device.type == "cuda":
-            allocated = torch.cuda.max_memory_allocated(self.device) / plan.MB
-            reserved = torch.cuda.max_memory_reserved(self.device) / plan.MB
+            allocated = torch.cuda.max_memory_allocated(self.device) / MB
+            reserved = torch.cuda.max_memory_reserved(self.device) / MB
             found |= {"planned_tensors_mb": round(self.plan.peak.mb, 1),
                       "allocated_mb": round(allocated, 1), "reserved_mb": round(reserved, 1)}
             if not self.lowered:
@@ -150,7 +151,7 @@ class Lookout:
         return NvmlReader(card.uuid or card.index, held=self._held)
 
     def _held(self) -> float:
-        return torch.cuda.memory_reserved(self.device) / plan.MB + plan.CONTEXT_MB
+        return torch.cuda.memory_reserved(self.device) / MB + plan.CONTEXT_MB
 
 
 def here(kind: str) -> Machine:
@@ -160,7 +161,7 @@ def here(kind: str) -> Machine:
         with contextlib.suppress(RuntimeError):
             free, total = torch.cuda.mem_get_info()
             return replace(found, kind="cuda", name=torch.cuda.get_device_name(),
-                           total_mb=total / plan.MB, free_mb=free / plan.MB,
+                           total_mb=total / MB, free_mb=free / MB,
                            capability=torch.cuda.get_device_capability())
     return found
 
@@ -172,3 +173,11 @@ def weigh(items: Sequence[Example], config: TrainConfig, family: str = "") -> Da
     captions = tuple({"", *(text for item in items for text in item.captions)})
     chunks = chunks_of(captions, family, config.max_tokens)
     return Data(len(items), sum(chunks), batch, bucket, max(chunks), drawn_chunks(config, family))
+
+
+def held_mb(device: torch.device) -> float:
+    """What a run holds, in MiB, measured as it is planned: on CUDA the most that was reserved and
+    the context, else what this process holds for itself (on Apple's chips with the GPU's share)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / MB + CONTEXT_MB
+    return machine.private_mb()

@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -15,24 +16,25 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from core import __version__, paths
+from core import __version__, hashes, paths
 from core.adapters import base_loras, from_file, lora
 from core.config import dump_yaml, size_of
 from core.dataset import captions, images
-from core.dataset.cache import fingerprint
 from core.dataset.examples import Example
+from core.dataset.image_folder import Picture
 from core.errors import Fault
 from core.failures import one_line
 from core.families import components
 from core.families.base import PARTS, Family
-from core.families.layer_names import NAMINGS, SD1
+from core.families.registry import naming
+from core.hashes import data_hash, fingerprint
 from core.jobs.events import Checkpoint, Note
 from core.lora_files import files as lora_file
 from core.lora_files import formats, metadata, textual_inversion
 from core.lora_files.layers import Lora
 from core.lora_files.metadata import Bucket, Folder, TrainFacts, build_metadata
 from core.optim import optimizers
-from core.safetensors_header import data_hash
+from core.serialization import readable_name
 from core.training import checkpoint
 from core.training import resume as resuming
 from core.training.checkpoint import Position, State
@@ -49,7 +51,7 @@ CLOCKS_S = 2.0              # exFAT counts a file's time in so many seconds
 _THUMBNAIL = 256            # px
 
 
-class Keeper:
+class OutputWriter:
     """Writes the run's files, under the names that `output` holds for it."""
 
     def __init__(self, trainer: Trainer, output: Output, began: float) -> None:
@@ -92,14 +94,14 @@ class Keeper:
         that fails is told and tried again. `last`: written when this returns, in the spare
         folder if it must be; raises Fault `engine.cant_save`."""
         self.settle()
-        state, made, course = self.trainer.snapshot(step), self._made(), self.trainer.course
+        state, made, sampler = self.trainer.snapshot(step), self._made(), self.trainer.sampler
         position = Position(
             update=step, name=self.name, config=self.config.model_dump(mode="json"),
             session=self.output.session, started=self.began,
             seconds=self.before_s + time.time() - self._since,
             best_loss=self.best_loss, best_step=self.best_step, scaler=state.scaler,
-            lowered=state.lowered, samples=course.samples_per_epoch,
-            place=asdict(course.place(step)), start=asdict(course.start), order=course.order,
+            lowered=state.lowered, samples=sampler.samples_per_epoch,
+            place=asdict(sampler.place(step)), start=asdict(sampler.start), order=sampler.order,
             base_loras=self.trainer.base_loras.told, base=self._base.parts)
         if last:
             self._saved(self.output.somewhere(
@@ -194,13 +196,13 @@ class Keeper:
         """What a LoRA file holds now: the adapter, or its average, and the new words."""
         text, family = self.trainer.text, self.trainer.family.spec.id
         with self.trainer.averaged():
-            model, part = self.trainer.denoiser, NAMINGS.get(family, SD1)[0].name
+            model, part = self.trainer.denoiser, naming(family)[0].name
             tensors = from_file.tensors(model, lora.state(model), self.dtype, part, None)
             found = formats.from_tensors(tensors, family)
             if text is not None:
                 found.layers |= formats.from_tensors(lora_file.to_kohya(
                     text.adapter_state(), text.alpha, self.dtype,
-                    naming=NAMINGS.get(family, SD1)), family).layers
+                    naming=naming(family)), family).layers
             return found, text.word() if text is not None else None
 
     def _write(self, path: Path, made: Made, step: int, format_: str = "", name: str = ""
@@ -220,7 +222,7 @@ class Keeper:
 
     def _facts(self, step: int, name: str) -> TrainFacts:
         trainer, config, spec = self.trainer, self.config, self.trainer.family.spec
-        examples, course = trainer.examples, trainer.course
+        examples, sampler = trainer.examples, trainer.sampler
         chosen = [examples.items[i] for i in examples.trained()]
         sides = [side for item in chosen for side in item.bucket]
         counts = Counter({b: 0 for b in sorted({i.bucket for i in chosen})})
@@ -247,9 +249,9 @@ class Keeper:
             max_token_length=config.max_tokens if spec.chunked and config.max_tokens > 75 else None,
             session_id=self.output.session,
             started_at=self.began, finished_at=time.time(),
-            batches_per_epoch=course.batches_per_epoch,
-            planned_epochs=-(-trainer.total // course.updates_per_epoch),
-            planned_steps=trainer.total, epoch=int(course.epoch_of(step)), step=step,
+            batches_per_epoch=sampler.batches_per_epoch,
+            planned_epochs=-(-trainer.total // sampler.updates_per_epoch),
+            planned_steps=trainer.total, epoch=int(sampler.epoch_of(step)), step=step,
             optimizer=optimizers.describe(trainer.optimizer),
             mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(
                 trainer.precision.compute, "no"),
@@ -326,8 +328,8 @@ class _BaseHash:
 
     def _compute(self, source: Path) -> None:
         with contextlib.suppress(OSError):          # gone: the LoRA can do without
-            self.short = metadata.short_hash(source)
-            self._sha256 = paths.sha256(source)
+            self.short = hashes.short_hash(source)
+            self._sha256 = hashes.sha256(source)
 
     def told(self) -> dict[str, str]:
         own = self.parts.get("denoiser")
@@ -339,14 +341,25 @@ class _BaseHash:
         return self._sha256
 
 
+def tag_frequency(pictures: Iterable[Picture]) -> dict[str, dict[str, int]]:
+    """ss_tag_frequency: folder name -> tag in lower case -> number of pictures."""
+    counts: dict[str, dict[str, int]] = {}
+    for picture in pictures:
+        tags = counts.setdefault(readable_name(picture.path.parent.name), {})
+        for tag in map(str.lower, captions.split_tags(picture.caption)):
+            tags[tag] = tags.get(tag, 0) + 1
+    return counts
+
+
 def _folders(items: list[Example]) -> dict[str, Folder]:
     """Kohya's view of the data: folder name -> repeats, pictures, tags."""
     pictures = [i.picture for i in items]
-    tags = captions.tag_frequency(pictures)
+    tags = tag_frequency(pictures)
     found: dict[str, Folder] = {}
     for name in dict.fromkeys(p.path.parent.name for p in pictures):
         own = [p for p in pictures if p.path.parent.name == name]
-        found[name] = Folder(repeats=own[0].repeats, pictures=len(own), tags=tags.get(name, {}))
+        found[name] = Folder(repeats=own[0].repeats, pictures=len(own),
+                             tags=tags[readable_name(name)])
     return found
 
 

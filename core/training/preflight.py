@@ -10,9 +10,10 @@ from core.dataset.examples import Examples
 from core.dataset.text_embeddings import reading_of, unused_of
 from core.families import distilled
 from core.families.base import Family, Parts
+from core.families.timestep_sampling import TimestepSampling
 from core.jobs.events import Event, Note
 from core.memory import advisor
-from core.objectives.flow import Sampling, without_effect
+from core.objectives.flow import without_effect
 
 NOT_FOR_FLOWS = ("min_snr_gamma", "debiased_estimation", "zero_terminal_snr", "loss_type",
                  "multires_noise_iterations", "prediction_type")
@@ -28,7 +29,8 @@ def tell_distilled(config: TrainConfig, parts: Parts, emit: Emit) -> None:
                   params={"sign": found.sign, "steps": found.steps}))
 
 
-def tell_unused(config: TrainConfig, family: Family, flow: Sampling | None, emit: Emit) -> None:
+def tell_unused(config: TrainConfig, family: Family, flow: TimestepSampling | None,
+                emit: Emit) -> None:
     """Keys that mean something for noise schedules and nothing for a flow, or the reverse, and
     those of other text encoders."""
     keys = [key for key in NOT_FOR_FLOWS if flow is not None

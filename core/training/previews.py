@@ -15,13 +15,13 @@ from core.adapters.text_encoder import TextTraining
 from core.config import TrainConfig, size_of
 from core.failures import one_line, ran_out
 from core.families import distilled
-from core.families.base import Cond, Family, Parts, Precision
+from core.families.base import Cond, Family, Parts
 from core.inference import generate
 from core.jobs.events import Event, Note, Sample
 from core.lora_files.library import prompts_of, split_prompt
 from core.training import rng
 from core.weights.offload import stage_of
-from core.weights.precision import free_memory
+from core.weights.precision import Precision, free_memory
 
 
 class Previewer:

@@ -7,23 +7,19 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from core.jobs.events import Step
-from core.memory.plan import CONTEXT_MB, MB
-from core.system import machine
+from core.training.memory_guard import MemoryGuard, held_mb
 
 if TYPE_CHECKING:
-    from core.training.memory_guard import Lookout
     from core.training.trainer import Trainer
 
 SHOW_EVERY_S = 0.5          # asking for the loss waits for the GPU, so not at every step
 _SMOOTH = 0.7               # of the speed shown
 
 
-class Meter:
-    def __init__(self, trainer: Trainer, start: int, lookout: Lookout | None = None) -> None:
-        self.trainer, self.start, self.lookout = trainer, start, lookout
+class ProgressMeter:
+    def __init__(self, trainer: Trainer, start: int, guard: MemoryGuard | None = None) -> None:
+        self.trainer, self.start, self.guard = trainer, start, guard
         self.shown = self.began = time.perf_counter()
         self.shown_step = self.done = start
         self.speed = 0.0                    # steps/s, smoothed
@@ -57,9 +53,9 @@ class Meter:
             self.shown, self.shown_step = now, done
         elif validation is None:
             return
-        watch = self.lookout.watch if self.lookout else None
+        watch = self.guard.watch if self.guard else None
         trainer.emit(Step(
-            step=done, total=trainer.total, epoch=trainer.course.epoch_of(done),
+            step=done, total=trainer.total, epoch=trainer.sampler.epoch_of(done),
             loss=self.losses[-1] if self.losses else None,
             lr=float(trainer.optimizer.param_groups[0]["lr"]), steps_per_s=self.speed,
             eta_s=(trainer.total - done) / max(self.speed, 1e-9),
@@ -77,11 +73,3 @@ class Meter:
     def facts(self) -> dict[str, Any]:
         return {"steps_per_second": self.steps / self.training_s if self.training_s else 0.0,
                 "loss": self.losses[-1] if self.losses else None}
-
-
-def held_mb(device: torch.device) -> float:
-    """What a run holds, in MiB, measured as it is planned: on CUDA the most that was reserved and
-    the context, else what this process holds for itself (on Apple's chips with the GPU's share)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / MB + CONTEXT_MB
-    return machine.private_mb()

@@ -17,7 +17,7 @@ from core.weights.precision import free_memory
 
 if TYPE_CHECKING:
     from core.training.checkpoint import State
-    from core.training.memory_guard import Lookout
+    from core.training.memory_guard import MemoryGuard
     from core.training.trainer import Trainer
 
 GOOD_EVERY = 100                    # updates between two states kept in RAM
@@ -27,11 +27,11 @@ RETURNS = 3                         # then something is wrong that no lower rate
 MOST_NOTES, MOST_NAMES = 10, 5
 
 
-class Rescue:
+class Recovery:
     """`update` instead of the trainer's own; `look` and `keep` after each."""
 
-    def __init__(self, trainer: Trainer, lookout: Lookout, emit: Callable[[Event], None]) -> None:
-        self.trainer, self.lookout, self.emit = trainer, lookout, emit
+    def __init__(self, trainer: Trainer, guard: MemoryGuard, emit: Callable[[Event], None]) -> None:
+        self.trainer, self.guard, self.emit = trainer, guard, emit
         self._good: list[State] = []        # at most two: the newest may hold the trouble's start
         self._returns = self._notes = 0
 
@@ -70,8 +70,8 @@ class Rescue:
         return None
 
     def _lower(self, number: int, reason: str) -> None:
-        most = max(len(batch.indices) for batch in self.trainer.course.update(number))
-        if not self.lookout.lower(self.trainer, "engine.lowered_for_memory", most):
+        most = max(len(batch.indices) for batch in self.trainer.sampler.update(number))
+        if not self.guard.lower(self.trainer, "engine.lowered_for_memory", most):
             raise Fault("engine.out_of_memory", reason=reason, step=number + 1,
                         fixes=self._lighter())
 
@@ -117,16 +117,16 @@ class Rescue:
         self._good, trainer.skipped = [good], []
         fallbacks.abandon(trainer)
         trainer.restore(good)
-        for key, value in self.lookout.ease(trainer).items():
+        for key, value in self.guard.ease(trainer).items():
             self.emit(Note(key="engine.went_back", params={
                 "step": done, "to": good.update, "key": key, "value": value,
                 "pictures": pictures}))
         return good.update
 
     def _pictures(self, updates: list[int]) -> str:
-        items, course = self.trainer.examples.items, self.trainer.course
+        items, sampler = self.trainer.examples.items, self.trainer.sampler
         names = dict.fromkeys(items[i].picture.path.name for update in updates
-                              for batch in course.update(update) for i in batch.indices)
+                              for batch in sampler.update(update) for i in batch.indices)
         shown = ", ".join(list(names)[:MOST_NAMES])
         return f"{shown} ... ({len(names)})" if len(names) > MOST_NAMES else shown
 

@@ -11,18 +11,20 @@ from typing import Any
 from core import paths
 from core.config import TrainConfig, resolve
 from core.dataset import captions
-from core.dataset.cache import fingerprint, key
+from core.dataset.cache import key
 from core.dataset.examples import Encoder, Examples, Stopped, add_regular
 from core.dataset.text_embeddings import batched, reading_of
 from core.errors import Fault
 from core.families import distilled
-from core.families.base import PARTS, Family, Parts, Precision
+from core.families.base import PARTS, Family, Parts
 from core.families.distilled import Distilled
+from core.families.loading import load_denoiser
+from core.hashes import fingerprint
 from core.inference import generate
 from core.inference.generate import Shot
 from core.jobs.control import Control
 from core.jobs.events import Event, Phase
-from core.weights.precision import free_memory, load_denoiser
+from core.weights.precision import Precision, free_memory
 
 
 def add(config: TrainConfig, examples: Examples, family: Family, parts: Parts,

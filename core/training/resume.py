@@ -93,7 +93,7 @@ def _put_back(path: Path, position: Position, state: State, trainer: Trainer) ->
             raise
         raise Fault("engine.other_adapter_keys", keys=others) from fault
     place = _place(position, trainer)
-    whole = trainer.course
+    whole = trainer.sampler
     same = position.order == whole.order and position.start is not None
     trainer.begin_at(Place(**position.start) if same and position.start else place)
     trainer.emit(Note(key="engine.resumed", params={

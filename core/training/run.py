@@ -1,41 +1,115 @@
-"""The run around the step: progress, requests, checkpoints, previews, rescue, the end."""
+"""train(): one run, from a folder of images to a LoRA file that is proven to work.
+
+    scan -> buckets -> cache latents and embeddings -> attach LoRA -> the steps (trainer.py)
+         -> checkpoints, previews, validation -> save -> prove that the file works
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from core import families, importers, paths
+from core.adapters import base_loras
+from core.config import TrainConfig, resolve
+from core.dataset.examples import Encoder, Stopped, find
 from core.errors import Fault
 from core.failures import one_line, ran_out
 from core.families import components
-from core.jobs.events import Note, Phase
+from core.families.detection import Base
+from core.families.loading import load_denoiser, tell_numbers
+from core.jobs.control import Control
+from core.jobs.events import Event, Note, Phase
 from core.jobs.outcome import said_first
-from core.training import base_check, rng
-from core.training.memory_guard import Lookout
-from core.training.output import Keeper
+from core.lora_files.library import prompts_of
+from core.objectives.diffusion import zero_terminal
+from core.training import base_check, preflight, regularization, resume, rng
+from core.training.callbacks import Callbacks
+from core.training.memory_guard import MemoryGuard, weigh
+from core.training.output import OutputWriter
+from core.training.output_names import Output
 from core.training.previews import Previewer
-from core.training.progress import Meter
-from core.training.recovery import Rescue
+from core.training.progress import ProgressMeter
+from core.training.recovery import Recovery
+from core.training.trainer import Trainer
 from core.training.verify import verify_run
-from core.weights.precision import free_memory
+from core.weights.precision import choose, free_memory
 
-if TYPE_CHECKING:
-    from core.training.trainer import Trainer
+Emit = Callable[[Event], None]
 
 
-class Session:
+def train(config: TrainConfig, emit: Emit, control: Control,
+          beside: Path | None = None) -> dict[str, Any]:
+    """Runs a training from a folder of pictures to a proven LoRA file.
+
+    `beside` is the folder that relative paths are looked up in first (the config's own).
+    Returns the facts for the summary. Raises Fault for whatever a user can mend.
+    """
+    config = base_loras.located(importers.located(config, beside), beside)
+    with Callbacks(config.callbacks, emit, control) as callbacks, \
+            Output(_output(config), config, callbacks) as output:
+        result = _train(output, config, callbacks, control, beside)
+        callbacks.state = "unproven" if result["state"] == "unproven" else "done"
+        return result
+
+
+def _train(output: Output, config: TrainConfig, emit: Callbacks, control: Control,
+           beside: Path | None) -> dict[str, Any]:
+    began = time.time()
+    found = resume.choose(output, config, emit)
+    for key, name in importers.named_in(config):
+        emit(Note(key="extensions.used", params={"key": key, "name": name}))
+    rng.seed(config.seed)
+    source = _source(config, beside)
+    kind = families.detect(source) if config.family == "auto" else config.family
+    family = families.get(kind, components.chosen(config, beside))
+    base_loras.check(config, kind)
+    precision = choose(config.precision, config.device, families.outgrows_fp16(kind))
+    tell_numbers(config.precision, kind, precision, emit)
+    parts = family.load(source, precision, frozenset())
+    parts.beside = components.announce(family, source, emit)
+    if config.prediction_type != "auto" and parts.flow is None:
+        parts.objective = config.prediction_type
+    preflight.tell_distilled(config, parts, emit)
+    preflight.tell_unused(config, family, parts.flow, emit)
+    if config.zero_terminal_snr and parts.flow is None:
+        zero_terminal(parts)
+    examples = find(config, *_picture_paths(config, beside), parts.native_size,
+                    parts.bucket_step, emit)
+    preflight.tell_length(config, examples, emit)
+    try:
+        if config.regularised:
+            regularization.add(config, examples, family, parts, precision, beside, emit, control)
+        guard = MemoryGuard(config, Base.of(source, kind), precision.device,
+                            weigh(examples.items, config, kind), emit)
+        guard.announce()
+        Encoder(family, source, precision, config, emit, control).fill(
+            examples, prompts_of(config))
+        components.tell_scale(parts.beside, examples.latents, config.masked_loss, emit)
+    except Stopped:
+        return {"state": "stopped", "steps": 0, "seconds": time.time() - began}
+    emit(Phase(name="load"))
+    parts.denoiser = load_denoiser(config, family, source, precision, emit)
+    trainer = Trainer(config, family, parts, precision, examples, emit, control)
+    writer = OutputWriter(trainer, output, began)
+    with guard, contextlib.closing(writer):
+        return TrainingRun(trainer, writer, guard, began, emit.after_update).run(found)
+
+
+class TrainingRun:
     """One run, from its first update or its last checkpoint to its proven file."""
 
-    def __init__(self, trainer: Trainer, keeper: Keeper, lookout: Lookout,
+    def __init__(self, trainer: Trainer, writer: OutputWriter, guard: MemoryGuard,
                  began: float, after_update: Callable[[Trainer, int], None]) -> None:
-        self.trainer, self.keeper, self.lookout, self.began = trainer, keeper, lookout, began
+        self.trainer, self.writer, self.guard, self.began = trainer, writer, guard, began
         self.after_update = after_update
         self.config, self.emit, self.control = trainer.config, trainer.emit, trainer.control
         self.previewer = Previewer(trainer.family, trainer.parts, trainer.precision, self.config,
-                                   trainer.cond, keeper.output.folder / "samples", self.emit)
-        self.rescue = Rescue(trainer, lookout, self.emit)
+                                   trainer.cond, writer.output.folder / "samples", self.emit)
+        self.recovery = Recovery(trainer, guard, self.emit)
         self.samples: list[str] = []
         self.base: dict[str, Any] | None = None     # what core/training/base_check.py found
 
@@ -43,61 +117,61 @@ class Session:
         """`found`: the checkpoints to go on from, newest first; none: from the beginning."""
         self.base = base_check.check(self.trainer)
         rng.seed(self.config.seed)
-        start = self.keeper.resume(found)
-        self.lookout.go_on(self.trainer)
-        meter = Meter(self.trainer, start, self.lookout)
+        start = self.writer.resume(found)
+        self.guard.go_on(self.trainer)
+        progress = ProgressMeter(self.trainer, start, self.guard)
         self.emit(Phase(name="train", done=start, total=self.trainer.total))
         if not start:
             self._preview(0)
-        done = self.rescue.begin(start)
+        done = self.recovery.begin(start)
         while done < self.trainer.total:
             if self._asked_to_stop():
                 return self._stopped(done)
-            done = self._update(done, meter)
-        return self._finish(meter, start)
+            done = self._update(done, progress)
+        return self._finish(progress, start)
 
-    def _update(self, done: int, meter: Meter) -> int:
+    def _update(self, done: int, progress: ProgressMeter) -> int:
         """-> updates done after this one; fewer where the run had to go back."""
         begins = time.perf_counter()
-        after = self.rescue.update(done)
+        after = self.recovery.update(done)
         if after == done + 1:
             self.after_update(self.trainer, after)
-            meter.tick(after, whole=after == self.trainer.total)
-            self.lookout.between_steps(self.trainer, time.perf_counter() - begins)
-            after = self.rescue.look(after)
+            progress.tick(after, whole=after == self.trainer.total)
+            self.guard.between_steps(self.trainer, time.perf_counter() - begins)
+            after = self.recovery.look(after)
         if after <= done:
-            meter.go_back(after)
+            progress.go_back(after)
             return after
-        self._after(after, meter)
-        self.rescue.keep(after)
+        self._after(after, progress)
+        self.recovery.keep(after)
         return after
 
-    def _after(self, done: int, meter: Meter) -> None:
+    def _after(self, done: int, progress: ProgressMeter) -> None:
         config, last = self.config, done == self.trainer.total
-        self.keeper.tend(done)
+        self.writer.tend(done)
         saves = bool(config.save_steps) and done % config.save_steps == 0
         validates = done % config.validation_steps == 0 if config.validation_steps else saves
         if validates or last:
-            meter.show(done, self._validate(done))
+            progress.show(done, self._validate(done))
         if saves or last or self.control.take("save"):
-            with meter.paused():
-                self.keeper.checkpoint(done)
+            with progress.paused():
+                self.writer.checkpoint(done)
         draws = bool(config.sample_every) and (done % config.sample_every == 0 or last)
         if draws or self.control.take("sample"):
-            with meter.paused():
+            with progress.paused():
                 self._preview(done)
 
     def _validate(self, done: int) -> float | None:
         with self.trainer.averaged():
             loss = self.trainer.validate()
         if loss is not None:
-            self.keeper.remember(done, loss)
+            self.writer.remember(done, loss)
         return loss
 
     def _preview(self, step: int) -> None:
         if self.config.sample_prompts:
             with self.trainer.averaged():
-                self.samples += self.previewer.draw(step, self.keeper.name, self.trainer.text)
+                self.samples += self.previewer.draw(step, self.writer.name, self.trainer.text)
 
     def _asked_to_stop(self) -> bool:
         self.control.wait_while_paused()
@@ -105,18 +179,18 @@ class Session:
 
     def _stopped(self, update: int) -> dict[str, Any]:
         if update:
-            self.keeper.checkpoint(update, last=True)
+            self.writer.checkpoint(update, last=True)
         return {"state": "stopped", "steps": update, "seconds": time.time() - self.began,
-                "checkpoint": str(self.keeper.last) if self.keeper.last else None,
+                "checkpoint": str(self.writer.last) if self.writer.last else None,
                 "base": self.base}
 
-    def _finish(self, meter: Meter, start: int) -> dict[str, Any]:
+    def _finish(self, progress: ProgressMeter, start: int) -> dict[str, Any]:
         """`state`: done; unproven: the LoRA is saved, but the proof that it works failed;
         nothing: all was trained before. What must be said first is in core/jobs/outcome.py."""
-        trainer, keeper = self.trainer, self.keeper
+        trainer, writer = self.trainer, self.writer
         done = max(start, trainer.total)
         self.emit(Phase(name="save"))
-        final = keeper.final(done)
+        final = writer.final(done)
         trainer.optimizer.zero_grad(set_to_none=True)
         self.emit(Phase(name="verify"))
         with trainer.averaged():
@@ -127,20 +201,20 @@ class Session:
             if proof["ok"]:
                 result["state"] = "nothing"
             result["nothing"] = {"step": start, "total": trainer.total, "file": str(final)}
-        if not (result["state"] == "nothing" and keeper.there_already):
+        if not (result["state"] == "nothing" and writer.there_already):
             result["lora"] = str(final)
         if proof["ok"]:
             self.emit(Note(key="engine.proof", params=proof))
         for key, params in said_first({**result, "proof": proof}):
             self.emit(Note(key=key, params=dict(params)))
-        return {**result, "name": keeper.name, "steps": done,
-                "seconds": time.time() - self.began, "best": keeper.best(),
+        return {**result, "name": writer.name, "steps": done,
+                "seconds": time.time() - self.began, "best": writer.best(),
                 "samples": self.samples, "proof": proof, "base": self.base,
                 "base_loras": trainer.base_loras.told or None,
                 "companions": components.summary(trainer.parts.beside),
-                "checkpoints": keeper.kept(),
-                "parameters": sum(p.numel() for p in trainer.parameters), **meter.facts(),
-                **self.lookout.facts()}
+                "checkpoints": writer.kept(),
+                "parameters": sum(p.numel() for p in trainer.parameters), **progress.facts(),
+                **self.guard.facts()}
 
     def _prove(self, final: Path) -> dict[str, Any]:
         """The LoRA is there; what keeps it from being proven must not fail the run."""
@@ -150,3 +224,22 @@ class Session:
             if not (isinstance(error, (Fault, OSError)) or ran_out(error)):
                 raise
             return {"ok": False, "file": str(final), "reason": one_line(error)}
+
+
+def _source(config: TrainConfig, beside: Path | None) -> Path:
+    if not config.base_model:
+        raise Fault("engine.key_missing", key="base_model")
+    if config.base_model == "demo":
+        return paths.DEMO / "base"
+    return resolve(config.base_model, beside)
+
+
+def _picture_paths(config: TrainConfig, beside: Path | None) -> tuple[Path, Path | None]:
+    if not config.train_data_dir:
+        raise Fault("engine.key_missing", key="train_data_dir")
+    metadata = resolve(config.metadata_path, beside) if config.metadata_path else None
+    return resolve(config.train_data_dir, beside), metadata
+
+
+def _output(config: TrainConfig) -> Path:
+    return Path(config.output_dir).expanduser().absolute()

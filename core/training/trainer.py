@@ -1,113 +1,41 @@
-"""train(): the one loop, for every family.
-
-    scan -> buckets -> cache latents and embeddings -> attach LoRA
-         -> noise -> predict -> weighted loss -> accumulate -> clip -> step
-         -> checkpoint, preview, validate -> save -> prove that the file works
-"""
+"""The step, for every family: draw noise, predict, weigh the loss, accumulate, clip, update."""
 
 from __future__ import annotations
 
 import contextlib
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from core import families, plugins
 from core.adapters import base_loras, init, lora
 from core.adapters.text_encoder import TextTraining
-from core.config import TrainConfig, resolve
-from core.dataset.examples import Encoder, Examples, Stopped, find, say_too_long
-from core.dataset.sampler import Batch, Course, Place, Regular
+from core.config import TrainConfig
+from core.dataset.examples import Examples, say_too_long
+from core.dataset.sampler import Batch, BucketSampler, Place, Regular
 from core.dataset.text_embeddings import reading_of
 from core.errors import Fault, Fix
-from core.families import components
-from core.families.base import Cond, Family, Parts, Precision
-from core.families.layer_names import NAMINGS, SD1
+from core.families.base import Cond, Family, Parts
+from core.families.registry import naming
 from core.jobs.control import Control
-from core.jobs.events import Event, Note, Phase
+from core.jobs.events import Event
 from core.lora_files.library import prompts_of
-from core.memory.plan import Base
 from core.objectives import diffusion
-from core.objectives.diffusion import Draw, split_mask, zero_terminal
+from core.objectives.diffusion import split_mask
+from core.objectives.noise import Draw
 from core.optim import optimizers
 from core.optim.ema import PREFIX as EMA
 from core.optim.ema import Ema
-from core.training import preflight, regularization, resume, rng
-from core.training.callbacks import Callbacks
+from core.training import rng
 from core.training.checkpoint import State
-from core.training.memory_guard import Lookout, weigh
-from core.training.output import Keeper
-from core.training.output_names import Output
-from core.training.run import Session
-from core.weights.precision import autocast, choose, free_memory, load_denoiser, tell_numbers
+from core.weights.precision import Precision, autocast, free_memory
 
 VALIDATION_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)      # of the noise schedule
 _FIXED_SEED = 20_240_607                           # validation noise, the same in every run
 
 Emit = Callable[[Event], None]
-
-
-def train(config: TrainConfig, emit: Emit, control: Control,
-          beside: Path | None = None) -> dict[str, Any]:
-    """Runs a training from a folder of pictures to a proven LoRA file.
-
-    `beside` is the folder that relative paths are looked up in first (the config's own).
-    Returns the facts for the summary. Raises Fault for whatever a user can mend.
-    """
-    config = base_loras.located(plugins.located(config, beside), beside)
-    with Callbacks(config.callbacks, emit, control) as callbacks, \
-            Output(_output(config), config, callbacks) as output:
-        result = _train(output, config, callbacks, control, beside)
-        callbacks.state = "unproven" if result["state"] == "unproven" else "done"
-        return result
-
-
-def _train(output: Output, config: TrainConfig, emit: Callbacks, control: Control,
-           beside: Path | None) -> dict[str, Any]:
-    began = time.time()
-    found = resume.choose(output, config, emit)
-    for key, name in plugins.named_in(config):
-        emit(Note(key="extensions.used", params={"key": key, "name": name}))
-    rng.seed(config.seed)
-    source = _source(config, beside)
-    kind = families.detect(source) if config.family == "auto" else config.family
-    family = families.get(kind, components.chosen(config, beside))
-    base_loras.check(config, kind)
-    precision = choose(config.precision, config.device, kind)
-    tell_numbers(config.precision, kind, precision, emit)
-    parts = family.load(source, precision, frozenset())
-    parts.beside = components.announce(family, source, emit)
-    if config.prediction_type != "auto" and parts.flow is None:
-        parts.objective = config.prediction_type
-    preflight.tell_distilled(config, parts, emit)
-    preflight.tell_unused(config, family, parts.flow, emit)
-    if config.zero_terminal_snr and parts.flow is None:
-        zero_terminal(parts)
-    examples = find(config, *_picture_paths(config, beside), parts.native_size,
-                    parts.bucket_step, emit)
-    preflight.tell_length(config, examples, emit)
-    try:
-        if config.regularised:
-            regularization.add(config, examples, family, parts, precision, beside, emit, control)
-        lookout = Lookout(config, Base.of(source, kind), precision.device,
-                          weigh(examples.items, config, kind), emit)
-        lookout.announce()
-        Encoder(family, source, precision, config, emit, control).fill(
-            examples, prompts_of(config))
-        components.tell_scale(parts.beside, examples.latents, config.masked_loss, emit)
-    except Stopped:
-        return {"state": "stopped", "steps": 0, "seconds": time.time() - began}
-    emit(Phase(name="load"))
-    parts.denoiser = load_denoiser(config, family, source, precision, emit)
-    trainer = Trainer(config, family, parts, precision, examples, emit, control)
-    keeper = Keeper(trainer, output, began)
-    with lookout, contextlib.closing(keeper):
-        return Session(trainer, keeper, lookout, began, emit.after_update).run(found)
 
 
 class Trainer:
@@ -137,7 +65,7 @@ class Trainer:
         self.diffusion = diffusion.create(parts, config, precision.device,
                                           precision.compute)
         self.begin_at(Place())
-        self.micro_batch = config.batch_size        # samples at once; see core/training/fallbacks.py
+        self.micro_batch = config.batch_size        # samples at once; see fallbacks.py
         self.lowered: dict[str, Any] = {}           # config keys that this run has changed
         self.stepping = False                       # weights may be half changed
         self._seen: list[tuple[int, Tensor, Tensor]] = []   # update, loss, 1.0 if not finite
@@ -149,12 +77,12 @@ class Trainer:
         """Where in the data the run begins: that decides what each update sees and how many
         there are. The learning rate follows the share of the run that is done, in epochs."""
         config = self.config
-        self.course = self.new_course(config, start)
-        self.total = config.max_train_steps or self.course.updates_until(config.epochs)
-        unbroken = config.max_train_steps or config.epochs * self.course.updates_per_epoch
+        self.sampler = self.new_course(config, start)
+        self.total = config.max_train_steps or self.sampler.updates_until(config.epochs)
+        unbroken = config.max_train_steps or config.epochs * self.sampler.updates_per_epoch
         self._schedule_shift = unbroken - self.total
 
-    def new_course(self, config: TrainConfig, start: Place | None = None) -> Course:
+    def new_course(self, config: TrainConfig, start: Place | None = None) -> BucketSampler:
         return _course(config, self.examples, start)
 
     def update(self, number: int) -> None:
@@ -167,7 +95,7 @@ class Trainer:
         optimizers.set_rate(self.optimizer, rate * self._ease())
         if self.drops:                      # the masks are the only use of torch's own generator
             torch.manual_seed(self.config.seed + number)
-        loss = self.accumulate(self.course.update(number))
+        loss = self.accumulate(self.sampler.update(number))
         self.scaler.unscale_(self.optimizer)
         bad = (~torch.isfinite(self._clip() + loss)).float()
         self.stepping = True
@@ -306,7 +234,7 @@ class Trainer:
     def trained_models(self) -> dict[str, Any]:
         """By part, as LoRA files name them; the denoiser first."""
         texts = self.text.models if self.text is not None else {}
-        return {NAMINGS.get(self.family.spec.id, SD1)[0].name: self.denoiser, **texts}
+        return {naming(self.family.spec.id)[0].name: self.denoiser, **texts}
 
     def _text_training(self) -> TextTraining:
         if not self.family.spec.text_targets:
@@ -374,33 +302,13 @@ class Trainer:
         return random.Random(f"{self.config.seed}-{use}-{number}").random()
 
 
-def _course(config: TrainConfig, examples: Examples, start: Place | None) -> Course:
+def _course(config: TrainConfig, examples: Examples, start: Place | None) -> BucketSampler:
     def buckets(indices: Sequence[int]) -> list[tuple[int, int]]:
         return [examples.items[i].bucket for i in indices]
     chosen, more = examples.trained(), sorted(examples.regular)
     repeats = [examples.items[i].picture.repeats for i in chosen]
     regular = Regular(more, buckets(more), sum(repeats), config.reg_share,
                       config.seed) if more else None
-    return Course(chosen, buckets(chosen), repeats, config.batch_size,
-                  config.gradient_accumulation_steps, config.seed, regular, examples.names(),
-                  start)
-
-
-def _source(config: TrainConfig, beside: Path | None) -> Path:
-    if not config.base_model:
-        raise Fault("engine.key_missing", key="base_model")
-    if config.base_model == "demo":
-        from core import paths
-        return paths.DEMO / "base"
-    return resolve(config.base_model, beside)
-
-
-def _picture_paths(config: TrainConfig, beside: Path | None) -> tuple[Path, Path | None]:
-    if not config.train_data_dir:
-        raise Fault("engine.key_missing", key="train_data_dir")
-    metadata = resolve(config.metadata_path, beside) if config.metadata_path else None
-    return resolve(config.train_data_dir, beside), metadata
-
-
-def _output(config: TrainConfig) -> Path:
-    return Path(config.output_dir).expanduser().absolute()
+    return BucketSampler(chosen, buckets(chosen), repeats, config.batch_size,
+                         config.gradient_accumulation_steps, config.seed, regular, examples.names(),
+                         start)

@@ -18,7 +18,8 @@ from PIL import Image
 
 from core.adapters import lora
 from core.config import GenerateConfig
-from core.families.base import Family, Parts, Precision
+from core.families.base import Family, Parts
+from core.families.loading import load_denoiser
 from core.inference import generate
 from core.jobs.events import Event, Phase
 from core.lora_files import textual_inversion
@@ -27,7 +28,7 @@ from core.lora_files.formats import weights_file
 from core.lora_files.library import Lora
 from core.memory.plan import PROOF_SIDE
 from core.safetensors_header import read_header
-from core.weights.precision import free_memory, load_denoiser
+from core.weights.precision import Precision, free_memory
 
 if TYPE_CHECKING:
     from core.training.trainer import Trainer

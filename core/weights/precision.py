@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from core import families
 from core.config import schema
 from core.errors import Fault, Fix
-from core.families.base import Family, Precision
-from core.jobs.events import Event, Note
-from core.memory import plan
+from core.weights import precision_rules
 from core.weights.offload import Offloaded, offload_
 from core.weights.quantization import Kind, quantise_
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Where the base lives and in which numbers it computes. LoRA weights are always fp32."""
+
+    device: torch.device
+    weights: torch.dtype                    # of the frozen base
+    compute: torch.dtype                    # of autocast; float32: no autocast
+    vae: torch.dtype
+    kept: Kind = "same"                     # of the denoiser's blocks and of large text encoders'
+    offload: float = 0.0                    # share of the denoiser's blocks that waits in RAM
+    room: float | None = None               # bytes; blocks of larger text encoders wait in RAM
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -35,45 +42,15 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda:0" if wanted == "cuda" else wanted)
 
 
-def choose(precision: schema.Precision, device: str = "auto", family: str = "") -> Precision:
-    """The device, and the number formats that core.memory.plan's rule gives for it and a family."""
+def choose(precision: schema.Precision, device: str = "auto",
+           outgrows_fp16: bool = False) -> Precision:
+    """The device, and the number formats that precision_rules gives for it."""
     where = pick_device(device)
     cuda = where.type == "cuda"
     capability = torch.cuda.get_device_capability(where) if cuda else (0, 0)
-    numbers = plan.numbers_for(precision, where.type, capability, family)
+    numbers = precision_rules.numbers_for(precision, where.type, capability, outgrows_fp16)
     return Precision(device=where, weights=DTYPES[numbers["weights"]],
                      compute=DTYPES[numbers["compute"]], vae=DTYPES[numbers["vae"]])
-
-
-def tell_numbers(wanted: schema.Precision, family: str, precision: Precision,
-                 emit: Callable[[Event], None]) -> None:
-    """Where a family's numbers outgrow fp16: that fp16 was asked for all the same, or that fp32
-    takes its place on a GPU without bf16."""
-    if not families.outgrows_fp16(family):
-        return
-    title = families.MODULES[family].title
-    if precision.compute == torch.float16:
-        emit(Note(key="precision.outgrows_fp16", params={"title": title}))
-    elif wanted == "auto" and precision.device.type == "cuda" and (
-            precision.compute == torch.float32):
-        emit(Note(key="precision.fp32_for_fp16", params={"title": title}))
-
-
-def load_denoiser(config: schema.TrainConfig, family: Family, source: Path, precision: Precision,
-                  emit: Callable[[Event], None] | None = None) -> Any:
-    """The base's denoiser as the run keeps it: quantised, part of it in RAM; frozen.
-
-    Weights come one after the other, in the bits that they keep: the whole never has to fit the
-    GPU. Raises Fault as the family's `load` does.
-    """
-    kept = plan.kept_settings(config, precision.device.type)
-    if config.offload and "offload" not in kept and emit:
-        emit(Note(key="precision.offload_useless", params={"device": precision.device.type}))
-    model = family.load(source, replace(precision, **kept), frozenset({"denoiser"})).denoiser
-    done = keep_(model, precision.device, **kept)   # families of one's own may have left it
-    if done.blocks and not done.pinned and emit:
-        emit(Note(key="precision.not_pinned"))
-    return model
 
 
 def keep_(model: torch.nn.Module, device: torch.device, kept: Kind = "same",

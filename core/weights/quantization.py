@@ -200,7 +200,8 @@ def _plain(plain: type[nn.Module], frozen: type[nn.Module], args: Any, options: 
 def linear(x: Tensor, layer: FrozenLinear) -> Tensor:
     """x (..., in) -> (..., out); keeps neither weight nor input for the backward pass.
 
-    Open to torch's function modes, as F.linear is: core/memory/meta_tensors.py imitates autocast there.
+    Open to torch's function modes, as F.linear is: core/memory/meta_tensors.py imitates autocast
+    there.
     """
     if has_torch_function_unary(x):
         return handle_torch_function(linear, (x,), x, layer)

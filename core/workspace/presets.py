@@ -19,17 +19,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core import families, i18n, paths, plugins, serialization
-from core.config import (
-    COMPANIONS,
-    FOREIGN,
-    TrainConfig,
-    load_train_config,
-    parse_train_config,
-    resolve,
-)
-from core.dataset import captions
+from core.config import COMPANIONS, TrainConfig, parse_train_config, resolve
+from core.config.flat_yaml import read_flat_yaml
 from core.errors import Fault
 from core.families import detection
+from core.importers import FOREIGN, load_train_config
 from core.memory import advisor
 from core.memory.plan import Machine, Verdict
 
@@ -107,13 +101,13 @@ def family_of(base_model: str, beside: Path | None = None, family: str = "auto")
     """The folder of presets for a config's `base_model`, or of the `family` that it is named to
     be. Raises Fault where nothing is there."""
     if not base_model:
-        return next(iter(families.MODULES))
-    if base_model == "demo" or base_model in families.MODULES:
+        return next(iter(families.SPECS))
+    if base_model == "demo" or base_model in families.SPECS:
         return base_model
     path = resolve(base_model, beside)
     if path.exists() and path.samefile(paths.DEMO / "base"):
         return "demo"
-    if family in families.MODULES:
+    if family in families.SPECS:
         detection.expect(path, family)
         return family
     try:
@@ -141,7 +135,7 @@ def _read(path: Path) -> Preset | None:
 @functools.lru_cache(maxsize=1024)
 def _parsed(path: Path, changed: int, size: int) -> Preset | None:
     try:
-        data = serialization.from_yaml(captions.decode_text(path.read_bytes()))
+        data = serialization.from_yaml(serialization.decode_text(path.read_bytes()))
     except (OSError, ValueError) as error:
         raise Fault("presets.unreadable", file=path, reason=_first_line(error)) from None
     if not isinstance(data, dict) or "set" not in data:
@@ -298,7 +292,7 @@ def _own(path: Path | None, overrides: Mapping[str, str]) -> tuple[dict[str, Any
         "", "--set", overrides)
     data: Mapping[str, Any] = {}
     if path is not None and path.suffix.lower() not in (".safetensors", *FOREIGN):
-        data, _ = serialization.read_flat_yaml(captions.decode_text(path.read_bytes()), str(path))
+        data, _ = read_flat_yaml(serialization.decode_text(path.read_bytes()), str(path))
     elif path is not None:
         data = given.model_dump(exclude_unset=True)
     return ({key: getattr(given, key) for key in (*data, *overrides)}, given.base_model,

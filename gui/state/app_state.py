@@ -1,7 +1,7 @@
 """What a tab gets: the house that all pages share, a language, and words.
 
 A tab is one file in gui/tabs with `build(ctx) -> Tab`, called inside its gr.Tab; its name stands
-in `TABS` of gui/app.py. Nothing lives in the page: handlers act on `ctx.house`, and the page is
+in `TABS` of gui/app.py. Nothing lives in the page: handlers act on `ctx.app_state`, and the page is
 painted from a Snapshot: on load, after each handler, and once a second.
 """
 
@@ -11,10 +11,10 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import psutil
 from pydantic import ValidationError
@@ -29,12 +29,9 @@ from core.system import gpu
 from core.system.gpu import GpuInfo
 from core.workspace.project import Project, Projects
 from core.workspace.settings import Settings, SettingsFile
-from gui.state.base_models import Bases, Known
+from gui.state.base_models import BaseModels, Known
 from gui.state.desktop import Closing, Desktop
-from gui.state.plan_client import Forecast, Planning
-
-if TYPE_CHECKING:
-    from gui.state.page import Page
+from gui.state.plan_client import Planning, PlanState
 
 PULSE_S = 2.0                           # between looks at the card
 
@@ -63,7 +60,7 @@ class Snapshot:
     problem: Exception | None = None    # why the project's config can't be used
     gauge: Gauge = field(default_factory=Gauge)
     machine: plan.Machine | None = None
-    forecast: Forecast = field(default_factory=Forecast)
+    plan_state: PlanState = field(default_factory=PlanState)
     bases: Known = field(default_factory=Known)
     order: tuple[str, ...] = ()         # ids that wait, the next one first; (): as they came
     native: bool = False                # a window of our own, with the system's dialogs
@@ -94,7 +91,7 @@ class Snapshot:
         return next((view for view in self.runs if view.id == run_id), None)
 
 
-class House:
+class AppState:
     """What all pages of all languages share. Every method may be called from any thread."""
 
     def __init__(self, jobs: JobManager, planning: Planning | None = None) -> None:
@@ -109,7 +106,7 @@ class House:
         self._card: GpuInfo | None = None
         self.fills = 0                  # differs whenever inputs have to be set anew
         self._touched = 0
-        self.bases = Bases(self.touch)
+        self.bases = BaseModels(self.touch)
         self.desktop = Desktop(self.touch, self._busy)
         self._marks = (f"{time.time_ns():x}-{n}" for n in itertools.count())
         self._snapshot = Snapshot()
@@ -207,6 +204,21 @@ class House:
         return Gauge(self._card.name, "cuda", int(round(used, -1)), round(total), degrees)
 
 
+class Registers(Protocol):
+    """The page under construction as tabs see it; its class is gui.state.page.Page."""
+
+    def on(self, event: Any, handler: Callable[..., Updates | None], inputs: Sequence[Any] = (),
+           fill: bool = False, outputs: Sequence[Any] = ()) -> None: ...
+
+    def on_panel(self, panel: Any, handler: Callable[..., Updates | None],
+                 inputs: Sequence[Any] = (), fill: bool = False,
+                 outputs: Sequence[Any] = ()) -> None: ...
+
+    def select(self, tab: str) -> Updates: ...
+
+    def tell(self, text: str, title: str = "", kind: str = "info") -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """The house, spoken in one language, and the page that the tab stands on.
@@ -215,9 +227,9 @@ class Context:
     listeners: the page then turns faults into messages and sends what changed at once.
     """
 
-    house: House
+    app_state: AppState
     language: str
-    page: Page
+    page: Registers
 
     def say(self, key: str, /, **params: Any) -> str:
         """A sentence: `key` of strings/<language>/gui.yaml, or with its subject (`checks.x`)."""

@@ -40,7 +40,7 @@ class Known:
     fetch: Fetch | None = None
 
 
-class Bases:
+class BaseModels:
     """`now` is an immutable snapshot; `changed` is called after each change, from any thread."""
 
     def __init__(self, changed: Callable[[], None]) -> None:

@@ -34,7 +34,7 @@ from core.jobs.control import Control
 from core.jobs.events import Event, Phase
 from core.jobs.runs import JobView
 from core.memory.service import sizes_beside
-from gui.state.app_state import House, Snapshot
+from gui.state.app_state import AppState, Snapshot
 from gui.state.dataset import Question, Shown, State
 
 RECHECK_S = 2.0                 # after an edit, so that several edits cost one check
@@ -44,7 +44,7 @@ RULE = ("max_resolution", "bucket_no_upscale", "min_bucket_side", "max_bucket_si
 STEPS = ("names", "captions", "check")
 
 
-class Album:
+class DatasetView:
     """Every method may be called from any thread; none but `write` and `step` waits for disks."""
 
     def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
@@ -289,23 +289,23 @@ class Album:
 
 # --- of a house ---
 
-_ALBUMS: weakref.WeakKeyDictionary[House, Album] = weakref.WeakKeyDictionary()
+_ALBUMS: weakref.WeakKeyDictionary[AppState, DatasetView] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
 
 
-def album_of(house: House) -> Album:
+def album_of(app_state: AppState) -> DatasetView:
     """The one album of all pages."""
     with _making:
-        if house not in _ALBUMS:
-            seen = weakref.ref(house)
-            _ALBUMS[house] = Album(lambda: _poke(seen()))
-        return _ALBUMS[house]
+        if app_state not in _ALBUMS:
+            seen = weakref.ref(app_state)
+            _ALBUMS[app_state] = DatasetView(lambda: _poke(seen()))
+        return _ALBUMS[app_state]
 
 
-def _poke(house: House | None) -> None:
+def _poke(app_state: AppState | None) -> None:
     """Makes the next snapshot a new one, so that all pages are painted."""
-    if house is not None:
-        house.touch()
+    if app_state is not None:
+        app_state.touch()
 
 
 # --- pure ---
@@ -317,7 +317,7 @@ def facts_of(question: Question) -> BaseFacts:
     if question.base:
         source = paths.DEMO / "base" if question.base == "demo" else Path(question.base)
         try:
-            return crops.base_facts(source.expanduser(), config, sizes_beside)
+            return crops.base_facts(source.expanduser(), sizes_beside, config)
         except Fault as fault:
             return crops.assumed_facts(config, fault)
         except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:

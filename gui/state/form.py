@@ -41,13 +41,13 @@ class Form:
             self.ctx.page.on(made.input, functools.partial(self.edited, key), [made])
 
     def edited(self, key: str, raw: Any) -> Updates | None:
-        house = self.ctx.house
+        app_state = self.ctx.app_state
         try:
             also = {"max_train_steps": 0} if key == "epochs" else {}    # or it would do nothing
-            house.projects.edit(**{key: parsed(key, raw)}, **also)
+            app_state.projects.edit(**{key: parsed(key, raw)}, **also)
         except (ValidationError, ValueError):
-            house.projects.refuse(key, str(raw))
-        house.replan(self.ctx.language)
+            app_state.projects.refuse(key, str(raw))
+        app_state.replan(self.ctx.language)
         return None
 
     def paint(self, snap: Snapshot) -> Updates:

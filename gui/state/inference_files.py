@@ -20,14 +20,14 @@ from core.jobs.runs import JobView
 from core.lora_files import files as lora_file
 from core.lora_files import library
 from core.lora_files.export import Place, convert_to, copy_to, find_places, fits
-from gui.state.app_state import House, Snapshot, pictures_folder
+from gui.state.app_state import AppState, Snapshot, pictures_folder
 
 LOOK_S = 10.0                           # between two looks at the folders of LoRAs
 MOST_FILES = 500
 PER_PAGE = 24
 
 
-class Desk:
+class InferenceFiles:
     """Every method may be called from any thread."""
 
     def __init__(self, changed: Callable[[], None]) -> None:
@@ -158,19 +158,19 @@ def is_of(view: JobView, snap: Snapshot) -> bool:
 
 # --- of a house ---
 
-_DESKS: weakref.WeakKeyDictionary[House, Desk] = weakref.WeakKeyDictionary()
+_DESKS: weakref.WeakKeyDictionary[AppState, InferenceFiles] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
 
 
-def desk_of(house: House) -> Desk:
+def desk_of(app_state: AppState) -> InferenceFiles:
     """The one desk of all pages."""
     with _making:
-        if house not in _DESKS:
-            seen = weakref.ref(house)
-            _DESKS[house] = Desk(lambda: _poke(seen()))
-        return _DESKS[house]
+        if app_state not in _DESKS:
+            seen = weakref.ref(app_state)
+            _DESKS[app_state] = InferenceFiles(lambda: _poke(seen()))
+        return _DESKS[app_state]
 
 
-def _poke(house: House | None) -> None:
-    if house is not None:
-        house.touch()
+def _poke(app_state: AppState | None) -> None:
+    if app_state is not None:
+        app_state.touch()

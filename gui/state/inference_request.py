@@ -20,8 +20,8 @@ from core.jobs.runs import JobView
 from core.lora_files import library
 from core.lora_files.library import DEFAULT_WEIGHT
 from gui.state.app_state import Snapshot, pictures_folder
-from gui.state.inference_files import Desk
-from gui.tabs.run import lora_file, lora_of
+from gui.state.inference_files import InferenceFiles
+from gui.state.run_files import lora_file, lora_of
 
 SWEEP = (0.0, 0.4, 0.8, 1.0)
 MOST_LORAS = 60                         # of runs, in the list of what can be added
@@ -58,7 +58,7 @@ class Choice:
 
 # --- what there is ---
 
-def choices(snap: Snapshot, desk: Desk) -> list[Choice]:
+def choices(snap: Snapshot, desk: InferenceFiles) -> list[Choice]:
     """The newest run's best file first, then its checkpoints, then older; then other files."""
     made = list(_of_runs(snap))
     seen = {str(lora_file(point)) for view in snap.runs for point in view.checkpoints}
@@ -90,7 +90,8 @@ def newest(found: list[Choice]) -> str:
 
 
 def names(found: list[Choice]) -> dict[str, str]:
-    """What <lora:name> may call, as core/lora_files/library.py reads it: the first of a name counts."""
+    """What <lora:name> may call, as core/lora_files/library.py reads it: the first of a name
+    counts."""
     known: dict[str, str] = {}
     for choice in found:
         if not set(choice.name) & set(":<>"):
@@ -166,7 +167,8 @@ def folder_of(base: str) -> Path:
     return paths.DEMO / "base" if base == "demo" else Path(base).expanduser()
 
 
-def triggers(snap: Snapshot, loras: list[Added], found: list[Choice], desk: Desk) -> list[str]:
+def triggers(snap: Snapshot, loras: list[Added], found: list[Choice],
+             desk: InferenceFiles) -> list[str]:
     """Words that call the added LoRAs: the runs' own, else what the files tell."""
     words: list[str] = []
     for one in loras:
@@ -197,7 +199,8 @@ def new_seed() -> int:
 
 # --- the job ---
 
-def job(snap: Snapshot, desk: Desk, kind: str, values: Mapping[str, Any], device: str = "auto"
+def job(snap: Snapshot, desk: InferenceFiles, kind: str, values: Mapping[str, Any],
+        device: str = "auto"
         ) -> tuple[DrawConfig, str]:
     """-> the job and its name. `kind`: draw | compare | sweep | checkpoints. Raises Fault."""
     found = choices(snap, desk)

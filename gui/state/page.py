@@ -20,12 +20,14 @@ from pydantic import ValidationError
 from core.errors import Fault
 from core.serialization import json_of
 from gui.state import form
-from gui.widgets.panel import READY
 
 if TYPE_CHECKING:
     from gui.state.app_state import Context, Snapshot, Tab, Updates
 
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+# Gradio adds a page's scripts by itself: an area may be there before gui/live.js is.
+READY = ("const ready = act => window.darkroom ? act()"
+         " : addEventListener('darkroom', act, {once: true});")
 _SAY = f"{READY} watch('value', () => {{ const said = JSON.parse(props.value || '[]'); " \
        "ready(() => window.darkroom.say(said)); });"
 
@@ -35,7 +37,7 @@ _messages: contextvars.ContextVar[list[dict[str, str]]] = contextvars.ContextVar
 
 
 @dataclass(frozen=True, slots=True)
-class _Wish:
+class _Handler:
     event: Any
     handler: Handler
     inputs: Sequence[Any]
@@ -52,20 +54,20 @@ class Page:
         self.frame: Any = None                      # gr.Tabs: handlers may select one
         self.header: Any = None
         self.close = "×"                            # what the button of a message is called
-        self._wishes: list[_Wish] = []
+        self._wishes: list[_Handler] = []
 
     def on(self, event: Any, handler: Handler, inputs: Sequence[Any] = (), fill: bool = False,
            outputs: Sequence[Any] = ()) -> None:
         """`event`: a component's listener, such as button.click. The handler gets the inputs'
         values and returns updates of `outputs`, or None; with `fill` the inputs of all tabs are
         set from the project afterwards, if it changed."""
-        self._wishes.append(_Wish(event, handler, list(inputs), list(outputs), fill, False))
+        self._wishes.append(_Handler(event, handler, list(inputs), list(outputs), fill, False))
 
     def on_panel(self, panel: gr.HTML, handler: Handler, inputs: Sequence[Any] = (),
                  fill: bool = False, outputs: Sequence[Any] = ()) -> None:
         """Clicks on `data-act` buttons inside a panel (gui/widgets/panel.py): the handler gets
         (act, id, *inputs)."""
-        self._wishes.append(_Wish(panel.click, handler, list(inputs), list(outputs), fill, True))
+        self._wishes.append(_Handler(panel.click, handler, list(inputs), list(outputs), fill, True))
 
     def select(self, tab: str) -> Updates:
         """For handlers: brings a tab to the front."""
@@ -80,13 +82,13 @@ class Page:
 
     def live(self, ctx: Context, version: str, marks: Mapping[str, str]) -> dict[str, Any] | None:
         """What a page that shows `marks` (panel -> mark) lacks; None: nothing."""
-        snap = ctx.house.snapshot()
+        snap = ctx.app_state.snapshot()
         if version == snap.mark:
             return None
         panels, rest = self._painted(snap)
         changed = {name: (mark, html) for name, html in panels.items()
                    if marks.get(name) != (mark := _mark(html))}
-        return {"version": snap.mark, "panels": changed, "filled": ctx.house.fills,
+        return {"version": snap.mark, "panels": changed, "filled": ctx.app_state.fills,
                 "painted": _mark_of_all(rest)}
 
     def _painted(self, snap: Snapshot) -> tuple[dict[str, str], Updates]:
@@ -105,7 +107,7 @@ class Page:
 
     def wire(self, ctx: Context, load: Any) -> None:
         """Called once, inside gr.Blocks, when everything is built; `load`: the Blocks' own."""
-        snap = ctx.house.snapshot()
+        snap = ctx.app_state.snapshot()
         painted, filled = list(self._painted(snap)[1]), list(self._filled(snap))
         self.close = ctx.say("close")
         say = gr.HTML("", visible="hidden", js_on_load=_SAY)
@@ -116,13 +118,13 @@ class Page:
                            for name in ("repaint", "refill"))
 
         def paint(shown: str) -> Any:
-            return _difference(self._painted(ctx.house.snapshot())[1], _seen(shown), painted)
+            return _difference(self._painted(ctx.app_state.snapshot())[1], _seen(shown), painted)
 
         def fill() -> Any:
-            fills, found = ctx.house.fills, self._filled(ctx.house.snapshot())
+            fills, found = ctx.app_state.fills, self._filled(ctx.app_state.snapshot())
             return [_shown(str(fills)), *(found.get(one, gr.skip()) for one in filled)]
 
-        load(lambda: ctx.house.replan(ctx.language), [], [], **QUIET)
+        load(lambda: ctx.app_state.replan(ctx.language), [], [], **QUIET)
         # The page (gui/live.js) presses these, one at a time: answers overtake none of their kind.
         repaint.click(paint, [seen], [seen, *painted], trigger_mode="always_last", **QUIET)
         refill.click(fill, [], [filling, *filled], trigger_mode="always_last", **QUIET)
@@ -130,16 +132,16 @@ class Page:
             wish.event(self._handled(ctx, wish), wish.inputs, [say, self.frame, *wish.outputs],
                        trigger_mode="multiple" if wish.panel else "always_last", **QUIET)
 
-    def _handled(self, ctx: Context, wish: _Wish) -> Callable[..., Any]:
+    def _handled(self, ctx: Context, wish: _Handler) -> Callable[..., Any]:
         known = [self.frame, *wish.outputs]
 
         def act(*values: Any) -> Any:
             messages: list[dict[str, str]] = []
             _messages.set(messages)
-            before = (ctx.house.projects.now, ctx.house.settings.now)
+            before = (ctx.app_state.projects.now, ctx.app_state.settings.now)
             extra = _guarded(ctx, wish.handler, values) or {}
-            if wish.fill and before != (ctx.house.projects.now, ctx.house.settings.now):
-                ctx.house.filled()
+            if wish.fill and before != (ctx.app_state.projects.now, ctx.app_state.settings.now):
+                ctx.app_state.filled()
             said = json.dumps(messages) if messages else gr.skip()
             return [said, *(extra.get(one, gr.skip()) for one in known)]
 

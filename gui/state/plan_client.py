@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
+class PlanState:
     """The last answers and what they answer."""
 
     asked: dict[str, Any] = field(default_factory=dict)     # the question that is under way
@@ -43,7 +43,7 @@ class Planning:
         self.version = 0
         self._command = command
         self._child: subprocess.Popen[str] | None = None
-        self._forecast = Forecast()
+        self._forecast = PlanState()
         self._mending: list[tuple[str, dict[str, Any]]] = []    # symptoms to be answered
         self._changed = threading.Condition()
         self._closed = False
@@ -51,7 +51,7 @@ class Planning:
         self._thread.start()
 
     @property
-    def now(self) -> Forecast:
+    def now(self) -> PlanState:
         return self._forecast
 
     def ask(self, question: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ class Planning:
                 self._mending.append((key, question))
                 self._mended(key, None)
 
-    def wait(self, seconds: float) -> Forecast:
+    def wait(self, seconds: float) -> PlanState:
         """The forecast once nothing is pending, or as it stands after `seconds`."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or not self._forecast.pending, seconds)
@@ -84,7 +84,7 @@ class Planning:
 
     def _set(self, asked: dict[str, Any], question: dict[str, Any], answer: dict[str, Any]
              ) -> None:
-        self._forecast = Forecast(asked, question, answer, self._forecast.remedies)
+        self._forecast = PlanState(asked, question, answer, self._forecast.remedies)
         self.version += 1
         self._changed.notify_all()
 

@@ -17,7 +17,7 @@ from core.errors import Fault
 from core.jobs.runs import JobView
 from gui.html import bar, button, card, duration, esc
 from gui.state.app_state import Context, Snapshot, Updates
-from gui.state.dataset_view import Album, album_of, caption_job
+from gui.state.dataset_view import DatasetView, album_of, caption_job
 from gui.widgets import caption_rows
 from gui.widgets.fault_card import fault_card
 from gui.widgets.panel import panel
@@ -36,7 +36,7 @@ def build(ctx: Context) -> CaptioningTab:
 class CaptioningTab:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
-        self.album: Album = album_of(ctx.house)
+        self.album: DatasetView = album_of(ctx.app_state)
         self._build_job()
         with gr.Row():
             with gr.Column(scale=7, min_width=440):
@@ -141,25 +141,25 @@ class CaptioningTab:
         self._keep(sentence=sentence, tags=tagger, existing=existing, endpoint=endpoint)
 
     def _keep(self, **values: Any) -> None:
-        self.ctx.house.projects.update(lambda project: project.model_copy(update={
+        self.ctx.app_state.projects.update(lambda project: project.model_copy(update={
             "tabs": {**project.tabs, TAB: {**project.tabs.get(TAB, {}), **values}}}))
 
     def name(self, word: str) -> None:
-        house = self.ctx.house
-        if (word or "").strip() != house.snapshot().config.trigger_word:
-            house.projects.edit(trigger_word=(word or "").strip() or None)
-            house.replan(self.ctx.language)
+        app_state = self.ctx.app_state
+        if (word or "").strip() != app_state.snapshot().config.trigger_word:
+            app_state.projects.edit(trigger_word=(word or "").strip() or None)
+            app_state.replan(self.ctx.language)
 
     def begin(self) -> None:
         """Queues the job. Raises Fault where its weights are not here."""
-        house = self.ctx.house
-        snap = house.snapshot()
+        app_state = self.ctx.app_state
+        snap = app_state.snapshot()
         config = config_of(kept_of(snap), self.album, snap.config.trigger_word,
                            snap.config.metadata_path)
         for model in config.models.values():
             if model not in ("demo", "auto"):
                 hub.find(model)
-        house.jobs.start(config, name=Path(config.folder).name, job="caption")
+        app_state.jobs.start(config, name=Path(config.folder).name, job="caption")
 
     # --- the editor ---
 
@@ -171,7 +171,7 @@ class CaptioningTab:
 
     def act(self, act: str, id: str) -> Updates | None:
         """Buttons and keys of the panels."""
-        album, house = self.album, self.ctx.house
+        album, app_state = self.album, self.ctx.app_state
         match act:
             case "save":
                 key, _, text = id.partition(" ")
@@ -190,11 +190,11 @@ class CaptioningTab:
                 rule = {"tags": [id]} if act == "remove_tags" else {"text": id}
                 self._apply(list(parse([{"rule": "remove", **rule}])), [f"remove:{id}"])
             case "stop":
-                house.jobs.stop(id)
+                app_state.jobs.stop(id)
         return None
 
     def _turn(self, act: str) -> None:
-        names = self._found(self.ctx.house.snapshot())
+        names = self._found(self.ctx.app_state.snapshot())
         page, pages = page_of(len(names), self.album.shown.rows, caption_rows.PER_PAGE)
         if act == "next_empty":
             found = caption_rows.next_empty(names, self.album.now.captions, page)
@@ -230,7 +230,7 @@ class CaptioningTab:
 
     def _rules(self, text: str, first: bool) -> tuple[list[Rule], list[str]]:
         lines = [line.lstrip() for line in (text or "").splitlines() if line.strip()]
-        trigger = self.ctx.house.snapshot().config.trigger_word if first else ""
+        trigger = self.ctx.app_state.snapshot().config.trigger_word if first else ""
         rules = with_trigger_rule(parse([parse_line(line, n) for n, line in enumerate(lines, 1)]),
                                   trigger)
         if not rules:
@@ -240,7 +240,7 @@ class CaptioningTab:
     def _rulable(self) -> dict[str, str]:
         """The captions that the search leaves; pictures without one stay without."""
         captions = self.album.now.captions
-        names = self._found(self.ctx.house.snapshot())
+        names = self._found(self.ctx.app_state.snapshot())
         return {name: captions[name] for name in names if captions.get(name)}
 
     def _preview(self, captions: dict[str, str], rules: list[Rule]) -> list[Change]:
@@ -285,7 +285,8 @@ def offers(ctx: Context, kind: str) -> list[tuple[str, str]]:
     return found
 
 
-def config_of(kept: dict[str, Any], album: Album, trigger: str, metadata: str) -> CaptionConfig:
+def config_of(kept: dict[str, Any], album: DatasetView, trigger: str,
+              metadata: str) -> CaptionConfig:
     """The job's config. Raises Fault where nothing was chosen."""
     pairs = [one.partition("=") for one in (kept["sentence"], kept["tags"]) if one]
     state = album.now

@@ -9,7 +9,7 @@ import gradio as gr
 from core.dataset import image_folder, import_files
 from core.errors import Fault
 from gui.state.app_state import Context, Snapshot, Updates
-from gui.state.dataset_view import Album, album_of
+from gui.state.dataset_view import DatasetView, album_of
 from gui.widgets import dataset_report
 from gui.widgets.drop_zone import drop_zone, uploaded
 from gui.widgets.panel import panel
@@ -25,7 +25,7 @@ def build(ctx: Context) -> DatasetTab:
 class DatasetTab:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
-        self.album: Album = album_of(ctx.house)
+        self.album: DatasetView = album_of(ctx.app_state)
         say = ctx.say
         with gr.Row(equal_height=True, elem_id="dataset-folder-row"):
             self.folder = gr.Textbox(
@@ -83,30 +83,30 @@ class DatasetTab:
     def choose(self, text: str) -> None:
         """A folder by path. Raises Fault where there is none."""
         folder = (text or "").strip().strip('"')
-        house = self.ctx.house
-        if folder == house.snapshot().config.train_data_dir:
+        app_state = self.ctx.app_state
+        if folder == app_state.snapshot().config.train_data_dir:
             return
         if folder and not Path(folder).expanduser().is_absolute():
             raise Fault("gui.not_absolute", folder=folder)
-        house.projects.edit(train_data_dir=folder or None)
-        house.replan(self.ctx.language)
+        app_state.projects.edit(train_data_dir=folder or None)
+        app_state.replan(self.ctx.language)
 
     def name(self, word: str) -> None:
-        house = self.ctx.house
-        if (word or "").strip() != house.snapshot().config.trigger_word:
-            house.projects.edit(trigger_word=(word or "").strip() or None)
-            house.replan(self.ctx.language)
+        app_state = self.ctx.app_state
+        if (word or "").strip() != app_state.snapshot().config.trigger_word:
+            app_state.projects.edit(trigger_word=(word or "").strip() or None)
+            app_state.replan(self.ctx.language)
 
     def take(self, act: str, told: str) -> None:
         """Copies what was dropped into a folder of ours and shows that folder."""
-        house, language = self.ctx.house, self.ctx.language
+        app_state, language = self.ctx.app_state, self.ctx.language
         given = uploaded(told)
-        folder = import_files.folder_for(house.projects.now.name)
+        folder = import_files.folder_for(app_state.projects.now.name)
 
         def then(taken: import_files.Taken) -> None:
             if taken.copied or taken.same:
-                house.projects.edit(train_data_dir=str(folder))
-                house.replan(language)
+                app_state.projects.edit(train_data_dir=str(folder))
+                app_state.replan(language)
         if act == "dropped" and given:
             self.album.receive(given, folder, then)
             self.ctx.page.tell(self.ctx.say("tab_dataset.copying", count=len(given),
@@ -142,7 +142,7 @@ class DatasetTab:
 
     def _answer(self, act: str, code: str) -> Updates | None:
         """What the buttons of a finding do."""
-        album, house = self.album, self.ctx.house
+        album, app_state = self.album, self.ctx.app_state
         match act:
             case "finding":
                 names = of_finding(album.now, code)
@@ -152,8 +152,8 @@ class DatasetTab:
             case "leave_finding":
                 album.leave_out(of_finding(album.now, code))
             case "crop_subject":
-                house.projects.edit(crop_about="subject")
-                house.replan(self.ctx.language)
+                app_state.projects.edit(crop_about="subject")
+                app_state.replan(self.ctx.language)
             case "captions":
                 return self._captions(of_finding(album.now, code))
         return None

@@ -10,15 +10,15 @@ from typing import Any
 
 import gradio as gr
 
-from core.config import load_train_config
 from core.errors import Fault
 from core.families.schedulers import SAMPLERS
+from core.importers import load_train_config
 from core.inference import png_info
 from core.jobs.runs import JobView
 from core.lora_files import export, library
 from gui.state import inference_request as wanted
 from gui.state.app_state import Context, Snapshot, Updates
-from gui.state.inference_files import PER_PAGE, Desk, desk_of
+from gui.state.inference_files import PER_PAGE, InferenceFiles, desk_of
 from gui.state.inference_request import Added, Choice
 from gui.widgets import drawings
 from gui.widgets.drop_zone import drop_zone, uploaded
@@ -39,7 +39,7 @@ def build(ctx: Context) -> Inference:
 class Inference:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
-        self.desk: Desk = desk_of(ctx.house)
+        self.desk: InferenceFiles = desk_of(ctx.app_state)
         self._ready: str | None = None          # the run whose LoRA was painted last
         with gr.Row():
             with gr.Column(scale=6, min_width=440):
@@ -113,13 +113,13 @@ class Inference:
 
     def _keep_typed(self, values: Mapping[str, Any]) -> None:
         """What differs from what is shown anyhow: a default that nobody touched stays one."""
-        snap = self.ctx.house.snapshot()
+        snap = self.ctx.app_state.snapshot()
         shown = wanted.typed(snap, wanted.choices(snap, self.desk))
         if changed := {name: value for name, value in values.items() if value != shown[name]}:
             self._keep(changed)
 
     def _keep(self, values: Mapping[str, Any]) -> None:
-        self.ctx.house.projects.update(lambda project: project.model_copy(update={
+        self.ctx.app_state.projects.update(lambda project: project.model_copy(update={
             "inference": {**project.inference, **values}}))
 
     # --- painting ---
@@ -133,7 +133,7 @@ class Inference:
         ctx, desk = self.ctx, self.desk
         ready = wanted.newest(wanted.choices(snap, desk))
         if self._ready not in (None, ready):    # a new LoRA: its prompt and numbers
-            ctx.house.filled()
+            ctx.app_state.filled()
         self._ready = ready
         return {self.loras: lora_list(ctx, snap, desk), self.names: names_panel(snap, desk),
                 self.actions: drawings.actions(ctx, snap, desk),
@@ -151,9 +151,9 @@ class Inference:
 
     def start(self, act: str, id: str, *asked: Any) -> Updates | None:
         """`id`: the device, where it isn't the usual one."""
-        house = self.ctx.house
+        app_state = self.ctx.app_state
         if act == "preview":
-            house.jobs.sample(id)
+            app_state.jobs.sample(id)
             self.ctx.page.tell(self.ctx.say("tab_inference.preview_asked"))
         if act not in KINDS:
             return None
@@ -161,8 +161,8 @@ class Inference:
         updates = None if values["same_seed"] else self.roll()
         if updates:
             values["seed"] = updates[self.seed]
-        config, name = wanted.job(house.snapshot(), self.desk, act, values, id or "auto")
-        house.jobs.start(config, name=name, job="generate")
+        config, name = wanted.job(app_state.snapshot(), self.desk, act, values, id or "auto")
+        app_state.jobs.start(config, name=name, job="generate")
         self._keep_typed(values)
         self.desk.show(open="", page=0)
         return updates
@@ -176,7 +176,7 @@ class Inference:
 
     def change(self, act: str, id: str) -> Updates | None:
         """Buttons, lists and sliders of the LoRA box."""
-        snap = self.ctx.house.snapshot()
+        snap = self.ctx.app_state.snapshot()
         found = wanted.choices(snap, self.desk)
         loras = wanted.added(snap, found)
         match act:
@@ -190,13 +190,13 @@ class Inference:
                 return self._other(act, id, wanted.bases(snap, found))
         self._keep(wanted.own_list(loras, found))
         if act != "weight":
-            self.ctx.house.filled()
+            self.ctx.app_state.filled()
         return None
 
     def _other(self, act: str, id: str, bases: list[str]) -> Updates | None:
         if act == "base" and id in bases:
             self._keep({"base": id})
-            self.ctx.house.filled()
+            self.ctx.app_state.filled()
         elif act == "take_config":
             return self._take_config()
         elif act == "close_dropped":
@@ -222,16 +222,16 @@ class Inference:
 
     def _take_config(self) -> Updates | None:
         """The training settings of the LoRA that was dropped, for the Parameters tab."""
-        info, house = self.desk.dropped, self.ctx.house
+        info, app_state = self.desk.dropped, self.ctx.app_state
         if info is None:
             return None
         config = load_train_config(info.path)
-        house.projects.update(lambda project: project.model_copy(update={
+        app_state.projects.update(lambda project: project.model_copy(update={
             "edits": config.model_dump(exclude_defaults=True, exclude={
                 "resume", "output_dir", "output_name"}),
             "preset": "", "advised": {}, "invalid": {}, "run": ""}))
-        house.replan(self.ctx.language)
-        house.filled()
+        app_state.replan(self.ctx.language)
+        app_state.filled()
         return self.ctx.page.select("parameters")
 
     # --- what is dropped ---
@@ -244,7 +244,7 @@ class Inference:
                 self._take_picture(png_info.read(file), file.name)
 
     def _take_lora(self, file: Path) -> None:
-        snap = self.ctx.house.snapshot()
+        snap = self.ctx.app_state.snapshot()
         found = wanted.choices(snap, self.desk)
         info = self.desk.take(file, wanted.kind_of(snap, found))
         loras = self._with(wanted.added(snap, found), info.path, snap, found)
@@ -254,7 +254,7 @@ class Inference:
     def _take_picture(self, told: png_info.Settings, file: str) -> None:
         """A picture's prompt and numbers. Its LoRAs go into the list where they are here; others
         stay in the prompt, and are named."""
-        say, snap = self.ctx.say, self.ctx.house.snapshot()
+        say, snap = self.ctx.say, self.ctx.app_state.snapshot()
         found = wanted.choices(snap, self.desk)
         known = wanted.used(snap) | wanted.names(found)
         loras = {known[tag.name]: tag.weight for tag in library.split_prompt(told.prompt)[1]
@@ -284,10 +284,10 @@ class Inference:
 
     def act(self, act: str, id: str) -> Updates | None:
         """Buttons of progress, picture and gallery."""
-        house, desk = self.ctx.house, self.desk
+        app_state, desk = self.ctx.app_state, self.desk
         match act:
             case "stop":
-                house.jobs.stop(id)
+                app_state.jobs.stop(id)
             case "open":
                 desk.show(open=id)
             case "close":
@@ -300,7 +300,7 @@ class Inference:
                 self._step(int(id))
             case "fix":
                 view, _, number = id.rpartition("/")
-                self._again(house.jobs.view(view), number)
+                self._again(app_state.jobs.view(view), number)
             case "again" | "delete" | "as_preview":
                 self._use(act, id)
         return None
@@ -309,12 +309,12 @@ class Inference:
         """The drawing with its fault's fix of that number, which the project keeps."""
         changes = fix_of(view, number)
         keep_companions(self.ctx, str(view.config.get("base", "")), changes)
-        self.ctx.house.jobs.start(wanted.again(view, changes), name=view.name, job="generate")
+        self.ctx.app_state.jobs.start(wanted.again(view, changes), name=view.name, job="generate")
 
     def _step(self, by: int) -> None:
         """The next picture, and the page that it stands on."""
         desk = self.desk
-        pictures = desk.pictures(self.ctx.house.snapshot())
+        pictures = desk.pictures(self.ctx.app_state.snapshot())
         ids = [drawings.id_of(*one) for one in pictures]
         if ids:
             at = ids.index(desk.open) if desk.open in ids else -by
@@ -322,7 +322,7 @@ class Inference:
             desk.show(open=ids[at], page=at // PER_PAGE)
 
     def _use(self, act: str, id: str) -> None:
-        snap, say = self.ctx.house.snapshot(), self.ctx.say
+        snap, say = self.ctx.app_state.snapshot(), self.ctx.say
         found = drawings.find(self.desk.pictures(snap), id)
         if found is None:
             raise Fault("tab_inference.picture_gone")
@@ -338,9 +338,9 @@ class Inference:
             self._as_preview(view.samples[number].prompt)
 
     def _as_preview(self, prompt: str) -> None:
-        house, say = self.ctx.house, self.ctx.say
-        config = house.snapshot().config
-        house.projects.edit(sample_prompts=[*dict.fromkeys([*config.sample_prompts, prompt])])
+        app_state, say = self.ctx.app_state, self.ctx.say
+        config = app_state.snapshot().config
+        app_state.projects.edit(sample_prompts=[*dict.fromkeys([*config.sample_prompts, prompt])])
         key = "preview_added" if config.sample_every else "preview_never"
         self.ctx.page.tell(say(f"tab_inference.{key}", every=config.sample_every))
 
@@ -352,8 +352,8 @@ class Inference:
             asked = dict(json.loads(told))
         except (ValueError, TypeError):
             return
-        house = self.ctx.house
-        snap = house.snapshot()
+        app_state = self.ctx.app_state
+        snap = app_state.snapshot()
         loras = wanted.added(snap, wanted.choices(snap, self.desk))
         file, program = str(asked.get("file", "")), str(asked.get("program", ""))
         if act != "export" or program not in export.PROGRAMS or not any(
@@ -361,7 +361,7 @@ class Inference:
             return
         folder = export.target_folder(str(asked.get("folder", "")), program)
         self.desk.export(Path(file), program, folder, self.ctx.say, self.ctx.language)
-        house.settings.change(exports={**snap.settings.exports, program: str(folder)})
+        app_state.settings.change(exports={**snap.settings.exports, program: str(folder)})
 
 
 def _weighed(loras: list[Added], told: str) -> list[Added]:

@@ -10,13 +10,13 @@ from pathlib import Path
 import gradio as gr
 
 from core import importers
-from core.config import FOREIGN, TrainConfig, dump_yaml, load_train_config, parse_train_config
+from core.config import TrainConfig, dump_yaml, parse_train_config
 from core.errors import Fault
+from core.importers import FOREIGN, load_train_config
 from core.workspace import presets
 from core.workspace.project import known_presets
 from gui import actions, checklist
 from gui.html import button
-from gui.onboarding import first_start
 from gui.state.app_state import Context, Snapshot, Updates
 from gui.state.form import Form, keys_of
 from gui.tabs.run import RunView
@@ -24,6 +24,7 @@ from gui.widgets.base_chooser import base_chooser
 from gui.widgets.compare import compare
 from gui.widgets.drop_zone import drop_zone, uploaded
 from gui.widgets.history import history
+from gui.widgets.onboarding import first_start
 from gui.widgets.panel import panel
 from gui.widgets.preset_cards import own_presets, preset_cards
 from gui.widgets.suggestion import suggestion
@@ -145,23 +146,23 @@ class Parameters:
         return actions.act(self.ctx, act, id)
 
     def choose_base(self, value: str | None) -> None:
-        house = self.ctx.house
+        app_state = self.ctx.app_state
         text = str(value or "").strip().strip('"')
-        house.projects.edit(base_model=text or None)
-        family = house.projects.now.edits.get("family", "auto")
+        app_state.projects.edit(base_model=text or None)
+        family = app_state.projects.now.edits.get("family", "auto")
         presets.family_of(text, family=family)  # a fault where nothing is there
-        house.replan(self.ctx.language)
+        app_state.replan(self.ctx.language)
 
     def choose_purpose(self, value: str) -> None:
-        house = self.ctx.house
-        project = house.projects.now
-        house.projects.change(purpose=value)
+        app_state = self.ctx.app_state
+        project = app_state.projects.now
+        app_state.projects.change(purpose=value)
         if chosen := project.chosen():          # the same card for the other purpose
             same = next((one for one in known_presets(chosen.family)
                          if one.purpose == value and one.title == chosen.title), None)
             if same:
-                actions.choose_preset(house, same.slug)
-        house.replan(self.ctx.language)
+                actions.choose_preset(app_state, same.slug)
+        app_state.replan(self.ctx.language)
 
     def take_yaml(self, text: str) -> None:
         config = parse_train_config(text or "", "YAML")
@@ -179,18 +180,18 @@ class Parameters:
             self.ctx.page.tell("\n".join(lines), head, "warning")
 
     def _replace(self, config: TrainConfig) -> None:
-        house = self.ctx.house
-        house.projects.update(lambda project: project.model_copy(update={
+        app_state = self.ctx.app_state
+        app_state.projects.update(lambda project: project.model_copy(update={
             "edits": config.model_dump(exclude_unset=True), "preset": "", "advised": {},
             "invalid": {}}))
-        house.replan(self.ctx.language)
+        app_state.replan(self.ctx.language)
 
     def begin(self) -> None:
-        house = self.ctx.house
-        snap = house.snapshot()
+        app_state = self.ctx.app_state
+        snap = app_state.snapshot()
         if not checklist.ready(self.ctx, snap):
             raise Fault("gui.not_ready")
-        house.projects.change(run=house.jobs.start(startable(snap.config)))
+        app_state.projects.change(run=app_state.jobs.start(startable(snap.config)))
 
 
 # --- what it knows ---

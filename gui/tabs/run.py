@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from core.config import load_train_config
 from core.errors import Fault
-from core.jobs.events import Checkpoint
+from core.importers import load_train_config
 from core.jobs.journal import CONFIG, LOG
 from core.jobs.outcome import said_first
 from core.jobs.runs import JobView, resume_of
 from gui.html import bar, button, card, clock, duration, esc, speed
 from gui.state.app_state import Context, Snapshot, Updates
 from gui.state.desktop import open_folder
+from gui.state.run_files import folder_of, lora_file, lora_of
 from gui.widgets.fault_card import (
     fault_card,
     fix_of,
@@ -68,42 +67,42 @@ class RunView:
                 self.notes: _titled(ctx, "notes", notes(ctx, view))}
 
     def act(self, act: str, id: str) -> Updates | None:
-        house = self.ctx.house
+        app_state = self.ctx.app_state
         match act:
             case "pause":
-                house.jobs.pause(id)
+                app_state.jobs.pause(id)
             case "go":
-                house.jobs.go(id)
+                app_state.jobs.go(id)
             case "sample":
-                house.jobs.sample(id)
+                app_state.jobs.sample(id)
             case "save":
-                house.jobs.save(id)
+                app_state.jobs.save(id)
             case "stop":
-                house.jobs.stop(id)
+                app_state.jobs.stop(id)
             case "resume":
-                house.projects.change(run=house.jobs.resume(id))
+                app_state.projects.change(run=app_state.jobs.resume(id))
             case "fix":
-                house.projects.change(run=self._retry(id))
+                app_state.projects.change(run=self._retry(id))
             case "remedy":
-                house.projects.change(run=self._mend(id))
+                app_state.projects.change(run=self._mend(id))
             case "symptom":
                 run_id, _, symptom = id.partition("/")
-                remedies(self.ctx, house.jobs.view(run_id), symptom, "")
+                remedies(self.ctx, app_state.jobs.view(run_id), symptom, "")
             case "folder":
-                open_folder(folder_of(house.jobs.view(id)))
+                open_folder(folder_of(app_state.jobs.view(id)))
             case "back":
-                house.projects.change(run="")
+                app_state.projects.change(run="")
             case "try":
-                house.projects.update(lambda project: project.model_copy(update={
+                app_state.projects.update(lambda project: project.model_copy(update={
                     "inference": {**project.inference, "lora": ""}}))
-                house.filled()
+                app_state.filled()
                 return self.ctx.page.select("inference")
         return None
 
     def _retry(self, id: str) -> str:
         """'run/2': the run's config with the changes of its fault's third fix."""
         run_id, _, number = id.rpartition("/")
-        view = self.ctx.house.jobs.view(run_id)
+        view = self.ctx.app_state.jobs.view(run_id)
         changes = fix_of(view, number)
         keep_companions(self.ctx, str(view.config.get("base_model", "")), changes)
         return self._again(view, changes)
@@ -111,7 +110,7 @@ class RunView:
     def _mend(self, id: str) -> str:
         """'run/oom_start/advisor.do_batch': the same with that remedy against the symptom."""
         run_id, symptom, key = [*id.split("/"), "", ""][:3]
-        view = self.ctx.house.jobs.view(run_id)
+        view = self.ctx.app_state.jobs.view(run_id)
         found = known_remedies(self.ctx, view, symptom)
         changes = next((one["changes"] for one in found if one["key"] == key), None)
         if not changes:
@@ -123,7 +122,7 @@ class RunView:
         other_lora = {"lora_rank", "lora_alpha", "target_modules"} & changes.keys()
         wanted = changes.get("resume", bool(config.resume) and not other_lora)
         resume = resume_of(view.folder, config.resume) if wanted else False
-        return self.ctx.house.jobs.start(config.with_changes(**{**changes, "resume": resume}))
+        return self.ctx.app_state.jobs.start(config.with_changes(**{**changes, "resume": resume}))
 
 
 def _titled(ctx: Context, key: str, html: str) -> str:
@@ -253,26 +252,6 @@ def finished(ctx: Context, view: JobView) -> str:
     return card("info" if first else "good", ctx.say(key, step=point.step),
                 ctx.say("saved_as", file=lora_file(point)),
                 raw=f'<p class="acts">{actions}</p>{unhappy(ctx, view)}')
-
-
-def lora_of(view: JobView) -> int | None:
-    """The best of a run's files, else the final one, else the newest; its number."""
-    if not view.checkpoints:
-        return None
-    numbers = range(len(view.checkpoints))
-    return max(numbers, key=lambda n: (view.checkpoints[n].final, n))
-
-
-def folder_of(view: JobView) -> Path:
-    """Where the LoRA is, or is to be; before there is one, the run's own."""
-    output = Path(view.output_dir)
-    return output if view.output_dir and output.is_dir() else view.folder
-
-
-def lora_file(point: Checkpoint) -> Path:
-    """The LoRA of a checkpoint: the file itself, or the one in its folder."""
-    path = Path(point.path)
-    return path if path.suffix == ".safetensors" else path / f"{path.name}.safetensors"
 
 
 # --- the sides ---

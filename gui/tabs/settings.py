@@ -60,28 +60,28 @@ class SettingsTab:
                 self.folders: "\n".join(snap.settings.model_folders)}
 
     def act(self, act: str, id: str) -> Updates | None:
-        house = self.ctx.house
+        app_state = self.ctx.app_state
         if act == "open":
             folder = (bug_report.log_folder() if id == "logs"
-                      else house.settings.now.output_folder)
+                      else app_state.settings.now.output_folder)
             folder.mkdir(parents=True, exist_ok=True)
             open_folder(folder)
         elif act == "introduction":
-            house.settings.change(welcomed=False, first_step=1)
+            app_state.settings.change(welcomed=False, first_step=1)
             return self.ctx.page.select("parameters")
         return None
 
     def save(self, folder: str, mirror: str, folders: str) -> None:
         """All or nothing: what can't be used changes nothing."""
-        house = self.ctx.house
+        app_state = self.ctx.app_state
         mirror = (mirror or "").strip()
         checked_source(mirror)
         searched = [str(actions.absolute(line)) for line in (folders or "").splitlines()
                     if line.strip()]
         actions.set_output(self.ctx, folder or "")
-        if searched != house.settings.now.model_folders:
-            house.settings.change(model_folders=searched)
-            actions.search_bases(house)
-        house.settings.change(mirror=mirror)
-        house.replan(self.ctx.language)
+        if searched != app_state.settings.now.model_folders:
+            app_state.settings.change(model_folders=searched)
+            actions.search_bases(app_state)
+        app_state.settings.change(mirror=mirror)
+        app_state.replan(self.ctx.language)
         self.ctx.page.tell(self.ctx.say("saved"))

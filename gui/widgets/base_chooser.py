@@ -9,12 +9,10 @@ from core import families
 from core.base_models import hub
 from core.base_models.catalog import Entry
 from core.base_models.search import Found
+from core.families.registry import SPECS
 from gui.html import bar, button, card, esc
 from gui.state.app_state import Context, Snapshot
 from gui.state.base_models import Fetch
-
-TITLES = {"sd15": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "sd3": "SD 3", "flux": "Flux",
-          "chroma": "Chroma", "zimage": "Z-Image", "lumina2": "Lumina 2", "sana": "Sana"}
 
 
 def base_chooser(ctx: Context, snap: Snapshot) -> str:
@@ -53,7 +51,7 @@ def _here(ctx: Context, snap: Snapshot, good: list[Found]) -> str:
 
 
 def _found(ctx: Context, snap: Snapshot, one: Found, number: int) -> str:
-    family = TITLES.get(one.family, "")
+    family = SPECS[one.family].short_title if one.family in SPECS else ""
     if one.reason:
         act = esc(one.why(ctx.language))
     elif str(one.path) == snap.config.base_model:
@@ -82,8 +80,8 @@ def _offers(ctx: Context, snap: Snapshot) -> str:
 def _offer(ctx: Context, snap: Snapshot, entry: Entry) -> str:
     say = ctx.say
     place = hub.local(entry.repo, entry.files[:1])
-    reason = "" if entry.family in families.MODULES else say(
-        "model_search.not_yet", family=TITLES.get(entry.family, entry.family))
+    reason = "" if entry.family in families.SPECS else say(
+        "model_search.not_yet", family=entry.family)
     if place and reason:
         act = esc(f"{say('base_model.is_here')}. {reason}")
     elif place and str(place) == snap.config.base_model:
@@ -137,7 +135,7 @@ def _fetch(ctx: Context, fetch: Fetch | None) -> str:
     said = (say("base_model.progress", repo=fetch.repo, done=size(fetch.done),
                 total=size(fetch.total)) if fetch.total
             else say("base_model.begins", repo=fetch.repo, source=source(
-                ctx.house.settings.now.mirror)))
+                ctx.app_state.settings.now.mirror)))
     share = fetch.done / fetch.total if fetch.total else 0.0
     return (f'<section class="box"><p>{esc(said)}</p>{bar(share, said)}<p class="acts">'
             f'{button(say("base_model.stop"), "stop_fetch", once=True)}</p></section>')

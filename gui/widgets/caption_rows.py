@@ -15,7 +15,7 @@ from core.dataset.captions import split_tags
 from gui.html import button, esc
 from gui.state.app_state import Context
 from gui.state.dataset import State
-from gui.state.dataset_view import Album
+from gui.state.dataset_view import DatasetView
 from gui.widgets.picture_grid import address, page_of, pager
 
 PER_PAGE = 20
@@ -26,7 +26,7 @@ SHOWN_CHANGES = 3
 
 # --- which captions ---
 
-def found(album: Album, trigger: str = "") -> tuple[str, ...]:
+def found(album: DatasetView, trigger: str = "") -> tuple[str, ...]:
     """The pictures whose captions are looked at. Raises Fault for a search that can't be read."""
     state, shown = album.now, album.shown
     here = frozenset(shown.only) if shown.only else frozenset(state.names)
@@ -41,7 +41,7 @@ def count_words(text: str) -> int:
     return len(text.split())
 
 
-def token_limit(album: Album) -> int:
+def token_limit(album: DatasetView) -> int:
     """Of the base that the folder was checked for."""
     report = album.now.report
     return report.facts.token_limit if report else TrainConfig().max_tokens
@@ -58,7 +58,7 @@ def next_empty(names: Sequence[str], captions: Mapping[str, str], page: int) -> 
 
 # --- rows ---
 
-def rows(ctx: Context, album: Album, names: Sequence[str]) -> str:
+def rows(ctx: Context, album: DatasetView, names: Sequence[str]) -> str:
     """Boxes without their texts: see caption_editor.js."""
     state, say = album.now, ctx.say
     if not state.names:
@@ -72,7 +72,7 @@ def rows(ctx: Context, album: Album, names: Sequence[str]) -> str:
             f'<p class="small">{esc(say("tab_captioning.keys"))}</p>')
 
 
-def _head(ctx: Context, album: Album) -> str:
+def _head(ctx: Context, album: DatasetView) -> str:
     say, state, shown = ctx.say, album.now, album.shown
     named = {which: say(f"captions.what_{what}") if what else ""
              for which, what in (("undo", state.undo), ("redo", state.redo))}
@@ -89,7 +89,7 @@ def _head(ctx: Context, album: Album) -> str:
     return f'<div class="tools">{picks}{only}<span class="spring"></span>{steps}</div>'
 
 
-def _row(ctx: Context, album: Album, name: str) -> str:
+def _row(ctx: Context, album: DatasetView, name: str) -> str:
     key, state = album.key(name), album.now
     out = name in state.chosen.left_out
     kind = ' class="out"' if out else ""
@@ -104,7 +104,7 @@ def _row(ctx: Context, album: Album, name: str) -> str:
             f'aria-label="{esc(said)}"></textarea>{why}</div><span class="count"></span></li>')
 
 
-def texts(ctx: Context, album: Album, names: Sequence[str]) -> str:
+def texts(ctx: Context, album: DatasetView, names: Sequence[str]) -> str:
     """The captions of the page, by key, as JSON in an attribute."""
     page, _ = page_of(len(names), album.shown.rows, PER_PAGE)
     told = {album.key(name): _text(ctx, album, name)
@@ -112,7 +112,7 @@ def texts(ctx: Context, album: Album, names: Sequence[str]) -> str:
     return f'<div hidden data-texts="{esc(json.dumps(told, ensure_ascii=False))}"></div>'
 
 
-def _text(ctx: Context, album: Album, name: str) -> dict[str, Any]:
+def _text(ctx: Context, album: DatasetView, name: str) -> dict[str, Any]:
     caption, limit = album.now.captions.get(name, ""), token_limit(album)
     count: Callable[[str], int] = album.count_tokens or count_words
     exact = album.count_tokens is not None

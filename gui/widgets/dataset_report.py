@@ -7,7 +7,7 @@ from core.dataset.checks.report import LEVELS
 from gui.html import bar, button, card, esc
 from gui.state.app_state import Context
 from gui.state.dataset import State
-from gui.state.dataset_view import Album
+from gui.state.dataset_view import DatasetView
 from gui.widgets.picture_grid import of_finding
 
 SIGNS = {"error": "✖", "warning": "⚠", "note": "ⓘ"}
@@ -15,7 +15,7 @@ MOST_LINES = 8                  # pictures named below a finding
 MOST_BUCKETS = 10
 
 
-def summary(ctx: Context, album: Album) -> str:
+def summary(ctx: Context, album: DatasetView) -> str:
     """How far the look at the folder is, or what it came to."""
     state, say = album.now, ctx.say
     if state.fault is not None:
@@ -45,7 +45,7 @@ def summary(ctx: Context, album: Album) -> str:
         left_out=len(state.chosen.left_out & set(state.names)))) + judged
 
 
-def findings(ctx: Context, album: Album) -> str:
+def findings(ctx: Context, album: DatasetView) -> str:
     state = album.now
     if state.report is None:
         return ""

@@ -14,7 +14,7 @@ from core.lora_files.library import DEFAULT_WEIGHT
 from gui.html import bar, button, card, clock, duration, esc
 from gui.state import inference_request as wanted
 from gui.state.app_state import Context, Snapshot
-from gui.state.inference_files import PER_PAGE, Desk, is_of
+from gui.state.inference_files import PER_PAGE, InferenceFiles, is_of
 from gui.widgets.fault_card import fault_card
 from gui.widgets.lora_list import base_name
 from gui.widgets.picture_grid import page_of, pager
@@ -30,7 +30,7 @@ def holder(snap: Snapshot) -> JobView | None:
     return view if view and not view.beside and view.job != "generate" else None
 
 
-def actions(ctx: Context, snap: Snapshot, desk: Desk) -> str:
+def actions(ctx: Context, snap: Snapshot, desk: InferenceFiles) -> str:
     """Generate and the comparisons; while a run holds the machine: the ways round it."""
     busy = holder(snap)
     return (_busy(ctx, snap, busy) if busy else "") + (
@@ -48,7 +48,7 @@ def _draw(ctx: Context, snap: Snapshot, busy: JobView | None) -> str:
                      hint=ctx.say("tab_inference.on_cpu_help")))
 
 
-def _comparisons(ctx: Context, snap: Snapshot, desk: Desk) -> str:
+def _comparisons(ctx: Context, snap: Snapshot, desk: InferenceFiles) -> str:
     found = wanted.choices(snap, desk)
     loras = wanted.added(snap, found)
     points = wanted.checkpoints(snap, loras[0].file) if loras else []
@@ -81,7 +81,7 @@ def _busy(ctx: Context, snap: Snapshot, busy: JobView) -> str:
 
 # --- how it goes ---
 
-def status(ctx: Context, snap: Snapshot, desk: Desk) -> str:
+def status(ctx: Context, snap: Snapshot, desk: InferenceFiles) -> str:
     """What is drawn or waits, else how the last one ended."""
     drawings = [view for view in snap.runs if view.job == "generate"]
     going = [view for view in reversed(drawings) if not view.over]
@@ -139,7 +139,7 @@ def last_drawing(snap: Snapshot) -> JobView | None:
 
 # --- one of them, large ---
 
-def large(ctx: Context, snap: Snapshot, desk: Desk) -> str:
+def large(ctx: Context, snap: Snapshot, desk: InferenceFiles) -> str:
     """The picture that was opened; else what was drawn last: a comparison, a sheet, a picture."""
     pictures = desk.pictures(snap)
     chosen = find(pictures, desk.open)
@@ -185,7 +185,7 @@ def _look(view: JobView) -> str:
     return "pixels" if demo else ""
 
 
-def _large(ctx: Context, desk: Desk, view: JobView, number: int) -> str:
+def _large(ctx: Context, desk: InferenceFiles, view: JobView, number: int) -> str:
     say, id, sample = ctx.say, id_of(view, number), view.samples[number]
     address = f"/picture/{esc(view.id)}/{number}?full=1"
     sheet = sample.step == SHEET
@@ -229,7 +229,7 @@ def facts(ctx: Context, view: JobView, number: int) -> list[tuple[str, str]]:
 
 # --- all of them ---
 
-def gallery(ctx: Context, snap: Snapshot, desk: Desk) -> str:
+def gallery(ctx: Context, snap: Snapshot, desk: InferenceFiles) -> str:
     """Newest first, each with what made it."""
     say, pictures = ctx.say, desk.pictures(snap)
     undo = button(say("tab_inference.undelete", count=len(desk.deleted)), "undelete") \
@@ -244,7 +244,7 @@ def gallery(ctx: Context, snap: Snapshot, desk: Desk) -> str:
             f'<span class="spring"></span>{undo}</div><div class="gallery">{cells}</div>{turn}')
 
 
-def _picture(ctx: Context, desk: Desk, view: JobView, number: int) -> str:
+def _picture(ctx: Context, desk: InferenceFiles, view: JobView, number: int) -> str:
     say, id, sample = ctx.say, id_of(view, number), view.samples[number]
     loras = wanted.loras_of(view, number)
     named = (", ".join(f"{one.name} {one.weight:g}" for one in loras) if loras

@@ -52,9 +52,9 @@ def fix_of(view: JobView, number: str) -> dict[str, Any]:
 def keep_companions(ctx: Context, base: str, changes: Mapping[str, Any]) -> None:
     """Which file belongs to the project's base is said once, not for each run."""
     kept = {key: value for key, value in changes.items() if key in COMPANIONS}
-    if kept and base == ctx.house.projects.now.edits.get("base_model", "demo"):
-        ctx.house.projects.edit(**kept)
-        ctx.house.filled()
+    if kept and base == ctx.app_state.projects.now.edits.get("base_model", "demo"):
+        ctx.app_state.projects.edit(**kept)
+        ctx.app_state.filled()
 
 
 def diagnostics(ctx: Context, run_id: str = "") -> str:
@@ -91,8 +91,8 @@ def symptom_of(view: JobView) -> str | None:
 
 def remedies(ctx: Context, view: JobView, symptom: str, title: str) -> str:
     key = f"{view.id}/{symptom}"
-    ctx.house.planning.remedy(key, _question(ctx, view, symptom))
-    planned = ctx.house.planning.now.remedies.get(key)
+    ctx.app_state.planning.remedy(key, _question(ctx, view, symptom))
+    planned = ctx.app_state.planning.now.remedies.get(key)
     waits = "" if planned is not None else (
         f'<p class="small" role="status">{esc(ctx.say("remedies.looking"))}</p>')
     rows = "".join(_remedy(ctx, key, one) for one in known_remedies(ctx, view, symptom)[:MOST])
@@ -102,13 +102,14 @@ def remedies(ctx: Context, view: JobView, symptom: str, title: str) -> str:
 
 def known_remedies(ctx: Context, view: JobView, symptom: str) -> list[dict[str, Any]]:
     """Weighed by the planner; until it has answered, all that may help."""
-    planned = ctx.house.planning.now.remedies.get(f"{view.id}/{symptom}")
+    planned = ctx.app_state.planning.now.remedies.get(f"{view.id}/{symptom}")
     if planned is not None:
         return planned
     question = _question(ctx, view, symptom)
-    machine = ctx.house.machine
-    facts = core_remedies.Facts(rungs=relief.rungs(machine) if machine else relief.Rungs(),
-                                updates=question["updates"], best_step=question["best_step"])
+    machine = ctx.app_state.machine
+    able = relief.capabilities(machine) if machine else relief.Capabilities()
+    facts = core_remedies.Facts(capabilities=able, updates=question["updates"],
+                                best_step=question["best_step"])
     config = TrainConfig.model_validate(question["config"])
     return [{"key": one.key, "params": dict(one.params), "changes": dict(one.changes)}
             for one in core_remedies.answer(symptom, config, None, facts)
@@ -133,7 +134,7 @@ def _question(ctx: Context, view: JobView, symptom: str) -> dict[str, Any]:
 
 def unhappy(ctx: Context, view: JobView) -> str:
     """For a run that went through: what to change when the pictures disappoint."""
-    asked = [one for one in SYMPTOMS if f"{view.id}/{one}" in ctx.house.planning.now.remedies]
+    asked = [one for one in SYMPTOMS if f"{view.id}/{one}" in ctx.app_state.planning.now.remedies]
     acts = "".join(button(ctx.say(f"remedies.{one}"), "symptom", f"{view.id}/{one}",
                           kind="primary" if one in asked[-1:] else "") for one in SYMPTOMS)
     shown = remedies(ctx, view, asked[-1], "") if asked else ""

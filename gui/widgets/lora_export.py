@@ -6,13 +6,13 @@ from core.lora_files.export import PROGRAMS
 from gui.html import esc
 from gui.state import inference_request as wanted
 from gui.state.app_state import Context, Snapshot
-from gui.state.inference_files import Desk
+from gui.state.inference_files import InferenceFiles
 from gui.widgets.lora_list import called
 
 LABELS = {"a1111": "A1111", "forge": "Forge", "comfyui": "ComfyUI", "diffusers": "diffusers"}
 
 
-def lora_export(ctx: Context, snap: Snapshot, desk: Desk) -> str:
+def lora_export(ctx: Context, snap: Snapshot, desk: InferenceFiles) -> str:
     """Folded; the folder is the one used last, or where the program was found."""
     say = ctx.say
     found = wanted.choices(snap, desk)
@@ -45,7 +45,7 @@ def lora_export(ctx: Context, snap: Snapshot, desk: Desk) -> str:
             f'<p class="small">{esc(say("tab_inference.export_help"))}</p>{said}</details>')
 
 
-def folder_for(snap: Snapshot, desk: Desk, program: str) -> str:
+def folder_for(snap: Snapshot, desk: InferenceFiles, program: str) -> str:
     """The one used last, else the first that was found."""
     kept = snap.settings.exports.get(program, "")
     return kept or next((str(place.folder) for place in desk.places or ()

@@ -6,15 +6,16 @@ import json
 from pathlib import Path
 
 from core import paths
-from core.lora_files.files import NOT_LORA, Info
+from core.families.lora_signs import NOT_LORA
+from core.lora_files.files import Info
 from gui.html import button, clock, esc
 from gui.state import inference_request as wanted
 from gui.state.app_state import Context, Snapshot
-from gui.state.inference_files import Desk
+from gui.state.inference_files import InferenceFiles
 from gui.state.inference_request import Added, Choice
 
 
-def lora_list(ctx: Context, snap: Snapshot, desk: Desk) -> str:
+def lora_list(ctx: Context, snap: Snapshot, desk: InferenceFiles) -> str:
     found = wanted.choices(snap, desk)
     loras = wanted.added(snap, found)
     rows = "".join(_row(ctx, number, one, found, desk) for number, one in enumerate(loras))
@@ -25,7 +26,7 @@ def lora_list(ctx: Context, snap: Snapshot, desk: Desk) -> str:
             f'{_add(ctx, loras, found)}{_dropped(ctx, desk)}</section>')
 
 
-def lora_names(snap: Snapshot, desk: Desk) -> str:
+def lora_names(snap: Snapshot, desk: InferenceFiles) -> str:
     """For completion in the prompt: what the names mean is decided by the same list."""
     known = list(wanted.names(wanted.choices(snap, desk)))
     return f'<span hidden data-names="{esc(json.dumps(known, ensure_ascii=False))}"></span>'
@@ -39,7 +40,7 @@ def called(ctx: Context, choice: Choice) -> str:
     return " · ".join(filter(None, (choice.run.name, ctx.say("step_n", step=choice.step), kind)))
 
 
-def _row(ctx: Context, number: int, one: Added, found: list[Choice], desk: Desk) -> str:
+def _row(ctx: Context, number: int, one: Added, found: list[Choice], desk: InferenceFiles) -> str:
     choice = next((c for c in found if c.file == one.file), None)
     name = called(ctx, choice) if choice else one.name
     label = esc(ctx.say("tab_inference.weight_of", name=name))
@@ -78,7 +79,8 @@ def base_name(ctx: Context, base: str) -> str:
     return ctx.say("tab_inference.demo") if demo else Path(base).name
 
 
-def _words(ctx: Context, snap: Snapshot, loras: list[Added], found: list[Choice], desk: Desk
+def _words(ctx: Context, snap: Snapshot, loras: list[Added], found: list[Choice],
+           desk: InferenceFiles
            ) -> str:
     words = wanted.triggers(snap, loras, found, desk)
     if not words:
@@ -110,7 +112,7 @@ def _add(ctx: Context, loras: list[Added], found: list[Choice]) -> str:
             f'{esc(say("tab_inference.add_path"))}</button></form></div>')
 
 
-def _dropped(ctx: Context, desk: Desk) -> str:
+def _dropped(ctx: Context, desk: InferenceFiles) -> str:
     """What the LoRA that was dropped last tells of itself."""
     info = desk.dropped
     if info is None:

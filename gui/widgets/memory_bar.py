@@ -9,7 +9,7 @@ from core.memory.plan import MARGIN
 from gui.html import esc, gigabytes
 from gui.state.app_state import Context
 
-_GROUPS = {                             # parts of core/memory/plan.py, as few as an eye can tell apart
+_GROUPS = {                             # parts of the plan, as few as an eye can tell apart
     "base": ("denoiser", "text_encoder", "vae"), "activations": ("activations",),
     "lora": ("adapter", "optimizer", "gradients", "average", "base_loras"),
     "system": ("context", "workspace", "fragments", "allocator", "process", "dataset", "offload")}

@@ -7,11 +7,9 @@ from typing import Any
 
 import gradio as gr
 
-_HERE = Path(__file__).parent
+from gui.state.page import READY
 
-# Gradio adds a page's scripts by itself: an area may be there before gui/live.js is.
-READY = ("const ready = act => window.darkroom ? act()"
-         " : addEventListener('darkroom', act, {once: true});")
+_HERE = Path(__file__).parent
 
 # One listener on the area itself: what is painted anew needs none.
 _DELEGATE = """

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from gui.html import button, esc
 from gui.state.app_state import Context
 from gui.state.dataset import Shown, State
-from gui.state.dataset_view import Album
+from gui.state.dataset_view import DatasetView
 
 PER_PAGE = 60
 FILTERS = ("all", "problems", "uncaptioned", "left_out")
@@ -45,7 +45,7 @@ def page_of(count: int, page: int, size: int = PER_PAGE) -> tuple[int, int]:
 
 # --- the page ---
 
-def grid(ctx: Context, album: Album) -> str:
+def grid(ctx: Context, album: DatasetView) -> str:
     state, shown = album.now, album.shown
     if not state.names:
         return ""
@@ -81,7 +81,7 @@ def _of_selected(ctx: Context, act: str) -> str:
             f'</button>')
 
 
-def _tile(ctx: Context, album: Album, name: str, troubled: bool) -> str:
+def _tile(ctx: Context, album: DatasetView, name: str, troubled: bool) -> str:
     state, key = album.now, album.key(name)
     out = name in state.chosen.left_out
     bare = not out and not state.captions.get(name)
@@ -113,7 +113,7 @@ def pager(ctx: Context, page: int, pages: int, count: int) -> str:
     return f'<div class="tools">{"".join([*turns[:half], where, *turns[half:]])}</div>'
 
 
-def address(album: Album, name: str, view: bool = False) -> str:
+def address(album: DatasetView, name: str, view: bool = False) -> str:
     """Changes with each look at the folder, so that browsers may keep what they got; no file is
     asked here, which would wait for the threads that read them all."""
     return f"/dataset/{album.key(name)}?v={album.now.looked}" + ("&view=1" if view else "")
@@ -121,7 +121,7 @@ def address(album: Album, name: str, view: bool = False) -> str:
 
 # --- one picture ---
 
-def large(ctx: Context, album: Album) -> str:
+def large(ctx: Context, album: DatasetView) -> str:
     """Empty where none is open."""
     state, name = album.now, album.shown.open
     if name not in state.names:
@@ -143,7 +143,7 @@ def large(ctx: Context, album: Album) -> str:
             f'<p class="small">{esc(say("tab_dataset.aim_help"))}</p></section>')
 
 
-def _aim(ctx: Context, album: Album, name: str) -> str:
+def _aim(ctx: Context, album: DatasetView, name: str) -> str:
     state = album.now
     one, point = state.planned(name), state.chosen.focus.get(name)
     if point is None and one is not None:

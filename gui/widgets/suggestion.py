@@ -15,15 +15,15 @@ FIRST = ("max_resolution", "batch_size", "gradient_accumulation_steps", "lora_ra
 
 
 def suggestion(ctx: Context, snap: Snapshot) -> str:
-    answer = snap.forecast.answer
+    answer = snap.plan_state.answer
     title = f'<h3>{esc(ctx.say("this_machine"))}</h3>'
     if "plan" not in answer:
-        waits = ctx.say("planning" if snap.forecast.pending else "nothing_planned")
+        waits = ctx.say("planning" if snap.plan_state.pending else "nothing_planned")
         fault = answer.get("fault")
         text = ctx.say(fault["code"], **fault["params"]) if fault else waits
         return f'<section class="box">{title}<p class="small">{esc(text)}</p></section>'
-    bar = memory_bar(ctx, answer["plan"], pending=snap.forecast.pending)
-    waits = f'<p class="small">{esc(ctx.say("planning"))}</p>' if snap.forecast.pending else ""
+    bar = memory_bar(ctx, answer["plan"], pending=snap.plan_state.pending)
+    waits = f'<p class="small">{esc(ctx.say("planning"))}</p>' if snap.plan_state.pending else ""
     return (f'<section class="box">{title}{bar}{waits}{_nearest(ctx, answer)}'
             f'{_advice(ctx, snap, answer.get("suggestion"))}</section>')
 

@@ -20,6 +20,7 @@ from core import families
 from core.adapters import from_file, lora
 from core.config import TrainConfig, parse_train_config
 from core.errors import Fault
+from core.families import lora_signs
 from core.inference import generate
 from core.jobs.control import Control
 from core.jobs.events import Event, Note
@@ -27,7 +28,7 @@ from core.lora_files import files as lora_file
 from core.lora_files import formats
 from core.memory import plan
 from core.training.checkpoint import FOLDER
-from core.training.trainer import train
+from core.training.run import train
 from core.weights.quantization import quantise_
 from tests import tiny, tiny_families
 
@@ -409,7 +410,7 @@ def test_files_of_every_kind_work_together_in_any_order() -> None:
 
 def test_pissa_is_a_plain_lora_of_twice_the_rank() -> None:
     found = file_of(trained("pissa"))
-    assert lora_file.detect_format(found) == "kohya"
+    assert lora_signs.detect_format(found) == "kohya"
     down = found["lora_unet_mid_block_to_q.lora_down.weight"]
     assert down.shape == (8, IN)
     assert float(found["lora_unet_mid_block_to_q.alpha"]) / 8 == 1.5
@@ -420,7 +421,7 @@ def test_pissa_is_a_plain_lora_of_twice_the_rank() -> None:
     ("lokr", "lycoris-lokr"), ("oft", "lycoris-oft")])
 def test_files_have_the_communitys_names(kind: str, format_: str, tmp_path: Path) -> None:
     tensors = file_of(trained(kind), torch.float16)
-    assert lora_file.detect_format(tensors) == format_
+    assert lora_signs.detect_format(tensors) == format_
     assert all(t.dtype == torch.float32 for k, t in tensors.items()
                if k.endswith(("alpha", "dora_scale")))
     save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "a.safetensors")

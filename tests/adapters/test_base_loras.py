@@ -20,8 +20,9 @@ from core import families, i18n, importers
 from core.adapters import base_loras, from_file, lora
 from core.config import TrainConfig, parse_train_config
 from core.errors import Fault
-from core.families.base import Family, Frame, Parts
-from core.families.layer_names import NAMINGS
+from core.families import detection
+from core.families.base import CropInfo, Family, Parts
+from core.families.registry import SPECS
 from core.inference import generate
 from core.jobs.control import Control
 from core.jobs.events import Event, Note, Sample
@@ -30,8 +31,8 @@ from core.lora_files import formats
 from core.lora_files.library import parse_lora
 from core.lora_files.metadata import BASE_LORAS_KEY
 from core.memory import plan
-from core.training.memory_guard import Lookout
-from core.training.trainer import train
+from core.training.memory_guard import MemoryGuard
+from core.training.run import train
 from core.weights.offload import offload_
 from core.weights.precision import choose
 from core.weights.quantization import quantise_
@@ -45,7 +46,7 @@ CPU = torch.device("cpu")
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DARKROOM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("DARKROOM_LANG", "en")
-    monkeypatch.setattr(Lookout, "announce", lambda self: None)
+    monkeypatch.setattr(MemoryGuard, "announce", lambda self: None)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def made(name: str, family: Family, denoiser: Any, path: Path, format_: str,
     torch.manual_seed(4)
     for parameter in lora.trainable(denoiser):
         parameter.data = torch.randn(parameter.shape) * 0.3
-    naming = NAMINGS[name]
+    naming = SPECS[name].naming
     found = formats.from_tensors(from_file.tensors(
         denoiser, lora.state(denoiser), torch.float32, naming[0].name, None), name)
     found.metadata = {"modelspec.architecture": family.spec.architecture}
@@ -102,7 +103,7 @@ def made(name: str, family: Family, denoiser: Any, path: Path, format_: str,
 
 def predicted(family: Family, parts: Parts) -> torch.Tensor:
     cond = family.encode_text(parts, ["red disc"])
-    cond |= family.framing(Frame((32, 32), (0, 0), (32, 32)))
+    cond |= family.framing(CropInfo((32, 32), (0, 0), (32, 32)))
     latents = family.encode_image(parts, torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32))
     with torch.no_grad():
         return family.predict(parts.denoiser, latents, torch.tensor([400.0]) if parts.flow
@@ -277,7 +278,7 @@ def test_what_does_not_fit_is_refused_and_what_is_left_out_is_told(
 
 def test_plans_count_them(base: Path, adapter: Path) -> None:
     card = plan.Machine("cuda", "a card", 8192, 8000, (8, 6), ram_mb=16000, disk_mb=1e5)
-    plain, more = (plan.plan_run(TrainConfig(base_loras=files), plan.Base.of(base), card)
+    plain, more = (plan.plan_run(TrainConfig(base_loras=files), detection.Base.of(base), card)
                    for files in ([], [str(adapter)]))
     weights = sum(t.numel() for t in load_file(adapter).values() if t.ndim > 1)
     for name in ("train", "verify"):

@@ -10,9 +10,10 @@ import torch
 
 from core import families
 from core.adapters import init, lora
-from core.config import TrainConfig, load_train_config
+from core.config import TrainConfig
 from core.errors import Fault
-from core.families.layer_names import SD1
+from core.families.sd15.spec import NAMING as SD1
+from core.importers import load_train_config
 from core.jobs.events import Event, Note
 from core.lora_files import formats
 from core.lora_files.files import describe

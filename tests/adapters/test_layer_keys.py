@@ -23,7 +23,7 @@ from torch import nn
 from core import families, paths
 from core.adapters import lora
 from core.config import TrainConfig
-from core.families.layer_names import NAMINGS
+from core.families.registry import SPECS
 from core.lora_files import export
 from core.lora_files.formats import HOLDS, SINGLE, spell
 from core.lora_files.layers import Layer, Lora
@@ -233,7 +233,7 @@ def trained(family: str, targets: str | list[str], name: str) -> dict[str, Layer
 def keys(family: str, format_: str) -> dict[str, torch.Tensor]:
     """A file of all layers that a run trains."""
     spec = families.get(family).spec
-    parts = NAMINGS[family]
+    parts = SPECS[family].naming
     layers = trained(family, "all-linear", parts[0].name)
     for part in parts[1:] if spec.text_targets else ():
         layers |= trained(family, list(spec.text_targets), part.name)
@@ -250,7 +250,7 @@ def told() -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("family", families.MODULES)
+@pytest.mark.parametrize("family", families.SPECS)
 def test_every_key_that_a_program_gets_is_one_it_takes(family: str, program: str) -> None:
     """A family that no table here knows is one that the docs say the program doesn't run."""
     said = told().get(family, {}).get(program, "?")
@@ -263,7 +263,7 @@ def test_every_key_that_a_program_gets_is_one_it_takes(family: str, program: str
         assert left(program, family, keys(family, format_)) == []
 
 
-@pytest.mark.parametrize("family", families.MODULES)
+@pytest.mark.parametrize("family", families.SPECS)
 def test_the_file_that_a_run_writes_is_read_as_it_is(family: str) -> None:
     written = families.get(family).spec.lora_format
     if family in COMFYUI:
@@ -289,7 +289,7 @@ def test_every_kind_of_layer_has_ends_that_are_taken(program: str, kind: str) ->
     path = "unet.mid_block.attentions.0.proj_in"
     for format_ in export.reads(program, "sd15"):
         if kind in HOLDS[format_]:
-            found = spell(Lora({path: OTHER_KINDS[kind]()}, NAMINGS["sd15"]), format_)
+            found = spell(Lora({path: OTHER_KINDS[kind]()}, SPECS["sd15"].naming), format_)
             assert left(program, "sd15", found) == []
 
 

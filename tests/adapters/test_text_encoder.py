@@ -167,7 +167,7 @@ def test_encoding_in_the_step_equals_the_cache(make: Make) -> None:
     """An untrained LoRA and words that begin as the trigger's own tokens change nothing."""
     cached = trainer_of(make(trigger_word="red disc"))
     live = trainer_of(make(**TEXT | {"trigger_word": "red disc"}))
-    batches = cached.course.update(0)
+    batches = cached.sampler.update(0)
 
     def gradient(trainer: Trainer) -> torch.Tensor:
         trainer.accumulate(batches)

@@ -1,4 +1,4 @@
-"""core/base_models/hub.py against a real HTTP server in a process of its own: see tests/hub_server.py."""
+"""core/base_models/hub.py against a real HTTP server in a process of its own (hub_server.py)."""
 
 from __future__ import annotations
 

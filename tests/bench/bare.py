@@ -20,7 +20,7 @@ class BareLoop:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
         config = {k: v for k, v in trainer.parts.scheduler.items() if not k.startswith("_")}
         self.schedule = DDPMScheduler.from_config(config)
-        batch = max((trainer.course.update(n)[0] for n in range(8)), key=lambda b: len(b.indices))
+        batch = max((trainer.sampler.update(n)[0] for n in range(8)), key=lambda b: len(b.indices))
         self.latents = torch.stack([trainer.examples.latents[i] for i in batch.indices])
         self.cond, self.predict = trainer._cond(batch), trainer.family.predict
         self.precision = trainer.precision

@@ -18,9 +18,8 @@ from core import families, paths
 from core.config import TrainConfig
 from core.dataset import buckets, images
 from core.dataset.examples import Encoder, Examples, find
-from core.families.base import Precision
 from core.jobs.control import Control
-from core.weights.precision import choose
+from core.weights.precision import Precision, choose
 
 
 def make_pictures(folder: Path, count: int) -> None:

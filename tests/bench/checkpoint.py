@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from core.training.output import Keeper
+from core.training.output import OutputWriter
 from core.training.output_names import Output
 from tests.bench.step import full_trainer
 
@@ -34,7 +34,7 @@ def measure(side: int, checkpoints: int, after: int) -> tuple[float, float, floa
     with tempfile.TemporaryDirectory() as folder:
         output = Output(Path(folder), trainer.config, trainer.emit)
         output.rename()
-        keeper = Keeper(trainer, output, time.time())
+        writer = OutputWriter(trainer, output, time.time())
         trainer.update(0)
         for _ in range(checkpoints):
             times: dict[bool, list[float]] = {False: [], True: []}
@@ -42,16 +42,16 @@ def measure(side: int, checkpoints: int, after: int) -> tuple[float, float, floa
                 began = time.perf_counter()
                 if saving:
                     number += 1
-                    keeper.checkpoint(number)
+                    writer.checkpoint(number)
                     waits.append(time.perf_counter() - began)
                 for _ in range(after):
                     began = time.perf_counter()
                     trainer.update(number)
                     times[saving].append(time.perf_counter() - began)
-                keeper.settle()
+                writer.settle()
             steps += times[False]
             losses.append(sum(times[True]) - sum(times[False]))
-        keeper.close()
+        writer.close()
     return statistics.median(steps), statistics.median(waits), statistics.median(losses)
 
 

@@ -28,11 +28,13 @@ from core import families, paths
 from core.config import TrainConfig
 from core.dataset.examples import Example, Examples
 from core.dataset.image_folder import Dataset, Picture
-from core.families.base import ALL_PARTS, Precision
+from core.families import detection
+from core.families.base import ALL_PARTS
+from core.families.loading import load_denoiser
 from core.jobs.control import Control
 from core.memory import plan, plan_inputs, traces
 from core.training.trainer import Trainer
-from core.weights.precision import choose, load_denoiser
+from core.weights.precision import Precision, choose
 from tests import ldm_layout
 from tests.bench.plan import measure
 from tests.bench.step import compare
@@ -121,7 +123,8 @@ def trainer_of(family: str, file: Path, **changes: Any) -> Trainer:
     examples = Examples([item], Dataset((item.picture,), (), Path()), frozenset())
     channels, side = parts.denoiser.config.in_channels, SIDE // 8
     examples.latents = [torch.randn(channels, side, side)]
-    shapes = traces._embedding(plan.Base.of(plan_inputs.base_of(family).source, family), "fp32")
+    base = detection.Base.of(plan_inputs.base_of(family).source, family)
+    shapes = traces._embedding(base, "fp32")
     text = {k: torch.randn(v.shape, dtype=precision.compute) for k, v in shapes.items()}
     examples.texts = {"x": text, "": text}
     return Trainer(config, one, parts, precision, examples, lambda event: None, Control())
@@ -134,7 +137,7 @@ def step(family: str, file: Path, rounds: int) -> dict[str, float]:
 
 def planned(family: str, file: Path, changes: dict[str, Any]) -> dict[str, float]:
     trainer = trainer_of(family, file, **changes)
-    made = plan.plan_run(trainer.config, plan.Base.of(file), plan.Machine("cpu", "CPU", 0, 0),
+    made = plan.plan_run(trainer.config, detection.Base.of(file), plan.Machine("cpu", "CPU", 0, 0),
                          plan.Data(1, 1, 1, (SIDE, SIDE))).phase("train").mb
     return {"planned": made, "measured": measure(trainer)}
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import psutil
 
-from core.memory.plan import Base
-from core.training.memory_guard import Lookout, weigh
-from core.training.recovery import Rescue
+from core.families.detection import Base
+from core.training.memory_guard import MemoryGuard, weigh
+from core.training.recovery import Recovery
 from core.training.trainer import Trainer
 from tests.bench.bare import BareLoop
 from tests.bench.step import demo_trainer, full_trainer
@@ -51,17 +51,17 @@ def _bare(trainer: Trainer) -> Callable[[int], None]:
 def _rescued(trainer: Trainer) -> Callable[[int], None]:
     """The step as a run makes it, with its good states in RAM and its loss read now and then."""
     config = trainer.config
-    lookout = Lookout(config, Base.of(Path(config.base_model)), trainer.precision.device,
-                      weigh(trainer.examples.items, config), lambda event: None)
-    rescue = Rescue(trainer, lookout, lambda event: None)
-    rescue.begin(0)
+    guard = MemoryGuard(config, Base.of(Path(config.base_model)), trainer.precision.device,
+                        weigh(trainer.examples.items, config), lambda event: None)
+    recovery = Recovery(trainer, guard, lambda event: None)
+    recovery.begin(0)
 
     def step(number: int) -> None:
-        rescue.update(number)
+        recovery.update(number)
         if number % 5 == 0:
             trainer.mean_loss()
-        rescue.look(number + 1)
-        rescue.keep(number + 1)
+        recovery.look(number + 1)
+        recovery.keep(number + 1)
     return step
 
 

@@ -3,8 +3,8 @@
     python -m tests.bench.plan [--full] [--json FILE]
 
 Measured: bytes of the real weights, adapter and optimizer state, and the peak of what torch's CPU
-allocator hands out during one update (torch.profiler's memory events). Planned: core.memory.plan, from
-meta tensors. With --full also a full-size random SD 1.5 UNet (up to 12 GB of memory).
+allocator hands out during one update (torch.profiler's memory events). Planned: core.memory.plan,
+from meta tensors. With --full also a full-size random SD 1.5 UNet (up to 12 GB of memory).
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ from torch.profiler import ProfilerActivity, profile
 from core import families, paths
 from core.config import TrainConfig, size_of
 from core.dataset.examples import Example, Examples
+from core.families import detection
 from core.families.base import Parts
+from core.families.loading import load_denoiser
 from core.families.sd15.model import CONFIGS, TOKENIZER
 from core.memory import plan
 from core.training.trainer import Trainer
-from core.weights.precision import choose, keep_, load_denoiser
+from core.weights import precision_rules
+from core.weights.precision import choose, keep_
 
 MB = 2**20
 
@@ -84,7 +87,7 @@ def trainer_of(config: TrainConfig, source: Path, random: bool) -> Trainer:
         unet.requires_grad_(False).to(dtype=precision.weights, memory_format=torch.channels_last)
         parts = family.skeleton(source, precision, frozenset())
         parts.denoiser = unet
-        keep_(unet, precision.device, **plan.kept_settings(config, "cpu"))
+        keep_(unet, precision.device, **precision_rules.kept_settings(config, "cpu"))
     else:
         parts = family.load(source, precision, frozenset())
         parts.denoiser = load_denoiser(config, family, source, precision)
@@ -133,7 +136,7 @@ def compare(model: str, source: Path, side: str, random: bool, change: dict[str,
     config = base_config(source, side, **change)
     machine = plan.Machine("cpu", "CPU", 0, 0)
     bucket = size_of(side)
-    planned = plan.plan_run(config, plan.Base.of(source), machine,
+    planned = plan.plan_run(config, detection.Base.of(source), machine,
                             plan.Data(1, 1, config.batch_size, bucket)).phase("train").mb
     shown = ", ".join(f"{k} {v}" for k, v in change.items())
     row = Row(model, f"{side.split(',')[0]} px, {shown}", planned,
@@ -145,7 +148,7 @@ def compare(model: str, source: Path, side: str, random: bool, change: dict[str,
 def other_phases(model: str, source: Path, side: int) -> Iterator[Row]:
     """Captions, caching and previews, by the family's own calls."""
     family, precision = families.get("sd15"), choose("fp32", "cpu")
-    base, numbers = plan.Base.of(source), plan.numbers_for("fp32", "cpu", (0, 0))
+    base, numbers = detection.Base.of(source), precision_rules.numbers_for("fp32", "cpu", (0, 0))
     parts = family.load(source, precision)
     ask = functools.partial(plan.ask, base=base, numbers=numbers, kind="cpu")
     size = {"width": side, "height": side}

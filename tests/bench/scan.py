@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from core import paths
+from core.memory import plan
 
 WORDS = ("red", "green", "house", "tree", "smile", "night", "snow", "street", "portrait", "river")
 
@@ -56,7 +57,8 @@ def look(folder: Path) -> None:
     """In a process of its own: prints seconds, peak memory and what was found as JSON."""
     from core.dataset import crops
     from core.dataset.checks import report as dataset_report
-    report = dataset_report.check(folder, crops.base_facts(paths.DEMO / "base"), trigger="m1a")
+    facts = crops.base_facts(paths.DEMO / "base", plan.sizes)
+    report = dataset_report.check(folder, facts, trigger="m1a")
     copies = {one.code: len(one.subjects) for one in report.findings
               if one.code in ("checks.same_file", "checks.near_same")}
     print(json.dumps({"seconds": report.seconds, "cpu_s": time.process_time(),

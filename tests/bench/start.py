@@ -15,7 +15,8 @@ import time
 CHILD = """
 import json, sys, time
 began = time.perf_counter()
-from core import demo, engine
+from core.demo import run as demo
+from core.training.run import train
 from core.jobs.control import Control
 from core.jobs.events import Phase, Step
 from pathlib import Path
@@ -33,7 +34,7 @@ def emit(event):
         state["phase"] = name
     last = now
 state = {"phase": "start"}
-engine.train(demo.demo_config(Path(sys.argv[1])), emit, control)
+train(demo.demo_config(Path(sys.argv[1])), emit, control)
 marks["whole"] = time.perf_counter() - began
 print(json.dumps(marks))
 """  # noqa: E501

@@ -106,7 +106,7 @@ def _full(trainer: Trainer, numbers: object) -> int:
     """The next update whose batch is as large as the bare loop's."""
     size = trainer.config.batch_size
     return next(n for n in numbers  # type: ignore[attr-defined]
-                if len(trainer.course.update(n)[0].indices) == size)
+                if len(trainer.sampler.update(n)[0].indices) == size)
 
 
 def main() -> None:

@@ -108,7 +108,7 @@ def pages(pictures: int, home: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     folder = folder_of(pictures, home / "pictures")
     served = serve(warm=False)
-    house = served.house
+    app_state = served.app_state
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1366, "height": 768})
@@ -118,21 +118,21 @@ def pages(pictures: int, home: Path) -> dict[str, float]:
         found["a page open, nothing runs, %"] = share(page, 15)
 
         page.get_by_role("button", name=re.compile("demo world")).first.click()
-        until(lambda: house.projects.now.edits.get("base_model") == "demo")
-        house.projects.edit(max_train_steps=20_000, sample_every=0, batch_size=1)
-        house.jobs.warm()
+        until(lambda: app_state.projects.now.edits.get("base_model") == "demo")
+        app_state.projects.edit(max_train_steps=20_000, sample_every=0, batch_size=1)
+        app_state.jobs.warm()
         page.wait_for_timeout(25_000)               # the spare worker has imported torch
         page.wait_for_function("!document.querySelector('#start').disabled")
         page.locator("#start").click()
         found["click on Start to the first step, warm worker, s"] = until(
-            lambda: any(view.step for view in house.jobs.views()))
+            lambda: any(view.step for view in app_state.jobs.views()))
         page.wait_for_timeout(4000)
         found["a page open during a run, %"] = share(page, 20)
-        run = house.jobs.views()[0]
-        house.jobs.stop(run.id)
-        house.jobs.wait(run.id, 60)
+        run = app_state.jobs.views()[0]
+        app_state.jobs.stop(run.id)
+        app_state.jobs.wait(run.id, 60)
 
-        house.projects.edit(train_data_dir=str(folder))
+        app_state.projects.edit(train_data_dir=str(folder))
         page.locator("#tab-dataset-button").click()
         found[f"first page of {pictures:,} pictures, s"] = until(
             lambda: page.locator("#dataset-grid .tile img").count() >= 60

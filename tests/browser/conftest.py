@@ -17,7 +17,7 @@ from core.jobs.manager import JobManager
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 GENERATES = """
 import sys
-from core import worker
+from core.jobs import worker
 worker.JOBS.setdefault("generate", worker.Job("core.config.draw:load", "core.inference.draw:draw"))
 sys.exit(worker.main(sys.argv[1:]))
 """
@@ -49,10 +49,10 @@ def served(own_home: Path) -> Iterator[Any]:
     command = None if "generate" in worker.JOBS else [sys.executable, "-c", GENERATES]
     server = serve(jobs=JobManager(command=command), warm=False)
     yield server
-    for view in server.house.jobs.views():
+    for view in server.app_state.jobs.views():
         if not view.over:
-            server.house.jobs.stop(view.id)
-            server.house.jobs.wait(view.id, 30)
+            server.app_state.jobs.stop(view.id)
+            server.app_state.jobs.wait(view.id, 30)
     server.close()
     os.chdir(before)
 

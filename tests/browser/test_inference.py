@@ -43,7 +43,7 @@ def test_loras_are_mixed_swept_and_exported(page: Any, served: Any, base: Path, 
     until(lambda: row.count() == 2)
     second = page.locator("#loras input[type=number]").nth(1)
     second.fill("0.35")
-    until(lambda: served.house.projects.now.inference["loras"][1]["weight"] == 0.35)
+    until(lambda: served.app_state.projects.now.inference["loras"][1]["weight"] == 0.35)
 
     prompt.fill("a cat")
     page.locator("#loras [data-word=inky]").click()
@@ -52,7 +52,7 @@ def test_loras_are_mixed_swept_and_exported(page: Any, served: Any, base: Path, 
     prompt.press_sequentially(" <lora:in")
     names = page.locator("#lora-names-list li")
     until(lambda: names.all_inner_texts() == ["ink-20", "ink-10"])
-    served.house.filled()                           # what is being typed is not written over
+    served.app_state.filled()                           # what is being typed is not written over
     page.wait_for_timeout(2500)
     assert prompt.input_value() == "inky, a cat <lora:in"
     prompt.press("ArrowDown")
@@ -64,7 +64,7 @@ def test_loras_are_mixed_swept_and_exported(page: Any, served: Any, base: Path, 
     until(lambda: prompt.input_value() == "inky, a cat <lora:ink-10:0.8>")
     until(page.locator("#lora-names-list").is_hidden)
     prompt.blur()
-    until(lambda: served.house.projects.now.inference.get("prompt", "").endswith(":0.8>"))
+    until(lambda: served.app_state.projects.now.inference.get("prompt", "").endswith(":0.8>"))
     prompt.fill("inky, a cat")
 
     page.locator("#draw-steps input").fill("2")
@@ -74,7 +74,7 @@ def test_loras_are_mixed_swept_and_exported(page: Any, served: Any, base: Path, 
     until(lambda: page.locator("#gallery figure").count() == 3)     # two pictures, their sheet
     until(lambda: page.locator("#gallery figcaption small").nth(1).inner_text().count(
         "ink-20 0.8") == 1)
-    job = next(view for view in served.house.jobs.views() if view.job == "generate")
+    job = next(view for view in served.app_state.jobs.views() if view.job == "generate")
     first, last = (Path(sample.path) for sample in job.samples[:2])
     assert first.read_bytes() != last.read_bytes()
 

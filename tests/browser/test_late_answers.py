@@ -49,7 +49,7 @@ def test_an_old_answer_that_comes_late_does_not_stay(page: Any, served: Any) -> 
     route, answer = held[0]
     route.fulfill(response=answer)
     until(lambda: not other.evaluate(DISABLED))
-    until(lambda: other.evaluate(FILLED) == str(served.house.fills))
+    until(lambda: other.evaluate(FILLED) == str(served.app_state.fills))
 
     until(lambda: quiet(other))
     other.close()
@@ -67,8 +67,8 @@ def test_what_changed_unsaid_is_painted_once(page: Any, served: Any,
         return panels, dict(reversed(rest.items())) if len(announced) == 1 else rest
 
     monkeypatch.setattr(Page, "_painted", painted)
-    served.house.touch()
-    snap = served.house.snapshot()
-    monkeypatch.setattr(served.house, "snapshot", lambda: snap)
+    served.app_state.touch()
+    snap = served.app_state.snapshot()
+    monkeypatch.setattr(served.app_state, "snapshot", lambda: snap)
     until(lambda: len(announced) > 1)
     until(lambda: quiet(page), 40)

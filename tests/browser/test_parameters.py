@@ -21,13 +21,13 @@ PICTURES = paths.DEMO / "pictures"
 @pytest.fixture(autouse=True)
 def nothing_starts(served: Any) -> None:
     """What waits stays in the queue: runs are written as a worker would have."""
-    served.house.jobs.hold()
+    served.app_state.jobs.hold()
 
 
 def run(served: Any, name: str, state: str = "done", steps: int = 30, fault: str = "",
         **config: Any) -> str:
     """A run's folder with its journal; `state` running: it has no end yet."""
-    output = served.house.snapshot().settings.output_folder
+    output = served.app_state.snapshot().settings.output_folder
     config = {"base_model": "demo", "train_data_dir": str(PICTURES), "output_dir": str(output),
               "output_name": name, **config}
     text = "".join(f"{key}: {value}\n" for key, value in config.items())
@@ -45,22 +45,22 @@ def run(served: Any, name: str, state: str = "done", steps: int = 30, fault: str
         if state != "running":
             journal.append(JobEnded(state=state))
     until(lambda: any(view.id == folder.name and view.samples and view.over != (state == "running")
-                      for view in served.house.jobs.views()))      # read to its end
+                      for view in served.app_state.jobs.views()))      # read to its end
     return folder.name
 
 
 def test_first_start_in_three_steps_by_keyboard(page: Any, served: Any, tmp_path: Path) -> None:
-    house, card = served.house, page.locator("#welcome .first")
+    app_state, card = served.app_state, page.locator("#welcome .first")
     card.wait_for()
-    assert house.projects.now.edits["base_model"] == "demo"         # the box isn't empty
+    assert app_state.projects.now.edits["base_model"] == "demo"         # the box isn't empty
     field = card.locator("form[data-act=set_pictures] input")
     field.fill(str(PICTURES))
     field.press("Enter")
-    until(lambda: house.projects.now.edits.get("train_data_dir") == str(PICTURES))
+    until(lambda: app_state.projects.now.edits.get("train_data_dir") == str(PICTURES))
     output = card.locator("form[data-act=set_output] input")
     output.fill(str(tmp_path / "loras"))
     output.press("Enter")
-    until(lambda: house.settings.now.output_root == str(tmp_path / "loras"))
+    until(lambda: app_state.settings.now.output_root == str(tmp_path / "loras"))
     card.get_by_role("button", name="Next").focus()
     page.keyboard.press("Enter")
     card.locator(".fits li").first.wait_for()
@@ -69,10 +69,10 @@ def test_first_start_in_three_steps_by_keyboard(page: Any, served: Any, tmp_path
     card.locator(".fits li").first.wait_for()
     card.get_by_role("button", name="Next").click()
     card.locator("button.preset").first.click()
-    until(lambda: house.projects.now.preset)
+    until(lambda: app_state.projects.now.preset)
     card.get_by_role("button", name="Done").click()
     card.wait_for(state="detached")
-    assert house.settings.now.welcomed
+    assert app_state.settings.now.welcomed
 
 
 def test_a_fault_has_remedies_and_its_diagnostics_can_be_copied(page: Any, served: Any,
@@ -81,9 +81,9 @@ def test_a_fault_has_remedies_and_its_diagnostics_can_be_copied(page: Any, serve
                         lambda: {"error": "left out: it takes seconds"})
     failed = run(served, "too-big", "failed", fault="jobs.out_of_gpu_memory", batch_size=4)
     key = f"{failed}/oom_run"
-    house = served.house
-    with house.planning._changed:                   # the planner itself: tests/memory/test_service.py
-        house.planning._mended(key, [{"key": "advisor.do_batch", "saves_mb": 2048.0, "params": {
+    app_state = served.app_state
+    with app_state.planning._changed:                   # the planner itself: memory/test_service.py
+        app_state.planning._mended(key, [{"key": "advisor.do_batch", "saves_mb": 2048.0, "params": {
             "now": 2, "before": 4, "times": 2}, "changes": {
                 "batch_size": 2, "gradient_accumulation_steps": 2}}])
     page.locator(f"#history button[data-act=show][data-id='{failed}']").click()
@@ -101,7 +101,7 @@ def test_a_fault_has_remedies_and_its_diagnostics_can_be_copied(page: Any, serve
     assert str(Path.home()) + "/" not in copied
 
     fixes.first.get_by_role("button").click()
-    new = until(lambda: [v for v in house.jobs.views() if v.state == "queued"])[0]
+    new = until(lambda: [v for v in app_state.jobs.views() if v.state == "queued"])[0]
     assert (new.config["batch_size"], new.config["gradient_accumulation_steps"]) == (2, 2)
 
 
@@ -123,10 +123,10 @@ def test_two_runs_side_by_side_and_a_record_removed_and_back(page: Any, served: 
     assert not (paths.runs_dir() / one).exists()
     page.get_by_role("button", name="Undo").click()
     page.locator(f"#history button[data-act=reload][data-id='{one}']").click()
-    until(lambda: served.house.projects.now.edits.get("lora_rank") == 4)
+    until(lambda: served.app_state.projects.now.edits.get("lora_rank") == 4)
 
-    jobs = served.house.jobs
-    first, second = (jobs.start(served.house.snapshot().config, name=name) for name in "ab")
+    jobs = served.app_state.jobs
+    first, second = (jobs.start(served.app_state.snapshot().config, name=name) for name in "ab")
     assert [view.id for view in jobs.queue()] == [first, second]
     page.locator(f"#history button[data-act=up][data-id='{second}']").click()
     until(lambda: [view.id for view in jobs.queue()] == [second, first])
@@ -134,8 +134,8 @@ def test_two_runs_side_by_side_and_a_record_removed_and_back(page: Any, served: 
 
 def test_closing_asks_while_something_runs(page: Any, served: Any) -> None:
     going = run(served, "goes-on", "running")
-    until(lambda: served.house.snapshot().active)
-    desktop = served.house.desktop
+    until(lambda: served.app_state.snapshot().active)
+    desktop = served.app_state.desktop
     assert not desktop.may_close()                  # as the native window's event asks
     dialog = page.locator("dialog[open]")
     dialog.wait_for()
@@ -150,15 +150,15 @@ def test_closing_asks_while_something_runs(page: Any, served: Any) -> None:
     dialog.get_by_role("button", name="Keep it in the background").click()
     until(desktop.quit.is_set)
     until(lambda: "LoRA Darkroom is closed" in dialog.inner_text())
-    assert not served.house.jobs.view(going).over
+    assert not served.app_state.jobs.view(going).over
     with Journal(paths.runs_dir() / going) as journal:
         journal.append(JobEnded(state="done"))
 
 
 def test_own_presets_and_dropped_settings(page: Any, served: Any, tmp_path: Path) -> None:
-    house = served.house
+    app_state = served.app_state
     page.locator("#presets details.mine summary").click()
-    house.projects.edit(lora_rank=13)
+    app_state.projects.edit(lora_rank=13)
     field = page.locator("form[data-act=save_preset] input")
     field.fill("Mine")
     field.press("Enter")
@@ -175,12 +175,12 @@ def test_own_presets_and_dropped_settings(page: Any, served: Any, tmp_path: Path
     file = tmp_path / "other.yaml"
     file.write_text(f"base_model: demo\nlora_rank: 21\ntrain_data_dir: {PICTURES}\n")
     page.locator("#yaml-file input[name=files]").set_input_files(file)
-    until(lambda: house.projects.now.edits.get("lora_rank") == 21)
+    until(lambda: app_state.projects.now.edits.get("lora_rank") == 21)
     tab(page, "settings")
     page.locator("#mirror input, #mirror textarea").first.fill("ftp://nowhere")
     page.locator("#save-settings").click()
     page.locator("#messages .message.warning").wait_for()
-    assert house.settings.now.mirror == ""
+    assert app_state.settings.now.mirror == ""
 
 
 def test_the_start_leaves_room_in_a_narrow_window(page: Any) -> None:

@@ -36,9 +36,9 @@ def tab(page: Any, name: str) -> None:
 def begin(page: Any, served: Any, steps: int = STEPS) -> None:
     """The demo's config, shortened."""
     page.get_by_role("button", name=re.compile("demo world|演示世界")).click()
-    until(lambda: served.house.settings.now.welcomed)
-    served.house.projects.edit(max_train_steps=steps, sample_every=0, batch_size=1,
-                               sample_inference_steps=4, lr_warmup_steps=2)
+    until(lambda: served.app_state.settings.now.welcomed)
+    served.app_state.projects.edit(max_train_steps=steps, sample_every=0, batch_size=1,
+                                   sample_inference_steps=4, lr_warmup_steps=2)
     page.wait_for_function("!document.querySelector('#start').disabled")
     page.locator("#start").click()                          # planned first: long on a busy machine
     page.wait_for_selector("#run-head .title")
@@ -87,7 +87,7 @@ def test_the_short_way(page: Any, served: Any) -> None:
     page.locator("#draw-large .compare input").focus()
     page.keyboard.press("End")
     assert "100%" in (page.locator("#draw-large .compare").get_attribute("style") or "")
-    drawn = next(view for view in served.house.jobs.views() if view.job == "generate")
+    drawn = next(view for view in served.app_state.jobs.views() if view.job == "generate")
     assert drawn.config["weights"] == [0.0, 0.8]
     off, on = (Path(sample.path).read_bytes() for sample in drawn.samples[:2])
     assert off != on
@@ -103,7 +103,7 @@ def test_a_second_page_shows_the_same_and_a_fault_is_mended_in_one_click(
     from core.jobs import runs
     from core.jobs.events import Faulted, JobEnded, JobStarted
     from core.jobs.journal import Journal
-    text = served.house.snapshot()
+    text = served.app_state.snapshot()
     config = f"base_model: demo\ntrain_data_dir: {Path(__file__).parent}\nbatch_size: 4\n"
     folder = runs.create_run("train", config + f"output_dir: {text.config.output_dir}\n", "broken",
                              queued=False)      # our own: no worker is started, nobody is missed
@@ -124,22 +124,22 @@ def test_a_second_page_shows_the_same_and_a_fault_is_mended_in_one_click(
     until(lambda: "失败" in other.locator("#run-head").inner_text())   # its last line may come late
     other.close()
 
-    served.house.jobs._dispatch = False             # what is retried is what matters here
+    served.app_state.jobs._dispatch = False             # what is retried is what matters here
     card.locator("button[data-act=fix]").click()
-    new = until(lambda: [v for v in served.house.jobs.views() if v.state == "queued"])[0]
+    new = until(lambda: [v for v in served.app_state.jobs.views() if v.state == "queued"])[0]
     assert new.config["batch_size"] == 2
     page.get_by_role("button", name="Leave the queue").first.click()
-    until(lambda: served.house.jobs.view(new.id).state == "stopped")
+    until(lambda: served.app_state.jobs.view(new.id).state == "stopped")
 
 
 @pytest.mark.parametrize("language", ["en", "zh-CN"])
 def test_wrong_numbers_block_and_presets_set_fields(page: Any, served: Any, language: str) -> None:
-    house = served.house
+    app_state = served.app_state
     page.goto(f"http://127.0.0.1:{served.port}/language/{language}")
     page.get_by_role("button", name=re.compile("demo world|演示世界")).click()
     card = page.locator("#presets button.preset").first
     card.click()
-    until(lambda: house.projects.now.preset == card.get_attribute("data-id"))
+    until(lambda: app_state.projects.now.preset == card.get_attribute("data-id"))
     rank = page.locator("#field-lora_rank input")
     until(lambda: rank.input_value() == "8")
     rank.fill("9999")
@@ -147,7 +147,7 @@ def test_wrong_numbers_block_and_presets_set_fields(page: Any, served: Any, lang
     page.wait_for_function("document.querySelector('#start').disabled")
     rank.fill("16")
     page.wait_for_function("!document.querySelector('#start').disabled")
-    assert house.projects.now.edits["lora_rank"] == 16
+    assert app_state.projects.now.edits["lora_rank"] == 16
     page.keyboard.press("Control+a")
     assert page.evaluate("document.documentElement.scrollWidth") <= 1366
     assert page.evaluate("document.documentElement.lang") == language

@@ -39,7 +39,7 @@ def press(page: Any, name: str) -> None:
 @LANGUAGES
 def test_from_pictures_to_an_exported_lora(page: Any, served: Any, language: str,
                                            tmp_path_factory: Any) -> None:
-    say, house = speak(page, served, language), served.house
+    say, app_state = speak(page, served, language), served.app_state
     screens = tmp_path_factory.getbasetemp() / "screens"
     screens.mkdir(exist_ok=True)
 
@@ -52,7 +52,7 @@ def test_from_pictures_to_an_exported_lora(page: Any, served: Any, language: str
     page.locator("#dataset-grid .tile img").first.wait_for(state="visible")
     page.locator("#dataset-trigger textarea, #dataset-trigger input").first.fill("duskprint style")
     page.locator("#to-captions").click()
-    until(lambda: house.projects.now.edits.get("trigger_word") == "duskprint style")
+    until(lambda: app_state.projects.now.edits.get("trigger_word") == "duskprint style")
     keep("dataset")
 
     page.locator("#caption-start").click()                  # caption with the demo captioners
@@ -61,17 +61,17 @@ def test_from_pictures_to_an_exported_lora(page: Any, served: Any, language: str
     row = page.locator("#caption-rows textarea").first      # edit, and the next row by keyboard
     row.fill("duskprint style, a banana by the window")
     page.keyboard.press("Control+ArrowDown")
-    folder = Path(house.snapshot().config.train_data_dir)
+    folder = Path(app_state.snapshot().config.train_data_dir)
     until(lambda: "by the window" in (folder / f"{PICTURES[0].stem}.txt").read_text("utf-8"))
     keep("captions")
 
     tab(page, "parameters")                                 # preset, start
-    house.projects.edit(base_model="demo")
-    house.filled()
+    app_state.projects.edit(base_model="demo")
+    app_state.filled()
     page.locator("#presets button.preset").first.click()
-    until(lambda: house.projects.now.preset)
-    house.projects.edit(max_train_steps=STEPS, batch_size=1, sample_every=0, lr_warmup_steps=2,
-                        sample_prompts=["a cat, duskprint style"], sample_inference_steps=4)
+    until(lambda: app_state.projects.now.preset)
+    app_state.projects.edit(max_train_steps=STEPS, batch_size=1, sample_every=0, lr_warmup_steps=2,
+                            sample_prompts=["a cat, duskprint style"], sample_inference_steps=4)
     page.wait_for_function("!document.querySelector('#start').disabled")
     keep("parameters")
     page.locator("#start").click()
@@ -84,13 +84,13 @@ def test_from_pictures_to_an_exported_lora(page: Any, served: Any, language: str
     page.locator("#run-previews img").first.wait_for(state="visible")
     keep("run")
     press(page, say("stop_and_save"))
-    first = house.snapshot().shown
-    until(lambda: house.jobs.view(first.id).over)
-    if house.jobs.view(first.id).state == "stopped":        # quick machines have finished
+    first = app_state.snapshot().shown
+    until(lambda: app_state.jobs.view(first.id).over)
+    if app_state.jobs.view(first.id).state == "stopped":        # quick machines have finished
         press(page, say("resume"))
-        until(lambda: house.snapshot().shown.id != first.id)
-    until(lambda: house.snapshot().shown.state == "done", 180)
-    done = house.snapshot().shown
+        until(lambda: app_state.snapshot().shown.id != first.id)
+    until(lambda: app_state.snapshot().shown.state == "done", 180)
+    done = app_state.snapshot().shown
     assert done.step == STEPS
     keep("done")
 
@@ -100,7 +100,7 @@ def test_from_pictures_to_an_exported_lora(page: Any, served: Any, language: str
     assert weight.input_value() == "0.8"
     page.locator("#draw-acts [data-act=compare]").click()
     page.locator("#draw-large .compare img").nth(1).wait_for(state="visible")
-    drawn = next(view for view in house.jobs.views() if view.job == "generate")
+    drawn = next(view for view in app_state.jobs.views() if view.job == "generate")
     assert drawn.config["weights"] == [0.0, 0.8]
     keep("inference")
     assert not faults(page)
@@ -119,15 +119,15 @@ def test_two_pages_show_the_same(page: Any, served: Any) -> None:
     other = page.context.new_page()
     other.goto(f"http://127.0.0.1:{served.port}/zh-CN/")
     other.wait_for_selector("#header .header")
-    served.house.projects.edit(output_name="from-one")
-    served.house.filled()
+    served.app_state.projects.edit(output_name="from-one")
+    served.app_state.filled()
     for one in (other, page):
         one.bring_to_front()                # pages that are hidden don't ask
         until(lambda one=one: one.locator("#field-output_name input, #field-output_name textarea")
               .first.input_value() == "from-one")
     page.locator("#field-output_name input, #field-output_name textarea").first.select_text()
     page.keyboard.type("by hand")
-    until(lambda: served.house.projects.now.edits.get("output_name") == "by hand")
+    until(lambda: served.app_state.projects.now.edits.get("output_name") == "by hand")
     page.locator("#header .menu summary").click()           # another project, on both
     page.locator("#header .menu form input").fill("second")
     page.keyboard.press("Enter")
@@ -169,23 +169,23 @@ def test_a_torn_picture_and_a_bad_yaml(page: Any, served: Any, language: str,
 
 def started(page: Any, served: Any, **edits: Any) -> Any:
     page.get_by_role("button", name=re.compile("demo world|演示世界")).first.click()
-    until(lambda: served.house.settings.now.welcomed)
-    served.house.projects.edit(sample_every=0, batch_size=1, lr_warmup_steps=2, **edits)
+    until(lambda: served.app_state.settings.now.welcomed)
+    served.app_state.projects.edit(sample_every=0, batch_size=1, lr_warmup_steps=2, **edits)
     page.wait_for_function("!document.querySelector('#start').disabled")
     page.locator("#start").click()
     page.wait_for_selector("#run-head .title")
-    return until(lambda: served.house.snapshot().shown)
+    return until(lambda: served.app_state.snapshot().shown)
 
 
 def test_a_killed_worker_can_be_resumed(page: Any, served: Any) -> None:
     run = started(page, served, max_train_steps=100_000, save_steps=5)
-    until(lambda: served.house.jobs.view(run.id).checkpoints)
-    os.kill(served.house.jobs.view(run.id).pid, signal.SIGKILL)
+    until(lambda: served.app_state.jobs.view(run.id).checkpoints)
+    os.kill(served.app_state.jobs.view(run.id).pid, signal.SIGKILL)
     card = page.locator("#run-head .card.fault")
     card.wait_for()
     assert card.locator("pre").is_hidden() or card.locator("pre").count() == 0
     card.get_by_role("button", name="Resume", exact=True).click()
-    again = until(lambda: next((view for view in served.house.jobs.views()
+    again = until(lambda: next((view for view in served.app_state.jobs.views()
                                 if view.resumed_from == run.id and view.step), None), 150)
     assert again.step >= 5
 
@@ -200,7 +200,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(page: Any, served: Any, tmp_pat
         pytest.skip("no file system may be mounted here")
     try:
         run = started(page, served, max_train_steps=3, output_dir=str(disk))
-        done = served.house.jobs.wait(run.id, 150)
+        done = served.app_state.jobs.wait(run.id, 150)
         assert done.state == "done"
         until(lambda: str(disk) in page.locator("#run-notes").inner_text())
         saved = Path(done.checkpoints[-1].path)             # where it says

@@ -125,7 +125,7 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(tmp_path: Path, number: int, 
     folder.mkdir()
     for n in range(12):
         Image.new("RGB", (8, 8), "red").save(folder / f"{n:02}.png")
-    code = ("import sys, launcher\nfrom core import worker\n"
+    code = ("import sys, launcher\nfrom core.jobs import worker\n"
             "worker.JOBS['caption'] = worker.Job('captioner.job:load',"
             " 'captioner.job:caption')\n"
             "launcher.ROOMS = ('core.cli.commands', 'captioner.cli')\n"

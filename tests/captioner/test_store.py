@@ -19,9 +19,10 @@ from captioner.captions.edits import check_writable, perform
 from captioner.captions.store import Store
 from captioner.captions.table import Table, encoded
 from captioner.captions.undo import History
-from core.dataset.captions import decode_text, one_line, read_metadata
+from core.dataset.captions import one_line, read_metadata
 from core.dataset.image_folder import scan
 from core.errors import Fault
+from core.serialization import decode_text
 
 resource = pytest.importorskip("resource")                  # limits of a process: POSIX only
 Make = Callable[..., Path]

@@ -1,4 +1,4 @@
-"""captioner/models/florence.py on the real classes with tiny random weights; captioner/models/sentences.py."""
+"""Florence-2 on the real classes with tiny random weights; captioner/models/sentences.py."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ def wait_until(happened: Callable[[], object], seconds: float = 60) -> None:
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 STARTER = """
 import sys
-from core import worker
+from core.jobs import worker
 worker.JOBS["train"] = worker.JOBS["train"]._replace(run="tests.fake_job:train")
 import launcher
 sys.exit(launcher.main(sys.argv[1:]))

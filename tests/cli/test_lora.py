@@ -12,15 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from core.config import load_train_config
 from core.errors import Fault
-from core.families.layer_names import SD1
+from core.families.sd15.spec import NAMING as SD1
+from core.hashes import data_hash
+from core.importers import load_train_config
 from core.lora_files import formats
 from core.lora_files.files import describe
 from core.lora_files.layers import Lora, rank_of
 from core.lora_files.merge import delta
 from core.lora_files.pickles import convert
-from core.safetensors_header import data_hash, read_header
+from core.safetensors_header import read_header
 from tests.cli.test_commands import Run, run  # noqa: F401  (a fixture)
 from tests.lora_files.test_formats import OTHER_KINDS, layer
 from tests.lora_files.test_merge import NAME, models
@@ -163,8 +164,8 @@ def test_pickles_become_safetensors(run: Run, tmp_path: Path) -> None:  # noqa: 
         assert all(torch.equal(found[key], value) for key, value in content["state_dict"].items())
 
 
-def test_a_pickled_lora_is_converted_on(run: Run, style: Path,
-                                        tmp_path: Path) -> None:  # noqa: F811
+def test_a_pickled_lora_is_converted_on(run: Run,  # noqa: F811
+                                        style: Path, tmp_path: Path) -> None:
     torch.save(load_file(style), tmp_path / "lora.bin")
     told = run("lora", "convert", "lora.bin", "--to", "comfyui", "--json")
     assert told.code == 0

@@ -16,10 +16,11 @@ from PIL import Image
 
 from core import paths
 from core.cli import plan as plan_commands
-from core.config import TrainConfig, load_train_config, parse_train_config
+from core.config import TrainConfig, parse_train_config
 from core.dataset import buckets
 from core.dataset.images import decode
 from core.errors import Fault
+from core.importers import load_train_config
 from core.memory import advisor, plan, plan_inputs
 from core.memory.plan import Data
 from core.memory.plan_inputs import Pictures
@@ -340,8 +341,9 @@ def test_a_folder_wins_over_a_family_of_its_name(tmp_path: Path, base: Path,
 
 def test_modules_take_no_torch() -> None:
     import subprocess
-    code = ("import sys; import core.memory.advisor, core.memory.relief, core.memory.troubleshooting, core.workspace.presets, "
-            "core.memory.plan_inputs, core.cli.plan; print('torch' in sys.modules)")
+    code = ("import sys; import core.memory.advisor, core.memory.relief, "
+            "core.memory.troubleshooting, core.workspace.presets, core.memory.plan_inputs, "
+            "core.cli.plan; print('torch' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, capture_output=True,
                           text=True)
     assert done.stdout.strip() == "False", done.stderr

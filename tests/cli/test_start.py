@@ -338,7 +338,7 @@ def test_logs_rotate_and_take_what_has_no_console(own_log: Path, monkeypatch: py
 @posix
 def test_a_start_without_any_stream(own_home: Path) -> None:
     """As a double click starts it: handles 0 to 2 must not become the next files."""
-    code = ("import os, subprocess; from core import logs; logs.to_file(); print('学习')\n"
+    code = ("import os, subprocess; from core.system import logs; logs.to_file(); print('学习')\n"
             "os.write(2, b'from C'); subprocess.run(['/bin/sh', '-c', 'echo child']); "
             "print(*(os.readlink(f'/proc/self/fd/{n}') for n in range(3)))")
     subprocess.run(["/bin/sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code],

@@ -8,15 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core import i18n
-from core.config import (
-    TrainConfig,
-    dump_yaml,
-    load_train_config,
-    parse_train_config,
-    resolve,
-    size_of,
-)
+from core.config import TrainConfig, dump_yaml, parse_train_config, resolve, size_of
 from core.errors import Fault
+from core.importers import load_train_config
 
 FIRST = '''
 train_data_dir: "./data/style_train"

@@ -13,15 +13,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import launcher
-from core import families, i18n, plugins
-from core.config import TrainConfig, dump_yaml, load_train_config
+from core import families, i18n, importers, plugins
+from core.config import TrainConfig, dump_yaml
 from core.dataset.examples import Encoder, find
 from core.dataset.processors import Processors
 from core.errors import Fault
+from core.importers import load_train_config
 from core.jobs.control import Control
 from core.jobs.events import Event, Note
 from core.lora_files.files import CONFIG_KEY
-from core.training.trainer import train
+from core.training.run import train
 from core.weights.precision import choose
 from tests import tiny
 
@@ -52,7 +53,7 @@ def run(config: TrainConfig, beside: Path) -> tuple[dict[str, Any], list[Event]]
 
 # --- the guide --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("key", plugins.KEYS)
+@pytest.mark.parametrize("key", importers.EXTENSIONS)
 def test_the_guides_example_runs_as_printed(key: str, tmp_path: Path,
                                             monkeypatch: pytest.MonkeyPatch,
                                             capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +109,7 @@ def test_an_edited_processor_makes_new_latents(make: Any, tmp_path: Path) -> Non
     source = "def dark(image, path):\n    return image.point(lambda x: x // {})\n"
 
     def encode(divisor: int, **changes: Any) -> tuple[int, torch.Tensor]:
-        config = plugins.located(make(source.format(divisor), **changes), tmp_path)
+        config = importers.located(make(source.format(divisor), **changes), tmp_path)
         family, precision, events = families.get("sd15"), choose("fp32", "cpu"), []
         examples = find(config, tmp_path / "pictures", None, 32, 8, lambda event: None)
         Encoder(family, Path(config.base_model), precision, config, events.append,
@@ -231,7 +232,7 @@ def test_installed_modules_and_files_beside_the_yaml(tmp_path: Path) -> None:
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "json.py").write_text("def dumps(x): return 'mine'")
     config = TrainConfig(callbacks=["tools.json:dumps", "json:dumps"], optimizer="torch.optim:SGD")
-    found = plugins.located(config, tmp_path)
+    found = importers.located(config, tmp_path)
     assert found.callbacks == [f"{tmp_path / 'tools' / 'json.py'}:dumps", "json:dumps"]
     assert found.optimizer == "torch.optim:SGD"
     assert plugins.load(found.callbacks[0], "callbacks")(1) == "mine"
@@ -239,7 +240,7 @@ def test_installed_modules_and_files_beside_the_yaml(tmp_path: Path) -> None:
 
 
 def test_a_lora_file_may_not_name_code(tmp_path: Path) -> None:
-    for key in plugins.KEYS:
+    for key in importers.EXTENSIONS:
         text = dump_yaml(TrainConfig.model_validate({key: "os:abort"}))
         save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors", {CONFIG_KEY: text})
         with pytest.raises(Fault, match="never run code") as caught:
@@ -247,4 +248,4 @@ def test_a_lora_file_may_not_name_code(tmp_path: Path) -> None:
         assert caught.value.code == "extensions.in_a_lora"
         own = {key: "[]" if key in ("callbacks", "picture_processors") else {
             "optimizer": "adamw", "adapter": "lora", "family": "auto"}[key]}
-        assert not plugins.named_in(load_train_config(tmp_path / "a.safetensors", own))
+        assert not importers.named_in(load_train_config(tmp_path / "a.safetensors", own))

@@ -16,20 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.dataset.captions import (
-    decode_text,
     drop_caption,
     one_line,
     read_caption,
     read_metadata,
-    readable_name,
     shuffle_tags,
     split_tags,
-    tag_frequency,
     with_trigger,
 )
-from core.dataset.image_folder import Picture
 from core.errors import Fault
 from core.i18n import say
+from core.serialization import decode_text, readable_name
 
 CHINESE = "一只红色的猫，水墨画，café"
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-32", "gb18030")
@@ -193,15 +190,6 @@ def test_captions_are_dropped_by_share(share: float) -> None:
     dropped = sum(drop_caption(rng, share) for _ in range(4000)) / 4000
     assert dropped == pytest.approx(share, abs=0.025 if 0 < share < 1 else 0)
 
-
-def test_tag_frequency_by_folder() -> None:
-    def picture(name: str, caption: str) -> Picture:
-        return Picture(Path("/x") / name, caption, 10, (1, 1), False)
-
-    assert tag_frequency([
-        picture("10_cat/1.png", "sks, Red Cat, sks"), picture("10_cat/2.png", "sks，red cat"),
-        picture("1_dog/1.png", "sks"), picture("1_dog/2.png", "")]) == {
-        "10_cat": {"sks": 3, "red cat": 2}, "1_dog": {"sks": 1}}
 
 
 # --- metadata.csv -----------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from core.dataset.crops import TOKENIZER, BaseFacts, TokenCounter, base_facts
 from core.errors import Fault
 from core.jobs.control import Control
 from core.jobs.events import Event, Phase
+from core.memory import plan
 from tests.drawn import DRAWN, as_jpeg, blurred, clouds, discs, facts_for, save, subject
 
 FACTS = facts_for((192, 192), 64)
@@ -323,7 +324,7 @@ def test_tokens_are_those_of_the_engines_family(base: Path) -> None:
     from core import families
     from core.weights.precision import choose
     texts = ["a red apple", "m1aperson, 猫, (weird:1.2)", "", "x " * 100]
-    facts = base_facts(base)
+    facts = base_facts(base, plan.sizes)
     family = families.get("sd15")
     parts = family.load(base, choose("fp32", "cpu"), frozenset({"text"}))
     assert facts.count_tokens is not None
@@ -527,16 +528,16 @@ def test_a_large_jpeg_is_measured_at_reduced_size_and_told_at_its_own(tmp_path: 
 # --- the base and the command -----------------------------------------------------------------
 
 def test_facts_of_bases(tmp_path: Path) -> None:
-    facts = base_facts(DEMO)
+    facts = base_facts(DEMO, plan.sizes)
     assert (facts.area, facts.step, facts.shortest, facts.longest) == ((64, 64), 16, 32, 128)
     config = TrainConfig(max_resolution="128,64", min_bucket_side=48, max_tokens=150)
-    facts = base_facts(DEMO, config)
+    facts = base_facts(DEMO, plan.sizes, config)
     assert (facts.area, facts.shortest, facts.token_limit) == ((128, 64), 48, 150)
     assert facts.base == "base"
     for path, code in ((tmp_path / "nothing", "families.missing"),
                        (tmp_path, "families.not_a_folder")):
         with pytest.raises(Fault) as caught:
-            base_facts(path)
+            base_facts(path, plan.sizes)
         assert caught.value.code == code
 
 
@@ -597,9 +598,9 @@ def test_every_base_is_asked_for_its_own_sizes(name: str, tmp_path: Path) -> Non
     from tests import tiny_families
     base = tiny_families.base(name, tmp_path / "base")
     parts = families.get(name).load(base, choose("fp32", "cpu"), frozenset())
-    facts = base_facts(base)
+    facts = base_facts(base, plan.sizes)
     assert (facts.area, facts.step) == ((parts.native_size,) * 2, parts.bucket_step)
-    listed = families.MODULES[name]
+    listed = families.SPECS[name]
     assert (facts.area[0], facts.step) != (listed.native_size, listed.step)
     limits = {"sd2": 225, "sdxl": 225}
     assert facts.token_limit == limits.get(name, listed.tokens)
@@ -607,7 +608,7 @@ def test_every_base_is_asked_for_its_own_sizes(name: str, tmp_path: Path) -> Non
 
 def test_families_list_their_chunks_as_their_spec_does() -> None:
     from core import families
-    for name, listed in families.MODULES.items():
+    for name, listed in families.SPECS.items():
         assert families.get(name).spec.chunked is listed.chunked
 
 
@@ -618,17 +619,18 @@ def test_without_a_base_the_report_says_what_it_assumes(tmp_path: Path) -> None:
     report = dataset_report.check(tmp_path, facts)
     assert report.as_dict()["base"]["assumed"] is True
     assert "Stable Diffusion 1.5" in "\n".join(dataset_report.lines(report))
-    report = dataset_report.check(tmp_path, base_facts(DEMO))
+    report = dataset_report.check(tmp_path, base_facts(DEMO, plan.sizes))
     assert report.as_dict()["base"]["assumed"] is False
     assert "Stable Diffusion 1.5" not in "\n".join(dataset_report.lines(report))
 
 
 def test_the_window_s_process_asks_another_one(base: Path) -> None:
     """And takes no torch for it; a base that is none is a fault there too."""
-    code = ("import sys; from pathlib import Path; from core import crops, plan_service\n"
+    code = ("import sys; from pathlib import Path\n"
+            "from core.dataset import crops; from core.memory import service\n"
             "from core.config.schema import TrainConfig\n"
-            f"facts = crops.base_facts(Path({str(base)!r}), TrainConfig(),"
-            " plan_service.sizes_beside)\n"
+            f"facts = crops.base_facts(Path({str(base)!r}), "
+            "service.sizes_beside, TrainConfig())\n"
             "print(facts.area[0], facts.step, 'torch' in sys.modules)")
     env = {**os.environ, "PYTHONPATH": str(paths.ROOT)}
     for _ in range(2):

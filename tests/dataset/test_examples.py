@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from core import families, paths
+from core import families, hashes, paths
 from core.config import TrainConfig
-from core.dataset import buckets, cache
+from core.dataset import buckets
 from core.dataset.examples import Encoder, Examples, find
 from core.errors import Fault
-from core.families.base import Cond, Parts, Precision
+from core.families.base import Cond, Parts
 from core.families.sd15.model import StableDiffusion1
 from core.jobs.control import Control
 from core.jobs.events import Event, Note, Phase
-from core.weights.precision import choose
+from core.weights.precision import Precision, choose
 from tests import tiny
 
 
@@ -169,11 +169,11 @@ def test_fingerprint_follows_the_weights(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     weights = {"vae.a": torch.randn(300, 300), "unet.b": torch.randn(4)}
     save_file(weights, path)
-    first = cache.fingerprint([(path, "vae.")])
+    first = hashes.fingerprint([(path, "vae.")])
     save_file(weights | {"unet.b": torch.randn(4)}, path)
-    assert cache.fingerprint([(path, "vae.")]) == first
+    assert hashes.fingerprint([(path, "vae.")]) == first
     save_file(weights | {"vae.a": weights["vae.a"] + 1e-3}, path)
-    assert cache.fingerprint([(path, "vae.")]) != first
+    assert hashes.fingerprint([(path, "vae.")]) != first
     assert load_file(path)
 
 

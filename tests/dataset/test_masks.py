@@ -98,7 +98,7 @@ def test_the_step_learns_from_what_is_white(base: Path, tmp_path: Path) -> None:
             else:
                 Image.new("L", (48, 48), value).save(path)
         trainer = trainer_of(config_of(base, folder, masked_loss=value is not None))
-        trainer.accumulate(trainer.course.update(0))
+        trainer.accumulate(trainer.sampler.update(0))
         gradients[value] = torch.cat([p.grad.flatten() for p in trainer.parameters
                                       if p.grad is not None])
     assert (gradients[0] == 0).all()

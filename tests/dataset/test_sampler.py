@@ -7,28 +7,31 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.dataset.sampler import Batch, Course, Place, Regular
+from core.dataset.sampler import Batch, BucketSampler, Place, Regular
 
 SIZES = [(64, 64), (64, 96), (96, 64)]
 ROWS = st.lists(st.tuples(st.sampled_from(SIZES), st.integers(1, 3)), min_size=1, max_size=9)
 
 
-def course(rows: list[tuple[tuple[int, int], int]], batch: int, accumulation: int, seed: int,
-           start: Place | None = None, names: list[str] | None = None, regular: int = 0) -> Course:
+def sampler(rows: list[tuple[tuple[int, int], int]], batch: int, accumulation: int, seed: int,
+            start: Place | None = None, names: list[str] | None = None,
+            regular: int = 0) -> BucketSampler:
     """`rows`: bucket and repeats of each picture; `regular`: so many of another folder."""
     count = len(rows)
     more = Regular(range(count, count + regular), [SIZES[n % 3] for n in range(regular)],
                    sum(times for _, times in rows), 0.4, seed) if regular else None
     names = names or [f"{n}.png" for n in range(count)]
-    return Course(range(count), [size for size, _ in rows], [times for _, times in rows], batch,
-                  accumulation, seed, more, [*names, *(f"reg/{n}" for n in range(regular))], start)
+    return BucketSampler(range(count), [size for size, _ in rows], [times for _, times in rows],
+                         batch,
+                         accumulation, seed, more, [*names, *(f"reg/{n}" for n in range(regular))],
+                         start)
 
 
-def batches(one: Course, first: int, last: int) -> list[Batch]:
+def batches(one: BucketSampler, first: int, last: int) -> list[Batch]:
     return [batch for number in range(first, last) for batch in one.update(number)]
 
 
-def pictures(one: Course, found: list[Batch]) -> Counter[str]:
+def pictures(one: BucketSampler, found: list[Batch]) -> Counter[str]:
     return Counter(one.names[index] for batch in found for index in batch.indices)
 
 
@@ -38,9 +41,9 @@ def pictures(one: Course, found: list[Batch]) -> Counter[str]:
 def test_the_same_settings_go_on_as_if_nothing_had_been(
         rows: list[tuple[tuple[int, int], int]], batch: int, accumulation: int, seed: int,
         stop: int, regular: int) -> None:
-    whole = course(rows, batch, accumulation, seed, regular=regular)
+    whole = sampler(rows, batch, accumulation, seed, regular=regular)
     place = whole.place(stop)
-    resumed = course(rows, batch, accumulation, seed, place, regular=regular)
+    resumed = sampler(rows, batch, accumulation, seed, place, regular=regular)
     for number in range(stop, stop + 2 * whole.updates_per_epoch + 1):
         assert resumed.update(number) == whole.update(number)
         assert resumed.place(number) == whole.place(number)
@@ -60,10 +63,10 @@ def test_other_batches_learn_what_the_epoch_lacks(
         after: tuple[int, int, int], third: tuple[int, int, int], stop: int, more: int) -> None:
     """Batch size, accumulation and seed change twice: each epoch still holds every picture once
     per repeat, and samples are numbered without a gap."""
-    first = course(rows, *before)
-    second = course(rows, *after, start=first.place(stop))
+    first = sampler(rows, *before)
+    second = sampler(rows, *after, start=first.place(stop))
     end = stop + more
-    last = course(rows, *third, start=second.place(end))
+    last = sampler(rows, *third, start=second.place(end))
     final = last.updates_until(last.start.epoch + 2)
     found = batches(first, 0, stop) + batches(second, stop, end) + batches(last, end, final)
     whole = sum(times for _, times in rows)
@@ -85,12 +88,12 @@ def test_pictures_that_come_and_go_in_mid_epoch(
         new: list[tuple[tuple[int, int], int]], repeats: int, stop: int, size: int,
         other: int) -> None:
     """The epoch goes on with what it lacks of today's pictures, at today's repeats."""
-    first = course(rows, size, 1, 3)
+    first = sampler(rows, size, 1, 3)
     place = first.place(stop)
     names = [f"{n}.png" for n in range(len(rows)) if n in kept] + [
         f"new{n}.png" for n in range(len(new))]
     today = [(rows[n][0], repeats) for n in range(len(rows)) if n in kept] + new
-    second = course(today, other, 1, 3, place, names)
+    second = sampler(today, other, 1, 3, place, names)
     wanted = dict(zip(names, (times for _, times in today), strict=True))
     head = batches(second, stop, second.updates_until(place.epoch + 1))
     assert pictures(second, head) == Counter({
@@ -105,18 +108,18 @@ def test_pictures_that_come_and_go_in_mid_epoch(
 
 def test_what_makes_another_order() -> None:
     rows = [(SIZES[0], 1)] * 5
-    same = course(rows, 2, 1, 3)
-    assert same.order == course(rows, 2, 1, 3).order
-    others = [course(rows, 3, 1, 3), course(rows, 2, 2, 3), course(rows, 2, 1, 4),
-              course([*rows[1:], (SIZES[0], 2)], 2, 1, 3), course(rows[1:], 2, 1, 3),
-              course([*rows[1:], (SIZES[1], 1)], 2, 1, 3), course(rows, 2, 1, 3, regular=2),
-              course(rows, 2, 1, 3, names=["a", "1.png", "2.png", "3.png", "4.png"])]
+    same = sampler(rows, 2, 1, 3)
+    assert same.order == sampler(rows, 2, 1, 3).order
+    others = [sampler(rows, 3, 1, 3), sampler(rows, 2, 2, 3), sampler(rows, 2, 1, 4),
+              sampler([*rows[1:], (SIZES[0], 2)], 2, 1, 3), sampler(rows[1:], 2, 1, 3),
+              sampler([*rows[1:], (SIZES[1], 1)], 2, 1, 3), sampler(rows, 2, 1, 3, regular=2),
+              sampler(rows, 2, 1, 3, names=["a", "1.png", "2.png", "3.png", "4.png"])]
     assert len({one.order for one in [same, *others]}) == 1 + len(others)
 
 
 def test_fewer_epochs_than_were_done_leave_nothing_to_do() -> None:
     rows = [(SIZES[0], 1)] * 4
-    whole = course(rows, 2, 1, 3)
-    assert course(rows, 2, 1, 3, whole.place(4)).updates_until(1) == 4
-    assert course(rows, 2, 1, 3, whole.place(4)).updates_until(2) == 4
-    assert course(rows, 4, 1, 3, whole.place(3)).updates_until(2) == 4
+    whole = sampler(rows, 2, 1, 3)
+    assert sampler(rows, 2, 1, 3, whole.place(4)).updates_until(1) == 4
+    assert sampler(rows, 2, 1, 3, whole.place(4)).updates_until(2) == 4
+    assert sampler(rows, 4, 1, 3, whole.place(3)).updates_until(2) == 4

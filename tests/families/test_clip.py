@@ -21,7 +21,7 @@ from core.config.draw import DrawConfig
 from core.dataset.text_embeddings import batched, unread
 from core.errors import Fault
 from core.families import clip
-from core.families.base import Family, Frame, Parts, Reading
+from core.families.base import CropInfo, Family, Parts, Reading
 from core.families.loading import TOKENIZER
 from core.families.text import padded
 from core.inference import draw
@@ -130,7 +130,7 @@ def test_a_caption_isn_t_changed_by_its_neighbours(loaded: tuple[Family, Parts])
     device = torch.device("cpu")
     generator = torch.Generator().manual_seed(3)
     noisy, t = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([300, 700])
-    framing = family.framing(Frame((32, 32), (0, 0), (32, 32)))
+    framing = family.framing(CropInfo((32, 32), (0, 0), (32, 32)))
 
     def predict(cond: dict[str, Tensor], which: slice) -> Tensor:
         count = len(noisy[which])
@@ -170,7 +170,7 @@ def test_captions_of_any_length_learn_together(base: Path, tmp_path: Path, text_
         for n, parameter in enumerate(trainer.parameters):
             torch.manual_seed(n)
             parameter.data = torch.randn_like(parameter) * 0.1
-        trainer.accumulate(trainer.course.update(0))
+        trainer.accumulate(trainer.sampler.update(0))
         return [p.grad for p in trainer.parameters if p.grad is not None]
     together, apart = gradient(), gradient(batch_size=1, gradient_accumulation_steps=2)
     for a, b in zip(together, apart, strict=True):

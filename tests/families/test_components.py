@@ -26,11 +26,11 @@ from core import families, paths
 from core.config import GenerateConfig, TrainConfig
 from core.errors import Fault
 from core.families import components, precision_copies, text, tokenizer_kinds, vae_hashes
-from core.families.base import Parts, Precision
+from core.families.base import Parts
 from core.families.components import NONE, Chosen
 from core.families.tokenizer_kinds import KINDS, Kind
 from core.jobs.events import Event, Note
-from core.weights.precision import choose
+from core.weights.precision import Precision, choose
 from tests import tiny_families
 from tests.tiny_families import DATA
 
@@ -72,7 +72,7 @@ def sparse(path: Path, shapes: Mapping[str, tuple[int, ...]], value: bytes = b""
 
 @cache
 def qwen(kind: str) -> Any:
-    return text.open_tokenizer(paths.TOKENIZERS / "qwen", KINDS[kind])
+    return text.open_tokenizer(paths.TOKENIZERS / "qwen2", KINDS[kind])
 
 
 def qwen_folder(folder: Path, kind: str, template: str = "") -> Path:
@@ -455,7 +455,8 @@ def test_a_base_tells_what_it_is_used_with(tmp_path: Path) -> None:
     events: list[Event] = []
     found = components.announce(families.get("zimage"), source, events.append)
     assert [(one.part, one.path and one.path.name) for one in found] == [
-        ("vae", "ae.safetensors"), ("text_encoder", "qwen_3_4b.safetensors"), ("tokenizer", "qwen")]
+        ("vae", "ae.safetensors"), ("text_encoder", "qwen_3_4b.safetensors"), (
+            "tokenizer", "qwen2")]
     assert isinstance(events[0], Note)
     told = components.metadata(found)
     assert told["ss_vae_name"] == "ae.safetensors"
@@ -468,7 +469,7 @@ def test_a_base_tells_what_it_is_used_with(tmp_path: Path) -> None:
         components.announce(families.get("zimage", known), source, events.append)
     assert [note.key for note in events if isinstance(note, Note)] == [
         "families.companions_taken", "families.companions_taken", "families.companion_odd"]
-    assert (len(told["ss_vae_hash"]), told["darkroom.tokenizer_name"]) == (8, "qwen")
+    assert (len(told["ss_vae_hash"]), told["darkroom.tokenizer_name"]) == (8, "qwen2")
     assert set(components.summary(found)) == {"vae", "text_encoder", "tokenizer"}
 
 

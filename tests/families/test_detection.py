@@ -16,7 +16,8 @@ from core import families, i18n
 from core.cli import families as family_commands
 from core.errors import Fault
 from core.families import detection
-from core.families.detection import Found, identify
+from core.families.detection import identify
+from core.families.spec import Found
 from core.safetensors_header import TensorInfo
 
 SD = "model.diffusion_model."
@@ -295,9 +296,9 @@ def test_only_the_denoisers_numbers_decide(beside: dict[str, Any], kind: str, tm
 def test_every_sentence_is_there() -> None:
     told = {f"families.is_{what}" for _, what, _ in FILES.values()} | {
         f"families.is_{what}" for what, _ in (*detection.PIPELINES.values(),)} | {
-        f"families.is_{what}" for _, what, _ in detection.OTHERS} | {
+        f"families.is_{what}" for _, what in detection.OTHERS} | {
         f"families.is_{what}" for what, _ in detection.PARTS} | {
-        f"families.is_{what}" for what in detection.NAMED.values()}
+        f"families.is_{what}" for what in detection.NAMESAKES.values()}
     for language in i18n.LANGUAGES:
         assert told <= i18n.catalogue(language).keys()
 
@@ -308,7 +309,7 @@ def test_the_command_lists_and_tells(tmp_path: Path, capsys: pytest.CaptureFixtu
     for file in (None, path, write(tmp_path / "vae.safetensors", FILES["SD VAE"][0])):
         code = family_commands._families(Namespace(file=file, json=True))
         answers.append((code, json.loads(capsys.readouterr().out)))
-    assert [one["id"] for one in answers[0][1]["families"]] == list(families.MODULES)
+    assert [one["id"] for one in answers[0][1]["families"]] == list(families.SPECS)
     assert (answers[1][1]["family"], answers[1][1]["v_prediction"]) == ("sdxl", True)
     assert answers[2][0] == 2
     assert answers[2][1]["what"] == "vae"

@@ -17,17 +17,17 @@ from safetensors.torch import save_file
 from core import families, i18n
 from core.config import GenerateConfig, TrainConfig, parse_train_config
 from core.config.draw import DrawConfig
-from core.families import distilled, schedulers
-from core.families.detection import Found
+from core.families import detection, distilled, schedulers
 from core.families.distilled import Distilled, drawing, told
+from core.families.spec import Found
 from core.inference import generate
 from core.inference.draw import draw
 from core.jobs.control import Control
 from core.jobs.events import Event, Note, Sample
 from core.memory import plan
 from core.training import preflight
-from core.training.memory_guard import Lookout
-from core.training.trainer import train
+from core.training.memory_guard import MemoryGuard
+from core.training.run import train
 from core.weights.precision import choose
 from tests import tiny, tiny_families
 
@@ -38,7 +38,7 @@ FP32 = choose("fp32", "cpu")
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DARKROOM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("DARKROOM_LANG", "en")
-    monkeypatch.setattr(Lookout, "announce", lambda self: None)
+    monkeypatch.setattr(MemoryGuard, "announce", lambda self: None)
 
 
 @pytest.mark.parametrize(("name", "family", "steps"), [
@@ -189,7 +189,7 @@ def test_plans_count_pictures_without_guidance(tmp_path: Path) -> None:
     shutil.copytree(base, turbo := tmp_path / "tiny-turbo")
     card = plan.Machine("cuda", "a card", 8192, 8000, (8, 6), ram_mb=16000, disk_mb=1e5)
     plain, few, guided = (
-        plan.plan_run(TrainConfig(sample_prompts=["x"], **changes), plan.Base.of(source), card
+        plan.plan_run(TrainConfig(sample_prompts=["x"], **changes), detection.Base.of(source), card
                       ).phase("preview").mb
         for source, changes in ((base, {}), (turbo, {}), (turbo, {"sample_cfg": 4.0})))
     assert few < plain == guided

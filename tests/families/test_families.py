@@ -17,16 +17,16 @@ from safetensors.torch import load_file, save_file
 from core import families
 from core.adapters import lora
 from core.config import GenerateConfig, TrainConfig
-from core.families import schedulers
-from core.families.base import Family, Frame, Parts
-from core.families.layer_names import NAMINGS
+from core.families import detection, schedulers
+from core.families.base import CropInfo, Family, Parts
+from core.families.registry import SPECS
 from core.inference import generate
 from core.jobs.control import Control
 from core.lora_files import formats
 from core.memory import plan
 from core.objectives import diffusion
 from core.training import memory_guard, verify
-from core.training.trainer import train
+from core.training.run import train
 from core.weights import quantization
 from core.weights.precision import choose, keep_
 from tests import tiny, tiny_families
@@ -62,7 +62,7 @@ def config(base: Path, folder: Path, **changes: Any) -> TrainConfig:
 def test_trains_resumes_saves_and_draws(name: str, base: Path, tmp_path: Path,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DARKROOM_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(memory_guard.Lookout, "announce",
+    monkeypatch.setattr(memory_guard.MemoryGuard, "announce",
                         lambda self: None)     # planned further below
     monkeypatch.setattr(verify, "_STEPS", 2)
     assert families.detect(base) == name
@@ -132,7 +132,7 @@ def test_the_step_computes_what_the_pipeline_does(loaded: tuple[Family, Parts]) 
                  generator=torch.Generator().manual_seed(3), output_type="latent",
                  **{parts.guidance: parts.unguided})
         cond = family.encode_text(parts, ["red disc, flat"])
-        cond |= family.framing(Frame((32, 64), (0, 0), (32, 64)))
+        cond |= family.framing(CropInfo((32, 64), (0, 0), (32, 64)))
         for output, t, sample in seen:
             grid = _grid(family, parts, sample, 16, 8)
             found = family.predict(parts.denoiser, grid, t.reshape(1), cond)
@@ -164,7 +164,7 @@ def test_activation_checkpointing_changes_nothing(loaded: tuple[Family, Parts]) 
     """Texts of different lengths in one batch; what is beyond their ends is hidden both times."""
     family, parts = loaded
     cond = family.encode_text(parts, ["red disc, flat", "red"])
-    cond |= {k: v.repeat(2, 1) for k, v in family.framing(Frame(SIZE, (0, 0), SIZE)).items()}
+    cond |= {k: v.repeat(2, 1) for k, v in family.framing(CropInfo(SIZE, (0, 0), SIZE)).items()}
     size = family.encode_image(parts, torch.zeros(1, 3, 32, 32)).shape[1:]
     found = []
     try:
@@ -256,7 +256,7 @@ def test_plans_count_every_phase(name: str, base: Path, tmp_path: Path,
     monkeypatch.setenv("DARKROOM_HOME", str(tmp_path))
     card = plan.Machine("cuda", "a card", 8192, 8000, (8, 6), ram_mb=16000, disk_mb=1e5)
     made = plan.plan_run(TrainConfig(gradient_checkpointing=True, max_resolution="64,64"),
-                         plan.Base.of(base), card)
+                         detection.Base.of(base), card)
     assert {phase.name for phase in made.phases} >= {"texts", "cache", "train", "verify"}
     assert all(phase.mb > 0 for phase in made.phases)
     assert made.phase("train").parts["activations"] > 0
@@ -276,7 +276,7 @@ def test_a_lora_loads_into_a_base_that_is_kept_in_int8(
         if path.endswith(tuple(targets)) and hasattr(layer, "in_features"):
             weights |= {f"transformer.{path}.lora_A.weight": torch.ones(1, layer.in_features),
                         f"transformer.{path}.lora_B.weight": torch.ones(layer.out_features, 1)}
-    part = NAMINGS[name][0].name
+    part = SPECS[name].naming[0].name
     save_file({key.replace("transformer.", f"{part}.", 1): value
                for key, value in weights.items()}, tmp_path / "a.safetensors")
     generate.load_adapter(family.pipeline(parts), tmp_path / "a.safetensors", "a", name)
@@ -296,7 +296,7 @@ def test_frames_follow_flips_and_cuts() -> None:
     picture = Picture.__new__(Picture)
     object.__setattr__(picture, "size", (100, 50))
     frame = Example(picture, (32, 32), ("",), (0.0, 0.5)).frame
-    assert frame() == Frame((100, 50), (0, 0), (32, 32))
-    assert frame(True) == Frame((100, 50), (32, 0), (32, 32))
+    assert frame() == CropInfo((100, 50), (0, 0), (32, 32))
+    assert frame(True) == CropInfo((100, 50), (32, 0), (32, 32))
     ids = families.get("sdxl").framing(frame(True))["time_ids"]
     assert ids.tolist() == [[50, 100, 0, 32, 32, 32]]

@@ -25,13 +25,12 @@ from core.adapters import lora
 from core.config import TrainConfig
 from core.errors import Fault
 from core.families import loading
-from core.families.base import Precision
 from core.families.components import Chosen
-from core.families.layer_names import NAMINGS
 from core.families.lumina2.model import GEMMA
+from core.families.registry import SPECS
 from core.inference import generate
 from core.lora_files import formats
-from core.weights.precision import choose
+from core.weights.precision import Precision, choose
 from tests import tiny_families
 from tests.ldm_layout import behind, clip, open_clip, original, vae
 
@@ -93,7 +92,7 @@ def compare(name: str, folder: Any, file: Any) -> None:
 @pytest.mark.parametrize("made", ["sdxl"], indirect=True)
 def test_sdxl(made: tuple[str, Path, Any], tmp_path: Path) -> None:
     name, _, parts = made
-    unet = original(NAMINGS[name][0], parts.denoiser.state_dict())
+    unet = original(SPECS[name].naming[0], parts.denoiser.state_dict())
     tensors = (behind("model.diffusion_model.", unet)
                | behind("first_stage_model.", vae(parts.vae.state_dict(), 3))
                | behind("conditioner.embedders.0.transformer.",
@@ -121,7 +120,7 @@ def test_sd3_beside_its_text_encoders(made: tuple[str, Path, Any], tmp_path: Pat
     name, _, parts = made
     state = parts.denoiser.state_dict()
     grid = state.pop("pos_embed.pos_embed")
-    own = original(NAMINGS[name][0], state) | {"pos_embed": grid}
+    own = original(SPECS[name].naming[0], state) | {"pos_embed": grid}
     for key in own:                         # the last block's text ends there: two rows of shifts
         if key.startswith("joint_blocks.1.context_block.adaLN_modulation"):
             own[key] = own[key].roll(len(own[key]) // 2, 0)
@@ -162,7 +161,7 @@ def test_a_denoiser_with_vae_and_text_encoder_beside_it(made: tuple[str, Path, A
     models = tmp_path / "models"
     (models / "text_encoders").mkdir(parents=True)
     path = models / "base.safetensors"
-    state = original(NAMINGS[name][0], parts.denoiser.state_dict())
+    state = original(SPECS[name].naming[0], parts.denoiser.state_dict())
     save_file(behind("model.diffusion_model.", state), path)
     family = families.get(families.detect(path))
     with pytest.raises(Fault, match="VAE"):
@@ -258,7 +257,7 @@ def test_full_size_names_and_shapes(name: str) -> None:
         model = loading.create(piece, config)
     state = model.state_dict()
     grid = state.pop("pos_embed.pos_embed", None)
-    native = original(NAMINGS[name][0], state)
+    native = original(SPECS[name].naming[0], state)
     native |= {} if grid is None else {"pos_embed": grid}
     found = piece.convert(native, config)
     expected = model.state_dict()
@@ -272,7 +271,7 @@ def test_full_size_names_and_shapes(name: str) -> None:
                      "sana": 1_604_462_752}[name]
 
 
-@pytest.mark.parametrize("name", [name for name in families.MODULES if name != "qwen"])
+@pytest.mark.parametrize("name", [name for name in families.SPECS if name != "qwen"])
 def test_our_tables_of_single_files_are_those_of_diffusers(name: str) -> None:
     """Of the published sizes, which theirs know alone; ours take diffusers' own names, too. Every
     row of every weight has a number of its own."""
@@ -287,7 +286,7 @@ def test_our_tables_of_single_files_are_those_of_diffusers(name: str) -> None:
         if key.endswith("scale_shift_table") and name == "krea2":
             rows[key] = torch.arange(value.numel()).view(value.shape)
     grid = rows.pop("pos_embed.pos_embed", None)
-    native = original(NAMINGS[name][0], rows) | ({} if grid is None else {"pos_embed": grid})
+    native = original(SPECS[name].naming[0], rows) | ({} if grid is None else {"pos_embed": grid})
     if name == "sd3":
         last = f"joint_blocks.{config['num_layers'] - 1}.context_block.adaLN_modulation.1"
         native |= {key: native[key].roll(len(native[key]) // 2, 0)
@@ -403,7 +402,7 @@ def test_norms_that_are_called_weight(made: tuple[str, Path, Any], tmp_path: Pat
     """As newer files of the original code's names have them."""
     name, _, parts = made
     path = tmp_path / "newer.safetensors"
-    state = original(NAMINGS[name][0], parts.denoiser.state_dict())
+    state = original(SPECS[name].naming[0], parts.denoiser.state_dict())
     newer = {re.sub(r"\.scale$", ".weight", key): value for key, value in state.items()}
     assert newer.keys() != state.keys()
     save_file(behind("", newer), path)
@@ -444,7 +443,8 @@ def test_a_file_that_is_not_the_models_is_never_a_damaged_download(
     state = parts.denoiser.state_dict()
     grid = state.pop("pos_embed.pos_embed", None)
     if data.draw(st.booleans(), "original"):
-        state = original(NAMINGS[name][0], state) | ({} if grid is None else {"pos_embed": grid})
+        own = {} if grid is None else {"pos_embed": grid}
+        state = original(SPECS[name].naming[0], state) | own
     elif grid is not None:
         state["pos_embed.pos_embed"] = grid
     for key in data.draw(st.lists(st.sampled_from(sorted(state)), min_size=1, max_size=2,
@@ -502,7 +502,7 @@ def test_gemma_reads_for_a_single_file(made: tuple[str, Path, Any], tmp_path: Pa
     name, _, parts = made
     (tmp_path / "models" / "text_encoders").mkdir(parents=True)
     path = tmp_path / "models" / f"{name}.safetensors"
-    own = original(NAMINGS[name][0], parts.denoiser.state_dict())
+    own = original(SPECS[name].naming[0], parts.denoiser.state_dict())
     gemma = parts.text["text_encoder"].state_dict()
     beside = tmp_path / "models" / "text_encoders"
     save_file({"model.layers.0.self_attn.q_proj.weight": torch.ones(2, 2)},

@@ -22,20 +22,15 @@ from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from core import paths
-from core.families.layer_names import (
-    CHROMA,
-    FLUX,
-    LUMINA2,
-    NAMINGS,
-    SANA,
-    SD1,
-    SDXL,
-    Naming,
-    dotted,
-    from_native,
-    to_native,
-)
-from core.families.layer_renames import unet_renames
+from core.families.chroma.spec import NAMING as CHROMA
+from core.families.flux.spec import NAMING as FLUX
+from core.families.layer_names import Naming, dotted, from_native, to_native
+from core.families.lumina2.spec import NAMING as LUMINA2
+from core.families.registry import SPECS
+from core.families.sana.spec import NAMING as SANA
+from core.families.sd15.spec import NAMING as SD1
+from core.families.sdxl.spec import NAMING as SDXL
+from core.families.unet import unet_renames
 
 XL = {"sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
       "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -95,7 +90,7 @@ def test_every_layer_of_a_real_network_has_one_name_and_comes_back(
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_unet_names_are_those_of_the_original_checkpoints(name: str) -> None:
     """diffusers' own reader of single files, given a checkpoint with our names, finds its own."""
-    unet, part = network(name), NAMINGS[name][0]
+    unet, part = network(name), SPECS[name].naming[0]
     theirs = {}
     for key in unet.state_dict():
         module, _, end = key.rpartition(".")
@@ -146,7 +141,7 @@ def test_layers_below_a_renamed_one_follow_it(paths: list[str], below: str) -> N
 
 @given(st.from_regex(r"[a-z0-9_.]{1,40}", fullmatch=True))
 def test_names_that_no_table_has_stay_as_they_are_or_come_back(name: str) -> None:
-    for naming in NAMINGS.values():
+    for naming in [one.naming for one in SPECS.values()]:
         for part in naming:
             place = to_native(part, name)
             assert name in from_native(part, place.name)[0]
@@ -176,7 +171,7 @@ def test_fused_layers_of_flux() -> None:
 def test_text_encoders_are_numbered_as_sd_scripts_has_them(
         family: str, names: dict[str, str]) -> None:
     """CLIP-L is the first, CLIP-G the second, T5 the third, whichever of them a base has."""
-    denoiser, *texts = NAMINGS[family]
+    denoiser, *texts = SPECS[family].naming
     assert denoiser.kohya == "lora_unet"
     assert {part.name: part.kohya for part in texts} == names
     clips = {part.kohya: part.native for part in texts}

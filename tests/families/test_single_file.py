@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from core import families
-from core.config import load_train_config
 from core.errors import Fault
+from core.importers import load_train_config
 from core.jobs.control import Control
 from core.jobs.events import Step
-from core.training.trainer import train
+from core.training.run import train
 from core.weights.precision import choose
 from tests import ldm_layout, tiny
 from tests.config.test_config import FIRST

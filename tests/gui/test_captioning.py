@@ -26,7 +26,7 @@ from core.jobs.events import Phase
 from core.jobs.runs import JobView, fold
 from core.workspace.project import Project
 from gui.state.app_state import Context, Snapshot
-from gui.state.dataset_view import Album
+from gui.state.dataset_view import DatasetView
 from gui.state.page import Page
 from gui.tabs import captioning
 from gui.tabs.captioning import CaptioningTab, config_of, kept_of, offers, progress, status
@@ -60,15 +60,15 @@ def snapshot(folder: Path, *runs: JobView, **more: Any) -> Snapshot:
 
 
 @pytest.fixture
-def album(folder: Path) -> Iterator[Album]:
-    made = Album()
+def album(folder: Path) -> Iterator[DatasetView]:
+    made = DatasetView()
     made.follow(snapshot(folder))
     made.wait()
     yield made
     made.wait()
 
 
-def texts_of(album: Album) -> dict[str, Any]:
+def texts_of(album: DatasetView) -> dict[str, Any]:
     html = caption_rows.texts(ENGLISH, album, caption_rows.found(album))
     found = re.search(r'data-texts="([^"]*)"', html)
     assert found
@@ -78,7 +78,7 @@ def texts_of(album: Album) -> dict[str, Any]:
 
 # --- the editor ---
 
-def test_an_edit_is_written_and_comes_back(album: Album, folder: Path) -> None:
+def test_an_edit_is_written_and_comes_back(album: DatasetView, folder: Path) -> None:
     before = (folder / "01-banana.txt").read_bytes()
     album.write({"01-banana.png": "a ripe banana"})
     assert (folder / "01-banana.txt").read_text().strip() == "a ripe banana"
@@ -93,7 +93,7 @@ def test_an_edit_is_written_and_comes_back(album: Album, folder: Path) -> None:
         album.step("undo")
 
 
-def test_a_first_caption_makes_its_file_and_undo_takes_it_away(album: Album,
+def test_a_first_caption_makes_its_file_and_undo_takes_it_away(album: DatasetView,
                                                                folder: Path) -> None:
     album.write({"04-mushroom.png": "a mushroom"})
     assert album.now.captioned == 4
@@ -102,7 +102,7 @@ def test_a_first_caption_makes_its_file_and_undo_takes_it_away(album: Album,
     assert not (folder / "04-mushroom.txt").exists()
 
 
-def test_an_edit_of_another_program_is_not_overwritten(album: Album, folder: Path) -> None:
+def test_an_edit_of_another_program_is_not_overwritten(album: DatasetView, folder: Path) -> None:
     (folder / "01-banana.txt").write_text("theirs")
     outcome = album.write({"01-banana.png": "mine"})
     assert [swap.picture for swap in outcome.left] == ["01-banana.png"]
@@ -110,7 +110,7 @@ def test_an_edit_of_another_program_is_not_overwritten(album: Album, folder: Pat
     assert album.wait().captions["01-banana.png"] == "theirs"
 
 
-def test_rows_and_texts_are_apart(album: Album) -> None:
+def test_rows_and_texts_are_apart(album: DatasetView) -> None:
     names = caption_rows.found(album)
     rows = caption_rows.rows(ENGLISH, album, names)
     told = texts_of(album)
@@ -124,7 +124,7 @@ def test_rows_and_texts_are_apart(album: Album) -> None:
     assert again[again.index("<ul"):] == rows[rows.index("<ul"):]     # typing goes on undisturbed
 
 
-def test_tokens_are_clips_own_and_words_until_then(album: Album) -> None:
+def test_tokens_are_clips_own_and_words_until_then(album: DatasetView) -> None:
     key = album.key("01-banana.png")
     assert album.count_tokens is not None
     assert re.fullmatch(r"\d+/225", texts_of(album)[key]["count"])
@@ -135,7 +135,7 @@ def test_tokens_are_clips_own_and_words_until_then(album: Album) -> None:
     assert not texts_of(album)[key]["over"]
 
 
-def test_searching(album: Album) -> None:
+def test_searching(album: DatasetView) -> None:
     album.show(search="empty")
     assert caption_rows.found(album) == ("04-mushroom.png",)
     album.show(search=search_of("tags", "duskprint style"))
@@ -164,7 +164,7 @@ def test_next_empty_goes_round() -> None:
     assert next_empty([], {}, 0) is None
 
 
-def test_statistics_count_tags_or_words(album: Album) -> None:
+def test_statistics_count_tags_or_words(album: DatasetView) -> None:
     html = caption_rows.statistics(ENGLISH, album.now)
     assert "duskprint style <small>3</small>" in html
     assert are_tags(["a, b, c", "d, e"])
@@ -190,18 +190,18 @@ def test_changes_are_counted() -> None:
 # --- rules, over the tab's own handlers ---
 
 @pytest.fixture
-def tab(album: Album, folder: Path, monkeypatch: pytest.MonkeyPatch) -> CaptioningTab:
+def tab(album: DatasetView, folder: Path, monkeypatch: pytest.MonkeyPatch) -> CaptioningTab:
     """The tab without a page: its handlers need the album and the project only."""
     monkeypatch.setattr(captioning.gr, "Info", lambda *_, **__: None)
     made = object.__new__(CaptioningTab)
-    house = SimpleNamespace(snapshot=lambda: snapshot(folder),
-                            projects=SimpleNamespace(update=lambda how: None))
-    made.ctx, made.album = Context(house, "en", Page()), album
+    app_state = SimpleNamespace(snapshot=lambda: snapshot(folder),
+                                projects=SimpleNamespace(update=lambda how: None))
+    made.ctx, made.album = Context(app_state, "en", Page()), album
     made.would = "would"                    # type: ignore[assignment]
     return made
 
 
-def test_rules_are_previewed_then_applied(tab: CaptioningTab, album: Album) -> None:
+def test_rules_are_previewed_then_applied(tab: CaptioningTab, album: DatasetView) -> None:
     before = dict(album.now.captions)
     html = tab.try_rules("replace:a banana=>one banana", False)["would"]
     assert "1 of 3" in html
@@ -219,14 +219,14 @@ def test_bad_rules_are_named(tab: CaptioningTab) -> None:
             tab.try_rules(text, False)
 
 
-def test_a_tag_is_removed_everywhere(tab: CaptioningTab, album: Album) -> None:
+def test_a_tag_is_removed_everywhere(tab: CaptioningTab, album: DatasetView) -> None:
     tab.act("remove_tags", "Duskprint_Style")
     assert not any("duskprint" in text for text in album.now.captions.values())
     tab.act("undo", "")
     assert sum("duskprint" in text for text in album.now.captions.values()) == 3
 
 
-def test_saving_a_row(tab: CaptioningTab, album: Album) -> None:
+def test_saving_a_row(tab: CaptioningTab, album: DatasetView) -> None:
     tab.act("save", f"{album.key('02-cherries.png')}  two \n cherries ")
     assert album.now.captions["02-cherries.png"] == "two cherries"
     with pytest.raises(Fault):
@@ -242,7 +242,7 @@ def test_every_captioner_can_be_chosen() -> None:
     assert all(label for kind in ("sentence", "tags") for label, _ in offers(CHINESE, kind))
 
 
-def test_the_config_that_a_job_gets(album: Album, folder: Path) -> None:
+def test_the_config_that_a_job_gets(album: DatasetView, folder: Path) -> None:
     kept = kept_of(snapshot(folder))
     config = config_of(kept, album, "m1a", "")
     assert (config.captioner, config.trigger_word, config.only) == ("blip+clip", "m1a", [])
@@ -255,7 +255,7 @@ def test_the_config_that_a_job_gets(album: Album, folder: Path) -> None:
     with pytest.raises(Fault):
         config_of(kept | {"sentence": "", "tags": ""}, album, "", "")
     with pytest.raises(Fault):
-        config_of(kept, Album(), "", "")
+        config_of(kept, DatasetView(), "", "")
 
 
 def test_what_the_project_keeps_may_be_anything(folder: Path) -> None:
@@ -281,7 +281,7 @@ def test_the_job_is_told(ctx: Context, folder: Path) -> None:
     assert "tab_captioning" not in html
 
 
-def test_captions_of_a_running_job_come_in(album: Album, folder: Path) -> None:
+def test_captions_of_a_running_job_come_in(album: DatasetView, folder: Path) -> None:
     view = JobView(id="r", folder=folder, job="caption", state="running",
                    config={"folder": str(folder)})
     (folder / "04-mushroom.txt").write_text("a mushroom")
@@ -299,9 +299,10 @@ def test_captions_of_a_running_job_come_in(album: Album, folder: Path) -> None:
 def test_no_torch_comes_in(folder: Path) -> None:
     """Folder, check, captions and exact tokens, all in a process that has no torch."""
     code = (f"import sys; from pathlib import Path\n"
-            f"from gui.state.dataset_view import Album\nfrom gui.state.dataset import Question\n"
+            f"from gui.state.dataset_view import DatasetView\n"
+            f"from gui.state.dataset import Question\n"
             f"import gui.tabs.dataset, gui.tabs.captioning\n"
-            f"album = Album(); album._ask(Question(folder={str(folder)!r}, base='demo'))\n"
+            f"album = DatasetView(); album._ask(Question(folder={str(folder)!r}, base='demo'))\n"
             f"album.wait(); assert album.now.report and album.count_tokens('a b') == 2\n"
             f"assert 'torch' not in sys.modules, 'torch'")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,

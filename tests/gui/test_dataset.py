@@ -18,7 +18,7 @@ from core.errors import Fault
 from core.workspace.project import Project
 from gui.state.app_state import Context, Snapshot
 from gui.state.dataset import Question
-from gui.state.dataset_view import Album, absolute, facts_of
+from gui.state.dataset_view import DatasetView, absolute, facts_of
 from gui.widgets import dataset_report
 from gui.widgets.drop_zone import uploaded
 from gui.widgets.picture_grid import (
@@ -62,15 +62,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def album(folder: Path) -> Iterator[Album]:
-    made = Album()
+def album(folder: Path) -> Iterator[DatasetView]:
+    made = DatasetView()
     made.follow(snapshot(folder))
     made.wait()
     yield made
     made.wait()
 
 
-def test_what_is_in_the_folder(album: Album) -> None:
+def test_what_is_in_the_folder(album: DatasetView) -> None:
     state = album.now
     assert state.fault is None
     assert [name[:2] for name in state.names] == ["01", "02", "03", "co", "to", "wi"]
@@ -86,7 +86,7 @@ def test_what_is_in_the_folder(album: Album) -> None:
 
 def test_nothing_in_the_folder_is_changed(folder: Path) -> None:
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    album = Album()
+    album = DatasetView()
     album.follow(snapshot(folder))
     album.wait()
     album.leave_out(["copy.png"])
@@ -95,7 +95,7 @@ def test_nothing_in_the_folder_is_changed(folder: Path) -> None:
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_left_out_pictures_stay_in_sight(album: Album, folder: Path) -> None:
+def test_left_out_pictures_stay_in_sight(album: DatasetView, folder: Path) -> None:
     album.leave_out(["copy.png"])
     assert curation.load(folder).left_out == {"copy.png"}
     assert "copy.png" in album.now.names
@@ -110,7 +110,7 @@ def test_left_out_pictures_stay_in_sight(album: Album, folder: Path) -> None:
     assert of_finding(album.now, "checks.same_file")
 
 
-def test_a_point_moves_the_frame_at_once(album: Album) -> None:
+def test_a_point_moves_the_frame_at_once(album: DatasetView) -> None:
     album.show(open="wide.png")
     before = album.now.planned("wide.png")
     assert before is not None
@@ -142,7 +142,7 @@ def test_pages() -> None:
 
 
 @pytest.mark.parametrize("ctx", [ENGLISH, CHINESE], ids=["en", "zh-CN"])
-def test_every_sentence_is_there(album: Album, ctx: Context) -> None:
+def test_every_sentence_is_there(album: DatasetView, ctx: Context) -> None:
     album.show(open="wide.png", filter="finding:checks.same_file")
     html = "".join((grid(ctx, album), large(ctx, album), dataset_report.summary(ctx, album),
                     dataset_report.findings(ctx, album), dataset_report.buckets(ctx, album.now)))
@@ -162,7 +162,7 @@ def test_both_languages_have_the_same_keys() -> None:
 def test_names_are_escaped_and_addresses_hold_none(tmp_path: Path) -> None:
     name = 'a"<b>&\'.png' if sys.platform != "win32" else "a&'.png"
     Image.new("RGB", (64, 64), "red").save(tmp_path / name, "PNG")
-    album = Album()
+    album = DatasetView()
     album.follow(snapshot(tmp_path))
     album.wait()
     album.show(open=name)
@@ -178,7 +178,7 @@ def test_names_are_escaped_and_addresses_hold_none(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_pictures_is_told(tmp_path: Path, folder: Path) -> None:
-    album = Album()
+    album = DatasetView()
     album.follow(snapshot(tmp_path / "none"))
     state = album.wait()
     assert state.fault is not None
@@ -192,7 +192,7 @@ def test_a_folder_without_pictures_is_told(tmp_path: Path, folder: Path) -> None
 
 
 def test_only_what_matters_starts_a_look(folder: Path) -> None:
-    album = Album()
+    album = DatasetView()
     album.follow(snapshot(folder))
     album.wait()
     version = album.version
@@ -215,7 +215,7 @@ def test_facts_need_no_base() -> None:
 
 
 def test_dropped_files_come_into_the_folder(tmp_path: Path, folder: Path) -> None:
-    album, seen = Album(), []
+    album, seen = DatasetView(), []
     target = tmp_path / "ours"
     album.receive([folder / "01-banana.png", folder / "01-banana.txt"], target, seen.append)
     end = time.monotonic() + 10
@@ -233,9 +233,9 @@ def test_ten_thousand_pictures_page_at_once(monkeypatch: pytest.MonkeyPatch,
     Image.new("RGB", (8, 8)).save(first)
     for number in range(1, 10_000):
         (tmp_path / f"{number:05d}.png").hardlink_to(first)
-    monkeypatch.setattr(Album, "_captions", lambda *_: None)
-    monkeypatch.setattr(Album, "_check", lambda *_: None)
-    album, began = Album(), time.perf_counter()
+    monkeypatch.setattr(DatasetView, "_captions", lambda *_: None)
+    monkeypatch.setattr(DatasetView, "_check", lambda *_: None)
+    album, began = DatasetView(), time.perf_counter()
     album.follow(snapshot(tmp_path))
     state = album.wait()
     listed = time.perf_counter() - began
@@ -265,10 +265,10 @@ def test_only_uploads_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert uploaded(json.dumps(named)) == []
 
 
-def test_handlers_refuse_strange_input(album: Album) -> None:
+def test_handlers_refuse_strange_input(album: DatasetView) -> None:
     from gui.tabs.dataset import DatasetTab
     tab = object.__new__(DatasetTab)
-    tab.album, tab.ctx = album, SimpleNamespace(house=None)     # type: ignore[assignment]
+    tab.album, tab.ctx = album, SimpleNamespace(app_state=None)     # type: ignore[assignment]
     for act, id in (("page", "x"), ("step", "7"), ("nonsense", "")):
         page = album.shown.page
         DatasetTab.act(tab, act, id)

@@ -24,8 +24,8 @@ from core.jobs.manager import JobManager
 from core.jobs.runs import JobView, fold
 from core.lora_files import export, library
 from gui.state import inference_request as wanted
-from gui.state.app_state import Context, House, Snapshot
-from gui.state.inference_files import Desk, desk_of, pictures_folder
+from gui.state.app_state import AppState, Context, Snapshot
+from gui.state.inference_files import InferenceFiles, desk_of, pictures_folder
 from gui.state.inference_request import Added
 from gui.state.page import Page
 from gui.state.plan_client import Planning
@@ -40,23 +40,23 @@ CONFIG = {"trigger_word": "m1a", "base_model": "demo", "sample_prompts": []}
 
 
 @pytest.fixture
-def house(own_home: Path) -> Iterator[House]:
+def app_state(own_home: Path) -> Iterator[AppState]:
     planning: Planning = Silent()
-    made = House(JobManager(dispatch=False), planning)
+    made = AppState(JobManager(dispatch=False), planning)
     yield made
     made.close()
 
 
 @pytest.fixture(params=i18n.LANGUAGES)
-def ctx(house: House, request: pytest.FixtureRequest) -> Context:
-    return Context(house, request.param, Page())
+def ctx(app_state: AppState, request: pytest.FixtureRequest) -> Context:
+    return Context(app_state, request.param, Page())
 
 
 @pytest.fixture
-def tab(house: House) -> Any:
+def tab(app_state: AppState) -> Any:
     """The tab's handlers, without Gradio's components."""
     made = object.__new__(inference.Inference)
-    made.ctx, made.desk, made._ready = Context(house, "en", Page()), desk_of(house), None
+    made.ctx, made.desk, made._ready = Context(app_state, "en", Page()), desk_of(app_state), None
     return made
 
 
@@ -82,8 +82,8 @@ def drawn(folder: Path, snap: Snapshot, pictures: int = 1, **config: Any) -> Job
                    config=DrawConfig.model_validate(data | config).model_dump(mode="json"))
 
 
-def desk() -> Desk:
-    return Desk(lambda: None)
+def desk() -> InferenceFiles:
+    return InferenceFiles(lambda: None)
 
 
 @contextlib.contextmanager
@@ -298,10 +298,10 @@ def test_pictures_on_the_cpu_hide_no_training(tmp_path: Path) -> None:
 
 # --- what the handlers do ---
 
-def test_loras_are_added_weighed_removed_and_refused(tab: Any, house: House, tmp_path: Path
+def test_loras_are_added_weighed_removed_and_refused(tab: Any, app_state: AppState, tmp_path: Path
                                                      ) -> None:
     def now() -> list[Added]:
-        snap = house.snapshot()
+        snap = app_state.snapshot()
         return wanted.added(snap, wanted.choices(snap, tab.desk))
     ink, mia = (tiny_lora(tmp_path / f"{name}.safetensors") for name in ("ink", "mia"))
     tab.change("add", str(ink))
@@ -329,7 +329,7 @@ def test_loras_are_added_weighed_removed_and_refused(tab: Any, house: House, tmp
     assert now() == [Added(str(mia), -0.35)]
 
 
-def test_what_is_dropped_is_taken(tab: Any, house: House, own_home: Path,
+def test_what_is_dropped_is_taken(tab: Any, app_state: AppState, own_home: Path,
                                   monkeypatch: pytest.MonkeyPatch) -> None:
     uploads = own_home / "uploads"
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(uploads))
@@ -337,7 +337,7 @@ def test_what_is_dropped_is_taken(tab: Any, house: House, own_home: Path,
         "ss_base_model_version": "sd_v1", "modelspec.trigger_phrase": "inky"})
     tab.take("dropped", json.dumps([str(file)]))
     kept = own_home / "loras" / "ink.safetensors"
-    snap = house.snapshot()
+    snap = app_state.snapshot()
     found = wanted.choices(snap, tab.desk)
     assert wanted.added(snap, found) == [Added(str(kept))]
     assert wanted.triggers(snap, wanted.added(snap, found), found, tab.desk) == ["inky"]
@@ -348,7 +348,7 @@ def test_what_is_dropped_is_taken(tab: Any, house: House, own_home: Path,
         "a house <lora:ink:0.35> <lora:nobody:1>\nNegative prompt: rain\n"
         "Steps: 9, Sampler: Euler a, CFG scale: 3.5, Seed: 77, Size: 64x32"))
     tab.take("dropped", json.dumps([str(picture)]))
-    snap = house.snapshot()
+    snap = app_state.snapshot()
     assert wanted.added(snap, wanted.choices(snap, tab.desk)) == [Added(str(kept), 0.35)]
     told = wanted.typed(snap, wanted.choices(snap, tab.desk))
     assert told == {"prompt": "a house  <lora:nobody:1>", "negative": "rain", "seed": 77,
@@ -357,22 +357,22 @@ def test_what_is_dropped_is_taken(tab: Any, house: House, own_home: Path,
     picture = png(uploads / "4.png", parameters=(
         "a house\nSteps: 9, Sampler: Euler a, Seed: 77, Size: 64x32, Clip skip: 2"))
     tab.take("dropped", json.dumps([str(picture)]))
-    snap = house.snapshot()
+    snap = app_state.snapshot()
     assert wanted.typed(snap, wanted.choices(snap, tab.desk))["clip_skip"] == 2
     with refused("tab_inference.no_settings"):
         tab.take("dropped", json.dumps([str(png(uploads / "3.png"))]))
-    before = house.projects.now
+    before = app_state.projects.now
     tab.take("dropped", json.dumps([str(Path(__file__)), "/etc/passwd", 3]))
     tab.take("dropped", "not json")
-    assert house.projects.now == before
+    assert app_state.projects.now == before
 
 
-def test_pictures_are_deleted_and_brought_back(tab: Any, house: House) -> None:
-    folder = pictures_folder() / house.projects.now.name
+def test_pictures_are_deleted_and_brought_back(tab: Any, app_state: AppState) -> None:
+    folder = pictures_folder() / app_state.projects.now.name
     folder.mkdir(parents=True)
-    view = drawn(folder, house.snapshot(), 3)
-    snap = replace(house.snapshot(), runs=(view,))
-    house.snapshot = lambda: snap                   # type: ignore[method-assign]
+    view = drawn(folder, app_state.snapshot(), 3)
+    snap = replace(app_state.snapshot(), runs=(view,))
+    app_state.snapshot = lambda: snap                   # type: ignore[method-assign]
     tab.act("delete", "d/1")
     assert [n for _, n in tab.desk.pictures(snap)] == [2, 0]
     assert (folder / "_deleted" / "00001.png").is_file()
@@ -383,7 +383,7 @@ def test_pictures_are_deleted_and_brought_back(tab: Any, house: House) -> None:
             tab.act("delete", wrong)
     tab.act("as_preview", "d/0")
     tab.act("as_preview", "d/0")
-    assert house.projects.now.edits["sample_prompts"] == ["a cat"]
+    assert app_state.projects.now.edits["sample_prompts"] == ["a cat"]
     tab.act("open", "d/2")
     tab.act("step", "1")
     assert tab.desk.open == "d/1"
@@ -392,7 +392,7 @@ def test_pictures_are_deleted_and_brought_back(tab: Any, house: House) -> None:
     assert tab.desk.open == "d/2"
 
 
-def test_exports_replace_nothing(tab: Any, house: House, tmp_path: Path) -> None:
+def test_exports_replace_nothing(tab: Any, app_state: AppState, tmp_path: Path) -> None:
     ink = tiny_lora(tmp_path / "ink.safetensors")
     tab.change("add", str(ink))
     comfy = tmp_path / "ComfyUI"
@@ -407,7 +407,7 @@ def test_exports_replace_nothing(tab: Any, house: House, tmp_path: Path) -> None
     assert copy.read_bytes() == b"another's"
     assert (copy.parent / "ink-2.safetensors").read_bytes() == ink.read_bytes()
     assert len(list(copy.parent.iterdir())) == 2
-    assert house.settings.now.exports == {"comfyui": str(copy.parent)}
+    assert app_state.settings.now.exports == {"comfyui": str(copy.parent)}
     for wrong in ({**ask, "file": "/etc/passwd"}, {**ask, "program": "x"}, {}, 3):
         tab.send("export", json.dumps(wrong))
     assert len(list(copy.parent.iterdir())) == 2

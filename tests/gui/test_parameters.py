@@ -27,28 +27,28 @@ from core.jobs.manager import JobManager
 from core.memory import service
 from core.workspace import presets
 from gui import actions, checklist
-from gui.onboarding import first_start
 from gui.state import form
-from gui.state.app_state import Context, House
-from gui.state.base_models import Bases
+from gui.state.app_state import AppState, Context
+from gui.state.base_models import BaseModels
 from gui.state.desktop import Desktop
 from gui.state.page import Page
 from gui.widgets.base_chooser import base_chooser
 from gui.widgets.close_dialog import close_dialog
 from gui.widgets.history import history
+from gui.widgets.onboarding import first_start
 from tests.gui.test_views import Silent, Tags
 
 
 @pytest.fixture
-def house(own_home: Path) -> Iterator[House]:
-    made = House(JobManager(dispatch=False), Silent())
+def app_state(own_home: Path) -> Iterator[AppState]:
+    made = AppState(JobManager(dispatch=False), Silent())
     yield made
     made.close()
 
 
 @pytest.fixture(params=i18n.LANGUAGES)
-def ctx(house: House, request: pytest.FixtureRequest) -> Context:
-    return Context(house, request.param, Page())
+def ctx(app_state: AppState, request: pytest.FixtureRequest) -> Context:
+    return Context(app_state, request.param, Page())
 
 
 def until(question: Any) -> Any:
@@ -70,28 +70,28 @@ def whole(text: str) -> str:
 # --- bases ---
 
 def test_bases_are_listed_with_what_stands_against_them(ctx: Context, tmp_path: Path) -> None:
-    house = ctx.house
+    app_state = ctx.app_state
     good = Found(tmp_path / "<b>good.safetensors", "sd15", 2100)
     refused = Found(tmp_path / "c", "chroma", 6900, "other", "chroma")
-    house.bases._set(found=(good, refused), searched=True)
-    text = whole(base_chooser(ctx, house.snapshot()))
+    app_state.bases._set(found=(good, refused), searched=True)
+    text = whole(base_chooser(ctx, app_state.snapshot()))
     assert "<b>good" not in text
     assert "Chroma" in refused.why(ctx.language)
     assert refused.why(ctx.language) in text
     assert [b["data-id"] for b in Tags(text).buttons() if b["data-act"] == "use_base"] == ["0"]
     actions.act(ctx, "use_base", "0")
-    assert house.projects.now.edits["base_model"] == str(good.path)
+    assert app_state.projects.now.edits["base_model"] == str(good.path)
     actions.act(ctx, "use_base", "99")
     actions.act(ctx, "use_base", "x")
 
 
 def test_a_download_shows_its_licence_first_and_then_is_the_base(
         ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    house, entry = ctx.house, next(one for one in hub.catalogue() if one.purpose == "base")
+    app_state, entry = ctx.app_state, next(one for one in hub.catalogue() if one.purpose == "base")
     actions.act(ctx, "ask", entry.repo)
-    text = whole(base_chooser(ctx, house.snapshot()))
+    text = whole(base_chooser(ctx, app_state.snapshot()))
     assert entry.licence in text
-    assert house.bases.now.fetch is None            # nothing is fetched by being asked about
+    assert app_state.bases.now.fetch is None            # nothing is fetched by being asked about
 
     def fetch(repo: str, emit: Any, control: Control, mirror: str) -> Path | None:
         emit(Phase(name="download", done=5, total=10))
@@ -100,17 +100,17 @@ def test_a_download_shows_its_licence_first_and_then_is_the_base(
         return None
     monkeypatch.setattr(hub, "fetch", fetch)
     actions.act(ctx, "fetch", entry.repo)
-    until(lambda: house.bases.now.fetch and house.bases.now.fetch.done == 5)
-    assert "5 MB" in whole(base_chooser(ctx, house.snapshot()))
+    until(lambda: app_state.bases.now.fetch and app_state.bases.now.fetch.done == 5)
+    assert "5 MB" in whole(base_chooser(ctx, app_state.snapshot()))
     with pytest.raises(Fault):
         actions.act(ctx, "fetch", entry.repo)
     actions.act(ctx, "stop_fetch", "")
-    until(lambda: house.bases.now.fetch and house.bases.now.fetch.over)
-    whole(base_chooser(ctx, house.snapshot()))
+    until(lambda: app_state.bases.now.fetch and app_state.bases.now.fetch.over)
+    whole(base_chooser(ctx, app_state.snapshot()))
 
     monkeypatch.setattr(hub, "fetch", lambda *a: paths.DEMO / "base")
     actions.act(ctx, "fetch", entry.repo)
-    until(lambda: house.projects.now.edits["base_model"] == str(paths.DEMO / "base"))
+    until(lambda: app_state.projects.now.edits["base_model"] == str(paths.DEMO / "base"))
     with pytest.raises(Fault):
         actions.act(ctx, "fetch", "someone/else")
 
@@ -118,12 +118,12 @@ def test_a_download_shows_its_licence_first_and_then_is_the_base(
 def test_offline_a_download_says_so_in_one_sentence(ctx: Context) -> None:
     entry = next(one for one in hub.catalogue() if one.purpose == "base")
     actions.act(ctx, "fetch", entry.repo)             # HF_HUB_OFFLINE is set for all tests
-    fetch = until(lambda: ctx.house.bases.now.fetch and ctx.house.bases.now.fetch.over
-                  and ctx.house.bases.now.fetch)
+    fetch = until(lambda: ctx.app_state.bases.now.fetch and ctx.app_state.bases.now.fetch.over
+                  and ctx.app_state.bases.now.fetch)
     assert fetch.fault is not None
     assert ctx.told(fetch.fault) in i18n.say(fetch.fault.code, fetch.fault.params, ctx.language)
     assert fetch.fault.code in ("hub.offline", "hub.unreachable")
-    whole(base_chooser(ctx, ctx.house.snapshot()))
+    whole(base_chooser(ctx, ctx.app_state.snapshot()))
 
 
 def test_a_search_runs_once_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_a_search_runs_once_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
         yield Found(tmp_path, "sd15", 1)
     monkeypatch.setattr("core.base_models.search.usual_places", lambda extra: list(extra))
     monkeypatch.setattr("core.base_models.search.search", search)
-    bases = Bases(lambda: None)
+    bases = BaseModels(lambda: None)
     bases.look(("a",))
     bases.look(("b",))
     gate.set()
@@ -147,24 +147,24 @@ def test_a_search_runs_once_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_is_no_base_blocks_the_start(ctx: Context, tmp_path: Path) -> None:
     from tests.base_models.test_search import safetensors
     lora = safetensors(tmp_path / "x.safetensors", **{"lora_unet_x.lora_down.weight": (2, 2)})
-    ctx.house.projects.edit(base_model=str(lora), train_data_dir=str(tmp_path))
-    assert "x.safetensors" in checklist.html(ctx, ctx.house.snapshot())
-    assert not checklist.ready(ctx, ctx.house.snapshot())
+    ctx.app_state.projects.edit(base_model=str(lora), train_data_dir=str(tmp_path))
+    assert "x.safetensors" in checklist.html(ctx, ctx.app_state.snapshot())
+    assert not checklist.ready(ctx, ctx.app_state.snapshot())
 
 
 # --- first start, closing ---
 
 def test_first_start_is_shown_once(ctx: Context) -> None:
-    house = ctx.house
-    until(lambda: house.snapshot().machine or house.touch())
+    app_state = ctx.app_state
+    until(lambda: app_state.snapshot().machine or app_state.touch())
     for step in (1, 2, 3):
         actions.act(ctx, "step", str(step))
-        text = whole(first_start(ctx, house.snapshot(), []))
+        text = whole(first_start(ctx, app_state.snapshot(), []))
         assert len([b for b in Tags(text).buttons() if b["class"] == "act primary"]) == 1
     actions.act(ctx, "step", "x")
-    whole(first_start(ctx, house.snapshot(), []))
+    whole(first_start(ctx, app_state.snapshot(), []))
     actions.act(ctx, "welcomed", "")
-    assert first_start(ctx, house.snapshot(), []) == ""
+    assert first_start(ctx, app_state.snapshot(), []) == ""
 
 
 class Fake:
@@ -202,17 +202,17 @@ def test_a_native_window_may_close_only_when_all_was_asked() -> None:
 def test_dialogs_of_the_system_only_where_there_is_a_window(ctx: Context) -> None:
     with pytest.raises(Fault):
         actions.act(ctx, "native_pictures", "")
-    ctx.house.desktop.window = Fake()
+    ctx.app_state.desktop.window = Fake()
     actions.act(ctx, "native_pictures", "")
-    assert ctx.house.projects.now.edits["train_data_dir"] == str(Path("/folder").absolute())
+    assert ctx.app_state.projects.now.edits["train_data_dir"] == str(Path("/folder").absolute())
     actions.act(ctx, "native_file", "")
-    assert ctx.house.projects.now.edits["base_model"].endswith("file")
+    assert ctx.app_state.projects.now.edits["base_model"].endswith("file")
 
 
 @pytest.mark.parametrize("state", ["asked", "stopping", "closed"])
 def test_the_question_is_a_dialog(ctx: Context, state: Any) -> None:
-    ctx.house.desktop._set(state)
-    text = whole(close_dialog(ctx, ctx.house.snapshot()))
+    ctx.app_state.desktop._set(state)
+    text = whole(close_dialog(ctx, ctx.app_state.snapshot()))
     assert text.startswith("<dialog")
     assert ("data-cancel" in text) == (state != "closed")
 
@@ -227,41 +227,41 @@ def finished(name: str) -> str:
 
 
 def test_records_go_and_come_back_page_by_page(ctx: Context) -> None:
-    house, ids = ctx.house, [finished(f"n{n:02d}") for n in range(12)]
-    until(lambda: len(house.jobs.views()) == 12)
-    text = whole(history(ctx, house.snapshot()))
+    app_state, ids = ctx.app_state, [finished(f"n{n:02d}") for n in range(12)]
+    until(lambda: len(app_state.jobs.views()) == 12)
+    text = whole(history(ctx, app_state.snapshot()))
     assert "n11" in text
     assert "n00" not in text
     actions.act(ctx, "page", "1")
-    assert "n00" in whole(history(ctx, house.snapshot()))
+    assert "n00" in whole(history(ctx, app_state.snapshot()))
     actions.act(ctx, "page", "99")
-    assert "n00" in whole(history(ctx, house.snapshot()))
+    assert "n00" in whole(history(ctx, app_state.snapshot()))
     actions.act(ctx, "remove", ids[0])
-    until(lambda: len(house.jobs.views()) == 11)
-    assert "<b>n00</b>" not in history(ctx, house.snapshot())
+    until(lambda: len(app_state.jobs.views()) == 11)
+    assert "<b>n00</b>" not in history(ctx, app_state.snapshot())
     actions.act(ctx, "restore", ids[0])
-    until(lambda: len(house.jobs.views()) == 12)
+    until(lambda: len(app_state.jobs.views()) == 12)
     with pytest.raises(Fault):
         records.restore("../runs")
-    waits = house.jobs.start(TrainConfig())
+    waits = app_state.jobs.start(TrainConfig())
     with pytest.raises(Fault):
         actions.act(ctx, "remove", waits)
     for id in [*ids, "gone"]:
         actions.act(ctx, "compare", id)
-    assert house.projects.now.tabs["runs"]["compare"] == [ids[-1], "gone"]
-    whole(history(ctx, house.snapshot()))
+    assert app_state.projects.now.tabs["runs"]["compare"] == [ids[-1], "gone"]
+    whole(history(ctx, app_state.snapshot()))
 
 
-def test_the_queue_is_kept_in_the_order_given(house: House) -> None:
-    ids = [house.jobs.start(TrainConfig(), name=name) for name in "abc"]
-    house.jobs.move_up(ids[2])
-    house.jobs.move_up(ids[2])
-    house.jobs.move_up(ids[2])
-    later = house.jobs.start(TrainConfig(), name="d")
-    assert [view.id for view in house.jobs.queue()] == [ids[2], ids[0], ids[1], later]
-    assert [view.id for view in house.snapshot().queued] == [ids[2], ids[0], ids[1], later]
+def test_the_queue_is_kept_in_the_order_given(app_state: AppState) -> None:
+    ids = [app_state.jobs.start(TrainConfig(), name=name) for name in "abc"]
+    app_state.jobs.move_up(ids[2])
+    app_state.jobs.move_up(ids[2])
+    app_state.jobs.move_up(ids[2])
+    later = app_state.jobs.start(TrainConfig(), name="d")
+    assert [view.id for view in app_state.jobs.queue()] == [ids[2], ids[0], ids[1], later]
+    assert [view.id for view in app_state.snapshot().queued] == [ids[2], ids[0], ids[1], later]
     (paths.runs_dir() / records.ORDER).write_text("{")
-    assert [view.id for view in house.jobs.queue()] == [*ids, later]
+    assert [view.id for view in app_state.jobs.queue()] == [*ids, later]
 
 
 def test_own_presets_keep_how_and_not_what(own_home: Path) -> None:
@@ -324,11 +324,11 @@ def test_what_may_help_is_there_before_the_planner_answers(ctx: Context) -> None
         journal.append(JobStarted(job="train", pid=1, config=config))
         journal.append(Faulted(code="jobs.out_of_gpu_memory", params={"reason": "x"}))
         journal.append(JobEnded(state="failed"))
-    house = ctx.house
-    view = until(lambda: next((one for one in house.jobs.views() if one.over), None))
-    text = whole(head(ctx, view, house.snapshot()))
+    app_state = ctx.app_state
+    view = until(lambda: next((one for one in app_state.jobs.views() if one.over), None))
+    text = whole(head(ctx, view, app_state.snapshot()))
     ids = [str(b["data-id"]) for b in Tags(text).buttons() if b.get("data-act") == "remedy"]
     assert f"{view.id}/oom_start/advisor.do_batch" in ids
-    with house.planning._changed:
-        house.planning._mended(f"{view.id}/oom_start", [])
-    assert "remedy" not in head(ctx, view, house.snapshot())
+    with app_state.planning._changed:
+        app_state.planning._mended(f"{view.id}/oom_start", [])
+    assert "remedy" not in head(ctx, view, app_state.snapshot())

@@ -171,7 +171,7 @@ def test_pictures_and_files_of_runs_by_number_only(served: Served, tmp_path: Pat
     (tmp_path / "l.safetensors").write_bytes(b"weights")
     run_id = make_run("mia", tmp_path / "p.png", tmp_path / "l.safetensors")
     deadline = time.monotonic() + 5
-    while served.house.snapshot().run(run_id) is None and time.monotonic() < deadline:
+    while served.app_state.snapshot().run(run_id) is None and time.monotonic() < deadline:
         time.sleep(0.05)
     status, body, headers = ask(served, f"/picture/{run_id}/0")
     assert (status, headers["content-type"]) == (200, "image/webp")
@@ -187,7 +187,7 @@ def test_pictures_and_files_of_runs_by_number_only(served: Served, tmp_path: Pat
 
 def test_settings_change_only_to_what_exists(served: Served) -> None:
     assert ask(served, "/language/zh-CN")[2]["location"] == "/zh-CN/"
-    assert served.house.settings.now.language == "zh-CN"
+    assert served.app_state.settings.now.language == "zh-CN"
     assert ask(served, "/theme/dark")[2]["location"] == "/zh-CN/?__theme=dark"
     assert ask(served, "/language/../../x")[0] == 404
     assert ask(served, "/language/xx")[0] == 404
@@ -208,7 +208,7 @@ def test_the_server_knows_when_it_is_left_alone(served: Served,
     served.guard.quiet_since = time.monotonic()
     assert not served.left_alone
     served.guard.quiet_since -= server.QUIET_S + 1
-    monkeypatch.setattr(served.house.jobs, "views", list)
+    monkeypatch.setattr(served.app_state.jobs, "views", list)
     assert served.left_alone
     served.guard.pages = 1
     assert not served.left_alone

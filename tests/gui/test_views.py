@@ -26,10 +26,10 @@ from core.memory.plan import Machine
 from core.workspace import presets
 from gui import checklist, html
 from gui.header import header
-from gui.state import form
-from gui.state.app_state import Context, Gauge, House, Snapshot
+from gui.state import form, run_files
+from gui.state.app_state import AppState, Context, Gauge, Snapshot
 from gui.state.page import Page, _difference, _seen
-from gui.state.plan_client import Forecast, Planning
+from gui.state.plan_client import Planning, PlanState
 from gui.tabs import run
 from gui.widgets.fault_card import fault_card
 from gui.widgets.history import history
@@ -51,15 +51,15 @@ class Silent(Planning):
 
 
 @pytest.fixture
-def house(own_home: Path) -> Iterator[House]:
-    made = House(JobManager(dispatch=False), Silent())
+def app_state(own_home: Path) -> Iterator[AppState]:
+    made = AppState(JobManager(dispatch=False), Silent())
     yield made
     made.close()
 
 
 @pytest.fixture(params=i18n.LANGUAGES)
-def ctx(house: House, request: pytest.FixtureRequest) -> Context:
-    return Context(house, request.param, Page())
+def ctx(app_state: AppState, request: pytest.FixtureRequest) -> Context:
+    return Context(app_state, request.param, Page())
 
 
 def view(tmp_path: Path, **changes: Any) -> JobView:
@@ -269,27 +269,27 @@ def test_previews_keep_first_and_last(count: int) -> None:
 # --- before the start ---
 
 def answered(ctx: Context, **answer: Any) -> Snapshot:
-    snap = ctx.house.snapshot()
+    snap = ctx.app_state.snapshot()
     question = {"config": {"train_data_dir": snap.config.train_data_dir}}
-    return replace(snap, forecast=Forecast(question, question, {
+    return replace(snap, plan_state=PlanState(question, question, {
         "plan": plan_dict(), "verdict": "fits", "lacking": {}, "pictures": 24, "updates": 960,
         **answer}))
 
 
 def test_start_waits_for_folder_and_base(ctx: Context, tmp_path: Path) -> None:
-    assert not checklist.ready(ctx, ctx.house.snapshot())
-    ctx.house.projects.edit(train_data_dir=str(tmp_path), base_model="demo")
+    assert not checklist.ready(ctx, ctx.app_state.snapshot())
+    ctx.app_state.projects.edit(train_data_dir=str(tmp_path), base_model="demo")
     assert checklist.ready(ctx, answered(ctx))
     assert "24" in checklist.html(ctx, answered(ctx))
     fault = {"code": "dataset.folder_missing", "params": {"folder": "x", "nearest": "y"}}
     assert not checklist.ready(ctx, answered(ctx, pictures_fault=fault))
-    ctx.house.projects.edit(train_data_dir=str(tmp_path / "gone"))
+    ctx.app_state.projects.edit(train_data_dir=str(tmp_path / "gone"))
     assert not checklist.ready(ctx, answered(ctx))
 
 
 def test_what_cannot_be_used_stays_visible_and_blocks(ctx: Context, tmp_path: Path) -> None:
-    house = ctx.house
-    house.projects.edit(train_data_dir=str(tmp_path), base_model="demo", lora_rank=16)
+    app_state = ctx.app_state
+    app_state.projects.edit(train_data_dir=str(tmp_path), base_model="demo", lora_rank=16)
     page_form = form.Form(ctx)
     page_form.edited("lora_rank", 9999)
     snap = answered(ctx)
@@ -299,9 +299,9 @@ def test_what_cannot_be_used_stays_visible_and_blocks(ctx: Context, tmp_path: Pa
     assert snap.config.lora_rank == 16
     page_form.edited("lora_rank", 12)
     assert checklist.ready(ctx, answered(ctx))
-    assert house.projects.now.edits["lora_rank"] == 12
+    assert app_state.projects.now.edits["lora_rank"] == 12
     page_form.edited("lora_rank", None)             # emptied: back to what is below
-    assert "lora_rank" not in house.projects.now.edits
+    assert "lora_rank" not in app_state.projects.now.edits
 
 
 def test_every_field_has_a_name_and_a_help_in_both_languages() -> None:
@@ -355,7 +355,7 @@ def test_the_suggestion_is_shown_with_reasons_and_can_be_taken(ctx: Context) -> 
 
 def test_a_checkpoint_folder_holds_its_lora(tmp_path: Path) -> None:
     point = Checkpoint(step=40, path=str(tmp_path / "mia-000040"))
-    assert run.lora_file(point) == tmp_path / "mia-000040" / "mia-000040.safetensors"
+    assert run_files.lora_file(point) == tmp_path / "mia-000040" / "mia-000040.safetensors"
 
 
 # --- pages ---
@@ -376,12 +376,12 @@ def test_only_differences_are_sent() -> None:
         assert _difference({one: "a", two: "c"}, _seen(lost), [one, two])[1:] == ["a", "c"]
 
 
-def test_snapshots_are_the_same_until_something_changes(house: House) -> None:
-    first = house.snapshot()
-    house.gauge = first.gauge
-    again = house.snapshot()
-    house.projects.edit(lora_rank=7)
-    changed = house.snapshot()
+def test_snapshots_are_the_same_until_something_changes(app_state: AppState) -> None:
+    first = app_state.snapshot()
+    app_state.gauge = first.gauge
+    again = app_state.snapshot()
+    app_state.projects.edit(lora_rank=7)
+    changed = app_state.snapshot()
     assert again.version == first.version or again.gauge != first.gauge
     assert changed.version != again.version
     assert changed.config.lora_rank == 7
@@ -389,8 +389,8 @@ def test_snapshots_are_the_same_until_something_changes(house: House) -> None:
 
 @pytest.mark.parametrize(("seconds", "said"), [
     (0, "0 s"), (89, "89 s"), (90, "2 min"), (3599, "60 min"), (5400, "1 h 30 min")])
-def test_durations(house: House, seconds: float, said: str) -> None:
-    assert html.duration(Context(house, "en", Page()), seconds) == said
+def test_durations(app_state: AppState, seconds: float, said: str) -> None:
+    assert html.duration(Context(app_state, "en", Page()), seconds) == said
 
 
 def test_header_names_card_project_and_queue(ctx: Context, tmp_path: Path) -> None:
@@ -405,11 +405,11 @@ def test_header_names_card_project_and_queue(ctx: Context, tmp_path: Path) -> No
 
 
 def test_faults_of_handlers_become_messages(ctx: Context) -> None:
-    from gui.state.page import _messages, _Wish
+    from gui.state.page import _Handler, _messages
 
     def fails() -> None:
         raise Fault("gui.no_lora")
-    said, *_ = ctx.page._handled(ctx, _Wish(None, fails, [], [], False, False))()
+    said, *_ = ctx.page._handled(ctx, _Handler(None, fails, [], [], False, False))()
     (told,) = json.loads(said)
     assert told["text"] == i18n.say("gui.no_lora", {}, ctx.language)
     assert told["kind"] == "warning"
@@ -418,21 +418,22 @@ def test_faults_of_handlers_become_messages(ctx: Context) -> None:
 
 def test_pages_are_sent_what_they_lack(ctx: Context) -> None:
     from gui.app import build
-    build(ctx)
-    first = ctx.page.live(ctx, "", {})
+    page: Any = ctx.page
+    build(ctx, page)
+    first = page.live(ctx, "", {})
     assert first is not None
     assert {"header", "run-head", "tab-dataset-button"} <= set(first["panels"])
     marks = {name: mark for name, (mark, _) in first["panels"].items()}
-    again = ctx.page.live(ctx, first["version"], marks)
+    again = page.live(ctx, first["version"], marks)
     assert again is None or set(again["panels"]) <= {"header", "facts"}      # the memory gauge
-    ctx.house.projects.refuse("lora_rank", "many")
-    second = ctx.page.live(ctx, first["version"], marks)
+    ctx.app_state.projects.refuse("lora_rank", "many")
+    second = page.live(ctx, first["version"], marks)
     assert second is not None
     assert second["version"] != first["version"]
     assert "checklist" in second["panels"]
     assert len(second["panels"]) < len(first["panels"])
     assert second["filled"] == first["filled"]
-    ctx.house.filled()
-    third = ctx.page.live(ctx, second["version"], marks)
+    ctx.app_state.filled()
+    third = page.live(ctx, second["version"], marks)
     assert third is not None
     assert third["filled"] != second["filled"]

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core import i18n, importers
-from core.config import TrainConfig, load_train_config
+from core.config import TrainConfig
 from core.errors import Fault
-from core.importers import lines, tables
+from core.importers import lines, load_train_config, tables
 from core.importers.reader import Left
 
 SCRIPTS = '''\
@@ -289,7 +289,7 @@ def test_what_train_config_learns_is_carried_over_from_then_on(
 def test_other_families_are_told(tmp_path: Path) -> None:
     from core import families
     imported = importers.read(written(tmp_path, 'model_train_type = "flux-lora"\nnetwork_dim = 2'))
-    assert ("model_train_type" in left(imported)) == ("flux" not in families.MODULES)
+    assert ("model_train_type" in left(imported)) == ("flux" not in families.SPECS)
 
 
 def test_the_yaml_is_the_config(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_a_preview_is_the_picture_that_generate_draws(base: Path, tmp_path: Path
     import numpy as np
 
     from core.config import TrainConfig
-    from core.training.trainer import train
+    from core.training.run import train
     from tests.tiny import pictures
     prompt, told = "a red disc, " * 30, list[Event]()
     result = train(TrainConfig(

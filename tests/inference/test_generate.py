@@ -19,7 +19,7 @@ from core.inference import draw as drawing
 from core.inference import generate
 from core.jobs.control import Control
 from core.lora_files import library
-from core.training.trainer import train
+from core.training.run import train
 from core.training.verify import verify
 from core.weights.precision import choose
 from tests import tiny

@@ -22,7 +22,7 @@ from core.jobs.journal import Journal
 from core.jobs.runs import create_run, load_run
 from core.lora_files import files
 from core.training import checkpoint, output
-from core.training.trainer import train
+from core.training.run import train
 from tests import tiny
 from tests.warm import Warm
 
@@ -56,8 +56,8 @@ def equal(a: str | Path, b: str | Path) -> bool:
 ON_A_DISK = """
 import json, shutil, subprocess, sys, time
 from pathlib import Path
-from core import worker
-from core.config.schema import dump_yaml, load_train_config
+from core.jobs import worker
+from core.config import dump_yaml, read_train_config
 from core.jobs.control import Control
 from core.jobs.events import Note, Step
 from core.jobs.runs import create_run, load_run
@@ -65,7 +65,7 @@ disk, config, report, how = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[
 if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk]).returncode:
     sys.exit(77)
 def run(spoil=lambda: None, **changes):
-    folder = create_run("train", dump_yaml(load_train_config(config).with_changes(**changes)), "x",
+    folder = create_run("train", dump_yaml(read_train_config(config).with_changes(**changes)), "x",
                         queued=False)
     notes, spoiled = [], []
     def listen(event):

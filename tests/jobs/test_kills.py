@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 RUN = """
 import sys
 from pathlib import Path
-from core import worker
+from core.jobs import worker
 from core.jobs.control import Control
 sys.exit(worker.run_job("train", None, Path(sys.argv[1]), Control()).state != "done")
 """

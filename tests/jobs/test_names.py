@@ -34,7 +34,7 @@ from core.lora_files.metadata import CONFIG_KEY
 from core.safetensors_header import read_header
 from core.training import checkpoint
 from core.training.output_names import Output
-from core.training.trainer import train
+from core.training.run import train
 from tests import tiny
 from tests.warm import Warm
 
@@ -246,7 +246,7 @@ def equal(a: str | Path, b: str | Path) -> bool:
 TOGETHER = """
 import sys, time
 from pathlib import Path
-from core import worker
+from core.jobs import worker
 from core.jobs.control import Control
 run, go = Path(sys.argv[1]), Path(sys.argv[2])
 go.with_name(f"{go.name}-{run.name}").touch()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from core.config import TrainConfig
 from core.jobs.control import Control
 from core.jobs.manager import JobManager
-from core.training.trainer import train
+from core.training.run import train
 from tests import tiny
 
 

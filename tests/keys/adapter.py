@@ -14,8 +14,8 @@ from torch import Tensor
 
 from core.adapters import lora
 from core.errors import Fault
+from core.families.loading import load_denoiser
 from core.training.trainer import Trainer
-from core.weights.precision import load_denoiser
 from core.weights.quantization import Frozen
 from tests import tiny
 from tests.keys.lab import CARD, Lab, moves, near, of_one, row, started

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core import families
-from core.dataset.cache import fingerprint
 from core.families import components
 from core.families.base import Parts
 from core.families.components import Chosen
+from core.hashes import fingerprint
 from core.weights.precision import choose
 from tests import ldm_layout, tiny_families
 from tests.keys.lab import Lab, row

@@ -53,13 +53,14 @@ def _(lab: Lab) -> None:
     for size, updates in ((1, 6), (4, 2)):
         trainer = lab.trainer(batch_size=size, epochs=1, max_train_steps=0)
         assert trainer.total == updates
-        assert max(len(b.indices) for n in range(updates) for b in trainer.course.update(n)) == size
+        batches = [b for n in range(updates) for b in trainer.sampler.update(n)]
+        assert max(len(b.indices) for b in batches) == size
 
 
 @row("epochs")
 def _(lab: Lab) -> None:
     trainer = lab.trainer(epochs=3, max_train_steps=0)
-    seen = Counter(i for n in range(trainer.total) for b in trainer.course.update(n)
+    seen = Counter(i for n in range(trainer.total) for b in trainer.sampler.update(n)
                    for i in b.indices)
     assert seen == {i: 3 for i in range(6)}
 
@@ -73,7 +74,7 @@ def _(lab: Lab) -> None:
 @row("gradient_accumulation_steps")
 def _(lab: Lab) -> None:
     trainer = lab.trainer(gradient_accumulation_steps=3, max_train_steps=0, epochs=1)
-    updates = [trainer.course.update(n) for n in range(trainer.total)]
+    updates = [trainer.sampler.update(n) for n in range(trainer.total)]
     assert [len(batches) for batches in updates] == [3, 3]
     assert sorted(i for batches in updates for b in batches for i in b.indices) == list(range(6))
     assert lab.plan(gradient_accumulation_steps=2).phase("train").mb > (
@@ -163,7 +164,7 @@ def _(lab: Lab) -> None:
         trainer = lab.trainer(validation_split=share)
         held = trainer.examples.held_out
         assert len(held) == count
-        assert held.isdisjoint(i for n in range(6) for b in trainer.course.update(n)
+        assert held.isdisjoint(i for n in range(6) for b in trainer.sampler.update(n)
                                for i in b.indices)
         assert (trainer.validate() is None) is (not count)
 
@@ -312,8 +313,8 @@ def _(lab: Lab) -> None:
 def _(lab: Lab) -> None:
     for share, samples in ((0.25, 2), (0.5, 6), (0.75, 18)):
         trainer = lab.trainer(reg_data_dir=str(numbered(lab, "prior")), reg_share=share)
-        epoch = [i for n in range(trainer.course.updates_per_epoch)
-                 for b in trainer.course.update(n) for i in b.indices]
+        epoch = [i for n in range(trainer.sampler.updates_per_epoch)
+                 for b in trainer.sampler.update(n) for i in b.indices]
         assert sum(i in trainer.examples.regular for i in epoch) == samples
         assert len(epoch) == 6 + samples
 

@@ -1,4 +1,5 @@
-"""What the rows of tests/config/test_config_keys.py share: a tiny base, pictures, trainers, whole runs."""
+"""What the rows of config/test_config_keys.py share: a tiny base, pictures,
+trainers, whole runs."""
 
 from __future__ import annotations
 
@@ -19,16 +20,18 @@ from core import families, paths
 from core.config import TrainConfig
 from core.dataset.examples import Encoder, Examples, find
 from core.dataset.sampler import Batch
-from core.families.base import Cond, Parts, Precision
+from core.families.base import Cond, Parts
+from core.families.detection import Base
 from core.jobs.control import Control
 from core.jobs.events import Event, Note
 from core.memory import plan
-from core.memory.plan import Base, Data, Machine, Plan
-from core.objectives.diffusion import Draw
+from core.memory.plan import Data, Machine, Plan
+from core.objectives.noise import Draw
 from core.training import regularization
 from core.training.previews import Previewer
-from core.training.trainer import Trainer, train
-from core.weights.precision import choose
+from core.training.run import train
+from core.training.trainer import Trainer
+from core.weights.precision import Precision, choose
 from tests import tiny
 
 Row = Callable[["Lab"], None]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from core.adapters import lora
+from core.families.timestep_sampling import TimestepSampling
 from core.objectives import diffusion as objective
 from core.objectives.diffusion import Diffusion
-from core.objectives.flow import Flow, Sampling
+from core.objectives.flow import Flow
 from tests.keys.lab import Lab, moves, near, of_one, row, shown, started
 
 MANY = range(4000)
@@ -26,14 +27,14 @@ def diffusion(lab: Lab, **changes: Any) -> Diffusion:
     return found
 
 
-def flow(lab: Lab, own: Sampling | None = None, **changes: Any) -> Flow:
-    parts = replace(lab.parts()[2], flow=own or Sampling(), denoiser=None, vae=None)
+def flow(lab: Lab, own: TimestepSampling | None = None, **changes: Any) -> Flow:
+    parts = replace(lab.parts()[2], flow=own or TimestepSampling(), denoiser=None, vae=None)
     found = objective.create(parts, lab.config(**changes))
     assert isinstance(found, Flow)
     return found
 
 
-def levels(lab: Lab, own: Sampling | None = None, **changes: Any) -> Tensor:
+def levels(lab: Lab, own: TimestepSampling | None = None, **changes: Any) -> Tensor:
     """4000 noise levels of a flow, sorted; 0 to 1."""
     times = flow(lab, own, **changes).draw(1, MANY, (1, 1, 1)).timesteps
     return times.double().sort().values / 1000
@@ -45,8 +46,8 @@ def _(lab: Lab) -> None:
     first, same, other = (lab.trainer(seed=seed, batch_size=2) for seed in (1, 1, 2))
     for trainer, alike in ((same, True), (other, False)):
         assert torch.equal(first.parameters[0], trainer.parameters[0]) is alike
-        assert ([first.course.update(n) for n in range(3)]
-                == [trainer.course.update(n) for n in range(3)]) is alike
+        assert ([first.sampler.update(n) for n in range(3)]
+                == [trainer.sampler.update(n) for n in range(3)]) is alike
         noise = [shown(one, of_one(1)).draw.noise for one in (first, trainer)]
         assert torch.equal(*noise) is alike
     drawn = [lab.preview(seed=seed, sample_inference_steps=1)["image"].tobytes()
@@ -161,8 +162,8 @@ def _(lab: Lab) -> None:
 @row("huber_schedule")
 def _(lab: Lab) -> None:
     """Where errors begin to count less: the same at every timestep, or ever earlier."""
-    def slopes(course: str) -> list[float]:
-        options = {"loss_type": "huber", "huber_schedule": course, "huber_c": 0.1}
+    def slopes(sampler: str) -> list[float]:
+        options = {"loss_type": "huber", "huber_schedule": sampler, "huber_c": 0.1}
         return [(_loss(lab, 3.0, t, **options) - _loss(lab, 2.0, t, **options)) / 2
                 for t in (0, 500, 999)]
     assert slopes("constant") == pytest.approx([0.1] * 3, rel=1e-3)
@@ -180,16 +181,17 @@ def _(lab: Lab) -> None:
         found = levels(lab, timestep_sampling=curve)
         assert near(float((found < 0.1).double().mean()), ends, len(MANY)), curve
         assert near(float(((found > 0.25) & (found < 0.75)).double().mean()), middle, len(MANY))
-    assert torch.equal(levels(lab, Sampling("uniform")), levels(lab, timestep_sampling="uniform"))
+    assert torch.equal(levels(lab, TimestepSampling("uniform")),
+                       levels(lab, timestep_sampling="uniform"))
 
 
 @row("flow_shift")
 def _(lab: Lab) -> None:
     """Every level moves to shift s / (1 + (shift - 1) s); 0: the base's own shift stays."""
-    plain = levels(lab, Sampling("uniform"))
-    torch.testing.assert_close(levels(lab, Sampling("uniform"), flow_shift=3.0),
+    plain = levels(lab, TimestepSampling("uniform"))
+    torch.testing.assert_close(levels(lab, TimestepSampling("uniform"), flow_shift=3.0),
                                3 * plain / (1 + 2 * plain), rtol=1e-4, atol=1e-5)
-    own = Sampling("uniform", shift=2.0)
+    own = TimestepSampling("uniform", shift=2.0)
     torch.testing.assert_close(levels(lab, own), 2 * plain / (1 + plain), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(levels(lab, own, flow_shift=3.0), 3 * plain / (1 + 2 * plain),
                                rtol=1e-4, atol=1e-5)

@@ -24,13 +24,15 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from core import i18n
+from core import i18n, paths
 from core.errors import Fault
+from core.families import lora_signs
 from core.families.layer_names import Part
+from core.families.lora_signs import detect_format
+from core.hashes import data_hash
 from core.lora_files import files
 from core.lora_files.files import (
     describe,
-    detect_format,
     fold_alpha,
     kohya_names,
     names_of,
@@ -40,7 +42,7 @@ from core.lora_files.files import (
     to_peft,
     write_lora,
 )
-from core.safetensors_header import PICKLES, data_hash, read_header
+from core.safetensors_header import PICKLES, read_header
 
 RANK, ALPHA = 4, 2.0
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in",
@@ -594,8 +596,8 @@ UNET_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 def test_detect_format(format_, keys):
     assert detect_format(keys) == format_
     assert detect_format(reversed(keys)) == format_
-    known = {name for name, _ in files.FORMATS} | {"unknown"}
-    assert {*files.NOT_LORA, format_} <= known
+    known = {name for name, _ in lora_signs.FORMATS} | {"unknown"}
+    assert {*lora_signs.NOT_LORA, format_} <= known
 
 
 def test_the_files_of_real_models_are_told_apart():
@@ -706,18 +708,18 @@ def test_describe_other_files(tmp_path):
 def test_info_needs_no_torch(tmp_path, both):
     path = tmp_path / "a.safetensors"
     write_lora(path, both, {"darkroom.config": "epochs: 3\n"})
-    code = ("import sys; from pathlib import Path; from core import lora_file as f;"
-            "from core.safetensors_header import data_hash; p = Path(sys.argv[1]);"
+    code = ("import sys; from pathlib import Path; from core.lora_files import files as f;"
+            "from core.hashes import data_hash; p = Path(sys.argv[1]);"
             "print(f.describe(p).format, f.read_config(p).strip(), len(data_hash(p)),"
             "'torch' in sys.modules)")
-    root = Path(files.__file__).parent.parent
+    root = paths.ROOT
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True,
                           cwd=root, timeout=120)
     assert done.stdout.split() == ["kohya", "epochs:", "3", "64", "False"], done.stderr
 
 
 def test_every_fault_has_its_sentence_in_both_languages():
-    sources = [Path(files.__file__), Path(files.__file__).parent / "safetensors_header.py"]
+    sources = [Path(files.__file__), paths.ROOT / "core/safetensors_header.py"]
     text = "".join(p.read_text("utf-8") for p in sources)
     codes = {part.split('"')[0] for part in text.split('"lora_file.')[1:]}
     catalogues = [{k.removeprefix("lora_file."): v for k, v in i18n.catalogue(lang).items()

@@ -20,7 +20,10 @@ from torch import Tensor
 
 from core import i18n
 from core.errors import Fault
-from core.families.layer_names import FLUX, SD1, SDXL, Naming
+from core.families.flux.spec import NAMING as FLUX
+from core.families.layer_names import Naming
+from core.families.sd15.spec import NAMING as SD1
+from core.families.sdxl.spec import NAMING as SDXL
 from core.lora_files import files, formats
 from core.lora_files.formats import read, save, spell
 from core.lora_files.layers import Layer, Lora, alpha_of, kind_of

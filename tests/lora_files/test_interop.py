@@ -1,5 +1,6 @@
 """A LoRA of ours in other programs, for real: diffusers and stable-diffusion.cpp on a full-size
-Stable Diffusion 1.5 with random weights. Slow: pytest -n 0 -s -m slow tests/lora_files/test_interop.py
+Stable Diffusion 1.5 with random weights.
+Slow: pytest -n 0 -s -m slow tests/lora_files/test_interop.py
 
 stable-diffusion.cpp comes with `inferna` in an environment of its own, made once; it needs a Python
 of 3.12 or newer, looked for in PATH, pyenv's folders, or named by DARKROOM_PYTHON312.
@@ -28,8 +29,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from core import families
 from core.adapters import from_file, layers, lora
 from core.config import TrainConfig
-from core.families.layer_names import SD1
 from core.families.sd15.model import CONFIGS
+from core.families.sd15.spec import NAMING as SD1
 from core.inference import generate
 from core.lora_files import formats
 from core.lora_files.layers import Lora

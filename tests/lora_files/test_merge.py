@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from core import i18n
 from core.errors import Fault
-from core.families.layer_names import SD1, to_native
+from core.families.layer_names import to_native
+from core.families.sd15.spec import NAMING as SD1
 from core.lora_files import formats
 from core.lora_files.extract import extract
 from core.lora_files.layers import Layer, Lora, rank_of

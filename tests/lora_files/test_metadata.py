@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from core import __version__, paths
-from core.config import TrainConfig, load_train_config
+from core import __version__
+from core.config import TrainConfig
+from core.hashes import data_hash, sha256, short_hash
+from core.importers import load_train_config
 from core.lora_files.files import describe, read_lora, write_lora
 from core.lora_files.metadata import (
     Bucket,
@@ -29,9 +31,8 @@ from core.lora_files.metadata import (
     facts_of,
     hashes,
     noted,
-    short_hash,
 )
-from core.safetensors_header import data_hash, read_header
+from core.safetensors_header import read_header
 
 CONFIG = TrainConfig(
     train_data_dir="./图片", base_model="./v1-5.safetensors", output_dir="./output/my_style",
@@ -246,7 +247,7 @@ def test_hashes_of_a_base(tmp_path):
     path = tmp_path / "base.safetensors"
     content = bytes(range(256)) * 5000                   # 1.28 MB
     path.write_bytes(content)
-    assert paths.sha256(path) == hashlib.sha256(content).hexdigest()
+    assert sha256(path) == hashlib.sha256(content).hexdigest()
     assert short_hash(path) == hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
 
 

@@ -14,12 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core import i18n
-from core.config import TrainConfig, load_train_config, size_of
+from core.config import TrainConfig, size_of
 from core.errors import Fault
+from core.importers import load_train_config
 from core.memory import advisor, plan, plan_inputs, relief, troubleshooting
 from core.memory.advisor import PURPOSES, Suggestion
 from core.memory.plan import Data, Machine, Phase, Plan
-from core.memory.relief import Dial, Rungs
+from core.memory.relief import Capabilities, Knob
 from tests.planned import NOWHERE, SHAPE, Synthetic, advise, card, lasting_home, traces
 
 __all__ = ["lasting_home", "traces"]
@@ -98,7 +99,7 @@ def arithmetic(costs: dict[str, list[float]], machine: Machine) -> relief.Planne
 def test_search_finds_what_trying_everything_finds(falls: list[list[float]], free: float) -> None:
     keys = ("save_steps", "keep_checkpoints", "sample_every", "keep_tokens", "lr_warmup_steps")
     costs = {key: sorted(of, reverse=True) for key, of in zip(keys, falls, strict=False)}
-    dials = [Dial(key, tuple({key: i} for i in range(len(of)))) for key, of in costs.items()]
+    dials = [Knob(key, tuple({key: i} for i in range(len(of)))) for key, of in costs.items()]
     planner = arithmetic(costs, Machine("cpu", "", 0, free))
     start = TrainConfig(**dict.fromkeys(costs, 0))
     found = relief.search(start, dials, planner, lambda p: p.needs_mb <= free)
@@ -234,12 +235,12 @@ def test_cpu_short_of_memory_takes_bf16_before_it_quantises() -> None:
 
 def test_only_what_the_engine_can_do_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relief, "_has", lambda package: True)
-    assert relief.rungs(card(8)).optimizers == ("adamw", "adamw8bit")
-    assert relief.rungs(Machine("cpu", "", 8e3, 8e3)) == Rungs("bf16", full=True)
+    assert relief.capabilities(card(8)).optimizers == ("adamw", "adamw8bit")
+    assert relief.capabilities(Machine("cpu", "", 8e3, 8e3)) == Capabilities("bf16", full=True)
     monkeypatch.setattr(relief, "_has", lambda package: False)
-    assert relief.rungs(card(8)).optimizers == ("adamw",)
-    assert relief.rungs(card(8, ram_mb=4000), 4000).offloads == (0.25, 0.5)
-    assert relief.rungs(card(8), 4000).offloads == relief.OFFLOADS
+    assert relief.capabilities(card(8)).optimizers == ("adamw",)
+    assert relief.capabilities(card(8, ram_mb=4000), 4000).offloads == (0.25, 0.5)
+    assert relief.capabilities(card(8), 4000).offloads == relief.OFFLOADS
 
 
 def test_purposes_and_pictures_decide_rank_and_length() -> None:
@@ -301,10 +302,10 @@ def test_nearest_fit_changes_as_little_as_it_can(traces: Path) -> None:
 def test_nearest_fit_keeps_the_scale_and_drops_previews_late(traces: Path) -> None:
     config = TrainConfig(lora_rank=64, lora_alpha=32, sample_prompts=["a"], precision="fp32",
                          max_resolution="768,512")
-    names = [d.name for d in relief.dials(config, Rungs(), 512, 64) if len(d.options) > 1]
+    names = [d.name for d in relief.dials(config, Capabilities(), 512, 64) if len(d.options) > 1]
     assert names == ["cache", "checkpointing", "previews", "precision", "base", "rank",
                      "resolution"]
-    by_name = {d.name: d.options[1] for d in relief.dials(config, Rungs(), 512, 64)
+    by_name = {d.name: d.options[1] for d in relief.dials(config, Capabilities(), 512, 64)
                if len(d.options) > 1}
     assert by_name["rank"] == {"lora_rank": 32, "lora_alpha": 16}
     assert by_name["resolution"] == {"max_resolution": "640,448"}
@@ -317,7 +318,8 @@ def answered(symptom: str, config: TrainConfig, machine: Machine | None = None, 
     if machine is None:
         return troubleshooting.answer(symptom, config, None, troubleshooting.Facts(**more))
     planner = Synthetic(machine)
-    facts = troubleshooting.Facts(planner=planner, rungs=relief.rungs(machine), **more)
+    facts = troubleshooting.Facts(planner=planner, capabilities=relief.capabilities(machine),
+                                  **more)
     return troubleshooting.answer(symptom, config, planner(config), facts)
 
 

@@ -243,11 +243,11 @@ def test_a_plan_too_large_from_the_start_is_not_others_fault() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 6000), st.floats(0, 6000), st.booleans()), max_size=30))
-def test_pressure_only_where_the_margin_is_gone(course: list[tuple[float, float, bool]]) -> None:
+def test_pressure_only_where_the_margin_is_gone(sampler: list[tuple[float, float, bool]]) -> None:
     desk = Desk()
     lately = True                       # armed
     held = desk.reader.reading.ours_mb or 0.0       # the most since the run was lowered
-    for ours, others, lower in course:
+    for ours, others, lower in sampler:
         others, held = min(others, 8000 - ours), max(held, ours)
         desk.see(ours_mb=ours, others_mb=others, free_mb=8000 - ours - others)
         planned = desk.watch.planned_mb
@@ -300,11 +300,11 @@ def test_others_are_told_by_what_they_took_since_the_last_note() -> None:
     throttled=st.lists(st.sampled_from(("thermal", "power", "hw_slowdown"))).map(tuple),
     lost=st.booleans(), total_mb=st.none() | st.just(8000.0)), max_size=40),
     st.floats(0.1, 30))
-def test_any_course_keeps_a_minute_between_like_notes(course: list[Reading],
+def test_any_course_keeps_a_minute_between_like_notes(sampler: list[Reading],
                                                       every: float) -> None:
     desk = Desk()
     said: dict[str, float] = {}
-    for reading in course:
+    for reading in sampler:
         desk.reader.reading = reading
         for key in desk.see(every):
             assert desk.reader.now - said.get(key, -60.0) >= 60 - 1e-6
@@ -382,7 +382,7 @@ def test_pages_of_mapped_files_are_not_held(tmp_path: Any) -> None:
     big = tmp_path / "weights"
     big.write_bytes(os.urandom(1) * (150 * machine.MB))
     code = (
-        "import mmap, sys, psutil; from core import machine\n"
+        "import mmap, sys, psutil; from core.system import machine\n"
         "def told(): return machine.private_mb(), psutil.Process().memory_info().rss / 2**20\n"
         f"file = open({str(big)!r}, 'rb')\nbefore = told()\n"
         "mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"

@@ -17,15 +17,20 @@ from core import paths
 from core.config import TrainConfig
 from core.dataset import buckets
 from core.errors import Fault
+from core.families import detection, loading
+from core.families.detection import Base
 from core.memory import history, plan, relief
-from core.memory.plan import Base, Data, Machine
+from core.memory.plan import Data, Machine
 from core.memory.plan_inputs import heaviest_batch
+from core.system.machine import MB
 from core.weights import precision as precise
+from core.weights import precision_rules
 from tests.bench.plan import compare, other_phases, shapes_of_sd15
 
 DEMO = paths.DEMO / "base"
 CPU = Machine("cpu", "CPU", 16_000, 12_000, ram_mb=12_000)
 LAPTOP = Machine("cuda", "RTX 4060 Laptop", 8188, 7600, (8, 9), 12_000)
+BF16 = precision_rules.numbers_for("bf16", "cuda", (8, 9))
 
 # The whole table of 70 and more settings is tests/bench/plan.py's.
 SETTINGS: list[dict[str, Any]] = [
@@ -62,12 +67,12 @@ def test_a_plan_names_every_phase_and_part() -> None:
     assert [p.name for p in made.phases] == ["texts", "cache", "train", "verify", "preview"]
     train = made.phase("train").parts
     assert set(train) == {"denoiser", "adapter", "optimizer", "gradients", "activations"}
-    assert train["adapter"] * plan.MB == made.parameters * 4
+    assert train["adapter"] * MB == made.parameters * 4
     assert train["optimizer"] == pytest.approx(2 * train["adapter"], rel=0.01)
     assert made.base_parameters == 6_764_324
     width = json.loads((DEMO / "text_encoder/config.json").read_text())["hidden_size"]
     latents, embedding = 4 * 16 * 16 * 4, 77 * width * 4
-    assert made.disk["cache"] == pytest.approx(20 * (latents + embedding) / plan.MB)
+    assert made.disk["cache"] == pytest.approx(20 * (latents + embedding) / MB)
     assert made.needs_mb == pytest.approx(made.peak.mb + sum(made.outside.values()))
     assert json.loads(json.dumps(plan.as_dict(made)))["peak"] == made.peak.name
 
@@ -85,7 +90,7 @@ def test_what_a_run_learns_beside_the_lora_is_planned() -> None:
     assert "text_encoder" not in found.phase("regular").parts       # encoded before, once
     assert "average" not in plain.phase("train").parts
     latents, mask = 4 * 16 * 16 * 4, 16 * 16 * 4
-    assert found.disk["cache"] == pytest.approx(20 * 2 * (latents + mask) / plan.MB)
+    assert found.disk["cache"] == pytest.approx(20 * 2 * (latents + mask) / MB)
     assert found.disk["checkpoints"] > 1.3 * plain.disk["checkpoints"]
 
 
@@ -131,10 +136,10 @@ def test_disk_holds_the_kept_checkpoints_and_one_more() -> None:
                                      ({"ema_decay": 0.9, "save_precision": "bf16"}, 2, 4)):
         made = plan.plan_run(TrainConfig.model_validate(changes | {"keep_checkpoints": 2}),
                              base, CPU)
-        lora = made.parameters * number / plan.MB
+        lora = made.parameters * number / MB
         assert made.disk["lora"] == pytest.approx(lora)
         assert made.disk["checkpoints"] == pytest.approx(
-            3 * (lora + made.parameters * (4 + 8 + average) / plan.MB), rel=0.01)
+            3 * (lora + made.parameters * (4 + 8 + average) / MB), rel=0.01)
     forever = plan.plan_run(TrainConfig(keep_checkpoints=0), base, CPU)
     assert forever.disk["checkpoints"] > made.disk["checkpoints"]
     assert plan.plan_run(TrainConfig(cache_to_disk=False), base, CPU).disk["cache"] == 0
@@ -185,7 +190,7 @@ def test_the_worst_of_the_last_runs_counts() -> None:
 
 
 def test_a_long_prompt_of_previews_weighs_where_it_is_drawn() -> None:
-    base, few = plan.Base.of(DEMO), Data(20, 20)
+    base, few = detection.Base.of(DEMO), Data(20, 20)
     config = TrainConfig(sample_prompts=["x"])
     short, long = (plan.plan_run(config, base, CPU, replace(few, drawn_chunks=n)) for n in (1, 3))
     assert short.phase("train") == long.phase("train")
@@ -201,7 +206,7 @@ def test_longer_captions_are_planned() -> None:
     for name in ("train", "preview"):
         assert long.phase(name).mb > short.phase(name).mb + 0.05
     width = json.loads((DEMO / "text_encoder/config.json").read_text())["hidden_size"]
-    assert long.disk["cache"] - short.disk["cache"] == pytest.approx(40 * 77 * width * 4 / plan.MB)
+    assert long.disk["cache"] - short.disk["cache"] == pytest.approx(40 * 77 * width * 4 / MB)
     text = {"text_encoder_lr": 1e-4}
     held = [plan.plan_run(TrainConfig(**text), base, CPU, Data(chunks=n)).phase("train").mb
             for n in (1, 3)]
@@ -214,7 +219,7 @@ def test_published_shapes_of_sd15(sd15: Base) -> None:
     step = made.phase("train")
     lean = plan.plan_run(TrainConfig(gradient_checkpointing=True), sd15, LAPTOP).phase("train")
     assert made.base_parameters == 859_520_964
-    assert step.parts["denoiser"] == pytest.approx(859_520_964 * 2 / plan.MB, rel=0.001)
+    assert step.parts["denoiser"] == pytest.approx(859_520_964 * 2 / MB, rel=0.001)
     assert step.mb / 1024 == pytest.approx(2.70, rel=0.02)
     assert lean.mb / 1024 == pytest.approx(1.88, rel=0.02)
 
@@ -223,7 +228,7 @@ def test_more_of_anything_never_needs_less(sd15: Base) -> None:
     def needs(max_resolution: str = "512,512", **changes: Any) -> float:
         config, (side, _) = TrainConfig(**changes), max_resolution.split(",")
         settings = plan.step_settings(config, LAPTOP, (int(side), int(side)))
-        step = plan.ask("step", sd15, plan.numbers_for("bf16", "cuda", (8, 9)), **settings)
+        step = plan.ask("step", sd15, BF16, **settings)
         return step["peak"] + step["adapter"] + step["optimizer"]
     plain = needs()
     assert plain < needs(batch_size=2) < needs(batch_size=4)
@@ -236,13 +241,14 @@ def test_more_of_anything_never_needs_less(sd15: Base) -> None:
 def test_activations_grow_with_the_batch_in_a_line(sd15: Base) -> None:
     def held(batch: int) -> float:
         settings = plan.step_settings(TrainConfig(batch_size=batch), LAPTOP, (512, 512))
-        return plan.ask("step", sd15, plan.numbers_for("bf16", "cuda", (8, 9)), **settings)["peak"]
+        return plan.ask("step", sd15, BF16, **settings)["peak"]
     assert held(4) - held(2) == pytest.approx(2 * (held(2) - held(1)), rel=0.02)
 
 
 def test_the_second_answer_needs_no_torch() -> None:
-    code = ("import sys; from core import plan, paths; from core.config.schema import TrainConfig\n"
-            "base = plan.Base.of(paths.DEMO / 'base')\n"
+    code = ("import sys; from core import paths; from core.config import TrainConfig\n"
+            "from core.memory import plan; from core.families.detection import Base\n"
+            "base = Base.of(paths.DEMO / 'base')\n"
             "made = plan.plan_run(TrainConfig(), base, plan.Machine('cpu', 'x', 1, 1))\n"
             "print(round(made.needs_mb, 3), 'torch' in sys.modules)")
     env = {**os.environ, "PYTHONPATH": str(paths.ROOT)}
@@ -286,9 +292,9 @@ def test_a_machine_learns_from_its_runs() -> None:
     ("auto", (8, 6), "bf16", "bf16"), ("auto", (7, 5), "fp16", "fp32"),
     ("fp16", (8, 6), "fp16", "fp32"), ("fp32", (8, 6), "fp32", "fp32")])
 def test_number_formats(precision: str, card: tuple[int, int], weights: str, vae: str) -> None:
-    numbers = plan.numbers_for(precision, "cuda", card)
+    numbers = precision_rules.numbers_for(precision, "cuda", card)
     assert (numbers["weights"], numbers["vae"]) == (weights, vae)
-    assert plan.numbers_for("auto", "cpu", (0, 0))["compute"] == "fp32"
+    assert precision_rules.numbers_for("auto", "cpu", (0, 0))["compute"] == "fp32"
 
 
 @pytest.mark.parametrize("family", ["qwen", "lumina2", "zimage"])
@@ -297,18 +303,19 @@ def test_families_that_outgrow_fp16(family: str) -> None:
     said."""
     old, new = ((7, 5), "fp32"), ((8, 6), "bf16")
     for card, wanted in (old, new):
-        numbers = plan.numbers_for("auto", "cuda", card, family)
-        assert set(numbers.values()) == {wanted}
         machine = Machine("cuda", "", 24e3, 24e3, card)
-        can = relief.rungs(machine, family=family)
+        numbers = plan.numbers_of("auto", machine, family)
+        assert set(numbers.values()) == {wanted}
+        can = relief.capabilities(machine, family=family)
         assert (can.half, can.full) == (("", True) if card == (7, 5) else ("bf16", False))
-    assert relief.rungs(Machine("cuda", "", 24e3, 24e3, (7, 5)), family="sdxl").half == "fp16"
-    assert plan.numbers_for("fp16", "cuda", (7, 5), family)["compute"] == "fp16"
+    turing = Machine("cuda", "", 24e3, 24e3, (7, 5))
+    assert relief.capabilities(turing, family="sdxl").half == "fp16"
+    assert plan.numbers_of("fp16", turing, family)["compute"] == "fp16"
     notes: list[Any] = []
     for precision in ("fp16", "bf16", "fp32"):
-        precise.tell_numbers(precision, family, precise.choose(precision, "cpu", family),
+        loading.tell_numbers(precision, family, precise.choose(precision, "cpu", True),
                              notes.append)
-        precise.tell_numbers(precision, "sdxl", precise.choose(precision, "cpu"), notes.append)
+        loading.tell_numbers(precision, "sdxl", precise.choose(precision, "cpu"), notes.append)
     assert [note.key for note in notes] == ["precision.outgrows_fp16"]
 
 
@@ -323,7 +330,7 @@ def test_bad_bases_are_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_planned_is_what_the_gpu_shows(base: Path, tmp_path: Path) -> None:
     from core.jobs.control import Control
-    from core.training.trainer import train
+    from core.training.run import train
     from tests import tiny
     config = TrainConfig(base_model=str(base), train_data_dir=str(tiny.pictures(tmp_path / "p")),
                          output_dir=str(tmp_path / "out"), max_train_steps=4)

@@ -2,9 +2,11 @@
 
 from tests.mutants import Mutant, key
 
-_EXAMPLES, _BUCKETS, _COURSE = "core/dataset/examples.py", "core/dataset/buckets.py", "core/dataset/sampler.py"
+_EXAMPLES, _BUCKETS = "core/dataset/examples.py", "core/dataset/buckets.py"
+_COURSE = "core/dataset/sampler.py"
 _RESUMED = ("dataset/test_sampler.py::test_other_batches_learn_what_the_epoch_lacks",)
-_CAPTIONS, _DATASET, _CACHE = "core/dataset/captions.py", "core/dataset/image_folder.py", "core/dataset/cache.py"
+_CAPTIONS, _DATASET = "core/dataset/captions.py", "core/dataset/image_folder.py"
+_CACHE = "core/dataset/cache.py"
 
 MUTANTS = [
     # --- from pictures to latents ---
@@ -33,15 +35,14 @@ MUTANTS = [
            "buckets.fit_picture(image, item.bucket)",
            ("dataset/test_saliency_training.py::test_left_out_and_focus_reach_training",)),
     Mutant("background-is-white", _EXAMPLES,
-           "pictures.open_picture(item.picture.path, self.config.alpha_background)",
-           'pictures.open_picture(item.picture.path, "white")', key("alpha_background")),
+           "images.open_picture(item.picture.path, self.config.alpha_background)",
+           'images.open_picture(item.picture.path, "white")', key("alpha_background")),
     Mutant("processors-skipped", _EXAMPLES, "image = self.processors(image, item.picture.path)",
            "pass", key("picture_processors")),
     Mutant("held-out-by-old-numbers", _EXAMPLES,
            "frozenset(n for n, i in enumerate(kept) if i in chosen)",
            "frozenset(i for n, i in enumerate(kept) if i in chosen)",
-           ("dataset/test_encoding.py::test_held_out_and_regular_pictures_stay_so_when_others_go",
-            )),
+           ("dataset/test_encoding.py::test_held_out_and_regular_pictures_stay_so_when_others_go",)),
     Mutant("fp16-overflow-is-kept", _EXAMPLES, "if not torch.isfinite(rows).all():\n"
            "                rows", "if False:\n                rows",
            ("dataset/test_examples.py::test_a_vae_that_overflows_in_fp16_encodes_that_picture_in_fp32",)),
@@ -66,7 +67,7 @@ MUTANTS = [
     Mutant("latents-of-any-bucket", _EXAMPLES, 'key("latents", digest, item.bucket, background',
            'key("latents", digest, background',
            ("dataset/test_examples.py::test_what_changes_is_encoded_again",)),
-    Mutant("latents-of-any-picture", _EXAMPLES, "digest = paths.sha256(item.picture.path)",
+    Mutant("latents-of-any-picture", _EXAMPLES, "digest = hashes.sha256(item.picture.path)",
            "digest = item.picture.path.name",
            ("dataset/test_examples.py::test_what_changes_is_encoded_again",)),
     Mutant("latents-of-any-background", _EXAMPLES,
@@ -75,7 +76,7 @@ MUTANTS = [
     Mutant("latents-of-any-cut", _EXAMPLES, "*((crop,) if item.focus else ()), ", "",
            ("dataset/test_saliency_training.py::test_left_out_and_focus_reach_training",)),
     Mutant("latents-of-any-mask", _EXAMPLES,
-           '(("mask", item.mask and paths.sha256(item.mask))', '(("mask", bool(item.mask))',
+           '(("mask", item.mask and hashes.sha256(item.mask))', '(("mask", bool(item.mask))',
            ("dataset/test_masks.py::test_masks_lie_with_the_latents_and_are_mirrored_with_them",)),
     Mutant("latents-of-either-view", _EXAMPLES, "background, flip, str(self.precision.vae)",
            "background, str(self.precision.vae)",
@@ -87,7 +88,7 @@ MUTANTS = [
     Mutant("embeddings-of-any-numbers", _EXAMPLES,
            'key("text", t, str(self.precision.compute), *marks)', 'key("text", t, *marks)',
            ("dataset/test_encoding.py::test_other_numbers_are_encoded_again",)),
-    Mutant("embeddings-of-any-base", _CACHE, "digest.update(file.read(_SAMPLE))", "pass",
+    Mutant("embeddings-of-any-base", "core/hashes.py", "digest.update(file.read(_SAMPLE))", "pass",
            ("dataset/test_examples.py::test_fingerprint_follows_the_weights",)),
     Mutant("torn-entries-end-the-run", _CACHE, "except (OSError, SafetensorError):",
            "except OSError:", ("dataset/test_examples.py::test_torn_entries_are_made_again",)),
@@ -120,8 +121,7 @@ MUTANTS = [
            "self.seed * 1_000_003",
            ("training/test_step.py::test_epochs_come_in_another_order",)),
     Mutant("every-epoch-the-same-noise", _COURSE, "number + after * self.samples_per_epoch)",
-           "number)",
-           ("training/test_step.py::test_every_sample_of_a_run_has_a_number_of_its_own",)),
+           "number)", ("training/test_step.py::test_every_sample_of_a_run_has_a_number_of_its_own",)),
     Mutant("order-of-one-seed", _COURSE, "self.seed * 1_000_003 + epoch", "epoch", key("seed")),
     Mutant("updates-overlap", _COURSE, "return self._head, number * self.accumulation, self",
            "return self._head, number, self", key("gradient_accumulation_steps")),
@@ -139,8 +139,7 @@ MUTANTS = [
            ("objectives/test_diffusion.py::test_a_course_shows_every_picture_once_per_repeat",)),
     Mutant("the-same-regular-pictures", _COURSE, "(epoch * self.taken[bucket] + n) % len(members)",
            "n % len(members)",
-           ("objectives/test_diffusion.py::test_regularisation_pictures_take_their_share_in_turn",
-            )),
+           ("objectives/test_diffusion.py::test_regularisation_pictures_take_their_share_in_turn",)),
     Mutant("share-of-the-others", _COURSE, "round(samples * share / (1 - share))",
            "round(samples * share)", key("reg_share")),
     Mutant("micro-batches-lose-a-sample", _COURSE, "self.numbers[i:i + most])",
@@ -163,9 +162,8 @@ MUTANTS = [
            ("dataset/test_captions.py::test_trigger",)),
     Mutant("chinese-commas-are-no-commas", _CAPTIONS, '_COMMA = re.compile("[,，]")',
            '_COMMA = re.compile("[,]")', ("dataset/test_captions.py",)),
-    Mutant("chinese-as-latin", _CAPTIONS, '("utf-8", "gb18030", "cp1252")',
-           '("utf-8", "cp1252", "gb18030")',
-           ("dataset/test_captions.py::test_every_encoding_is_read",)),
+    Mutant("chinese-as-latin", "core/serialization.py", '("utf-8", "gb18030", "cp1252")',
+           '("utf-8", "cp1252", "gb18030")', ("dataset/test_captions.py::test_every_encoding_is_read",)),
     Mutant("first-line-only", _CAPTIONS, '        return " ".join(lines)\n',
            "        return lines[0]\n", ("dataset/test_captions.py::test_one_line",)),
     Mutant("last-caption-column", _CAPTIONS, "next(filter(None, captions), \"\"))",
@@ -175,8 +173,7 @@ MUTANTS = [
     # --- other trainers' configs ---
     Mutant("their-rank-is-our-alpha", "core/importers/tables.py",
            '"network_dim": "lora_rank", "network_alpha": "lora_alpha"',
-           '"network_dim": "lora_alpha", "network_alpha": "lora_rank"',
-           ("importers/test_importers.py",)),
+           '"network_dim": "lora_alpha", "network_alpha": "lora_rank"', ("importers/test_importers.py",)),
     Mutant("their-caption-dropout-is-ours-of-the-lora", "core/importers/tables.py",
            '"caption_dropout_rate": "caption_dropout"', '"caption_dropout_rate": "lora_dropout"',
            ("importers/test_importers.py::test_every_key_goes_to_what_it_means",)),
@@ -186,8 +183,8 @@ MUTANTS = [
 
     # --- the folder ---
     Mutant("repeat-folders-ignored", _DATASET,
-           "return int(match[1]), captions.readable_name(match[2]).strip()",
-           "return repeats, captions.readable_name(match[2]).strip()",
+           "return int(match[1]), serialization.readable_name(match[2]).strip()",
+           "return repeats, serialization.readable_name(match[2]).strip()",
            ("dataset/test_image_folder.py::test_nested_and_repeat_folders",)),
     Mutant("outer-metadata-wins", _DATASET, "told = _told_by(tree, index, path) | told",
            "told = told | _told_by(tree, index, path)",
@@ -207,7 +204,7 @@ MUTANTS = [
     Mutant("held-out-by-any-seed", _DATASET, 'f"{seed}/{path.parent.name}/{path.name}"',
            'f"{path.parent.name}/{path.name}"',
            ("dataset/test_image_folder.py::test_another_seed_holds_out_others",)),
-    Mutant("hand-set-point-ignored", "core/dataset/crops.py",
+    Mutant("hand-set-point-ignored", "core/dataset/checks/image_stats.py",
            "if point is None and table is not None",
            "if table is not None",
            ("dataset/test_encoding.py::test_a_point_set_by_hand_counts_before_the_subject",)),

@@ -4,8 +4,10 @@ from tests.mutants import Mutant, key
 
 _ADAPTER_FILE, _LORA_FILE, _FORMATS = ("core/adapters/from_file.py", "core/lora_files/files.py",
                                        "core/lora_files/formats.py")
-_LAYERS, _NAMING, _METADATA = "core/lora_files/layers.py", "core/families/layer_names.py", "core/lora_files/metadata.py"
-_SAVING, _CHECKPOINT, _VERIFY = "core/training/output.py", "core/training/checkpoint.py", "core/training/verify.py"
+_LAYERS, _NAMING = "core/lora_files/layers.py", "core/families/layer_names.py"
+_METADATA = "core/lora_files/metadata.py"
+_SAVING, _CHECKPOINT = "core/training/output.py", "core/training/checkpoint.py"
+_VERIFY = "core/training/verify.py"
 _HEADER, _LOADING, _COMMON = ("core/safetensors_header.py", "core/families/loading.py",
                               "core/families/common.py")
 _COMPANIONS, _WORDS = "core/families/components.py", "core/families/tokenizer_kinds.py"
@@ -81,7 +83,7 @@ MUTANTS = [
     Mutant("repeats-uncounted", _SAVING, "counts[item.bucket] += item.picture.repeats",
            "counts[item.bucket] += 1",
            ("training/test_output.py::test_metadata_counts_what_was_learned",)),
-    Mutant("epoch-of-metadata", _SAVING, "epoch=int(course.epoch_of(step)), step=step,",
+    Mutant("epoch-of-metadata", _SAVING, "epoch=int(sampler.epoch_of(step)), step=step,",
            "epoch=0, step=step,",
            ("training/test_output.py::test_metadata_counts_what_was_learned",)),
     Mutant("proof-at-another-weight", _VERIFY, "    lora.set_weight(parts.denoiser, 1.0)\n",
@@ -116,11 +118,11 @@ MUTANTS = [
            "sum(ranks) * (scales.pop() if len(scales) == 1 else 1.0)", "sum(ranks)",
            ("lora_files/test_formats.py::test_layers_trained_apart_are_fused_with_the_same_deltas",
             )),
-    Mutant("clip-l-and-g-swapped", _NAMING,
-           '_clip("text_encoder", "lora_te1", "clip_l"), _clip("text_encoder_2", "lora_te2", '
-           '"clip_g"),\n)\nFLUX',
-           '_clip("text_encoder", "lora_te2", "clip_l"), _clip("text_encoder_2", "lora_te1", '
-           '"clip_g"),\n)\nFLUX',
+    Mutant("clip-l-and-g-swapped", "core/families/sdxl/spec.py",
+           'clip_part("text_encoder", "lora_te1", "clip_l"),\n'
+           '    clip_part("text_encoder_2", "lora_te2", "clip_g"))',
+           'clip_part("text_encoder", "lora_te2", "clip_l"),\n'
+           '    clip_part("text_encoder_2", "lora_te1", "clip_g"))',
            ("families/test_layer_names.py::test_text_encoders_are_numbered_as_sd_scripts_has_them",
             )),
     Mutant("numbers-of-blocks-lost", _NAMING, "rename.theirs.format(*numbers), *rest])",
@@ -166,7 +168,7 @@ MUTANTS = [
            "        self.load_state(state.adapter)\n",
            "        pass\n", ("training/test_trainer.py::test_resume_equals_an_unbroken_run",)),
     Mutant("resumes-without-optimizer", "core/training/trainer.py",
-           "        optim.load_state(self.optimizer, state.optimizer)\n", "        pass\n",
+           "        optimizers.load_state(self.optimizer, state.optimizer)\n", "        pass\n",
            ("training/test_trainer.py::test_resume_equals_an_unbroken_run",)),
     Mutant("snapshot-of-living-weights", "core/adapters/lora.py",
            'p.detach().to("cpu", torch.float32).clone()', 'p.detach().to("cpu", torch.float32)',
@@ -333,7 +335,7 @@ MUTANTS = [
            "kind and not layout:\n                words = self._words(layout, piece.name)",
            key("tokenizer")),
     Mutant("companion-untold", "core/training/output.py",
-           "| companions.metadata(trainer.parts.beside))",
+           "| components.metadata(trainer.parts.beside))",
            "| companions.metadata(()))", key("vae")),
     Mutant("few-steps-at-full-guidance", "core/families/distilled.py",
            "own if distilled.guided else 1.0, distilled.steps", "own, distilled.steps",
@@ -347,7 +349,7 @@ MUTANTS = [
            'config["timestep_spacing"] = "trailing"', "pass",
            ("families/test_distilled.py::test_few_steps_begin_at_noise_alone",)),
     Mutant("turbo-of-a-file-draws-with-the-bases-shift", "core/families/zimage/model.py",
-           "(distilled.ZIMAGE, distilled.ZIMAGE_TURBO)", "(distilled.ZIMAGE, distilled.ZIMAGE)",
+           "(SHIFT, TURBO_SHIFT)", "(SHIFT, SHIFT)",
            ("families/test_distilled.py::test_a_turbo_file_draws_with_turbos_shift",)),
     Mutant("resumes-upon-another-base", "core/adapters/base_loras.py",
            "if list(here) != list(there):", "if False:",

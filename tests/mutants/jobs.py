@@ -2,8 +2,8 @@
 
 from tests.mutants import Mutant
 
-_JOBS, _RUNS, _WORKER, _JOURNAL = (f"core/{name}.py" for name in (
-    "jobs", "runs", "worker", "journal"))
+_JOBS, _RUNS, _WORKER, _JOURNAL = (f"core/jobs/{name}.py" for name in (
+    "manager", "runs", "worker", "journal"))
 _DOWNLOAD, _PATHS = "core/base_models/download.py", "core/paths.py"
 
 MUTANTS = [
@@ -30,8 +30,7 @@ MUTANTS = [
            "        if True:\n            self._start_next()",
            ("jobs/test_manager.py::test_a_watching_manager_starts_nothing",)),
     Mutant("deleted-runs-stay", _JOBS, "                del self._views[run_id]\n",
-           "                pass\n",
-           ("jobs/test_manager.py::test_a_run_deleted_by_hand_leaves_the_list",)),
+           "                pass\n", ("jobs/test_manager.py::test_a_run_deleted_by_hand_leaves_the_list",)),
     Mutant("any-process-is-the-worker", _RUNS,
            "same = abs(process.create_time() - owner.create_time) < 2", "same = True",
            ("jobs/test_manager.py::test_a_reused_pid_does_not_pass_for_the_worker",)),
@@ -52,8 +51,7 @@ MUTANTS = [
            "    if value is None:\n",
            ("jobs/test_manager.py::test_losses_that_are_no_numbers_are_no_points",)),
     Mutant("half-lines-are-events", _JOURNAL, 'whole = data[:data.rfind(b"\\n") + 1]',
-           "whole = data",
-           ("jobs/test_journal.py::test_tail_in_any_portions_sees_every_event_once",)),
+           "whole = data", ("jobs/test_journal.py::test_tail_in_any_portions_sees_every_event_once",)),
     Mutant("glued-onto-a-torn-line", _JOURNAL, '(b"\\n" if torn else b"")', 'b""',
            ("jobs/test_journal.py::test_a_cut_at_any_byte_costs_at_most_the_torn_line",)),
     Mutant("checkpoints-not-synced", _JOURNAL, "            if isinstance(event, _SYNCED):\n",

@@ -2,8 +2,10 @@
 
 from tests.mutants import Mutant, key
 
-_PLAN, _MEMORY, _TRACING = "core/memory/plan.py", "core/memory/traces.py", "core/memory/meta_tensors.py"
-_LOWERING, _RESCUE, _QUANTISE = "core/training/fallbacks.py", "core/training/recovery.py", "core/weights/quantization.py"
+_PLAN, _MEMORY = "core/memory/plan.py", "core/memory/traces.py"
+_TRACING = "core/memory/meta_tensors.py"
+_LOWERING, _RESCUE = "core/training/fallbacks.py", "core/training/recovery.py"
+_QUANTISE = "core/weights/quantization.py"
 _STAYS = ("memory/test_plan.py::test_what_trains_stays_while_pictures_are_drawn",)
 
 MUTANTS = [
@@ -40,11 +42,11 @@ MUTANTS = [
     Mutant("plan-keeps-the-base-whole", _MEMORY,
            "keep_(parts.denoiser, META, kept, offload)\n    re",
            'keep_(parts.denoiser, META, "same", offload)\n    re', key("base_precision")),
-    Mutant("plan-offloads-nothing", _PLAN, 'found["offload"] = config.offload',
+    Mutant("plan-offloads-nothing", "core/weights/precision_rules.py", 'found["offload"] = config.offload',
            'found["offload"] = 0.0', key("offload")),
-    Mutant("fp16-vae-in-fp16", _PLAN, '"vae": "fp32" if precision == "fp16" else precision}',
+    Mutant("fp16-vae-in-fp16", "core/weights/precision_rules.py", '"vae": "fp32" if precision == "fp16" else precision}',
            '"vae": precision}', ("memory/test_plan.py::test_number_formats",)),
-    Mutant("old-cards-in-bf16", _PLAN, "older = (0, 0) < capability < (8, 0)",
+    Mutant("old-cards-in-bf16", "core/weights/precision_rules.py", "older = (0, 0) < capability < (8, 0)",
            "older = False", ("memory/test_plan.py::test_number_formats",)),
     Mutant("smallest-bucket-is-planned", "core/dataset/buckets.py",
            "return max(sizes, key=lambda s: (s[0] * s[1], -abs(s[0] - s[1])))",
@@ -72,12 +74,11 @@ MUTANTS = [
            "largest = max(filled, key=lambda b: (b[0] * b[1], b))",
            ("memory/test_plan.py::test_a_full_batch_of_small_pictures_is_the_heaviest",)),
     Mutant("traced-live-for-peak", _TRACING, "self.peak = max(self.peak, self.live + copies)",
-           "self.peak = self.live + copies",
-           ("memory/test_plan.py::test_planned_is_what_torch_hands_out",
+           "self.peak = self.live + copies", ("memory/test_plan.py::test_planned_is_what_torch_hands_out",
            )),
     Mutant("views-count-twice", _TRACING, "        if key in self._seen:           # a view\n",
            "        if False:\n", ("memory/test_plan.py::test_planned_is_what_torch_hands_out",)),
-    Mutant("eight-bits-anywhere", _PLAN, 'config.optimizer == "adamw8bit" and kind == "cuda"',
+    Mutant("eight-bits-anywhere", "core/weights/precision_rules.py", 'config.optimizer == "adamw8bit" and kind == "cuda"',
            'config.optimizer == "adamw8bit"',
            ("optim/test_optimizers.py::test_eight_bit_is_planned_only_where_it_can_be_had",)),
 
@@ -88,11 +89,9 @@ MUTANTS = [
     Mutant("pressure-never-ends", "core/memory/monitor.py",
            "            pressed, self._pressed = self._pressed, False\n            return pressed",
            "            return self._pressed",
-           ("memory/test_monitor.py::test_pressure_comes_once_and_again_after_the_plan_was_lowered",
-            )),
+           ("memory/test_monitor.py::test_pressure_comes_once_and_again_after_the_plan_was_lowered",)),
     Mutant("lowered-by-one", _LOWERING, '{"batch_size": -(-at_once // 2)}',
-           '{"batch_size": at_once - 1}',
-           ("training/test_memory_guard.py::test_every_step_of_lowering",)),
+           '{"batch_size": at_once - 1}', ("training/test_memory_guard.py::test_every_step_of_lowering",)),
     Mutant("checkpointing-only-told", _LOWERING,
            "        trainer.denoiser.enable_gradient_checkpointing()\n", "        pass\n",
            ("training/test_memory_guard.py::test_every_step_of_lowering",)),
@@ -103,11 +102,9 @@ MUTANTS = [
            "    trainer.optimizer.zero_grad(set_to_none=True)\n    kept", "    kept",
            ("training/test_recovery.py::test_the_update_is_that_of_smaller_micro_batches",)),
     Mutant("scaler-starts-again", _LOWERING, "        trainer.scaler.load_state_dict(kept)\n",
-           "        pass\n",
-           ("training/test_recovery.py::test_a_scale_that_was_found_outlives_a_failure",)),
+           "        pass\n", ("training/test_recovery.py::test_a_scale_that_was_found_outlives_a_failure",)),
     Mutant("any-error-is-memory", _RESCUE, "            if not ran_out(error):\n",
-           "            if False:\n",
-           ("training/test_recovery.py::test_another_error_is_not_taken_for_memory",
+           "            if False:\n", ("training/test_recovery.py::test_another_error_is_not_taken_for_memory",
            )),
     Mutant("returns-to-the-trouble", _RESCUE, "        good = self._good[0]\n",
            "        good = self._good[-1]\n",
@@ -115,7 +112,7 @@ MUTANTS = [
     Mutant("encodes-twice-as-much", "core/dataset/batch_fallback.py", "self.at_once = tried // 2",
            "self.at_once = tried", ("dataset/test_examples.py::test_encoding_in_little_memory",)),
     Mutant("lowered-is-forgotten", "core/training/resume.py",
-           "    lowering.apply(trainer, position.lowered)\n",
+           "    fallbacks.apply(trainer, position.lowered)\n",
            "    pass\n", ("training/test_recovery.py::test_a_resumed_run_stays_lowered",)),
 
     # --- bases in fewer bits, in RAM ---

@@ -11,17 +11,12 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from core.config import TrainConfig
-from core.dataset.sampler import Course, Regular
+from core.dataset.sampler import BucketSampler, Regular
 from core.errors import Fault
 from core.families import schedulers
 from core.families.base import Objective, Parts
-from core.objectives.diffusion import (
-    Diffusion,
-    huber_deltas,
-    sample_generator,
-    split_mask,
-    zero_terminal,
-)
+from core.objectives.diffusion import Diffusion, huber_deltas, split_mask, zero_terminal
+from core.objectives.noise import sample_generator
 from core.optim import optimizers
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -202,16 +197,16 @@ def test_neighbouring_samples_are_unrelated(seed: int, number: int) -> None:
 
 
 def test_schedules() -> None:
-    def course(**changes: object) -> list[float]:
+    def sampler(**changes: object) -> list[float]:
         config = TrainConfig.model_validate({"learning_rate": 1.0, **changes})
         return [optimizers.rate(config, n, 10) for n in range(10)]
-    assert course() == [1.0] * 10
-    assert course(lr_scheduler="linear") == pytest.approx([1 - n / 10 for n in range(10)])
-    cosine = course(lr_scheduler="cosine")
+    assert sampler() == [1.0] * 10
+    assert sampler(lr_scheduler="linear") == pytest.approx([1 - n / 10 for n in range(10)])
+    cosine = sampler(lr_scheduler="cosine")
     assert cosine[0] == 1
     assert cosine[5] == pytest.approx(0.5)
     assert cosine == sorted(cosine, reverse=True)
-    warm = course(lr_warmup_steps=4)
+    warm = sampler(lr_warmup_steps=4)
     assert warm[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 
 
@@ -223,10 +218,10 @@ def test_a_course_shows_every_picture_once_per_repeat(
         sizes: list[tuple[int, int]], repeats: int, batch: int, accumulation: int,
         seed: int) -> None:
     indices = [10 + i for i in range(len(sizes))]
-    course = Course(indices, sizes, [repeats] * len(sizes), batch, accumulation, seed)
+    sampler = BucketSampler(indices, sizes, [repeats] * len(sizes), batch, accumulation, seed)
     for epoch in range(2):
-        updates = [course.update(epoch * course.updates_per_epoch + n)
-                   for n in range(course.updates_per_epoch)]
+        updates = [sampler.update(epoch * sampler.updates_per_epoch + n)
+                   for n in range(sampler.updates_per_epoch)]
         batches = [b for update in updates for b in update]
         assert sorted(i for b in batches for i in b.indices) == sorted(indices * repeats)
         numbers = [n for b in batches for n in b.numbers]
@@ -246,12 +241,12 @@ def test_regularisation_pictures_take_their_share_in_turn(
     indices = list(range(len(plain)))
     more = list(range(len(plain), len(plain) + len(regular)))
     held = Regular(more, regular, len(plain), share, 3)
-    course = Course(indices, plain, [1] * len(plain), batch, 1, 3, held)
+    sampler = BucketSampler(indices, plain, [1] * len(plain), batch, 1, 3, held)
     wanted = max(1, round(len(plain) * share / (1 - share)))
     seen: list[int] = []
     for epoch in range(8):
-        batches = [b for n in range(course.updates_per_epoch)
-                   for b in course.update(epoch * course.updates_per_epoch + n)]
+        batches = [b for n in range(sampler.updates_per_epoch)
+                   for b in sampler.update(epoch * sampler.updates_per_epoch + n)]
         assert all(len({(plain + regular)[i] for i in b.indices}) == 1 for b in batches)
         samples = [i for b in batches for i in b.indices]
         assert sorted(i for i in samples if i < len(plain)) == indices
@@ -268,8 +263,8 @@ def test_regularisation_pictures_take_their_share_in_turn(
 def test_each_batch_holds_its_share() -> None:
     square = [(64, 64)] * 20
     held = Regular(range(20, 40), square, 20, 0.25, 1)
-    course = Course(range(20), square, [1] * 20, 4, 1, 1, held)
-    counts = [sum(i >= 20 for i in b.indices) for n in range(course.updates_per_epoch)
-              for b in course.update(n)]
+    sampler = BucketSampler(range(20), square, [1] * 20, 4, 1, 1, held)
+    counts = [sum(i >= 20 for i in b.indices) for n in range(sampler.updates_per_epoch)
+              for b in sampler.update(n)]
     assert set(counts) <= {1, 2}
     assert sum(counts) == held.each_epoch == 7

@@ -20,13 +20,22 @@ from hypothesis import strategies as st
 
 from core import families
 from core.config import TrainConfig
-from core.families.base import Cond, Family, Frame, Parts
+from core.families.base import Cond, CropInfo, Family, Parts
 from core.families.common import pack
+from core.families.timestep_sampling import (
+    FLUX_LINE,
+    STEPS,
+    Curve,
+    by_share,
+    by_share_and_step,
+    shifted,
+)
+from core.families.timestep_sampling import TimestepSampling as Sampling
 from core.jobs.control import Control
-from core.objectives import diffusion, flow
-from core.objectives.flow import Curve, Flow, Sampling, sampling_of, shifted, without_effect
-from core.training.memory_guard import Lookout
-from core.training.trainer import train
+from core.objectives import diffusion
+from core.objectives.flow import Flow, sampling_of, without_effect
+from core.training.memory_guard import MemoryGuard
+from core.training.run import train
 from core.weights.precision import autocast, choose
 from tests import tiny, tiny_families
 
@@ -91,7 +100,7 @@ def quantile(own: Sampling, q: float) -> float:
 
 def levels(own: Sampling, side: int = 8) -> np.ndarray:
     """What a run draws for latents of this side."""
-    return Flow(own).draw(3, range(DRAWS), (1, side, side)).timesteps.numpy() / flow.STEPS
+    return Flow(own).draw(3, range(DRAWS), (1, side, side)).timesteps.numpy() / STEPS
 
 
 def assert_distributed(own: Sampling) -> None:
@@ -104,7 +113,7 @@ def assert_distributed(own: Sampling) -> None:
     Sampling("uniform"), Sampling("uniform", shift=3.0), Sampling(), Sampling(shift=0.5),
     Sampling(logit_mean=-0.7, logit_std=0.4), Sampling(logit_mean=1.0, logit_std=2.0, shift=2.0),
     Sampling("mode"), Sampling("mode", mode_scale=-1.0), Sampling("mode", mode_scale=1.75),
-    Sampling("parabola"), Sampling("parabola", bend=4.0), Sampling(line=flow.FLUX_LINE)])
+    Sampling("parabola"), Sampling("parabola", bend=4.0), Sampling(line=FLUX_LINE)])
 def test_levels_are_distributed_as_the_curves_formula_says(own: Sampling) -> None:
     assert_distributed(own)
 
@@ -246,7 +255,7 @@ def latents_and_texts(family: Family, parts: Parts) -> tuple[torch.Tensor, Cond]
     cond = {key: value.repeat(8, *[1] * (value.ndim - 1)) for key, value in family.encode_text(
         parts, ["red disc"]).items()}
     cond |= {key: value.repeat(8, 1) for key, value in family.framing(
-        Frame((64, 64), (0, 0), (64, 64))).items()}
+        CropInfo((64, 64), (0, 0), (64, 64))).items()}
     return torch.zeros_like(family.encode_image(parts, pictures)), cond
 
 
@@ -277,7 +286,7 @@ def test_the_network_is_told_the_level_that_its_input_has(flow_family: tuple[str
         torch.testing.assert_close(seen[0], 1000 * level, rtol=0, atol=3e-4)
 
 
-@pytest.mark.parametrize("told", [flow.by_share, flow.by_share_and_step])
+@pytest.mark.parametrize("told", [by_share, by_share_and_step])
 @pytest.mark.parametrize("numbers", [torch.bfloat16, torch.float16])
 def test_drawn_times_are_told_as_they_are_and_near_what_the_curve_wants(told: Any, numbers: Any
                                                                        ) -> None:
@@ -292,12 +301,12 @@ def test_drawn_times_are_told_as_they_are_and_near_what_the_curve_wants(told: An
     assert torch.equal(exact, fine)         # fp32: as ever
 
 
-@given(st.floats(0.1, 1000), st.sampled_from([flow.by_share, flow.by_share_and_step]),
+@given(st.floats(0.1, 1000), st.sampled_from([by_share, by_share_and_step]),
        st.sampled_from([torch.bfloat16, torch.float16]))
 @settings(max_examples=300, deadline=None)
 def test_any_time_settles(t: float, told: Any, numbers: Any) -> None:
     held = Flow(Sampling(told=told), numbers=numbers).draw_fixed(
-        1, [1], (1, 2, 2), t / flow.STEPS).timesteps
+        1, [1], (1, 2, 2), t / STEPS).timesteps
     assert torch.equal(told(held, numbers), held)
     assert float(held) == pytest.approx(t, rel=0.01)
 
@@ -355,7 +364,7 @@ def test_a_run_draws_by_its_config_and_names_what_has_no_effect(
         bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DARKROOM_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(Lookout, "announce", lambda self: None)
+    monkeypatch.setattr(MemoryGuard, "announce", lambda self: None)
     drawn: list[torch.Tensor] = []
     draw = Flow.draw
 
@@ -370,7 +379,7 @@ def test_a_run_draws_by_its_config_and_names_what_has_no_effect(
         output_dir=str(tmp_path / "out"), max_train_steps=4, timestep_sampling="mode",
         flow_shift=30.0, logit_std=0.5), notes.append, Control())
     times = torch.cat(drawn)
-    assert torch.equal(flow.by_share(times, torch.bfloat16), times)
+    assert torch.equal(by_share(times, torch.bfloat16), times)
     assert float(times.median()) > 930      # of the unshifted ones: 500
     told = next(note for note in notes if getattr(note, "key", "") == "engine.not_for_curve")
     assert told.params == {"keys": "logit_std"}

@@ -10,7 +10,7 @@ from torch import nn
 from core.config import TrainConfig
 from core.jobs.control import Control
 from core.optim.ema import Ema
-from core.training.trainer import train
+from core.training.run import train
 from tests import tiny
 
 

@@ -11,6 +11,7 @@ from core.errors import Fault
 from core.jobs.events import Event, Note
 from core.memory import plan
 from core.optim import optimizers
+from core.weights import precision_rules
 
 
 def weights(size: int = 96) -> list[nn.Parameter]:
@@ -86,11 +87,11 @@ def test_metadata_names_the_optimizer() -> None:
 def test_eight_bit_is_planned_only_where_it_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig(optimizer="adamw8bit")
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: object())
-    assert plan.eight_bit(config, "cuda")
-    assert not plan.eight_bit(config, "cpu")
-    assert not plan.eight_bit(TrainConfig(), "cuda")
+    assert precision_rules.eight_bit(config, "cuda")
+    assert not precision_rules.eight_bit(config, "cpu")
+    assert not precision_rules.eight_bit(TrainConfig(), "cuda")
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
-    assert not plan.eight_bit(config, "cuda")
+    assert not precision_rules.eight_bit(config, "cuda")
 
 
 @pytest.mark.gpu

@@ -262,30 +262,30 @@ def test_the_configs_keys_reach_what_takes_them() -> None:
 
 # --- schedules ---
 
-def course(total: int = 100, **changes: Any) -> list[float]:
+def sampler(total: int = 100, **changes: Any) -> list[float]:
     config = TrainConfig.model_validate({"learning_rate": 1.0} | changes)
     return [optimizers.rate(config, n, total) for n in range(total)]
 
 
 def test_restarts_are_cosines_one_after_the_other() -> None:
-    found = course(lr_scheduler="cosine_with_restarts", lr_cycles=4)
+    found = sampler(lr_scheduler="cosine_with_restarts", lr_cycles=4)
     one = [0.5 * (1 + math.cos(math.pi * n / 25)) for n in range(25)]
     assert found == pytest.approx(one * 4)
-    assert course(lr_scheduler="cosine_with_restarts") == pytest.approx(
-        course(lr_scheduler="cosine"))
+    assert sampler(lr_scheduler="cosine_with_restarts") == pytest.approx(
+        sampler(lr_scheduler="cosine"))
 
 
 def test_polynomial_falls_by_its_power() -> None:
-    assert course(lr_scheduler="polynomial") == pytest.approx(course(lr_scheduler="linear"))
-    assert course(lr_scheduler="polynomial", lr_power=2)[50] == pytest.approx(0.25)
+    assert sampler(lr_scheduler="polynomial") == pytest.approx(sampler(lr_scheduler="linear"))
+    assert sampler(lr_scheduler="polynomial", lr_power=2)[50] == pytest.approx(0.25)
 
 
 def test_stable_then_decay() -> None:
-    found = course(lr_scheduler="warmup_stable_decay", lr_warmup_steps=10, lr_decay_share=0.5)
+    found = sampler(lr_scheduler="warmup_stable_decay", lr_warmup_steps=10, lr_decay_share=0.5)
     assert found[:10] == pytest.approx([(n + 1) / 11 for n in range(10)])
     assert found[10:55] == [1.0] * 45
     assert found[55:] == pytest.approx([(100 - n) / 45 for n in range(55, 100)])
-    assert course(lr_scheduler="warmup_stable_decay", lr_decay_share=0) == [1.0] * 100
+    assert sampler(lr_scheduler="warmup_stable_decay", lr_decay_share=0) == [1.0] * 100
 
 
 @given(st.sampled_from(["constant", "linear", "cosine", "cosine_with_restarts", "polynomial",
@@ -294,8 +294,8 @@ def test_stable_then_decay() -> None:
        st.floats(0, 1))
 def test_every_rate_is_between_nothing_and_the_full_rate(
         name: str, warmup: int, total: int, cycles: int, power: float, share: float) -> None:
-    found = course(total, lr_scheduler=name, lr_warmup_steps=warmup, lr_cycles=cycles,
-                   lr_power=power, lr_decay_share=share)
+    found = sampler(total, lr_scheduler=name, lr_warmup_steps=warmup, lr_cycles=cycles,
+                    lr_power=power, lr_decay_share=share)
     assert all(0 <= rate <= 1 for rate in found)
     if warmup < total:
         assert found[warmup] == 1.0

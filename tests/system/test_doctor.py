@@ -331,7 +331,7 @@ def test_lines() -> None:
 
 
 def test_the_command_finds_a_card_by_the_loader() -> None:
-    code = ("from core import doctor, gpu; "
+    code = ("from core.system import doctor, gpu; "
             "print([f.key for f in doctor.cards(gpu.report())])")
     env = nvml_stub.environment([Card.of(12, temperature=95)])
     done = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, env=env, text=True,

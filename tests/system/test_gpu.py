@@ -26,9 +26,9 @@ from tests import nvml_stub
 from tests.nvml_stub import Card, Fail, Process
 
 ROOT = Path(__file__).resolve().parents[2]
-TELL = ("import json; from core import gpu; r = gpu.report(); c = gpu.chosen(r); print(json.dumps("
-        "[r.state, r.problem, r.lost, [[g.index, g.name, g.total_mb] for g in r.gpus], "
-        "c and c.uuid]))")
+TELL = ("import json; from core.system import gpu; r = gpu.report(); c = gpu.chosen(r); "
+        "print(json.dumps([r.state, r.problem, r.lost, "
+        "[[g.index, g.name, g.total_mb] for g in r.gpus], c and c.uuid]))")
 NOT_SUPPORTED = pynvml.NVML_ERROR_NOT_SUPPORTED
 
 

@@ -24,7 +24,7 @@ from core.inference.generate import Shot, Studio
 from core.jobs.control import Control
 from core.jobs.events import Event, Note
 from core.safetensors_header import read_header
-from core.training.trainer import train
+from core.training.run import train
 from tests import tiny, tiny_families
 
 # Bases that load as files do: one that says nothing of what it predicts, and is taken for noise's.

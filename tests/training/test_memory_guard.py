@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from core.config import TrainConfig
+from core.families.detection import Base
 from core.jobs.control import Control
 from core.jobs.events import Event, Note, Planned, Step
 from core.memory.monitor import NvmlReader, Reading, Watch
-from core.memory.plan import Base
 from core.training import fallbacks, memory_guard
-from core.training.trainer import train
+from core.training.run import train
 from tests import nvml_stub, tiny
 
 Make = Callable[..., TrainConfig]
@@ -55,9 +55,9 @@ class Crowd:
 def run(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, crowded_at: int = 0
         ) -> tuple[dict[str, Any], list[Event]]:
     crowd, events = Crowd(), list[Event]()
-    monkeypatch.setattr(memory_guard.Lookout, "_reader", lambda self: crowd)
-    monkeypatch.setattr(memory_guard.Lookout, "between_steps",
-                        polled(memory_guard.Lookout.between_steps))
+    monkeypatch.setattr(memory_guard.MemoryGuard, "_reader", lambda self: crowd)
+    monkeypatch.setattr(memory_guard.MemoryGuard, "between_steps",
+                        polled(memory_guard.MemoryGuard.between_steps))
     monkeypatch.setattr(memory_guard, "here", lambda kind: memory_guard.Machine(
         "cpu", "CPU", crowd.total, crowd.total - crowd.others))
 
@@ -72,7 +72,7 @@ def run(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, crowded_at: int = 
 
 def polled(ask: Callable[..., None]) -> Callable[..., None]:
     """The watching thread looks once a second; here it looks after every step."""
-    def between(self: memory_guard.Lookout, trainer: Any, step_s: float) -> None:
+    def between(self: memory_guard.MemoryGuard, trainer: Any, step_s: float) -> None:
         assert self.watch
         self.watch.poll()
         ask(self, trainer, step_s)
@@ -118,7 +118,7 @@ def test_micro_batches_add_up_to_the_same_gradient(make: Make) -> None:
     whole = trainer_of(make("whole"))
     parts = trainer_of(make("parts"))
     fallbacks.lower(parts)
-    batches = whole.course.update(0)
+    batches = whole.sampler.update(0)
     assert torch.allclose(gradient(whole, batches), gradient(parts, batches),
                           rtol=1e-4, atol=1e-7)
 
@@ -140,9 +140,10 @@ def test_memory_that_spills_into_ram_lowers_the_run(make: Make) -> None:
     events: list[Event] = []
     config, card = make("spill"), nvml_stub.Card.of(8)
     trainer = trainer_of(config)
-    sentinel = memory_guard.Lookout(config, Base.of(Path(config.base_model)), torch.device("cpu"),
-                                    memory_guard.weigh(trainer.examples.items, config),
-                                    events.append)
+    sentinel = memory_guard.MemoryGuard(config, Base.of(Path(config.base_model)),
+                                        torch.device("cpu"),
+                                        memory_guard.weigh(trainer.examples.items, config),
+                                        events.append)
 
     def steps(*seconds: float) -> list[int]:
         for one in seconds:
@@ -193,8 +194,8 @@ def test_planned_and_held_are_of_one_kind_on_the_cpu(make: Make) -> None:
 
     from core.config import dump_yaml
     made = make("alone")
-    code = ("import json, sys; from core.config.schema import parse_train_config; from core.training.trainer import "
-            "train; from core.jobs.control import Control\n"
+    code = ("import json, sys; from core.config import parse_train_config\n"
+            "from core.training.run import train; from core.jobs.control import Control\n"
             "config = parse_train_config(sys.stdin.read(), 'x.yaml')\n"
             "print(json.dumps(train(config, lambda event: None, Control())['memory']))")
     done = subprocess.run([sys.executable, "-c", code], input=dump_yaml(made), text=True,

@@ -18,14 +18,16 @@ from transformers import CLIPTextModel
 
 from core import families
 from core.adapters import from_file, lora
-from core.config import load_train_config
+from core.dataset.image_folder import Picture
 from core.errors import Fault
 from core.families import schedulers
-from core.families.base import Precision
-from core.families.loading import Piece, dtype_of
+from core.families.loading import ComponentSpec, dtype_of
+from core.importers import load_train_config
 from core.lora_files import textual_inversion
 from core.safetensors_header import read_header, read_scalars
 from core.training import checkpoint
+from core.training.output import tag_frequency
+from core.weights.precision import Precision
 from tests.keys.lab import Lab, started
 
 
@@ -136,9 +138,9 @@ def test_a_pickle_is_called_one_whatever_its_name(tmp_path: Path) -> None:
 def test_encoders_that_outgrow_fp16_are_kept_in_bf16(
         weights: torch.dtype, vae: torch.dtype, wide: bool, wanted: torch.dtype) -> None:
     numbers = Precision(torch.device("cpu"), weights, weights, vae)
-    encoder = Piece("text_encoder", CLIPTextModel, "text", wide=wide)
+    encoder = ComponentSpec("text_encoder", CLIPTextModel, "text", wide=wide)
     assert dtype_of(encoder, numbers) == wanted
-    assert dtype_of(Piece("vae", AutoencoderKL, "vae"), numbers) == vae
+    assert dtype_of(ComponentSpec("vae", AutoencoderKL, "vae"), numbers) == vae
 
 
 def test_a_loaded_base_rests(lab: Lab) -> None:
@@ -199,3 +201,13 @@ def test_metadata_counts_what_was_learned(lab: Lab) -> None:
     found = json.loads(other["ss_bucket_info"])["buckets"].values()
     assert sum(bucket["count"] for bucket in found) == 15
     assert (other["ss_epoch"], other["ss_steps"]) == ("0", "4")
+
+
+def test_tag_frequency_by_folder() -> None:
+    def picture(name: str, caption: str) -> Picture:
+        return Picture(Path("/x") / name, caption, 10, (1, 1), False)
+
+    assert tag_frequency([
+        picture("10_cat/1.png", "sks, Red Cat, sks"), picture("10_cat/2.png", "sks，red cat"),
+        picture("1_dog/1.png", "sks"), picture("1_dog/2.png", "")]) == {
+        "10_cat": {"sks": 3, "red cat": 2}, "1_dog": {"sks": 1}}

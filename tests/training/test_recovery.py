@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 
 from core.config import TrainConfig
 from core.errors import Fault
+from core.families.detection import Base
 from core.jobs.control import Control
 from core.jobs.events import Event, Note, Sample, Step
-from core.memory.plan import Base
 from core.training import checkpoint, fallbacks, previews, progress, recovery
-from core.training.memory_guard import Lookout, weigh
-from core.training.recovery import Rescue
-from core.training.trainer import Trainer, train
+from core.training.memory_guard import MemoryGuard, weigh
+from core.training.recovery import Recovery
+from core.training.run import train
+from core.training.trainer import Trainer
 from tests import tiny
 from tests.training.test_trainer import trainer_of
 
@@ -48,17 +49,17 @@ class Drive:
     def __init__(self, config: TrainConfig) -> None:
         self.events: list[Event] = []
         self.trainer = trainer_of(config)
-        lookout = Lookout(config, Base.of(Path(config.base_model)), torch.device("cpu"),
-                          weigh(self.trainer.examples.items, config), self.events.append)
-        self.rescue = Rescue(self.trainer, lookout, self.events.append)
+        guard = MemoryGuard(config, Base.of(Path(config.base_model)), torch.device("cpu"),
+                            weigh(self.trainer.examples.items, config), self.events.append)
+        self.recovery = Recovery(self.trainer, guard, self.events.append)
 
     def to_end(self, read: bool = True) -> dict[str, torch.Tensor]:
-        done = self.rescue.begin(0)
+        done = self.recovery.begin(0)
         while done < self.trainer.total:
-            done = self.rescue.update(done)
+            done = self.recovery.update(done)
             if read:
                 self.trainer.mean_loss()
-                done = self.rescue.look(done)
+                done = self.recovery.look(done)
         return self.state()
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -188,7 +189,7 @@ def test_a_scale_that_was_found_outlives_a_failure(make: Make) -> None:
     trainer = Drive(make(precision="fp16")).trainer
     trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {
         "scale": 512.0, "_growth_tracker": 7})
-    trainer.accumulate(trainer.course.update(0))
+    trainer.accumulate(trainer.sampler.update(0))
     fallbacks.abandon(trainer)
     assert trainer.scaler.state_dict()["scale"] == 512
     assert trainer.scaler.state_dict()["_growth_tracker"] == 7
@@ -285,8 +286,8 @@ def test_a_bad_batch_is_skipped_and_named(make: Make, where: str, precision: str
     """As if those updates weren't there: weights, moments and step counts."""
     config = make(max_train_steps=8, batch_size=1, precision=precision)
     drive, plain = Drive(config), Drive(config)
-    bad = drive.trainer.course.update(2)[0].indices[0]
-    poisoned = [n for n in range(8) if drive.trainer.course.update(n)[0].indices == (bad,)]
+    bad = drive.trainer.sampler.update(2)[0].indices[0]
+    poisoned = [n for n in range(8) if drive.trainer.sampler.update(n)[0].indices == (bad,)]
     if where == "loss":
         drive.trainer.examples.latents[bad] = torch.full_like(
             drive.trainer.examples.latents[bad], float("nan"))
@@ -347,14 +348,14 @@ def test_it_returns_to_the_older_of_two_good_states(make: Make, monkeypatch: pyt
     diverging(monkeypatch, 0.07)
     monkeypatch.setattr(recovery, "GOOD_EVERY", 2)
     drive = Drive(make(max_train_steps=12, learning_rate=1e-2))
-    done, good = drive.rescue.begin(0), [0]
+    done, good = drive.recovery.begin(0), [0]
     while not drive.notes("engine.went_back"):
-        done = drive.rescue.update(done)
+        done = drive.recovery.update(done)
         drive.trainer.mean_loss()
-        done = drive.rescue.look(done)
+        done = drive.recovery.look(done)
         if done % 2 == 0 and not drive.trainer.skipped and done > good[-1]:
             good.append(done)
-        drive.rescue.keep(done)
+        drive.recovery.keep(done)
     assert len(good) > 2
     assert done == drive.notes("engine.went_back")[0]["to"] == good[-2]
 

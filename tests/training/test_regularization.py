@@ -94,7 +94,7 @@ def test_their_weight_scales_their_gradient(base: Path, tmp_path: Path) -> None:
         Encoder(family, source, precision, config, lambda e: None, Control()).fill(examples)
         parts = family.load(source, precision)
         trainer = Trainer(config, family, parts, precision, examples, lambda e: None, Control())
-        trainer.accumulate([b for n in range(2) for b in trainer.course.update(n)])
+        trainer.accumulate([b for n in range(2) for b in trainer.sampler.update(n)])
         return torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])
     none, one, two = gradient(0.0), gradient(1.0), gradient(2.0)
     assert not torch.equal(none, one)

@@ -27,7 +27,8 @@ from core.jobs.control import Control
 from core.jobs.events import Checkpoint, Event, JobEnded, Note, Step
 from core.jobs.outcome import said_first
 from core.training import checkpoint
-from core.training.trainer import Trainer, train
+from core.training.run import train
+from core.training.trainer import Trainer
 from core.weights.precision import choose
 from tests import tiny
 from tests.conftest import handling
@@ -149,7 +150,7 @@ def test_a_checkpoint_of_an_older_version_goes_on(config: TrainConfig, tmp_path:
     _, events = run(config.with_changes(batch_size=3, resume=True,
                                         output_dir=str(tmp_path / "other")))
     assert told(events, "engine.resumed")[0]["samples"] == trainer_of(
-        config.with_changes(batch_size=2)).course.place(4).samples
+        config.with_changes(batch_size=2)).sampler.place(4).samples
 
 
 def trainer_of(config: TrainConfig) -> Trainer:

@@ -16,11 +16,12 @@ from torch import Tensor
 from core.adapters import lora
 from core.dataset import curation
 from core.dataset.sampler import Batch
-from core.families.base import Cond, Frame
+from core.families.base import Cond, CropInfo
+from core.families.timestep_sampling import TimestepSampling
 from core.jobs.events import Step
 from core.lora_files import textual_inversion
-from core.objectives.diffusion import Draw
-from core.objectives.flow import Flow, Sampling
+from core.objectives.flow import Flow
+from core.objectives.noise import Draw
 from core.training import base_check, checkpoint
 from core.training.previews import Previewer
 from core.training.trainer import VALIDATION_SHARES
@@ -36,7 +37,7 @@ def test_a_picture_meets_new_noise_every_time(lab: Lab) -> None:
     assert len(set(draw.timesteps.tolist())) > 4
     assert torch.equal(shown(trainer, of_one(8)).draw.noise, draw.noise)
     assert draw.noise.std() == pytest.approx(1, abs=0.05)
-    epochs = [trainer.course.update(n * trainer.course.updates_per_epoch) for n in (0, 1)]
+    epochs = [trainer.sampler.update(n * trainer.sampler.updates_per_epoch) for n in (0, 1)]
     first, second = (shown(trainer, one).draw.noise for one in epochs)
     assert not any(torch.equal(a, b) for a in first for b in second)
 
@@ -45,8 +46,8 @@ def test_every_sample_of_a_run_has_a_number_of_its_own(lab: Lab) -> None:
     """Regularisation pictures and repeats too: equal numbers would meet equal noise."""
     trainer = lab.trainer(batch_size=4, gradient_accumulation_steps=2, reg_data_dir=str(
         tiny.pictures(lab.folder / "more", 3)))
-    numbers = [n for update in range(3 * trainer.course.updates_per_epoch)
-               for batch in trainer.course.update(update) for n in batch.numbers]
+    numbers = [n for update in range(3 * trainer.sampler.updates_per_epoch)
+               for batch in trainer.sampler.update(update) for n in batch.numbers]
     assert sorted(numbers) == list(range(3 * 12))
 
 
@@ -68,7 +69,7 @@ def test_a_mirrored_picture_tells_its_own_cut(lab: Lab) -> None:
                           max_bucket_side=32)
 
     class Telling(type(trainer.family)):        # type: ignore[misc]
-        def framing(self, frame: Frame) -> Cond:
+        def framing(self, frame: CropInfo) -> Cond:
             return {"left": torch.tensor([[frame.left_top[0]]])}
     trainer.family = Telling()
     seen, pair = shown(trainer, of_one(64)), trainer.examples.latents[0]
@@ -96,7 +97,7 @@ def test_masks_and_prior_weights_multiply(lab: Lab) -> None:
 
 def test_masks_count_in_flows_too() -> None:
     """An error of 1 everywhere, of which a quarter is seen, the rest at a tenth."""
-    flow, ones = Flow(Sampling()), torch.ones(2, 4, 4, 4)
+    flow, ones = Flow(TimestepSampling()), torch.ones(2, 4, 4, 4)
     family: Any = SimpleNamespace(predict=lambda denoiser, noisy, t, cond: torch.zeros_like(noisy))
     weights = torch.full((2, 1, 4, 4), 0.1)
     weights[..., 0] = 1.0
@@ -115,7 +116,8 @@ class SimpleContext:
 
 
 def test_a_flow_goes_straight_from_the_picture_to_noise() -> None:
-    flow, latents, noise = Flow(Sampling()), torch.full((1, 1, 1, 1), 2.0), torch.ones(1, 1, 1, 1)
+    flow, noise = Flow(TimestepSampling()), torch.ones(1, 1, 1, 1)
+    latents = 2 * noise
     for t, wanted in ((0.0, 2.0), (250.0, 1.75), (1000.0, 1.0)):
         noisy, target = flow.noisy_and_target(latents, noise, torch.tensor([t]))
         assert float(noisy) == pytest.approx(wanted)
@@ -140,7 +142,7 @@ def test_an_update_is_that_of_its_own_batches(lab: Lab) -> None:
     other.load_state(trainer.state())
     grads = _taken(trainer)
     trainer.update(1)
-    other.accumulate(other.course.update(1))
+    other.accumulate(other.sampler.update(1))
     for found, parameter in zip(grads, other.parameters, strict=True):
         torch.testing.assert_close(found, parameter.grad)
 
@@ -243,7 +245,7 @@ def test_previews_leave_dropout_out_and_give_it_back(lab: Lab) -> None:
 def test_the_loss_that_is_shown_is_of_the_updates_that_counted(lab: Lab) -> None:
     """One picture is no number: its update is named, and left out of the mean."""
     trainer = lab.trainer(max_train_steps=0)
-    order = [trainer.course.update(n)[0].indices[0] for n in range(6)]
+    order = [trainer.sampler.update(n)[0].indices[0] for n in range(6)]
     trainer.examples.latents[order[2]] = torch.full((4, 8, 8), float("nan"))
     before = [p.detach().clone() for p in trainer.parameters]
     for number in range(6):
@@ -368,7 +370,7 @@ def test_longer_words_are_put_in_first() -> None:
 
 def test_larger_pictures_of_a_flow_are_noisier() -> None:
     """Where the base's shift goes by a line."""
-    sampling = Sampling("uniform", line=((256, 0.5), (4096, 1.15)))
+    sampling = TimestepSampling("uniform", line=((256, 0.5), (4096, 1.15)))
     means = [float(Flow(sampling).draw(1, range(300), (4, side, side)).timesteps.mean())
              for side in (32, 64, 128)]
     assert means == sorted(means)
@@ -380,7 +382,7 @@ def test_larger_pictures_of_a_flow_are_noisier() -> None:
 def test_epochs_come_in_another_order(lab: Lab) -> None:
     """Each shows every picture once."""
     trainer = lab.trainer(max_train_steps=0)
-    epochs = [[i for n in range(6) for b in trainer.course.update(6 * epoch + n)
+    epochs = [[i for n in range(6) for b in trainer.sampler.update(6 * epoch + n)
                for i in b.indices] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
@@ -391,8 +393,8 @@ def test_folders_repeat_as_often_as_they_say(lab: Lab) -> None:
     tiny.pictures(folder / "plain", 1)
     trainer = lab.trainer(train_data_dir=str(folder), max_train_steps=0, epochs=2)
     seen = Counter(trainer.examples.items[i].picture.path.parent.name
-                   for n in range(trainer.total) for b in trainer.course.update(n)
+                   for n in range(trainer.total) for b in trainer.sampler.update(n)
                    for i in b.indices)
     assert seen == {"3_ink": 2 * 2 * 3, "plain": 2}
     with_prior = lab.trainer(train_data_dir=str(folder), reg_data_dir=str(folder / "plain"))
-    assert with_prior.course.samples_per_epoch == 7 + 7     # a half, repeats counted
+    assert with_prior.sampler.samples_per_epoch == 7 + 7     # a half, repeats counted

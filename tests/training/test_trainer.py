@@ -11,14 +11,16 @@ from safetensors.torch import load_file
 
 from core import families
 from core.adapters import lora
-from core.config import TrainConfig, load_train_config
+from core.config import TrainConfig
 from core.dataset.examples import Encoder, find
 from core.dataset.sampler import Batch
 from core.errors import Fault
+from core.importers import load_train_config
 from core.jobs.control import Control
 from core.jobs.events import Checkpoint, Event, Note, Sample, Step
 from core.training import checkpoint
-from core.training.trainer import Trainer, train
+from core.training.run import train
+from core.training.trainer import Trainer
 from core.weights.precision import choose
 from tests import tiny
 
@@ -84,7 +86,7 @@ def test_accumulation_equals_one_batch(make: Make) -> None:
     """Batch 4 and 1 x 4 see the same samples and noise: one gradient. Tolerance: fp32 sums in
     another order."""
     whole = trainer_of(make(batch_size=4))
-    batch = next(b for n in range(2) for b in whole.course.update(n) if len(b.indices) == 4)
+    batch = next(b for n in range(2) for b in whole.sampler.update(n) if len(b.indices) == 4)
     parts = [Batch((i,), (n,)) for i, n in zip(batch.indices, batch.numbers, strict=True)]
     expected, found = gradient(whole, [batch]), gradient(trainer_of(make(batch_size=4)), parts)
     assert expected.norm() > 0
@@ -93,7 +95,7 @@ def test_accumulation_equals_one_batch(make: Make) -> None:
 
 def test_checkpointing_changes_memory_not_the_gradient(make: Make) -> None:
     plain, saving = trainer_of(make()), trainer_of(make(gradient_checkpointing=True))
-    batches = plain.course.update(0)
+    batches = plain.sampler.update(0)
     torch.testing.assert_close(gradient(saving, batches), gradient(plain, batches),
                                rtol=1e-5, atol=1e-8)
 
@@ -167,7 +169,7 @@ def test_half_precision_trains_fp32_adapters(make: Make, precision: str) -> None
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
     assert all(torch.isfinite(p).all() for p in trainer.parameters)
     exact = trainer_of(make())
-    batches = exact.course.update(0)
+    batches = exact.sampler.update(0)
     half = trainer_of(make(precision=precision))
     found, expected = gradient(half, batches) / half.scaler.get_scale(), gradient(exact, batches)
     # 8 (bf16) or 11 (fp16) bits through a dozen layers: directions agree, last digits don't

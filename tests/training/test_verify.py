@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from core.training.output import Keeper
+from core.training.output import OutputWriter
 from core.training.verify import TOLERANCE
 from tests.keys.lab import Lab, Run
 
@@ -20,14 +20,14 @@ Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 def run_with(lab: Lab, monkeypatch: pytest.MonkeyPatch, change: Change, **more: Any) -> Run:
     """A run whose file is changed between its writing and its proof."""
-    plain = Keeper.final
+    plain = OutputWriter.final
 
-    def final(self: Keeper, step: int) -> Path:
+    def final(self: OutputWriter, step: int) -> Path:
         path = plain(self, step)
         save_file({k: v.clone() for k, v in change(load_file(path)).items()}, path,
                   {"ss_base_model_version": "sd_v1"})
         return path
-    monkeypatch.setattr(Keeper, "final", final)
+    monkeypatch.setattr(OutputWriter, "final", final)
     return lab.run(output_dir=str(lab.folder / "proofs"), learning_rate=0.05,
                    target_modules="attention", **more)
 

@@ -16,12 +16,15 @@ from core.adapters import lora
 from core.config import TrainConfig
 from core.dataset.examples import Encoder, find
 from core.errors import Fault
+from core.families import detection
+from core.families.loading import load_denoiser
 from core.jobs.control import Control
 from core.jobs.events import Event
 from core.memory import plan
 from core.memory.meta_tensors import Kernels, traced
-from core.training.trainer import Trainer, train
-from core.weights.precision import choose, keep_, load_denoiser
+from core.training.run import train
+from core.training.trainer import Trainer
+from core.weights.precision import choose, keep_
 from core.weights.quantization import (
     BLOCK,
     NF4,
@@ -272,7 +275,7 @@ def demo_losses(kind: Kind, updates: int = 12) -> tuple[list[float], Trainer]:
     Encoder(family, DEMO, precision, config, lambda event: None, Control()).fill(examples)
     parts.denoiser = load_denoiser(config, family, DEMO, precision)
     trainer = Trainer(config, family, parts, precision, examples, lambda event: None, Control())
-    batch = trainer.course.update(0)
+    batch = trainer.sampler.update(0)
     losses = []
     for _ in range(updates):
         losses.append(float(trainer.accumulate(batch)))
@@ -326,7 +329,7 @@ def test_plan_knows_the_quantised_step(change: dict[str, Any]) -> None:
 
 def test_plan_counts_the_kept_base() -> None:
     machine = plan.Machine("cpu", "CPU", 16_000, 16_000)
-    found = {kind: plan.plan_run(TrainConfig(base_precision=kind), plan.Base.of(DEMO), machine)
+    found = {kind: plan.plan_run(TrainConfig(base_precision=kind), detection.Base.of(DEMO), machine)
              for kind in ("same", "nf4")}
     full = found["same"].phase("train").parts["denoiser"]
     assert found["nf4"].phase("train").parts["denoiser"] < full / 6
@@ -338,7 +341,7 @@ def test_plan_counts_the_kept_base() -> None:
 
 def test_a_card_holds_less_of_a_base_that_waits_in_ram() -> None:
     card = plan.Machine("cuda", "RTX", 8000, 7000, (8, 9))
-    made = {share: plan.plan_run(TrainConfig(offload=share), plan.Base.of(DEMO), card)
+    made = {share: plan.plan_run(TrainConfig(offload=share), detection.Base.of(DEMO), card)
             for share in (0.0, 0.5, 1.0)}
     held = [made[s].phase("train").parts["denoiser"] for s in (0.0, 0.5, 1.0)]
     assert held[0] > held[1] > held[2]

@@ -20,15 +20,15 @@ from transformers import T5Tokenizer
 from core import families, paths
 from core.errors import Fault
 from core.families import loading
-from core.families.base import Precision
 from core.families.components import Chosen
 from core.families.detection import identify
-from core.families.layer_names import FLUX, NAMINGS
+from core.families.flux.spec import NAMING as FLUX
+from core.families.registry import SPECS
 from core.lora_files.extract import extract
 from core.lora_files.layers import DOWN, UP
 from core.safetensors_header import Header, TensorInfo
 from core.weights.lazy import Weights
-from core.weights.precision import choose
+from core.weights.precision import Precision, choose
 from core.weights.scaled_weights import scaling_of
 from core.weights.tensor_file import TensorFile
 from tests.families.test_detection import write
@@ -118,7 +118,7 @@ def full_size(name: str, folder: Path) -> Path:
     configs = loading.configs_in(paths.family_configs(name), family.pieces)
     with torch.device("meta"):
         state = loading.create(family.pieces[0], configs["transformer"]).state_dict()
-    native = original(NAMINGS[name][0], state)
+    native = original(SPECS[name].naming[0], state)
     return write(folder / f"{name}.safetensors", {
         f"model.diffusion_model.{key}": list(value.shape) for key, value in native.items()})
 
@@ -165,7 +165,7 @@ def test_a_scaled_denoiser_is_what_it_stands_for(
     """Its fused matrices are cut after they were scaled. The number times its scale is exact in
     fp32 but for one rounding."""
     name, _, parts = made
-    state = original(NAMINGS[name][0], parts.denoiser.state_dict())
+    state = original(SPECS[name].naming[0], parts.denoiser.state_dict())
     tensors, meant, metadata = scaled(state, spelling, "model.diffusion_model.", rows, dtype)
     path = tmp_path / "scaled.safetensors"
     save_file(tensors, path, metadata)
@@ -188,7 +188,7 @@ def test_everything_in_one_file_with_a_scaled_t5(made: tuple[str, Path, Any],   
     name, _, parts = made
     state = parts.denoiser.state_dict()
     grid = state.pop("pos_embed.pos_embed")
-    own = original(NAMINGS[name][0], state) | {"pos_embed": grid}
+    own = original(SPECS[name].naming[0], state) | {"pos_embed": grid}
     texts = "text_encoders.{}.transformer."
     t5, meant, _ = scaled(parts.text["text_encoder_3"].state_dict(), "old", texts.format("t5xxl"))
     path = tmp_path / "sd3.5_incl_clips_t5xxlfp8scaled.safetensors"

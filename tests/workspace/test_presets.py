@@ -17,10 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core import i18n, paths
-from core.config import TrainConfig, load_train_config
+from core.config import TrainConfig
 from core.errors import Fault
+from core.families.detection import Base
+from core.importers import load_train_config
 from core.memory import advisor, plan, plan_inputs, relief
-from core.memory.plan import Base, Machine
+from core.memory.plan import Machine
+from core.system.machine import MB
+from core.weights import precision_rules
 from core.workspace import presets
 from core.workspace.presets import Needs, Preset
 from tests import tiny_families
@@ -123,7 +127,7 @@ def test_what_was_promised_of_small_cards(family: str, gb: int, side: int, most:
 @pytest.mark.usefixtures("recorded")
 def test_t5_travels_on_small_cards_only() -> None:
     """It takes 9.1 GB in 16 bits, 4.8 in int8, and less than one of the card while it travels."""
-    numbers, found = plan.numbers_for("auto", "cuda", (8, 6)), {}
+    numbers, found = precision_rules.numbers_for("auto", "cuda", (8, 6)), {}
     for family, kept in (("sd3", "same"), ("flux", "nf4")):
         base, config = plan_inputs.base_of(family), TrainConfig(base_precision=kept)
         facts = plan.ask("base", base, numbers)
@@ -131,8 +135,8 @@ def test_t5_travels_on_small_cards_only() -> None:
         assert ways["room"] == 0.0
         assert "room" not in plan._encoders(config, advisor.card_of(48), facts)
         found[family] = plan.ask("texts", base, numbers, kind="cuda", batch=2, **ways)
-    assert (found["flux"]["weights"] + found["flux"]["peak"]) / plan.MB < 1000
-    assert found["sd3"]["waiting"] / plan.MB > 8800 > 4500 > found["flux"]["waiting"] / plan.MB
+    assert (found["flux"]["weights"] + found["flux"]["peak"]) / MB < 1000
+    assert found["sd3"]["waiting"] / MB > 8800 > 4500 > found["flux"]["waiting"] / MB
 
 
 def test_traces_are_what_is_traced_now(recorded: dict[str, dict[str, float]]) -> None:

@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from core import threads
-from core.dataset import captions
+from core import serialization, threads
 from core.dataset.captions import split_tags, with_trigger
 from core.dataset.checks.findings import Finding, Subject, worst_first
 from core.dataset.crops import BaseFacts
@@ -108,7 +107,7 @@ def _odd_encoding(path: Path) -> str:
         if data.startswith(bom):
             return name
     try:
-        read_here = captions.decode_text(data)
+        read_here = serialization.decode_text(data)
     except ValueError:
         return ""                           # dataset.caption_unreadable says so
     try:

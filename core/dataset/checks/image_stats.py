@@ -21,7 +21,10 @@ from PIL import Image
 
 from core import paths, threads
 from core.dataset import images
+from core.dataset.buckets import Point
 from core.dataset.checks import measures, saliency
+from core.dataset.curation import Choices
+from core.dataset.image_folder import Dataset, relative_name
 from core.dataset.images import Look
 from core.errors import Fault
 from core.jobs.control import Control
@@ -230,3 +233,15 @@ class Store:
             with contextlib.suppress(sqlite3.Error):
                 self.db.close()
         self.db = None
+
+
+def focus_points(data: Dataset, chosen: Choices, table: Table | None = None) -> list[Point | None]:
+    """Where each picture is cut about: the point set by hand; else, where `table` is given
+    (RECORD rows of the same pictures), the subject found; else None, the centre."""
+    points: list[Point | None] = []
+    for index, picture in enumerate(data.pictures):
+        point = chosen.focus.get(relative_name(picture.path, data.folder))
+        if point is None and table is not None and (box := subject_of(table, index)):
+            point = saliency.centre(box)
+        points.append(point)
+    return points

@@ -1,6 +1,6 @@
 """What can be told from a picture's pixels in milliseconds: detail, compression, borders, hash.
 
-Pure functions on numpy arrays; `core/dataset/checks/image_stats.py` calls them once for each file. Thresholds are where
+Pure functions on numpy arrays; image_stats.py calls them once for each file. Thresholds are where
 generated pictures (discs, 1/f noise, drawings) of known blur and quality part; see tests.
 """
 

@@ -1,6 +1,6 @@
 """`check(folder, facts)`: all that can be said about a folder of pictures before a training.
 
-Each file is decoded once and then known (core/dataset/checks/image_stats.py); findings come worst level first.
+Each file is decoded once and then known (image_stats.py); findings come worst level first.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from core.dataset import curation, image_folder
 from core.dataset.buckets import Size
 from core.dataset.checks.captions import check_captions
 from core.dataset.checks.findings import Finding, Subject
-from core.dataset.checks.image_stats import Looks
+from core.dataset.checks.image_stats import Looks, focus_points
 from core.dataset.checks.images import Pictures, Purpose, check_pictures
-from core.dataset.crops import BaseFacts, Planned, count_buckets, focus_points, plan_crops
+from core.dataset.crops import BaseFacts, Planned, count_buckets, plan_crops
 from core.dataset.image_folder import Dataset, relative_name
 from core.jobs.control import Control
 from core.jobs.events import Event, Phase

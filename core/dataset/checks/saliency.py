@@ -115,6 +115,6 @@ def _blur() -> NDArray[np.float64]:
 
 def _extent(counts: NDArray[np.int_]) -> tuple[int, int]:
     """First and one past the last place that matter."""
-    course = np.cumsum(counts) / counts.sum()
-    return (int(np.searchsorted(course, TRIM, "right")),
-            int(np.searchsorted(course, 1 - TRIM)) + 1)
+    sampler = np.cumsum(counts) / counts.sum()
+    return (int(np.searchsorted(sampler, TRIM, "right")),
+            int(np.searchsorted(sampler, 1 - TRIM)) + 1)

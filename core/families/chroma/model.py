@@ -17,24 +17,23 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 from core.families import checkpoint_keys, text
-from core.families.base import Cond, FamilySpec, Parts
+from core.families.base import Cond, Parts
+from core.families.chroma.spec import SPEC
 from core.families.common import (
-    ALIASES,
-    Loaded,
-    Vocabulary,
+    ComponentFamily,
+    TokenizerSpec,
     dit_sizes,
     layer_count,
     pack,
     unpack,
 )
 from core.families.flux.model import Kept, positions
-from core.families.layer_names import CHROMA
-from core.families.loading import Layout, Piece
-from core.families.sd3.model import JOINT, JOINT_FF, T5XXL
-from core.objectives.flow import STEPS, Sampling, by_share_and_step
+from core.families.loading import CheckpointLayout, ComponentSpec
+from core.families.sd3.model import T5XXL
+from core.families.timestep_sampling import STEPS, TimestepSampling, by_share_and_step
 
 LENGTH = 512                                # tokens
-LEARNS = Sampling("parabola", bend=7.7, told=by_share_and_step)
+LEARNS = TimestepSampling("parabola", bend=7.7, told=by_share_and_step)
 
 
 class Masked(Kept, ChromaPipeline):  # type: ignore[misc]
@@ -47,30 +46,26 @@ class Masked(Kept, ChromaPipeline):  # type: ignore[misc]
             *args, **rest, attention_mask=None if attention_mask is None else attention_mask.bool())
 
 
-class Chroma(Loaded):
-    kind = "chroma"
-    spec: ClassVar[FamilySpec] = FamilySpec(
-        id="chroma", title="Chroma", native_size=1024, bucket_step=64,
-        lora_presets={"attention": JOINT, "attention+ff": (*JOINT, *JOINT_FF, "proj_mlp"),
-                      "all-linear": (*JOINT, *JOINT_FF, "proj_mlp", "proj_out")},
-        lora_aliases=ALIASES, kohya_prefix="lora_unet", base_version="chroma",
-        architecture="chroma", implementation="https://github.com/lodestone-rock/flow", cfg=4.0)
+class Chroma(ComponentFamily):
+    kind = SPEC.id
+    spec = SPEC
     pieces = (
-        Piece("transformer", ChromaTransformer2DModel, "denoiser",
-              convert=checkpoint_keys.by_table(CHROMA[0])),
-        Piece("vae", AutoencoderKL, "vae", ("vae.", "first_stage_model."), checkpoint_keys.vae,
-              alone="vae_16"),
-        Piece("text_encoder", T5EncoderModel, "text", (T5XXL,), alone="t5"))
-    vocabularies: ClassVar = {"text_encoder": Vocabulary("t5", LENGTH)}
+        ComponentSpec("transformer", ChromaTransformer2DModel, "denoiser",
+                      convert=checkpoint_keys.by_table(SPEC.naming[0])),
+        ComponentSpec("vae", AutoencoderKL, "vae", ("vae.", "first_stage_model."),
+                      checkpoint_keys.vae,
+                      alone="vae_16"),
+        ComponentSpec("text_encoder", T5EncoderModel, "text", (T5XXL,), alone="t5"))
+    vocabularies: ClassVar = {"text_encoder": TokenizerSpec("t5", LENGTH)}
     pipe = Masked
 
-    def adapt(self, layout: Layout) -> None:
+    def adapt(self, layout: CheckpointLayout) -> None:
         shapes = self.shapes(layout)
         layout.configs["transformer"] |= {
             "num_layers": layer_count(shapes, "transformer_blocks."),
             "num_single_layers": layer_count(shapes, "single_transformer_blocks.")}
 
-    def empty(self, layout: Layout) -> Parts:
+    def empty(self, layout: CheckpointLayout) -> Parts:
         native, step = dit_sizes(layout)
         return Parts(layout.source, layout.scheduler, "flow", native, step,
                      flow=LEARNS)

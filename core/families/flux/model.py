@@ -15,24 +15,23 @@ from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel
 
 from core.families import checkpoint_keys
-from core.families.base import Cond, FamilySpec, Parts
+from core.families.base import Cond, Parts
 from core.families.common import (
-    ALIASES,
-    Loaded,
-    Vocabulary,
+    ComponentFamily,
+    TokenizerSpec,
     dit_sizes,
     layer_count,
     pack,
     unpack,
 )
-from core.families.layer_names import FLUX
-from core.families.loading import Layout, Piece
-from core.families.sd3.model import CLIP_L, JOINT, JOINT_FF, T5XXL
-from core.objectives.flow import FLUX_LINE, STEPS, Sampling, by_share_and_step
+from core.families.flux.spec import SPEC
+from core.families.loading import CheckpointLayout, ComponentSpec
+from core.families.sd3.model import CLIP_L, T5XXL
+from core.families.timestep_sampling import FLUX_LINE, STEPS, TimestepSampling, by_share_and_step
 
 GUIDANCE = 1.0                              # told to dev while it learns
-DEV = Sampling(line=FLUX_LINE, told=by_share_and_step)
-SCHNELL = Sampling(told=by_share_and_step)
+DEV = TimestepSampling(line=FLUX_LINE, told=by_share_and_step)
+SCHNELL = TimestepSampling(told=by_share_and_step)
 
 
 class Kept:
@@ -48,27 +47,22 @@ class Drawing(Kept, FluxPipeline):  # type: ignore[misc]
     pass
 
 
-class Flux1(Loaded):
-    kind = "flux"
-    spec: ClassVar[FamilySpec] = FamilySpec(
-        id="flux", title="Flux.1", native_size=1024, bucket_step=64,
-        lora_presets={"attention": JOINT, "attention+ff": (*JOINT, *JOINT_FF, "proj_mlp"),
-                      "all-linear": (*JOINT, *JOINT_FF, "proj_mlp", "proj_out")},
-        lora_aliases=ALIASES, kohya_prefix="lora_unet", base_version="flux1",
-        architecture="flux-1-dev", implementation="https://github.com/black-forest-labs/flux",
-        encoders=("text_encoder", "text_encoder_2"), cfg=3.5)
+class Flux1(ComponentFamily):
+    kind = SPEC.id
+    spec = SPEC
     pieces = (
-        Piece("transformer", FluxTransformer2DModel, "denoiser",
-              convert=checkpoint_keys.by_table(FLUX[0])),
-        Piece("vae", AutoencoderKL, "vae", ("vae.", "first_stage_model."), checkpoint_keys.vae,
-              alone="vae_16"),
-        Piece("text_encoder", CLIPTextModel, "text", (CLIP_L,), alone="clip_l"),
-        Piece("text_encoder_2", T5EncoderModel, "text", (T5XXL,), alone="t5"))
-    vocabularies: ClassVar = {"text_encoder": Vocabulary(),
-                              "text_encoder_2": Vocabulary("t5", 512)}
+        ComponentSpec("transformer", FluxTransformer2DModel, "denoiser",
+                      convert=checkpoint_keys.by_table(SPEC.naming[0])),
+        ComponentSpec("vae", AutoencoderKL, "vae", ("vae.", "first_stage_model."),
+                      checkpoint_keys.vae,
+                      alone="vae_16"),
+        ComponentSpec("text_encoder", CLIPTextModel, "text", (CLIP_L,), alone="clip_l"),
+        ComponentSpec("text_encoder_2", T5EncoderModel, "text", (T5XXL,), alone="t5"))
+    vocabularies: ClassVar = {"text_encoder": TokenizerSpec(),
+                              "text_encoder_2": TokenizerSpec("t5", 512)}
     pipe = Drawing
 
-    def adapt(self, layout: Layout) -> None:
+    def adapt(self, layout: CheckpointLayout) -> None:
         shapes = self.shapes(layout)
         guided = layout.found.what == "flux_dev"
         layout.configs["transformer"] |= {
@@ -78,7 +72,7 @@ class Flux1(Loaded):
         if not guided:
             layout.scheduler.update(use_dynamic_shifting=False, shift=1.0)
 
-    def empty(self, layout: Layout) -> Parts:
+    def empty(self, layout: CheckpointLayout) -> Parts:
         native, step = dit_sizes(layout)
         dev = layout.found.what == "flux_dev"
         return Parts(layout.source, layout.scheduler, "flow", native, step,

@@ -19,29 +19,24 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 
 from core.families import checkpoint_keys, text
-from core.families.base import Cond, FamilySpec, Parts
+from core.families.base import Cond, Parts
 from core.families.common import (
-    ATTENTION_ALIASES,
-    Loaded,
-    Vocabulary,
+    ComponentFamily,
+    TokenizerSpec,
     dit_sizes,
     layer_count,
     pack,
     unpack,
 )
-from core.families.layer_names import FLUX2
-from core.families.loading import Layout, Piece
-from core.families.sd3.model import JOINT
-from core.objectives.flow import FLUX_LINE, STEPS, Sampling
+from core.families.flux2.spec import SPEC
+from core.families.loading import CheckpointLayout, ComponentSpec
+from core.families.timestep_sampling import FLUX_LINE, STEPS, TimestepSampling
 
 LENGTH = 512                                # tokens
 LAYERS = (9, 18, 27)                        # of the text encoder, by their outputs
-LEARNS = Sampling(line=FLUX_LINE)
+LEARNS = TimestepSampling(line=FLUX_LINE)
 QWEN3_8B = {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
 QWEN3 = tuple(f"text_encoders.{size}.transformer." for size in ("qwen3_4b", "qwen3_8b"))
-SINGLE = ("attn.to_qkv_mlp_proj", "attn.to_out")        # a single block's attention is one matrix
-FF = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
-ENDS = ("x_embedder", "context_embedder", "proj_out")
 
 
 def read_layers(config: dict[str, Any]) -> Any:
@@ -59,27 +54,22 @@ class Klein(Flux2KleinPipeline):            # type: ignore[misc]
         return super().__call__(**options)
 
 
-class Flux2(Loaded):
-    kind = "flux2"
-    spec: ClassVar[FamilySpec] = FamilySpec(
-        id="flux2", title="Flux.2 klein", native_size=1024, bucket_step=64,
-        lora_presets={"attention": JOINT + SINGLE, "attention+ff": JOINT + SINGLE + FF,
-                      "all-linear": (*JOINT, *SINGLE, *FF, *ENDS)},
-        lora_aliases=ATTENTION_ALIASES | {"fc1": "ff.linear_in", "fc2": "ff.linear_out"},
-        kohya_prefix="lora_unet", base_version="flux2", architecture="flux-2-klein",
-        implementation="https://github.com/black-forest-labs/flux2", cfg=4.0)
+class Flux2(ComponentFamily):
+    kind = SPEC.id
+    spec = SPEC
     pieces = (
-        Piece("transformer", Flux2Transformer2DModel, "denoiser",
-              convert=checkpoint_keys.by_table(FLUX2[0])),
-        Piece("vae", AutoencoderKLFlux2, "vae", ("vae.",), checkpoint_keys.batch_normed_vae,
-              alone="vae_32"),
-        Piece("text_encoder", Qwen3Model, "text", QWEN3, checkpoint_keys.decoder, alone="qwen3",
-              wide=True, config=read_layers))
+        ComponentSpec("transformer", Flux2Transformer2DModel, "denoiser",
+                      convert=checkpoint_keys.by_table(SPEC.naming[0])),
+        ComponentSpec("vae", AutoencoderKLFlux2, "vae", ("vae.",), checkpoint_keys.batch_normed_vae,
+                      alone="vae_32"),
+        ComponentSpec("text_encoder", Qwen3Model, "text", QWEN3, checkpoint_keys.decoder,
+                      alone="qwen3",
+                      wide=True, config=read_layers))
     vocabularies: ClassVar = {      # eleven of its tokens are the template's
-        "text_encoder": Vocabulary("qwen3", LENGTH - 11, chat=text.QWEN3_CHAT)}
+        "text_encoder": TokenizerSpec("qwen3", LENGTH - 11, chat=text.QWEN3_CHAT)}
     pipe = Klein
 
-    def adapt(self, layout: Layout) -> None:
+    def adapt(self, layout: CheckpointLayout) -> None:
         """4B and 9B differ in sizes that the shapes tell."""
         shapes = self.shapes(layout)
         config = layout.configs["transformer"]
@@ -91,7 +81,7 @@ class Flux2(Loaded):
         if config["joint_attention_dim"] == len(LAYERS) * QWEN3_8B["hidden_size"]:
             layout.configs["text_encoder"] |= QWEN3_8B
 
-    def empty(self, layout: Layout) -> Parts:
+    def empty(self, layout: CheckpointLayout) -> Parts:
         native, step = dit_sizes(layout)
         return Parts(layout.source, layout.scheduler, "flow", native, step,
                      flow=LEARNS)

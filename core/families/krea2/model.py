@@ -10,6 +10,7 @@ raw, its makers say, and draw with turbo.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar
@@ -20,54 +21,53 @@ from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLTextModel
 
 from core.families import checkpoint_keys, text
-from core.families.base import Cond, FamilySpec, Parts
+from core.families.base import Cond, Parts
+from core.families.checkpoint_keys import Tensors
 from core.families.common import (
-    ATTENTION,
-    ATTENTION_ALIASES,
-    Vocabulary,
+    TokenizerSpec,
     index_of,
     layer_count,
     pack,
     unpack,
 )
 from core.families.flux.model import positions
-from core.families.loading import Layout, Piece
-from core.families.qwen.model import SIDE, Filmed
-from core.objectives.flow import STEPS, Sampling
+from core.families.krea2.spec import SPEC
+from core.families.loading import CheckpointLayout, ComponentSpec
+from core.families.qwen.model import Filmed
+from core.families.timestep_sampling import STEPS, TimestepSampling
 
 LENGTH = 512                                # tokens, the request's end among them
-LEARNS = Sampling(line=((256, 0.5), (6400, 1.15)))
-GATED = (*ATTENTION, "to_gate")
-FF = ("ff.gate", "ff.up", "ff.down")
-ENDS = ("img_in", "txt_in.linear_1", "txt_in.linear_2", "time_mod_proj", "final_layer.linear")
+LEARNS = TimestepSampling(line=((256, 0.5), (6400, 1.15)))
+
+
+def _diffusers_names(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    found: Tensors = {}
+    for name, value in checkpoint_keys.by_table(SPEC.naming[0])(tensors, config).items():
+        if match := re.fullmatch(r"blocks\.(\d+)\.mod\.lin", name):     # six vectors in a row
+            name, value = f"transformer_blocks.{match[1]}.scale_shift_table", value.reshape(6, -1)
+        found["final_layer.scale_shift_table" if name == "last.modulation.lin" else name] = value
+    return found
 
 
 class Krea2(Filmed):
-    kind = "krea2"
-    spec: ClassVar[FamilySpec] = FamilySpec(
-        id="krea2", title="Krea 2", native_size=SIDE, bucket_step=64,
-        lora_presets={"attention": GATED, "attention+ff": GATED + FF,
-                      "all-linear": (*GATED, *FF, *ENDS)},
-        lora_aliases=ATTENTION_ALIASES | {
-            "wq": "to_q", "wk": "to_k", "wv": "to_v", "wo": "to_out.0"},
-        kohya_prefix="lora_unet", base_version="krea2", architecture="krea-2",
-        implementation="https://github.com/krea-ai/krea-2", cfg=5.5, lora_format="diffusers")
+    kind = SPEC.id
+    spec = SPEC
     pieces = (
-        Piece("transformer", Krea2Transformer2DModel, "denoiser", convert=checkpoint_keys.krea2),
-        Piece("vae", AutoencoderKLQwenImage, "vae", ("vae.",), checkpoint_keys.film_vae,
-              alone="vae_film"),
-        Piece("text_encoder", Qwen3VLTextModel, "text", (), checkpoint_keys.decoder,
-              alone="qwen3_vl",
-              wide=True, config=lambda read: Qwen3VLConfig.from_dict(read).text_config))
+        ComponentSpec("transformer", Krea2Transformer2DModel, "denoiser", convert=_diffusers_names),
+        ComponentSpec("vae", AutoencoderKLQwenImage, "vae", ("vae.",), checkpoint_keys.film_vae,
+                      alone="vae_film"),
+        ComponentSpec("text_encoder", Qwen3VLTextModel, "text", (), checkpoint_keys.decoder,
+                      alone="qwen3_vl",
+                      wide=True, config=lambda read: Qwen3VLConfig.from_dict(read).text_config))
     vocabularies: ClassVar = {
-        "text_encoder": Vocabulary("qwen3", LENGTH - 4)}
+        "text_encoder": TokenizerSpec("qwen3", LENGTH - 4)}
     pipe = Krea2Pipeline
 
-    def adapt(self, layout: Layout) -> None:
+    def adapt(self, layout: CheckpointLayout) -> None:
         shapes = self.shapes(layout)
         layout.configs["transformer"]["num_layers"] = layer_count(shapes, "transformer_blocks.")
 
-    def empty(self, layout: Layout) -> Parts:
+    def empty(self, layout: CheckpointLayout) -> Parts:
         return Parts(layout.source, layout.scheduler, "flow", *self.sizes(layout), film=True,
                      unguided=0.0, flow=LEARNS)
 

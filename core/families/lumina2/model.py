@@ -18,22 +18,19 @@ from torch import Tensor
 from transformers import Gemma2Model
 
 from core.families import checkpoint_keys, text
-from core.families.base import Cond, FamilySpec, Parts
+from core.families.base import Cond, Parts
 from core.families.common import (
-    ATTENTION,
-    ATTENTION_ALIASES,
-    Loaded,
-    Vocabulary,
+    ComponentFamily,
+    TokenizerSpec,
     dit_sizes,
     layer_count,
 )
-from core.families.layer_names import LUMINA2
-from core.families.loading import Layout, Piece
-from core.objectives.flow import FLUX_LINE, STEPS, Sampling
+from core.families.loading import CheckpointLayout, ComponentSpec
+from core.families.lumina2.spec import SPEC
+from core.families.timestep_sampling import FLUX_LINE, STEPS, TimestepSampling
 
-FEED_FORWARD = ("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
 GEMMA = "text_encoders.gemma2_2b.transformer."
-LEARNS = Sampling(line=FLUX_LINE)
+LEARNS = TimestepSampling(line=FLUX_LINE)
 LENGTH = 256                                # tokens, the instruction's among them
 # The model's own words, part of every prompt that it has seen.
 INSTRUCTION = ("You are an assistant designed to generate superior images with the superior degree "
@@ -53,33 +50,28 @@ def gemma_states(parts: Parts, tokens: dict[str, Tensor], layer: int) -> tuple[T
     return out.hidden_states[layer], mask
 
 
-class Lumina2(Loaded):
-    kind = "lumina2"
-    spec: ClassVar[FamilySpec] = FamilySpec(
-        id="lumina2", title="Lumina 2", native_size=1024, bucket_step=64,
-        lora_presets={"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD,
-                      "all-linear": (*ATTENTION, *FEED_FORWARD, "norm1.linear")},
-        lora_aliases=ATTENTION_ALIASES,
-        kohya_prefix="lora_unet", base_version="lumina2", architecture="lumina-2",
-        implementation="https://github.com/Alpha-VLLM/Lumina-Image-2.0", cfg=4.0)
+class Lumina2(ComponentFamily):
+    kind = SPEC.id
+    spec = SPEC
     pieces = (
-        Piece("transformer", Lumina2Transformer2DModel, "denoiser",
-              convert=checkpoint_keys.by_table(LUMINA2[0])),
-        Piece("vae", AutoencoderKL, "vae", ("vae.",), checkpoint_keys.vae, alone="vae_16"),
-        Piece("text_encoder", Gemma2Model, "text", (GEMMA,), checkpoint_keys.gemma, alone="gemma_2",
-              wide=True))
+        ComponentSpec("transformer", Lumina2Transformer2DModel, "denoiser",
+                      convert=checkpoint_keys.by_table(SPEC.naming[0])),
+        ComponentSpec("vae", AutoencoderKL, "vae", ("vae.",), checkpoint_keys.vae, alone="vae_16"),
+        ComponentSpec("text_encoder", Gemma2Model, "text", (GEMMA,), checkpoint_keys.gemma,
+                      alone="gemma_2",
+                      wide=True))
     vocabularies: ClassVar = {
-        "text_encoder": Vocabulary("gemma2", LENGTH)}
+        "text_encoder": TokenizerSpec("gemma2", LENGTH)}
     pipe = Lumina2Pipeline
 
-    def adapt(self, layout: Layout) -> None:
+    def adapt(self, layout: CheckpointLayout) -> None:
         shapes = self.shapes(layout)
         layout.configs["transformer"] |= {
             "num_layers": layer_count(shapes, "layers."),
             "num_refiner_layers": layer_count(shapes, "noise_refiner."),
             "cap_feat_dim": shapes["time_caption_embed.caption_embedder.0.weight"][0]}
 
-    def empty(self, layout: Layout) -> Parts:
+    def empty(self, layout: CheckpointLayout) -> Parts:
         native, step = dit_sizes(layout)
         return Parts(layout.source, layout.scheduler, "flow", native, step,
                      flow=LEARNS)

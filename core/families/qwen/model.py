@@ -18,19 +18,17 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextModel
 
 from core.families import checkpoint_keys, text
-from core.families.base import Cond, FamilySpec, Parts
-from core.families.common import ALIASES, Loaded, Vocabulary, layer_count, pack, unpack
-from core.families.loading import Layout, Piece
-from core.families.sd3.model import JOINT
-from core.objectives.flow import STEPS, Sampling, by_share
+from core.families.base import Cond, Parts
+from core.families.common import ComponentFamily, TokenizerSpec, layer_count, pack, unpack
+from core.families.loading import CheckpointLayout, ComponentSpec
+from core.families.qwen.spec import SIDE, SPEC
+from core.families.timestep_sampling import STEPS, TimestepSampling, by_share
 
 LENGTH = 512                                # tokens after the request, its end among them
-SIDE = 1024                                 # px; the pipeline's, the VAE's config tells none
-LEARNS = Sampling(line=((256, 0.5), (8192, 0.9)), told=by_share)
-FF = tuple(f"{stream}_mlp.net.{layer}" for stream in ("img", "txt") for layer in ("0.proj", "2"))
+LEARNS = TimestepSampling(line=((256, 0.5), (8192, 0.9)), told=by_share)
 
 
-class Filmed(Loaded):
+class Filmed(ComponentFamily):
     """A family whose VAE is Qwen-Image's."""
 
     def encode_image(self, parts: Parts, pixels: Tensor) -> Tensor:
@@ -42,7 +40,7 @@ class Filmed(Loaded):
                          for key in ("latents_mean", "latents_std"))
             return (latents - mean) / std
 
-    def sizes(self, layout: Layout) -> tuple[int, int]:
+    def sizes(self, layout: CheckpointLayout) -> tuple[int, int]:
         """Native side and bucket step, px, as common.dit_sizes has them."""
         native = layout.configs["vae"].get("sample_size", SIDE)
         if not isinstance(native, int) or not 1 <= native <= 8192:
@@ -51,30 +49,25 @@ class Filmed(Loaded):
 
 
 class QwenImage(Filmed):
-    kind = "qwen"
-    spec: ClassVar[FamilySpec] = FamilySpec(
-        id="qwen", title="Qwen-Image", native_size=SIDE, bucket_step=64,
-        lora_presets={"attention": JOINT, "attention+ff": JOINT + FF,
-                      "all-linear": (*JOINT, *FF, "img_mod.1", "txt_mod.1")},
-        lora_aliases=ALIASES | {"fc1": FF[0], "fc2": FF[1]},
-        kohya_prefix="lora_unet", base_version="qwen_image", architecture="qwen-image",
-        implementation="https://github.com/QwenLM/Qwen-Image", cfg=4.0, lora_format="diffusers")
+    kind = SPEC.id
+    spec = SPEC
     pieces = (
-        Piece("transformer", QwenImageTransformer2DModel, "denoiser"),
-        Piece("vae", AutoencoderKLQwenImage, "vae", ("vae.",), checkpoint_keys.film_vae,
-              alone="vae_film"),
-        Piece("text_encoder", Qwen2_5_VLTextModel, "text",
-              ("text_encoders.qwen25_7b.transformer.",), checkpoint_keys.decoder, alone="qwen25_vl",
-              wide=True, config=lambda read: Qwen2_5_VLConfig.from_dict(read).text_config))
+        ComponentSpec("transformer", QwenImageTransformer2DModel, "denoiser"),
+        ComponentSpec("vae", AutoencoderKLQwenImage, "vae", ("vae.",), checkpoint_keys.film_vae,
+                      alone="vae_film"),
+        ComponentSpec("text_encoder", Qwen2_5_VLTextModel, "text",
+                      ("text_encoders.qwen25_7b.transformer.",), checkpoint_keys.decoder,
+                      alone="qwen25_vl",
+                      wide=True, config=lambda read: Qwen2_5_VLConfig.from_dict(read).text_config))
     vocabularies: ClassVar = {      # four of its tokens are the end of the request
-        "text_encoder": Vocabulary("qwen25", LENGTH - 4)}
+        "text_encoder": TokenizerSpec("qwen25", LENGTH - 4)}
     pipe = QwenImagePipeline
 
-    def adapt(self, layout: Layout) -> None:
+    def adapt(self, layout: CheckpointLayout) -> None:
         shapes = self.shapes(layout)
         layout.configs["transformer"]["num_layers"] = layer_count(shapes, "transformer_blocks.")
 
-    def empty(self, layout: Layout) -> Parts:
+    def empty(self, layout: CheckpointLayout) -> Parts:
         return Parts(layout.source, layout.scheduler, "flow", *self.sizes(layout), film=True,
                      guidance="true_cfg_scale",
                      flow=LEARNS)

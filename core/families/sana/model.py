@@ -17,17 +17,24 @@ from torch import Tensor
 from transformers import Gemma2Model
 
 from core.families import checkpoint_keys, text
-from core.families.base import Cond, FamilySpec, Parts
-from core.families.common import ALIASES, ATTENTION, Loaded, Vocabulary, layer_count
-from core.families.loading import Layout, Piece
+from core.families.base import Cond, Parts
+from core.families.checkpoint_keys import Tensors
+from core.families.common import ComponentFamily, TokenizerSpec, layer_count
+from core.families.loading import CheckpointLayout, ComponentSpec
 from core.families.lumina2.model import GEMMA, gemma_states
-from core.objectives.flow import Sampling
+from core.families.sana.spec import SPEC
+from core.families.timestep_sampling import TimestepSampling
 
-FEED_FORWARD = ("ff.conv_inverted", "ff.conv_point")
 LENGTH = 300                                # tokens that reach the transformer
 INSTRUCTION = "\n".join(
     inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
 HEAD = {2240: 112, 1152: 72}                # px of a cross-attention head, by the model's width
+
+
+def _diffusers_names(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    found = checkpoint_keys.by_table(SPEC.naming[0])(tensors, config)
+    return {name.removeprefix("final_layer.") if name == "final_layer.scale_shift_table" else name:
+            value for name, value in found.items()}
 
 
 class Unbinned(SanaPipeline):  # type: ignore[misc]
@@ -37,25 +44,21 @@ class Unbinned(SanaPipeline):  # type: ignore[misc]
         return super().__call__(*args, **{"use_resolution_binning": False, **options})
 
 
-class Sana(Loaded):
-    kind = "sana"
-    spec: ClassVar[FamilySpec] = FamilySpec(
-        id="sana", title="Sana", native_size=1024, bucket_step=32,
-        lora_presets={"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD,
-                      "all-linear": (*ATTENTION, *FEED_FORWARD, "proj_out")},
-        lora_aliases=ALIASES | {"fc1": "ff.conv_inverted", "fc2": "ff.conv_point"},
-        kohya_prefix="lora_unet", base_version="sana", architecture="sana",
-        implementation="https://github.com/NVlabs/Sana", cfg=4.5, lora_format="diffusers")
+class Sana(ComponentFamily):
+    kind = SPEC.id
+    spec = SPEC
     pieces = (
-        Piece("transformer", SanaTransformer2DModel, "denoiser", convert=checkpoint_keys.sana),
-        Piece("vae", AutoencoderDC, "vae", ("vae.",), checkpoint_keys.deep_vae, alone="vae_dc"),
-        Piece("text_encoder", Gemma2Model, "text", (GEMMA,), checkpoint_keys.gemma, alone="gemma_2",
-              wide=True))
+        ComponentSpec("transformer", SanaTransformer2DModel, "denoiser", convert=_diffusers_names),
+        ComponentSpec("vae", AutoencoderDC, "vae", ("vae.",), checkpoint_keys.deep_vae,
+                      alone="vae_dc"),
+        ComponentSpec("text_encoder", Gemma2Model, "text", (GEMMA,), checkpoint_keys.gemma,
+                      alone="gemma_2",
+                      wide=True))
     vocabularies: ClassVar = {
-        "text_encoder": Vocabulary("gemma2", LENGTH)}
+        "text_encoder": TokenizerSpec("gemma2", LENGTH)}
     pipe = Unbinned
 
-    def adapt(self, layout: Layout) -> None:
+    def adapt(self, layout: CheckpointLayout) -> None:
         shapes = self.shapes(layout)
         config, width = layout.configs["transformer"], shapes["patch_embed.proj.weight"][0]
         head = HEAD.get(width, config["cross_attention_head_dim"])
@@ -66,7 +69,7 @@ class Sana(Loaded):
             "qk_norm": ("rms_norm_across_heads"
                         if "transformer_blocks.0.attn1.norm_q.weight" in shapes else None)}
 
-    def empty(self, layout: Layout) -> Parts:
+    def empty(self, layout: CheckpointLayout) -> Parts:
         config, vae = layout.configs["transformer"], layout.configs["vae"]
         step = config["patch_size"] * 2 ** (len(vae["encoder_block_out_channels"]) - 1)
         native = config["sample_size"] * step
@@ -74,7 +77,7 @@ class Sana(Loaded):
             raise ValueError(f"sample_size: {config['sample_size']}")
         shift = float(layout.scheduler.get("flow_shift", layout.scheduler.get("shift", 1.0)))
         return Parts(layout.source, layout.scheduler | {"flow_shift": shift, "shift": shift},
-                     "flow", native, step, flow=Sampling("logit_normal", shift=shift))
+                     "flow", native, step, flow=TimestepSampling("logit_normal", shift=shift))
 
     def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
         tokenizer = parts.text["tokenizer"]

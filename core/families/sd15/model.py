@@ -14,36 +14,29 @@ from transformers import CLIPTextModel
 from core import paths
 from core.errors import Fault
 from core.families import checkpoint_keys, clip
-from core.families.base import Cond, FamilySpec, Parts
+from core.families.base import Cond, Parts
 from core.families.common import (
-    ALIASES,
-    TEXT_TARGETS,
-    UNET_PRESETS,
+    TokenizerSpec,
     UNetFamily,
-    Vocabulary,
 )
-from core.families.layer_names import SD1
-from core.families.loading import TOKENIZER, Piece
+from core.families.loading import TOKENIZER, ComponentSpec
+from core.families.sd15.spec import SPEC
 
 __all__ = ["CONFIGS", "TOKENIZER", "StableDiffusion1"]
-CONFIGS = paths.family_configs("sd15")
+CONFIGS = paths.family_configs(SPEC.id)
 CLIP = "cond_stage_model.transformer."
 
 
 class StableDiffusion1(UNetFamily):
-    kind = "sd15"
-    spec: ClassVar[FamilySpec] = FamilySpec(
-        id="sd15", title="Stable Diffusion 1.x",
-        native_size=512, bucket_step=64, lora_presets=UNET_PRESETS, lora_aliases=ALIASES,
-        kohya_prefix="lora_unet", base_version="sd_v1", architecture="stable-diffusion-v1",
-        implementation="diffusers",
-        text_targets=TEXT_TARGETS, chunked=True, skips=True)
+    kind = SPEC.id
+    spec = SPEC
     pieces = (
-        Piece("unet", UNet2DConditionModel, "denoiser", convert=checkpoint_keys.by_table(SD1[0])),
-        Piece("vae", AutoencoderKL, "vae", ("first_stage_model.",), checkpoint_keys.vae,
-              alone="vae"),
-        Piece("text_encoder", CLIPTextModel, "text", (CLIP,), alone="clip_l"))
-    vocabularies: ClassVar = {"text_encoder": Vocabulary()}
+        ComponentSpec("unet", UNet2DConditionModel, "denoiser",
+                      convert=checkpoint_keys.by_table(SPEC.naming[0])),
+        ComponentSpec("vae", AutoencoderKL, "vae", ("first_stage_model.",), checkpoint_keys.vae,
+                      alone="vae"),
+        ComponentSpec("text_encoder", CLIPTextModel, "text", (CLIP,), alone="clip_l"))
+    vocabularies: ClassVar = {"text_encoder": TokenizerSpec()}
     pipe = StableDiffusionPipeline
 
     def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:

@@ -6,6 +6,7 @@ Noise levels are learned logit-normally, shifted by 3 (section 5.3.2, at 1024 px
 
 from __future__ import annotations
 
+import re
 from math import isqrt
 from typing import Any, ClassVar
 
@@ -15,53 +16,57 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from core.families import checkpoint_keys
-from core.families.base import Cond, FamilySpec, Parts
+from core.families.base import Cond, Parts
+from core.families.checkpoint_keys import Tensors
 from core.families.common import (
-    ALIASES,
-    ATTENTION,
-    FEED_FORWARD,
-    Loaded,
-    Vocabulary,
+    ComponentFamily,
+    TokenizerSpec,
     dit_sizes,
     layer_count,
 )
-from core.families.loading import Layout, Piece
-from core.objectives.flow import Sampling
+from core.families.loading import CheckpointLayout, ComponentSpec
+from core.families.sd3.spec import SPEC
+from core.families.timestep_sampling import TimestepSampling
 
 T5_LENGTH = 256                             # tokens
-LEARNS = Sampling(shift=3.0)
-JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-JOINT_FF = (*FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.2")
+LEARNS = TimestepSampling(shift=3.0)
 CLIP_L, CLIP_G, T5XXL = (f"text_encoders.{name}.transformer."
                          for name in ("clip_l", "clip_g", "t5xxl"))
 
 
-class StableDiffusion3(Loaded):
-    kind = "sd3"
-    spec: ClassVar[FamilySpec] = FamilySpec(
-        id="sd3", title="Stable Diffusion 3 / 3.5", native_size=1024, bucket_step=64,
-        lora_presets={"attention": JOINT, "attention+ff": JOINT + JOINT_FF,
-                      "all-linear": (*JOINT, *JOINT_FF, "context_embedder")},
-        lora_aliases=ALIASES, kohya_prefix="lora_unet", base_version="sd3",
-        architecture="stable-diffusion-3-medium",
-        implementation="https://github.com/Stability-AI/sd3-ref",
-        encoders=("text_encoder", "text_encoder_2", "text_encoder_3"), cfg=4.5,
-        lora_format="diffusers")            # which ComfyUI and diffusers both read
+def _diffusers_names(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    found = checkpoint_keys.by_table(SPEC.naming[0])(tensors, config)
+    if "pos_embed" not in found:            # diffusers' spelling
+        return found
+    found["pos_embed.pos_embed"] = found.pop("pos_embed")
+    blocks = [int(match[1]) for name in found
+              if (match := re.match(r"transformer_blocks\.(\d+)\.", name))]
+    for leaf in ("weight", "bias"):         # the last block's text ends there: shift and scale
+        name = f"transformer_blocks.{max(blocks, default=0)}.norm1_context.linear.{leaf}"
+        if name in found:
+            found[name] = found[name].roll(len(found[name]) // 2, 0)
+    return found
+
+
+class StableDiffusion3(ComponentFamily):
+    kind = SPEC.id
+    spec = SPEC
     pieces = (
-        Piece("transformer", SD3Transformer2DModel, "denoiser", convert=checkpoint_keys.sd3),
-        Piece("vae", AutoencoderKL, "vae", ("first_stage_model.",), checkpoint_keys.vae,
-              alone="vae_16"),
-        Piece("text_encoder", CLIPTextModelWithProjection, "text", (CLIP_L,),
-              checkpoint_keys.projected_clip, alone="clip_l"),
-        Piece("text_encoder_2", CLIPTextModelWithProjection, "text", (CLIP_G,),
-              checkpoint_keys.projected_clip, alone="clip_g"),
-        Piece("text_encoder_3", T5EncoderModel, "text", (T5XXL,), alone="t5", optional=True))
+        ComponentSpec("transformer", SD3Transformer2DModel, "denoiser", convert=_diffusers_names),
+        ComponentSpec("vae", AutoencoderKL, "vae", ("first_stage_model.",), checkpoint_keys.vae,
+                      alone="vae_16"),
+        ComponentSpec("text_encoder", CLIPTextModelWithProjection, "text", (CLIP_L,),
+                      checkpoint_keys.projected_clip, alone="clip_l"),
+        ComponentSpec("text_encoder_2", CLIPTextModelWithProjection, "text", (CLIP_G,),
+                      checkpoint_keys.projected_clip, alone="clip_g"),
+        ComponentSpec("text_encoder_3", T5EncoderModel, "text", (T5XXL,), alone="t5",
+                      optional=True))
     vocabularies: ClassVar = {
-        "text_encoder": Vocabulary(), "text_encoder_2": Vocabulary(pad="!"),
-        "text_encoder_3": Vocabulary("t5", T5_LENGTH)}
+        "text_encoder": TokenizerSpec(), "text_encoder_2": TokenizerSpec(pad="!"),
+        "text_encoder_3": TokenizerSpec("t5", T5_LENGTH)}
     pipe = StableDiffusion3Pipeline
 
-    def adapt(self, layout: Layout) -> None:
+    def adapt(self, layout: CheckpointLayout) -> None:
         """Medium, 3.5 medium and 3.5 large differ in sizes that the shapes tell."""
         shapes = self.shapes(layout)
         width, block = shapes["pos_embed.proj.weight"][0], "transformer_blocks.{}."
@@ -75,7 +80,7 @@ class StableDiffusion3(Loaded):
                 i for i in range(count) if f"{block.format(i)}attn2.to_q.weight" in shapes],
             "qk_norm": "rms_norm" if f"{block.format(0)}attn.norm_q.weight" in shapes else None}
 
-    def empty(self, layout: Layout) -> Parts:
+    def empty(self, layout: CheckpointLayout) -> Parts:
         config = layout.configs["transformer"]
         native, step = dit_sizes(layout, config["patch_size"])
         return Parts(layout.source, layout.scheduler, "flow", native, step,

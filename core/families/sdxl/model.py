@@ -16,38 +16,30 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from core.families import checkpoint_keys, clip
-from core.families.base import Cond, FamilySpec, Frame, Parts
+from core.families.base import Cond, CropInfo, Parts
 from core.families.common import (
-    ALIASES,
-    TEXT_TARGETS,
-    UNET_PRESETS,
+    TokenizerSpec,
     UNetFamily,
-    Vocabulary,
 )
-from core.families.layer_names import SDXL
-from core.families.loading import Piece
+from core.families.loading import ComponentSpec
+from core.families.sdxl.spec import SPEC
 
 CLIP_L, CLIP_G = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
 
 class StableDiffusionXL(UNetFamily):
-    kind = "sdxl"
-    spec: ClassVar[FamilySpec] = FamilySpec(
-        id="sdxl", title="Stable Diffusion XL", native_size=1024, bucket_step=64,
-        lora_presets=UNET_PRESETS, lora_aliases=ALIASES,
-        kohya_prefix="lora_unet", base_version="sdxl_base_v1-0",
-        architecture="stable-diffusion-xl-v1-base",
-        implementation="https://github.com/Stability-AI/generative-models",
-        encoders=("text_encoder", "text_encoder_2"),
-        text_targets=TEXT_TARGETS, chunked=True)
+    kind = SPEC.id
+    spec = SPEC
     pieces = (
-        Piece("unet", UNet2DConditionModel, "denoiser", convert=checkpoint_keys.by_table(SDXL[0])),
-        Piece("vae", AutoencoderKL, "vae", ("first_stage_model.",), checkpoint_keys.vae,
-              alone="vae"),
-        Piece("text_encoder", CLIPTextModel, "text", (CLIP_L,), alone="clip_l"),
-        Piece("text_encoder_2", CLIPTextModelWithProjection, "text", (CLIP_G,),
-              checkpoint_keys.open_clip, alone="clip_g"))
-    vocabularies: ClassVar = {"text_encoder": Vocabulary(), "text_encoder_2": Vocabulary(pad="!")}
+        ComponentSpec("unet", UNet2DConditionModel, "denoiser",
+                      convert=checkpoint_keys.by_table(SPEC.naming[0])),
+        ComponentSpec("vae", AutoencoderKL, "vae", ("first_stage_model.",), checkpoint_keys.vae,
+                      alone="vae"),
+        ComponentSpec("text_encoder", CLIPTextModel, "text", (CLIP_L,), alone="clip_l"),
+        ComponentSpec("text_encoder_2", CLIPTextModelWithProjection, "text", (CLIP_G,),
+                      checkpoint_keys.open_clip, alone="clip_g"))
+    vocabularies: ClassVar = {"text_encoder": TokenizerSpec(),
+                              "text_encoder_2": TokenizerSpec(pad="!")}
     pipe = StableDiffusionXLPipeline
     step_multiple = 2                       # 64 px, as its makers' buckets (appendix I)
 
@@ -60,7 +52,7 @@ class StableDiffusionXL(UNetFamily):
                 cond["pooled"] = out.text_embeds[::states.shape[1] // clip.WHOLE]
         return cond
 
-    def framing(self, frame: Frame) -> Cond:
+    def framing(self, frame: CropInfo) -> Cond:
         (width, height), (left, top), (wide, high) = frame.original, frame.left_top, frame.target
         return {"time_ids": torch.tensor([[height, width, top, left, high, wide]]).float()}
 

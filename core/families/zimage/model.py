@@ -18,50 +18,42 @@ from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
 from transformers import Qwen3Model
 
-from core.families import checkpoint_keys, distilled, text
-from core.families.base import Cond, FamilySpec, Parts
+from core.families import checkpoint_keys, text
+from core.families.base import Cond, Parts
 from core.families.common import (
-    ATTENTION,
-    ATTENTION_ALIASES,
-    Loaded,
-    Vocabulary,
+    ComponentFamily,
+    TokenizerSpec,
     dit_sizes,
 )
-from core.families.layer_names import ZIMAGE
-from core.families.loading import Layout, Piece
-from core.objectives.flow import STEPS, Sampling
+from core.families.loading import CheckpointLayout, ComponentSpec
+from core.families.timestep_sampling import STEPS, TimestepSampling
+from core.families.zimage.spec import SHIFT, SPEC, TURBO_SHIFT
 
-FEED_FORWARD = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 LENGTH = 512                                # tokens
-LEARNS = Sampling(shift=2.0)
+LEARNS = TimestepSampling(shift=2.0)
 QWEN3 = ("text_encoders.qwen3_4b.transformer.",)        # in files with everything, by ComfyUI
 
 
-class ZImage(Loaded):
-    kind = "zimage"
-    spec: ClassVar[FamilySpec] = FamilySpec(
-        id="zimage", title="Z-Image", native_size=1024, bucket_step=64,
-        lora_presets={"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD,
-                      "all-linear": (*ATTENTION, *FEED_FORWARD, "adaLN_modulation.0")},
-        lora_aliases=ATTENTION_ALIASES,
-        kohya_prefix="lora_unet", base_version="zimage", architecture="z-image",
-        implementation="https://github.com/Tongyi-MAI/Z-Image", cfg=5.0, lora_format="diffusers")
+class ZImage(ComponentFamily):
+    kind = SPEC.id
+    spec = SPEC
     pieces = (
-        Piece("transformer", ZImageTransformer2DModel, "denoiser",
-              convert=checkpoint_keys.by_table(ZIMAGE[0])),
-        Piece("vae", AutoencoderKL, "vae", ("vae.",), checkpoint_keys.vae, alone="vae_16"),
-        Piece("text_encoder", Qwen3Model, "text", QWEN3, checkpoint_keys.decoder, alone="qwen3",
-              wide=True))
+        ComponentSpec("transformer", ZImageTransformer2DModel, "denoiser",
+                      convert=checkpoint_keys.by_table(SPEC.naming[0])),
+        ComponentSpec("vae", AutoencoderKL, "vae", ("vae.",), checkpoint_keys.vae, alone="vae_16"),
+        ComponentSpec("text_encoder", Qwen3Model, "text", QWEN3, checkpoint_keys.decoder,
+                      alone="qwen3",
+                      wide=True))
     vocabularies: ClassVar = {
-        "text_encoder": Vocabulary("qwen3", LENGTH, chat=text.QWEN3_CHAT)}
+        "text_encoder": TokenizerSpec("qwen3", LENGTH, chat=text.QWEN3_CHAT)}
     pipe = ZImagePipeline
 
-    def empty(self, layout: Layout) -> Parts:
+    def empty(self, layout: CheckpointLayout) -> Parts:
         """Turbo draws with another shift; the scheduler's config is shipped for both."""
         native, step = dit_sizes(layout)
         shipped = not layout.source.is_dir()
         return Parts(layout.source, layout.scheduler, "flow", native, step, unguided=0.0,
-                     flow=LEARNS, shifts=(distilled.ZIMAGE, distilled.ZIMAGE_TURBO)
+                     flow=LEARNS, shifts=(SHIFT, TURBO_SHIFT)
                      if shipped else None)
 
     def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:

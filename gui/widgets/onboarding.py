@@ -15,7 +15,6 @@ from core.workspace import presets
 from core.workspace.project import known_presets
 from gui.html import button, esc, field, gigabytes
 from gui.state.app_state import Context, Snapshot
-from gui.widgets.base_chooser import TITLES
 from gui.widgets.preset_cards import preset_cards
 
 STEPS = ("folders", "machine", "preset")
@@ -72,7 +71,7 @@ def _machine(ctx: Context, snap: Snapshot, known: list[presets.Preset]) -> str:
     found = say(f"first_start.{key}", name=machine.name, total=gigabytes(machine.total_mb),
                 free=gigabytes(machine.free_mb))
     rows = "".join(f"<li>{_fit(ctx, machine, family)}</li>"
-                   for family in ("demo", *families.MODULES) if known_presets(family))
+                   for family in ("demo", *families.SPECS) if known_presets(family))
     return f'<p><b>{esc(found)}</b></p><ul class="fits">{rows}</ul>'
 
 
@@ -80,7 +79,7 @@ def _fit(ctx: Context, machine: Machine, family: str) -> str:
     """The richest preset that fits, else what the smallest would need."""
     here = [one for one in known_presets(family) if one.purpose == presets.PURPOSE]
     told: dict[str, Any] = {"family": ctx.say("first_start.demo") if family == "demo"
-                            else TITLES.get(family) or families.MODULES[family].title}
+                            else families.SPECS[family].short_title}
     verdicts = [(presets.badge(one, machine), one) for one in here]
     for wanted, sign in (("fits", "✓"), ("tight", "⚠")):
         if good := [one for verdict, one in verdicts if verdict == wanted]:

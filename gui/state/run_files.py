@@ -1,0 +1,28 @@
+"""The files of a run as the window offers them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from core.jobs.events import Checkpoint
+from core.jobs.runs import JobView
+
+
+def lora_of(view: JobView) -> int | None:
+    """The best of a run's files, else the final one, else the newest; its number."""
+    if not view.checkpoints:
+        return None
+    numbers = range(len(view.checkpoints))
+    return max(numbers, key=lambda n: (view.checkpoints[n].final, n))
+
+
+def folder_of(view: JobView) -> Path:
+    """Where the LoRA is, or is to be; before there is one, the run's own."""
+    output = Path(view.output_dir)
+    return output if view.output_dir and output.is_dir() else view.folder
+
+
+def lora_file(point: Checkpoint) -> Path:
+    """The LoRA of a checkpoint: the file itself, or the one in its folder."""
+    path = Path(point.path)
+    return path if path.suffix == ".safetensors" else path / f"{path.name}.safetensors"
