@@ -82,7 +82,7 @@ def desktop_entry(checkout: Path) -> str:
         "[Desktop Entry]", "Type=Application", "Version=1.5", f"Name={NAME}",
         "Comment=Train LoRAs from a folder of pictures", "Comment[zh_CN]=用一个图片文件夹训练 LoRA",
         f"Exec=/bin/sh {_escaped(_quoted(str(script)))}",
-        f"Icon={_escaped(str(checkout / 'gui' / 'icon.svg'))}",
+        f"Icon={_escaped(str(checkout / 'gui' / 'assets' / 'icon.svg'))}",
         "Terminal=true", "Categories=Graphics;", "StartupNotify=false", ""))
 
 

@@ -163,7 +163,7 @@ def version_resource(work: Path, name: str) -> str:
     return str(path)
 
 
-# The icon: gui/icon.svg, drawn without a library for SVG
+# The icon: gui/assets/icon.svg, drawn without a library for SVG
 
 
 def icon(work: Path) -> str:

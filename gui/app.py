@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 
+from gui.html import ASSETS
+
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import importlib
 import importlib.util
 import threading
-from pathlib import Path
 
 import gradio as gr
 from fastapi import FastAPI
@@ -31,7 +32,7 @@ from gui.state.plan_client import Planning
 from gui.theme import HEAD, theme
 
 TABS = ("dataset", "captioning", "parameters", "inference", "settings")     # files in gui/tabs
-STYLES = [Path(__file__).parent / name for name in ("style.css", "panels.css")]
+STYLES = [ASSETS / name for name in ("style.css", "panels.css")]
 WARM_AFTER_S = 3.0
 
 

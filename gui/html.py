@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gui.state.app_state import Context
+
+
+ASSETS = Path(__file__).parent / "assets"    # scripts, styles and pictures of the page
 
 
 def esc(value: object) -> str:

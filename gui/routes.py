@@ -18,13 +18,14 @@ from core.dataset import thumbnails
 from core.errors import Fault
 from core.jobs import bug_report
 from core.jobs.runs import JobView
+from gui.html import ASSETS
 from gui.state.app_state import AppState, Context
 from gui.state.page import Page
 from gui.state.run_files import lora_file
 
 THUMB_PX = 320
 SMALL = 60_000                          # bytes
-ICON, LIVE = (Path(__file__).parent / name for name in ("icon.svg", "live.js"))
+ICON, LIVE = (ASSETS / name for name in ("icon.svg", "live.js"))
 
 
 class Shown(BaseModel):
@@ -85,7 +86,7 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
 
 
 def add_live_route(app: FastAPI, ctx: Context, page: Page) -> None:
-    """What the pages of one language poll; see gui/live.js. Before Gradio's mount, which would
+    """What the pages of one language poll; see gui/assets/live.js. Before Gradio's mount, which would
     take every address below it."""
     @app.post(f"/{ctx.language}/live")
     def live(shown: Shown) -> Response:

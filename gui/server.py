@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from core import i18n
+from gui.html import ASSETS
 from gui.security import Guard, Receive, Scope, Send
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 QUIET_S = 60.0                          # without a page and without a run: the app ends
 FAREWELL_S = 2.0
 WAITING = "x-darkroom"                  # a header of pages that are not the app's
-_PAGE = Path(__file__).with_name("waiting.html")
+_PAGE = ASSETS / "waiting.html"
 
 
 class Front:

@@ -267,3 +267,21 @@ def test_files_stay_readable() -> None:
 def test_ci_script_can_run() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
+
+
+def test_the_tree_of_architecture_md_is_the_real_one() -> None:
+    """Its packages of core are those on disk, and every file that it names is there."""
+    text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    drawn = set(re.findall(r"^  (\w+)/ ", text, re.MULTILINE))
+    assert drawn == {path.name for path in (ROOT / "core").iterdir()
+                     if path.is_dir() and path.name != "__pycache__"}
+    named = {one.replace("<id>", "sdxl").replace("<name>", "run")
+             for one in re.findall(r"`((?:[\w<>]+/)+\w+\.py)`", text)}
+    assert len(named) > 20
+    assert not [one for one in named if not any(
+        (ROOT / start / one).is_file() for start in ("", "core"))]
+
+
+def test_no_folder_is_too_full_to_be_seen_at_once() -> None:
+    for path in {path.parent for path in sources()}:
+        assert len([*path.glob("*.py")]) <= 18, path

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
-from core.families.components import Taken
+from core.families.components.lookup import Taken
 from core.families.distilled import Distilled
 from core.families.spec import FamilySpec, Part
 from core.families.timestep_sampling import TimestepSampling

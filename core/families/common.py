@@ -14,20 +14,13 @@ from transformers import AutoTokenizer, CLIPTokenizer
 
 from core import paths
 from core.errors import Fault
-from core.families import (
-    clip,
-    components,
-    detection,
-    distilled,
-    loading,
-    schedulers,
-    text,
-)
+from core.families import clip, detection, distilled, loading, schedulers, text
 from core.families.base import ALL_PARTS, Cond, CropInfo, Objective, Parts
-from core.families.components import Chosen, Taken
+from core.families.components import lookup
+from core.families.components.lookup import Chosen, Taken
+from core.families.components.tokenizer_kinds import FILES, KINDS, MARKS
 from core.families.loading import CheckpointLayout, ComponentSpec
 from core.families.spec import FamilySpec, Part
-from core.families.tokenizer_kinds import FILES, KINDS, MARKS
 from core.weights.precision import Precision
 
 
@@ -49,7 +42,7 @@ class ComponentFamily:
     pieces: ClassVar[tuple[ComponentSpec, ...]]
     vocabularies: ClassVar[Mapping[str, TokenizerSpec]]
     pipe: ClassVar[Any]                     # of diffusers
-    chosen: Chosen = components.NONE        # companions that the user named
+    chosen: Chosen = lookup.NONE        # companions that the user named
 
     def layout(self, source: Path) -> CheckpointLayout:
         """Raises Fault where `source` is no base of this family, or lacks a config."""
@@ -139,7 +132,7 @@ class ComponentFamily:
         config = layout.configs[encoder]
         with loading.told(layout.source):   # some configs leave out what is usual
             rows = int(config.get("text_config", config).get("vocab_size", sys.maxsize))
-        return components.find_tokenizer(layout.source, _tokenizer_of(encoder), KINDS[
+        return lookup.find_tokenizer(layout.source, _tokenizer_of(encoder), KINDS[
             self.vocabularies[encoder].kind], rows, self.chosen)
 
     def beside(self, source: Path) -> list[Taken]:
@@ -152,14 +145,14 @@ class ComponentFamily:
                 continue
             file = loading.file_of(layout, piece)
             if file is None or file[0] not in (source, source / piece.name):
-                found.append(components.taken_file(
+                found.append(lookup.taken_file(
                     piece.name, file[0], layout.configs[piece.name]) if file
                              else Taken(piece.name, None))
             if file and piece.part == "text" and self.vocabularies[piece.name].kind:
                 folder = self._words(layout, piece.name)
                 if not folder.is_relative_to(source) or folder == self.chosen.tokenizer:
-                    found.append(components.taken_tokenizer(_tokenizer_of(piece.name), folder))
-        components.check_used(self.chosen, found, self.spec.title)
+                    found.append(lookup.taken_tokenizer(_tokenizer_of(piece.name), folder))
+        lookup.check_used(self.chosen, found, self.spec.title)
         return found
 
     def weight_files(self, source: Path, part: Part) -> list[tuple[Path, str]]:

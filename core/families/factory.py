@@ -11,7 +11,7 @@ from core.families.registry import SPECS
 
 if TYPE_CHECKING:
     from core.families.base import Family
-    from core.families.components import Chosen
+    from core.families.components.lookup import Chosen
 
 
 def get(family_id: str, chosen: Chosen | None = None) -> Family:

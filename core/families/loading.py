@@ -21,10 +21,10 @@ from torch import nn
 from core import paths
 from core.config import schema
 from core.errors import Fault
-from core.families import components
 from core.families.base import Family
 from core.families.checkpoint_keys import Convert, Tensors, own
-from core.families.components import Chosen
+from core.families.components import lookup
+from core.families.components.lookup import Chosen
 from core.families.detection import denoiser_prefix
 from core.families.registry import SPECS, outgrows_fp16
 from core.families.spec import Found, Part
@@ -70,7 +70,7 @@ class CheckpointLayout:
     configs: dict[str, dict[str, Any]]      # by piece
     scheduler: dict[str, Any]
     files: dict[str, tuple[Path, str]] = field(default_factory=dict)   # of single files; prefix
-    chosen: Chosen = components.NONE        # companions that the user named
+    chosen: Chosen = lookup.NONE        # companions that the user named
 
     @property
     def folder(self) -> bool:
@@ -129,7 +129,7 @@ def file_of(layout: CheckpointLayout, piece: ComponentSpec) -> tuple[Path, str] 
     """The file of one piece: one that the user named, the base itself, else one beside it; of a
     base's folder the piece's own. Raises Fault where none is there; None for one that needn't be.
     """
-    if named := components.named(layout.chosen, piece.part, piece.alone):
+    if named := lookup.named(layout.chosen, piece.part, piece.alone):
         return named, ""
     if layout.folder:
         return layout.source / piece.name, ""
@@ -137,10 +137,10 @@ def file_of(layout: CheckpointLayout, piece: ComponentSpec) -> tuple[Path, str] 
         return layout.files[piece.name]
     if not piece.alone:
         raise Fault("families.part_missing", path=layout.source, part=piece.name)
-    path = components.find_file(layout.source, piece.alone, layout.configs[piece.name],
+    path = lookup.find_file(layout.source, piece.alone, layout.configs[piece.name],
                                 layout.chosen)
     if path is None and not piece.optional:
-        raise components.missing(layout.source, piece.alone)
+        raise lookup.missing(layout.source, piece.alone)
     return (path, "") if path else None
 
 

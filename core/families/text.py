@@ -24,8 +24,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from core.errors import Fault
-from core.families import tokenizer_kinds
-from core.families.tokenizer_kinds import UNIGRAM, Kind, Pieces
+from core.families.components import tokenizer_kinds
+from core.families.components.tokenizer_kinds import UNIGRAM, Kind, Pieces
 
 SPACE = "\u2581"                            # sentencepiece's
 # Qwen3's chat, as far as captions need it: what a user says, then the answer's beginning, without

@@ -20,8 +20,9 @@ from core.adapters import from_file, lora
 from core.config import GenerateConfig, size_of
 from core.dataset.text_embeddings import reading_of, trimmed, unread, unused_of
 from core.errors import Fault
-from core.families import components, distilled, schedulers
+from core.families import distilled, schedulers
 from core.families.base import ALL_PARTS, Family, Objective, Parts
+from core.families.components import lookup
 from core.families.loading import tell_numbers
 from core.families.registry import SPECS
 from core.hashes import data_hash, fingerprint, short_hash
@@ -56,7 +57,7 @@ class Studio:
                  emit: Callable[[Event], None]) -> None:
         self.source, self.emit, self.distilled = source, emit, config.distilled
         kind = families.detect(source) if config.family == "auto" else config.family
-        self.family: Family = families.get(kind, components.chosen(config))
+        self.family: Family = families.get(kind, lookup.chosen(config))
         self.precision = choose(config.precision, config.device,
                                 families.outgrows_fp16(kind))
         tell_numbers(config.precision, kind, self.precision, emit)
@@ -138,7 +139,7 @@ class Studio:
             self.emit(Note(key="generate.zero_snr", params={"loras": ", ".join(zero)}))
 
     def load(self) -> None:
-        components.announce(self.family, self.source, self.emit)
+        lookup.announce(self.family, self.source, self.emit)
         self.parts: Parts = self.family.load(self.source, self.precision, ALL_PARTS)
         self.take_distilled()
         self.pipeline: Any = self.family.pipeline(self.parts)

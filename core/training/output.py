@@ -24,8 +24,8 @@ from core.dataset.examples import Example
 from core.dataset.image_folder import Picture
 from core.errors import Fault
 from core.failures import one_line
-from core.families import components
 from core.families.base import PARTS, Family
+from core.families.components import lookup
 from core.families.registry import naming
 from core.hashes import data_hash, fingerprint
 from core.jobs.events import Checkpoint, Note
@@ -257,7 +257,7 @@ class OutputWriter:
                 trainer.precision.compute, "no"),
             gradient_checkpointing=config.gradient_checkpointing,
             extra=self._base.told() | base_loras.metadata(trainer.base_loras.told)
-            | components.metadata(trainer.parts.beside))
+            | lookup.metadata(trainer.parts.beside))
 
     def _thumbnail(self) -> bytes:
         """The newest preview of this run, else the first training picture: a run of the same name

@@ -18,7 +18,7 @@ from core.config import TrainConfig, resolve
 from core.dataset.examples import Encoder, Stopped, find
 from core.errors import Fault
 from core.failures import one_line, ran_out
-from core.families import components
+from core.families.components import lookup
 from core.families.detection import Base
 from core.families.loading import load_denoiser, tell_numbers
 from core.jobs.control import Control
@@ -65,12 +65,12 @@ def _train(output: Output, config: TrainConfig, emit: Callbacks, control: Contro
     rng.seed(config.seed)
     source = _source(config, beside)
     kind = families.detect(source) if config.family == "auto" else config.family
-    family = families.get(kind, components.chosen(config, beside))
+    family = families.get(kind, lookup.chosen(config, beside))
     base_loras.check(config, kind)
     precision = choose(config.precision, config.device, families.outgrows_fp16(kind))
     tell_numbers(config.precision, kind, precision, emit)
     parts = family.load(source, precision, frozenset())
-    parts.beside = components.announce(family, source, emit)
+    parts.beside = lookup.announce(family, source, emit)
     if config.prediction_type != "auto" and parts.flow is None:
         parts.objective = config.prediction_type
     preflight.tell_distilled(config, parts, emit)
@@ -88,7 +88,7 @@ def _train(output: Output, config: TrainConfig, emit: Callbacks, control: Contro
         guard.announce()
         Encoder(family, source, precision, config, emit, control).fill(
             examples, prompts_of(config))
-        components.tell_scale(parts.beside, examples.latents, config.masked_loss, emit)
+        lookup.tell_scale(parts.beside, examples.latents, config.masked_loss, emit)
     except Stopped:
         return {"state": "stopped", "steps": 0, "seconds": time.time() - began}
     emit(Phase(name="load"))
@@ -211,7 +211,7 @@ class TrainingRun:
                 "seconds": time.time() - self.began, "best": writer.best(),
                 "samples": self.samples, "proof": proof, "base": self.base,
                 "base_loras": trainer.base_loras.told or None,
-                "companions": components.summary(trainer.parts.beside),
+                "companions": lookup.summary(trainer.parts.beside),
                 "checkpoints": writer.kept(),
                 "parameters": sum(p.numel() for p in trainer.parameters), **progress.facts(),
                 **self.guard.facts()}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gui.state.app_state import Context, Snapshot, Tab, Updates
 
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-# Gradio adds a page's scripts by itself: an area may be there before gui/live.js is.
+# Gradio adds a page's scripts by itself: an area may be there before gui/assets/live.js is.
 READY = ("const ready = act => window.darkroom ? act()"
          " : addEventListener('darkroom', act, {once: true});")
 _SAY = f"{READY} watch('value', () => {{ const said = JSON.parse(props.value || '[]'); " \
@@ -125,7 +125,7 @@ class Page:
             return [_shown(str(fills)), *(found.get(one, gr.skip()) for one in filled)]
 
         load(lambda: ctx.app_state.replan(ctx.language), [], [], **QUIET)
-        # The page (gui/live.js) presses these, one at a time: answers overtake none of their kind.
+        # The page (gui/assets/live.js) presses these, one at a time: no answer overtakes another.
         repaint.click(paint, [seen], [seen, *painted], trigger_mode="always_last", **QUIET)
         refill.click(fill, [], [filling, *filled], trigger_mode="always_last", **QUIET)
         for wish in self._wishes:

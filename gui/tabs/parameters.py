@@ -21,12 +21,12 @@ from gui.state.app_state import Context, Snapshot, Updates
 from gui.state.form import Form, keys_of
 from gui.tabs.run import RunView
 from gui.widgets.base_chooser import base_chooser
-from gui.widgets.compare import compare
 from gui.widgets.drop_zone import drop_zone, uploaded
-from gui.widgets.history import history
 from gui.widgets.onboarding import first_start
 from gui.widgets.panel import panel
 from gui.widgets.preset_cards import own_presets, preset_cards
+from gui.widgets.runs.compare import compare
+from gui.widgets.runs.history import history
 from gui.widgets.suggestion import suggestion
 
 BASIC = ("output_name", "epochs", "learning_rate", "lora_rank", "batch_size", "max_resolution")

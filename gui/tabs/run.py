@@ -27,10 +27,10 @@ from gui.widgets.fault_card import (
     remedies,
     unhappy,
 )
-from gui.widgets.loss_chart import ema, loss_chart
 from gui.widgets.memory_bar import memory_bar
 from gui.widgets.panel import panel
-from gui.widgets.previews import previews
+from gui.widgets.runs.loss_chart import ema, loss_chart
+from gui.widgets.runs.previews import previews
 
 PHASES = ("scan", "load", "cache", "train", "save", "verify")
 ALIAS = {"check": "scan", "texts": "cache", "regular": "cache", "draw": "train", "download": "load"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from gui.html import button, esc
+from gui.html import ASSETS, button, esc
 from gui.state.app_state import Context
 
 
@@ -18,7 +18,7 @@ def drop_zone(ctx: Context, name: str, suffixes: Iterable[str],
               subject: str = "tab_dataset", choose: Iterable[str] = ("files", "folder")) -> gr.HTML:
     """Its clicks tell ("dropped", paths as JSON): see `uploaded`. `subject`: whose words for what
     fits."""
-    script = Path(__file__).with_name("drop_zone.js").read_text("utf-8")
+    script = (ASSETS / "drop_zone.js").read_text("utf-8")
     return gr.HTML(html(ctx, suffixes, subject, choose), elem_id=name, js_on_load=script,
                    elem_classes=["panel", "dense"])
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from gui.html import ASSETS
 from gui.state.page import READY
-
-_HERE = Path(__file__).parent
 
 # One listener on the area itself: what is painted anew needs none.
 _DELEGATE = """
@@ -30,10 +28,10 @@ element.addEventListener('submit', event => {
 
 
 def panel(name: str, js: str = "", dense: bool = False, **more: Any) -> gr.HTML:
-    """`name`: its id on the page. Its HTML comes through `Tab.paint` and gui/live.js; clicks
-    come through Page.on_panel. `js`: a script in this folder with a `fresh()` that is called
+    """`name`: its id on the page. Its HTML comes through `Tab.paint` and gui/assets/live.js; clicks
+    come through Page.on_panel. `js`: a script of ASSETS with a `fresh()` that is called
     after each painting, instead of the plain one. `dense`: small buttons and rows."""
-    body = (_HERE / f"{js}.js").read_text("utf-8") if js else _DELEGATE
+    body = (ASSETS / f"{js}.js").read_text("utf-8") if js else _DELEGATE
     after = ", fresh" if js else ""
     script = f"{body}\n{READY}\nready(() => window.darkroom.mount(element, {name!r}{after}));"
     return gr.HTML("", elem_id=name, js_on_load=script, elem_classes=["panel", *["dense"] * dense],

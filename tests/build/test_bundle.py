@@ -77,7 +77,7 @@ def test_nothing_that_the_program_imports_is_excluded() -> None:
 def test_everything_beside_the_code_goes_in(make: Any) -> None:
     placed = {Path(place) / Path(file).name
               for file, place in make.data_of_rooms(literals()["ROOMS"])}
-    assert {Path("gui/live.js"), Path("core/base_models/models.yaml"),
+    assert {Path("gui/assets/live.js"), Path("core/base_models/models.yaml"),
             Path("core/strings/zh-CN/gui.yaml"),
             next((ROOT / "captioner/models/vocabulary").iterdir()).relative_to(ROOT)} <= placed
     assert len([path for path in placed if path.is_relative_to("core/families/configs")]) > 10

@@ -25,10 +25,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from core import families, paths
 from core.config import GenerateConfig, TrainConfig
 from core.errors import Fault
-from core.families import components, precision_copies, text, tokenizer_kinds, vae_hashes
+from core.families import text
 from core.families.base import Parts
-from core.families.components import NONE, Chosen
-from core.families.tokenizer_kinds import KINDS, Kind
+from core.families.components import lookup, precision_copies, tokenizer_kinds, vae_hashes
+from core.families.components.lookup import NONE, Chosen
+from core.families.components.tokenizer_kinds import KINDS, Kind
 from core.jobs.events import Event, Note
 from core.weights.precision import Precision, choose
 from tests import tiny_families
@@ -106,7 +107,7 @@ GEMMA_2, GEMMA_3 = gemma_words(106, 255_999), gemma_words(105, 262_144)
 
 
 def find(source: Path, kind: Kind, rows: int, known: Chosen = NONE) -> Path:
-    return components.find_tokenizer(source, "tokenizer", kind, rows, known)
+    return lookup.find_tokenizer(source, "tokenizer", kind, rows, known)
 
 
 # --- tokenizers ---
@@ -233,14 +234,14 @@ def test_two_tokenizers_that_fit_and_differ_are_a_question(tmp_path: Path) -> No
     assert all(str(folder) in str(caught.value) for folder in both)
     for fix, folder in zip(caught.value.fixes, both, strict=True):
         config = TrainConfig().with_changes(**fix.changes)
-        assert find(source, GEMMA, 256_000, components.chosen(config)) == folder
+        assert find(source, GEMMA, 256_000, lookup.chosen(config)) == folder
     mine = qwen_folder(kept / "mine", "qwen3")
     told = json.loads((mine / "tokenizer.json").read_text("utf-8"))
     told["added_tokens"].append(told["added_tokens"][-1] | {"id": 151_669, "content": "<ink>"})
     (mine / "tokenizer.json").write_text(json.dumps(told), "utf-8")
     with pytest.raises(Fault) as caught:    # the app's own, or the user's with one word more
         find(source, QWEN, 151_936)
-    chosen = [components.chosen(TrainConfig().with_changes(**fix.changes))
+    chosen = [lookup.chosen(TrainConfig().with_changes(**fix.changes))
               for fix in caught.value.fixes]
     assert [find(source, QWEN, 151_936, known) for known in chosen] == [QWEN.folder, mine]
 
@@ -372,10 +373,10 @@ def test_encoders_are_told_by_their_words_and_widths(names: tuple[str, str], tmp
     t5_file(tmp_path / "clip" / f"{one}.safetensors", 256_384)
     wanted = t5_file(tmp_path / "clip" / f"{other}.safetensors")
     t5_config = config_of("flux", "text_encoder_2")
-    assert components.find_file(source, "t5", t5_config, NONE) == wanted
+    assert lookup.find_file(source, "t5", t5_config, NONE) == wanted
     qwen_file(tmp_path / f"{one}_8b.safetensors", 4096)
     small = qwen_file(tmp_path / f"{other}_4b.safetensors", 2560)
-    assert components.find_file(source, "qwen3", config_of("zimage", "text_encoder"), NONE) == small
+    assert lookup.find_file(source, "qwen3", config_of("zimage", "text_encoder"), NONE) == small
 
 
 def test_two_files_that_fit_and_differ_are_a_question(tmp_path: Path) -> None:
@@ -383,15 +384,15 @@ def test_two_files_that_fit_and_differ_are_a_question(tmp_path: Path) -> None:
     both = [qwen_file(tmp_path / f"{name}.safetensors", 2560, name.encode()) for name in "xy"]
     os.link(both[0], tmp_path / "copy of x.safetensors")       # is no third
     with pytest.raises(Fault) as caught:
-        components.find_file(source, "qwen3", config, NONE)
+        lookup.find_file(source, "qwen3", config, NONE)
     fault = caught.value
     assert (fault.code, fault.params["count"], len(fault.fixes)) == (
         "families.companion_unclear", 2, 2)
     for fix, path in zip(fault.fixes, (tmp_path / "copy of x.safetensors", both[1]), strict=True):
         assert fix.params["file"] == path.name
-        known = components.chosen(TrainConfig().with_changes(**fix.changes))
-        assert components.named(known, "text", "qwen3") == path
-        assert components.named(known, "text", "t5") is None
+        known = lookup.chosen(TrainConfig().with_changes(**fix.changes))
+        assert lookup.named(known, "text", "qwen3") == path
+        assert lookup.named(known, "text", "t5") is None
 
 
 @pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
@@ -405,16 +406,16 @@ def test_vaes_of_the_same_shapes_are_told_by_their_content(
         vae_hashes.sha256(path): model for model, path in made.items()})
     vae_file(tmp_path / "vae" / "video.safetensors", b"", 48)
     for model, family in (("flux", "flux"), ("flux", "zimage"), ("sd3", "sd3")):
-        found = components.find_file(source, "vae_16", config_of(family, "vae"), NONE)
+        found = lookup.find_file(source, "vae_16", config_of(family, "vae"), NONE)
         assert found == made[model]
     made["flux"].unlink()
     with pytest.raises(Fault, match="Stable Diffusion 3") as caught:
-        components.find_file(source, "vae_16", config_of("flux", "vae"), NONE)
+        lookup.find_file(source, "vae_16", config_of("flux", "vae"), NONE)
     assert caught.value.code == "families.companion_foreign"
     assert caught.value.fixes[0].changes == {"vae": str(made["sd3"])}
     own = [vae_file(tmp_path / f"own_{n}.safetensors", bytes([n])) for n in (1, 2)]
     with pytest.raises(Fault) as caught:    # neither is known
-        components.find_file(source, "vae_16", config_of("flux", "vae"), NONE)
+        lookup.find_file(source, "vae_16", config_of("flux", "vae"), NONE)
     assert [fix.changes for fix in caught.value.fixes] == [{"vae": str(path)} for path in own]
 
 
@@ -453,12 +454,12 @@ def test_a_base_tells_what_it_is_used_with(tmp_path: Path) -> None:
     vae_file(tmp_path / "vae" / "ae.safetensors", b"1")
     qwen_file(tmp_path / "clip" / "qwen_3_4b.safetensors", 2560)
     events: list[Event] = []
-    found = components.announce(families.get("zimage"), source, events.append)
+    found = lookup.announce(families.get("zimage"), source, events.append)
     assert [(one.part, one.path and one.path.name) for one in found] == [
         ("vae", "ae.safetensors"), ("text_encoder", "qwen_3_4b.safetensors"), (
             "tokenizer", "qwen2")]
     assert isinstance(events[0], Note)
-    told = components.metadata(found)
+    told = lookup.metadata(found)
     assert told["ss_vae_name"] == "ae.safetensors"
     assert told["ss_new_vae_hash"].startswith(found[0].digest[:10])
     assert told["ss_new_vae_hash"][:10] in events[0].params["files"]
@@ -466,11 +467,11 @@ def test_a_base_tells_what_it_is_used_with(tmp_path: Path) -> None:
         patch.setattr(vae_hashes, "FILES", {vae_hashes.sha256(tmp_path / "vae" / "ae.safetensors"):
                                             "sd3"})
         known = Chosen(vae=tmp_path / "vae" / "ae.safetensors")
-        components.announce(families.get("zimage", known), source, events.append)
+        lookup.announce(families.get("zimage", known), source, events.append)
     assert [note.key for note in events if isinstance(note, Note)] == [
         "families.companions_taken", "families.companions_taken", "families.companion_odd"]
     assert (len(told["ss_vae_hash"]), told["darkroom.tokenizer_name"]) == (8, "qwen2")
-    assert set(components.summary(found)) == {"vae", "text_encoder", "tokenizer"}
+    assert set(lookup.summary(found)) == {"vae", "text_encoder", "tokenizer"}
 
 
 @pytest.mark.parametrize(("size", "told"), [(1.0, 0), (0.24, 1), (4.2, 1)])
@@ -478,14 +479,14 @@ def test_latents_of_another_scale_are_told(size: float, told: int) -> None:
     """SD 3's VAE beside Flux: 0.653 * 0.3611; Flux's beside SD 3: 2.77 * 1.5305."""
     generator = torch.Generator().manual_seed(1)
     latents = [size * torch.randn(16, 32, 24, generator=generator) for _ in range(4)]
-    vae = components.Taken("vae", Path("ae.safetensors"), "1", "2")
+    vae = lookup.Taken("vae", Path("ae.safetensors"), "1", "2")
     for beside in ([vae], []):
         notes: list[Any] = []
-        components.tell_scale(beside, latents, False, notes.append)
+        lookup.tell_scale(beside, latents, False, notes.append)
         assert len(notes) == (told if beside else 0)
         assert all(float(note.params["size"]) == pytest.approx(size, rel=0.02) for note in notes)
     masked = [torch.cat([one, torch.full((1, 32, 24), 99.0)]) for one in latents]
-    components.tell_scale([vae], masked, True, notes.append)    # the mask is no latent
+    lookup.tell_scale([vae], masked, True, notes.append)    # the mask is no latent
     assert len(notes) == told
 
 
@@ -504,7 +505,7 @@ def test_a_named_file_without_use_is_refused(tmp_path: Path) -> None:
             paths.DEMO / "base")
     assert caught.value.code == "families.tokenizer_unused"
     with pytest.raises(Fault) as caught:
-        components.chosen(GenerateConfig(base="x", vae=str(tmp_path / "no.safetensors")))
+        lookup.chosen(GenerateConfig(base="x", vae=str(tmp_path / "no.safetensors")))
     assert caught.value.code == "families.companion_not_there"
     assert choose("fp32", "cpu").vae == torch.float32
 
@@ -558,7 +559,7 @@ def test_the_same_weights_in_other_numbers_are_no_question(tmp_path: Path) -> No
     assert precision_copies.finest(reversed(found)) == [tmp_path / "fp16.safetensors"]
     config = {"vocab_size": 1, "d_model": 1}        # files without a table of words fit any
     save_file(tensorwise(half, "nvfp4"), tmp_path / "nvfp4.safetensors")
-    assert components.find_file(tmp_path / "base", "t5", config, NONE) == found[1]
+    assert lookup.find_file(tmp_path / "base", "t5", config, NONE) == found[1]
     # What is left after a direction is taken out of each weight, as for "abliterated" models.
     along = torch.nn.functional.normalize(torch.randn(1024, 1), dim=0)
     bent = {name: value.float() - along @ (along.T @ value.float())

@@ -25,7 +25,7 @@ from core.adapters import lora
 from core.config import TrainConfig
 from core.errors import Fault
 from core.families import loading
-from core.families.components import Chosen
+from core.families.components.lookup import Chosen
 from core.families.lumina2.model import GEMMA
 from core.families.registry import SPECS
 from core.inference import generate

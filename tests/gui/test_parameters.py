@@ -34,8 +34,8 @@ from gui.state.desktop import Desktop
 from gui.state.page import Page
 from gui.widgets.base_chooser import base_chooser
 from gui.widgets.close_dialog import close_dialog
-from gui.widgets.history import history
 from gui.widgets.onboarding import first_start
+from gui.widgets.runs.history import history
 from tests.gui.test_views import Silent, Tags
 
 

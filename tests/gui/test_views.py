@@ -32,11 +32,11 @@ from gui.state.page import Page, _difference, _seen
 from gui.state.plan_client import Planning, PlanState
 from gui.tabs import run
 from gui.widgets.fault_card import fault_card
-from gui.widgets.history import history
-from gui.widgets.loss_chart import ema, loss_chart
 from gui.widgets.memory_bar import grouped, memory_bar
 from gui.widgets.preset_cards import preset_cards
-from gui.widgets.previews import picked, previews
+from gui.widgets.runs.history import history
+from gui.widgets.runs.loss_chart import ema, loss_chart
+from gui.widgets.runs.previews import picked, previews
 from gui.widgets.suggestion import suggestion
 
 STATES = ("queued", "starting", "running", "paused", "stopping", *sorted(ENDED))

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core import families
-from core.families import components
 from core.families.base import Parts
-from core.families.components import Chosen
+from core.families.components import lookup
+from core.families.components.lookup import Chosen
 from core.hashes import fingerprint
 from core.weights.precision import choose
 from tests import ldm_layout, tiny_families
@@ -26,7 +26,7 @@ def flux(folder: Path) -> Path:
 
 def read(lab: Lab, **changes: object) -> Parts:
     """T5 and its tokenizer, as a run with that config reads them."""
-    family = families.get("flux", components.chosen(lab.config(**changes)))
+    family = families.get("flux", lookup.chosen(lab.config(**changes)))
     return family.load(flux(lab.folder), choose("fp32", "cpu"), frozenset({"text_encoder_2"}))
 
 
@@ -45,7 +45,7 @@ def _(lab: Lab) -> None:
     assert path.name in run.notes("families.companions_taken")[0].params["files"]
     assert run.notes("families.latents_scale")      # no scale that a base has learned with
     assert not lab.plain_run.notes("families.latents_scale")
-    family = families.get("sd15", components.chosen(run.config))
+    family = families.get("sd15", lookup.chosen(run.config))
     loaded = family.load(lab.base, choose("fp32", "cpu"), frozenset({"vae"}))
     pixels = torch.rand(1, 3, 32, 32)
     (mine, bases) = (family.encode_image(one, pixels) for one in (loaded, parts))

@@ -10,7 +10,7 @@ _SAVING, _CHECKPOINT = "core/training/output.py", "core/training/checkpoint.py"
 _VERIFY = "core/training/verify.py"
 _HEADER, _LOADING, _COMMON = ("core/safetensors_header.py", "core/families/loading.py",
                               "core/families/common.py")
-_COMPANIONS, _WORDS = "core/families/components.py", "core/families/tokenizer_kinds.py"
+_COMPANIONS, _WORDS = "core/families/components/lookup.py", "core/families/components/tokenizer_kinds.py"
 _BESIDE = "families/test_components.py"
 _OWN = ("jobs/test_names.py::test_a_checkpoint_replaces_and_deletes_only_its_own_runs",)
 _PROOF = ("training/test_verify.py::test_another_adapter_than_the_trained_one_fails",)
@@ -327,7 +327,7 @@ MUTANTS = [
     Mutant("any-width-of-encoder", _COMPANIONS, "all(shape == (rows, width) for",
            "all(shape[0] == rows for",
            (f"{_BESIDE}::test_encoders_are_told_by_their_words_and_widths",)),
-    Mutant("coarsest-file", "core/families/precision_copies.py", "sorted(found, key=_fineness)",
+    Mutant("coarsest-file", "core/families/components/precision_copies.py", "sorted(found, key=_fineness)",
            "sorted(found, key=_fineness, reverse=True)",
            (f"{_BESIDE}::test_the_same_weights_in_other_numbers_are_no_question",)),
     Mutant("texts-of-another-tokenizer", _COMMON,
@@ -335,7 +335,7 @@ MUTANTS = [
            "kind and not layout:\n                words = self._words(layout, piece.name)",
            key("tokenizer")),
     Mutant("companion-untold", "core/training/output.py",
-           "| components.metadata(trainer.parts.beside))",
+           "| lookup.metadata(trainer.parts.beside))",
            "| companions.metadata(()))", key("vae")),
     Mutant("few-steps-at-full-guidance", "core/families/distilled.py",
            "own if distilled.guided else 1.0, distilled.steps", "own, distilled.steps",

@@ -20,7 +20,7 @@ from transformers import T5Tokenizer
 from core import families, paths
 from core.errors import Fault
 from core.families import loading
-from core.families.components import Chosen
+from core.families.components.lookup import Chosen
 from core.families.detection import identify
 from core.families.flux.spec import NAMING as FLUX
 from core.families.registry import SPECS

@@ -10,8 +10,8 @@ from core.jobs.runs import JobView
 from gui.html import button, esc
 from gui.state.app_state import Context, Snapshot
 from gui.state.form import label
-from gui.widgets.loss_chart import Curve, curves, ema
-from gui.widgets.previews import cell, picked
+from gui.widgets.runs.loss_chart import Curve, curves, ema
+from gui.widgets.runs.previews import cell, picked
 from gui.widgets.suggestion import value_text
 
 NAMES = ("A", "B")                      # as the chart's legend and the table call them

@@ -19,9 +19,9 @@ from torch import Tensor
 from core import i18n, paths
 from core.config import GenerateConfig, TrainConfig, resolve
 from core.errors import Fault, Fix
-from core.families import precision_copies, tokenizer_kinds, vae_hashes
+from core.families.components import precision_copies, tokenizer_kinds, vae_hashes
+from core.families.components.tokenizer_kinds import FILES, Kind
 from core.families.detection import identify
-from core.families.tokenizer_kinds import FILES, Kind
 from core.hashes import fingerprint, short_hash
 from core.jobs.events import Event, Note
 from core.safetensors_header import read_header
