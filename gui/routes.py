@@ -86,8 +86,8 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
 
 
 def add_live_route(app: FastAPI, ctx: Context, page: Page) -> None:
-    """What the pages of one language poll; see gui/assets/live.js. Before Gradio's mount, which would
-    take every address below it."""
+    """What the pages of one language poll; see gui/assets/live.js. Before Gradio's mount, which
+    would take every address below it."""
     @app.post(f"/{ctx.language}/live")
     def live(shown: Shown) -> Response:
         news = page.live(ctx, shown.version, shown.marks)

@@ -1,6 +1,6 @@
 """The planning child: one JSON question a line on stdin, one JSON answer a line on stdout.
 
-Torch is imported only where a trace isn't on disk yet (core.memory.plan.ask), and never by the asker.
+Torch is imported only where a trace isn't on disk yet (core.memory.plan.ask), never by the asker.
 Question: {"config": {TrainConfig}, "purpose", "language", "suggest": bool}. Answer: {"plan",
 "verdict", "lacking", "nearest", "suggestion", "pictures", "updates", "length" (what to say of too
 few or too many updates)} as far as each is known,
