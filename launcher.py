@@ -71,7 +71,7 @@ def _prepared(argv: list[str]) -> int | None:
     extra, versions = _wanted(argv)
     try:
         if _wants_help(argv) and not (ROOT / ".venv").exists() and bootstrap.missing(ROOT):
-            print(f"LoRA Darkroom {_version()}\n\n{bootstrap.say('help')}")
+            print(f"LoRA Darkroom {_version()}\n\n{bootstrap.tr('help')}")
             return 0
         if _command(argv) == "repair" and not _wants_help(argv):
             return int(bootstrap.repair(ROOT))
@@ -118,10 +118,10 @@ def _dispatch(argv: list[str], pytest_arguments: list[str]) -> int:
     if options.command == "test":
         return _test(pytest_arguments)
     if options.command == "repair":     # from source it was done before the packages were needed
-        print(_say("commands.repair_app"))
+        print(_tr("commands.repair_app"))
         return 1
     if options.command == "setup":
-        print(_say("commands.setup_done", {"python": sys.executable}))
+        print(_tr("commands.setup_done", {"python": sys.executable}))
         return 0
     return int(options.run(options))
 
@@ -133,22 +133,22 @@ def _parser() -> Any:
     for room in ROOMS:
         importlib.import_module(room).add_commands(commands)
     add_command(commands, "test", line="test tests/config/test_config.py -q",
-                usage=_say("commands.usage_test"))
+                usage=_tr("commands.usage_test"))
     add_command(commands, "repair", line="repair")
     setup = add_command(commands, "setup", line="setup --test")
     setup.allow_abbrev = False          # what it means is read before argparse is there
     extras = setup.add_mutually_exclusive_group()
-    extras.add_argument("--test", action="store_true", help=_say("commands.arg_setup_test"))
-    extras.add_argument("--app", action="store_true", help=_say("commands.arg_setup_app"))
-    setup.add_argument("--newest", action="store_true", help=_say("commands.arg_setup_newest"))
+    extras.add_argument("--test", action="store_true", help=_tr("commands.arg_setup_test"))
+    extras.add_argument("--app", action="store_true", help=_tr("commands.arg_setup_app"))
+    setup.add_argument("--newest", action="store_true", help=_tr("commands.arg_setup_newest"))
     return parser
 
 
 def _test(arguments: list[str]) -> int:
     """The project's own tests, run from the project's folder in a process of their own."""
     if not (ROOT / "tests").is_dir():
-        from core.errors import Fault
-        raise Fault("commands.no_tests", folder=ROOT)
+        from core.errors import UserError
+        raise UserError("commands.no_tests", folder=ROOT)
     child = subprocess.Popen([sys.executable, "-m", "pytest", *arguments], cwd=ROOT)
     while True:
         try:
@@ -164,9 +164,9 @@ def _window() -> int:
     return open_window()
 
 
-def _say(key: str, params: dict[str, Any] | None = None) -> str:
+def _tr(key: str, params: dict[str, Any] | None = None) -> str:
     from core import i18n
-    return i18n.say(key, params)
+    return i18n.tr(key, params)
 
 
 def _index_of_command(argv: list[str]) -> int:

@@ -42,9 +42,9 @@ from environment import (
     write_stamp,
 )
 from install import install, install_torch, requirements, run, with_one_of
-from messages import Stop, say, tell
+from messages import Stop, tell, tr
 
-__all__ = ["Stop", "make", "missing", "prepare", "repair", "restart", "say"]    # the launcher's
+__all__ = ["Stop", "make", "missing", "prepare", "repair", "restart", "tr"]    # the launcher's
 
 RESTARTED = "DARKROOM_RESTARTED"        # tells the second start that the first prepared it
 

@@ -33,7 +33,7 @@ from environment import (
     torch_locked,
     within,
 )
-from messages import Stop, say, tell
+from messages import Stop, tell, tr
 from repair import torch_source, why_failed
 
 LOCK = "build/lock/{}.txt"
@@ -201,7 +201,7 @@ def failure(root: Path, tool: str, code: int, last: list[str]) -> Stop:
     """The sentence for an installer's last words, which are printed too."""
     key, params = why_failed("\n".join(last))
     if last:
-        print("\n".join([say("said_last", tool=tool), *("  " + line for line in last[-12:])]),
+        print("\n".join([tr("said_last", tool=tool), *("  " + line for line in last[-12:])]),
               file=sys.stderr)
     kind = Lacking if key == "failed_lacking" else Stop
     return kind(key, 1, tool=tool, code=code, path=root, **params)

@@ -163,7 +163,7 @@ def make_latents(args: argparse.Namespace) -> None:
 
 # ---------------------------------------------------------------- base
 
-def say(record: Record, drawing: pictures.Drawing, rng: random.Random) -> str:
+def tr(record: Record, drawing: pictures.Drawing, rng: random.Random) -> str:
     """A training caption. Unnamed background means white, unnamed style flat; unknown words in
     the style's place mean nothing, so that a trigger word without its LoRA changes nothing."""
     if rng.random() < 0.1:
@@ -233,7 +233,7 @@ def train_base(args: argparse.Namespace) -> None:
             group["lr"] = (args.rate or 8e-4) * _course(step, total)
         chosen = torch.multinomial(weights, batch, replacement=True)
         x = latents[chosen].float()
-        texts = [say(records[i], drawings[records[i].drawing], rng) for i in chosen.tolist()]
+        texts = [tr(records[i], drawings[records[i].drawing], rng) for i in chosen.tolist()]
         ids = tokenizer(texts, padding="max_length", truncation=True, max_length=77,
                         return_tensors="pt").input_ids
         words = encoder(ids).last_hidden_state

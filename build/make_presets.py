@@ -157,7 +157,7 @@ def _about(lang: str, family: str, purpose: str, found: Suggestion) -> str:
                    if values[key] not in (False, 0.0, "same"))
     side = relief.side_of(found.config(), 0)
     return ABOUT[lang].format(
-        purpose=i18n.say(f"presets.purpose_{purpose}", lang=lang), base=base_name(family, lang),
+        purpose=i18n.tr(f"presets.purpose_{purpose}", lang=lang), base=base_name(family, lang),
         side=side, batch=values["batch_size"], times=values["gradient_accumulation_steps"],
         rank=values["lora_rank"], more=more, needs=advisor.gigabytes(found.plan.needs_mb))
 

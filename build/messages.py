@@ -17,16 +17,16 @@ class Stop(Exception):
     """A sentence for the user, and the exit code."""
 
     def __init__(self, key: str, exit_code: int = 1, **params: object) -> None:
-        super().__init__(say(key, **params))
+        super().__init__(tr(key, **params))
         self.key, self.exit_code, self.params = key, exit_code, params
 
 
-def say(key: str, **params: object) -> str:
+def tr(key: str, **params: object) -> str:
     return texts(language())[key].format(**params)
 
 
 def tell(key: str, **params: object) -> None:
-    print(say(key, **params), file=sys.stderr, flush=True)
+    print(tr(key, **params), file=sys.stderr, flush=True)
 
 
 def texts(lang: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ import importlib
 from typing import cast
 
 from captioner.base import Captioner
-from core.errors import Fault
+from core.errors import UserError
 
 REGISTRY = {
     "clip": "captioner.models.clip:ClipTagger",
@@ -20,7 +20,7 @@ REGISTRY = {
 def get(name: str) -> type[Captioner]:
     """The captioner's class, of the registry or as "module:Class".
 
-    Raises Fault("captioner.unknown") for another name.
+    Raises UserError("captioner.unknown") for another name.
     """
     module, colon, attribute = REGISTRY.get(name, name).partition(":")
     try:
@@ -30,5 +30,5 @@ def get(name: str) -> type[Captioner]:
             raise
         found = None
     if not hasattr(found, "describe"):
-        raise Fault("captioner.unknown", name=name, known=", ".join(REGISTRY))
+        raise UserError("captioner.unknown", name=name, known=", ".join(REGISTRY))
     return cast("type[Captioner]", found)

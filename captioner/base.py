@@ -45,10 +45,10 @@ class Captioner(Protocol):
     spec: ClassVar[CaptionerSpec]
 
     def __init__(self, config: CaptionConfig) -> None:
-        """Reads the options; cheap. Raises Fault where they make no sense."""
+        """Reads the options; cheap. Raises UserError where they make no sense."""
 
     def load(self) -> None:
-        """Reads the weights from this machine. Raises Fault where they are missing (naming the
+        """Reads the weights from this machine. Raises UserError where they are missing (naming the
         command that fetches them) or can't be read."""
 
     def prepare(self, image: Image.Image) -> Any:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioner import edit_cli
-from captioner.edit_cli import add_common, add_rules, change_line, command, rules_of_lines, say
+from captioner.edit_cli import add_common, add_rules, change_line, command, rules_of_lines, tr
 from core import i18n
 from core.cli import console
 from core.cli.console import FAILED, FINE, INTERRUPTED, print_json, stop_on_ctrl_c
-from core.errors import Fault
+from core.errors import UserError
 
 if TYPE_CHECKING:
     from captioner.config import CaptionConfig
@@ -27,38 +27,38 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Any) -> None:
     caption = command(commands, "caption", _caption, "caption photos --with blip --trigger m1a")
-    caption.add_argument("folder", type=Path, metavar="DIR", help=say("arg_folder"))
+    caption.add_argument("folder", type=Path, metavar="DIR", help=tr("arg_folder"))
     _add_captioning(caption)
     caption.add_argument("--existing", choices=("keep", "add", "replace"),
-                         help=say("arg_existing"))
+                         help=tr("arg_existing"))
     caption.add_argument("--write-to", choices=("auto", "txt", "caption", "csv", "jsonl"),
-                         help=say("arg_write_to"))
+                         help=tr("arg_write_to"))
     caption.add_argument("--metadata", dest="metadata_path", metavar="FILE",
-                         help=say("arg_metadata"))
-    caption.add_argument("--dry-run", action="store_true", default=None, help=say("arg_dry_run"))
+                         help=tr("arg_metadata"))
+    caption.add_argument("--dry-run", action="store_true", default=None, help=tr("arg_dry_run"))
     _add_label(command(commands, "auto_label", _auto_label,
                        "auto_label --input photos --output photos/metadata.csv"))
     edit_cli.add_commands(commands)
 
 
 def _add_captioning(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--with", dest="captioner", metavar="NAME", help=say("arg_with"))
+    parser.add_argument("--with", dest="captioner", metavar="NAME", help=tr("arg_with"))
     parser.add_argument("--model", action="append", default=[], dest="models",
-                        metavar="[NAME=]MODEL", help=say("arg_model"))
-    parser.add_argument("--trigger", dest="trigger_word", metavar="WORD", help=say("arg_trigger"))
+                        metavar="[NAME=]MODEL", help=tr("arg_model"))
+    parser.add_argument("--trigger", dest="trigger_word", metavar="WORD", help=tr("arg_trigger"))
     parser.add_argument("--only", action="append", default=[], metavar="GLOB",
-                        help=say("arg_only"))
+                        help=tr("arg_only"))
     add_rules(parser)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                        help=say("arg_set"))
+                        help=tr("arg_set"))
 
 
 def _add_label(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=Path, required=True, metavar="DIR",
-                        help=say("arg_folder"))
+                        help=tr("arg_folder"))
     parser.add_argument("--output", type=Path, required=True, metavar="FILE",
-                        help=say("arg_output"))
-    parser.add_argument("--overwrite", action="store_true", help=say("arg_overwrite"))
+                        help=tr("arg_output"))
+    parser.add_argument("--overwrite", action="store_true", help=tr("arg_overwrite"))
     _add_captioning(parser)
 
 
@@ -66,7 +66,7 @@ def auto_label_main(argv: Sequence[str] | None = None) -> int:
     """The console script `auto_label`. Returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
-        prog="auto_label", description=say("help_auto_label"),
+        prog="auto_label", description=tr("help_auto_label"),
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser, answers=True)
     _add_label(parser)
@@ -85,7 +85,7 @@ def _auto_label(options: argparse.Namespace) -> int:
     """Two columns, filename and prompt, UTF-8, with a header; every reader of the described
     tools takes it. Rows that are there stay, unless --overwrite."""
     if options.output.suffix.lower() not in (".csv", ".jsonl"):
-        raise Fault("captions.table_suffix", file=options.output)
+        raise UserError("captions.table_suffix", file=options.output)
     return _job(options, options.input, metadata_path=_absolute(options.output),
                 existing="replace" if options.overwrite else "keep")
 
@@ -117,7 +117,7 @@ def _listener() -> Terminal:
         def __call__(self, event: Event) -> None:
             if isinstance(event, Captioned):
                 self.stepped = True         # from here on a fault is no bad input
-                self.screen.say(f"{Path(event.path).name}  {event.caption}")
+                self.screen.tr(f"{Path(event.path).name}  {event.caption}")
             super().__call__(event)
 
     return Listener()
@@ -159,7 +159,7 @@ def _models(given: Sequence[str], captioner: str) -> dict[str, str]:
         if not equals and len(names) == 1:
             name, model = names[0], text
         if name not in names or not model:
-            raise Fault("captions.model_of", given=text, names=", ".join(names))
+            raise UserError("captions.model_of", given=text, names=", ".join(names))
         found[name] = model
     return found
 
@@ -172,8 +172,8 @@ def _matching(config: CaptionConfig, globs: Sequence[str]) -> list[str]:
     names = Store(Path(config.folder)).entries
     found = [name for name in names if any(matches(name, glob) for glob in globs)]
     if not found:
-        raise Fault("captions.no_match", given=", ".join(globs), folder=config.folder,
-                    count=len(names))
+        raise UserError("captions.no_match", given=", ".join(globs), folder=config.folder,
+                        count=len(names))
     return found
 
 
@@ -181,7 +181,7 @@ def _failed(result: dict[str, Any], terminal: Any, options: argparse.Namespace) 
     fault = terminal.fault
     if fault and console.debugging(options):
         print(fault.details, file=sys.stderr)
-    sentence = i18n.say(fault.code, fault.params) if fault else ""
+    sentence = i18n.tr(fault.code, fault.params) if fault else ""
     print(sentence, file=sys.stderr)
     if options.json:
         print_json({"ok": False, **result, "fault": fault and fault.code, "message": sentence})
@@ -196,12 +196,12 @@ def _print_result(result: dict[str, Any]) -> None:
     for change in result.get("changes", ()):
         print(change_line(change["path"], change["before"], change["after"]))
     dry = result.get("dry_run")
-    print(say("summary_dry" if dry else "summary", done=counts["captioned"],
-              total=result.get("total", 0), folder=result.get("folder", "")))
+    print(tr("summary_dry" if dry else "summary", done=counts["captioned"],
+             total=result.get("total", 0), folder=result.get("folder", "")))
     for key in ("resumed", "kept", "copied", "flattened", "skipped", "left"):
         if counts[key]:
-            print(say(f"summary_{key}", count=counts[key]))
+            print(tr(f"summary_{key}", count=counts[key]))
     if result["state"] == "stopped":
-        print(say("stopped"))
+        print(tr("stopped"))
     elif counts["captioned"] and not dry:
-        print(say("can_undo", folder=result["folder"]))
+        print(tr("can_undo", folder=result["folder"]))

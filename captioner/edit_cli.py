@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from core import i18n
 from core.cli import console
 from core.cli.console import FINE, print_json
-from core.errors import Fault
+from core.errors import UserError
 
 if TYPE_CHECKING:
     from captioner.captions.rules import Change, Rule
@@ -27,8 +27,8 @@ PURPOSES = ("person", "object", "style")
 SHOWN = 30                                  # rows of a table
 
 
-def say(key: str, **params: Any) -> str:
-    return i18n.say(f"captions.{key}", params)
+def tr(key: str, **params: Any) -> str:
+    return i18n.tr(f"captions.{key}", params)
 
 
 # --- parsers ----------------------------------------------------------------------------------
@@ -44,35 +44,35 @@ def add_commands(commands: Any) -> None:
             ("history", _history, "captions history photos"),
             ("outliers", _outliers, "captions outliers photos --purpose style")):
         parser = command(inner, name, run, line, key=f"captions_{name}")
-        parser.add_argument("folder", type=Path, metavar="DIR", help=say("arg_folder"))
+        parser.add_argument("folder", type=Path, metavar="DIR", help=tr("arg_folder"))
         if name in ("stats", "filter", "apply"):
-            parser.add_argument("--metadata", type=Path, metavar="FILE", help=say("arg_metadata"))
+            parser.add_argument("--metadata", type=Path, metavar="FILE", help=tr("arg_metadata"))
         if name in ("stats", "filter"):
-            parser.add_argument("--trigger", default="", metavar="WORD", help=say("arg_has"))
+            parser.add_argument("--trigger", default="", metavar="WORD", help=tr("arg_has"))
         if name in ("filter", "apply"):
-            parser.add_argument("--base", default="", metavar="MODEL", help=say("arg_base"))
+            parser.add_argument("--base", default="", metavar="MODEL", help=tr("arg_base"))
     choices = inner.choices
-    choices["outliers"].add_argument("--model", default="demo", help=say("arg_clip_model"))
+    choices["outliers"].add_argument("--model", default="demo", help=tr("arg_clip_model"))
     choices["outliers"].add_argument("--purpose", default="", choices=["", *PURPOSES],
-                                     metavar="person|object|style", help=say("arg_purpose"))
-    choices["stats"].add_argument("--tag", default="", help=say("arg_tag"))
-    choices["filter"].add_argument("filter", metavar="FILTER", help=say("arg_filter"))
+                                     metavar="person|object|style", help=tr("arg_purpose"))
+    choices["stats"].add_argument("--tag", default="", help=tr("arg_tag"))
+    choices["filter"].add_argument("filter", metavar="FILTER", help=tr("arg_filter"))
     add_rules(choices["apply"])
     choices["apply"].add_argument("--trigger", default="", metavar="WORD",
-                                  help=say("arg_trigger"))
-    choices["apply"].add_argument("--where", default="", metavar="FILTER", help=say("arg_where"))
-    choices["apply"].add_argument("--dry-run", action="store_true", help=say("arg_dry_run"))
+                                  help=tr("arg_trigger"))
+    choices["apply"].add_argument("--where", default="", metavar="FILTER", help=tr("arg_where"))
+    choices["apply"].add_argument("--dry-run", action="store_true", help=tr("arg_dry_run"))
 
 
 def add_rules(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rule", action="append", default=[], metavar="RULE",
-                        help=say("arg_rule"))
+                        help=tr("arg_rule"))
 
 
 def command(commands: Any, name: str, run: Any, line: str, *, key: str = "",
              answers: bool = True) -> argparse.ArgumentParser:
     """As console.add_command, with this room's own sentences."""
-    help_ = say(f"help_{key or name}")
+    help_ = tr(f"help_{key or name}")
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=help_, description=help_, epilog=console.example(line),
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,9 +84,9 @@ def command(commands: Any, name: str, run: Any, line: str, *, key: str = "",
 
 def add_common(parser: argparse.ArgumentParser, answers: bool) -> None:
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
-                        help=console.say("arg_debug"))
+                        help=console.tr("arg_debug"))
     if answers:
-        parser.add_argument("--json", action="store_true", help=console.say("arg_json"))
+        parser.add_argument("--json", action="store_true", help=console.tr("arg_json"))
 
 
 def rules_of_lines(lines: Sequence[str]) -> list[dict[str, Any]]:
@@ -100,7 +100,7 @@ def rules_of_lines(lines: Sequence[str]) -> list[dict[str, Any]]:
         try:
             rules.append(json.loads(line))
         except ValueError as error:
-            raise Fault("rules.bad_json", number=number, line=line, reason=error) from None
+            raise UserError("rules.bad_json", number=number, line=line, reason=error) from None
     return rules
 
 
@@ -113,13 +113,13 @@ def _outliers(options: argparse.Namespace) -> int:
     with Terminal() as terminal:
         count, found = find_outliers(config, options.purpose, terminal)
     if options.model == "demo":
-        print(i18n.say("captioner.demo_only"), file=sys.stderr)
+        print(i18n.tr("captioner.demo_only"), file=sys.stderr)
     if options.json:
         print_json({"ok": True, "compared": count, "outliers": [
             {"file": one.name, **one.params} for one in (found.subjects if found else ())]})
         return FINE
     print("\n".join([found.text, *(f"  {found.line(one)}" for one in found.subjects), found.mend])
-          if found else say("no_outliers", count=count))
+          if found else tr("no_outliers", count=count))
     return FINE
 
 
@@ -128,7 +128,7 @@ def _outliers(options: argparse.Namespace) -> int:
 def _open(options: argparse.Namespace) -> Store:
     from captioner.captions.store import Store
     if options.metadata and not options.metadata.is_file():
-        raise Fault("dataset.metadata_missing", file=options.metadata)
+        raise UserError("dataset.metadata_missing", file=options.metadata)
     return Store(options.folder, options.metadata)
 
 
@@ -143,11 +143,11 @@ def _stats(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"ok": True, **told})
         return FINE
-    print(say("stats", **told))
+    print(tr("stats", **told))
     if told["with_trigger"] is not None:
-        print(say("stats_trigger", trigger=options.trigger, **told))
+        print(tr("stats_trigger", trigger=options.trigger, **told))
     for key in ("together",) if options.tag else ("top", "words"):
-        print("\n" + say(f"stats_{key}", tag=options.tag))
+        print("\n" + tr(f"stats_{key}", tag=options.tag))
         rows = [(str(row[0]), str(row[1])) for row in told[key][:SHOWN]]
         print("\n".join(progress.table(rows)))
     return FINE
@@ -163,7 +163,7 @@ def _filter(options: argparse.Namespace) -> int:
         print_json({"ok": True, "found": {name: captions[name] for name in found}})
     else:
         print("\n".join(f"{name}\t{captions[name]}" for name in found))
-        print(say("found", count=len(found), total=len(captions)), file=sys.stderr)
+        print(tr("found", count=len(found), total=len(captions)), file=sys.stderr)
     return FINE
 
 
@@ -174,7 +174,7 @@ def _apply(options: argparse.Namespace) -> int:
     from captioner.job import tokens_of
     rules = with_trigger_rule(parse(rules_of_lines(options.rule)), options.trigger)
     if not rules:
-        raise Fault("captions.no_rules")
+        raise UserError("captions.no_rules")
     store = _open(options)
     captions = _where(store, options)
     changes = preview(captions, rules, tokens_of(_with_base(rules, options.base)))
@@ -207,7 +207,7 @@ def _preview(changes: Sequence[Change], total: int, options: argparse.Namespace)
         return FINE
     for one in changes:
         print(change_line(one.path, one.before, one.after))
-    print(say("would_change", count=len(changes), total=total))
+    print(tr("would_change", count=len(changes), total=total))
     return FINE
 
 
@@ -220,9 +220,9 @@ def _write(store: Store, changes: Sequence[Change], options: argparse.Namespace)
     if options.json:
         print_json({"ok": not outcome.left, **_told(outcome), "flattened": flattened})
         return FINE
-    print(say("applied", count=_pictures(outcome.done), folder=store.folder))
+    print(tr("applied", count=_pictures(outcome.done), folder=store.folder))
     if flattened:
-        print(say("summary_flattened", count=flattened))
+        print(tr("summary_flattened", count=flattened))
     _print_left(outcome)
     return FINE
 
@@ -238,18 +238,17 @@ def _redo(options: argparse.Namespace) -> int:
 def _step(options: argparse.Namespace, which: str) -> int:
     from captioner.captions.undo import History
     if not options.folder.is_dir():
-        raise Fault("dataset.not_a_folder" if options.folder.exists() else "captions.no_folder",
-                    folder=options.folder)
+        raise UserError("dataset.not_a_folder" if options.folder.exists() else "captions.no_folder",
+                        folder=options.folder)
     history = History(options.folder)
     outcome = history.undo() if which == "undo" else history.redo()
     if outcome is None:
-        raise Fault("captions.nothing_to_undo" if which == "undo" else "captions.nothing_to_redo",
-                    folder=options.folder)
+        raise UserError(f"captions.nothing_to_{which}", folder=options.folder)
     if options.json:
         print_json({"ok": not outcome.left, **_told(outcome)})
         return FINE
-    print(say("undone" if which == "undo" else "redone", count=_pictures(outcome.done),
-              what=say(f"what_{outcome.action.what}")))
+    print(tr("undone" if which == "undo" else "redone", count=_pictures(outcome.done),
+             what=tr(f"what_{outcome.action.what}")))
     _print_left(outcome)
     return FINE
 
@@ -264,9 +263,9 @@ def _history(options: argparse.Namespace) -> int:
         return FINE
     for one in actions:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.at))
-        print(f"{one.id}  {when}  {say(f'what_{one.what}')}  {say('is_undone') * one.undone}")
+        print(f"{one.id}  {when}  {tr(f'what_{one.what}')}  {tr('is_undone') * one.undone}")
     if not actions:
-        print(say("no_history", folder=options.folder))
+        print(tr("no_history", folder=options.folder))
     return FINE
 
 
@@ -283,7 +282,7 @@ def _pictures(swaps: Sequence[Any]) -> int:
 def _print_left(outcome: Outcome) -> None:
     for swap in outcome.left:
         if swap.picture:
-            print(i18n.say("runner.edited", {"picture": swap.picture}))
+            print(i18n.tr("runner.edited", {"picture": swap.picture}))
 
 
 def change_line(name: str, before: str, after: str) -> str:

@@ -42,7 +42,7 @@ from captioner.progress import Progress
 from core import i18n
 from core.config.flat_yaml import read_flat_yaml, refuse_unknown, validation_fault
 from core.dataset.captions import one_line
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.control import Control
 from core.jobs.events import Captioned, Event, Note, Phase
 from core.serialization import decode_text
@@ -55,13 +55,13 @@ Emit = Callable[[Event], None]
 # --- config -----------------------------------------------------------------------------------
 
 def load(path: Path) -> CaptionConfig:
-    """A run's config.yaml. Raises Fault with the file, the line and the key."""
+    """A run's config.yaml. Raises UserError with the file, the line and the key."""
     try:
         text = decode_text(path.read_bytes())
     except FileNotFoundError:
-        raise Fault("config.missing", file=path, folder=Path.cwd()) from None
+        raise UserError("config.missing", file=path, folder=Path.cwd()) from None
     except (OSError, ValueError) as error:
-        raise Fault("config.unreadable", file=path, reason=error) from None
+        raise UserError("config.unreadable", file=path, reason=error) from None
     data, lines = read_flat_yaml(text, str(path))
     return checked(data, str(path), lines)
 
@@ -75,13 +75,13 @@ def checked(data: dict[str, Any], source: str, lines: dict[str, int]) -> Caption
 
 
 def rules_of(config: CaptionConfig) -> tuple[Rule, ...]:
-    """The config's rules with its trigger word and escapes. Raises Fault for what can't be
+    """The config's rules with its trigger word and escapes. Raises UserError for what can't be
     applied to one caption alone."""
     given = [*config.rules, {"rule": "escape"}] if config.escape_brackets else config.rules
     rules = with_trigger_rule(parse(given), config.trigger_word)
     for number, rule in enumerate(rules, 1):
         if isinstance(rule, Sort) and rule.by == "frequency":
-            raise Fault("rules.needs_all", number=number, rule="sort")
+            raise UserError("rules.needs_all", number=number, rule="sort")
     return rules
 
 
@@ -135,7 +135,7 @@ def notes_of(captioner: Captioner) -> list[Note]:
 
 
 def open_captioner(config: CaptionConfig) -> Captioner:
-    """The config's captioner, several joined by "+". Raises Fault for an unknown one."""
+    """The config's captioner, several joined by "+". Raises UserError for an unknown one."""
     names = [name.strip() for name in config.captioner.split("+")]
     members = [captioners.get(name)(config) for name in names]
     return members[0] if len(members) == 1 else Together(members)
@@ -145,7 +145,7 @@ def open_captioner(config: CaptionConfig) -> Captioner:
 
 def caption(config: CaptionConfig, emit: Emit, control: Control) -> dict[str, Any]:
     """Captions a folder. -> counts, what was left and why, the action's number for undo, and
-    with dry_run the changes that it would make. Raises Fault."""
+    with dry_run the changes that it would make. Raises UserError."""
     return _Job(config, emit, control).run()
 
 
@@ -206,8 +206,8 @@ class _Job:
         wanted = [Path(name).as_posix().removeprefix("./") for name in self.config.only]
         for name in wanted:
             if name not in known:
-                raise Fault("runner.no_such_picture", name=name, folder=self.store.folder,
-                            nearest=", ".join(i18n.nearest(name, known)) or "-")
+                raise UserError("runner.no_such_picture", name=name, folder=self.store.folder,
+                                nearest=", ".join(i18n.nearest(name, known)) or "-")
         return list(dict.fromkeys(wanted)) or list(known)
 
     def _is_wanted(self, entry: Entry) -> bool:
@@ -318,7 +318,7 @@ class _Job:
             tags = [Underscores("underscores").change(tag, about) for tag in tags]
         return one_line(join([said.sentence.strip(), *tags]))
 
-    def _on_fault(self, name: str, fault: Fault) -> None:
+    def _on_fault(self, name: str, fault: UserError) -> None:
         self.told.skipped.append(name)
         self._note(fault.code, **{**fault.params, "file": name})
         self._count()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def find_outliers(config: CaptionConfig, purpose: Purpose,
                   emit: Callable[[Event], None]) -> tuple[int, Finding | None]:
     """-> how many pictures were compared, and what stands out (None: nothing). Left-out pictures
-    don't count. Raises Fault where the folder or the model can't be used."""
+    don't count. Raises UserError where the folder or the model can't be used."""
     from captioner.models.clip import ClipTagger  # torch comes in here
     folder = Path(config.folder)
     data = image_folder.scan(folder, left_out=curation.load(folder).left_out)

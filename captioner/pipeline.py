@@ -15,12 +15,12 @@ from typing import Any
 
 from captioner.base import Captioner, Description
 from core.dataset import images
-from core.errors import Fault
+from core.errors import UserError
 from core.failures import ran_out
 from core.jobs.control import Control
 
 OnResult = Callable[[Path, Description], None]
-OnFault = Callable[[Path, Fault], None]
+OnFault = Callable[[Path, UserError], None]
 About = Callable[[Path], dict[str, str]]
 Waiting = deque[tuple[Path, Future[Any]]]
 MOST_THREADS = 8
@@ -33,10 +33,10 @@ def describe_all(captioner: Captioner, paths: Sequence[Path], batch_size: int,
                  about: About | None = None) -> None:
     """Tells on_result each picture's description, in the order of `paths`, from this thread.
 
-    A picture that can't be read goes to on_fault (without one, its Fault is raised) and the
+    A picture that can't be read goes to on_fault (without one, its UserError is raised) and the
     others go on; so does one that the captioner refuses (`of_one_picture`, fault codes). `about`
     tells what is known of a picture, for prompts. Out of memory halves the batch for
-    the rest of the job, told to on_halved; Fault("captioner.out_of_memory") where one picture
+    the rest of the job, told to on_halved; UserError("captioner.out_of_memory") where one picture
     alone doesn't fit. Between batches a pause waits and a stop returns; what was told before is
     whole.
     """
@@ -83,7 +83,7 @@ def _collect(waiting: Waiting, size: int, on_fault: OnFault | None) -> Iterator[
         path, future = waiting.popleft()
         try:
             picture = future.result()
-        except Fault as fault:
+        except UserError as fault:
             if on_fault is None:
                 raise
             on_fault(path, fault)
@@ -107,7 +107,7 @@ class _Run:
             part = batch[start:start + self.size]
             try:
                 described = self._try([picture for _, picture in part])
-            except Fault as fault:
+            except UserError as fault:
                 self._refused(part, fault, control)
                 start += len(part)
                 continue
@@ -118,7 +118,8 @@ class _Run:
                 self.on_result(path, description)
             start += len(part)
 
-    def _refused(self, part: Sequence[tuple[Path, Any]], fault: Fault, control: Control) -> None:
+    def _refused(self, part: Sequence[tuple[Path, Any]], fault: UserError,
+                 control: Control) -> None:
         """A captioner that refuses one picture (a server's filter) describes the others alone."""
         if fault.code not in getattr(self.captioner, "of_one_picture", ()) or not self.on_fault:
             raise fault
@@ -140,7 +141,7 @@ class _Run:
     def _halve(self, tried: int) -> None:
         _free_memory()
         if tried <= 1:
-            raise Fault("captioner.out_of_memory", captioner=self.captioner.spec.title)
+            raise UserError("captioner.out_of_memory", captioner=self.captioner.spec.title)
         self.size = max(1, tried // 2)
         if self.on_halved:
             self.on_halved(self.size)

@@ -1,6 +1,6 @@
 """Faults: what can go wrong, as a code with parameters; words.py turns it into a sentence.
 
-`Fault` is the one exception that users meet. A code is `<subject>.<what>` and has its sentence
+`UserError` is the one exception that users meet. A code is `<subject>.<what>` and has its sentence
 in core/strings/<language>/<subject>.yaml; `fixes` are changes a caller can apply ("retry with").
 """
 
@@ -22,7 +22,7 @@ class Fix:
     params: dict[str, Any] = field(default_factory=dict)    # of the label
 
 
-class Fault(Exception):
+class UserError(Exception):
     """An expected failure, told in one sentence: what is wrong, where, what to do."""
 
     def __init__(self, code: str, /, *, fixes: Iterable[Fix] = (), **params: Any) -> None:
@@ -32,4 +32,4 @@ class Fault(Exception):
         self.fixes = tuple(fixes)
 
     def __str__(self) -> str:
-        return i18n.say(self.code, self.params)
+        return i18n.tr(self.code, self.params)

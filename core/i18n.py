@@ -36,9 +36,9 @@ def language() -> str:
     return "zh-CN" if wanted.lower().startswith(("zh", "chinese")) else "en"
 
 
-def say(key: str, params: Mapping[str, Any] | None = None, lang: str | None = None) -> str:
+def tr(key: str, params: Mapping[str, Any] | None = None, lang: str | None = None) -> str:
     """The sentence for a key, its placeholders filled; the bare key where no sentence exists. A
-    parameter `{"say": key, ...}` is a part of a sentence, told in the same language."""
+    parameter `{"tr": key, ...}` is a part of a sentence, told in the same language."""
     text = catalogue(lang or language()).get(key) or catalogue("en").get(key)
     if text is None:
         return f"{key} {dict(params)}" if params else key
@@ -61,7 +61,7 @@ class _Kept(dict[str, Any]):
     def __getitem__(self, key: str) -> Any:
         value = super().__getitem__(key)
         if isinstance(value, Mapping) and "say" in value:
-            return say(value["say"], value, self.lang)
+            return tr(value["say"], value, self.lang)
         return _CONTROL.sub("�", str(value)) if isinstance(value, (str, Path)) else value
 
     def __missing__(self, key: str) -> str:

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from core import i18n
-from core.errors import Fault
+from core.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Extension:
         return self.run(self.found, *args, **options)
 
     def run(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Raises Fault for whatever the extension raises; memory that runs out passes, as the
+        """Raises UserError for whatever the extension raises; memory that runs out passes, as the
         run knows what to do then."""
         try:
             return function(*args, **options)
@@ -43,16 +43,16 @@ class Extension:
                 raise
             raise self.failed(error) from error
 
-    def failed(self, error: BaseException) -> Fault:
-        return Fault("extensions.failed", key=self.key, name=self.name,
-                     where=_where(error, self.file), reason=_reason(error))
+    def failed(self, error: BaseException) -> UserError:
+        return UserError("extensions.failed", key=self.key, name=self.name,
+                         where=_where(error, self.file), reason=_reason(error))
 
-    def wrong(self, expected: str, found: Any) -> Fault:
+    def wrong(self, expected: str, found: Any) -> UserError:
         """What it gave back can't be used."""
         shape = getattr(found, "size", None) if hasattr(found, "mode") else None
         told = f"{found.mode} {shape[0]}x{shape[1]}" if shape else type(found).__name__
-        return Fault("extensions.wrong_answer", key=self.key, name=self.name, expected=expected,
-                     found=told)
+        return UserError("extensions.wrong_answer", key=self.key, name=self.name, expected=expected,
+                         found=told)
 
 
 class Guarded:
@@ -69,8 +69,8 @@ class Guarded:
     def _call(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         try:
             return self._extension.run(method, *args, **options)
-        except Fault as fault:
-            if isinstance(fault.__cause__, Fault):
+        except UserError as fault:
+            if isinstance(fault.__cause__, UserError):
                 raise fault.__cause__ from None
             raise
 
@@ -88,24 +88,25 @@ def mark(name: str) -> str:
 
 
 def load(name: str, key: str) -> Extension:
-    """Raises Fault where the module or the object isn't there, or the module fails by itself."""
+    """Raises UserError where the module or the object isn't there, or the module fails by
+    itself."""
     module, colon, item = name.rpartition(":")
     if not colon or not module or not item.isidentifier():
-        raise Fault("extensions.bad_name", key=key, name=name)
+        raise UserError("extensions.bad_name", key=key, name=name)
     file = _source(module)
     if file is None:
-        raise Fault("extensions.missing", key=key, name=name, module=module, folder=Path.cwd())
+        raise UserError("extensions.missing", key=key, name=name, module=module, folder=Path.cwd())
     try:
         loaded = _from_file(file) if module.endswith(".py") else importlib.import_module(module)
     except (Exception, SystemExit) as error:
-        raise Fault("extensions.broken", key=key, name=name, where=_where(error, file),
-                    reason=_reason(error)) from error
+        raise UserError("extensions.broken", key=key, name=name, where=_where(error, file),
+                        reason=_reason(error)) from error
     if not callable(found := getattr(loaded, item, None)):
         known = [word for word, value in vars(loaded).items()
                  if callable(value) and not word.startswith("_")]
         close = i18n.nearest(item, known, 1) or known[:1]
-        raise Fault("extensions.no_object", key=key, name=name, item=item, file=file,
-                    nearest=close[0] if close else "-")
+        raise UserError("extensions.no_object", key=key, name=name, item=item, file=file,
+                        nearest=close[0] if close else "-")
     return Extension(key, name, file, found)
 
 
@@ -150,4 +151,4 @@ def _where(error: BaseException, file: Path) -> str:
 
 def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, Fault) else f"{type(error).__name__}: {text}".rstrip(": ")
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from core import paths
-from core.errors import Fault
+from core.errors import UserError
 
 MAX_HEADER = 100_000_000                   # bytes; the format's own limit
 MAX_ELEMENTS = 2**62
@@ -52,8 +52,8 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Reads and checks the header alone. Raises Fault with the file and what is wrong in it."""
-    with opened(path):                      # else a Fault says why it can't be
+    """Reads and checks the header alone. Raises UserError with the file and what is wrong in it."""
+    with opened(path):                      # else a UserError says why it can't be
         return _kept(path, paths.stamp(path))
 
 
@@ -82,7 +82,7 @@ def _read(file: BufferedReader, path: Path) -> Header:
     if len(head) < 9 or head[8:] != b"{" or length > MAX_HEADER:
         _refuse_foreign(path, head, length)
     if 8 + length > size:
-        raise Fault("lora_file.truncated", file=path, size=size, needed=8 + length)
+        raise UserError("lora_file.truncated", file=path, size=size, needed=8 + length)
     entries = _parse(head[8:] + file.read(length - 1), path)
     metadata = _metadata(entries.pop("__metadata__", {}), path)
     tensors = {name: _tensor(name, entry, path) for name, entry in entries.items()}
@@ -94,9 +94,9 @@ def opened(path: Path) -> BufferedReader:
     try:
         return open(path, "rb")
     except FileNotFoundError:
-        raise Fault("lora_file.missing", file=path, folder=Path.cwd()) from None
+        raise UserError("lora_file.missing", file=path, folder=Path.cwd()) from None
     except OSError as error:               # a folder, no permission
-        raise Fault("lora_file.unreadable", file=path, reason=error.strerror or error) from None
+        raise UserError("lora_file.unreadable", file=path, reason=error.strerror or error) from None
 
 
 def is_pickle(head: bytes) -> bool:
@@ -109,12 +109,12 @@ def is_pickle(head: bytes) -> bool:
 def _refuse_foreign(path: Path, head: bytes, length: int) -> NoReturn:
     """Not the start of a safetensors file: says what it is, as far as the first bytes tell."""
     if is_pickle(head) or path.suffix.lower() in PICKLES:
-        raise Fault("lora_file.pickle", file=path)
+        raise UserError("lora_file.pickle", file=path)
     if len(head) < 9:
-        raise Fault("lora_file.truncated", file=path, size=len(head), needed=9)
+        raise UserError("lora_file.truncated", file=path, size=len(head), needed=9)
     if length > MAX_HEADER:
-        raise Fault("lora_file.header_length", file=path, length=length)
-    raise Fault("lora_file.bad_header", file=path, reason="no { at byte 8")
+        raise UserError("lora_file.header_length", file=path, length=length)
+    raise UserError("lora_file.bad_header", file=path, reason="no { at byte 8")
 
 
 def _parse(text: bytes, path: Path) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
         if len(entries) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in entries if names.count(name) > 1)
-            raise Fault("lora_file.duplicate_key", file=path, key=twice)
+            raise UserError("lora_file.duplicate_key", file=path, key=twice)
         return entries
 
     def natural(digits: str) -> int:
@@ -138,7 +138,7 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
                              parse_constant=no_constant)
         _refuse_surrogates(entries)
     except (ValueError, RecursionError) as error:
-        raise Fault("lora_file.bad_header", file=path, reason=error) from None
+        raise UserError("lora_file.bad_header", file=path, reason=error) from None
     assert isinstance(entries, dict)       # it starts with {
     return entries
 
@@ -158,10 +158,10 @@ def _refuse_surrogates(value: Any) -> None:
 
 def _metadata(entry: Any, path: Path) -> dict[str, str]:
     if not isinstance(entry, dict):
-        raise Fault("lora_file.bad_metadata", file=path, key="__metadata__")
+        raise UserError("lora_file.bad_metadata", file=path, key="__metadata__")
     for key, value in entry.items():
         if not isinstance(value, str):
-            raise Fault("lora_file.bad_metadata", file=path, key=key)
+            raise UserError("lora_file.bad_metadata", file=path, key=key)
     return entry
 
 
@@ -171,15 +171,15 @@ def _tensor(name: str, entry: Any, path: Path) -> TensorInfo:
                 dtype in BITS and all(map(_is_natural, [*shape, begin, end])) and begin <= end):
             info = TensorInfo(dtype, tuple(shape), begin, end)
         case _:
-            raise Fault("lora_file.bad_tensor", file=path, key=name)
+            raise UserError("lora_file.bad_tensor", file=path, key=name)
     count = 1
     for side in shape:
         count *= side
         if max(count, side) > MAX_ELEMENTS:
-            raise Fault("lora_file.bad_tensor", file=path, key=name)
+            raise UserError("lora_file.bad_tensor", file=path, key=name)
     if count * BITS[dtype] != info.nbytes * 8:
-        raise Fault("lora_file.wrong_size", file=path, key=name, shape=list(shape), dtype=dtype,
-                    bytes=info.nbytes)
+        raise UserError("lora_file.wrong_size", file=path, key=name, shape=list(shape), dtype=dtype,
+                        bytes=info.nbytes)
     return info
 
 
@@ -192,14 +192,14 @@ def _check_layout(tensors: Mapping[str, TensorInfo], size: int, path: Path) -> N
     reached, name = 0, ""
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin < reached:
-            raise Fault("lora_file.overlap", file=path, key=name)
+            raise UserError("lora_file.overlap", file=path, key=name)
         if info.begin > reached:
-            raise Fault("lora_file.gap", file=path, begin=reached, end=info.begin)
+            raise UserError("lora_file.gap", file=path, begin=reached, end=info.begin)
         reached = info.end
     if reached > size:
-        raise Fault("lora_file.outside", file=path, key=name, missing=reached - size)
+        raise UserError("lora_file.outside", file=path, key=name, missing=reached - size)
     if reached < size:
-        raise Fault("lora_file.gap", file=path, begin=reached, end=size)
+        raise UserError("lora_file.gap", file=path, begin=reached, end=size)
 
 
 def _number(dtype: str, content: bytes) -> float:

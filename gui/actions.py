@@ -9,7 +9,7 @@ from typing import Any
 from core import paths
 from core.base_models import hub
 from core.config import TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.importers import load_train_config
 from core.jobs import history, journal
 from core.workspace import presets
@@ -78,14 +78,14 @@ def save_preset(ctx: Context, title: str) -> None:
         title, family, snap.project.purpose, snap.config,
         presets.needs_of(plan.get("needs_mb", 0), card))
     app_state.projects.change(preset=made.slug)
-    ctx.page.tell(ctx.say("presets.own_saved", title=title))
+    ctx.page.tell(ctx.tr("presets.own_saved", title=title))
 
 
 def own(app_state: AppState) -> presets.Preset:
-    """The chosen preset of one's own. Raises Fault."""
+    """The chosen preset of one's own. Raises UserError."""
     chosen = app_state.projects.now.chosen()
     if chosen is None or not presets.is_own(chosen):
-        raise Fault("presets.own_gone")
+        raise UserError("presets.own_gone")
     return chosen
 
 
@@ -118,7 +118,7 @@ def use_found(ctx: Context, id: str) -> None:
 def fetch(ctx: Context, repo: str) -> None:
     """On the user's word; the base is chosen when it has come."""
     if repo not in (entry.repo for entry in hub.catalogue()):
-        raise Fault("base_model.unknown_model", repo=repo)
+        raise UserError("base_model.unknown_model", repo=repo)
     app_state, language = ctx.app_state, ctx.language
 
     def then(path: str) -> None:
@@ -159,10 +159,10 @@ def number(id: str) -> int:
 
 
 def absolute(text: str) -> Path:
-    """Raises Fault: the window's working folder means nothing to anyone."""
+    """Raises UserError: the window's working folder means nothing to anyone."""
     path = Path(text.strip().strip('"')).expanduser()
     if not path.is_absolute():
-        raise Fault("gui.not_absolute", folder=text)
+        raise UserError("gui.not_absolute", folder=text)
     return path
 
 

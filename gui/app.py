@@ -45,7 +45,7 @@ def build(ctx: Context, page: Page) -> gr.Blocks:
             for name in TABS:
                 if importlib.util.find_spec(f"gui.tabs.{name}") is None:
                     continue
-                with gr.Tab(ctx.say(f"tab_{name}"), id=name, elem_id=f"tab-{name}"):
+                with gr.Tab(ctx.tr(f"tab_{name}"), id=name, elem_id=f"tab-{name}"):
                     page.tabs.append((name, importlib.import_module(f"gui.tabs.{name}")
                                       .build(ctx)))
         page.wire(ctx, blocks.load)
@@ -70,7 +70,7 @@ def application(app_state: AppState) -> FastAPI:
             blocked_paths=[str(paths.data_dir() / "settings.yaml")],
             max_file_size="2gb", ssr_mode=False, enable_monitoring=False, pwa=False,
             mcp_server=False, theme=theme(), css_paths=STYLES,
-            head=HEAD.replace("LANGUAGE", language).replace("LOST", ctx.say("lost")),
+            head=HEAD.replace("LANGUAGE", language).replace("LOST", ctx.tr("lost")),
             app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None})
     return app
 

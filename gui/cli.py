@@ -13,14 +13,14 @@ from core.cli.console import FAILED, FINE, add_command
 
 def add_commands(commands: Any) -> None:
     gui = add_command(commands, "gui", run, line="gui --port 7860")
-    gui.add_argument("--port", type=int, default=0, metavar="N", help=say("arg_port"))
-    gui.add_argument("--no-window", action="store_true", help=say("arg_no_window"))
+    gui.add_argument("--port", type=int, default=0, metavar="N", help=tr("arg_port"))
+    gui.add_argument("--no-window", action="store_true", help=tr("arg_no_window"))
     test = add_command(commands, "selftest", selftest, line="selftest --json report.json")
-    test.add_argument("--json", type=Path, metavar="FILE", help=say("arg_selftest_json"))
+    test.add_argument("--json", type=Path, metavar="FILE", help=tr("arg_selftest_json"))
 
 
-def say(key: str, **params: Any) -> str:
-    return i18n.say(f"window.{key}", params)
+def tr(key: str, **params: Any) -> str:
+    return i18n.tr(f"window.{key}", params)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,12 +35,12 @@ def selftest(options: argparse.Namespace) -> int:
 
     def tell(part: dict[str, Any]) -> None:
         mark = "[ok]" if part["ok"] else "[ x]"
-        print(f"{mark} {say('part_' + part['part'])} ({part['seconds']:.1f} s)", flush=True)
+        print(f"{mark} {tr('part_' + part['part'])} ({part['seconds']:.1f} s)", flush=True)
         if not part["ok"]:
             print(part.get("details") or part)
     file = options.json and options.json.absolute()     # the window changes the working folder
     report = selftest.run(tell)
     if file:
         paths.write_atomic(file, json.dumps(report, indent=1, ensure_ascii=False, default=str))
-    print(say("selftest_fine" if report["ok"] else "selftest_failed", seconds=report["seconds"]))
+    print(tr("selftest_fine" if report["ok"] else "selftest_failed", seconds=report["seconds"]))
     return FINE if report["ok"] else FAILED

@@ -6,7 +6,7 @@ from fastapi import FastAPI, HTTPException
 from fastapi.responses import FileResponse, Response
 
 from core.dataset import thumbnails
-from core.errors import Fault
+from core.errors import UserError
 from gui.state.app_state import AppState
 from gui.state.dataset_view import album_of
 
@@ -22,11 +22,12 @@ def add_album_routes(app: FastAPI, app_state: AppState) -> None:
         album = album_of(app_state)
         try:
             path = album.path(album.named(key))
-        except Fault:
+        except UserError:
             raise HTTPException(404) from None
         try:
             side = thumbnails.VIEW if view else thumbnails.SIDE
             return FileResponse(thumbnails.thumbnail(path, side), media_type="image/webp",
                                 headers=KEPT)
-        except (Fault, OSError):            # torn, gone, a full disk: the check says so in words
+        except (UserError,
+                OSError):            # torn, gone, a full disk: the check says so in words
             return Response(TORN, media_type="image/svg+xml", headers={"cache-control": "no-store"})

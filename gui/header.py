@@ -57,23 +57,23 @@ class Header:
 def header(ctx: Context, snap: Snapshot) -> str:
     return (f'<div class="header">{_project(ctx, snap)}{_gauge(ctx, snap)}{_pill(ctx, snap)}'
             f'<span class="spring"></span>{_language(ctx)}{_theme(ctx, snap)}'
-            f'{button(ctx.say("close.quit"), "quit", kind="link")}</div>{_broken(ctx)}')
+            f'{button(ctx.tr("close.quit"), "quit", kind="link")}</div>{_broken(ctx)}')
 
 
 def _broken(ctx: Context) -> str:
     """Files of ours that were damaged and are put aside."""
     return "".join(
         f'<section class="card warning" role="alert"><p>{esc(ctx.told(fault))} '
-        f'{button(ctx.say("close.dismiss"), "dismiss")}</p></section>'
+        f'{button(ctx.tr("close.dismiss"), "dismiss")}</p></section>'
         for fault in ctx.app_state.broken)
 
 
 def _project(ctx: Context, snap: Snapshot) -> str:
     names = [name for name in ctx.app_state.projects.names() if name != snap.project.name]
     others = "".join(button(name, "open", name, kind="link") for name in names[:30])
-    label = esc(ctx.say("new_project"))
+    label = esc(ctx.tr("new_project"))
     return (f'<details class="menu"><summary><b aria-hidden="true">◆</b> '
-            f'{esc(ctx.say("project"))}: <b>{esc(snap.project.name)}</b></summary>'
+            f'{esc(ctx.tr("project"))}: <b>{esc(snap.project.name)}</b></summary>'
             f'<div>{others}<form data-act="new"><input required maxlength="60" '
             f'placeholder="{label}" aria-label="{label}"><button class="act">+</button></form>'
             f'</div></details>')
@@ -84,9 +84,9 @@ def _gauge(ctx: Context, snap: Snapshot) -> str:
     if not gauge.total_mb:
         return ""
     key = "memory_of_card" if gauge.kind == "cuda" else "memory_of_computer"
-    said = ctx.say(key, name=gauge.name)
+    said = ctx.tr(key, name=gauge.name)
     degrees = "" if gauge.temperature_c is None else f" · {gauge.temperature_c} °C"
-    name = gauge.name if gauge.kind == "cuda" else ctx.say(f"device_{gauge.kind}")
+    name = gauge.name if gauge.kind == "cuda" else ctx.tr(f"device_{gauge.kind}")
     return (f'<span class="gauge" title="{esc(said)}"><span>{esc(name)}</span>'
             f'{bar(gauge.used_mb / gauge.total_mb, said)}<span>{gauge.used_mb / 1024:.1f} / '
             f'{gigabytes(gauge.total_mb)}{degrees}</span></span>')
@@ -97,13 +97,13 @@ def _pill(ctx: Context, snap: Snapshot) -> str:
     waiting = len(snap.queued)
     more = f" +{waiting}" if view and waiting else ""
     if view is None:
-        text = ctx.say("queue_waits", count=waiting) if waiting else ctx.say("idle")
+        text = ctx.tr("queue_waits", count=waiting) if waiting else ctx.tr("idle")
         return f'<span class="pill idle">○ {esc(text)}</span>'
-    text = " ".join(filter(None, (ctx.say(f"doing_{view.job}") if view.state == "running"
-                                  else ctx.say(f"state_{view.state}"), _share(view))))
+    text = " ".join(filter(None, (ctx.tr(f"doing_{view.job}") if view.state == "running"
+                                  else ctx.tr(f"state_{view.state}"), _share(view))))
     left = f" · {duration(ctx, view.eta_s)}" if view.eta_s and view.state == "running" else ""
     return button(f"● {text}{left}{more}", "job", view.id, kind=f"pill {view.state}",
-                  hint=ctx.say("go_to_run"))
+                  hint=ctx.tr("go_to_run"))
 
 
 def _share(view: JobView) -> str:
@@ -121,6 +121,6 @@ def _language(ctx: Context) -> str:
 
 def _theme(ctx: Context, snap: Snapshot) -> str:
     theme = snap.settings.theme
-    said = esc(ctx.say(f"theme_{theme}"))
+    said = esc(ctx.tr(f"theme_{theme}"))
     return (f'<a class="theme" href="/theme/{NEXT_THEME[theme]}" target="_self" title="{said}" '
             f'aria-label="{said}">{THEME_SIGN[theme]}</a>')

@@ -72,11 +72,11 @@ def duration(ctx: Context, seconds: float) -> str:
     """45 s, 12 min, 3 h 05 min."""
     whole = max(0, round(seconds))
     if whole < 90:
-        return ctx.say("seconds", count=whole)
+        return ctx.tr("seconds", count=whole)
     minutes = round(whole / 60)
     if minutes < 90:
-        return ctx.say("minutes", count=minutes)
-    return ctx.say("hours", hours=minutes // 60, minutes=f"{minutes % 60:02d}")
+        return ctx.tr("minutes", count=minutes)
+    return ctx.tr("hours", hours=minutes // 60, minutes=f"{minutes % 60:02d}")
 
 
 def speed(ctx: Context, steps_per_s: float) -> str:
@@ -84,5 +84,5 @@ def speed(ctx: Context, steps_per_s: float) -> str:
     if steps_per_s <= 0:
         return ""
     if steps_per_s >= 1:
-        return ctx.say("steps_per_s", count=f"{steps_per_s:.1f}")
-    return ctx.say("s_per_step", count=f"{1 / steps_per_s:.2f}")
+        return ctx.tr("steps_per_s", count=f"{steps_per_s:.1f}")
+    return ctx.tr("s_per_step", count=f"{1 / steps_per_s:.2f}")

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 
 from core import i18n
 from core.dataset import thumbnails
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs import bug_report
 from core.jobs.runs import JobView
 from gui.html import ASSETS
@@ -119,7 +119,7 @@ def _file(files: list[str], number: int) -> Path:
 def thumbnail(path: Path) -> Path:
     """A small WebP of a run's picture; one that is small already stays as it is, pixel for
     pixel."""
-    with contextlib.suppress(Fault, OSError):
+    with contextlib.suppress(UserError, OSError):
         return path if path.stat().st_size < SMALL else thumbnails.thumbnail(path, THUMB_PX)
     return path
 

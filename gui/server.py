@@ -54,7 +54,7 @@ class Front:
 
 def page(fault: str = "") -> str:
     """The same page as a file of its own where no server can be opened: see window.py."""
-    told = [i18n.say("window.waiting", lang=lang) for lang in i18n.LANGUAGES]
+    told = [i18n.tr("window.waiting", lang=lang) for lang in i18n.LANGUAGES]
     said = fault.split("\n") if fault else told
     body = "".join(f"<p>{escape(line)}</p>" for line in said)
     return (_PAGE.read_text("utf-8").replace("{body}", body)

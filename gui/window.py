@@ -24,7 +24,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from core import i18n, paths
-from core.errors import Fault
+from core.errors import UserError
 from core.system import logs, message_box, processes
 from core.workspace import settings
 from gui.server import Served, listen
@@ -40,8 +40,8 @@ def open_window(port: int = 0, show: bool = True) -> int:
     """Blocks until the window is closed, or left alone for a while; Ctrl+C ends it too.
 
     A second start brings the first one's window forward, or opens a page of its server. Returns
-    the exit code, 1 where the window shows why it has no pages. Raises Fault where no server can
-    be opened: a port that is taken, a data folder that can't be used.
+    the exit code, 1 where the window shows why it has no pages. Raises UserError where no server
+    can be opened: a port that is taken, a data folder that can't be used.
     """
     with _writable(paths.data_dir()):
         paths.data_dir().mkdir(parents=True, exist_ok=True)
@@ -54,8 +54,8 @@ def open_window(port: int = 0, show: bool = True) -> int:
         return _serve(port, show)
 
 
-def say(key: str, **params: Any) -> str:
-    return i18n.say(f"window.{key}", params, _language())
+def tr(key: str, **params: Any) -> str:
+    return i18n.tr(f"window.{key}", params, _language())
 
 
 def _language() -> str:
@@ -75,7 +75,7 @@ def _lock() -> FileLock | None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EROFS) or not path.exists():
             raise _fault(error, paths.data_dir()) from None
-        raise Fault("window.lock_broken", file=path, reason=error.strerror) from None
+        raise UserError("window.lock_broken", file=path, reason=error.strerror) from None
     return lock
 
 
@@ -87,11 +87,11 @@ def _writable(folder: Path) -> Any:
         raise _fault(error, folder) from None
 
 
-def _fault(error: OSError, folder: Path) -> Fault:
+def _fault(error: OSError, folder: Path) -> UserError:
     if error.errno == errno.ENOSPC:
-        return Fault("window.disk_full", folder=folder)
-    return Fault("window.folder_locked", folder=error.filename or folder,
-                 reason=error.strerror or error)
+        return UserError("window.disk_full", folder=folder)
+    return UserError("window.folder_locked", folder=error.filename or folder,
+                     reason=error.strerror or error)
 
 
 def _serve(port: int, show: bool) -> int:
@@ -99,7 +99,7 @@ def _serve(port: int, show: bool) -> int:
     try:
         stage.served = served = listen(port, stage.focus)
     except (OSError, OverflowError) as error:
-        raise Fault("window.port_taken", port=port, reason=error) from None
+        raise UserError("window.port_taken", port=port, reason=error) from None
     file = paths.data_dir() / ADDRESS
     try:
         with _writable(paths.data_dir()):
@@ -108,7 +108,7 @@ def _serve(port: int, show: bool) -> int:
             os.chmod(file, 0o600)       # it holds the token
         return stage.play()
     except KeyboardInterrupt:
-        print(say("closed"))
+        print(tr("closed"))
         return 0
     finally:
         served.close()
@@ -146,7 +146,7 @@ class _Stage:
             pages().move_in(self.served)
             if self.window:
                 self.served.app_state.desktop.window = self.window
-            print(say("open", url=self.served.url), flush=True)
+            print(tr("open", url=self.served.url), flush=True)
         except BaseException as error:
             _log.exception("no pages")
             self.served.front.fault = _why_not(error)
@@ -162,7 +162,7 @@ class _Stage:
             return self._in_webview()
         except Exception as error:      # no display, no GTK: the browser is there
             _log.warning("no window of its own", exc_info=True)
-            print(say("no_native", reason=str(error).rstrip(".")))
+            print(tr("no_native", reason=str(error).rstrip(".")))
             return False
         finally:
             signal.signal(signal.SIGTERM, handler)
@@ -181,7 +181,7 @@ class _Stage:
         webview.start(private_mode=False, storage_path=str(paths.data_dir() / "webview"))
         if window.events.shown.is_set():
             return True
-        raise OSError(say("no_webview"))
+        raise OSError(tr("no_webview"))
 
     def _take(self, window: WebviewWindow | None) -> None:
         self.window = window
@@ -193,7 +193,7 @@ class _Stage:
         return self.served.rooms is None or self.served.rooms.desktop.may_close()
 
     def _no_browser(self) -> None:
-        told = say("no_browser", url=self.served.url)
+        told = tr("no_browser", url=self.served.url)
         print(told, flush=True)
         if message_box.unseen():
             threading.Thread(target=message_box.show, args=[told], daemon=True).start()
@@ -222,22 +222,22 @@ def _can_show(renderer: str) -> bool:
 
 
 def _why_not(error: BaseException) -> str:
-    if isinstance(error, Fault):
-        return i18n.say(error.code, error.params, _language())
+    if isinstance(error, UserError):
+        return i18n.tr(error.code, error.params, _language())
     if isinstance(error, OSError):
         fault = _fault(error, paths.data_dir())
-        return i18n.say(fault.code, fault.params, _language())
+        return i18n.tr(fault.code, fault.params, _language())
     reason = f"{type(error).__name__}: {error}"
-    return say("broken_app" if processes.frozen() else "broken_packages", reason=reason,
-               log=logs.file())
+    return tr("broken_app" if processes.frozen() else "broken_packages", reason=reason,
+              log=logs.file())
 
 
 def _to_the_first(show: bool) -> None:
-    """What a second start does. Raises Fault where the first one doesn't answer."""
+    """What a second start does. Raises UserError where the first one doesn't answer."""
     url = _running()
-    print(say("already", url=url))
+    print(tr("already", url=url))
     if show and not _brought_forward(url) and not message_box.browse(url):
-        raise Fault("window.no_browser", url=url)
+        raise UserError("window.no_browser", url=url)
 
 
 def _running() -> str:
@@ -249,7 +249,7 @@ def _running() -> str:
             if psutil.pid_exists(int(found["pid"])):
                 return str(found["url"])
         time.sleep(0.2)
-    raise Fault("window.starting")
+    raise UserError("window.starting")
 
 
 def _brought_forward(url: str) -> bool:
@@ -261,6 +261,6 @@ def _brought_forward(url: str) -> bool:
             "Host": parts.netloc, "Cookie": f"darkroom_{parts.port}={token}"})
         return bool(json.loads(connection.getresponse().read())["native"])
     except (OSError, ValueError, KeyError, http.client.HTTPException):
-        raise Fault("window.hangs", url=url) from None
+        raise UserError("window.hangs", url=url) from None
     finally:
         connection.close()

@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-from core.errors import Fault, Fix
+from core.errors import Fix, UserError
 from core.jobs import worker
 from core.jobs.events import Checkpoint, Note, Phase, Sample, Step
 
@@ -50,8 +50,8 @@ def train(config, emit, control):
 def _misbehave(what, config):
     match what:
         case "fault":
-            raise Fault("config.missing", file=Path("画/no.yaml"), folder=Path("/x"),
-                        fixes=[Fix("smaller", {"lora_rank": 4})])
+            raise UserError("config.missing", file=Path("画/no.yaml"), folder=Path("/x"),
+                            fixes=[Fix("smaller", {"lora_rank": 4})])
         case "crash":
             raise ValueError("first line\nsecond line")
         case "exit":

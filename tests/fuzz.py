@@ -1,5 +1,6 @@
 """python -m tests.fuzz --files 10000: mutated files of every kind that the program reads. Each must
-give a value or a Fault within seconds, write nothing outside its folder and run or call nothing.
+give a value or a UserError within seconds, write nothing outside its folder and run or call
+nothing.
 
 `--seed` repeats a run; `--only NAME` reads one kind; a file that breaks something is kept in
 `--keep` under the name of its reader and number.
@@ -208,7 +209,7 @@ set: {lora_rank: 8, epochs: 4}
 # --- readers ----------------------------------------------------------------------------------
 
 def read_a_lora(file: Path, box: Path) -> None:
-    from core.errors import Fault
+    from core.errors import UserError
     from core.hashes import data_hash
     from core.importers import load_train_config
     from core.lora_files import files as lora_file
@@ -217,7 +218,7 @@ def read_a_lora(file: Path, box: Path) -> None:
     for more in (lora_file.read_lora, load_train_config):
         try:
             more(file)
-        except Fault as fault:
+        except UserError as fault:
             str(fault)
     _load_into_base(file)
 
@@ -361,7 +362,7 @@ def read_state(file: Path, box: Path) -> None:
     from captioner.captions.undo import History
     from captioner.progress import Progress
     from core.dataset import curation
-    from core.errors import Fault
+    from core.errors import UserError
     from core.training import checkpoint
     folder = box / "state"
     folder.mkdir()
@@ -375,18 +376,18 @@ def read_state(file: Path, box: Path) -> None:
                  lambda: Progress(folder, "ab", read_only=True), lambda: checkpoint.load(folder)):
         try:
             read()
-        except Fault as fault:
+        except UserError as fault:
             str(fault)
 
 
 def read_a_prompt(file: Path, box: Path) -> None:
-    from core.errors import Fault
+    from core.errors import UserError
     from core.lora_files.library import Tag, find_lora, parse_lora, split_prompt
     text = file.read_bytes().decode("utf-8", "surrogateescape")
     for tag in [*split_prompt(text)[1], Tag(*parse_lora(text))]:
         try:
             find_lora(tag.name, tag.weight)
-        except Fault as fault:
+        except UserError as fault:
             str(fault)
 
 
@@ -492,7 +493,7 @@ class Broken:
 
 
 def run(files: int, seed: int = 0, only: str = "", home: Path | None = None,
-        say: Callable[[str], object] = print) -> tuple[list[Kind], list[Broken]]:
+        tr: Callable[[str], object] = print) -> tuple[list[Kind], list[Broken]]:
     """Reads `files` mutated files; -> the kinds with their outcomes, and what broke."""
     home = home or Path(tempfile.mkdtemp(prefix="fuzz-"))
     os.environ["DARKROOM_HOME"] = str(home / "home")
@@ -512,9 +513,9 @@ def run(files: int, seed: int = 0, only: str = "", home: Path | None = None,
             content = _content(kind, number, rng)
             if what := _one(kind, content, rng, home / "box", watch):
                 broken.append(Broken(kind.name, number, what, content))
-                say(f"{kind.name} {number}: {what.strip().splitlines()[-1]}")
-        say(f"{kind.name}: {count} files, {time.monotonic() - began:.0f} s, "
-            + ", ".join(f"{n} {what}" for what, n in kind.outcomes.most_common(4)))
+                tr(f"{kind.name} {number}: {what.strip().splitlines()[-1]}")
+        tr(f"{kind.name}: {count} files, {time.monotonic() - began:.0f} s, "
+           + ", ".join(f"{n} {what}" for what, n in kind.outcomes.most_common(4)))
     return chosen, broken
 
 
@@ -562,7 +563,7 @@ def _box(path: Path) -> Path:
 
 def _one(kind: Kind, content: bytes, rng: random.Random, where: Path, watch: Watch) -> str:
     """'' or what went wrong."""
-    from core.errors import Fault
+    from core.errors import UserError
     box = _box(where)
     file = box / f"file{rng.choice(kind.suffixes)}"
     file.write_bytes(content)
@@ -571,7 +572,7 @@ def _one(kind: Kind, content: bytes, rng: random.Random, where: Path, watch: Wat
         with limited():
             kind.read(file, box)
         outcome = "read"
-    except Fault as fault:
+    except UserError as fault:
         outcome = fault.code
         if "\n" in (said := str(fault)) or len(said) > 20_000:
             return f"not one sentence: {said[:300]!r}"

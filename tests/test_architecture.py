@@ -166,7 +166,7 @@ def test_no_key_stands_twice(name: str) -> None:
 
 
 def keys_in_source() -> Iterator[tuple[str, str]]:
-    """(place, key) of each Fault("code"), Note(key="..."), words.say("...") with a literal."""
+    """(place, key) of each UserError("code"), Note(key="..."), words.tr("...") with a literal."""
     for path in sources():
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.Call):
@@ -177,7 +177,7 @@ def keys_in_source() -> Iterator[tuple[str, str]]:
 def _literals(call: ast.Call) -> Iterator[str]:
     name = getattr(call.func, "id", getattr(call.func, "attr", ""))
     owner = getattr(getattr(call.func, "value", None), "id", "")
-    if name == "Fault" or (name == "say" and owner == "i18n"):
+    if name == "UserError" or (name == "tr" and owner == "i18n"):
         yield from _texts(call.args[0]) if call.args else ()
     elif name == "Note":
         for keyword in call.keywords:
@@ -205,7 +205,7 @@ def test_faults_give_what_their_sentence_asks_for() -> None:
     known, wrong = catalogue("en"), []
     for path in sources():
         for node in ast.walk(tree(path)):
-            if (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Fault"
+            if (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError"
                     and node.args and all(keyword.arg for keyword in node.keywords)):
                 given = {str(keyword.arg) for keyword in node.keywords}
                 wrong += [f"{path.relative_to(ROOT)}:{node.lineno}: {key} lacks {lacking}"

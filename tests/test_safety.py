@@ -25,7 +25,7 @@ from core.config import parse_train_config
 from core.config.draw import DrawConfig
 from core.dataset import images
 from core.dataset.image_folder import scan
-from core.errors import Fault
+from core.errors import UserError
 from core.families.detection import Base
 from core.importers import load_train_config
 from core.inference import generate
@@ -41,7 +41,7 @@ CPU = Precision(torch.device("cpu"), *[torch.float32] * 3)
 
 
 def code_of(call: Callable[[], object]) -> str:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         call()
     assert "\n" not in str(caught.value)
     return caught.value.code
@@ -98,7 +98,7 @@ def test_nan_is_told_before_it_blackens_pictures(tmp_path: Path, value: float,
     weights = {"lora_unet_x.lora_down.weight": torch.ones(2, 2, dtype=dtype),
                "lora_unet_x.lora_up.weight": torch.full((2, 2), value, dtype=dtype)}
     save_file(weights, tmp_path / "a.safetensors")
-    with pytest.raises(Fault, match="lora_up") as caught:
+    with pytest.raises(UserError, match="lora_up") as caught:
         files.read_lora(tmp_path / "a.safetensors")
     assert caught.value.code == "lora_file.holds_nan"
 
@@ -227,7 +227,7 @@ def test_mutated_files_of_every_kind(tmp_path: Path) -> None:
 
 
 def test_names_cant_steer_the_terminal() -> None:
-    told = str(Fault("lora_file.missing", file=Path("\x1b[2J\u202ea.txt"), folder="x"))
+    told = str(UserError("lora_file.missing", file=Path("\x1b[2J\u202ea.txt"), folder="x"))
     assert "\x1b" not in told
     assert "\u202e" not in told
     assert "[2J" in told

@@ -20,7 +20,7 @@ from typing import Literal
 
 from captioner.captions.table import Table
 from core import paths
-from core.errors import Fault
+from core.errors import UserError
 
 Kind = Literal["sidecar", "row", "table"]
 
@@ -52,7 +52,7 @@ def perform(swaps: Sequence[Swap]) -> list[Swap]:
     """Carries out what fits and returns what doesn't, because a place holds something else by
     now. A place that holds the new content already counts as done. Files are replaced whole.
 
-    Raises Fault where a file can't be written; files written before it stay written.
+    Raises UserError where a file can't be written; files written before it stay written.
     """
     files: dict[Path, list[Swap]] = {}
     for swap in swaps:
@@ -77,20 +77,20 @@ def check_writable(folders: Iterable[Path]) -> None:
             raise cannot_write(error, folder) from None
 
 
-def cannot_write(error: OSError, file: Path) -> Fault:
+def cannot_write(error: OSError, file: Path) -> UserError:
     name = file if str(error.filename or "").endswith(".tmp") else error.filename or file
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return Fault("captions.disk_full", file=name)
+        return UserError("captions.disk_full", file=name)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return Fault("captions.read_only", file=name)
-    return Fault("captions.not_written", file=name, reason=error.strerror or error)
+        return UserError("captions.read_only", file=name)
+    return UserError("captions.not_written", file=name, reason=error.strerror or error)
 
 
 def _change_file(swaps: Sequence[Swap]) -> list[Swap]:
     """All swaps of one file, in order; those that don't fit come back."""
     file = Path(os.path.realpath(swaps[0].place.file))      # a link stays a link
     if file.suffix.lower() != swaps[0].place.file.suffix.lower():
-        raise Fault("captions.odd_link", file=swaps[0].place.file, target=file)
+        raise UserError("captions.odd_link", file=swaps[0].place.file, target=file)
     left: list[Swap] = []
     try:
         old = data = _bytes(file)
@@ -124,7 +124,7 @@ def _change_rows(file: Path, data: bytes | None,
         return None, [swap for swap in swaps if swap.after is not None]
     try:
         table = Table(file, data)
-    except (ValueError, Fault):             # somebody made something else of it
+    except (ValueError, UserError):             # somebody made something else of it
         return data, list(swaps)
     before = table.to_bytes()
     left = [swap for swap in swaps if not _change_row(table, swap)]

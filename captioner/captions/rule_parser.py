@@ -12,11 +12,11 @@ from pydantic import TypeAdapter, ValidationError
 from captioner.captions.rules import RULES, Replace, Rule, name_of
 from core import i18n
 from core.config.flat_yaml import problem_of
-from core.errors import Fault
+from core.errors import UserError
 
 
 def parse(rules: Iterable[Mapping[str, Any]]) -> tuple[Rule, ...]:
-    """Raises Fault with the rule's number, its key, and the nearest known name."""
+    """Raises UserError with the rule's number, its key, and the nearest known name."""
     return tuple(_parsed(number, given) for number, given in enumerate(rules, 1))
 
 
@@ -33,7 +33,7 @@ def as_dict(rule: Rule) -> dict[str, Any]:
 def _parsed(number: int, given: Mapping[str, Any]) -> Rule:
     name = given.get("rule")
     if not isinstance(name, str) or name not in RULES:
-        raise Fault("rules.unknown", number=number, rule=name or "?", known=", ".join(RULES))
+        raise UserError("rules.unknown", number=number, rule=name or "?", known=", ".join(RULES))
     cls = RULES[name]
     values = {"with_" if key == "with" else str(key): value for key, value in given.items()
               if key != "rule"}
@@ -46,18 +46,18 @@ def _parsed(number: int, given: Mapping[str, Any]) -> Rule:
 
 
 def _refused(number: int, name: str, cls: type[Rule], given: Mapping[str, Any],
-             error: ValidationError) -> Fault:
+             error: ValidationError) -> UserError:
     first = error.errors()[0]
     key = str(first["loc"][0]).rstrip("_") if first["loc"] else "?"
     known = [one.name.rstrip("_") for one in fields(cls)]
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         close = i18n.nearest(key, known, 1)
-        return Fault("rules.unknown_key", number=number, rule=name, key=key,
-                     known=", ".join(close or known))
+        return UserError("rules.unknown_key", number=number, rule=name, key=key,
+                         known=", ".join(close or known))
     if first["type"].startswith("missing"):
-        return Fault("rules.missing_key", number=number, rule=name, key=key)
-    return Fault("rules.bad_value", number=number, rule=name, key=key, value=given.get(key),
-                 problem=problem_of(first))
+        return UserError("rules.missing_key", number=number, rule=name, key=key)
+    return UserError("rules.bad_value", number=number, rule=name, key=key, value=given.get(key),
+                     problem=problem_of(first))
 
 
 def _check_regex(number: int, rule: Rule) -> None:
@@ -72,8 +72,8 @@ def _check_regex(number: int, rule: Rule) -> None:
         bare = "()" * (groups - len(rule.pattern().groupindex))
         regex.compile(names + bare).sub(rule.with_, "")
     except (regex.error, IndexError) as error:
-        raise Fault("rules.bad_regex", number=number, rule="replace", key=key, find=text,
-                    reason=error) from None
+        raise UserError("rules.bad_regex", number=number, rule="replace", key=key, find=text,
+                        reason=error) from None
 
 
 _LINES: dict[str, tuple[str, ...]] = {      # the keys that `rule:first=>second` fills
@@ -92,10 +92,11 @@ def parse_line(line: str, number: int = 1) -> dict[str, Any]:
     name = name.strip()
     told = dict(_SHORT.get(name, {"rule": name}))
     if told["rule"] not in RULES:
-        raise Fault("rules.unknown", number=number, rule=name, known=", ".join((*RULES, *_SHORT)))
+        raise UserError("rules.unknown", number=number, rule=name,
+                        known=", ".join((*RULES, *_SHORT)))
     keys = _LINES[str(told["rule"])]
     parts = rest.split("=>", 1) if len(keys) == 2 else [rest] if rest else []
     if len(parts) > len(keys) or (len(keys) == 2 and len(parts) < 2):
-        raise Fault("rules.bad_line", number=number, line=line,
-                    form=("=>".join(keys) and f"{name}:{'=>'.join(keys)}") or name)
+        raise UserError("rules.bad_line", number=number, line=line,
+                        form=("=>".join(keys) and f"{name}:{'=>'.join(keys)}") or name)
     return told | dict(zip(keys, parts, strict=False))

@@ -34,7 +34,7 @@ from captioner.captions.text import (
     tidy,
 )
 from core.dataset.captions import one_line, split_tags
-from core.errors import Fault
+from core.errors import UserError
 
 TIME_LIMIT_S = 0.5                          # for one regular expression on one caption
 TAG_WORDS = 4                               # more words than that are a sentence
@@ -321,15 +321,15 @@ class Change:
 
 
 def apply(caption: str, rules: Sequence[Rule], about: About | None = None) -> str:
-    """The caption after all rules, in order. Raises Fault that names the rule's number."""
+    """The caption after all rules, in order. Raises UserError that names the rule's number."""
     about = about or About()
     for number, rule in enumerate(rules, 1):
         if rule.meant_for(about.name):
             try:
                 caption = rule.change(caption, about)
             except _Trouble as trouble:
-                raise Fault(f"rules.{trouble.what}", number=number, rule=name_of(rule),
-                            **trouble.params) from None
+                raise UserError(f"rules.{trouble.what}", number=number, rule=name_of(rule),
+                                **trouble.params) from None
     return caption
 
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from captioner.captions.text import fits_star, matches, phrase, tag_key
 from core.dataset.captions import split_tags
-from core.errors import Fault
+from core.errors import UserError
 
 # --- statistics -------------------------------------------------------------------------------
 
@@ -129,7 +129,8 @@ _FIELDS = ("tag", "text", "file", "has")
 
 def find(expression: str, captions: Mapping[str, str], trigger: str = "",
          count_tokens: Callable[[str], int] | None = None) -> list[str]:
-    """The names of the pictures whose captions fit. Raises Fault with the column of a mistake."""
+    """The names of the pictures whose captions fit. Raises UserError with the column of a
+    mistake."""
     fits = parse(expression)
     return [name for name, caption in captions.items()
             if fits(Subject(caption, name, trigger, count_tokens))]
@@ -147,7 +148,7 @@ def needs_tokens(expression: str) -> bool:
 
 def _tokens(one: Subject) -> int:
     if one.count_tokens is None:
-        raise Fault("captions.no_tokenizer")
+        raise UserError("captions.no_tokenizer")
     return one.count_tokens(one.caption)
 
 
@@ -157,7 +158,7 @@ def _tokenised(expression: str) -> list[_Token]:
         kind, start = str(found.lastgroup), found.start(str(found.lastgroup)) + 1
         text = found[kind]
         if kind == "open":
-            raise Fault("captions.filter_quote", filter=expression, column=start)
+            raise UserError("captions.filter_quote", filter=expression, column=start)
         if kind == "odd":
             _wrong(expression, _Token("odd", text, start))
         tokens.append(_Token(text if kind == "bracket" else kind,
@@ -173,8 +174,8 @@ def _unquoted(text: str) -> str:
 
 def _wrong(expression: str, token: _Token) -> NoReturn:
     if token.kind == "end":
-        raise Fault("captions.filter_ends", filter=expression, column=token.at)
-    raise Fault("captions.filter_wrong", filter=expression, column=token.at, found=token.text)
+        raise UserError("captions.filter_ends", filter=expression, column=token.at)
+    raise UserError("captions.filter_wrong", filter=expression, column=token.at, found=token.text)
 
 
 class _Parser:
@@ -251,7 +252,7 @@ class _Parser:
             _wrong(self.expression, opened)
         test = self._or()
         if self.token.kind != ")":
-            raise Fault("captions.filter_bracket", filter=self.expression, column=opened.at)
+            raise UserError("captions.filter_bracket", filter=self.expression, column=opened.at)
         self._take()
         self.depth -= 1
         return test
@@ -261,8 +262,8 @@ class _Parser:
         compare = _COMPARE[self._take().text]
         number = self._take()
         if number.kind != "word" or not re.fullmatch("[0-9]{1,9}", number.text):
-            raise Fault("captions.filter_number", filter=self.expression, column=number.at,
-                        found=number.text or "-")
+            raise UserError("captions.filter_number", filter=self.expression, column=number.at,
+                            found=number.text or "-")
         limit = int(number.text)
         return lambda one: compare(measure(one), limit)
 
@@ -289,8 +290,8 @@ class _Parser:
             _wrong(self.expression, self.token)
         if field == "has":
             if value.lower() not in _HAS:
-                raise Fault("captions.filter_has", filter=self.expression, column=token.at,
-                            found=value, known=", ".join(f"has:{one}" for one in _HAS))
+                raise UserError("captions.filter_has", filter=self.expression, column=token.at,
+                                found=value, known=", ".join(f"has:{one}" for one in _HAS))
             return _HAS[value.lower()]
         if field == "file":
             return lambda one: matches(one.name, value)

@@ -17,7 +17,7 @@ from typing import Literal
 from captioner.captions.edits import Place, Swap
 from captioner.captions.table import HEADER, JSON_SUFFIXES, Table, caption_in, encoded
 from core.dataset import image_folder
-from core.errors import Fault
+from core.errors import UserError
 from core.serialization import readable_name
 
 WriteTo = Literal["auto", "txt", "caption", "csv", "jsonl"]
@@ -53,7 +53,7 @@ class Store:
 
     def __init__(self, folder: Path, metadata: Path | None = None,
                  write_to: WriteTo = "auto") -> None:
-        """Raises Fault where there are no pictures, a table can't be read, or training would
+        """Raises UserError where there are no pictures, a table can't be read, or training would
         read something else before what is written to `write_to`."""
         self.folder = Path(os.path.abspath(folder.expanduser()))
         reader = _Reader(self.folder, metadata, write_to)
@@ -146,7 +146,7 @@ class _Reader:
         if self.metadata is not None:
             self.metadata = Path(os.path.abspath(self.metadata.expanduser()))
             if self.metadata.suffix.lower() not in (".csv", *JSON_SUFFIXES):
-                raise Fault("captions.table_suffix", file=self.metadata)
+                raise UserError("captions.table_suffix", file=self.metadata)
         self.table_files = self._order()
 
     def _order(self) -> list[Path]:
@@ -176,7 +176,7 @@ class _Reader:
             except FileNotFoundError:       # given, and yet to be made
                 continue
             except (OSError, ValueError) as error:
-                raise Fault("dataset.metadata_unreadable", file=file, reason=error) from None
+                raise UserError("dataset.metadata_unreadable", file=file, reason=error) from None
             for record in table.records:
                 if not record.name:
                     continue
@@ -265,8 +265,8 @@ class _Reader:
                   and self._rank(entry.home) < self._rank(entry.place)]
         if hidden and self.write_to != "auto":
             home = hidden[0].home
-            raise Fault("captions.shadowed", count=len(hidden), target=self.write_to,
-                        file=self.tree.name(home.file) if home else "")
+            raise UserError("captions.shadowed", count=len(hidden), target=self.write_to,
+                            file=self.tree.name(home.file) if home else "")
 
     def _rank(self, place: Place) -> tuple[int, int, str]:
         if place.kind == "row":

@@ -51,7 +51,7 @@ class Table:
     was no UTF-8 before, as Excel takes it for the system's encoding else."""
 
     def __init__(self, path: Path, data: bytes) -> None:
-        """Raises ValueError for what is no text, Fault where the columns are missing."""
+        """Raises ValueError for what is no text, UserError where the columns are missing."""
         text = decode_text(data)
         is_json = path.suffix.lower() in JSON_SUFFIXES
         self.syntax: _Syntax = _Jsonl() if is_json else _Csv(text, path)

@@ -15,7 +15,7 @@ def counter(base: str = "") -> Callable[[str], int]:
     """Counts a text's tokens, without the start and end marks, as the base's tokenizer does.
 
     `base` is a model folder or file, whose weights aren't read; empty: CLIP's tokenizer. Raises
-    Fault where there is no such base.
+    UserError where there is no such base.
     """
     count = _of_base(Path(base).expanduser()) if base else _clip()
     return functools.lru_cache(maxsize=65536)(count)

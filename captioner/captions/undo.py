@@ -76,7 +76,7 @@ class History:
         self._lock = FileLock(self.state / "lock")
 
     def carry_out(self, action: Action, swaps: Sequence[Swap]) -> Outcome:
-        """Journals the swaps as part of the action, then makes them. Raises Fault where the
+        """Journals the swaps as part of the action, then makes them. Raises UserError where the
         journal or a file can't be written."""
         if not swaps:
             return Outcome(action, [], [])

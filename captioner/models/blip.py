@@ -22,7 +22,7 @@ from torch import Tensor
 from captioner.base import CaptionerSpec, Description
 from captioner.config import CaptionConfig
 from captioner.models import weights
-from core.errors import Fault
+from core.errors import UserError
 from core.hashes import fingerprint
 from core.serialization import from_json
 from core.weights import precision
@@ -43,7 +43,7 @@ class Blip:
     def __init__(self, config: CaptionConfig) -> None:
         self.most = config.max_tokens or LENGTH
         if config.min_tokens > self.most:
-            raise Fault("blip.lengths", least=config.min_tokens, most=self.most)
+            raise UserError("blip.lengths", least=config.min_tokens, most=self.most)
         self.config = config
         self.name = config.models.get("blip", self.spec.default_model)
 
@@ -149,15 +149,15 @@ def with_prompt(text: str, prompt: str) -> str:
 
 
 def model_type(folder: Path) -> str:
-    """"blip" or "blip-2". Raises Fault for another model's folder."""
+    """"blip" or "blip-2". Raises UserError for another model's folder."""
     file = folder / "config.json"
     try:
         settings = from_json(file.read_text("utf-8"))
         kind = str(settings["model_type"])
     except OSError:
-        raise Fault("blip.no_config", folder=folder) from None
+        raise UserError("blip.no_config", folder=folder) from None
     except (ValueError, KeyError, TypeError):
-        raise Fault("blip.bad_config", file=file) from None
+        raise UserError("blip.bad_config", file=file) from None
     if kind not in CLASSES:
-        raise Fault("blip.other_model", folder=folder, kind=kind)
+        raise UserError("blip.other_model", folder=folder, kind=kind)
     return kind

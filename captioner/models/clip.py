@@ -33,7 +33,7 @@ from captioner.base import CaptionerSpec, Description, Tag
 from captioner.config import CaptionConfig
 from captioner.models import tagging, weights
 from core.dataset.cache import Cache, key
-from core.errors import Fault
+from core.errors import UserError
 from core.hashes import fingerprint
 from core.serialization import from_json
 from core.weights import precision
@@ -199,12 +199,12 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
             raise ValueError("model_cfg is missing")
         return settings
     except (ValueError, AttributeError, UnicodeDecodeError) as error:
-        raise Fault("clip.bad_config", file=folder / CONFIG, problem=error) from None
+        raise UserError("clip.bad_config", file=folder / CONFIG, problem=error) from None
     except OSError:
         architecture, _, tag = name.partition("/")
         model = open_clip.get_model_config(architecture)
         if model is None or not tag:
-            raise Fault("clip.no_config", folder=folder, file=CONFIG) from None
+            raise UserError("clip.no_config", folder=folder, file=CONFIG) from None
         return {"model_cfg": model,
                 "preprocess_cfg": get_pretrained_cfg(architecture, tag)}
 

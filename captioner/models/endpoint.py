@@ -32,7 +32,7 @@ from captioner.base import CaptionerSpec, Description
 from captioner.config import CaptionConfig
 from captioner.models.sentences import clean, is_refusal, whole_sentences
 from captioner.pipeline import CONTEXT
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.events import Note
 
 PROMPT = ("Describe this picture in one to three sentences for training an image model: subject, "
@@ -92,11 +92,11 @@ class Endpoint:
         known = self._models()
         if self.model == "auto":
             if not known:
-                raise Fault("endpoint.no_models", address=self.address)
+                raise UserError("endpoint.no_models", address=self.address)
             self.model = best_of(known)
             self.notes.append(Note(key="endpoint.chosen", params={"model": self.model}))
         elif known and self.model not in known and f"{self.model}:latest" not in known:
-            raise Fault("endpoint.no_model", model=self.model, known=", ".join(known[:8]))
+            raise UserError("endpoint.no_model", model=self.model, known=", ".join(known[:8]))
 
     def prepare(self, image: Image.Image) -> Ask:
         """The runner may lay what it knows of the picture into image.info["darkroom"]."""
@@ -179,35 +179,35 @@ class Endpoint:
         reason = _reason(error)
         if error.code in BUSY:
             code = "endpoint.too_busy" if error.code == 429 else "endpoint.fails"
-            return _Again(Fault(code, address=self.address, status=error.code, reason=reason),
+            return _Again(UserError(code, address=self.address, status=error.code, reason=reason),
                           _seconds(error.headers.get("Retry-After")))
         if 300 <= error.code < 400:
-            return Fault("endpoint.redirects", address=self.address,
-                         target=error.headers.get("Location", "?"))
+            return UserError("endpoint.redirects", address=self.address,
+                             target=error.headers.get("Location", "?"))
         if error.code in (401, 403):
-            return Fault("endpoint.key", address=self.address, variable=KEY)
+            return UserError("endpoint.key", address=self.address, variable=KEY)
         if error.code in (404, 405):
-            return Fault("endpoint.no_route", address=self.address, model=self.model,
-                         reason=reason)
-        return Fault("endpoint.refuses", address=self.address, model=self.model,
-                     status=error.code, reason=reason)
+            return UserError("endpoint.no_route", address=self.address, model=self.model,
+                             reason=reason)
+        return UserError("endpoint.refuses", address=self.address, model=self.model,
+                         status=error.code, reason=reason)
 
     def _broken(self, error: Exception) -> Exception:
         reason = getattr(error, "reason", error)
         if isinstance(reason, TimeoutError):
             return self._slow()
-        return _Again(Fault("endpoint.down", address=self.address, reason=str(reason)
-                            or type(reason).__name__))
+        return _Again(UserError("endpoint.down", address=self.address, reason=str(reason)
+                                or type(reason).__name__))
 
-    def _slow(self) -> Fault:
+    def _slow(self) -> UserError:
         """Not tried again: whoever waits two minutes needn't wait eight."""
-        return Fault("endpoint.slow", address=self.address, seconds=self.config.timeout_s)
+        return UserError("endpoint.slow", address=self.address, seconds=self.config.timeout_s)
 
 
 class _Again(Exception):
     """Worth another try; `fault` is told when all have failed."""
 
-    def __init__(self, fault: Fault, wait_s: float = 0.0) -> None:
+    def __init__(self, fault: UserError, wait_s: float = 0.0) -> None:
         super().__init__(fault.code)
         self.fault, self.wait_s = fault, wait_s
 
@@ -222,7 +222,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 def address_of(text: str) -> str:
     """`localhost:1234` -> `http://localhost:1234/v1`; a path that is written stays.
 
-    Raises Fault `endpoint.bad_address`.
+    Raises UserError `endpoint.bad_address`.
     """
     written = text.strip()
     address = written if "://" in written else f"http://{written}"
@@ -233,7 +233,7 @@ def address_of(text: str) -> str:
     except ValueError:
         fine = False
     if not fine or re.search(r"[\s@?#]", address):
-        raise Fault("endpoint.bad_address", address=text)
+        raise UserError("endpoint.bad_address", address=text)
     return address if parts.path else f"{address}/v1"
 
 
@@ -265,32 +265,32 @@ def _filled(template: str, values: dict[str, str]) -> str:
     unknown = re.findall(r"\{(\w+)\}", template)
     for name in unknown:
         if name not in ("trigger", "caption", "tags"):
-            raise Fault("endpoint.placeholder", name=name)
+            raise UserError("endpoint.placeholder", name=name)
     return re.sub(r"\{(trigger|caption|tags)\}", lambda found: values.get(found[1], ""), template)
 
 
 # --- answers ---
 
 def caption_of(answer: dict[str, Any], length: int) -> str:
-    """The caption in a chat completion. Raises Fault where the answer can't be one."""
+    """The caption in a chat completion. Raises UserError where the answer can't be one."""
     try:
         choice = answer["choices"][0]
         content, ended = choice["message"]["content"], choice.get("finish_reason")
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise Fault("endpoint.other_format", answer=json.dumps(answer)[:200]) from None
+        raise UserError("endpoint.other_format", answer=json.dumps(answer)[:200]) from None
     if isinstance(content, list):       # some servers answer in parts
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     raw = content if isinstance(content, str) else ""
     text = clean(raw)
     if not text:
         thought = "think" in raw or (ended == "length" and not raw.strip())
-        raise Fault("endpoint.thinking" if thought else "endpoint.empty", tokens=length)
+        raise UserError("endpoint.thinking" if thought else "endpoint.empty", tokens=length)
     if is_refusal(text):
-        raise Fault("endpoint.refused", answer=text[:100])
+        raise UserError("endpoint.refused", answer=text[:100])
     if re.match(r"<!doctype|<html", text, re.IGNORECASE):
-        raise Fault("endpoint.html", answer=text[:60])
+        raise UserError("endpoint.html", answer=text[:60])
     if len(text) > LONGEST:
-        raise Fault("endpoint.too_long", count=len(text), most=LONGEST)
+        raise UserError("endpoint.too_long", count=len(text), most=LONGEST)
     return whole_sentences(text) if ended == "length" else text
 
 
@@ -300,13 +300,13 @@ def _parsed(data: bytes, address: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         start = data[:60].decode("utf-8", "replace").strip()
         page = re.match(r"\s*(<!doctype|<html)", start, re.IGNORECASE)
-        raise Fault("endpoint.web_page" if page else "endpoint.not_json", address=address,
-                    answer=start) from None
+        raise UserError("endpoint.web_page" if page else "endpoint.not_json", address=address,
+                        answer=start) from None
     if not isinstance(answer, dict):
-        raise Fault("endpoint.other_format", answer=str(answer)[:200])
+        raise UserError("endpoint.other_format", answer=str(answer)[:200])
     if answer.get("error") and "choices" not in answer:         # some say it with status 200
-        raise Fault("endpoint.refuses", address=address, model="", status=200,
-                    reason=_message(answer))
+        raise UserError("endpoint.refuses", address=address, model="", status=200,
+                        reason=_message(answer))
     return answer
 
 
@@ -316,7 +316,7 @@ def _read(response: Any, until: float) -> bytes:
     while chunk := response.read1(65536):
         data += chunk
         if len(data) > LARGEST:
-            raise Fault("endpoint.huge", most=LARGEST // 1_000_000)
+            raise UserError("endpoint.huge", most=LARGEST // 1_000_000)
         if time.monotonic() > until:
             raise TimeoutError
     if response.length:                 # http.client tells a cut body only by this

@@ -21,7 +21,7 @@ from captioner.base import CaptionerSpec, Description
 from captioner.config import CaptionConfig
 from captioner.models.sentences import whole_sentences
 from core.base_models import hub
-from core.errors import Fault
+from core.errors import UserError
 from core.serialization import from_json
 from core.weights import precision
 
@@ -109,13 +109,13 @@ class Florence:
 def task_of(prompt: str) -> str:
     """'', 'detailed', '<CAPTION>' -> the model's task; other text stays.
 
-    Raises Fault `vision.task` for tasks that answer with boxes, and for a task with more text.
+    Raises UserError `vision.task` for tasks that answer with boxes, and for a task with more text.
     """
     text = prompt.strip()
     task = TASKS.get(text.lower().strip("<>").replace("_", " "), text)
     known = [name for name in {*TASKS.values(), *NO_SENTENCE} if name in task]
     if task in NO_SENTENCE or (known and task not in TASKS.values()):
-        raise Fault("vision.task", prompt=prompt)
+        raise UserError("vision.task", prompt=prompt)
     return task
 
 
@@ -130,13 +130,13 @@ def _check(folder: Path) -> None:
         config = from_json((folder / "config.json").read_text("utf-8"))
         kind = str(config.get("model_type"))
     except (OSError, ValueError, AttributeError):
-        raise Fault("vision.no_config", folder=folder) from None
+        raise UserError("vision.no_config", folder=folder) from None
     if kind != "florence2":
-        raise Fault("vision.other_model", folder=folder, kind=kind)
+        raise UserError("vision.other_model", folder=folder, kind=kind)
     if "auto_map" in config:
-        raise Fault("vision.old_layout", folder=folder, model=Florence.spec.default_model)
+        raise UserError("vision.old_layout", folder=folder, model=Florence.spec.default_model)
     if not any(folder.glob("*.safetensors")):
-        raise Fault("vision.no_safetensors", folder=folder)
+        raise UserError("vision.no_safetensors", folder=folder)
 
 
 def _read(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -154,7 +154,7 @@ def _read(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     except (OSError, ValueError, RuntimeError, LookupError, AttributeError, TypeError,
             SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "?"
-        raise Fault("vision.unreadable", folder=folder, reason=reason) from None
+        raise UserError("vision.unreadable", folder=folder, reason=reason) from None
     if missing := sorted(info["missing_keys"]):
-        raise Fault("vision.incomplete", folder=folder, count=len(missing), first=missing[0])
+        raise UserError("vision.incomplete", folder=folder, count=len(missing), first=missing[0])
     return model.eval(), processor

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from captioner.base import Tag
 from core import serialization
-from core.errors import Fault
+from core.errors import UserError
 
 BUILT_IN = Path(__file__).parent / "vocabulary"
 PLAIN = ("a photo of {a}", "a picture of {a}", "{}")
@@ -119,7 +119,7 @@ def built_in() -> TokenizerSpec:
 
 
 def load_vocabulary(path: Path) -> TokenizerSpec:
-    """Raises Fault("clip.bad_vocabulary") with what is wrong, and where."""
+    """Raises UserError("clip.bad_vocabulary") with what is wrong, and where."""
     try:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -190,5 +190,5 @@ def _unique(entries: Iterable[Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word for word in words if word))
 
 
-def _bad(path: Path, problem: str) -> Fault:
-    return Fault("clip.bad_vocabulary", file=path, problem=problem)
+def _bad(path: Path, problem: str) -> UserError:
+    return UserError("clip.bad_vocabulary", file=path, problem=problem)

@@ -23,7 +23,7 @@ from captioner.base import CaptionerSpec, Description, Tag
 from captioner.captions.text import is_face
 from captioner.config import CaptionConfig
 from core.base_models import hub
-from core.errors import Fault
+from core.errors import UserError
 
 FILES = ("model.onnx", "selected_tags.csv")
 CATEGORIES = {0: "general", 4: "character"}     # ratings (9) and all others are left out
@@ -66,7 +66,7 @@ class WdTagger:
         folder = folder.parent if folder.is_file() else folder
         for name in FILES:
             if not (folder / name).is_file():
-                raise Fault("wd.incomplete", folder=folder, file=name)
+                raise UserError("wd.incomplete", folder=folder, file=name)
         self.labels = read_labels(folder / FILES[1], self.config)
         self.session = _session(runtime, folder / FILES[0], self.config.device)
         self.side, self.one_by_one = self._shape(folder / FILES[0])
@@ -107,9 +107,9 @@ class WdTagger:
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         shape, tags = inputs[0].shape, outputs[0].shape[-1]
         if len(inputs) != 1 or len(shape) != 4 or shape[3] != 3 or not isinstance(shape[1], int):
-            raise Fault("wd.not_a_tagger", path=path, shape=shape)
+            raise UserError("wd.not_a_tagger", path=path, shape=shape)
         if isinstance(tags, int) and tags != len(self.labels):
-            raise Fault("wd.other_tags", path=path, tags=tags, rows=len(self.labels))
+            raise UserError("wd.other_tags", path=path, tags=tags, rows=len(self.labels))
         return shape[1], shape[0] == 1
 
 
@@ -125,14 +125,14 @@ def _runtime() -> Any:
     try:
         return importlib.import_module(PACKAGE)
     except ImportError as error:
-        raise Fault("wd.no_runtime", reason=error) from None
+        raise UserError("wd.no_runtime", reason=error) from None
 
 
 def _session(runtime: Any, path: Path, device: str) -> Any:
     """On the GPU where this ONNX Runtime can (onnxruntime-gpu), else on the CPU."""
     has_cuda = "CUDAExecutionProvider" in runtime.get_available_providers()
     if device == "cuda" and not has_cuda:
-        raise Fault("wd.no_cuda")
+        raise UserError("wd.no_cuda")
     wanted = ["CUDAExecutionProvider"] if has_cuda and device in ("auto", "cuda") else []
     options = runtime.SessionOptions()
     options.log_severity_level = 3
@@ -141,11 +141,11 @@ def _session(runtime: Any, path: Path, device: str) -> Any:
                                         providers=[*wanted, "CPUExecutionProvider"])
     except Exception as error:          # its classes come from C++ and have no common base
         reason = str(error).strip().splitlines()[0][:200]
-        raise Fault("wd.unreadable", path=path, reason=reason) from None
+        raise UserError("wd.unreadable", path=path, reason=reason) from None
 
 
 def read_labels(path: Path, config: CaptionConfig) -> list[Label]:
-    """One label a row, in the model's order. Raises Fault `wd.bad_tags` with file and line."""
+    """One label a row, in the model's order. Raises UserError `wd.bad_tags` with file and line."""
     labels, excluded = [], {_plain(tag) for tag in config.exclude}
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -155,9 +155,9 @@ def read_labels(path: Path, config: CaptionConfig) -> list[Label]:
                 labels.append(Label(written(name, config.underscores, config.escape_brackets),
                                     "" if _plain(name) in excluded else category))
     except (KeyError, ValueError, AttributeError, TypeError, csv.Error):
-        raise Fault("wd.bad_tags", path=path, line=len(labels) + 2) from None
+        raise UserError("wd.bad_tags", path=path, line=len(labels) + 2) from None
     if not labels:
-        raise Fault("wd.bad_tags", path=path, line=1)
+        raise UserError("wd.bad_tags", path=path, line=1)
     return labels
 
 

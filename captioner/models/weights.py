@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core import paths
-from core.errors import Fault
+from core.errors import UserError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -14,7 +14,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def find(captioner: str, name: str, repository: str = "") -> Path:
     """The folder for `name`: "demo", a folder, or a hub repository that has been fetched.
 
-    Raises Fault("captioner.no_weights") with the command that fetches them.
+    Raises UserError("captioner.no_weights") with the command that fetches them.
     """
     if name == "demo":
         return paths.DEMO / "captioners" / captioner
@@ -25,8 +25,8 @@ def find(captioner: str, name: str, repository: str = "") -> Path:
     from core.base_models import hub
     found = hub.local(repository, ("*.safetensors",))
     if found is None:
-        raise Fault("captioner.no_weights", model=name,
-                    command=f"darkroom models get {repository}")
+        raise UserError("captioner.no_weights", model=name,
+                        command=f"darkroom models get {repository}")
     return found
 
 
@@ -40,12 +40,12 @@ def safetensors_of(captioner: str, folder: Path, preferred: Sequence[str]) -> Pa
         return files[0]
     for path in sorted(folder.glob("*")):
         if path.suffix in PICKLES:
-            raise Fault("captioner.pickle", file=path)
-    raise Fault("captioner.no_weights_in", folder=folder, captioner=captioner.upper())
+            raise UserError("captioner.pickle", file=path)
+    raise UserError("captioner.no_weights_in", folder=folder, captioner=captioner.upper())
 
 
-def broken(captioner: str, model: str, folder: Path, error: Exception) -> Fault:
+def broken(captioner: str, model: str, folder: Path, error: Exception) -> UserError:
     """Files that are there but don't make a model: torn, of another kind, of another size."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    return Fault("captioner.broken_weights", captioner=captioner.upper(), model=model,
-                 folder=folder, reason=reason[:300])
+    return UserError("captioner.broken_weights", captioner=captioner.upper(), model=model,
+                     folder=folder, reason=reason[:300])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from core import families
 from core.config import TrainConfig, resolve
-from core.errors import Fault, Fix
+from core.errors import Fix, UserError
 from core.families.layer_names import Part
 from core.families.registry import SPECS
 from core.hashes import data_hash
@@ -36,7 +36,7 @@ WEIGHT = 1.0                                # where the user says none
 
 
 def wanted(config: TrainConfig) -> list[Lora]:
-    """Raises Fault for a file that isn't there, with the nearest names."""
+    """Raises UserError for a file that isn't there, with the nearest names."""
     return [find_lora(*parse_lora(text, WEIGHT)) for text in config.base_loras]
 
 
@@ -51,7 +51,7 @@ def located(config: TrainConfig, folder: Path | None) -> TrainConfig:
 
 
 def check(config: TrainConfig, family: str) -> None:
-    """Before anything is read or encoded. Raises Fault for a LoRA of another family."""
+    """Before anything is read or encoded. Raises UserError for a LoRA of another family."""
     for one in wanted(config):
         if family in families.SPECS:      # a family of the user's own may take any file
             checked(formats.weights_file(one.path), family)
@@ -66,8 +66,8 @@ def held(config: TrainConfig, bytes_each: int) -> float:
 
 def attach(model: Any, config: TrainConfig, family: str, precision: Precision,
            emit: Callable[[Event], None] = lambda event: None) -> Attached:
-    """Adds the config's to a denoiser, before an adapter is. Raises Fault where one doesn't fit.
-    Their layers for text encoders, whose output is cached, are told and left out."""
+    """Adds the config's to a denoiser, before an adapter is. Raises UserError where one doesn't
+    fit. Their layers for text encoders, whose output is cached, are told and left out."""
     attached = Attached()
     for one in wanted(config):
         found = formats.read(one.path, family if family in SPECS else "")
@@ -77,8 +77,8 @@ def attach(model: Any, config: TrainConfig, family: str, precision: Precision,
         layers = _layers(model, part)
         fitting = {path: layer for path, layer in own.items() if path.replace(".", "_") in layers}
         if not fitting:
-            raise Fault("base_loras.none_fit", file=one.path, count=len(found.layers),
-                        example=next(iter(found.layers), "-"))
+            raise UserError("base_loras.none_fit", file=one.path, count=len(found.layers),
+                            example=next(iter(found.layers), "-"))
         for path, layer in fitting.items():
             _add(attached, one, path, layer, layers[path.replace(".", "_")], precision)
         attached.told.append(f"{one.path.stem}:{one.weight:g}:"
@@ -100,14 +100,14 @@ def _layers(model: Any, part: Part) -> dict[str, Any]:
 def _add(attached: Attached, one: Lora, path: str, layer: Layer, base: Any,
          precision: Precision) -> None:
     if (kind := kind_of(layer)) != "lora":
-        raise Fault("base_loras.other_kind", file=one.path, kind=kind, layer=path)
+        raise UserError("base_loras.other_kind", file=one.path, kind=kind, layer=path)
     plain = without_mid(layer)
     rank, down, up = rank_of(plain), plain[DOWN], plain[UP]
     shape = tuple(base.weight.shape)
     if (down.flatten(1).shape[1] != math.prod(shape[1:]) or up.shape[0] != shape[0]
             or getattr(base, "groups", 1) != 1):
-        raise Fault("base_loras.other_base", file=one.path, layer=path,
-                    there=[up.shape[0], *down.shape[1:]], here=list(shape))
+        raise UserError("base_loras.other_base", file=one.path, layer=path,
+                        there=[up.shape[0], *down.shape[1:]], here=list(shape))
     if up.is_meta or base.weight.is_meta:
         return
     up = up.flatten(1).float() * (scale_of(plain) * one.weight)
@@ -129,8 +129,8 @@ def metadata(told: Sequence[str]) -> dict[str, str]:
 
 def refuse_others(here: Sequence[str], there: Sequence[str], before: Sequence[str]) -> None:
     """A resumed run goes on with the base that it began with: `there`; `before` are that run's
-    config's. Raises Fault."""
+    config's. Raises UserError."""
     if list(here) != list(there):
-        raise Fault("base_loras.other_on_resume", here=", ".join(here) or "-",
-                    there=", ".join(there) or "-",
-                    fixes=[Fix("fixes.same_base_loras", {"base_loras": list(before)})])
+        raise UserError("base_loras.other_on_resume", here=", ".join(here) or "-",
+                        there=", ".join(there) or "-",
+                        fixes=[Fix("fixes.same_base_loras", {"base_loras": list(before)})])

@@ -11,7 +11,7 @@ from torch import nn
 
 from core.adapters import lora
 from core.config import TrainConfig
-from core.errors import Fault, Fix
+from core.errors import Fix, UserError
 from core.families.registry import STANDARD
 from core.families.spec import FamilySpec
 from core.jobs.events import Event, Note
@@ -27,11 +27,11 @@ def start(models: Mapping[str, nn.Module], config: TrainConfig, spec: FamilySpec
     """Puts the file of `config.init_lora_weights` into the adapters that `lora.attach` made: the
     same delta, whatever alpha and rank the two have. `models`: the trained ones by part, the
     denoiser first. Layers that the file lacks start as always; what the file has for parts that
-    aren't trained is told. Raises Fault where something of the denoiser would be lost: another
+    aren't trained is told. Raises UserError where something of the denoiser would be lost: another
     kind, another rank, layers that aren't targets."""
     adapter = getattr(config, "adapter", "lora")
     if adapter not in ("lora", "rslora"):
-        raise Fault("lora_init.other_adapter", adapter=adapter)
+        raise UserError("lora_init.other_adapter", adapter=adapter)
     path = Path(config.init_lora_weights).expanduser()
     found = formats.read(path, spec.id)
     parts = {part.name: part for part in found.naming}
@@ -41,12 +41,12 @@ def start(models: Mapping[str, nn.Module], config: TrainConfig, spec: FamilySpec
     own = {name: layer for name, layer in found.layers.items()
            if name in layers or name.startswith(denoiser)}
     if not own.keys() & layers.keys():
-        raise Fault("lora_init.none_fit", file=path, count=len(found.layers),
-                    example=next(iter(found.layers), "-"))
+        raise UserError("lora_init.none_fit", file=path, count=len(found.layers),
+                        example=next(iter(found.layers), "-"))
     _check_kinds(own, path)
     if strange := sorted(own.keys() - layers.keys()):
-        raise Fault("lora_init.other_layers", file=path, count=len(strange), example=strange[0],
-                    targets=config.target_modules, fixes=[Fix("fixes.file_layers", {
+        raise UserError("lora_init.other_layers", file=path, count=len(strange), example=strange[0],
+                        targets=config.target_modules, fixes=[Fix("fixes.file_layers", {
                         "target_modules": _targets([name for name in own
                                                     if name.startswith(denoiser)], spec)})])
     own = _fitting(own, layers, config, path)
@@ -61,12 +61,12 @@ def start(models: Mapping[str, nn.Module], config: TrainConfig, spec: FamilySpec
 def _check_kinds(own: dict[str, Layer], path: Path) -> None:
     for name, layer in own.items():
         if (kind := kind_of(layer)) != "lora":
-            raise Fault("lora_init.other_kind", file=path, kind=kind, layer=name)
+            raise UserError("lora_init.other_kind", file=path, kind=kind, layer=name)
 
 
 def _fitting(own: dict[str, Layer], layers: dict[str, Any], config: TrainConfig, path: Path
              ) -> dict[str, Layer]:
-    """The file's layers, of no higher rank than the model's. Raises Fault where a rank differs
+    """The file's layers, of no higher rank than the model's. Raises UserError where a rank differs
     and `init_lora_resize` doesn't ask for the change."""
     ranks = {name: layers[name].lora_A[lora.ADAPTER].weight.shape[0] for name in own}
     other = [name for name, layer in own.items() if rank_of(layer) != ranks[name]]
@@ -74,10 +74,11 @@ def _fitting(own: dict[str, Layer], layers: dict[str, Any], config: TrainConfig,
         return own
     if not config.init_lora_resize:
         first = own[other[0]]
-        raise Fault("lora_init.other_rank", file=path, there=rank_of(first), here=ranks[other[0]],
-                    fixes=[Fix("fixes.resize_lora", {"init_lora_resize": True}),
-                           Fix("fixes.file_rank", {"lora_rank": rank_of(first),
-                                                   "lora_alpha": alpha_of(first)})])
+        raise UserError("lora_init.other_rank", file=path, there=rank_of(first),
+                        here=ranks[other[0]],
+                        fixes=[Fix("fixes.resize_lora", {"init_lora_resize": True}),
+                               Fix("fixes.file_rank", {"lora_rank": rank_of(first),
+                                                       "lora_alpha": alpha_of(first)})])
     return {name: layer if rank_of(layer) <= ranks[name] else resize(
         Lora({name: layer}, STANDARD.naming), Cut(ranks[name])).lora.layers[name]
             for name, layer in own.items()}
@@ -92,7 +93,7 @@ def _take_over(layer: Any, found: Layer) -> None:
     if a.is_meta:
         return
     if found[DOWN][0].numel() != a[0].numel() or found[UP].shape[0] != b.shape[0]:
-        raise Fault("lora_init.other_base", there=list(found[UP].shape), here=list(b.shape))
+        raise UserError("lora_init.other_base", there=list(found[UP].shape), here=list(b.shape))
     a[:rank] = found[DOWN].reshape(rank, *a.shape[1:]).to(a)
     scale = scale_of(found) / layer.scaling[lora.ADAPTER]
     b.zero_()[:, :rank] = (found[UP].float() * scale).reshape(-1, rank, *b.shape[2:]).to(b)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from core import i18n, plugins
 from core.adapters import layers as adapters
 from core.config import PRODUCTS, TrainConfig
-from core.errors import Fault, Fix
+from core.errors import Fix, UserError
 from core.families.spec import FamilySpec
-from core.weights.quantization import trunk
+from core.weights.quantization import repeated_blocks
 
 ADAPTER = "default"
 _TARGETABLE = (nn.Linear, nn.Conv2d)
@@ -58,7 +58,7 @@ def resolve_targets(wanted: list[str] | str, spec: FamilySpec, model: nn.Module)
     """Preset or layer names of users -> suffixes that exist in the model.
 
     `q_proj, v_proj`, which the described configs name, are `to_q, to_v` in a UNet.
-    Raises Fault naming the first target that matches no layer, with the nearest that does.
+    Raises UserError naming the first target that matches no layer, with the nearest that does.
     """
     if isinstance(wanted, str):
         wanted = list(spec.lora_presets.get(wanted) or [w.strip() for w in wanted.split(",")])
@@ -68,9 +68,9 @@ def resolve_targets(wanted: list[str] | str, spec: FamilySpec, model: nn.Module)
         if not any(_ends(n, suffix) for n in layers):
             known = sorted({*spec.lora_presets, *spec.lora_aliases,
                             *(s for p in spec.lora_presets.values() for s in p)})
-            raise Fault("engine.no_such_target", target=suffix, known=", ".join(known),
-                        nearest=(i18n.nearest(suffix, known, 1) or ["to_q"])[0],
-                        fixes=[Fix("fixes.attention", {"target_modules": "attention"})])
+            raise UserError("engine.no_such_target", target=suffix, known=", ".join(known),
+                            nearest=(i18n.nearest(suffix, known, 1) or ["to_q"])[0],
+                            fixes=[Fix("fixes.attention", {"target_modules": "attention"})])
     return list(dict.fromkeys(suffixes))
 
 
@@ -78,7 +78,7 @@ def choose(model: nn.Module, config: TrainConfig, spec: FamilySpec) -> dict[str,
     """Path of each layer that gets an adapter -> its size, in the model's order.
 
     `conv_rank` adds the kernels wider than a pixel in the model's blocks (LoCon). A rank of
-    `block_ranks` keeps the scale alpha / rank. Raises Fault for names that match no layer.
+    `block_ranks` keeps the scale alpha / rank. Raises UserError for names that match no layer.
     """
     suffixes = resolve_targets(config.target_modules, spec, model)
     wide = _wide_kernels(model) if config.conv_rank else set()
@@ -97,7 +97,7 @@ def choose(model: nn.Module, config: TrainConfig, spec: FamilySpec) -> dict[str,
         if rank:
             found[path] = Size(rank, size.alpha * rank / size.rank)
     if not found:
-        raise Fault("engine.no_layer_left")
+        raise UserError("engine.no_layer_left")
     return found
 
 
@@ -106,7 +106,7 @@ def _ends(path: str, suffix: str) -> bool:
 
 
 def _wide_kernels(model: nn.Module) -> set[int]:
-    return {id(m) for part in trunk(model) for m in part.modules()
+    return {id(m) for part in repeated_blocks(model) for m in part.modules()
             if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1}
 
 
@@ -126,25 +126,26 @@ def _match_all(blocks: Iterable[str], model: nn.Module) -> None:
     for block in blocks:
         if not any(_within(block, path) for path in paths):
             known = sorted({".".join(p.split(".")[:n]) for p in paths for n in (1, 2)})
-            raise Fault("engine.no_such_block", block=block, known=", ".join(known),
-                        nearest=(i18n.nearest(block, known, 1) or known)[0])
+            raise UserError("engine.no_such_block", block=block, known=", ".join(known),
+                            nearest=(i18n.nearest(block, known, 1) or known)[0])
 
 
 def attach(model: Any, config: TrainConfig, spec: FamilySpec) -> list[nn.Parameter]:
     """Adds the adapter; its weights are fp32 whatever the base is. -> the trainable parameters.
 
     Layers with fewer than `rank` inputs or outputs are no exception: rank is the user's word.
-    Raises Fault where a key is set that this kind of adapter doesn't have.
+    Raises UserError where a key is set that this kind of adapter doesn't have.
     """
     kind = "lora" if plugins.is_named(config.adapter) else config.adapter
     for key, kinds in _WITHOUT.items():
         default = TrainConfig.model_fields[key].default
         if getattr(config, key) != default and kind not in kinds:
-            raise Fault("engine.adapter_lacks", adapter=config.adapter, key=key,
-                        kinds=", ".join(kinds), fixes=[Fix("fixes.without_key", {key: default})])
+            raise UserError("engine.adapter_lacks", adapter=config.adapter, key=key,
+                            kinds=", ".join(kinds),
+                            fixes=[Fix("fixes.without_key", {key: default})])
     if kind in _UNWRITTEN.get(config.save_format, ()):      # before the run, not at its end
-        raise Fault("engine.format_lacks", adapter=kind, format=config.save_format,
-                    fixes=[Fix("fixes.kohya_file", {"save_format": "kohya"})])
+        raise UserError("engine.format_lacks", adapter=kind, format=config.save_format,
+                        fixes=[Fix("fixes.kohya_file", {"save_format": "kohya"})])
     sizes = choose(model, config, spec)
     with torch.random.fork_rng():       # the start of the adapter depends on the seed alone
         torch.manual_seed(config.seed)
@@ -295,10 +296,10 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_state(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Raises Fault where the weights are of other layers or another rank."""
+    """Raises UserError where the weights are of other layers or another rank."""
     own = _own(model)
     if ({k: v.shape for k, v in own.items()} != {k: v.shape for k, v in weights.items()}):
-        raise Fault("engine.other_adapter", here=len(own), there=len(weights))
+        raise UserError("engine.other_adapter", here=len(own), there=len(weights))
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])

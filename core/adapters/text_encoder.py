@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from core.adapters import lora
 from core.config import TrainConfig
 from core.dataset.text_embeddings import batched, grouped, sizes_of
-from core.errors import Fault
+from core.errors import UserError
 from core.families.base import Cond, Family, Parts
 from core.lora_files import textual_inversion
 from core.lora_files.textual_inversion import NewWord, Rows
@@ -43,7 +43,7 @@ class TextTraining:
     def _add_words(self) -> tuple[dict[str, str], dict[str, Rows]]:
         config, word = self.config, self.config.trigger_word.strip()
         if not word:
-            raise Fault("engine.words_need_trigger", count=config.pivotal_tokens)
+            raise UserError("engine.words_need_trigger", count=config.pivotal_tokens)
         rows, tokens = {}, ""
         for name, (tokenizer, encoder) in textual_inversion.encoders(self.parts.text).items():
             begin = textual_inversion.start_rows(tokenizer, encoder, config.pivotal_init or word,
@@ -142,10 +142,10 @@ class TextTraining:
         return key.partition(".")[0] in (*self.models, WORDS[:-1])
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raises Fault where a checkpoint is of other settings."""
+        """Raises UserError where a checkpoint is of other settings."""
         if {key: value.shape for key, value in tensors.items()} != {
                 key: value.shape for key, value in self.state().items()}:
-            raise Fault("engine.other_adapter", here=len(self.state()), there=len(tensors))
+            raise UserError("engine.other_adapter", here=len(self.state()), there=len(tensors))
         for name, rows in self.rows.items():
             rows.rows.data.copy_(tensors[f"{WORDS}{name}"])
         for name, model in self.models.items() if self.adapters else ():

@@ -18,7 +18,7 @@ import yaml
 
 from core import paths
 from core.base_models.download import TIMEOUT_S, network_errors
-from core.errors import Fault
+from core.errors import UserError
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -85,19 +85,19 @@ def known(repo: str) -> Entry | None:
 def describe(repo: str, mirror: str = "", revision: str = "") -> Offer:
     """Asks the hub, or a mirror of it, for the exact files, sizes and licence.
 
-    Raises Fault: `hub.bad_name`, `hub.not_found`, `hub.gated`, `hub.offline`, `hub.unreachable`,
-    `hub.only_pickles` ... The user's token never goes to a mirror.
+    Raises UserError: `hub.bad_name`, `hub.not_found`, `hub.gated`, `hub.offline`,
+    `hub.unreachable`, `hub.only_pickles` ... The user's token never goes to a mirror.
     """
     if not REPOSITORY.fullmatch(repo):
-        raise Fault("hub.bad_name", name=repo)
+        raise UserError("hub.bad_name", name=repo)
     entry = known(repo)
     source = checked_source(mirror)
     info = _asked(repo, source, revision or (entry.revision if entry else "main"), bool(mirror))
     if not info.sha or not info.siblings:
-        raise Fault("hub.not_a_hub", host=urlsplit(source).netloc)
+        raise UserError("hub.not_a_hub", host=urlsplit(source).netloc)
     names = chosen([one.rfilename for one in info.siblings], entry.files if entry else ())
     if not any(name.endswith(WEIGHTS) for name in names):
-        raise Fault("hub.only_pickles", repo=repo, revision=revision or "main")
+        raise UserError("hub.only_pickles", repo=repo, revision=revision or "main")
     files = tuple(_file(repo, source, info.sha, one, bool(mirror))
                   for one in info.siblings if one.rfilename in names)
     return Offer(repo, info.sha, _licence(info) or (entry.licence if entry else ""), source,
@@ -142,7 +142,7 @@ def checked_source(mirror: str) -> str:
     here = parts.hostname in ("127.0.0.1", "localhost", "::1")
     if (not re.fullmatch(r"[\w.:\[\]-]+", parts.netloc)
             or not (parts.scheme == "https" or (here and parts.scheme == "http"))):
-        raise Fault("hub.bad_mirror", mirror=mirror)
+        raise UserError("hub.bad_mirror", mirror=mirror)
     return address.rstrip("/")
 
 
@@ -154,28 +154,29 @@ def _asked(repo: str, source: str, revision: str, mirrored: bool) -> Any:
     except network_errors() as error:
         raise _told(error, repo, source, revision) from None
     except (ValueError, KeyError, TypeError):           # a web page or other JSON than the hub's
-        raise Fault("hub.not_a_hub", host=urlsplit(source).netloc) from None
+        raise UserError("hub.not_a_hub", host=urlsplit(source).netloc) from None
 
 
-def _told(error: Exception, repo: str, source: str, revision: str) -> Fault:
+def _told(error: Exception, repo: str, source: str, revision: str) -> UserError:
     """One clear fault for each way in which a hub refuses."""
     from huggingface_hub import errors
     host = urlsplit(source).netloc
     match error:
         case errors.OfflineModeIsEnabled():
-            return Fault("hub.offline")
+            return UserError("hub.offline")
         case errors.GatedRepoError():
-            return Fault("hub.gated", repo=repo, page=f"https://huggingface.co/{repo}")
+            return UserError("hub.gated", repo=repo, page=f"https://huggingface.co/{repo}")
         case errors.RevisionNotFoundError():
-            return Fault("hub.no_revision", repo=repo, revision=revision)
+            return UserError("hub.no_revision", repo=repo, revision=revision)
         case errors.RepositoryNotFoundError():
-            return Fault("hub.not_found", repo=repo, host=host)
+            return UserError("hub.not_found", repo=repo, host=host)
         case errors.HfHubHTTPError():
             status = error.response.status_code
-            return Fault("hub.not_found" if status == 404 else "hub.gated" if status in (401, 403)
-                         else "hub.status", repo=repo, host=host, status=status,
-                         page=f"https://huggingface.co/{repo}")
-    return Fault("hub.unreachable", host=host, reason=str(error) or type(error).__name__)
+            return UserError("hub.not_found" if status == 404 else "hub.gated" if status in (401,
+                                                                                             403)
+                             else "hub.status", repo=repo, host=host, status=status,
+                             page=f"https://huggingface.co/{repo}")
+    return UserError("hub.unreachable", host=host, reason=str(error) or type(error).__name__)
 
 
 def _file(repo: str, source: str, commit: str, sibling: Any, mirrored: bool) -> File:
@@ -191,7 +192,7 @@ def _file(repo: str, source: str, commit: str, sibling: Any, mirrored: bool) -> 
             raise _told(error, repo, source, commit) from None
         size, digest = facts.size, facts.etag
     if size is None or not HASH.fullmatch(digest or ""):
-        raise Fault("hub.no_hash", file=sibling.rfilename, host=urlsplit(source).netloc)
+        raise UserError("hub.no_hash", file=sibling.rfilename, host=urlsplit(source).netloc)
     return File(sibling.rfilename, int(size), str(digest))
 
 

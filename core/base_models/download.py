@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.control import Control
 
 CHUNK = 1024 * 1024                     # bytes read at once
@@ -45,7 +45,8 @@ def download(wanted: Wanted, target: Path, headers: Mapping[str, str],
     """True once `target` holds the checked file, False where a stop was asked for; what has come
     by then stays in `<target>.part` for the next call. `told` gets the bytes that are there.
 
-    Raises Fault `hub.checksum`, `hub.broken_off`, `hub.disk_full` or one for the server's answer.
+    Raises UserError `hub.checksum`, `hub.broken_off`, `hub.disk_full` or one for the server's
+    answer.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     path = target.with_name(f"{target.name}.part")
@@ -60,7 +61,7 @@ def download(wanted: Wanted, target: Path, headers: Mapping[str, str],
             return True
         path.unlink()
         if not continued:               # a damaged rest of an earlier try gets a second chance
-            raise Fault("hub.checksum", file=wanted.name)
+            raise UserError("hub.checksum", file=wanted.name)
 
 
 class Part:
@@ -112,10 +113,10 @@ class Part:
         return hashlib.sha1(header, usedforsecurity=False)
 
 
-def disk_fault(error: OSError, folder: Path) -> Fault:
+def disk_fault(error: OSError, folder: Path) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Fault("hub.disk_full_now", folder=folder)
-    return Fault("hub.unwritable", folder=folder, reason=error.strerror or str(error))
+        return UserError("hub.disk_full_now", folder=folder)
+    return UserError("hub.unwritable", folder=folder, reason=error.strerror or str(error))
 
 
 # --- the server's side ---
@@ -139,7 +140,7 @@ def _filled(part: Part, headers: Mapping[str, str], told: Callable[[int], None],
         except _Broken as error:
             failed = failed + 1 if part.size <= before else 0
             if failed >= TRIES:
-                raise Fault("hub.broken_off", file=part.wanted.name, reason=error) from None
+                raise UserError("hub.broken_off", file=part.wanted.name, reason=error) from None
             if not _waited(max(BACKOFF_S * 2 ** failed, error.wait_s), control):
                 return False
         if control.stopping:
@@ -166,7 +167,7 @@ def _append(part: Part, headers: Mapping[str, str], told: Callable[[int], None],
                 if control.stopping or part.size >= part.wanted.size:
                     return
     except OfflineModeIsEnabled:
-        raise Fault("hub.offline") from None
+        raise UserError("hub.offline") from None
     except network_errors() as error:
         raise _Broken(str(error) or type(error).__name__) from None
 
@@ -179,9 +180,9 @@ def _judge(response: Any, part: Part) -> None:
         part.restart()
         raise _Broken("HTTP 416")
     if status in (401, 403):
-        raise Fault("hub.file_refused", file=part.wanted.name, status=status)
+        raise UserError("hub.file_refused", file=part.wanted.name, status=status)
     if status not in (200, 206):
-        raise Fault("hub.status", status=status, host=response.url.host)
+        raise UserError("hub.status", status=status, host=response.url.host)
     if status == 200 and part.size:     # the server knows no ranges
         part.restart()
 

@@ -30,7 +30,7 @@ from core.base_models.catalog import (
     models_dir,
 )
 from core.base_models.download import Wanted, disk_fault, download
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.control import Control
 from core.jobs.events import Event, Note, Phase
 from core.serialization import from_json
@@ -61,13 +61,13 @@ def local(name: str, needs: Sequence[str] = ()) -> Path | None:
 
 
 def find(name: str, needs: Sequence[str] = ()) -> Path:
-    """As `local`. Raises Fault `hub.missing` (with the command that fetches it) or
+    """As `local`. Raises UserError `hub.missing` (with the command that fetches it) or
     `hub.no_path`."""
     found = local(name, needs)
     if found is None:
         if REPOSITORY.fullmatch(name):
-            raise Fault("hub.missing", name=name)
-        raise Fault("hub.no_path", path=name)
+            raise UserError("hub.missing", name=name)
+        raise UserError("hub.no_path", path=name)
     return found
 
 
@@ -116,7 +116,7 @@ def fetch(repo: str, emit: Callable[[Event], None], control: Control, mirror: st
         with lock.acquire(timeout=0):
             done = _fetched(offer, emit, control)
     except Timeout:
-        raise Fault("hub.busy", repo=offer.repo) from None
+        raise UserError("hub.busy", repo=offer.repo) from None
     return _usable(offer.folder, offer.repo) if done else None
 
 
@@ -174,12 +174,12 @@ class _Progress:
 
 
 def _complete(offer: Offer) -> bool:
-    """Raises Fault where a folder of the user's own stands in the way."""
+    """Raises UserError where a folder of the user's own stands in the way."""
     if not offer.folder.exists():
         return False
     manifest = _manifest(offer.folder)
     if not manifest:
-        raise Fault("hub.folder_taken", folder=offer.folder)
+        raise UserError("hub.folder_taken", folder=offer.folder)
     return all(manifest.get(file.name) == file.digest
                and _size(offer.folder / file.name) == file.size for file in offer.files)
 
@@ -230,8 +230,8 @@ def _reuse(offer: Offer, stage: Path) -> int:
 def _check_room(offer: Offer, have: int) -> None:
     free, needed = shutil.disk_usage(offer.folder.parent).free, offer.size - have + RESERVE
     if free < needed:
-        raise Fault("hub.no_room", repo=offer.repo, needed=_mb(needed), free=_mb(free),
-                    folder=offer.folder.parent)
+        raise UserError("hub.no_room", repo=offer.repo, needed=_mb(needed), free=_mb(free),
+                        folder=offer.folder.parent)
 
 
 def _settle(offer: Offer, stage: Path) -> None:

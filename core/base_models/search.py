@@ -18,7 +18,7 @@ import platformdirs
 
 from core import families, i18n
 from core.base_models import catalog
-from core.errors import Fault
+from core.errors import UserError
 from core.families import detection
 from core.safetensors_header import PICKLES
 
@@ -46,8 +46,8 @@ class Found:
 
     def why(self, language: str) -> str:
         """The reason as a sentence."""
-        kind = i18n.say(f"families.is_{self.what}", lang=language) if self.what else ""
-        return i18n.say(f"model_search.{self.reason}", {"what": kind}, language)
+        kind = i18n.tr(f"families.is_{self.what}", lang=language) if self.what else ""
+        return i18n.tr(f"model_search.{self.reason}", {"what": kind}, language)
 
 
 def search(folders: Iterable[Path], seconds: float = SECONDS, depth: int = DEPTH
@@ -57,19 +57,19 @@ def search(folders: Iterable[Path], seconds: float = SECONDS, depth: int = DEPTH
     until, seen = time.monotonic() + seconds, set[str]()
     for folder in folders:
         for path in _candidates(folder, depth, seen, until):
-            with contextlib.suppress(OSError, Fault):
+            with contextlib.suppress(OSError, UserError):
                 if found := look(path):
                     yield found
 
 
 def look(path: Path) -> Found | None:
-    """What a file or folder is; None: no base. Raises Fault where a file is malformed."""
+    """What a file or folder is; None: no base. Raises UserError where a file is malformed."""
     is_folder = path.is_dir()
     if not is_folder and path.suffix.lower() in PICKLES:
         return Found(path, "", round(path.stat().st_size / 1e6), "pickle")
     try:
         found = detection.identify(path)
-    except Fault as fault:
+    except UserError as fault:
         if fault.code == "families.not_a_folder":
             return None
         raise

@@ -26,10 +26,10 @@ from core.cli.console import (
     debugging,
     print_json,
     print_rows,
-    say,
     stop_on_ctrl_c,
+    tr,
 )
-from core.errors import Fault
+from core.errors import UserError
 
 if TYPE_CHECKING:
     from core.cli.progress import Terminal
@@ -43,26 +43,26 @@ if TYPE_CHECKING:
 def add_commands(commands: Any) -> None:
     demo = add_command(commands, "demo", _demo, line="demo --out my-demo", answers=True)
     demo.add_argument("--out", type=Path, default=Path("output/demo"), metavar="DIR",
-                      help=say("arg_demo_out"))
+                      help=tr("arg_demo_out"))
     _add_train(commands)
     _add_generate(commands)
     _add_lora(commands)
     _add_runs(commands)
     doctor = add_command(commands, "doctor", _doctor, line="doctor --base model.safetensors",
                          answers=True)
-    doctor.add_argument("--base", metavar="MODEL", help=say("arg_doctor_base"))
+    doctor.add_argument("--base", metavar="MODEL", help=tr("arg_doctor_base"))
 
 
 def _add_train(commands: Any) -> None:
     train = add_command(commands, "train", _train, answers=True, add_help=False,
                         line="train --config my_style.yaml --set epochs=5")
-    train.add_argument("-h", "--help", action=_HelpWithKeys, nargs=0, help=say("arg_help"))
+    train.add_argument("-h", "--help", action=_HelpWithKeys, nargs=0, help=tr("arg_help"))
     train.add_argument("--config", type=Path, default=None, metavar="FILE",
-                       help=say("arg_config"))
-    train.add_argument("--preset", metavar="NAME", help=say("arg_preset"))
-    train.add_argument("--purpose", default="style", help=say("arg_preset_purpose"))
+                       help=tr("arg_config"))
+    train.add_argument("--preset", metavar="NAME", help=tr("arg_preset"))
+    train.add_argument("--purpose", default="style", help=tr("arg_preset_purpose"))
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                       help=say("arg_set"))
+                       help=tr("arg_set"))
 
 
 def _add_generate(commands: Any) -> None:
@@ -88,7 +88,7 @@ _BASE: dict[str, dict[str, Any]] = {
 def _add_options(parser: argparse.ArgumentParser, options: Mapping[str, dict[str, Any]]) -> None:
     for name, more in options.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
-                            help=say(f"arg_generate_{name}"), **more)
+                            help=tr(f"arg_generate_{name}"), **more)
 
 
 def _add_lora(commands: Any) -> None:
@@ -100,8 +100,8 @@ def _add_lora(commands: Any) -> None:
                          line="lora verify my_style.safetensors --base model.safetensors")
     lora_commands.add_to(inner)
     for parser in (info, verify):
-        parser.add_argument("file", type=Path, metavar="FILE", help=say("arg_lora_file"))
-    verify.add_argument("--base", metavar="MODEL", help=say("arg_lora_base"))
+        parser.add_argument("file", type=Path, metavar="FILE", help=tr("arg_lora_file"))
+    verify.add_argument("--base", metavar="MODEL", help=tr("arg_lora_base"))
     _add_options(verify, _BASE)
 
 
@@ -112,7 +112,7 @@ def _add_runs(commands: Any) -> None:
     for name, run in (("show", _runs_show), ("resume", _runs_resume), ("stop", _runs_stop)):
         parser = add_command(inner, name, run, key=f"runs_{name}", answers=True,
                              line=f"runs {name} last")
-        parser.add_argument("id", metavar="RUN", help=say("arg_run"))
+        parser.add_argument("id", metavar="RUN", help=tr("arg_run"))
 
 
 class _HelpWithKeys(argparse.Action):
@@ -120,7 +120,7 @@ class _HelpWithKeys(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         parser.print_help()
-        print("\n".join(["", say("keys"), *_key_lines()]))
+        print("\n".join(["", tr("keys"), *_key_lines()]))
         parser.exit()
 
 
@@ -128,7 +128,7 @@ def _key_lines() -> list[str]:
     from core.config import TrainConfig
     lines = []
     for level in ("basic", "advanced", "expert"):
-        lines += ["", f"  {say(f'level_{level}')}"]
+        lines += ["", f"  {tr(f'level_{level}')}"]
         for key, about in TrainConfig.model_fields.items():
             extra = about.json_schema_extra
             if isinstance(extra, dict) and extra["level"] == level:
@@ -158,12 +158,12 @@ def _train(options: argparse.Namespace) -> int:
     if options.preset:
         config, preset, fields = presets.train_config(options.preset, options.config, given,
                                                       options.purpose)
-        print(i18n.say("presets.applied", {"title": preset.said("title"),
-                                           "fields": ", ".join(fields)}), file=sys.stderr)
+        print(i18n.tr("presets.applied", {"title": preset.said("title"),
+                                          "fields": ", ".join(fields)}), file=sys.stderr)
     elif options.config:
         config = load_train_config(options.config, given)
     else:
-        raise Fault("commands.no_config")
+        raise UserError("commands.no_config")
     _tell_imported(options.config)
     folder = options.config.parent if options.config else Path.cwd()
     return _run("train", found_beside(config, folder), options)
@@ -171,7 +171,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _alone() -> bool:
     """Refuses a start by torchrun, accelerate launch, mpirun or srun with several processes: the
-    first one raises the Fault. False for the others, which end in silence and as if well: the
+    first one raises the UserError. False for the others, which end in silence and as if well: the
     launcher would stop the first one, before it has spoken, at the first failure."""
     def told(*names: str) -> int:
         return max((int(text) for name in names
@@ -179,7 +179,7 @@ def _alone() -> bool:
     count = told("WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
     rank = told("RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
     if max(count, rank + 1) > 1 and not (count > 1 and rank):
-        raise Fault("commands.several_processes", count=max(count, rank + 1))
+        raise UserError("commands.several_processes", count=max(count, rank + 1))
     return not rank
 
 
@@ -214,7 +214,7 @@ def _failed(result: Mapping[str, Any], terminal: Terminal, options: argparse.Nam
     code, params = (fault.code, fault.params) if fault else ("commands.unexpected", {})
     if fault and debugging(options):
         print(fault.details, file=sys.stderr)
-    sentence = i18n.say(code, params)
+    sentence = i18n.tr(code, params)
     print(sentence, file=sys.stderr)
     if options.json:
         print_json({"ok": False, **result, "fault": code, "message": sentence})
@@ -228,8 +228,8 @@ def _finish(result: Mapping[str, Any], control: Control, options: argparse.Names
     else:
         print("\n".join(progress.summary(result)))
         if result.get("state") == "stopped":
-            print(say("stopped", run=result["run"]) if "run" in result
-                  else say("demo_stopped"))
+            print(tr("stopped", run=result["run"]) if "run" in result
+                  else tr("demo_stopped"))
     if control.stopping:
         return INTERRUPTED
     return FAILED if result.get("state") == "unproven" else FINE
@@ -241,7 +241,7 @@ def overrides(pairs: Sequence[str]) -> dict[str, str]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
-            raise Fault("commands.bad_set", given=pair)
+            raise UserError("commands.bad_set", given=pair)
         found[key.strip()] = value
     return found
 
@@ -334,10 +334,10 @@ def _runs_list(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"ok": True, "runs": [_brief(view) for view in views]})
     elif not views:
-        print(say("no_runs"))
+        print(tr("no_runs"))
     else:
         for view in views:
-            print(say("run_line", id=view.id, state=say(f"state_{view.state}"), step=view.step,
+            print(tr("run_line", id=view.id, state=tr(f"state_{view.state}"), step=view.step,
                        total=view.total or "?", name=view.name))
     return FINE
 
@@ -351,7 +351,7 @@ def _runs_show(options: argparse.Namespace) -> int:
         return FINE
     loss = "" if view.loss is None else f"{view.loss:.4f}"
     files = [point.path for point in view.checkpoints]
-    print_rows({**_brief(view), "state": say(f"state_{view.state}"), "loss": loss,
+    print_rows({**_brief(view), "state": tr(f"state_{view.state}"), "loss": loss,
                  "folder": view.folder, "checkpoints": files, "pictures": len(view.samples)},
                 "run")
     if view.plan and "memory" not in view.result:
@@ -359,7 +359,7 @@ def _runs_show(options: argparse.Namespace) -> int:
             print(progress.planned(view.plan))
     print("\n".join(progress.summary(view.result)))
     if view.fault:
-        print(i18n.say(view.fault.code, view.fault.params))
+        print(i18n.tr(view.fault.code, view.fault.params))
     return FINE
 
 
@@ -370,7 +370,7 @@ def _runs_resume(options: argparse.Namespace) -> int:
         return FINE
     view = runs.load_run(_run_id(options.id))
     if not view.over:
-        raise Fault("jobs.still_running", id=view.id, state=view.state)
+        raise UserError("jobs.still_running", id=view.id, state=view.state)
     config = worker.load_config(view.job, view.folder / CONFIG)
     if view.job == "train":
         config = config.with_changes(resume=runs.resume_of(view.folder, config.resume))
@@ -386,7 +386,7 @@ def _runs_stop(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"ok": True, "run": run_id})
     else:
-        print(say("stop_asked", id=run_id))
+        print(tr("stop_asked", id=run_id))
     return FINE
 
 

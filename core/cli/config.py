@@ -17,8 +17,8 @@ def add_commands(commands: Any) -> None:
     inner = config.add_subparsers(dest="action", metavar="ACTION", required=True)
     take = add_command(inner, "import", _import, key="config_import", answers=True,
                        line="config import lora.toml --out style.yaml")
-    take.add_argument("file", type=Path, metavar="FILE", help=_say("arg_file"))
-    take.add_argument("--out", type=Path, default=None, metavar="FILE", help=_say("arg_out"))
+    take.add_argument("file", type=Path, metavar="FILE", help=_tr("arg_file"))
+    take.add_argument("--out", type=Path, default=None, metavar="FILE", help=_tr("arg_out"))
 
 
 def _import(options: argparse.Namespace) -> int:
@@ -31,9 +31,9 @@ def _import(options: argparse.Namespace) -> int:
         print_json({"ok": True, "file": out, "kind": imported.kind, "values": imported.values,
                     "assumed": imported.assumed, "left": [asdict(one) for one in imported.left]})
     else:
-        print(_say("written", file=out))
+        print(_tr("written", file=out))
     return FINE
 
 
-def _say(key: str, **params: Any) -> str:
-    return i18n.say(f"config_import.{key}", params)
+def _tr(key: str, **params: Any) -> str:
+    return i18n.tr(f"config_import.{key}", params)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from core import i18n
-from core.errors import Fault
+from core.errors import UserError
 
 if TYPE_CHECKING:
     from core.jobs.control import Control
@@ -28,7 +28,7 @@ FINE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 # --- parsers ---
 
 def new_parser(version: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="darkroom", description=say("about"),
+    parser = argparse.ArgumentParser(prog="darkroom", description=tr("about"),
                                      epilog=example("demo"), formatter_class=_Plain)
     parser.add_argument("--version", action="version", version=f"LoRA Darkroom {version}")
     _add_debug(parser)
@@ -40,23 +40,23 @@ def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], in
     """A command with its help, its example, --debug and, if it `answers`, --json."""
     key = f"help_{more.pop('key', name)}"
     parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=say(key), description=say(key), epilog=example(line),
+        name, help=tr(key), description=tr(key), epilog=example(line),
         formatter_class=_Plain, **more)
     _add_debug(parser)
     if answers:
-        parser.add_argument("--json", action="store_true", help=say("arg_json"))
+        parser.add_argument("--json", action="store_true", help=tr("arg_json"))
     if run is not None:
         parser.set_defaults(run=run)
     return parser
 
 
 def example(line: str) -> str:
-    return say("example", line=line)
+    return tr("example", line=line)
 
 
 def _add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
-                        help=say("arg_debug"))
+                        help=tr("arg_debug"))
 
 
 class _Plain(argparse.RawDescriptionHelpFormatter):
@@ -74,16 +74,16 @@ def guarded(call: Callable[[], int], argv: Sequence[str],
     except SystemExit as ended:         # argparse: 0 after --help, 2 after a wrong argument
         return ended.code if isinstance(ended.code, int) else FINE
     except KeyboardInterrupt:
-        print(say("aborted"), file=sys.stderr)
+        print(tr("aborted"), file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:             # `darkroom runs list | head`: the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FINE
-    except Fault as fault:
+    except UserError as fault:
         tell(str(fault))
         return _told(fault.code, str(fault), BAD_INPUT, argv)
     except Exception as error:
-        sentence = say("unexpected", reason=f"{type(error).__name__}: {error}")
+        sentence = tr("unexpected", reason=f"{type(error).__name__}: {error}")
         tell(sentence)
         return _told("commands.unexpected", sentence, FAILED, argv)
 
@@ -122,7 +122,7 @@ def stop_on_ctrl_c(control: Control, tell: Callable[[str], None]) -> Iterator[No
             signal.signal(signal.SIGINT, signal.default_int_handler)
         # not from the handler itself: the main thread may hold Control's lock right now
         threading.Thread(target=control.ask, args=("stop",), daemon=True).start()
-        tell(say("stopping"))
+        tell(tr("stopping"))
 
     before = {number: signal.signal(number, on_signal)
               for number in (signal.SIGINT, signal.SIGTERM, *_HANGUP)
@@ -136,8 +136,8 @@ def stop_on_ctrl_c(control: Control, tell: Callable[[str], None]) -> Iterator[No
 
 # --- answers ---
 
-def say(key: str, **params: Any) -> str:
-    return i18n.say(f"commands.{key}", params)
+def tr(key: str, **params: Any) -> str:
+    return i18n.tr(f"commands.{key}", params)
 
 
 def print_json(answer: Mapping[str, Any]) -> None:
@@ -155,14 +155,14 @@ def print_rows(facts: Mapping[str, Any], group: str) -> None:
     """A line for every fact that has a label, in their order; empty ones are left out."""
     from core.cli import progress
     known = i18n.catalogue("en")
-    rows = [(say(f"{group}_{key}"), _text(value)) for key, value in facts.items()
+    rows = [(tr(f"{group}_{key}"), _text(value)) for key, value in facts.items()
             if f"commands.{group}_{key}" in known and value not in ("", None, [], (), {})]
     print("\n".join(progress.table(rows)))
 
 
 def _text(value: Any) -> str:
     if isinstance(value, bool):
-        return say("yes" if value else "no")
+        return tr("yes" if value else "no")
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_text(one)}" for key, one in value.items())
     if isinstance(value, list | tuple):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from core import i18n
 from core.cli.console import FAILED, FINE, INTERRUPTED, add_command, print_json, stop_on_ctrl_c
-from core.errors import Fault
+from core.errors import UserError
 
 if TYPE_CHECKING:
     from core.dataset.crops import BaseFacts
@@ -20,41 +20,41 @@ def add_commands(commands: Any) -> None:
     check = add_command(inner, "check", _check, key="dataset_check", answers=True,
                         line="dataset check my-pictures --trigger m1a")
     _add_shared(check)
-    check.add_argument("--trigger", default="", metavar="WORD", help=say("arg_trigger"))
+    check.add_argument("--trigger", default="", metavar="WORD", help=tr("arg_trigger"))
     check.add_argument("--purpose", choices=("person", "object", "style"), default="",
-                       help=say("arg_purpose"))
-    check.add_argument("--most", type=int, default=5, metavar="N", help=say("arg_most"))
+                       help=tr("arg_purpose"))
+    check.add_argument("--most", type=int, default=5, metavar="N", help=tr("arg_most"))
     _add_prepare(inner)
 
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help=say("arg_folder"))
-    parser.add_argument("--base", default=None, metavar="MODEL", help=say("arg_base"))
-    parser.add_argument("--resolution", default="", metavar="W,H", help=say("arg_resolution"))
-    parser.add_argument("--no-upscale", action="store_true", help=say("arg_no_upscale"))
+    parser.add_argument("folder", type=Path, metavar="DIR", help=tr("arg_folder"))
+    parser.add_argument("--base", default=None, metavar="MODEL", help=tr("arg_base"))
+    parser.add_argument("--resolution", default="", metavar="W,H", help=tr("arg_resolution"))
+    parser.add_argument("--no-upscale", action="store_true", help=tr("arg_no_upscale"))
     parser.add_argument("--metadata", type=Path, default=None, metavar="FILE",
-                        help=say("arg_metadata"))
+                        help=tr("arg_metadata"))
     parser.add_argument("--crop-about", choices=("center", "subject"), default="center",
-                        help=say("arg_crop_about"))
+                        help=tr("arg_crop_about"))
 
 
 def _add_prepare(inner: Any) -> None:
     prepare = add_command(inner, "prepare", _prepare, key="dataset_prepare", answers=True,
                           line="dataset prepare my-pictures --out mended --dedupe")
     _add_shared(prepare)
-    prepare.add_argument("--out", type=Path, required=True, metavar="DIR", help=say("arg_out"))
+    prepare.add_argument("--out", type=Path, required=True, metavar="DIR", help=tr("arg_out"))
     prepare.add_argument("--convert", choices=("png", "jpg", "webp", "keep"), default="keep",
-                         help=say("arg_convert"))
-    prepare.add_argument("--resize", type=int, default=0, metavar="PX", help=say("arg_resize"))
+                         help=tr("arg_convert"))
+    prepare.add_argument("--resize", type=int, default=0, metavar="PX", help=tr("arg_resize"))
     for flag in ("crop", "dedupe", "remove_borders"):
         prepare.add_argument(f"--{flag.replace('_', '-')}", action="store_true",
-                             help=say(f"arg_{flag}"))
+                             help=tr(f"arg_{flag}"))
     prepare.add_argument("--background", default="white", metavar="COLOUR",
-                         help=say("arg_background"))
+                         help=tr("arg_background"))
 
 
-def say(key: str, **params: Any) -> str:
-    return i18n.say(f"checks.{key}", params)
+def tr(key: str, **params: Any) -> str:
+    return i18n.tr(f"checks.{key}", params)
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -85,7 +85,7 @@ def _prepare(options: argparse.Namespace) -> int:
     from core.dataset.render_copy import SMALLEST, Options
     from core.jobs.control import Control
     if options.resize and options.resize < SMALLEST:
-        raise Fault("checks.bad_resize", given=options.resize, least=SMALLEST)
+        raise UserError("checks.bad_resize", given=options.resize, least=SMALLEST)
     wanted = Options(options.convert, options.resize, options.crop, options.crop_about,
                      options.dedupe, options.remove_borders, options.background)
     control, facts = Control(), _facts(options) if options.crop else None
@@ -102,11 +102,11 @@ def _prepare(options: argparse.Namespace) -> int:
                     "written": done.written, "dropped": done.dropped, "failed": done.failed,
                     "before": done.before})
     else:
-        print(say("prepared", out=done.folder, written=done.written, dropped=done.dropped,
-                  failed=done.failed))
+        print(tr("prepared", out=done.folder, written=done.written, dropped=done.dropped,
+                 failed=done.failed))
         if done.before:
-            print(say("already", count=done.before))
-        print(say("log", path=done.log))
+            print(tr("already", count=done.before))
+        print(tr("log", path=done.log))
     return FAILED if done.failed else FINE
 
 
@@ -114,7 +114,7 @@ def _stopped(options: argparse.Namespace, key: str) -> int:
     if options.json:
         print_json({"ok": False, "stopped": True})
     else:
-        print(say(key))
+        print(tr(key))
     return INTERRUPTED
 
 
@@ -128,7 +128,7 @@ def _facts(options: argparse.Namespace) -> BaseFacts:
         config = TrainConfig(max_resolution=options.resolution,
                              bucket_no_upscale=options.no_upscale)
     except ValueError:
-        raise Fault("checks.bad_resolution", given=options.resolution) from None
+        raise UserError("checks.bad_resolution", given=options.resolution) from None
     if options.base is None:
         return crops.assumed_facts(config)
     source = (paths.DEMO / "base" if options.base == "demo"

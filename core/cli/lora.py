@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from core import i18n
 from core.cli.console import FINE, add_command, print_json
-from core.errors import Fault
+from core.errors import UserError
 from core.safetensors_header import PICKLES
 
 if TYPE_CHECKING:
@@ -27,31 +27,31 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 def add_to(inner: Any) -> None:
     """The actions that `darkroom lora` has besides info and verify."""
     convert = _action(inner, "convert", _convert, "convert style.safetensors --to comfyui")
-    convert.add_argument("file", type=Path, metavar="IN", help=_say("arg_in"))
-    convert.add_argument("--to", choices=FORMATS, help=_say("arg_to"))
-    convert.add_argument("--family", default="", metavar="NAME", help=_say("arg_family"))
+    convert.add_argument("file", type=Path, metavar="IN", help=_tr("arg_in"))
+    convert.add_argument("--to", choices=FORMATS, help=_tr("arg_to"))
+    convert.add_argument("--family", default="", metavar="NAME", help=_tr("arg_family"))
     merge = _action(inner, "merge", _merge, "merge a.safetensors:0.8 b.safetensors:0.5 --out ab")
-    merge.add_argument("files", nargs="+", metavar="FILE[:WEIGHT]", help=_say("arg_files"))
-    merge.add_argument("--rank", type=_count, default=0, metavar="N", help=_say("arg_merge_rank"))
+    merge.add_argument("files", nargs="+", metavar="FILE[:WEIGHT]", help=_tr("arg_files"))
+    merge.add_argument("--rank", type=_count, default=0, metavar="N", help=_tr("arg_merge_rank"))
     resize = _action(inner, "resize", _resize, "resize style.safetensors --rank 8")
-    resize.add_argument("file", type=Path, metavar="IN", help=_say("arg_in"))
-    resize.add_argument("--rank", type=_count, default=0, metavar="N", help=_say("arg_rank"))
+    resize.add_argument("file", type=Path, metavar="IN", help=_tr("arg_in"))
+    resize.add_argument("--rank", type=_count, default=0, metavar="N", help=_tr("arg_rank"))
     resize.add_argument("--energy", type=_share, default=1.0, metavar="SHARE",
-                        help=_say("arg_energy"))
+                        help=_tr("arg_energy"))
     extract = _action(inner, "extract", _extract,
                       "extract tuned.safetensors base.safetensors --rank 32 --out style")
-    extract.add_argument("tuned", type=Path, metavar="TUNED", help=_say("arg_tuned"))
-    extract.add_argument("base", type=Path, metavar="BASE", help=_say("arg_base"))
-    extract.add_argument("--rank", type=_count, required=True, metavar="N", help=_say("arg_rank"))
+    extract.add_argument("tuned", type=Path, metavar="TUNED", help=_tr("arg_tuned"))
+    extract.add_argument("base", type=Path, metavar="BASE", help=_tr("arg_base"))
+    extract.add_argument("--rank", type=_count, required=True, metavar="N", help=_tr("arg_rank"))
     extract.add_argument("--conv-rank", type=int, default=None, metavar="N",
-                         help=_say("arg_conv_rank"))
+                         help=_tr("arg_conv_rank"))
 
 
 def _action(inner: Any, name: str, run: Any, line: str) -> argparse.ArgumentParser:
     parser = add_command(inner, name, run, key=f"lora_{name}", answers=True, line=f"lora {line}")
-    parser.add_argument("--out", type=Path, default=None, metavar="FILE", help=_say("arg_out"))
+    parser.add_argument("--out", type=Path, default=None, metavar="FILE", help=_tr("arg_out"))
     parser.add_argument("--precision", choices=PRECISIONS, default=None,
-                        help=_say("arg_precision"))
+                        help=_tr("arg_precision"))
     return parser
 
 
@@ -78,7 +78,7 @@ def _convert(options: argparse.Namespace) -> int:
             return _told(options, "unpickled", written)
         source = written
     if not options.to:
-        raise Fault("lora_convert.no_target", formats=", ".join(FORMATS))
+        raise UserError("lora_convert.no_target", formats=", ".join(FORMATS))
     lora = formats.read(source, options.family)
     path = _save(lora, options, options.to, source, options.to)
     return _told(options, "converted", path, to=options.to, layers=len(lora.layers),
@@ -111,7 +111,7 @@ def _resize(options: argparse.Namespace) -> int:
     from core.lora_files import formats
     from core.lora_files import merge as lora_algebra
     if not options.rank and options.energy == 1:
-        raise Fault("lora_convert.no_size")
+        raise UserError("lora_convert.no_size")
     lora = formats.read(options.file)
     resized = lora_algebra.resize(lora, lora_algebra.Cut(options.rank, options.energy))
     low, high = resized.ranks
@@ -163,7 +163,7 @@ def _same_family(files: list[Path], loras: list[Lora]) -> None:
     from core.lora_files.files import describe
     families = {describe(path).family for path in files if path.is_file()} - {"unknown"}
     if len(families) > 1 or len({lora.naming for lora in loras}) > 1:
-        raise Fault("lora_convert.other_families", families=", ".join(sorted(families)))
+        raise UserError("lora_convert.other_families", families=", ".join(sorted(families)))
 
 
 def _network(lora: Lora) -> dict[str, str]:
@@ -195,15 +195,15 @@ def _merged_metadata(all_: list[dict[str, str]], files: list[Path], lora: Lora
 def _told(options: argparse.Namespace, what: str, path: Path, **facts: Any) -> int:
     left_out = facts.pop("left_out", ())
     if left_out:
-        print(_say("left_out", count=len(left_out), keys=", ".join(left_out[:3])),
+        print(_tr("left_out", count=len(left_out), keys=", ".join(left_out[:3])),
               file=sys.stderr)
     if options.json:
         print_json({"ok": True, "file": path, **facts, "left_out": left_out})
     else:
         said = {**facts, "kept": f"{100 * facts['kept']:.4g}"} if "kept" in facts else facts
-        print(_say(what, file=path, **said))
+        print(_tr(what, file=path, **said))
     return FINE
 
 
-def _say(key: str, **params: Any) -> str:
-    return i18n.say(f"lora_convert.{key}", params)
+def _tr(key: str, **params: Any) -> str:
+    return i18n.tr(f"lora_convert.{key}", params)

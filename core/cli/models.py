@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from core import i18n
 from core.cli.console import FINE, INTERRUPTED, add_command, print_json, stop_on_ctrl_c
-from core.errors import Fault
+from core.errors import UserError
 
 if TYPE_CHECKING:
     from core.base_models.catalog import Entry, Offer
@@ -20,10 +20,10 @@ def add_commands(commands: Any) -> None:
     add_command(inner, "list", _list, key="models_list", answers=True, line="models list")
     get = add_command(inner, "get", _get, key="models_get", answers=True,
                       line="models get SmilingWolf/wd-vit-tagger-v3")
-    get.add_argument("repo", metavar="REPO", help=_say("arg_repo"))
-    get.add_argument("--mirror", default="", metavar="URL", help=_say("arg_mirror"))
-    get.add_argument("--revision", default="", metavar="NAME", help=_say("arg_revision"))
-    get.add_argument("--yes", action="store_true", help=_say("arg_yes"))
+    get.add_argument("repo", metavar="REPO", help=_tr("arg_repo"))
+    get.add_argument("--mirror", default="", metavar="URL", help=_tr("arg_mirror"))
+    get.add_argument("--revision", default="", metavar="NAME", help=_tr("arg_revision"))
+    get.add_argument("--yes", action="store_true", help=_tr("arg_yes"))
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -33,7 +33,7 @@ def _list(options: argparse.Namespace) -> int:
         print_json({"ok": True, "models": [_facts(entry, place) for entry, place in rows]})
         return FINE
     for purpose in dict.fromkeys(entry.purpose for entry, _ in rows):
-        print(_say(f"purpose_{purpose}"))
+        print(_tr(f"purpose_{purpose}"))
         for entry, place in rows:
             if entry.purpose == purpose:
                 print("\n".join(_lines(entry, place)))
@@ -41,7 +41,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _lines(entry: Entry, place: Any) -> list[str]:
-    state = _say("here", path=place) if place else _say("not_here")
+    state = _tr("here", path=place) if place else _tr("not_here")
     return [f"  {entry.repo}  ({_size(entry.mb)}, {entry.licence})  {state}",
             f"      {entry.about[i18n.language()]}"]
 
@@ -58,7 +58,7 @@ def _get(options: argparse.Namespace) -> int:
     offer = hub.describe(options.repo, options.mirror, options.revision)
     _show(offer)
     if not (options.yes or _agreed(options)):
-        print(_say("declined"), file=sys.stderr)
+        print(_tr("declined"), file=sys.stderr)
         return FINE
     control = Control()
     with Terminal() as terminal, stop_on_ctrl_c(control, terminal.stopping):
@@ -66,21 +66,21 @@ def _get(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"ok": path is not None, "repo": offer.repo, "path": path})
     else:
-        print(path or _say("stopped", repo=offer.repo))
+        print(path or _tr("stopped", repo=offer.repo))
     return INTERRUPTED if path is None else FINE
 
 
 def _show(offer: Offer) -> None:
     """Size and licence, before anything is fetched; on stderr, as stdout is for answers."""
-    print(_say("offer", repo=offer.repo, size=_size(-(-offer.size // 1_000_000)),
-               count=len(offer.files), licence=offer.licence or _say("no_licence"),
-               source=offer.source, folder=offer.folder), file=sys.stderr)
+    print(_tr("offer", repo=offer.repo, size=_size(-(-offer.size // 1_000_000)),
+              count=len(offer.files), licence=offer.licence or _tr("no_licence"),
+              source=offer.source, folder=offer.folder), file=sys.stderr)
 
 
 def _agreed(options: argparse.Namespace) -> bool:
     if options.json or not sys.stdin.isatty():
-        raise Fault("hub.needs_yes", repo=options.repo)
-    print(_say("question"), end=" ", file=sys.stderr, flush=True)
+        raise UserError("hub.needs_yes", repo=options.repo)
+    print(_tr("question"), end=" ", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes", "j", "是", "好")
 
 
@@ -88,5 +88,5 @@ def _size(mb: int) -> str:
     return f"{mb / 1000:.1f} GB" if mb >= 1000 else f"{mb} MB"
 
 
-def _say(key: str, **params: Any) -> str:
-    return i18n.say(f"hub.{key}", params)
+def _tr(key: str, **params: Any) -> str:
+    return i18n.tr(f"hub.{key}", params)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from core import i18n
 from core.cli.console import FAILED, FINE, add_command, print_json
-from core.errors import Fault
+from core.errors import UserError
 from core.families.registry import STANDARD
 
 if TYPE_CHECKING:
@@ -26,27 +26,27 @@ PATIENCE_S = 2.0                # until it is told that planning takes a while
 def add_commands(commands: Any) -> None:
     suggest = add_command(commands, "suggest", _suggest, answers=True,
                           line="suggest --vram-gb 8 --purpose character")
-    suggest.add_argument("--base", default=STANDARD.id, metavar="MODEL", help=say("arg_base"))
-    suggest.add_argument("--data", type=Path, default=None, metavar="DIR", help=say("arg_data"))
-    suggest.add_argument("--purpose", default="style", help=say("arg_purpose"),
+    suggest.add_argument("--base", default=STANDARD.id, metavar="MODEL", help=tr("arg_base"))
+    suggest.add_argument("--data", type=Path, default=None, metavar="DIR", help=tr("arg_data"))
+    suggest.add_argument("--purpose", default="style", help=tr("arg_purpose"),
                          metavar="style|character|object|concept")
-    suggest.add_argument("--yaml", action="store_true", help=say("arg_yaml"))
+    suggest.add_argument("--yaml", action="store_true", help=tr("arg_yaml"))
     plan = add_command(commands, "plan", _plan, answers=True,
                        line="plan --config my_style.yaml --vram-gb 8")
     plan.add_argument("--config", type=Path, required=True, metavar="FILE",
-                      help=say("arg_config"))
+                      help=tr("arg_config"))
     plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                      help=say("arg_set"))
+                      help=tr("arg_set"))
     for parser in (suggest, plan):
         parser.add_argument("--vram-gb", type=float, default=None, metavar="GB",
-                            help=say("arg_vram_gb"))
+                            help=tr("arg_vram_gb"))
     presets = add_command(commands, "presets", _presets, answers=True,
                           line="presets --family sd15")
-    presets.add_argument("--family", default=None, help=say("arg_family"))
+    presets.add_argument("--family", default=None, help=tr("arg_family"))
 
 
-def say(key: str, **params: Any) -> str:
-    return i18n.say(f"plan.{key}", params)
+def tr(key: str, **params: Any) -> str:
+    return i18n.tr(f"plan.{key}", params)
 
 
 # --- suggest ---
@@ -90,7 +90,7 @@ def _yaml(found: Suggestion, options: argparse.Namespace) -> list[str]:
     for key, value, hint in (("base_model", base, "yaml_base"),
                              ("train_data_dir", folder, "yaml_data"),
                              ("output_dir", f"./output/my_{options.purpose}", "")):
-        lines += [f"# {say(hint)}"] if hint and not value else []
+        lines += [f"# {tr(hint)}"] if hint and not value else []
         lines.append(f"{key}: {_value(value)}")
     for key, value in found.values.items():
         lines += ["", f"# {found.reasons[key].text()}", f"{key}: {_value(value)}"]
@@ -133,7 +133,7 @@ def _config(options: argparse.Namespace) -> TrainConfig:
     config = found_beside(load_train_config(options.config, overrides(options.set)),
                           options.config.parent)
     if not config.base_model:
-        raise Fault("engine.key_missing", key="base_model")
+        raise UserError("engine.key_missing", key="base_model")
     return config
 
 
@@ -148,22 +148,22 @@ def _pictures(config: TrainConfig) -> Any:
 def _report(found: Plan, verdict: str, nearest: tuple[dict[str, Any], Plan] | None) -> list[str]:
     from core.memory.advisor import gigabytes, lacking
     lines = [_headline(found), "", *_grid(found), ""]
-    lines += [say("outside", part=_label("part", name), mb=round(mb))
+    lines += [tr("outside", part=_label("part", name), mb=round(mb))
               for name, mb in found.outside.items()]
-    lines += ["", say(verdict, needs=gigabytes(found.needs_mb),
-                      free=gigabytes(found.machine.free_mb),
-                      phase=_label("phase", found.peak.name))]
+    lines += ["", tr(verdict, needs=gigabytes(found.needs_mb),
+                     free=gigabytes(found.machine.free_mb),
+                     phase=_label("phase", found.peak.name))]
     short = lacking(found)
     for name, parts, free in (("ram", found.ram, found.machine.ram_mb),
                               ("disk", found.disk, found.machine.disk_mb)):
-        lines.append(say(f"{name}_needs", needs=gigabytes(sum(parts.values())),
-                         free=gigabytes(free) if free else say("unknown")))
-        lines += [i18n.say(f"advisor.{name}_short", short[name])] if name in short else []
+        lines.append(tr(f"{name}_needs", needs=gigabytes(sum(parts.values())),
+                        free=gigabytes(free) if free else tr("unknown")))
+        lines += [i18n.tr(f"advisor.{name}_short", short[name])] if name in short else []
     if nearest:
-        lines.append(say("nearest", needs=gigabytes(nearest[1].needs_mb), changes="  ".join(
+        lines.append(tr("nearest", needs=gigabytes(nearest[1].needs_mb), changes="  ".join(
             f"--set {key}={_set(value)}" for key, value in nearest[0].items())))
     elif verdict != "fits":
-        lines.append(say("nothing_fits"))
+        lines.append(tr("nothing_fits"))
     return lines
 
 
@@ -178,7 +178,7 @@ def _grid(found: Plan) -> list[str]:
     rows = [["", *(_label("phase", phase.name) for phase in found.phases)]]
     rows += [[_label("part", part), *(_mb(phase.parts.get(part)) for phase in found.phases)]
              for part in parts]
-    rows.append([say("sum"), *(_mb(phase.mb) for phase in found.phases)])
+    rows.append([tr("sum"), *(_mb(phase.mb) for phase in found.phases)])
     return aligned(rows)
 
 
@@ -187,7 +187,7 @@ def _mb(mb: float | None) -> str:
 
 
 def _label(kind: str, name: str) -> str:
-    text = say(f"{kind}_{name}")
+    text = tr(f"{kind}_{name}")
     return name if text == f"plan.{kind}_{name}" else text
 
 
@@ -213,17 +213,17 @@ def _presets(options: argparse.Namespace) -> int:
     machine = plan_inputs.machine_here()
     found = presets.list_presets(family=options.family)
     if not found:
-        raise Fault("presets.no_family", family=options.family,
-                    known=", ".join(sorted({one.family for one in presets.list_presets()})))
+        raise UserError("presets.no_family", family=options.family,
+                        known=", ".join(sorted({one.family for one in presets.list_presets()})))
     badges = {one.path: presets.badge(one, machine) for one in found}
     if options.json:
         print_json({"ok": True, "machine": machine.name, "presets": [
             {**one.model_dump(mode="json"), "slug": one.slug, "badge": badges[one.path]}
             for one in found]})
         return FINE
-    print(say("presets_for", name=machine.name, total=_gb(machine.total_mb)))
-    rows = [(f"{one.family}  {one.said('title')}  {i18n.say(f'presets.purpose_{one.purpose}')}",
-             f"{say(f'badge_{badges[one.path]}')}  {one.said('about')}") for one in found]
+    print(tr("presets_for", name=machine.name, total=_gb(machine.total_mb)))
+    rows = [(f"{one.family}  {one.said('title')}  {i18n.tr(f'presets.purpose_{one.purpose}')}",
+             f"{tr(f'badge_{badges[one.path]}')}  {one.said('about')}") for one in found]
     from core.cli.progress import table
     print("\n".join(table(rows)))
     return FINE
@@ -236,15 +236,15 @@ def _machine(vram_gb: float | None, device: str = "auto") -> Machine:
     if vram_gb is None:
         return plan_inputs.machine_here(device)
     if not 0.5 <= vram_gb <= 2048:
-        raise Fault("plan.bad_vram", given=f"{vram_gb:g}")
+        raise UserError("plan.bad_vram", given=f"{vram_gb:g}")
     return advisor.card_of(vram_gb)
 
 
 def _headline(found: Plan) -> str:
     machine = found.machine
-    return say(f"machine_{machine.kind}", name=machine.name, total=_gb(machine.total_mb),
-               free=_gb(machine.free_mb), width=found.bucket[0], height=found.bucket[1],
-               needs=_gb(found.needs_mb))
+    return tr(f"machine_{machine.kind}", name=machine.name, total=_gb(machine.total_mb),
+              free=_gb(machine.free_mb), width=found.bucket[0], height=found.bucket[1],
+              needs=_gb(found.needs_mb))
 
 
 def _gb(mb: float) -> str:
@@ -255,7 +255,7 @@ def _gb(mb: float) -> str:
 @contextlib.contextmanager
 def _patience() -> Iterator[None]:
     """The first plan of a base takes seconds: after two of them, that is said."""
-    timer = threading.Timer(PATIENCE_S, lambda: print(say("patience"), file=sys.stderr))
+    timer = threading.Timer(PATIENCE_S, lambda: print(tr("patience"), file=sys.stderr))
     timer.daemon = True
     timer.start()
     try:

@@ -36,7 +36,7 @@ SMOOTHING = 0.1                         # share of the newest loss in the shown 
 
 class Screen(Protocol):
     def show(self, name: str, done: int, total: int, facts: str) -> None: ...
-    def say(self, text: str) -> None: ...
+    def tr(self, text: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -67,25 +67,25 @@ class Terminal:
                 facts = step_facts(event, self.loss.add(event.loss))
                 self.screen.show(phase_name("train"), event.step, event.total, facts)
             case Planned():
-                self.screen.say(planned(event.plan))
+                self.screen.tr(planned(event.plan))
             case Note() if event.key not in self.hushed:
-                self.screen.say(i18n.say(event.key, event.params))
+                self.screen.tr(i18n.tr(event.key, event.params))
             case Faulted():
                 self.fault = event
             case Checkpoint():
-                self.screen.say(i18n.say("terminal.saved", {"path": event.path}))
+                self.screen.tr(i18n.tr("terminal.saved", {"path": event.path}))
             case Sample():
-                self.screen.say(i18n.say("terminal.picture", {"path": event.path}))
+                self.screen.tr(i18n.tr("terminal.picture", {"path": event.path}))
             case JobEnded():
                 self.screen.close()
 
-    def say(self, text: str) -> None:
-        self.screen.say(text)
+    def tr(self, text: str) -> None:
+        self.screen.tr(text)
 
     def stopping(self, text: str) -> None:
         """Ctrl+C was heard, and the journal's own note of it needn't be told again."""
         self.hushed.add("jobs.stopping")
-        self.screen.say(text)
+        self.screen.tr(text)
 
 
 class Steady:
@@ -129,7 +129,7 @@ class Bars:
         self.progress.update(self.task, completed=done, total=total or None,
                              count=counted(done, total), facts=facts)
 
-    def say(self, text: str) -> None:
+    def tr(self, text: str) -> None:
         self.progress.console.print(Text(text))
 
     def close(self) -> None:
@@ -160,7 +160,7 @@ class Lines:
         self.name, self.shown_at, self.waiting = name, now, ""
         self._print(line)
 
-    def say(self, text: str) -> None:
+    def tr(self, text: str) -> None:
         self._print(text)
 
     def close(self) -> None:
@@ -192,12 +192,12 @@ class Smooth:
 def step_facts(step: Step, loss: float | None) -> str:
     """'loss 0.1234 · 3.1 steps/s · 1:20 left (14:05) · 812 MB'"""
     left = time.strftime("%H:%M", time.localtime(step.at + step.eta_s))
-    facts = [i18n.say("terminal.loss", {"loss": "?" if loss is None else f"{loss:.4f}"})]
+    facts = [i18n.tr("terminal.loss", {"loss": "?" if loss is None else f"{loss:.4f}"})]
     if step.validation is not None:
-        facts.append(i18n.say("terminal.validation", {"loss": f"{step.validation:.4f}"}))
+        facts.append(i18n.tr("terminal.validation", {"loss": f"{step.validation:.4f}"}))
     if step.steps_per_s > 0:
         facts.append(speed(step.steps_per_s))
-        facts.append(i18n.say("terminal.left", {"duration": duration(step.eta_s), "clock": left}))
+        facts.append(i18n.tr("terminal.left", {"duration": duration(step.eta_s), "clock": left}))
     if step.memory_mb:
         facts.append(megabytes(step.memory_mb))
     return " · ".join(facts)
@@ -206,8 +206,8 @@ def step_facts(step: Step, loss: float | None) -> str:
 def speed(steps_per_s: float) -> str:
     """Slow runs read better the other way round."""
     if steps_per_s >= 1:
-        return i18n.say("terminal.steps_per_s", {"speed": f"{steps_per_s:.1f}"})
-    return i18n.say("terminal.s_per_step", {"speed": f"{1 / steps_per_s:.1f}"})
+        return i18n.tr("terminal.steps_per_s", {"speed": f"{steps_per_s:.1f}"})
+    return i18n.tr("terminal.s_per_step", {"speed": f"{1 / steps_per_s:.1f}"})
 
 
 def duration(seconds: float) -> str:
@@ -227,15 +227,15 @@ def counted(done: int, total: int) -> str:
 
 def phase_name(name: str) -> str:
     key = f"terminal.phase_{name}"
-    text = i18n.say(key)
+    text = i18n.tr(key)
     return name if text == key else text
 
 
 def planned(plan: Mapping[str, Any]) -> str:
     """'Memory: about 2.9 GB at the peak (train), 7.4 GB free: fits.'"""
-    return i18n.say("terminal.planned", {
+    return i18n.tr("terminal.planned", {
         "needs": megabytes(plan["needs_mb"]), "free": megabytes(plan["machine"]["free_mb"]),
-        "phase": phase_name(plan["peak"]), "verdict": i18n.say(f"terminal.{plan['verdict']}")})
+        "phase": phase_name(plan["peak"]), "verdict": i18n.tr(f"terminal.{plan['verdict']}")})
 
 
 # --- the end ---
@@ -247,21 +247,21 @@ def _share(value: Any) -> str:
 # a result's key -> how its value reads
 def _best(value: Mapping[str, Any]) -> str:
     key = "terminal.best" if value["lora"] else "terminal.best_not_saved"
-    return i18n.say(key, {"path": value["lora"], "step": value["step"],
-                          "loss": f"{value['validation']:.4f}"})
+    return i18n.tr(key, {"path": value["lora"], "step": value["step"],
+                         "loss": f"{value['validation']:.4f}"})
 
 
 def _proof(value: Mapping[str, Any]) -> str:
-    return i18n.say("terminal.proven" if value["ok"] else "terminal.not_proven", value)
+    return i18n.tr("terminal.proven" if value["ok"] else "terminal.not_proven", value)
 
 
 def _base(value: Mapping[str, Any]) -> str:
-    return i18n.say(f"terminal.base_{value['verdict']}", {"error": f"{value['error']:.2f}"})
+    return i18n.tr(f"terminal.base_{value['verdict']}", {"error": f"{value['error']:.2f}"})
 
 
 def _memory(value: Mapping[str, Any]) -> str:
     key = "terminal.memory_more" if value.get("more_than_planned") else "terminal.memory"
-    return i18n.say(key, {
+    return i18n.tr(key, {
         "planned": megabytes(value["planned_mb"]), "real": megabytes(value["real_mb"])})
 
 
@@ -276,7 +276,7 @@ SHOWN: dict[str, Callable[[Any], str]] = {
 def summary(result: Mapping[str, Any]) -> list[str]:
     """What a run made, a line each, in a fixed order, below what must be said first; unknown keys
     are for programs."""
-    first = [i18n.say(key, params) for key, params in said_first(result)]
+    first = [i18n.tr(key, params) for key, params in said_first(result)]
     rows = []
     for key, show in SHOWN.items():
         if result.get(key) is not None:
@@ -284,9 +284,9 @@ def summary(result: Mapping[str, Any]) -> list[str]:
                 rows.append((key, show(result[key])))
     if pictures := result.get("samples"):
         folder = Path(pictures[-1]).parent
-        rows.append(("samples", i18n.say("terminal.many", {"count": len(pictures),
-                                                           "folder": folder})))
-    return first + table([(i18n.say(f"terminal.result_{key}"), text) for key, text in rows])
+        rows.append(("samples", i18n.tr("terminal.many", {"count": len(pictures),
+                                                          "folder": folder})))
+    return first + table([(i18n.tr(f"terminal.result_{key}"), text) for key, text in rows])
 
 
 def table(rows: list[tuple[str, str]]) -> list[str]:

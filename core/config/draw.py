@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from core.config import GenerateConfig
 from core.config.flat_yaml import first_problem, read_flat_yaml, validation_fault
-from core.errors import Fault
+from core.errors import UserError
 
 SHEET = -1                                  # a Sample's `step` where it is no column
 
@@ -27,7 +27,7 @@ class DrawConfig(GenerateConfig):
 
 
 def load(path: Path) -> DrawConfig:
-    """A run's config.yaml. Raises Fault."""
+    """A run's config.yaml. Raises UserError."""
     data, lines = read_flat_yaml(path.read_text("utf-8"), str(path))
     try:
         return DrawConfig.model_validate(data)
@@ -36,11 +36,11 @@ def load(path: Path) -> DrawConfig:
 
 
 def of_options(given: Mapping[str, Any]) -> DrawConfig:
-    """What a command line asks for, with options of other meaning beside it. Raises Fault."""
+    """What a command line asks for, with options of other meaning beside it. Raises UserError."""
     known = {key: value for key, value in given.items() if key in DrawConfig.model_fields}
     try:
         return DrawConfig.model_validate(known)
     except ValidationError as error:
         key, problem = first_problem(error)
-        raise Fault("commands.bad_option", option=f"--{key.replace('_', '-')}",
-                    value=known.get(key), problem=problem) from None
+        raise UserError("commands.bad_option", option=f"--{key.replace('_', '-')}",
+                        value=known.get(key), problem=problem) from None

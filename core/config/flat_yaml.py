@@ -1,4 +1,5 @@
-"""A config as flat YAML: read with line numbers, checked, written. Whatever is wrong is one Fault.
+"""A config as flat YAML: read with line numbers, checked, written. Whatever is wrong is one
+UserError.
 """
 
 from __future__ import annotations
@@ -12,21 +13,21 @@ from pydantic import BaseModel, ValidationError
 
 from core import i18n
 from core.config.schema import TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.serialization import BadYaml, compose, construct, decode_text, from_yaml
 
 
 def read_train_config(path: Path, overrides: Mapping[str, str] | None = None) -> TrainConfig:
     """A config in our own YAML, as users write it and runs keep it.
 
-    Raises Fault with the file, the line and the nearest key where something is wrong.
+    Raises UserError with the file, the line and the nearest key where something is wrong.
     """
     try:
         text = decode_text(path.read_bytes())
     except FileNotFoundError:
-        raise Fault("config.missing", file=path, folder=Path.cwd()) from None
+        raise UserError("config.missing", file=path, folder=Path.cwd()) from None
     except (OSError, ValueError) as error:
-        raise Fault("config.unreadable", file=path, reason=error) from None
+        raise UserError("config.unreadable", file=path, reason=error) from None
     return parse_train_config(text, str(path), overrides)
 
 
@@ -66,24 +67,24 @@ def read_flat_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, in
     try:
         node = compose(text)
     except BadYaml as error:
-        raise Fault("config.bad_yaml", file=source, line=error.line, reason=error.reason
-                    ) from None
+        raise UserError("config.bad_yaml", file=source, line=error.line, reason=error.reason
+                        ) from None
     if node is None:
         return {}, {}
     if not isinstance(node, yaml.MappingNode):
-        raise Fault("config.not_a_mapping", file=source)
+        raise UserError("config.not_a_mapping", file=source)
     lines: dict[str, int] = {}
     for key_node, _ in node.value:
         key = str(key_node.value)
         if key in lines:
-            raise Fault("config.twice", file=source, line=key_node.start_mark.line + 1, key=key,
-                        first=lines[key])
+            raise UserError("config.twice", file=source, line=key_node.start_mark.line + 1, key=key,
+                            first=lines[key])
         lines[key] = key_node.start_mark.line + 1
     try:
         data = construct(node)
     except BadYaml as error:
-        raise Fault("config.bad_yaml", file=source, line=error.line, reason=error.reason
-                    ) from None
+        raise UserError("config.bad_yaml", file=source, line=error.line, reason=error.reason
+                        ) from None
     return {str(k): v for k, v in data.items() if v is not None}, lines
 
 
@@ -109,18 +110,18 @@ def refuse_unknown(data: Mapping[str, Any], known: Collection[str], lines: Mappi
     for key in data:
         if key not in known:
             close = i18n.nearest(key, known, 1)
-            raise Fault("config.unknown_key" if close else "config.unknown_key_plain",
-                        file=source, line=lines.get(key, "--set"), key=key,
-                        nearest=close[0] if close else "")
+            raise UserError("config.unknown_key" if close else "config.unknown_key_plain",
+                            file=source, line=lines.get(key, "--set"), key=key,
+                            nearest=close[0] if close else "")
 
 
 def validation_fault(error: ValidationError, data: Mapping[str, Any], source: object,
-                     lines: Mapping[str, int], elsewhere: str) -> Fault:
+                     lines: Mapping[str, int], elsewhere: str) -> UserError:
     """The first thing that pydantic found wrong; `elsewhere` stands for the line of a value that
     stands on none."""
     key, problem = first_problem(error)
-    return Fault("config.bad_value", file=source, line=lines.get(key, elsewhere), key=key,
-                 value=told(data.get(key)), problem=problem)
+    return UserError("config.bad_value", file=source, line=lines.get(key, elsewhere), key=key,
+                     value=told(data.get(key)), problem=problem)
 
 
 _SAME = {"int_parsing": "int", "int_type": "int", "int_from_float": "int",

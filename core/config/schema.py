@@ -299,7 +299,7 @@ class TrainConfig(BaseModel):
         return self.text_encoder_lr > 0 or self.pivotal_tokens > 0
 
     @property
-    def regularised(self) -> bool:
+    def regularized(self) -> bool:
         return bool(self.reg_data_dir) or self.reg_from_base > 0
 
     def with_changes(self, **changes: Any) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from core.errors import Fault
+from core.errors import UserError
 from core.failures import ran_out
 from core.jobs.events import Event, Note
 from core.weights.precision import free_memory
@@ -13,20 +13,20 @@ from core.weights.precision import free_memory
 Way = tuple[str, Callable[[], object]]          # the key of its note, and what switches it on
 
 
-class Gently:
+class BatchFallback:
     """Calls `encode` with at most `at_once` items; what made it fit once stays."""
 
     def __init__(self, at_once: int, ways: Sequence[Way], emit: Callable[[Event], None]) -> None:
         self.at_once, self.ways, self.emit = at_once, list(ways), emit
 
     def __call__(self, encode: Callable[[Any], Sequence[Any]], items: Any) -> list[Any]:
-        """-> a row for each item. Raises Fault where one alone doesn't fit in any way."""
+        """-> a row for each item. Raises UserError where one alone doesn't fit in any way."""
         rows: list[Any] = []
         while len(rows) < len(items):
             part = items[len(rows):len(rows) + self.at_once]
             made = self._try(encode, part)
             if made is None:
-                self._ease(len(part))
+                self.lr_scale(len(part))
             else:
                 rows += made
         return rows
@@ -40,7 +40,7 @@ class Gently:
                 raise
             return None
 
-    def _ease(self, tried: int) -> None:
+    def lr_scale(self, tried: int) -> None:
         free_memory()
         if tried > 1:
             self.at_once = tried // 2
@@ -50,4 +50,4 @@ class Gently:
             switch()
             self.emit(Note(key=key))
         else:
-            raise Fault("engine.cache_too_big")
+            raise UserError("engine.cache_too_big")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from core.config import TrainConfig, size_of
-from core.errors import Fault
+from core.errors import UserError
 
 Size = tuple[int, int]                      # width, height in px
 Point = tuple[float, float]                 # 0..1 of width and height, from the top left
@@ -29,9 +29,9 @@ def bucket_sizes(area: Size, step: int, shortest: int, longest: int) -> tuple[Si
     low, high = -(-max(shortest, 1) // step) * step, longest // step * step
     square = min(isqrt(cap) // step * step, high)
     if square < step:
-        raise Fault("dataset.resolution_too_small", width=area[0], height=area[1], step=step)
+        raise UserError("dataset.resolution_too_small", width=area[0], height=area[1], step=step)
     if low > high:
-        raise Fault("dataset.bucket_sides", shortest=shortest, longest=longest, step=step)
+        raise UserError("dataset.bucket_sides", shortest=shortest, longest=longest, step=step)
     sizes = {(square, square)}
     for width in range(low, high + 1, step):
         height = min(cap // width // step * step, high)
@@ -51,7 +51,7 @@ def shrink_bucket(size: Size, area: Size, step: int) -> Size:
     more pixels, each side rounded down to `step` (but at least one step)."""
     cap = area[0] * area[1]
     if cap < step * step:
-        raise Fault("dataset.resolution_too_small", width=area[0], height=area[1], step=step)
+        raise UserError("dataset.resolution_too_small", width=area[0], height=area[1], step=step)
     width, height = size
     if width * height > cap:                # integers: 768 px must not become 511.99
         width, height = isqrt(cap * width // height), isqrt(cap * height // width)

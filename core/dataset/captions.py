@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from core.errors import Fault
+from core.errors import UserError
 from core.serialization import decode_text, from_json
 
 NAME_KEYS = ("filename", "file_name", "file", "image", "image_path", "path")
@@ -84,37 +84,37 @@ class Row:
 
 
 def read_caption(path: Path) -> str:
-    """A sidecar's caption. Raises Fault when it can't be read."""
+    """A sidecar's caption. Raises UserError when it can't be read."""
     try:
         return one_line(decode_text(path.read_bytes()))
     except (OSError, ValueError) as error:
-        raise Fault("dataset.caption_unreadable", file=path.name, reason=_why(error)) from None
+        raise UserError("dataset.caption_unreadable", file=path.name, reason=_why(error)) from None
 
 
-def read_metadata(path: Path) -> tuple[list[Row], list[Fault]]:
+def read_metadata(path: Path) -> tuple[list[Row], list[UserError]]:
     """All rows of a .csv or .jsonl, and what is wrong with single lines of it.
 
-    Raises Fault when the whole file is missing, unreadable or lacks the columns.
+    Raises UserError when the whole file is missing, unreadable or lacks the columns.
     """
     try:
         text = decode_text(path.read_bytes())
     except FileNotFoundError:
-        raise Fault("dataset.metadata_missing", file=path) from None
+        raise UserError("dataset.metadata_missing", file=path) from None
     except (OSError, ValueError) as error:
-        raise Fault("dataset.metadata_unreadable", file=path, reason=_why(error)) from None
+        raise UserError("dataset.metadata_unreadable", file=path, reason=_why(error)) from None
     is_json = path.suffix.lower() in (".json", ".jsonl", ".ndjson")
     found = list(_json_rows(text, path) if is_json else _csv_rows(text, path))
     return ([row for row in found if isinstance(row, Row)],
-            [row for row in found if isinstance(row, Fault)])
+            [row for row in found if isinstance(row, UserError)])
 
 
-def _json_rows(text: str, path: Path) -> Iterator[Row | Fault]:
+def _json_rows(text: str, path: Path) -> Iterator[Row | UserError]:
     for number, line in enumerate(text.split("\n"), 1):     # splitlines() would cut at U+2028
         if line.strip():
             try:
                 yield json_row(number, from_json(line))
             except (ValueError, RecursionError) as error:
-                yield Fault("dataset.row_bad", file=path.name, line=number, reason=_why(error))
+                yield UserError("dataset.row_bad", file=path.name, line=number, reason=_why(error))
 
 
 def json_row(number: int, data: Any) -> Row:
@@ -136,7 +136,7 @@ def json_caption(value: Any) -> str:
     return one_line(value or "")
 
 
-def _csv_rows(text: str, path: Path) -> Iterator[Row | Fault]:
+def _csv_rows(text: str, path: Path) -> Iterator[Row | UserError]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter_of(text),
                         skipinitialspace=True)
     columns: Columns | None = None
@@ -152,7 +152,7 @@ def _csv_rows(text: str, path: Path) -> Iterator[Row | Fault]:
                     continue
             yield columns.row(first, fields)
     except csv.Error as error:
-        yield Fault("dataset.row_bad", file=path.name, line=line, reason=error)
+        yield UserError("dataset.row_bad", file=path.name, line=line, reason=error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,7 @@ def columns_of(fields: Sequence[str], path: Path) -> tuple[Columns, bool]:
     if name is not None and captions:
         return Columns(len(fields), name, captions), True
     if name == 0:
-        raise Fault("dataset.metadata_columns", file=path, columns=", ".join(fields))
+        raise UserError("dataset.metadata_columns", file=path, columns=", ".join(fields))
     return Columns(2, 0, (1,)), False
 
 

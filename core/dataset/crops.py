@@ -13,7 +13,7 @@ from core import families, paths
 from core.config import TrainConfig
 from core.dataset import buckets
 from core.dataset.buckets import Crop, Point, Rule, Size
-from core.errors import Fault
+from core.errors import UserError
 from core.families.detection import Base
 from core.families.registry import STANDARD
 
@@ -28,7 +28,7 @@ class BaseFacts(Rule):
     base: str = ""                          # its name; empty: none is known, SD 1.5 is assumed
     token_limit: int = 75
     count_tokens: Callable[[Sequence[str]], list[int]] | None = None    # without start and end
-    fault: Fault | None = None              # why those of the base that was named are not known
+    fault: UserError | None = None              # why those of the base that was named are not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def count_buckets(planned: Sequence[Planned], repeats: Sequence[int]) -> dict[Si
 def base_facts(source: Path, sizes: Callable[[Base], Mapping[str, float]],
                config: TrainConfig = USUAL) -> BaseFacts:
     """Facts of a base for a run of `config`; `sizes` gives its `native` size and `step`, px, as
-    core.memory.plan.sizes does. Raises Fault where it is no base."""
+    core.memory.plan.sizes does. Raises UserError where it is no base."""
     base = Base.of(source, config.family)
     found = sizes(base)
     rule = Rule.of(config, int(found["native"]), int(found["step"]))
@@ -90,7 +90,7 @@ def base_facts(source: Path, sizes: Callable[[Base], Mapping[str, float]],
     return BaseFacts(**asdict(rule), base=source.name, token_limit=limit, count_tokens=counter)
 
 
-def assumed_facts(config: TrainConfig = USUAL, fault: Fault | None = None) -> BaseFacts:
+def assumed_facts(config: TrainConfig = USUAL, fault: UserError | None = None) -> BaseFacts:
     """Where no base is known: those of Stable Diffusion 1.5."""
     rule = Rule.of(config, STANDARD.native_size, STANDARD.bucket_step)
     return BaseFacts(**asdict(rule), token_limit=config.max_tokens,
@@ -112,7 +112,7 @@ class TokenCounter:
             try:
                 self._tokenizer = CLIPTokenizer.from_pretrained(self.folder)
             except (OSError, ValueError) as error:
-                raise Fault("checks.tokenizer_unreadable", folder=self.folder,
-                            reason=str(error).split("\n")[0]) from None
+                raise UserError("checks.tokenizer_unreadable", folder=self.folder,
+                                reason=str(error).split("\n")[0]) from None
         ids = self._tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
         return [len(one) for one in ids]

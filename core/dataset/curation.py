@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from core import paths
 from core.dataset.buckets import Point
-from core.errors import Fault
+from core.errors import UserError
 from core.serialization import from_json
 
 
@@ -30,7 +30,7 @@ class Choices:
 
 
 def load(folder: Path) -> Choices:
-    """Nothing chosen yet: empty. Raises Fault where the file can't be understood: silently
+    """Nothing chosen yet: empty. Raises UserError where the file can't be understood: silently
     training on pictures that were left out would be worse."""
     path = _file(folder)
     try:
@@ -40,7 +40,7 @@ def load(folder: Path) -> Choices:
     except FileNotFoundError:
         return Choices()
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise Fault("checks.choices_unreadable", file=path, reason=error) from None
+        raise UserError("checks.choices_unreadable", file=path, reason=error) from None
 
 
 def leave_out(folder: Path, names: Iterable[str]) -> Choices:

@@ -22,14 +22,14 @@ from torch.nn import functional as F
 from core import hashes, plugins
 from core.config import TrainConfig
 from core.dataset import buckets, captions, curation, image_folder, images, masks
-from core.dataset.batch_fallback import Gently, Way
+from core.dataset.batch_fallback import BatchFallback, Way
 from core.dataset.buckets import Point
 from core.dataset.cache import Cache, key
 from core.dataset.checks import image_stats
 from core.dataset.checks.image_stats import Looks
 from core.dataset.processors import Processors
 from core.dataset.text_embeddings import batched, grouped, reading_of, sizes_of, trimmed, unread
-from core.errors import Fault
+from core.errors import UserError
 from core.failures import one_line
 from core.families.base import Cond, CropInfo, Family, Parts
 from core.families.spec import Part
@@ -204,7 +204,7 @@ class Encoder:
         if turn == turns - 1:
             say_too_long(self.family, parts, list(fresh), self.emit)
         size = self.config.cache_batch_size * 2
-        gently = Gently(size, self._to_cpu(*parts.text.values()), self.emit)
+        gently = BatchFallback(size, self._to_cpu(*parts.text.values()), self.emit)
         done = turn * len(fresh)
         for chunk in _batches(texts, size, set(fresh)):
             rows = gently(lambda some: self._embed(parts, some), chunk)
@@ -271,7 +271,7 @@ class Encoder:
             self.emit(Note(key="engine.picture_gone", params={
                 "file": str(examples.items[i].picture.path)}))
         if not set(kept).intersection(examples.trained()):
-            raise Fault("engine.pictures_gone", folder=examples.data.folder)
+            raise UserError("engine.pictures_gone", folder=examples.data.folder)
         examples.items = [examples.items[i] for i in kept]
         examples.latents = [examples.latents[i] for i in kept]
         examples.held_out, examples.regular = (
@@ -287,8 +287,8 @@ class Encoder:
             groups.setdefault(item.bucket, []).append(i)
         size = self.config.cache_batch_size
         batches = [b for group in groups.values() for b in _batches(group, size, missing)]
-        gently = Gently(size, [("engine.cache_tiled", parts.vae.enable_tiling),
-                               *self._to_cpu(parts.vae)], self.emit)
+        gently = BatchFallback(size, [("engine.cache_tiled", parts.vae.enable_tiling),
+                                      *self._to_cpu(parts.vae)], self.emit)
         done = 0
         with ThreadPoolExecutor(_DECODERS) as pool:
             def decode(batch: list[int]) -> list[Future[np.ndarray | None]]:
@@ -309,7 +309,7 @@ class Encoder:
                     raise Stopped
 
     def _encode_batch(self, parts: Parts, examples: Examples, pixels: dict[int, np.ndarray],
-                      gently: Gently) -> Iterator[tuple[int, Tensor]]:
+                      gently: BatchFallback) -> Iterator[tuple[int, Tensor]]:
         """-> index of each picture with its latents, (1 or 2, C, h, w)."""
         if not pixels:
             return
@@ -332,7 +332,7 @@ class Encoder:
         rows = self._latents(parts, x)[0]
         parts.vae.to(numbers)
         if not torch.isfinite(rows).all():
-            raise Fault("engine.bad_latents", path=path)
+            raise UserError("engine.bad_latents", path=path)
         self.emit(Note(key="engine.latents_again", params={"file": str(path)}))
         return rows
 
@@ -348,7 +348,7 @@ class Encoder:
         """(H, W, 3), with masks (H, W, 4); None where the picture is gone."""
         try:
             image = images.open_picture(item.picture.path, self.config.alpha_background)
-        except (OSError, Fault):
+        except (OSError, UserError):
             return None
         image = self.processors(image, item.picture.path)
         fitted = buckets.fit_picture(image, item.bucket, item.focus)

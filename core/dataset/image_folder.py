@@ -18,7 +18,7 @@ from typing import Any
 from core import i18n, serialization, threads
 from core.dataset import captions
 from core.dataset.images import Look, look_at, prepare
-from core.errors import Fault
+from core.errors import UserError
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".avif", ".tif",
                       ".tiff", ".gif"))
@@ -56,7 +56,7 @@ class Problem:
         return self.code in _SKIPPED
 
     def __str__(self) -> str:
-        return i18n.say(self.code, self.params)
+        return i18n.tr(self.code, self.params)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Dataset:
 
 # --- the folder -------------------------------------------------------------------------------
 
-LookAll = Callable[[Sequence[Path]], Iterator[Look | Fault]]
+LookAll = Callable[[Sequence[Path]], Iterator[Look | UserError]]
 
 
 def scan(folder: Path, metadata: Path | None = None,
@@ -87,7 +87,7 @@ def scan(folder: Path, metadata: Path | None = None,
     Captions: `metadata` if given, else the metadata.csv / .jsonl found beside the pictures; then
     .txt, then .caption, then the name of an `N_name` folder. `left_out`: pictures that the user
     doesn't want, by `relative_name`. `look_all` looks at the files, in order, in another way (see
-    core/dataset/checks/image_stats.py). Raises Fault where nothing is found.
+    core/dataset/checks/image_stats.py). Raises UserError where nothing is found.
     """
     folder = Path(os.path.abspath(folder.expanduser()))
     tree = walk(folder)
@@ -98,8 +98,8 @@ def scan(folder: Path, metadata: Path | None = None,
                              tree.caption_files.get(path)) for path, look in looks.items())
     if not pictures:
         first = next(problem for problem in tree.problems if problem.skipped)
-        raise Fault("dataset.all_skipped", folder=folder, count=len(tree.pictures),
-                    first=str(first))
+        raise UserError("dataset.all_skipped", folder=folder, count=len(tree.pictures),
+                        first=str(first))
     bare = sum(not picture.caption for picture in pictures)
     if bare:
         tree.report(folder, "captions_missing", count=bare, total=len(pictures))
@@ -123,7 +123,7 @@ class Tree:
         shown = {"file": self.name(path)} | {k: _plain(v) for k, v in params.items()}
         self.problems.append(Problem(path, f"dataset.{what}", shown))
 
-    def report_fault(self, path: Path, fault: Fault) -> None:
+    def report_fault(self, path: Path, fault: UserError) -> None:
         self.report(path, fault.code.removeprefix("dataset."),
                     **fault.params | {"file": self.name(path)})
 
@@ -146,18 +146,18 @@ def _plain(value: Any) -> Any:
 def walk(folder: Path) -> Tree:
     if not os.path.exists(folder):
         nearest = next(parent for parent in folder.parents if os.path.exists(parent))
-        raise Fault("dataset.folder_missing", folder=folder, nearest=nearest)
+        raise UserError("dataset.folder_missing", folder=folder, nearest=nearest)
     if not os.path.isdir(folder):
-        raise Fault("dataset.not_a_folder", folder=folder)
+        raise UserError("dataset.not_a_folder", folder=folder)
     tree = Tree(folder)
     _enter(tree, folder, 1, "", set())
     tree.files.sort(key=tree.name)
     tree.pictures.sort(key=tree.name)
     if not tree.pictures:
         kinds = Counter(path.suffix.lower() or path.name for path in tree.files)
-        raise Fault("dataset.no_pictures", folder=folder, folders=tree.folders,
-                    files=len(tree.files),
-                    kinds=", ".join(f"{n} × {kind}" for kind, n in kinds.most_common(4)) or "-")
+        raise UserError("dataset.no_pictures", folder=folder, folders=tree.folders,
+                        files=len(tree.files),
+                        kinds=", ".join(f"{n} × {kind}" for kind, n in kinds.most_common(4)) or "-")
     return tree
 
 
@@ -216,13 +216,13 @@ def _leave_out(tree: Tree, left_out: Collection[str]) -> None:
     kept = [path for path in tree.pictures if tree.name(path) not in left_out]
     count = len(tree.pictures) - len(kept)
     if count and not kept:
-        raise Fault("dataset.all_left_out", folder=tree.folder, count=count)
+        raise UserError("dataset.all_left_out", folder=tree.folder, count=count)
     if count:
         tree.report(tree.folder, "left_out", count=count)
     tree.pictures = kept
 
 
-def _in_threads(files: Sequence[Path]) -> Iterator[Look | Fault]:
+def _in_threads(files: Sequence[Path]) -> Iterator[Look | UserError]:
     prepare()
     return threads.in_order(look_at, files, "scan")
 
@@ -234,7 +234,7 @@ def _look_at_all(tree: Tree, look_all: LookAll,
     found = look_all(tree.pictures)
     try:
         for done, (path, look) in enumerate(zip(tree.pictures, found, strict=True), 1):
-            if isinstance(look, Fault):
+            if isinstance(look, UserError):
                 tree.report_fault(path, look)
             else:
                 looks[path] = look
@@ -279,7 +279,7 @@ def _stem(path: Path) -> str:
 def _sidecar(tree: Tree, path: Path) -> str:
     try:
         return captions.read_caption(path)
-    except Fault as fault:
+    except UserError as fault:
         tree.report_fault(path, fault)
         return ""
 
@@ -303,7 +303,7 @@ def _told_by(tree: Tree, index: Index, file: Path, explicit: bool = False) -> di
     told: dict[Path, str] = {}
     try:
         rows, faults = captions.read_metadata(file)
-    except Fault as fault:
+    except UserError as fault:
         if explicit:
             raise
         tree.report_fault(file, fault)
@@ -320,8 +320,8 @@ def _told_by(tree: Tree, index: Index, file: Path, explicit: bool = False) -> di
             told.setdefault(path, row.caption)
             tree.caption_files.setdefault(path, file)
     if explicit and not found_any:
-        raise Fault("dataset.metadata_no_match", file=file, folder=tree.folder, count=len(rows),
-                    name=rows[0].name if rows else "-")
+        raise UserError("dataset.metadata_no_match", file=file, folder=tree.folder, count=len(rows),
+                        name=rows[0].name if rows else "-")
     return told
 
 

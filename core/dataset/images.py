@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageColor, ImageFile, UnidentifiedImageError
 
-from core.errors import Fault
+from core.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "AVIF", "TIFF", "GIF")
 MAX_MEGAPIXELS = 175                        # a bomb beyond; below Pillow's own limit of 179
@@ -54,12 +54,12 @@ def prepare() -> None:
     Image.init()
 
 
-def look_at(path: Path) -> Look | Fault:
+def look_at(path: Path) -> Look | UserError:
     """Decodes the whole picture, so that a torn one is found now and not in the training."""
     try:
         decoded = decode(path, least=1)
         return decoded.size, is_see_through(decoded.image)
-    except Fault as fault:
+    except UserError as fault:
         return fault
     except Exception as error:
         return damage(path, error)
@@ -69,7 +69,7 @@ def open_picture(path: Path, background: str | None = "white") -> Image.Image:
     """The picture as RGB in sRGB, upright, transparent parts over `background`; None keeps them
     (RGBA, where some pixel is not opaque).
 
-    Raises Fault when it can't be decoded or the colour has no meaning.
+    Raises UserError when it can't be decoded or the colour has no meaning.
     """
     colour = None if background is None else _colour(background)
     image = decode(path).image
@@ -88,14 +88,14 @@ def decode(path: Path, least: int | None = None) -> Decoded:
     """The picture upright. With `least`, a JPEG's data is read in full, but its pixels come at
     1/2, 1/4 or 1/8 size while the shorter side keeps `least` px: several times faster.
 
-    Raises Fault for all that keeps a picture from being decoded in full.
+    Raises UserError for all that keeps a picture from being decoded in full.
     """
     try:
         if path.stat().st_size == 0:
-            raise Fault("dataset.empty", file=path)
+            raise UserError("dataset.empty", file=path)
         with Image.open(path, formats=FORMATS) as image:
             return _upright(image, path, least)
-    except Fault:
+    except UserError:
         raise
     except Image.DecompressionBombError:
         raise _too_large(path) from None
@@ -140,7 +140,7 @@ def _orientation(image: Image.Image) -> Any:
         return None
 
 
-def _unknown(path: Path) -> Fault:
+def _unknown(path: Path) -> UserError:
     """No reader could begin with the file: a stranger, or a picture whose table is lost."""
     with open(path, "rb") as file:
         head = file.read(16)
@@ -149,22 +149,22 @@ def _unknown(path: Path) -> Fault:
         with suppress(Exception):           # they fail on the shortest files
             if not accept or accept(head) is not True:
                 continue
-            return Fault("dataset.corrupt", file=path, reason=f"incomplete {name}")
-    return Fault("dataset.not_a_picture", file=path)
+            return UserError("dataset.corrupt", file=path, reason=f"incomplete {name}")
+    return UserError("dataset.not_a_picture", file=path)
 
 
-def _too_large(path: Path) -> Fault:
-    return Fault("dataset.too_large", file=path, limit=MAX_MEGAPIXELS)
+def _too_large(path: Path) -> UserError:
+    return UserError("dataset.too_large", file=path, limit=MAX_MEGAPIXELS)
 
 
-def damage(path: Path, error: Exception) -> Fault:
+def damage(path: Path, error: Exception) -> UserError:
     """What an error on the way to a picture's pixels means for its file."""
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if isinstance(error, OSError) and error.errno is not None:
-        return Fault("dataset.unreadable", file=path, reason=reason)
+        return UserError("dataset.unreadable", file=path, reason=reason)
     if "truncated" in reason.lower():
-        return Fault("dataset.truncated", file=path)
-    return Fault("dataset.corrupt", file=path, reason=reason)
+        return UserError("dataset.truncated", file=path)
+    return UserError("dataset.corrupt", file=path, reason=reason)
 
 
 # --- pixels -----------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def _colour(name: str) -> tuple[int, int, int]:
     try:
         red, green, blue, *_ = ImageColor.getrgb(name.strip())
     except ValueError:
-        raise Fault("dataset.bad_colour", colour=name) from None
+        raise UserError("dataset.bad_colour", colour=name) from None
     return red, green, blue
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from core import paths
 from core.dataset import image_folder
-from core.errors import Fault
+from core.errors import UserError
 
 CAPTIONS = frozenset((".txt", ".caption", ".csv", ".jsonl"))
 TABLES = frozenset((".csv", ".jsonl"))
@@ -36,7 +36,7 @@ def folder_for(project: str) -> Path:
 def copy_all(files: Sequence[Path], folder: Path,
              progress: Callable[[int, int], None] = lambda done, total: None) -> Taken:
     """Copies what can train. A picture and its caption keep their common name; where another
-    picture has that name, both get the next free one. Raises Fault where nothing can be
+    picture has that name, both get the next free one. Raises UserError where nothing can be
     written."""
     good = [file for file in files if file.suffix.lower() in image_folder.SUFFIXES | CAPTIONS]
     refused = tuple(file.name for file in files if file not in set(good))
@@ -44,8 +44,9 @@ def copy_all(files: Sequence[Path], folder: Path,
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Fault("tab_dataset.not_copied", file=files[0].name if files else "", folder=folder,
-                    reason=error.strerror or error) from None
+        raise UserError("tab_dataset.not_copied", file=files[0].name if files else "",
+                        folder=folder,
+                        reason=error.strerror or error) from None
     for stem, group in _by_stem(good).items():
         new = _copy_group(stem, group, folder)
         copied, same, done = copied + new, same + len(group) - new, done + len(group)
@@ -96,5 +97,5 @@ def _copy(file: Path, target: Path) -> int:
     except FileExistsError:
         raise
     except OSError as error:
-        raise Fault("tab_dataset.not_copied", file=file.name, folder=target.parent,
-                    reason=error.strerror or error) from None
+        raise UserError("tab_dataset.not_copied", file=file.name, folder=target.parent,
+                        reason=error.strerror or error) from None

@@ -39,7 +39,7 @@ def _places(picture: Path, folder: Path) -> Iterator[Path]:
 def fit(mask: Path | None, size: Size, bucket: Size,
         focus: Point | None) -> NDArray[np.uint8]:
     """(H, W): the mask scaled and cut as its picture of `size` is; all white where there is none.
-    A picture with transparent parts may be its own mask. Raises Fault where the file can't be
+    A picture with transparent parts may be its own mask. Raises UserError where the file can't be
     decoded."""
     if mask is None:
         return np.full((bucket[1], bucket[0]), 255, np.uint8)

@@ -23,7 +23,7 @@ from core.dataset.crops import BaseFacts
 from core.dataset.curation import Choices
 from core.dataset.image_folder import Dataset, relative_name
 from core.dataset.render_copy import Options, Task, caption_of, render
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.control import Control
 from core.jobs.events import Event, Phase
 from core.serialization import from_json
@@ -58,7 +58,7 @@ class Prepared:
 def prepare(folder: Path, out: Path, options: Options, *, facts: BaseFacts | None = None,
             metadata: Path | None = None, emit: Callable[[Event], None] = lambda event: None,
             control: Control | None = None) -> Prepared:
-    """`facts` are needed for `crop`. Raises Fault where `out` won't do, and where it can't be
+    """`facts` are needed for `crop`. Raises UserError where `out` won't do, and where it can't be
     written; looks.Stopped where the user stops during the first look."""
     folder, out = Path(os.path.abspath(folder.expanduser())), Path(os.path.abspath(
         out.expanduser()))
@@ -78,9 +78,9 @@ def prepare(folder: Path, out: Path, options: Options, *, facts: BaseFacts | Non
 def _refuse(folder: Path, out: Path) -> None:
     real, real_out = Path(os.path.realpath(folder)), Path(os.path.realpath(out))
     if real_out == real or real_out.is_relative_to(real):
-        raise Fault("checks.out_inside", out=out, folder=folder)
+        raise UserError("checks.out_inside", out=out, folder=folder)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / LOG).exists())):
-        raise Fault("checks.out_not_empty", out=out)
+        raise UserError("checks.out_not_empty", out=out)
 
 
 def _progress(emit: Callable[[Event], None], name: str) -> Callable[[int, int], None]:
@@ -144,7 +144,7 @@ def _write_all(tasks: list[Task], out: Path, options: Options, facts: BaseFacts 
             if old is not None and old.stamp == stamp and not old.fault:
                 return old, True
             return _write(task, stamp, out, options, facts, old), False
-        except Fault as fault:
+        except UserError as fault:
             if fault.code == "checks.cannot_write":
                 raise
             shown = {key: str(value) for key, value in fault.params.items()}
@@ -157,7 +157,7 @@ def _write_all(tasks: list[Task], out: Path, options: Options, facts: BaseFacts 
         for number, (done, known) in enumerate(results, 1):
             counts["before"] += known
             counts["failed" if done.fault else "written" if done.written else "dropped"] += 1
-            first_fault = first_fault or (i18n.say(done.fault, done.params) if done.fault
+            first_fault = first_fault or (i18n.tr(done.fault, done.params) if done.fault
                                           else "")
             if not known:
                 log.add(done)
@@ -165,7 +165,7 @@ def _write_all(tasks: list[Task], out: Path, options: Options, facts: BaseFacts 
             if control is not None and control.stopping:
                 break
     if first_fault and not counts["written"]:
-        raise Fault("checks.nothing_written", first=first_fault)
+        raise UserError("checks.nothing_written", first=first_fault)
     return Prepared(out, log.path, counts["written"], counts["dropped"], counts["failed"],
                     counts["before"], control is not None and control.stopping)
 
@@ -191,16 +191,16 @@ def _put(path: Path, content: bytes, ours: bool) -> None:
     try:
         if path.exists() and not ours:
             if path.read_bytes() != content:
-                raise Fault("checks.target_taken", path=path)
+                raise UserError("checks.target_taken", path=path)
             return
         paths.write_atomic(path, content)
     except OSError as error:
-        raise Fault("checks.cannot_write", path=path, reason=error.strerror or error) from None
+        raise UserError("checks.cannot_write", path=path, reason=error.strerror or error) from None
 
 
 class _Log:
     """The log in the new folder: its first line says what was asked, each other what was done.
-    Raises Fault where the folder holds anything else, or was begun with something else."""
+    Raises UserError where the folder holds anything else, or was begun with something else."""
 
     def __init__(self, out: Path, asked: dict[str, Any]) -> None:
         self.path = out / LOG
@@ -210,22 +210,22 @@ class _Log:
             if self.path.exists():
                 self._read(out, asked)
             elif any(out.iterdir()):
-                raise Fault("checks.out_not_empty", out=out)
+                raise UserError("checks.out_not_empty", out=out)
             else:
                 paths.write_atomic(self.path, _line(asked))
             self._mend()
             self._file = open(self.path, "ab")      # noqa: SIM115  closed by close()
         except OSError as error:
-            raise Fault("checks.cannot_write", path=self.path,
-                        reason=error.strerror or error) from None
+            raise UserError("checks.cannot_write", path=self.path,
+                            reason=error.strerror or error) from None
 
     def add(self, done: Done) -> None:
         try:
             self._file.write(_line(asdict(done)))
             self._file.flush()
         except OSError as error:
-            raise Fault("checks.cannot_write", path=self.path,
-                        reason=error.strerror or error) from None
+            raise UserError("checks.cannot_write", path=self.path,
+                            reason=error.strerror or error) from None
         self.done[done.name] = done
 
     def close(self) -> None:
@@ -236,7 +236,7 @@ class _Log:
         entries = [entry for line in self.path.read_bytes().split(b"\n")
                    if (entry := _parsed(line)) is not None]
         if not entries or entries[0] != from_json(_line(asked)):
-            raise Fault("checks.out_other", out=out)
+            raise UserError("checks.out_other", out=out)
         for entry in entries[1:]:
             with contextlib.suppress(TypeError):
                 done = Done(**{**entry, "did": tuple(entry.get("did", ()))})

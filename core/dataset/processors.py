@@ -14,14 +14,14 @@ from core import plugins
 
 class Processors:
     """Functions of (image, path) that give the image back, changed; called in several threads.
-    Raises Fault where one can't be loaded."""
+    Raises UserError where one can't be loaded."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._loaded = [plugins.load(name, "picture_processors") for name in names]
         self._marks = tuple(plugins.mark(name) for name in names)
 
     def __call__(self, image: Image.Image, path: Path) -> Image.Image:
-        """`image`: RGB, upright, as large as before. Raises Fault for what isn't."""
+        """`image`: RGB, upright, as large as before. Raises UserError for what isn't."""
         for one in self._loaded:
             made = one(image.copy(), path)
             if not isinstance(made, Image.Image) or (made.mode, made.size) != ("RGB", image.size):

@@ -59,7 +59,8 @@ class Task:
 
 def render(task: Task, options: Options,
             facts: BaseFacts | None) -> tuple[bytes, str, list[dict[str, Any]]]:
-    """-> the copy's bytes, its suffix, what was done. Raises Fault where it can't be decoded."""
+    """-> the copy's bytes, its suffix, what was done. Raises UserError where it can't be
+    decoded."""
     kind = task.record["format"].decode()
     suffix = KEPT.get(kind, "png") if options.convert == "keep" else options.convert
     same_kind = options.convert == "keep" or KEPT.get(kind) == suffix

@@ -17,7 +17,7 @@ from PIL import Image
 
 from core import paths
 from core.dataset import images
-from core.errors import Fault
+from core.errors import UserError
 
 SIDE = 256                      # px of the longer side
 VIEW = 1024                     # px: one picture by itself
@@ -31,7 +31,7 @@ _slots = threading.BoundedSemaphore(max(1, min(os.cpu_count() or 1, 4)))
 def thumbnail(picture: Path, side: int = SIDE) -> Path:
     """The WebP file of a picture, upright, over white; safe to call from several threads.
 
-    Raises Fault where the picture can't be decoded, OSError where nothing can be written.
+    Raises UserError where the picture can't be decoded, OSError where nothing can be written.
     """
     small = place_of(picture, side)
     with contextlib.suppress(OSError):
@@ -80,7 +80,7 @@ def _make(picture: Path, small: Path, side: int) -> None:
         image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
         with paths.atomic(small) as fresh:
             image.save(fresh, "WEBP", quality=QUALITY, method=2)
-    except (Fault, OSError):
+    except (UserError, OSError):
         raise
     except Exception as error:              # a palette that is too short, for example
         raise images.damage(picture, error) from None

@@ -19,7 +19,7 @@ from core import paths
 from core.config import GenerateConfig, TrainConfig
 from core.demo.classifier import Judge
 from core.importers import load_train_config
-from core.inference.generate import Shot, Studio, save_png
+from core.inference.generate import PipelineSession, SampleRequest, save_png
 from core.inference.grid import draw_sheet
 from core.jobs.control import Control
 from core.jobs.events import Event, Phase
@@ -64,14 +64,15 @@ def run_demo(out: Path, emit: Emit, control: Control) -> dict[str, Any]:
 
 def draw_subjects(file: Path, seed: int, emit: Emit) -> dict[float, list[Image.Image]]:
     """Every subject at every weight, the same seed across a row."""
-    studio = Studio(paths.DEMO / "base", GenerateConfig(base=str(paths.DEMO / "base")), emit)
+    studio = PipelineSession(paths.DEMO / "base", GenerateConfig(base=str(paths.DEMO / "base")),
+                             emit)
     studio.load()
     drawn: dict[float, list[Image.Image]] = {}
     for weight in WEIGHTS:
         studio.use([Lora(file, weight)])
         drawn[weight] = []
         for i, subject in enumerate(SUBJECTS):
-            shot = Shot(prompt(subject), "", seed + i, STEPS, CFG, (64, 64))
+            shot = SampleRequest(prompt(subject), "", seed + i, STEPS, CFG, (64, 64))
             drawn[weight].append(studio.draw(shot))
             emit(Phase(name="draw", done=sum(map(len, drawn.values())),
                        total=len(WEIGHTS) * len(SUBJECTS)))

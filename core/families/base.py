@@ -38,7 +38,7 @@ class Parts:
     bucket_step: int                        # px; this base's own
     flow: TimestepSampling | None = None            # of a base that learns a flow
     guidance: str = "guidance_scale"        # the pipeline's argument for a shot's cfg
-    unguided: float = 1.0                   # that argument's value for none; cfg's is 1
+    no_guidance_value: float = 1.0                   # that argument's value for none; cfg's is 1
     architecture: str = ""                  # where it isn't the spec's
     text_width: int = 0                     # of the last CLIP's text, where it is padded
     reading: Reading = Reading()
@@ -46,7 +46,7 @@ class Parts:
     shifts: tuple[float, float] | None = None   # the scheduler's, of one that isn't and one that is
     base_loras: Attached | None = None      # what the denoiser has on it while it learns
     beside: list[Taken] = field(default_factory=list)   # files of other places that it is used with
-    film: bool = False                      # the VAE is one of videos: (B, C, frames, h, w)
+    is_video_vae: bool = False                      # the VAE is one of videos: (B, C, frames, h, w)
     denoiser: Any = None                    # UNet or transformer
     vae: Any = None
     text: dict[str, Any] = field(default_factory=dict)  # tokenizers, encoders by pipeline name
@@ -79,12 +79,12 @@ class Family(Protocol):
              only: frozenset[Part] = ALL_PARTS) -> Parts:
         """Reads a diffusers folder or a single .safetensors file; frozen, eval mode.
 
-        Raises Fault where the source is missing, is no such base or can't be read."""
+        Raises UserError where the source is missing, is no such base or can't be read."""
 
     def skeleton(self, source: Path, precision: Precision,
                  only: frozenset[Part] = ALL_PARTS) -> Parts:
         """The same without weights: modules of the real classes on the meta device, for plans.
-        Tokenizers are real. Raises Fault as `load` does."""
+        Tokenizers are real. Raises UserError as `load` does."""
 
     def weight_files(self, source: Path, part: Part) -> list[tuple[Path, str]]:
         """Where a part's weights lie: (file, prefix of its tensors' names). Of text encoders the
@@ -100,7 +100,7 @@ class Family(Protocol):
     def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
         """Embeddings of tokens, on the base's device, with gradients where an encoder trains."""
 
-    def framing(self, frame: CropInfo) -> Cond:
+    def size_conditioning(self, frame: CropInfo) -> Cond:
         """What the denoiser is told of a picture's cut, (1, ...) each; empty: nothing."""
 
     def count_tokens(self, parts: Parts, prompts: Sequence[str]) -> list[int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTokenizer
 
 from core import paths
-from core.errors import Fault
+from core.errors import UserError
 from core.families import clip, detection, distilled, loading, schedulers, text
 from core.families.base import ALL_PARTS, Cond, CropInfo, Objective, Parts
 from core.families.components import lookup
@@ -45,7 +45,7 @@ class ComponentFamily:
     chosen: Chosen = lookup.NONE        # companions that the user named
 
     def layout(self, source: Path) -> CheckpointLayout:
-        """Raises Fault where `source` is no base of this family, or lacks a config."""
+        """Raises UserError where `source` is no base of this family, or lacks a config."""
         found = detection.expect(source, self.kind)
         configs = source if source.is_dir() else paths.family_configs(self.kind)
         scheduler = loading.read_json(configs / "scheduler" / "scheduler_config.json", configs)
@@ -118,7 +118,7 @@ class ComponentFamily:
             folder = self._words(layout, encoder)
             with loading.told(folder):
                 made = text.open_tokenizer(folder, KINDS[vocabulary.kind])
-        except Fault as fault:
+        except UserError as fault:
             if real:
                 raise
             return text.Blank(vocabulary.length, fault)
@@ -128,7 +128,7 @@ class ComponentFamily:
         return made
 
     def _words(self, layout: CheckpointLayout, encoder: str) -> Path:
-        """The folder of an encoder's tokenizer. Raises Fault where it is none for it."""
+        """The folder of an encoder's tokenizer. Raises UserError where it is none for it."""
         config = layout.configs[encoder]
         with loading.told(layout.source):   # some configs leave out what is usual
             rows = int(config.get("text_config", config).get("vocab_size", sys.maxsize))
@@ -136,7 +136,7 @@ class ComponentFamily:
             self.vocabularies[encoder].kind], rows, self.chosen)
 
     def beside(self, source: Path) -> list[Taken]:
-        """What a base is used with that it doesn't hold itself. Raises Fault where something is
+        """What a base is used with that it doesn't hold itself. Raises UserError where something is
         missing, and where it can't be told which of several files is meant."""
         layout = self.layout(source)
         found: list[Taken] = []
@@ -196,7 +196,7 @@ class ComponentFamily:
             shift = float(vae.config.get("shift_factor") or 0.0)
             return (latents - shift) * float(vae.config.scaling_factor)
 
-    def framing(self, frame: CropInfo) -> Cond:
+    def size_conditioning(self, frame: CropInfo) -> Cond:
         return {}
 
     def pipeline(self, parts: Parts) -> Any:

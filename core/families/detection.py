@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from core import paths, plugins
-from core.errors import Fault, Fix
+from core.errors import Fix, UserError
 from core.families import unet
 from core.families.lora_signs import detect_format
 from core.families.registry import SPECS
@@ -45,37 +45,37 @@ QUANTISED = (".scale_weight", ".weight_scale", ".absmax", ".weight.scb", ".weigh
 
 
 def identify(path: Path) -> Found:
-    """Raises Fault where nothing is there, or the file is torn."""
+    """Raises UserError where nothing is there, or the file is torn."""
     if not path.exists():
-        raise Fault("families.missing", path=path, folder=path.parent)
+        raise UserError("families.missing", path=path, folder=path.parent)
     if path.is_dir():
         return _folder(path)
     return _file(path, paths.stamp(path))
 
 
 def detect(source: Path) -> str:
-    """The family of a base, told from what it is. Raises Fault, with what it is instead, where no
-    LoRA can be trained on it, and where nothing is there."""
+    """The family of a base, told from what it is. Raises UserError, with what it is instead, where
+    no LoRA can be trained on it, and where nothing is there."""
     found = identify(source)
     if found.plain and found.plain.family in SPECS:
-        raise Fault("families.by_name", path=source, found=found.said(),
-                    plain=found.plain.said(), family=found.plain.family,
-                    fixes=[Fix("fixes.family_anyway", {"family": found.plain.family})])
+        raise UserError("families.by_name", path=source, found=found.said(),
+                        plain=found.plain.said(), family=found.plain.family,
+                        fixes=[Fix("fixes.family_anyway", {"family": found.plain.family})])
     if found.family not in SPECS:
-        raise Fault("families.not_a_base", path=source, found=found.said(),
-                    known=", ".join(one.title for one in SPECS.values()))
+        raise UserError("families.not_a_base", path=source, found=found.said(),
+                        known=", ".join(one.title for one in SPECS.values()))
     return found.family
 
 
 def expect(path: Path, family: str) -> Found:
     """What `path` is, by its shapes where its name says otherwise: the user has named the family.
-    Raises Fault where it is no base of it."""
+    Raises UserError where it is no base of it."""
     found = identify(path)
     if found.plain and found.plain.family == family:
         return found.plain
     if found.family != family:
-        raise Fault("families.other_model", path=path, found=found.said(),
-                    wanted=SPECS[family].title)
+        raise UserError("families.other_model", path=path, found=found.said(),
+                        wanted=SPECS[family].title)
     return found
 
 
@@ -89,7 +89,7 @@ class Base:
 
     @staticmethod
     def of(source: Path, family: str = "auto") -> Base:
-        """Raises Fault where nothing is there, or it can't be read."""
+        """Raises UserError where nothing is there, or it can't be read."""
         family = detect(source) if family == "auto" else family
         own = plugins.mark(family) if plugins.is_named(family) else ""
         return Base(source, family, _digest(source) + own)
@@ -132,7 +132,7 @@ def _folder(path: Path) -> Found:
     if json_object(path / "config.json"):
         return Found("part_folder")
     missing = "model_index.json" if not (path / "unet").exists() else "unet/config.json"
-    raise Fault("families.not_a_folder", path=path, missing=missing)
+    raise UserError("families.not_a_folder", path=path, missing=missing)
 
 
 def _unet_folder(unet: Mapping[str, Any], path: Path) -> Found:
@@ -170,11 +170,11 @@ def _file(path: Path, stamp: tuple[int, int, int]) -> Found:
     if head.startswith(b"version https://git-lfs"):
         return Found("lfs_pointer")
     if path.suffix.lower() in PICKLES or is_pickle(head[:9]):
-        raise Fault("families.pickle", path=path)
+        raise UserError("families.pickle", path=path)
     try:
         header = read_header(path)
-    except Fault as fault:
-        raise Fault("families.unreadable", path=path, reason=str(fault)) from fault
+    except UserError as fault:
+        raise UserError("families.unreadable", path=path, reason=str(fault)) from fault
     found = of_tensors(header.tensors)
     if found.family and _says_v(header.metadata):
         found = replace(found, v_prediction=True)

@@ -42,7 +42,8 @@ class Distilled:
 
 
 def of(source: Path, wanted: str = "auto") -> Distilled | None:
-    """`wanted`: the config key `distilled`. None: it is none. Raises Fault as `identify` does."""
+    """`wanted`: the config key `distilled`. None: it is none. Raises UserError as `identify`
+    does."""
     return told(source, identify(source), wanted) if wanted != "false" else None
 
 

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from core import i18n, plugins
-from core.errors import Fault
+from core.errors import UserError
 from core.families.registry import SPECS
 
 if TYPE_CHECKING:
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def get(family_id: str, chosen: Chosen | None = None) -> Family:
-    """`chosen`: companions that the user named. Raises Fault `families.unknown` with the nearest
-    known id."""
+    """`chosen`: companions that the user named. Raises UserError `families.unknown` with the
+    nearest known id."""
     if plugins.is_named(family_id):
         return _own(family_id, chosen)
     if family_id not in SPECS:
         close = i18n.nearest(family_id, SPECS, 1)
-        raise Fault("families.unknown", family=family_id, known=", ".join(SPECS),
-                    nearest=close[0] if close else next(iter(SPECS)))
+        raise UserError("families.unknown", family=family_id, known=", ".join(SPECS),
+                        nearest=close[0] if close else next(iter(SPECS)))
     _quiet()
     module = importlib.import_module(f"core.families.{family_id}.model")
     family: Any = getattr(module, SPECS[family_id].model)()
@@ -41,7 +41,7 @@ def _own(name: str, chosen: Chosen | None) -> Family:
         raise extension.wrong(", ".join(lacks), made)
     if chosen is not None and any((chosen.vae, chosen.text_encoders, chosen.tokenizer)):
         if not hasattr(made, "chosen"):
-            raise Fault("families.companions_of_its_own", family=name)
+            raise UserError("families.companions_of_its_own", family=name)
         made.chosen = chosen
     guarded: Any = plugins.Guarded(extension, made)
     return guarded  # type: ignore[no-any-return]

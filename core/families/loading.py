@@ -20,7 +20,7 @@ from torch import nn
 
 from core import paths
 from core.config import schema
-from core.errors import Fault
+from core.errors import UserError
 from core.families.base import Family
 from core.families.checkpoint_keys import Convert, Tensors, own
 from core.families.components import lookup
@@ -35,7 +35,7 @@ from core.weights import precision_rules
 from core.weights.lazy import File, Weights, files_in, shapes_of
 from core.weights.offload import offload_
 from core.weights.precision import Precision, keep_
-from core.weights.quantization import fill_, quantise_
+from core.weights.quantization import fill_, quantize_
 
 TOKENIZER = paths.DEMO / "base" / "tokenizer"       # CLIP's own, shipped once
 LARGE_ENCODER = 1e9                                 # parameters; smaller ones stay as they are
@@ -81,10 +81,10 @@ def read_json(path: Path, folder: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = from_json(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise Fault("families.not_a_folder", path=folder,
-                    missing=path.relative_to(folder).as_posix()) from None
+        raise UserError("families.not_a_folder", path=folder,
+                        missing=path.relative_to(folder).as_posix()) from None
     except (OSError, ValueError) as error:
-        raise Fault("families.unreadable", path=path, reason=first_line(error)) from error
+        raise UserError("families.unreadable", path=path, reason=first_line(error)) from error
     return found
 
 
@@ -121,13 +121,14 @@ class Shapes(dict[str, tuple[int, ...]]):
         super().__init__((name, tuple(one.shape)) for name, one in shapes.items())
 
     def __missing__(self, name: str) -> tuple[int, ...]:
-        raise Fault("families.names_unknown", path=self.path, model=self.model, count=1,
-                    example=name, names=", ".join(list(self)[:3]))
+        raise UserError("families.names_unknown", path=self.path, model=self.model, count=1,
+                        example=name, names=", ".join(list(self)[:3]))
 
 
 def file_of(layout: CheckpointLayout, piece: ComponentSpec) -> tuple[Path, str] | None:
     """The file of one piece: one that the user named, the base itself, else one beside it; of a
-    base's folder the piece's own. Raises Fault where none is there; None for one that needn't be.
+    base's folder the piece's own. Raises UserError where none is there; None for one that needn't
+    be.
     """
     if named := lookup.named(layout.chosen, piece.part, piece.alone):
         return named, ""
@@ -136,7 +137,7 @@ def file_of(layout: CheckpointLayout, piece: ComponentSpec) -> tuple[Path, str] 
     if piece.name in layout.files:
         return layout.files[piece.name]
     if not piece.alone:
-        raise Fault("families.part_missing", path=layout.source, part=piece.name)
+        raise UserError("families.part_missing", path=layout.source, part=piece.name)
     path = lookup.find_file(layout.source, piece.alone, layout.configs[piece.name],
                                 layout.chosen)
     if path is None and not piece.optional:
@@ -150,19 +151,19 @@ def told(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, (Fault, MemoryError, torch.OutOfMemoryError)):
+        if isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)):
             raise
         pickles = [p for p in path.glob("*/*") if p.suffix in PICKLES] if path.is_dir() else []
         if pickles and "safetensors" in str(error):             # it looked for them in vain
-            raise Fault("families.pickle", path=pickles[0]) from None
+            raise UserError("families.pickle", path=pickles[0]) from None
         torn = isinstance(error, (OSError, SafetensorError))
-        raise Fault("families.unreadable" if torn else "families.not_understood", path=path,
-                    reason=first_line(error)) from error
+        raise UserError("families.unreadable" if torn else "families.not_understood", path=path,
+                        reason=first_line(error)) from error
 
 
 def load(layout: CheckpointLayout, piece: ComponentSpec, precision: Precision) -> Any:
     """One model as `precision` has it; None: an optional one that isn't there. What of the files is
-    no weight of the model is never read. Raises Fault."""
+    no weight of the model is never read. Raises UserError."""
     if (where := file_of(layout, piece)) is None:
         return None
     own = where[0].is_dir()
@@ -184,16 +185,16 @@ def load(layout: CheckpointLayout, piece: ComponentSpec, precision: Precision) -
 
 
 def _refuse_others(model: nn.Module, weights: Weights, path: Path) -> None:
-    """Raises Fault where the files are not this model's."""
+    """Raises UserError where the files are not this model's."""
     about: dict[str, Any] = {"path": path, "model": type(model).__name__}
     if lacking := _lacking(model, weights):
         about |= {"count": len(lacking), "example": lacking[0]}
         known = model.state_dict()
         if unknown := [name for name in weights.shapes if name not in known]:
-            raise Fault("families.names_unknown", **about, names=", ".join(unknown[:3]))
-        raise Fault("families.weights_missing", **about)
+            raise UserError("families.names_unknown", **about, names=", ".join(unknown[:3]))
+        raise UserError("families.weights_missing", **about)
     if wrong := _misshapen(model, weights):
-        raise Fault("families.other_sizes", **about, what=wrong)
+        raise UserError("families.other_sizes", **about, what=wrong)
 
 
 def _named(model: nn.Module, tensors: Tensors) -> Tensors:
@@ -254,11 +255,11 @@ def quantised(model: Any, piece: ComponentSpec, precision: Precision) -> float:
     if {p.ndim for p in model.parameters()} & {4, 5} == {4}:    # a video VAE's layout is its own
         model.to(memory_format=torch.channels_last)
     if piece.part == "denoiser":
-        quantise_(model, precision.kept, precision.device)
+        quantize_(model, precision.kept, precision.device)
         return precision.offload
     if piece.part == "vae" or sum(p.numel() for p in model.parameters()) < LARGE_ENCODER:
         return 0.0
-    quantise_(model, precision.kept, precision.device)
+    quantize_(model, precision.kept, precision.device)
     held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     return 1.0 if precision.room is not None and held > precision.room else 0.0
 
@@ -320,7 +321,7 @@ def load_denoiser(config: schema.TrainConfig, family: Family, source: Path, prec
     """The base's denoiser as the run keeps it: quantised, part of it in RAM; frozen.
 
     Weights come one after the other, in the bits that they keep: the whole never has to fit the
-    GPU. Raises Fault as the family's `load` does.
+    GPU. Raises UserError as the family's `load` does.
     """
     kept = precision_rules.kept_settings(config, precision.device.type)
     if config.offload and "offload" not in kept and emit:

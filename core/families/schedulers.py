@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from core import i18n
-from core.errors import Fault
+from core.errors import UserError
 
 if TYPE_CHECKING:
     from core.families.base import Parts
@@ -35,7 +35,7 @@ FLOW = {"euler": "FlowMatchEulerDiscreteScheduler", "dpm++2m": "DPMSolverMultist
 
 def create(name: str, parts: Parts) -> Any:
     """A scheduler with the base's noise schedule. auto: the base's own sampler, except that
-    PNDM, the old default, gives way to DPM++ 2M. Raises Fault for a name that is unknown, or
+    PNDM, the old default, gives way to DPM++ 2M. Raises UserError for a name that is unknown, or
     of no use to this base."""
     if parts.flow is not None:
         return _flow(name, parts)
@@ -45,8 +45,8 @@ def create(name: str, parts: Parts) -> Any:
                      if cls == own and n != "pndm"), FALLBACK)
     if name not in SAMPLERS:
         close = i18n.nearest(name, SAMPLERS, 1)
-        raise Fault("generate.unknown_sampler", name=name, known=", ".join(SAMPLERS),
-                    nearest=close[0] if close else FALLBACK)
+        raise UserError("generate.unknown_sampler", name=name, known=", ".join(SAMPLERS),
+                        nearest=close[0] if close else FALLBACK)
     import diffusers
     _, cls, options = SAMPLERS[name]
     config = {k: v for k, v in parts.scheduler.items() if not k.startswith("_")}
@@ -62,7 +62,7 @@ def _flow(name: str, parts: Parts) -> Any:
     name = [*known][-1] if name == "auto" else name
     if name not in known:
         code = "generate.not_for_flow" if name in SAMPLERS else "generate.unknown_sampler"
-        raise Fault(code, name=name, known=", ".join(known), nearest="euler")
+        raise UserError(code, name=name, known=", ".join(known), nearest="euler")
     import diffusers
     config = {k: v for k, v in parts.scheduler.items() if not k.startswith("_")}
     if config.get("use_beta_sigmas") and not find_spec("scipy"):

@@ -31,10 +31,10 @@ class Found:
     plain: Found | None = None             # by the shapes alone, where names say otherwise
 
     def said(self, language: str | None = None) -> str:
-        found = i18n.say(f"families.is_{self.what}", lang=language)
+        found = i18n.tr(f"families.is_{self.what}", lang=language)
         if self.numbers:
-            return i18n.say("families.in_numbers", {"found": found, "kind": self.numbers},
-                            language)
+            return i18n.tr("families.in_numbers", {"found": found, "kind": self.numbers},
+                           language)
         return found
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
-from core.errors import Fault
+from core.errors import UserError
 from core.families.components import tokenizer_kinds
 from core.families.components.tokenizer_kinds import UNIGRAM, Kind, Pieces
 
@@ -138,11 +138,11 @@ def masked_arguments(cond: Mapping[str, Tensor], negative: Mapping[str, Tensor]
 class Blank:
     """Stands for a tokenizer that isn't there, in plans: all texts are as long as can be."""
 
-    def __init__(self, length: int, refusal: Fault) -> None:
+    def __init__(self, length: int, refusal: UserError) -> None:
         self.model_max_length, self.refusal = length, refusal
 
     def __call__(self, prompts: Sequence[str], max_length: int = 0, **options: Any) -> Any:
-        """Raises Fault where tokens are to be counted: it can't."""
+        """Raises UserError where tokens are to be counted: it can't."""
         if not options.get("add_special_tokens", True):
             raise self.refusal
         ids: Tensor = torch.zeros(len(prompts), max_length or self.model_max_length,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from core import serialization
-from core.errors import Fault
+from core.errors import UserError
 
 DEEPEST = 64                               # levels; more is no config
 LARGEST = 16 * 2**20                       # bytes
@@ -35,19 +35,19 @@ class Entry:
 
 
 def read(path: Path) -> tuple[dict[str, Any], Lines]:
-    """-> the data and the line of each key. Raises Fault with the line of what is no TOML or
+    """-> the data and the line of each key. Raises UserError with the line of what is no TOML or
     JSON."""
     try:
         if path.stat().st_size > LARGEST:
-            raise Fault("config.unreadable", file=path, reason=f"> {LARGEST} bytes")
+            raise UserError("config.unreadable", file=path, reason=f"> {LARGEST} bytes")
         text = serialization.decode_text(path.read_bytes())
     except FileNotFoundError:
-        raise Fault("config.missing", file=path, folder=Path.cwd()) from None
+        raise UserError("config.missing", file=path, folder=Path.cwd()) from None
     except (OSError, ValueError) as error:
-        raise Fault("config.unreadable", file=path, reason=error) from None
+        raise UserError("config.unreadable", file=path, reason=error) from None
     data = _parsed(path, text)
     if not isinstance(data, dict) or not data:
-        raise Fault("config_import.not_settings", file=path)
+        raise UserError("config_import.not_settings", file=path)
     lines = _toml_lines(text) if path.suffix.lower() == ".toml" else _json_lines(text)
     return data, lines
 
@@ -57,13 +57,15 @@ def _parsed(path: Path, text: str) -> Any:
     try:
         return tomllib.loads(text) if toml else json.loads(text)
     except RecursionError:
-        raise Fault("config_import.bad_text", file=path, line=1, kind="TOML" if toml else "JSON",
-                    reason=f"> {DEEPEST} levels") from None
+        raise UserError("config_import.bad_text", file=path, line=1,
+                        kind="TOML" if toml else "JSON",
+                        reason=f"> {DEEPEST} levels") from None
     except ValueError as error:
         line = getattr(error, "lineno", None) or (
             int(found[1]) if (found := re.search(r"line (\d+)", str(error))) else 1)
-        raise Fault("config_import.bad_text", file=path, line=line, kind="TOML" if toml else "JSON",
-                    reason=getattr(error, "msg", error)) from None
+        raise UserError("config_import.bad_text", file=path, line=line,
+                        kind="TOML" if toml else "JSON",
+                        reason=getattr(error, "msg", error)) from None
 
 
 def entries(data: Any, lines: Lines, keys: Keys = ()) -> Iterator[Entry]:

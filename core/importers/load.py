@@ -12,7 +12,7 @@ from typing import Any
 
 from core import i18n, plugins
 from core.config import TrainConfig, dump_yaml, parse_train_config, read_train_config
-from core.errors import Fault
+from core.errors import UserError
 from core.importers import kohya, lines, onetrainer
 from core.importers.reader import Imported, Reader
 from core.lora_files.files import read_config
@@ -25,13 +25,13 @@ def load_train_config(path: Path, overrides: Mapping[str, str] | None = None) ->
     """Reads a YAML config, the config inside a LoRA file's metadata, or another trainer's TOML
     or JSON (`read` tells what of that is lost), and checks it.
 
-    Raises Fault with the file, the line and the nearest key where something is wrong.
+    Raises UserError with the file, the line and the nearest key where something is wrong.
     """
     if path.suffix.lower() == ".safetensors":
         config = parse_train_config(read_config(path), str(path), overrides)
         for key, name in named_in(config):      # LoRA files travel: none may run code here
             if key not in (overrides or {}):
-                raise Fault("extensions.in_a_lora", file=path, key=key, name=name)
+                raise UserError("extensions.in_a_lora", file=path, key=key, name=name)
         return config
     if path.suffix.lower() in FOREIGN:
         return parse_train_config("", str(path), overrides, read(path).values)
@@ -39,7 +39,8 @@ def load_train_config(path: Path, overrides: Mapping[str, str] | None = None) ->
 
 
 def read(path: Path) -> Imported:
-    """Raises Fault where the file is no TOML or JSON, or no config of a trainer that is known."""
+    """Raises UserError where the file is no TOML or JSON, or no config of a trainer that is
+    known."""
     data, at = lines.read(path)
     if is_ours(data):
         return Reader(path, "LoRA Darkroom").take(data, at)
@@ -64,10 +65,10 @@ def to_yaml(imported: Imported) -> str:
 
 def told(imported: Imported, lang: str | None = None) -> list[str]:
     """Line by line: what was taken over, what the other trainer would have taken, what is left."""
-    head = i18n.say("config_import.carried", {
+    head = i18n.tr("config_import.carried", {
         "file": imported.file.name, "kind": imported.kind, "count": len(imported.values),
         "left": len(imported.left)}, lang)
-    assumed = [i18n.say("config_import.assumed", {"key": key, "value": value}, lang)
+    assumed = [i18n.tr("config_import.assumed", {"key": key, "value": value}, lang)
                for key, value in imported.assumed.items()]
     return [head, *assumed, *(one.said(lang) for one in imported.left)]
 

@@ -30,10 +30,10 @@ class Left:
     why: str                               # config_import.why_{why}
 
     def said(self, lang: str | None = None) -> str:
-        return i18n.say("config_import.left", {
+        return i18n.tr("config_import.left", {
             "file": self.file.name, "line": self.line, "key": self.key,
             "value": _short(self.value),
-            "why": i18n.say(f"config_import.why_{self.why}", lang=lang)}, lang)
+            "why": i18n.tr(f"config_import.why_{self.why}", lang=lang)}, lang)
 
 
 @dataclass(slots=True)

@@ -17,9 +17,9 @@ from PIL import Image
 
 from core import paths
 from core.config.draw import SHEET, DrawConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.inference import generate
-from core.inference.generate import Studio
+from core.inference.generate import PipelineSession
 from core.inference.grid import draw_sheet
 from core.jobs.control import Control
 from core.jobs.events import Event, Note, Phase, Sample
@@ -70,7 +70,7 @@ def draw(config: DrawConfig, emit: Callable[[Event], None], control: Control) ->
     base = paths.DEMO / "base" if config.base == "demo" else Path(config.base).expanduser()
     columns, labels = columns_of(config, loras)
     emit(Phase(name="load"))
-    studio = Studio(base, config, emit)
+    studio = PipelineSession(base, config, emit)
     studio.load()
     studio.read_as(config, loras)
     studio.predict_as(config, loras)
@@ -111,7 +111,7 @@ def draw(config: DrawConfig, emit: Callable[[Event], None], control: Control) ->
 def wanted(config: DrawConfig, emit: Callable[[Event], None] = lambda event: None
            ) -> tuple[str, list[Lora]]:
     """The prompt without its tags, and each LoRA once: a tag's weight goes before the list's, of
-    several tags the last one's. What of a prompt has no effect is told. Raises Fault for a name
+    several tags the last one's. What of a prompt has no effect is told. Raises UserError for a name
     that is not known."""
     prompt, tags = split_prompt(config.prompt)
     refuse_paths(tags)
@@ -133,7 +133,7 @@ def wanted(config: DrawConfig, emit: Callable[[Event], None] = lambda event: Non
 
 def columns_of(config: DrawConfig, loras: Sequence[Lora]) -> tuple[list[list[Lora]], list[str]]:
     """The LoRAs of each column, and its label: the first one's weight, or its file, varies.
-    Raises Fault where `sheet` can't be read, or there is no LoRA to vary."""
+    Raises UserError where `sheet` can't be read, or there is no LoRA to vary."""
     weights, checkpoints, named = config.weights, config.checkpoints, list(config.labels)
     if config.sheet:
         weights, checkpoints, named = _of_sheet(config.sheet, loras)
@@ -160,7 +160,7 @@ def _of_sheet(sheet: str, loras: Sequence[Lora]) -> tuple[list[float], list[str]
             return [], [str(file) for file in files], [f"step {value}" for value in values]
     except ValueError:
         pass
-    raise Fault("generate.bad_sheet", sheet=sheet)
+    raise UserError("generate.bad_sheet", sheet=sheet)
 
 
 def checkpoint_file(final: Path, step: int) -> Path:
@@ -174,4 +174,4 @@ def checkpoint_file(final: Path, step: int) -> Path:
         if path.is_file():
             return path
     known = sorted(p.name for p in folder.glob(f"**/{stem}-*.safetensors"))
-    raise Fault("generate.no_checkpoint", step=step, file=final, known=", ".join(known) or "-")
+    raise UserError("generate.no_checkpoint", step=step, file=final, known=", ".join(known) or "-")

@@ -19,7 +19,7 @@ from core import families, i18n, paths
 from core.adapters import from_file, lora
 from core.config import GenerateConfig, size_of
 from core.dataset.text_embeddings import reading_of, trimmed, unread, unused_of
-from core.errors import Fault
+from core.errors import UserError
 from core.families import distilled, schedulers
 from core.families.base import ALL_PARTS, Family, Objective, Parts
 from core.families.components import lookup
@@ -38,7 +38,7 @@ from core.weights.precision import Precision, autocast, choose
 
 
 @dataclass(frozen=True, slots=True)
-class Shot:
+class SampleRequest:
     """Everything that decides one picture, besides base and LoRAs."""
 
     prompt: str
@@ -50,7 +50,7 @@ class Shot:
     sampler: str = "auto"
 
 
-class Studio:
+class PipelineSession:
     """A loaded base that draws; LoRA files are read once and switched by weight."""
 
     def __init__(self, source: Path, config: GenerateConfig,
@@ -66,7 +66,7 @@ class Studio:
         self._active: dict[str, str] = {}           # new words -> their tokens
         self._told: set[str] = set()
 
-    def shot(self, config: GenerateConfig, prompt: str) -> Shot:
+    def shot(self, config: GenerateConfig, prompt: str) -> SampleRequest:
         """What a config asks of one picture; its own numbers where it says nothing."""
         side = self.parts.native_size
         size = size_of(config.size) or (side, side)
@@ -74,16 +74,17 @@ class Studio:
             2 if self.parts.flow else 1)))
         if any(side % unit for side in size):
             near = " x ".join(str(max(unit, round(side / unit) * unit)) for side in size)
-            raise Fault("generate.bad_size", width=size[0], height=size[1], unit=unit, near=near)
+            raise UserError("generate.bad_size", width=size[0], height=size[1], unit=unit,
+                            near=near)
         cfg, steps = distilled.drawing(config.cfg, config.steps, self.family.spec.cfg,
                                        distilled.STEPS, self.parts.distilled)
         if (few := self.parts.distilled) and None in (config.cfg, config.steps):
             self.emit(Note(key="distilled.drawn", params={
                 "sign": few.sign, "steps": steps, "cfg": f"{cfg:g}"}))
-        return Shot(prompt, config.negative, config.seed, steps, cfg, size,
-                    config.sampler)
+        return SampleRequest(prompt, config.negative, config.seed, steps, cfg, size,
+                             config.sampler)
 
-    def tell_unread(self, shot: Shot) -> None:
+    def tell_unread(self, shot: SampleRequest) -> None:
         """What of the prompts is beyond the base's limit."""
         for key, text in (("prompt", shot.prompt), ("negative", shot.negative)):
             text = textual_inversion.expand(text, self._active)
@@ -177,7 +178,8 @@ class Studio:
                 "file": str(path), "found": found, "expected": expected}))
         return name
 
-    def draw(self, shot: Shot, each_step: Callable[[], None] = lambda: None) -> Image.Image:
+    def draw(self, shot: SampleRequest,
+             each_step: Callable[[], None] = lambda: None) -> Image.Image:
         """`each_step` is called after each denoising step; what it raises ends the picture."""
         def called(_: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
             each_step()
@@ -193,7 +195,7 @@ class Studio:
         return draw(self.pipeline, self.parts, shot,
                     {**arguments, "callback_on_step_end": called}, self.precision)
 
-    def describe(self, shot: Shot, loras: Iterable[Lora]) -> str:
+    def describe(self, shot: SampleRequest, loras: Iterable[Lora]) -> str:
         """The parameters in A1111's form, as other programs read them from the PNG."""
         loras = list(loras)
         tags = "".join(f" {one.tag}" for one in loras)
@@ -222,7 +224,7 @@ def read_prompt(family: Family, parts: Parts, precision: Precision, prompt: str,
         return family.prompt_arguments(*rows)
 
 
-def draw(pipeline: Any, parts: Parts, shot: Shot, arguments: dict[str, Any],
+def draw(pipeline: Any, parts: Parts, shot: SampleRequest, arguments: dict[str, Any],
          precision: Precision) -> Image.Image:
     """One picture. Noise comes from a CPU generator of its own, so that neither the device's
     generator nor the number of pictures changes it."""
@@ -230,7 +232,7 @@ def draw(pipeline: Any, parts: Parts, shot: Shot, arguments: dict[str, Any],
     with torch.no_grad(), autocast(precision):
         image: Image.Image = pipeline(
             **arguments, width=shot.size[0], height=shot.size[1], num_inference_steps=shot.steps,
-            **{parts.guidance: shot.cfg - 1 + parts.unguided},
+            **{parts.guidance: shot.cfg - 1 + parts.no_guidance_value},
             generator=torch.Generator().manual_seed(shot.seed),
         ).images[0]
     return image
@@ -238,7 +240,7 @@ def draw(pipeline: Any, parts: Parts, shot: Shot, arguments: dict[str, Any],
 
 def load_adapter(pipeline: Any, path: Path, name: str, family: str = "") -> str:
     """Loads a LoRA file by diffusers' own reader, or by core.adapters.from_file what that can't
-    read. Raises Fault where none of it fits the base."""
+    read. Raises UserError where none of it fits the base."""
     keys = read_header(formats.weights_file(path)).tensors
     known = family if family in SPECS else ""
     ours = from_file.is_ours(keys)
@@ -262,10 +264,11 @@ def load_adapter(pipeline: Any, path: Path, name: str, family: str = "") -> str:
         if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
             raise
         reason = (str(error).strip().splitlines() or ["?"])[0][:200]
-        raise Fault("generate.lora_refused", file=path, keys=len(keys), reason=reason) from error
+        raise UserError("generate.lora_refused", file=path, keys=len(keys),
+                        reason=reason) from error
     if not lora.count(pipeline.components.values(), name):
-        raise Fault("generate.lora_refused", file=path, keys=len(keys),
-                    reason=i18n.say("generate.no_key_fits"))
+        raise UserError("generate.lora_refused", file=path, keys=len(keys),
+                        reason=i18n.tr("generate.no_key_fits"))
     return name
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from core.errors import Fault
+from core.errors import UserError
 from core.families.schedulers import SAMPLERS
 
 MOST_TEXT = 200_000                         # characters; longer ones are no settings of ours
@@ -49,13 +49,13 @@ class Settings:
 
 
 def read(path: Path) -> Settings:
-    """Raises Fault where the file is no picture or tells nothing."""
+    """Raises UserError where the file is no picture or tells nothing."""
     chunks = _chunks(path)
     if text := chunks.get("parameters", ""):
         return parse(text)
     if text := chunks.get("prompt", ""):
         return parse_comfy(text, path)
-    raise Fault("tab_inference.no_settings", file=path.name)
+    raise UserError("tab_inference.no_settings", file=path.name)
 
 
 def _chunks(path: Path) -> dict[str, str]:
@@ -65,11 +65,11 @@ def _chunks(path: Path) -> dict[str, str]:
             with Image.open(path, formats=("PNG",)) as image:
                 found = dict(image.info)
     except (OSError, ValueError, SyntaxError, OverflowError, Image.DecompressionBombError):
-        raise Fault("tab_inference.no_picture", file=path.name) from None
+        raise UserError("tab_inference.no_picture", file=path.name) from None
     texts = {key: str(value) for key, value in found.items()
              if key in ("parameters", "prompt") and isinstance(value, str)}
     if any(len(text) > MOST_TEXT for text in texts.values()):
-        raise Fault("tab_inference.no_settings", file=path.name)
+        raise UserError("tab_inference.no_settings", file=path.name)
     return texts
 
 
@@ -132,19 +132,19 @@ def _number(value: Any, most: float = 50.0) -> float | None:
 # --- ComfyUI ---
 
 def parse_comfy(text: str, path: Path) -> Settings:
-    """A graph with one sampler and plain text nodes. Raises Fault for others."""
+    """A graph with one sampler and plain text nodes. Raises UserError for others."""
     try:
         graph = json.loads(text)
     except (ValueError, RecursionError):
         graph = None
     if not isinstance(graph, dict) or len(graph) > MOST_NODES:
-        raise Fault("tab_inference.no_settings", file=path.name)
+        raise UserError("tab_inference.no_settings", file=path.name)
     nodes = {str(key): node for key, node in graph.items() if isinstance(node, dict)
              and isinstance(node.get("inputs"), dict)}
     samplers = [node["inputs"] for node in nodes.values()
                 if {"positive", "steps", "cfg"} <= node["inputs"].keys()]
     if not samplers:
-        raise Fault("tab_inference.other_graph", file=path.name)
+        raise UserError("tab_inference.other_graph", file=path.name)
     return _settings(nodes, samplers[0])
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core import paths
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.runs import JobView
 
 KEPT = 20                               # removed records
@@ -22,9 +22,9 @@ ORDER = ".order.json"                   # in runs/: ids that wait, the next one 
 
 
 def remove(view: JobView) -> None:
-    """Raises Fault for a run that isn't over, or whose folder can't be moved."""
+    """Raises UserError for a run that isn't over, or whose folder can't be moved."""
     if not view.over:
-        raise Fault("jobs.still_running", id=view.id, state=view.state)
+        raise UserError("jobs.still_running", id=view.id, state=view.state)
     removed = _removed()
     removed.mkdir(parents=True, exist_ok=True)
     _move(view.folder, removed / view.id)
@@ -33,9 +33,9 @@ def remove(view: JobView) -> None:
 
 
 def restore(run_id: str) -> None:
-    """Raises Fault where it is no longer kept."""
+    """Raises UserError where it is no longer kept."""
     if run_id not in _names(_removed()):
-        raise Fault("run_history.not_kept", id=run_id)
+        raise UserError("run_history.not_kept", id=run_id)
     _move(_removed() / run_id, paths.runs_dir() / run_id)
 
 
@@ -47,8 +47,8 @@ def _move(source: Path, target: Path) -> None:
     try:
         os.replace(source, target)
     except OSError as error:            # Windows: a file in it is open in another program
-        raise Fault("run_history.not_moved", folder=source,
-                    reason=error.strerror or error) from None
+        raise UserError("run_history.not_moved", folder=source,
+                        reason=error.strerror or error) from None
 
 
 def _names(folder: Path) -> list[str]:

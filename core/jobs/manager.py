@@ -24,7 +24,7 @@ from pydantic import BaseModel
 
 from core import paths
 from core.config import dump_yaml, read_train_config
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs import history, runs, worker
 from core.jobs.control import Request
 from core.jobs.events import Event, Faulted, JobEnded
@@ -107,7 +107,7 @@ class JobManager:
         """Queues a new run that goes on from the last checkpoint of one that is over."""
         old = self.view(run_id)
         if not old.over:
-            raise Fault("jobs.still_running", id=run_id, state=old.state)
+            raise UserError("jobs.still_running", id=run_id, state=old.state)
         config = (old.folder / CONFIG).read_text("utf-8")
         if old.job == "train":
             own = read_train_config(old.folder / CONFIG)

@@ -25,7 +25,7 @@ from pydantic import TypeAdapter
 
 from core import i18n, paths
 from core.config.flat_yaml import read_flat_yaml
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.control import Request
 from core.jobs.events import (
     Captioned,
@@ -224,7 +224,7 @@ def ask(run_id: str, request: Request) -> None:
 
 def send(view: JobView, request: Request) -> None:
     if view.over or view.state == "queued":
-        raise Fault("jobs.not_running", id=view.id, state=view.state)
+        raise UserError("jobs.not_running", id=view.id, state=view.state)
     append_line(view.folder / REQUESTS, json.dumps({"ask": request, "at": time.time()}))
 
 
@@ -263,10 +263,10 @@ def newest_first(views: Iterable[JobView]) -> list[JobView]:
     return sorted(views, key=lambda view: (view.created, view.id), reverse=True)
 
 
-def unknown(run_id: str, known: Iterable[str]) -> Fault:
+def unknown(run_id: str, known: Iterable[str]) -> UserError:
     close = i18n.nearest(run_id, known)
-    return Fault("jobs.unknown" if close else "jobs.unknown_plain", id=run_id,
-                 nearest=", ".join(close))
+    return UserError("jobs.unknown" if close else "jobs.unknown_plain", id=run_id,
+                     nearest=", ".join(close))
 
 
 @dataclass(slots=True)
@@ -283,7 +283,7 @@ def blank(folder: Path) -> JobView:
     facts: dict[str, Any] = {key: value for key, value in json_object(folder / RUN).items()
                              if isinstance(value, (int, float) if key == "created" else str)}
     config: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, Fault):
+    with contextlib.suppress(OSError, ValueError, UserError):
         config = read_flat_yaml((folder / CONFIG).read_text("utf-8"), CONFIG)[0]
     cwd = facts.get("cwd", "")
     return JobView(id=folder.name, folder=folder, job=facts.get("job", ""), cwd=cwd,

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, get_args
 
 import psutil
 
-from core.errors import Fault, Fix
+from core.errors import Fix, UserError
 from core.failures import causes, disk_full, gpu_memory, memory, one_line
 from core.jobs.control import Control, Request
 from core.jobs.events import Event, Faulted, JobEnded, JobStarted, Note, Step
@@ -101,7 +101,7 @@ def load_config(job: str, path: Path) -> Any:
 
 def _entry(job: str) -> Job:
     if job not in JOBS:
-        raise Fault("jobs.no_such_job", job=job, known=", ".join(JOBS))
+        raise UserError("jobs.no_such_job", job=job, known=", ".join(JOBS))
     return JOBS[job]
 
 
@@ -254,7 +254,7 @@ def faulted(error: BaseException, config: Any = None) -> Faulted:
 
 
 def _recognise(error: BaseException, config: Any) -> tuple[str, dict[str, Any], tuple[Fix, ...]]:
-    if isinstance(error, Fault):
+    if isinstance(error, UserError):
         return error.code, error.params, error.fixes
     reason = one_line(error)
     for cause in causes(error):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from core import paths
 from core.base_models import search
-from core.errors import Fault
+from core.errors import UserError
 from core.families.registry import naming
 from core.lora_files import files
 from core.safetensors_header import read_header
@@ -59,10 +59,10 @@ def place_of(root: Path) -> Place | None:
 
 def target_folder(typed: str, program: str) -> Path:
     """The folder for LoRAs that a typed path means: a program's own folder, or one within it.
-    Raises Fault where there is none."""
+    Raises UserError where there is none."""
     folder = Path(typed.strip().strip('"')).expanduser()
     if not typed.strip() or not folder.is_absolute() or not folder.is_dir():
-        raise Fault("tab_inference.no_folder", folder=typed.strip() or "-")
+        raise UserError("tab_inference.no_folder", folder=typed.strip() or "-")
     inner = PROGRAMS[program]
     if inner and (folder / inner[0]).is_dir():
         return folder.joinpath(*inner)
@@ -81,17 +81,17 @@ def reads(program: str, family: str) -> tuple[str, ...]:
 
 
 def fits(file: Path, program: str) -> bool:
-    """Whether a program reads the file as it is. Raises Fault where it is no LoRA."""
+    """Whether a program reads the file as it is. Raises UserError where it is no LoRA."""
     info = files.describe(file)
     if not info.is_lora:
-        raise Fault("lora_file.not_a_lora", file=file, what=info.format)
+        raise UserError("lora_file.not_a_lora", file=file, what=info.format)
     named = all(key.startswith(_PARTS) for key in read_header(file).tensors)
     format_ = "diffusers" if info.format == "peft" and named else info.format
     return format_ in reads(program, info.family)
 
 
 def convert_to(file: Path, program: str, folder: Path, language: str) -> Path:
-    """-> a copy in the program's own spelling, as `copy_to`. Takes seconds. Raises Fault."""
+    """-> a copy in the program's own spelling, as `copy_to`. Takes seconds. Raises UserError."""
     with tempfile.TemporaryDirectory(dir=paths.cache_dir(), prefix="export-") as holder:
         fresh = Path(holder) / file.name
         done = subprocess.run(
@@ -102,20 +102,20 @@ def convert_to(file: Path, program: str, folder: Path, language: str) -> Path:
             creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
         if done.returncode or not fresh.is_file():
             said = [line for line in done.stderr.splitlines() if line.strip()]
-            raise Fault("tab_inference.not_converted", file=file.name,
-                        reason=said[-1].strip() if said else f"exit code {done.returncode}")
+            raise UserError("tab_inference.not_converted", file=file.name,
+                            reason=said[-1].strip() if said else f"exit code {done.returncode}")
         return copy_to(fresh, folder)
 
 
 def copy_to(file: Path, folder: Path) -> Path:
     """-> the copy; a file that is there stays, the copy gets the next free name, unless it is the
-    same file already. Raises Fault where it can't be written."""
+    same file already. Raises UserError where it can't be written."""
     if not file.is_file():
-        raise Fault("lora_file.missing", file=file, folder=file.parent)
+        raise UserError("lora_file.missing", file=file, folder=file.parent)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return paths.create(folder / file.name, lambda fresh: shutil.copyfile(file, fresh),
                             once=True)
     except OSError as error:
-        raise Fault("tab_inference.not_exported", folder=folder,
-                    reason=error.strerror or error) from None
+        raise UserError("tab_inference.not_exported", folder=folder,
+                        reason=error.strerror or error) from None

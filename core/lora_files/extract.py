@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core.errors import Fault
+from core.errors import UserError
 from core.families import registry
 from core.families.layer_names import Naming, from_native
 from core.families.lora_signs import family_of
@@ -50,12 +50,12 @@ class _Model:
 def extract(tuned: Path, base: Path, rank: int, conv_rank: int | None = None,
             emit: Callable[[Event], None] = lambda event: None) -> Extracted:
     """The best LoRA of this rank for tuned - base. `conv_rank`: of kernels wider than 1; 0 leaves
-    them out, None takes `rank`. Raises Fault where the models have little in common."""
+    them out, None takes `rank`. Raises UserError where the models have little in common."""
     ours, theirs = _model(tuned), _model(base)
     shared = [path for path in ours.weights if path in theirs.weights]
     if 2 * len(shared) < max(len(ours.weights), len(theirs.weights)):
-        raise Fault("lora_convert.other_models", tuned=tuned, base=base, shared=len(shared),
-                    count=len(theirs.weights))
+        raise UserError("lora_convert.other_models", tuned=tuned, base=base, shared=len(shared),
+                        count=len(theirs.weights))
     found: dict[str, Layer] = {}
     rest, compared, kept, whole = 0, 0, 0.0, 0.0
     for number, path in enumerate(shared):
@@ -64,12 +64,12 @@ def extract(tuned: Path, base: Path, rank: int, conv_rank: int | None = None,
         wanted = _rank(path, pair[1], rank, rank if conv_rank is None else conv_rank)
         compared += wanted > 0
         if pair[0].numel() != pair[1].numel():
-            raise Fault("lora_convert.other_shapes", layer=path)
+            raise UserError("lora_convert.other_shapes", layer=path)
         difference = pair[0].float() - pair[1].reshape(pair[0].shape).float()
         if not difference.any():
             continue
         if not bool(difference.isfinite().all()):
-            raise Fault("lora_convert.model_nan", tuned=tuned, base=base, key=path)
+            raise UserError("lora_convert.model_nan", tuned=tuned, base=base, key=path)
         if not wanted:
             rest += 1
             continue
@@ -77,7 +77,7 @@ def extract(tuned: Path, base: Path, rank: int, conv_rank: int | None = None,
         found[path.removesuffix(".weight")] = layer
         kept, whole = kept + energy, whole + float(difference.double().square().sum())
     if not found:
-        raise Fault("lora_convert.same_models", tuned=tuned, base=base)
+        raise UserError("lora_convert.same_models", tuned=tuned, base=base)
     return Extracted(_unfused(found, ours.naming), compared, kept / whole, rest)
 
 
@@ -124,7 +124,7 @@ def _model(source: Path) -> _Model:
     for file, key in weights.values():
         file.shape(key)                    # refuses numbers that aren't read
     if not weights:
-        raise Fault("lora_convert.no_weights", source=source)
+        raise UserError("lora_convert.no_weights", source=source)
     return _Model(naming, weights)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core import paths
-from core.errors import Fault
+from core.errors import UserError
 from core.families.layer_names import Naming, to_native
 from core.families.lora_signs import NOT_LORA, TWINS, detect_format, family_of
 from core.families.registry import STANDARD
@@ -48,7 +48,7 @@ def kohya_name(path: str, naming: Naming = STANDARD.naming) -> str:
     name, _, inner = path.partition(".")
     part = next((p for p in naming if p.name == name), None)
     if part is None or not inner:
-        raise Fault("lora_file.unknown_part", key=path, known=", ".join(p.name for p in naming))
+        raise UserError("lora_file.unknown_part", key=path, known=", ".join(p.name for p in naming))
     inner = part.rooted(inner)
     if part.kohya_native:
         inner = to_native(part, inner).name
@@ -70,7 +70,7 @@ def names_of(module_paths: Iterable[str], naming: Naming = STANDARD.naming) -> d
     for path in module_paths:
         name = kohya_name(path, naming)
         if names.setdefault(name, path) != path:
-            raise Fault("lora_file.same_name", key=name, first=names[name], second=path)
+            raise UserError("lora_file.same_name", key=name, first=names[name], second=path)
     return names
 
 
@@ -106,7 +106,7 @@ def to_kohya(state: Mapping[str, Tensor], alpha: float | Mapping[str, float],
     for path, (down, up) in _pairs(state, part, naming).items():
         name, rank = kohya_name(path, naming), down.shape[0]
         if f"{name}.alpha" in tensors:
-            raise Fault("lora_file.same_name", key=name, first=name, second=path)
+            raise UserError("lora_file.same_name", key=name, first=name, second=path)
         value = alpha.get(path, rank) if isinstance(alpha, Mapping) else alpha
         tensors[f"{name}.lora_down.weight"] = down.detach().to(dtype or down.dtype)
         tensors[f"{name}.lora_up.weight"] = up.detach().to(dtype or up.dtype)
@@ -150,7 +150,7 @@ def fold_alpha(adapter: Adapter) -> dict[str, Tensor]:
 
 def _pairs(state: Mapping[str, Tensor], part: str, naming: Naming
            ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module path -> (A, B). Raises Fault where a key is no LoRA key or a half is missing."""
+    """Module path -> (A, B). Raises UserError where a key is no LoRA key or a half is missing."""
     halves: dict[str, dict[str, Tensor]] = {}
     foreign = []
     for key, tensor in state.items():
@@ -159,11 +159,11 @@ def _pairs(state: Mapping[str, Tensor], part: str, naming: Naming
             continue
         path = _module_path(found["module"], part, naming)
         if halves.setdefault(path, {}).setdefault(found["half"], tensor) is not tensor:
-            raise Fault("lora_file.same_name", key=key, first=path, second=path)
+            raise UserError("lora_file.same_name", key=key, first=path, second=path)
     if foreign:
-        raise Fault("lora_file.not_lora_keys", keys=_some(foreign), count=len(foreign))
+        raise UserError("lora_file.not_lora_keys", keys=_some(foreign), count=len(foreign))
     if lone := [path for path, pair in halves.items() if len(pair) < 2]:
-        raise Fault("lora_file.lone_half", keys=_some(lone), count=len(lone))
+        raise UserError("lora_file.lone_half", keys=_some(lone), count=len(lone))
     return {path: (pair["A"], pair["B"]) for path, pair in halves.items()}
 
 
@@ -188,38 +188,39 @@ def packed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     import torch
     from safetensors.torch import save
     if not tensors:
-        raise Fault("lora_file.empty", file=path)
+        raise UserError("lora_file.empty", file=path)
     ready = {key: tensors[key].detach().to("cpu").clone(memory_format=torch.contiguous_format)
              for key in sorted(tensors)}
     for key, tensor in ready.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise Fault("lora_file.not_finite", file=path, key=key, dtype=str(tensor.dtype)[6:])
+            raise UserError("lora_file.not_finite", file=path, key=key, dtype=str(tensor.dtype)[6:])
     stamped = dict(metadata) | lora_metadata.hashes(ready, metadata)
     return save(ready, stamped), stamped
 
 
 def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata. Raises Fault for anything that isn't a LoRA."""
+    """All tensors and the metadata. Raises UserError for anything that isn't a LoRA."""
     from safetensors.torch import load
     header = read_header(path)
     format_ = detect_format(header.tensors)
     if format_ in NOT_LORA:
-        raise Fault("lora_file.not_a_lora", file=path, what=format_)
+        raise UserError("lora_file.not_a_lora", file=path, what=format_)
     try:
         # from bytes, not mapped: the file stays free to be replaced, on Windows too
         tensors = load(path.read_bytes())
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise Fault("lora_file.unreadable", file=path, reason=error) from None
+        raise UserError("lora_file.unreadable", file=path, reason=error) from None
     refuse_not_finite(path, tensors)
     return tensors, header.metadata
 
 
 def refuse_not_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """NaN in a LoRA makes every picture black; Raises Fault that names the first such tensor."""
+    """NaN in a LoRA makes every picture black; Raises UserError that names the first such
+    tensor."""
     for key, tensor in tensors.items():
         wide = tensor.float() if tensor.is_floating_point() else tensor
         if not bool(wide.isfinite().all()):
-            raise Fault("lora_file.holds_nan", file=path, key=key)
+            raise UserError("lora_file.holds_nan", file=path, key=key)
 
 
 def read_config(path: Path) -> str:
@@ -228,9 +229,9 @@ def read_config(path: Path) -> str:
     if CONFIG_KEY in metadata:
         return metadata[CONFIG_KEY]
     if metadata:
-        raise Fault("lora_file.no_config", file=path, count=len(metadata),
-                    keys=_some(sorted(metadata)))
-    raise Fault("lora_file.no_metadata", file=path)
+        raise UserError("lora_file.no_config", file=path, count=len(metadata),
+                        keys=_some(sorted(metadata)))
+    raise UserError("lora_file.no_metadata", file=path)
 
 
 # --- what is it? -------------------------------------------------------------------------------
@@ -271,7 +272,7 @@ class Info:
 
 
 def describe(path: Path) -> Info:
-    """Tells what a .safetensors file is. Raises Fault only where the file is malformed."""
+    """Tells what a .safetensors file is. Raises UserError only where the file is malformed."""
     header = read_header(path)
     format_ = detect_format(header.tensors)
     facts = lora_metadata.facts_of(header.metadata)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core import paths
-from core.errors import Fault
+from core.errors import UserError
 from core.families.layer_names import Naming, Part, dotted
 from core.families.registry import SPECS, STANDARD, naming
 from core.lora_files import files
@@ -80,7 +80,7 @@ _PEFT = re.compile(r"(unet|transformer|text_encoder(_[23])?)\..*\.(lora_[AB]\.we
 def read(path: Path, family: str = "") -> Lora:
     """Any LoRA: a .safetensors file, or a folder as PEFT and diffusers save them.
 
-    `family` names the table where the file doesn't tell. Raises Fault as `read_lora` does."""
+    `family` names the table where the file doesn't tell. Raises UserError as `read_lora` does."""
     if path.is_dir():
         return _read_folder(path, family)
     tensors, metadata = files.read_lora(path)
@@ -116,12 +116,12 @@ def fuses(family: str) -> bool:
 
 def _naming(path: Path, family: str) -> Naming:
     """The table of the family that the file tells; a UNet's where it tells none, such as a tiny
-    one's. Raises Fault for families without a table: their names would be guessed."""
+    one's. Raises UserError for families without a table: their names would be guessed."""
     family = family or files.describe(path).family
     if family == "unknown" and any(map(_UNET.search, read_header(path).tensors)):
         family = STANDARD.id
     if family not in SPECS:
-        raise Fault("lora_convert.no_names", family=family, known=", ".join(SPECS))
+        raise UserError("lora_convert.no_names", family=family, known=", ".join(SPECS))
     return SPECS[family].naming
 
 
@@ -131,7 +131,7 @@ def _read_folder(folder: Path, family: str) -> Lora:
     parts = {"": folder} if (folder / CONFIG).is_file() else {
         one.parent.name: one.parent for one in sorted(folder.glob(f"*/{CONFIG}"))}
     if not parts:
-        raise Fault("lora_convert.no_adapter", folder=folder)
+        raise UserError("lora_convert.no_adapter", folder=folder)
     found: Lora | None = None
     for part, place in parts.items():
         config = _config(place / CONFIG)
@@ -150,9 +150,9 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise Fault("lora_file.unreadable", file=path, reason=error) from None
+        raise UserError("lora_file.unreadable", file=path, reason=error) from None
     if not isinstance(config, dict):
-        raise Fault("lora_file.unreadable", file=path, reason="no JSON object")
+        raise UserError("lora_file.unreadable", file=path, reason="no JSON object")
     return config
 
 
@@ -170,13 +170,13 @@ def _gathered(tensors: Mapping[str, Tensor], naming: Naming, configs: Mapping[st
             part, inner, end = found
             layer = grouped[part.name, inner]
             if end in layer:
-                raise Fault("lora_file.same_name", key=key, first=inner, second=inner)
+                raise UserError("lora_file.same_name", key=key, first=inner, second=inner)
             layer[end] = tensor
     parts = {part.name: part for part in naming}
     layers: dict[str, Layer] = {}
     for (name, inner), layer in grouped.items():
         if not fits(layer):
-            raise Fault("lora_convert.misfit", layer=inner)
+            raise UserError("lora_convert.misfit", layer=inner)
         plain = _plain_magnitude(layer)
         if name in configs and ALPHA not in plain:
             plain = _configured(plain, inner, configs[name])
@@ -278,7 +278,7 @@ def _pattern(patterns: Any, inner: str) -> Any:
 def spell(lora: Lora, to: str) -> dict[str, Tensor]:
     """The tensors of a single file: kohya | comfyui | diffusers.
 
-    kohya and comfyui keep every value; diffusers has no alpha, so it is folded in. Raises Fault
+    kohya and comfyui keep every value; diffusers has no alpha, so it is folded in. Raises UserError
     `lora_convert.no_room` for kinds of layers that the format has no keys for."""
     refuse_broken(lora, HOLDS[to], to)
     tensors: dict[str, Tensor] = {}
@@ -287,7 +287,7 @@ def spell(lora: Lora, to: str) -> dict[str, Tensor]:
                if path.partition(".")[0] == part.name}
         for key, value in _SPELLERS[to](part, own):
             if key in tensors:
-                raise Fault("lora_file.same_name", key=key, first=key, second=part.name)
+                raise UserError("lora_file.same_name", key=key, first=key, second=part.name)
             tensors[key] = value
     return tensors | (lora.bundled if to in ("kohya", "comfyui") else {})
 
@@ -331,11 +331,11 @@ def _peft_ends(path: str, layer: Layer) -> Iterator[tuple[str, Tensor]]:
 def _magnitude(path: str, layer: Layer) -> Tensor:
     """PEFT's DoRA scales rows; LyCORIS' older one scaled columns, which PEFT can't."""
     if UP not in layer:
-        raise Fault("lora_convert.no_room", kind=f"{kind_of(layer)} + DoRA", to="peft", count=1,
-                    example=path)
+        raise UserError("lora_convert.no_room", kind=f"{kind_of(layer)} + DoRA", to="peft", count=1,
+                        example=path)
     scale, rows = layer[DORA], layer[UP].shape[0]
     if scale.shape[0] != rows or scale.numel() != rows:
-        raise Fault("lora_convert.dora_columns", layer=path)
+        raise UserError("lora_convert.dora_columns", layer=path)
     return scale.reshape(rows) if layer[DOWN].ndim == 2 else scale.reshape(1, rows, 1, 1)
 
 
@@ -357,7 +357,7 @@ def peft_parts(lora: Lora) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]
 def _peft_config(layers: Mapping[str, Layer]) -> dict[str, Any]:
     kinds = {kind_of(layer) for layer in layers.values()}
     if len(kinds) > 1:
-        raise Fault("lora_convert.mixed", kinds=", ".join(sorted(kinds)), to="peft")
+        raise UserError("lora_convert.mixed", kinds=", ".join(sorted(kinds)), to="peft")
     ranks = {inner: rank_of(layer) for inner, layer in layers.items()}
     alphas = {inner: _tidy(alpha_of(layer)) for inner, layer in layers.items()}
     rank, alpha = (Counter(x.values()).most_common(1)[0][0] for x in (ranks, alphas))
@@ -405,7 +405,7 @@ def save(lora: Lora, to: str, out: Path, dtype: torch.dtype | None = None) -> Pa
         return paths.create(out, lambda path: path.write_bytes(content))
     parts = peft_parts(lora)
     if not parts:
-        raise Fault("lora_file.empty", file=out)
+        raise UserError("lora_file.empty", file=out)
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     try:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from core.errors import Fault
+from core.errors import UserError
 from core.families.layer_names import Naming, Part, Rename, from_native, to_native
 
 if TYPE_CHECKING:
@@ -106,16 +106,16 @@ def without_mid(layer: Layer) -> Layer:
 
 
 def refuse_broken(lora: Lora, kinds: Iterable[str], to: str) -> None:
-    """Raises Fault for the first kind of layers that `to` has no place for."""
+    """Raises UserError for the first kind of layers that `to` has no place for."""
     found = defaultdict(list)
     for path, layer in lora.layers.items():
         found[kind_of(layer)].append(path)
     if "broken" in found:
-        raise Fault("lora_file.lone_half", keys=", ".join(found["broken"][:3]),
-                    count=len(found["broken"]))
+        raise UserError("lora_file.lone_half", keys=", ".join(found["broken"][:3]),
+                        count=len(found["broken"]))
     for kind in sorted(found.keys() - set(kinds)):
-        raise Fault("lora_convert.no_room", kind=kind, to=to, count=len(found[kind]),
-                    example=found[kind][0])
+        raise UserError("lora_convert.no_room", kind=kind, to=to, count=len(found[kind]),
+                        example=found[kind][0])
 
 
 # --- matrices that the original code fuses ------------------------------------------------------
@@ -216,7 +216,7 @@ def _check_rows(rename: Rename, members: Mapping[int, Layer], name: str) -> None
     units = {(layer[UP].shape[0] / rename.rows[i], layer[UP].ndim, layer[DOWN].shape[1:])
              for i, layer in members.items()}
     if len(units) > 1 or any(layer[UP].ndim > 2 for layer in members.values()):
-        raise Fault("lora_convert.not_fusible", layer=name)
+        raise UserError("lora_convert.not_fusible", layer=name)
 
 
 def _starts(sizes: list[int]) -> list[int]:

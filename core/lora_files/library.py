@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from core import i18n, paths
 from core.config import TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.families import lora_signs
 from core.lora_files import files
 
@@ -72,10 +72,10 @@ def _tag(name: str, parts: Sequence[str]) -> Tag:
 
 
 def refuse_paths(tagged: Iterable[Tag]) -> None:
-    """Prompts are passed on: they name LoRAs, they don't reach for files. Raises Fault."""
+    """Prompts are passed on: they name LoRAs, they don't reach for files. Raises UserError."""
     for tag in tagged:
         if not paths.is_file_name(tag.name):
-            raise Fault("generate.lora_path", name=tag.name)
+            raise UserError("generate.lora_path", name=tag.name)
 
 
 def prompts_of(config: TrainConfig) -> list[str]:
@@ -95,7 +95,7 @@ def parse_lora(text: str, default: float = DEFAULT_WEIGHT) -> tuple[str, float]:
 def find_lora(name: str, weight: float) -> Lora:
     """A path, or a name looked up in ./output and the finished runs' folders.
 
-    Raises Fault `generate.unknown_lora` with the nearest names.
+    Raises UserError `generate.unknown_lora` with the nearest names.
     """
     with contextlib.suppress(OSError, ValueError, RuntimeError):        # no path of this system
         direct = Path(name).expanduser()
@@ -118,21 +118,21 @@ def files_by_name(folders: Iterable[Path]) -> dict[str, Path]:
     return known
 
 
-def unknown(name: str, known: Iterable[str]) -> Fault:
+def unknown(name: str, known: Iterable[str]) -> UserError:
     names = list(known)
     close = i18n.nearest(name, names)
-    return Fault("generate.unknown_lora", name=" ".join(name.split()),
-                 nearest=", ".join(close) or ", ".join(names[:5]) or "-")
+    return UserError("generate.unknown_lora", name=" ".join(name.split()),
+                     nearest=", ".join(close) or ", ".join(names[:5]) or "-")
 
 
 def checked(path: Path, family: str) -> files.Info:
-    """What a LoRA file is, by its header alone. Raises Fault where it is none, or of another
+    """What a LoRA file is, by its header alone. Raises UserError where it is none, or of another
     family than the base; a family that the file doesn't tell passes."""
     info = files.describe(path)
     if info.format in lora_signs.NOT_LORA:
-        raise Fault("lora_file.not_a_lora", file=path, what=info.format)
+        raise UserError("lora_file.not_a_lora", file=path, what=info.format)
     if info.family not in ("unknown", family):
-        raise Fault("generate.other_family", file=path, family=info.family, base=family)
+        raise UserError("generate.other_family", file=path, family=info.family, base=family)
     return info
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from core.errors import Fault
+from core.errors import UserError
 from core.lora_files.layers import (
     ALPHA,
     DOWN,
@@ -57,7 +57,7 @@ class Resized:
 
 def resize(lora: Lora, cut: Cut) -> Resized:
     """The nearest LoRA of lower rank, layer by layer; layers that are small enough stay as they
-    are. DoRA keeps its magnitudes. Raises Fault for kinds of layers that have no such form."""
+    are. DoRA keeps its magnitudes. Raises UserError for kinds of layers that have no such form."""
     refuse_broken(lora, {"lora", "dora"}, "resize")
     layers, kept, whole = {}, 0.0, 0.0
     for path, layer in lora.layers.items():
@@ -107,7 +107,7 @@ def merge(loras: Sequence[tuple[Lora, float]], dtype: torch.dtype = torch.float3
     """The weighted sum of the deltas, exactly but for rounding to `dtype`: ranks are put side by
     side. Whole differences (of norms, biases) are added up.
 
-    Raises Fault for kinds of layers whose sum is of another form (DoRA, LoHa, LoKr, OFT)."""
+    Raises UserError for kinds of layers whose sum is of another form (DoRA, LoHa, LoKr, OFT)."""
     merged = replace(loras[0][0], layers={}, bundled={}, unknown=(), metadata={})
     for lora, _ in loras:
         refuse_broken(lora, {"lora", "full"}, "merge")
@@ -122,12 +122,12 @@ def merge(loras: Sequence[tuple[Lora, float]], dtype: torch.dtype = torch.float3
 def _sum(path: str, layers: Sequence[tuple[Layer, float]], dtype: torch.dtype) -> Layer:
     kinds = {kind_of(layer) for layer, _ in layers}
     if len(kinds) > 1:
-        raise Fault("lora_convert.mixed", kinds=", ".join(sorted(kinds)), to="merge")
+        raise UserError("lora_convert.mixed", kinds=", ".join(sorted(kinds)), to="merge")
     if kinds == {"full"}:
         return _added(path, layers, dtype)
     plain = [(without_mid(layer), weight) for layer, weight in layers]
     if len({(x[DOWN].shape[1:], x[UP].shape[0]) for x, _ in plain}) > 1:
-        raise Fault("lora_convert.other_shapes", layer=path)
+        raise UserError("lora_convert.other_shapes", layer=path)
     ups = [layer[UP].float() * (weight * scale_of(layer)) for layer, weight in plain]
     pair = {DOWN: torch.cat([layer[DOWN].float() for layer, _ in plain]).to(dtype),
             UP: torch.cat(ups, 1).to(dtype)}
@@ -139,7 +139,7 @@ def _added(path: str, layers: Iterable[tuple[Layer, float]], dtype: torch.dtype)
     for layer, weight in layers:
         for end, value in layer.items():
             if end in total and total[end].shape != value.shape:
-                raise Fault("lora_convert.other_shapes", layer=path)
+                raise UserError("lora_convert.other_shapes", layer=path)
             if end != ALPHA:
                 total[end] = total.get(end, torch.zeros(())) + value.float() * weight
     return {end: value.to(dtype) for end, value in total.items()}

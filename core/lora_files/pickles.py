@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core import paths
-from core.errors import Fault
+from core.errors import UserError
 
 _NESTED = ("state_dict", "string_to_param", "params_ema", "params", "model", "module")
 
@@ -23,7 +23,7 @@ def convert(source: Path, out: Path) -> Path:
     """All tensors of a .ckpt, .pt or .bin, under the names that the file gives them (those of an
     outer `state_dict` without it) -> the file, under the next free name. Gigabytes stay on disk.
 
-    Raises Fault where the file holds anything but tensors and numbers, or no tensor at all."""
+    Raises UserError where the file holds anything but tensors and numbers, or no tensor at all."""
     content = _load(source)
     for name in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
@@ -31,24 +31,24 @@ def convert(source: Path, out: Path) -> Path:
             break
     tensors = _apart(dict(_tensors(content, "")))
     if not tensors:
-        raise Fault("lora_convert.pickle_empty", file=source)
+        raise UserError("lora_convert.pickle_empty", file=source)
     return paths.create(out.expanduser().with_suffix(".safetensors"),
                         lambda path: save_file(tensors, path, {"format": "pt"}))
 
 
 def _load(source: Path) -> Any:
     if not source.is_file():
-        raise Fault("lora_file.missing", file=source, folder=Path.cwd())
+        raise UserError("lora_file.missing", file=source, folder=Path.cwd())
     try:
         with warnings.catch_warnings():    # of old pickles, which are the reason to be here
             warnings.simplefilter("ignore")
             return torch.load(source, "cpu", weights_only=True, mmap=_is_zip(source))
     except pickle.UnpicklingError as error:
-        raise Fault("lora_convert.pickle_unsafe", file=source, reason=_global(error)) from None
+        raise UserError("lora_convert.pickle_unsafe", file=source, reason=_global(error)) from None
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError,
             IndexError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise Fault("lora_file.unreadable", file=source, reason=reason) from None
+        raise UserError("lora_file.unreadable", file=source, reason=reason) from None
 
 
 def _is_zip(source: Path) -> bool:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from core import paths
 from core.dataset import captions
-from core.errors import Fault
+from core.errors import UserError
 from core.lora_files.library import WORDS
 from core.safetensors_header import read_header
 
@@ -106,15 +106,15 @@ def write(path: Path, word: NewWord, dtype: torch.dtype) -> None:
 
 
 def read(lora: Path) -> list[NewWord]:
-    """The words of a LoRA: of the file beside it, and those bundled in it. Raises Fault where the
-    file can't be read."""
+    """The words of a LoRA: of the file beside it, and those bundled in it. Raises UserError where
+    the file can't be read."""
     found = _bundled(lora)
     path = beside(lora)
     if path.is_file():
         tensors, header = _load(path), read_header(path)
         known = {_long(key): tensor for key, tensor in tensors.items() if tensor.ndim == 2}
         if not known:
-            raise Fault("generate.bad_words", file=path, keys=", ".join(sorted(tensors)[:3]))
+            raise UserError("generate.bad_words", file=path, keys=", ".join(sorted(tensors)[:3]))
         found.append(NewWord(header.metadata.get(WORD_KEY) or path.stem, known))
     return found
 
@@ -150,19 +150,19 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(path.read_bytes())
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise Fault("lora_file.unreadable", file=path, reason=error) from None
+        raise UserError("lora_file.unreadable", file=path, reason=error) from None
 
 
 def add_to(text: Mapping[str, Any], words: Sequence[NewWord], file: Path) -> dict[str, str]:
     """Installs words in a pipeline's encoders (Parts.text). -> word: its tokens in a text.
-    Raises Fault where they are of another base."""
+    Raises UserError where they are of another base."""
     found: dict[str, str] = {}
     for word in words:
         for name, (tokenizer, encoder) in encoders(text).items():
             rows = word.rows.get(name, word.rows.get(""))
             width = encoder.config.hidden_size
             if rows is None or rows.shape[1] != width:
-                raise Fault("generate.words_refused", file=file, word=word.word, width=width,
-                            there=0 if rows is None else rows.shape[1])
+                raise UserError("generate.words_refused", file=file, word=word.word, width=width,
+                                there=0 if rows is None else rows.shape[1])
             _, found[word.word] = install(tokenizer, encoder, rows)
     return found

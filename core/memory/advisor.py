@@ -13,7 +13,7 @@ from typing import Any
 
 from core import i18n
 from core.config import TrainConfig, size_of
-from core.errors import Fault
+from core.errors import UserError
 from core.families.detection import Base
 from core.memory import plan, relief
 from core.memory.plan import Data, Machine, Plan
@@ -59,7 +59,7 @@ class Reason:
     params: Mapping[str, Any] = field(default_factory=dict)
 
     def text(self, lang: str | None = None) -> str:
-        return i18n.say(self.key, self.params, lang)
+        return i18n.tr(self.key, self.params, lang)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +103,10 @@ class Suggestion:
 
 def suggest(machine: Machine, base: Base, data: Data | None = None, purpose: str = "style",
             planner: Planner | None = None, shape: Shape | None = None) -> Suggestion:
-    """`data` None: no folder yet, steps instead of epochs. Raises Fault for an unknown purpose
+    """`data` None: no folder yet, steps instead of epochs. Raises UserError for an unknown purpose
     and where the base can't be used."""
     if purpose not in PURPOSES:
-        raise Fault("advisor.unknown_purpose", purpose=purpose, known=", ".join(PURPOSES))
+        raise UserError("advisor.unknown_purpose", purpose=purpose, known=", ".join(PURPOSES))
     shape = shape or Shape.of(base, machine)
     planner = planner or planner_of(base, machine, data)
     can = relief.capabilities(machine, shape.weights_mb, shape.family)
@@ -188,7 +188,7 @@ def length(config: TrainConfig, repeats: Sequence[int]) -> Reason | None:
     wants, with the number that suits a style; None where it is about right. `repeats`: of each
     picture. A run that goes on from another LoRA may be as short as it likes."""
     effective = config.batch_size * config.gradient_accumulation_steps
-    own = effective * (1 - config.reg_share if config.regularised else 1)
+    own = effective * (1 - config.reg_share if config.regularized else 1)
     planned = config.max_train_steps * own or config.epochs * sum(repeats)
     wanted = {name: samples(one, len(repeats), False) for name, one in PURPOSES.items()}
     few, many = FEW_SHARE * min(wanted.values()), MANY_TIMES * max(wanted.values())

@@ -39,7 +39,7 @@ _FULL: dict[str, set[Callable[..., Any]]] = {       # computed in fp32 under aut
 _FULL["mps"] = _FULL["cuda"]
 
 
-class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Live and peak bytes of the tensors made while it is on; `known` modules count as there."""
 
     def __init__(self, kind: Kind, known: Iterable[nn.Module] = ()) -> None:
@@ -100,7 +100,7 @@ def _copied(tensor: Any) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-class Kernels(TorchFunctionMode):
+class DeviceEmulation(TorchFunctionMode):
     """Attention and autocast as `kind` would have them."""
 
     def __init__(self, kind: Kind, compute: torch.dtype) -> None:
@@ -201,9 +201,9 @@ def _group_norm(x: Tensor, num_groups: int, weight: Tensor | None = None,
 
 
 @contextmanager
-def traced(kernels: Kernels, known: Iterable[nn.Module]) -> Iterator[Tally]:
+def traced(kernels: DeviceEmulation, known: Iterable[nn.Module]) -> Iterator[StorageTracker]:
     """Within: tensors made on the meta device are counted."""
-    tally = Tally(kernels.kind, known)
+    tally = StorageTracker(kernels.kind, known)
     with ExitStack() as stack:
         stack.enter_context(kernels)
         stack.enter_context(tally)

@@ -123,7 +123,7 @@ class Plan:
 # --- the plan ---
 
 def plan_run(config: TrainConfig, base: Base, machine: Machine, data: Data | None = None) -> Plan:
-    """Raises Fault where the base or a target can't be used."""
+    """Raises UserError where the base or a target can't be used."""
     data = data or Data()
     numbers = numbers_of(config.precision, machine, base.family)
     facts = _as_kept(config, base, numbers, machine, ask("base", base, numbers))

@@ -22,7 +22,7 @@ from core.dataset import captions, curation, image_folder
 from core.dataset.buckets import Rule, Size
 from core.dataset.crops import TOKENIZER, TokenCounter
 from core.dataset.images import FORMATS, MAX_MEGAPIXELS, Look, prepare
-from core.errors import Fault
+from core.errors import UserError
 from core.families.detection import Base
 from core.lora_files.library import prompts_of
 from core.memory import plan
@@ -49,7 +49,7 @@ def machine_here(device: str = "auto") -> Machine:
 
 
 def base_of(name: str, family: str = "auto") -> Base:
-    """`demo`, a folder, a file, or a family's id for its standard shapes. Raises Fault."""
+    """`demo`, a folder, a file, or a family's id for its standard shapes. Raises UserError."""
     if name == "demo":
         return Base.of(paths.DEMO / "base", family)
     path = Path(name).expanduser()
@@ -58,8 +58,8 @@ def base_of(name: str, family: str = "auto") -> Base:
     if name in families.SPECS:
         return Base.of(_shapes(name), name)
     close = i18n.nearest(name, [*families.SPECS, "demo"], 1)
-    raise Fault("plan.no_base", base=name, folder=Path.cwd(), known=", ".join(families.SPECS),
-                nearest=close[0] if close else "demo")
+    raise UserError("plan.no_base", base=name, folder=Path.cwd(), known=", ".join(families.SPECS),
+                    nearest=close[0] if close else "demo")
 
 
 def _shapes(family: str) -> Path:
@@ -96,7 +96,7 @@ class Pictures:
 
 
 def pictures_of(config: TrainConfig) -> Pictures:
-    """A config's folders. Raises Fault as `pictures_in` does."""
+    """A config's folders. Raises UserError as `pictures_in` does."""
     metadata = Path(config.metadata_path).expanduser() if config.metadata_path else None
     found = pictures_in(Path(config.train_data_dir).expanduser(), metadata)
     if not config.reg_data_dir:
@@ -107,7 +107,7 @@ def pictures_of(config: TrainConfig) -> Pictures:
 
 def pictures_in(folder: Path, metadata: Path | None = None) -> Pictures:
     """From headers alone, less those left out; a torn picture counts: training's scan finds it.
-    Raises Fault where nothing is found."""
+    Raises UserError where nothing is found."""
     found = image_folder.scan(folder, metadata, left_out=curation.load(folder).left_out,
                               look_all=_headers).pictures
     return Pictures(tuple(p.size for p in found), tuple(p.repeats for p in found),
@@ -183,23 +183,23 @@ def chunks_of(texts: tuple[str, ...], family: str, max_tokens: int) -> tuple[int
     return tuple(families.chunks_of(family, tokens.get(text, 0), max_tokens) for text in texts)
 
 
-def _headers(files: Sequence[Path]) -> Iterator[Look | Fault]:
+def _headers(files: Sequence[Path]) -> Iterator[Look | UserError]:
     prepare()
     return threads.in_order(header, files, "weigh")
 
 
-def header(path: Path) -> Look | Fault:
+def header(path: Path) -> Look | UserError:
     """A picture's size as seen; nothing is decoded, transparency isn't looked for."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_MEGAPIXELS * 1_000_000:
-                return Fault("dataset.too_large", file=path, limit=MAX_MEGAPIXELS)
+                return UserError("dataset.too_large", file=path, limit=MAX_MEGAPIXELS)
             return ((height, width) if _lies(image) else (width, height)), False
     except Image.DecompressionBombError:
-        return Fault("dataset.too_large", file=path, limit=MAX_MEGAPIXELS)
+        return UserError("dataset.too_large", file=path, limit=MAX_MEGAPIXELS)
     except Exception as error:          # the training's scan finds out what it is
-        return Fault("dataset.corrupt", file=path, reason=error)
+        return UserError("dataset.corrupt", file=path, reason=error)
 
 
 def _lies(image: Image.Image) -> bool:

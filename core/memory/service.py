@@ -2,7 +2,7 @@
 
 Torch is imported only where a trace isn't on disk yet (core.memory.plan.ask), never by the asker.
 Question: {"config": {TrainConfig}, "purpose", "language", "suggest": bool}. Answer: {"plan",
-"verdict", "lacking", "nearest", "suggestion", "pictures", "updates", "length" (what to say of too
+"verdict", "lacking", "nearest", "suggestion", "pictures", "updates", "length" (what to tr of too
 few or too many updates)} as far as each is known,
 "remedies" where a "symptom" (core/memory/troubleshooting.py) is asked about;
 or {"fault": {"code", "params"}}. {"sizes": base} asks for a base's native side and step alone.
@@ -25,7 +25,7 @@ import psutil
 
 from core import families
 from core.config import TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.families.detection import Base
 from core.memory import advisor, plan, plan_inputs, relief, troubleshooting
 from core.memory.plan import Data
@@ -41,7 +41,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     """Never raises: a fault is an answer too."""
     try:
         return _answer(question)
-    except Fault as fault:
+    except UserError as fault:
         return {"fault": {"code": fault.code, "params": {
             key: value if isinstance(value, (int, float)) else str(value)
             for key, value in fault.params.items()}}}
@@ -61,7 +61,7 @@ def sizes_beside(base: Base) -> dict[str, float]:
         creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
     found = json.loads(done.stdout or "{}")
     if fault := found.get("fault"):
-        raise Fault(fault["code"], **fault["params"])
+        raise UserError(fault["code"], **fault["params"])
     sizes: dict[str, float] = found["sizes"]
     return sizes
 
@@ -78,7 +78,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
         try:
             pictures = _pictures(config)
             found["pictures"] = len(pictures.sizes)
-        except Fault as fault:
+        except UserError as fault:
             found["pictures_fault"] = {"code": fault.code, "params": {
                 key: str(value) for key, value in fault.params.items()}}
     planner = plan_inputs.BatchPlanner(base, machine, pictures)
@@ -116,7 +116,7 @@ def updates(config: TrainConfig, pictures: plan_inputs.Pictures) -> int:
     if config.max_train_steps:
         return config.max_train_steps
     samples = sum(pictures.repeats)
-    if config.regularised:
+    if config.regularized:
         samples += round(samples * config.reg_share / (1 - config.reg_share))
     batches = ceil(samples / config.batch_size)
     return config.epochs * ceil(batches / config.gradient_accumulation_steps)

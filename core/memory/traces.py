@@ -22,7 +22,7 @@ from core.families.base import ALL_PARTS, Cond, CropInfo, Family, Parts, Reading
 from core.families.detection import Base
 from core.families.registry import CHUNK
 from core.families.spec import Part
-from core.memory.meta_tensors import META, Kernels, Kind, size_of, traced
+from core.memory.meta_tensors import META, DeviceEmulation, Kind, size_of, traced
 from core.objectives import diffusion as objective
 from core.objectives.noise import Draw
 from core.optim import optimizers
@@ -74,7 +74,7 @@ def texts(base: Base, numbers: dict[str, str], kind: Kind, batch: int,
     for encoder in family.spec.encoders:            # one after the other, as the engine loads them
         parts = family.skeleton(base.source, precision, frozenset({encoder}))
         known = [m for m in parts.text.values() if isinstance(m, torch.nn.Module)]
-        kernels = Kernels(kind, compute)
+        kernels = DeviceEmulation(kind, compute)
         with torch.no_grad():
             for model in known:
                 _as_on(model, kind)
@@ -94,7 +94,7 @@ def cache(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: i
           batch: int) -> Figures:
     """Encoding a batch of pictures; `latents`: what one picture's take in the cache."""
     family, parts = _skeleton(base, numbers, "vae")
-    with traced(Kernels(kind, torch.float32), [parts.vae]) as tally:
+    with traced(DeviceEmulation(kind, torch.float32), [parts.vae]) as tally:
         pixels = torch.empty(batch, 3, height, width, device=META)
         latents = family.encode_image(parts, pixels)
     return {"peak": tally.peak, "latents": latents[:1].numel() * 4,
@@ -122,7 +122,7 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
     config = TrainConfig(lora_rank=rank, lora_dropout=0.1 if dropout else 0.0,
                          target_modules=targets, **(adapter or {}), **(rule or {}))
     parameters = lora.attach(parts.denoiser, config, family.spec)
-    kernels = Kernels(kind, DTYPES[numbers["compute"]])
+    kernels = DeviceEmulation(kind, DTYPES[numbers["compute"]])
     learner = None
     if text:
         config = config.with_changes(**text, trigger_word="x")
@@ -169,12 +169,12 @@ def draw(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
     lora.set_training(parts.denoiser, False)
     known = [parts.denoiser, parts.vae]
     t = _times(parts, batch)
-    kernels = Kernels(kind, DTYPES[numbers["compute"]])
+    kernels = DeviceEmulation(kind, DTYPES[numbers["compute"]])
     _learn_order(family, parts, latents, cond)
     with torch.no_grad(), traced(kernels, known) as tally, kernels.autocast():
         one = latents[:1].clone()                       # the picture in the making stays
         family.predict(parts.denoiser, latents.clone(), t, cond)
-        one = one.unsqueeze(2) if parts.film else one
+        one = one.unsqueeze(2) if parts.is_video_vae else one
         parts.vae.decode(one.to(parts.vae.dtype), return_dict=False)
     return {"peak": tally.peak}
 
@@ -222,7 +222,7 @@ def _held(tensor: Tensor, kind: Kind) -> int:
     return -(-tensor.numel() * tensor.element_size() // grain) * grain
 
 
-def _stepped(config: TrainConfig, parameters: list[torch.nn.Parameter], kernels: Kernels
+def _stepped(config: TrainConfig, parameters: list[torch.nn.Parameter], kernels: DeviceEmulation
              ) -> tuple[int, int]:
     """Bytes of the optimizer's state after a step, and of what a second one holds besides. A rule
     that asks for numbers, which there are none of here, counts as Adam."""
@@ -259,7 +259,7 @@ def _inputs(base: Base, family: Family, parts: Parts, numbers: dict[str, str], w
     with torch.no_grad():
         latents = family.encode_image(parts, torch.empty(1, 3, height, width, device=META))
     cond = _embedding(base, numbers["weights"], chunks) | {
-        k: v.to(META) for k, v in family.framing(CropInfo(size, (0, 0), size)).items()}
+        k: v.to(META) for k, v in family.size_conditioning(CropInfo(size, (0, 0), size)).items()}
     compute = DTYPES[numbers["compute"]]
     return (latents.float().repeat(batch, 1, 1, 1),
             {k: v.to(compute).repeat(batch, *[1] * (v.ndim - 1)) for k, v in cond.items()})

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from core import i18n
 from core.config import TrainConfig
-from core.errors import Fault, Fix
+from core.errors import Fix, UserError
 from core.memory import relief
 from core.memory.plan import Plan
 from core.memory.relief import Capabilities, Planner
@@ -48,13 +48,13 @@ class Advice:
         return Fix(self.key, dict(self.changes))
 
     def text(self, lang: str | None = None) -> str:
-        return i18n.say(self.key, self.params, lang)
+        return i18n.tr(self.key, self.params, lang)
 
 
 def answer(symptom: str, config: TrainConfig, plan: Plan | None, facts: Facts) -> list[Advice]:
-    """`plan`: of the run that showed it. Raises Fault for a symptom that nobody knows."""
+    """`plan`: of the run that showed it. Raises UserError for a symptom that nobody knows."""
     if symptom not in _ANSWERS:
-        raise Fault("advisor.unknown_symptom", symptom=symptom, known=", ".join(_ANSWERS))
+        raise UserError("advisor.unknown_symptom", symptom=symptom, known=", ".join(_ANSWERS))
     told = [one for one in _ANSWERS[symptom](config, plan, facts)
             if not one.changes or config.with_changes(**one.changes) != config]
     if plan is None or facts.planner is None:

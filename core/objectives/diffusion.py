@@ -20,7 +20,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from core.config import TrainConfig
-from core.errors import Fault, Fix
+from core.errors import Fix, UserError
 from core.families.base import Cond, Family, Objective, Parts
 from core.objectives.flow import Flow, sampling_of
 from core.objectives.noise import Draw, pyramid, sample_generator
@@ -125,9 +125,9 @@ def split_mask(latents: Tensor, outside: float) -> tuple[Tensor, Tensor]:
 
 def zero_terminal(parts: Parts) -> None:
     """Rescales the base's schedule, for training and pictures alike, so that its last timestep is
-    noise alone. Raises Fault for a base that predicts noise: nothing could be learned there."""
+    noise alone. Raises UserError for a base that predicts noise: nothing could be learned there."""
     if parts.objective == "epsilon":
-        raise Fault("engine.zero_snr_epsilon", fixes=[
+        raise UserError("engine.zero_snr_epsilon", fixes=[
             Fix("fixes.no_zero_snr", {"zero_terminal_snr": False}),
             Fix("fixes.predicts", {"prediction_type": "v_prediction"},
                 {"prediction": "v_prediction"})])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from core import plugins
 from core.config import TrainConfig
-from core.errors import Fault, Fix
+from core.errors import Fix, UserError
 from core.jobs.events import Event, Note
 from core.weights import precision_rules
 
@@ -39,7 +39,7 @@ def create(config: TrainConfig, parameters: Groups,
 
     AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) is fused: one kernel for all tensors; with
     8-bit states (Dettmers et al. 2021, arXiv 2110.02861) where that can be had, else a note.
-    Raises Fault where a class isn't there or doesn't take `optimizer_args`.
+    Raises UserError where a class isn't there or doesn't take `optimizer_args`.
     """
     if plugins.is_named(config.optimizer):
         return _own(config, parameters)
@@ -90,8 +90,8 @@ def _make(kind: type[torch.optim.Optimizer], parameters: list[Any], config: Trai
     try:
         return kind(parameters, **options | given)
     except (TypeError, ValueError) as error:
-        raise Fault("engine.optimizer_args", optimizer=config.optimizer,
-                    given=", ".join(given) or "-", reason=error) from None
+        raise UserError("engine.optimizer_args", optimizer=config.optimizer,
+                        given=", ".join(given) or "-", reason=error) from None
 
 
 def _class(name: str) -> type[torch.optim.Optimizer]:
@@ -99,11 +99,11 @@ def _class(name: str) -> type[torch.optim.Optimizer]:
     try:
         found = getattr(importlib.import_module(module), leaf)
     except (ImportError, AttributeError) as error:
-        raise Fault("engine.no_optimizer", optimizer=name, reason=error,
-                    fixes=[Fix("fixes.adamw", {"optimizer": "adamw"})]) from None
+        raise UserError("engine.no_optimizer", optimizer=name, reason=error,
+                        fixes=[Fix("fixes.adamw", {"optimizer": "adamw"})]) from None
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        raise Fault("engine.no_optimizer", optimizer=name, reason=f"{name}: {type(found)}",
-                    fixes=[Fix("fixes.adamw", {"optimizer": "adamw"})])
+        raise UserError("engine.no_optimizer", optimizer=name, reason=f"{name}: {type(found)}",
+                        fixes=[Fix("fixes.adamw", {"optimizer": "adamw"})])
     return found
 
 
@@ -198,20 +198,20 @@ def _plain(value: Tensor) -> Any:
 
 
 def check_same(there: str, here: str) -> None:
-    """Raises Fault where a checkpoint's state is another rule's; the two AdamWs are told apart by
-    `load_state`."""
+    """Raises UserError where a checkpoint's state is another rule's; the two AdamWs are told apart
+    by `load_state`."""
     adam = {"adamw", "adamw8bit"}
     if there != here and not {there, here} <= adam:
         raise _other(there, here)
 
 
-def _other(there: str, here: str) -> Fault:
-    return Fault("precision.other_optimizer", here=here, there=there,
-                 fixes=[Fix("precision.same_optimizer", {"optimizer": there})])
+def _other(there: str, here: str) -> UserError:
+    return UserError("precision.other_optimizer", here=here, there=there,
+                     fixes=[Fix("precision.same_optimizer", {"optimizer": there})])
 
 
 def load_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Puts `state` back. Raises Fault where it is another optimizer's."""
+    """Puts `state` back. Raises UserError where it is another optimizer's."""
     eight_bit = hasattr(optimizer, "name2qmap")
     kept = {key.partition(".")[2] for key in tensors if not key.startswith("group")}
     if tensors and ("state1" in kept) != eight_bit:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core import i18n, paths
-from core.errors import Fault
+from core.errors import UserError
 from core.safetensors_header import PICKLES, read_header
 from core.system import gpu, machine, processes
 from core.system.gpu import GpuInfo, GpuReport
@@ -53,15 +53,15 @@ class Finding:
 
     @property
     def text(self) -> str:
-        return i18n.say(f"{self.subject}.{self.key}", self.params)
+        return i18n.tr(f"{self.subject}.{self.key}", self.params)
 
     @property
     def mend(self) -> str:
         if self.level == "ok":
             return ""
-        text = i18n.say(f"{self.subject}.{self.key}_mend", self.params)
+        text = i18n.tr(f"{self.subject}.{self.key}_mend", self.params)
         inside = processes.frozen() and "pip install" in text    # no pip there, and no way to mend
-        return i18n.say("doctor.in_app_mend") if inside else text
+        return i18n.tr("doctor.in_app_mend") if inside else text
 
 
 def examine(base: Path | None = None) -> list[Finding]:
@@ -369,7 +369,7 @@ def weights(base: Path | None) -> Iterator[Finding]:
     try:
         for path in (path for group in files.values() for path in group):
             read_header(path)
-    except Fault as fault:
+    except UserError as fault:
         yield Finding("base_broken", "error", shown | {"reason": str(fault)})
         return
     yield from _room(files, shown)

@@ -77,9 +77,9 @@ class GpuReport:
     def text(self) -> str:
         """What the state means, and what to do about it."""
         params = {"reason": self.problem}
-        said = [i18n.say(f"gpu.{self.state}", params)]
+        said = [i18n.tr(f"gpu.{self.state}", params)]
         if self.state != "ok":
-            said.append(i18n.say(f"gpu.{self.state}_mend", params))
+            said.append(i18n.tr(f"gpu.{self.state}_mend", params))
         return " ".join(said)
 
 

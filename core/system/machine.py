@@ -44,7 +44,7 @@ class Accelerator:
 
     @property
     def text(self) -> str:
-        return i18n.say(f"gpu.support_{self.support}", {"name": self.name})
+        return i18n.tr(f"gpu.support_{self.support}", {"name": self.name})
 
 
 @dataclass(frozen=True, slots=True)

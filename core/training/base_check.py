@@ -15,7 +15,7 @@ from torch import Tensor
 
 from core import paths
 from core.adapters import lora
-from core.errors import Fault, Fix
+from core.errors import Fix, UserError
 from core.failures import ran_out
 from core.families.detection import identify
 from core.jobs.events import Note
@@ -60,7 +60,7 @@ def check(trainer: Trainer) -> dict[str, Any] | None:
     if fits_other and _may_choose(trainer):
         _tell(trainer, "taken_for_other", errors, kind)
         if trainer.config.reg_from_base:    # its pictures are there, drawn by the wrong one
-            raise Fault("base_check.regular_of_other", prediction=kind, other=other, fixes=[
+            raise UserError("base_check.regular_of_other", prediction=kind, other=other, fixes=[
                 Fix("fixes.predicts", {"prediction_type": other}, {"prediction": other})])
         _take_for(trainer, other)
         kind, other, fits_other = other, kind, False
@@ -110,7 +110,7 @@ def _errors(trainer: Trainer, index: int, share: float) -> dict[str, Tensor]:
     latents = trainer.weighed(trainer.view(index, False)[None], [index])[0].to(device)
     draw = diffusion.draw_fixed(_SEED, [index], latents.shape[1:], share).to(device)
     caption = trainer.examples.items[index].captions[0]
-    cond = trainer.cond([caption]) | trainer.framing([index], [False])
+    cond = trainer.cond([caption]) | trainer.size_conditioning([index], [False])
     noisy, target = diffusion.noisy_and_target(latents, draw.noise, draw.timesteps)
     with autocast(trainer.precision):
         predicted = trainer.family.predict(trainer.denoiser, noisy, draw.timesteps, cond).float()

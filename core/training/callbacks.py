@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 from core import plugins
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.control import Control, Request
 from core.jobs.events import Event, JobEnded
 from core.plugins import Extension
@@ -45,7 +45,7 @@ class Callbacks:
                 self._tell(self._waiting.popleft())
             self._tell(JobEnded(state="stopped" if self.control.stopping else self.state))
             return
-        with contextlib.suppress(Fault):            # the first failure is the one to tell
+        with contextlib.suppress(UserError):            # the first failure is the one to tell
             self._tell(JobEnded(state="failed"))
 
     def __call__(self, event: Event) -> None:
@@ -72,7 +72,7 @@ class Callbacks:
                 return
             if answer not in get_args(Request):
                 raise extension.wrong(f"None, {', '.join(get_args(Request))}", answer)
-        except Fault:
+        except UserError:
             self.heard = []                         # the end that follows is not for it
             raise
         self.control.ask(answer)

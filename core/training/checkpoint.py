@@ -23,7 +23,7 @@ import safetensors.torch
 from torch import Tensor
 
 from core import paths
-from core.errors import Fault
+from core.errors import UserError
 from core.serialization import from_json, json_object
 
 FOLDER = "checkpoints"
@@ -102,13 +102,13 @@ def save(folder: Path, position: Position, state: State,
 
 
 def load(folder: Path) -> tuple[Position, State]:
-    """Raises Fault where it can't be read."""
+    """Raises UserError where it can't be read."""
     try:
         position = Position(**from_json((folder / STATE).read_text("utf-8")))
         # from bytes, not mapped: the folder stays free to be deleted, on Windows too
         tensors = safetensors.torch.load((folder / "state.safetensors").read_bytes())
     except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
-        raise Fault("engine.bad_checkpoint", path=folder, reason=error) from error
+        raise UserError("engine.bad_checkpoint", path=folder, reason=error) from error
     parts = {part: {k.removeprefix(f"{part}."): v for k, v in tensors.items()
                     if k.startswith(f"{part}.")} for part in _PARTS}
     return position, State(position.update, **parts, scaler=position.scaler,

@@ -16,7 +16,7 @@ import torch
 
 from core.config import TrainConfig
 from core.dataset.examples import Example
-from core.errors import Fault
+from core.errors import UserError
 from core.families.detection import Base
 from core.jobs.events import Event, Note, Planned
 from core.memory import history, plan
@@ -135,7 +135,7 @@ class MemoryGuard:
     def _plan(self, config: TrainConfig) -> Plan | None:
         try:
             return plan.plan_run(config, self.base, self.machine, self.data)
-        except Fault:
+        except UserError:
             raise
         except Exception as error:          # an op that meta tensors lack, in a base nobody knew
             self.emit(Note(key="engine.no_plan", params={

@@ -22,7 +22,7 @@ from core.config import dump_yaml, size_of
 from core.dataset import captions, images
 from core.dataset.examples import Example
 from core.dataset.image_folder import Picture
-from core.errors import Fault
+from core.errors import UserError
 from core.failures import one_line
 from core.families.base import PARTS, Family
 from core.families.components import lookup
@@ -92,7 +92,7 @@ class OutputWriter:
     def checkpoint(self, step: int, last: bool = False) -> None:
         """Copies the state now and writes it beside the training; waits for the one before. One
         that fails is told and tried again. `last`: written when this returns, in the spare
-        folder if it must be; raises Fault `engine.cant_save`."""
+        folder if it must be; raises UserError `engine.cant_save`."""
         self.settle()
         state, made, sampler = self.trainer.snapshot(step), self._made(), self.trainer.sampler
         position = Position(
@@ -137,7 +137,7 @@ class OutputWriter:
         self.trainer.emit(Checkpoint(step=step, path=str(path), best=step == self.best_step))
 
     def final(self, step: int) -> Path:
-        """Writes the LoRA file that the user takes away. Raises Fault `engine.cant_save` where
+        """Writes the LoRA file that the user takes away. Raises UserError `engine.cant_save` where
         neither the output folder nor the spare one takes it."""
         self.settle()
         made = self._made()
@@ -268,7 +268,7 @@ class OutputWriter:
                 if (made := path.stat().st_mtime) > self.began - CLOCKS_S]
             path = max(previews)[1] if previews else self.trainer.examples.items[0].picture.path
             image = images.open_picture(path)
-        except (OSError, Fault):            # deleted in the meantime
+        except (OSError, UserError):            # deleted in the meantime
             return b""
         image.thumbnail((_THUMBNAIL, _THUMBNAIL))
         buffer = io.BytesIO()
@@ -296,7 +296,7 @@ def _alike(fresh: Path, path: Path) -> bool:
     """Whether the same LoRA lies there: all tensors, whatever the metadata say."""
     try:
         return path.exists() and _hashes(fresh) == _hashes(path)
-    except (Fault, OSError):
+    except (UserError, OSError):
         return False
 
 

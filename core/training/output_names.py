@@ -25,7 +25,7 @@ from filelock import FileLock
 from core import paths
 from core.config import TrainConfig
 from core.dataset.cache import key
-from core.errors import Fault, Fix
+from core.errors import Fix, UserError
 from core.failures import one_line
 from core.jobs.events import Event, Note
 from core.jobs.runs import Owner, process_of
@@ -44,7 +44,7 @@ class Output:
     """`with Output(folder, config, emit) as output:` around a run. `name` is what its LoRA,
     checkpoints and previews are called; names of finished runs and of living ones are left alone.
 
-    Raises Fault `engine.cant_save` where neither the folder nor the spare one can be written.
+    Raises UserError `engine.cant_save` where neither the folder nor the spare one can be written.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, emit: Callable[[Event], None]) -> None:
@@ -143,9 +143,9 @@ class Output:
 
     def go_on_as(self, name: str, session: str) -> None:
         """Takes the name of an earlier start, or the next free one where others' checkpoints have
-        that name by now. Raises Fault where that run is still going on."""
+        that name by now. Raises UserError where that run is still going on."""
         if not self.take(name):
-            raise Fault("engine.still_going", name=name, file=self.folder / f".{name}.taken")
+            raise UserError("engine.still_going", name=name, file=self.folder / f".{name}.taken")
         self.session = session
         sessions = {checkpoint.session_of(folder / checkpoint.FOLDER / f"{name}-{step:06d}")
                     for folder in (self.folder, self.spare)
@@ -172,11 +172,11 @@ class Output:
             or any(os.path.lexists(folder / file_name(name, format_)) for format_ in formats)
             for folder in (self.folder, self.spare))
 
-    def _cant_save(self, reason: str) -> Fault:
+    def _cant_save(self, reason: str) -> UserError:
         fixes = [Fix("fixes.save_again", {"resume": True}),
                  Fix("fixes.other_folder", {"output_dir": str(Path.home() / self.folder.name)})]
-        return Fault("engine.cant_save", folder=self.folder, spare=self.spare, reason=reason,
-                     fixes=fixes)
+        return UserError("engine.cant_save", folder=self.folder, spare=self.spare, reason=reason,
+                         fixes=fixes)
 
 
 def _new_session() -> str:

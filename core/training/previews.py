@@ -93,9 +93,9 @@ class Previewer:
         cfg, steps = distilled.drawing(
             config.sample_cfg, config.sample_inference_steps, self.family.spec.cfg,
             distilled.PREVIEW_STEPS, self.parts.distilled)
-        shot = generate.Shot(prompt, "", config.seed + index, steps, cfg,
-                             size_of(config.sample_size) or (side, side),
-                             config.sample_sampler)
+        shot = generate.SampleRequest(prompt, "", config.seed + index, steps, cfg,
+                                      size_of(config.sample_size) or (side, side),
+                                      config.sample_sampler)
         with torch.no_grad():
             arguments = self.family.prompt_arguments(self.cond([prompt]), self.cond([""]))
         image = generate.draw(self.family.pipeline(self.parts), self.parts, shot, arguments,

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from core.errors import Fault, Fix
+from core.errors import Fix, UserError
 from core.failures import one_line, ran_out
 from core.jobs.events import Event, Note
 from core.training import fallbacks
@@ -72,8 +72,8 @@ class Recovery:
     def _lower(self, number: int, reason: str) -> None:
         most = max(len(batch.indices) for batch in self.trainer.sampler.update(number))
         if not self.guard.lower(self.trainer, "engine.lowered_for_memory", most):
-            raise Fault("engine.out_of_memory", reason=reason, step=number + 1,
-                        fixes=self._lighter())
+            raise UserError("engine.out_of_memory", reason=reason, step=number + 1,
+                            fixes=self._lighter())
 
     def _lighter(self) -> list[Fix]:
         """What the run can't change by itself, since it changes the LoRA."""
@@ -130,11 +130,11 @@ class Recovery:
         shown = ", ".join(list(names)[:MOST_NAMES])
         return f"{shown} ... ({len(names)})" if len(names) > MOST_NAMES else shown
 
-    def _not_finite(self, step: int, pictures: str) -> Fault:
+    def _not_finite(self, step: int, pictures: str) -> UserError:
         config, compute = self.trainer.config, str(self.trainer.precision.compute)[6:]
         rate = self.trainer.lowered.get("learning_rate", config.learning_rate)
         fixes = [Fix("fixes.half_rate", {"learning_rate": rate / 2})]
         if compute != "float32":
             fixes.insert(0, Fix("fixes.fp32", {"precision": "fp32"}))
-        return Fault("engine.not_finite", step=step, rate=f"{rate:g}", precision=compute,
-                     pictures=pictures, fixes=fixes)
+        return UserError("engine.not_finite", step=step, rate=f"{rate:g}", precision=compute,
+                         pictures=pictures, fixes=fixes)

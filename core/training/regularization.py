@@ -14,14 +14,14 @@ from core.dataset import captions
 from core.dataset.cache import key
 from core.dataset.examples import Encoder, Examples, Stopped, add_regular
 from core.dataset.text_embeddings import batched, reading_of
-from core.errors import Fault
+from core.errors import UserError
 from core.families import distilled
 from core.families.base import PARTS, Family, Parts
 from core.families.distilled import Distilled
 from core.families.loading import load_denoiser
 from core.hashes import fingerprint
 from core.inference import generate
-from core.inference.generate import Shot
+from core.inference.generate import SampleRequest
 from core.jobs.control import Control
 from core.jobs.events import Event, Phase
 from core.weights.precision import Precision, free_memory
@@ -30,7 +30,7 @@ from core.weights.precision import Precision, free_memory
 def add(config: TrainConfig, examples: Examples, family: Family, parts: Parts,
         precision: Precision, beside: Path | None, emit: Callable[[Event], None],
         control: Control) -> None:
-    """Adds them to `examples`, drawing first what is to be drawn. Raises Fault where a folder
+    """Adds them to `examples`, drawing first what is to be drawn. Raises UserError where a folder
     won't do; Stopped."""
     folders = [resolve(config.reg_data_dir, beside)] if config.reg_data_dir else []
     if config.reg_from_base:
@@ -42,21 +42,21 @@ def add(config: TrainConfig, examples: Examples, family: Family, parts: Parts,
 
 
 def shots(config: TrainConfig, examples: Examples, own: float = 7.0,
-          base: Distilled | None = None) -> list[Shot]:
+          base: Distilled | None = None) -> list[SampleRequest]:
     """The captions in turn without the trigger word, each in its picture's own bucket, so that
     the trigger is all that tells the two kinds apart. `own`: the family's guidance."""
     if not config.trigger_word.strip():
-        raise Fault("engine.regular_needs_trigger", count=config.reg_from_base)
+        raise UserError("engine.regular_needs_trigger", count=config.reg_from_base)
     items = [examples.items[i] for i in examples.trained()]
     chosen = [items[n % len(items)] for n in range(config.reg_from_base)]
     cfg, steps = distilled.drawing(config.sample_cfg, config.sample_inference_steps, own,
                                    distilled.PREVIEW_STEPS, base)
-    return [Shot(captions.without_trigger(item.picture.caption, config.trigger_word), "",
-                 config.seed + n, steps, cfg, item.bucket,
-                 config.sample_sampler) for n, item in enumerate(chosen)]
+    return [SampleRequest(captions.without_trigger(item.picture.caption, config.trigger_word), "",
+                          config.seed + n, steps, cfg, item.bucket,
+                          config.sample_sampler) for n, item in enumerate(chosen)]
 
 
-def draw(config: TrainConfig, wanted: list[Shot], family: Family, parts: Parts,
+def draw(config: TrainConfig, wanted: list[SampleRequest], family: Family, parts: Parts,
          precision: Precision, emit: Callable[[Event], None], control: Control) -> Path:
     """-> the folder in the cache that holds these pictures, drawn now if no run drew them yet."""
     files = [fingerprint(family.weight_files(parts.source, part)) for part in PARTS]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from core.adapters import base_loras
 from core.config import TrainConfig
 from core.dataset.sampler import Place
-from core.errors import Fault
+from core.errors import UserError
 from core.families.base import PARTS
 from core.jobs.events import Event, Note
 from core.optim import optimizers
@@ -52,7 +52,7 @@ def _candidates(output: Output, wanted: bool | str) -> list[Path]:
     if (exactly / checkpoint.STATE).is_file():
         return [exactly]
     if not wanted.isdigit():
-        raise Fault("engine.no_such_checkpoint", given=wanted, folder=output.folder)
+        raise UserError("engine.no_such_checkpoint", given=wanted, folder=output.folder)
     return output.checkpoints(wanted)
 
 
@@ -64,7 +64,7 @@ def restore(found: list[Path], trainer: Trainer, output: Output, base: Mapping[s
     for path in found:
         try:
             position, state = checkpoint.load(path)
-        except Fault as fault:              # torn by a power cut or a full disk
+        except UserError as fault:              # torn by a power cut or a full disk
             if exactly:
                 raise
             trainer.emit(Note(key=fault.code, params=fault.params))
@@ -87,11 +87,11 @@ def _put_back(path: Path, position: Position, state: State, trainer: Trainer) ->
     fallbacks.apply(trainer, position.lowered)
     try:
         trainer.restore(state)
-    except Fault as fault:
+    except UserError as fault:
         others = "; ".join(differences(position.config, trainer.config))
         if fault.code != "engine.other_adapter" or not others:
             raise
-        raise Fault("engine.other_adapter_keys", keys=others) from fault
+        raise UserError("engine.other_adapter_keys", keys=others) from fault
     place = _place(position, trainer)
     whole = trainer.sampler
     same = position.order == whole.order and position.start is not None
@@ -116,7 +116,7 @@ def _place(position: Position, trainer: Trainer) -> Place:
         return Place(**position.place)
     keys = ("batch_size", "gradient_accumulation_steps", "seed")
     own = {key: position.config[key] for key in keys if key in position.config}
-    return trainer.new_course(trainer.config.with_changes(**own)).place(position.update)
+    return trainer.new_sampler(trainer.config.with_changes(**own)).place(position.update)
 
 
 def differences(before: Mapping[str, Any], config: TrainConfig) -> list[str]:

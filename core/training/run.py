@@ -16,7 +16,7 @@ from core import families, importers, paths
 from core.adapters import base_loras
 from core.config import TrainConfig, resolve
 from core.dataset.examples import Encoder, Stopped, find
-from core.errors import Fault
+from core.errors import UserError
 from core.failures import one_line, ran_out
 from core.families.components import lookup
 from core.families.detection import Base
@@ -46,7 +46,7 @@ def train(config: TrainConfig, emit: Emit, control: Control,
     """Runs a training from a folder of pictures to a proven LoRA file.
 
     `beside` is the folder that relative paths are looked up in first (the config's own).
-    Returns the facts for the summary. Raises Fault for whatever a user can mend.
+    Returns the facts for the summary. Raises UserError for whatever a user can mend.
     """
     config = base_loras.located(importers.located(config, beside), beside)
     with Callbacks(config.callbacks, emit, control) as callbacks, \
@@ -81,7 +81,7 @@ def _train(output: Output, config: TrainConfig, emit: Callbacks, control: Contro
                     parts.bucket_step, emit)
     preflight.tell_length(config, examples, emit)
     try:
-        if config.regularised:
+        if config.regularized:
             regularization.add(config, examples, family, parts, precision, beside, emit, control)
         guard = MemoryGuard(config, Base.of(source, kind), precision.device,
                             weigh(examples.items, config, kind), emit)
@@ -221,14 +221,14 @@ class TrainingRun:
         try:
             return verify_run(self.trainer, final)
         except Exception as error:
-            if not (isinstance(error, (Fault, OSError)) or ran_out(error)):
+            if not (isinstance(error, (UserError, OSError)) or ran_out(error)):
                 raise
             return {"ok": False, "file": str(final), "reason": one_line(error)}
 
 
 def _source(config: TrainConfig, beside: Path | None) -> Path:
     if not config.base_model:
-        raise Fault("engine.key_missing", key="base_model")
+        raise UserError("engine.key_missing", key="base_model")
     if config.base_model == "demo":
         return paths.DEMO / "base"
     return resolve(config.base_model, beside)
@@ -236,7 +236,7 @@ def _source(config: TrainConfig, beside: Path | None) -> Path:
 
 def _picture_paths(config: TrainConfig, beside: Path | None) -> tuple[Path, Path | None]:
     if not config.train_data_dir:
-        raise Fault("engine.key_missing", key="train_data_dir")
+        raise UserError("engine.key_missing", key="train_data_dir")
     metadata = resolve(config.metadata_path, beside) if config.metadata_path else None
     return resolve(config.train_data_dir, beside), metadata
 

@@ -16,7 +16,7 @@ from core.config import TrainConfig
 from core.dataset.examples import Examples, say_too_long
 from core.dataset.sampler import Batch, BucketSampler, Place, Regular
 from core.dataset.text_embeddings import reading_of
-from core.errors import Fault, Fix
+from core.errors import Fix, UserError
 from core.families.base import Cond, Family, Parts
 from core.families.registry import naming
 from core.jobs.control import Control
@@ -77,12 +77,12 @@ class Trainer:
         """Where in the data the run begins: that decides what each update sees and how many
         there are. The learning rate follows the share of the run that is done, in epochs."""
         config = self.config
-        self.sampler = self.new_course(config, start)
+        self.sampler = self.new_sampler(config, start)
         self.total = config.max_train_steps or self.sampler.updates_until(config.epochs)
         unbroken = config.max_train_steps or config.epochs * self.sampler.updates_per_epoch
         self._schedule_shift = unbroken - self.total
 
-    def new_course(self, config: TrainConfig, start: Place | None = None) -> BucketSampler:
+    def new_sampler(self, config: TrainConfig, start: Place | None = None) -> BucketSampler:
         return _course(config, self.examples, start)
 
     def update(self, number: int) -> None:
@@ -92,7 +92,7 @@ class Trainer:
             self._rest_text(self.text)
         shift = self._schedule_shift
         rate = optimizers.rate(self.config, max(0, number + shift), self.total + shift)
-        optimizers.set_rate(self.optimizer, rate * self._ease())
+        optimizers.set_rate(self.optimizer, rate * self.lr_scale())
         if self.drops:                      # the masks are the only use of torch's own generator
             torch.manual_seed(self.config.seed + number)
         loss = self.accumulate(self.sampler.update(number))
@@ -150,7 +150,7 @@ class Trainer:
                      self.scaler.state_dict() or None, dict(self.lowered))
 
     def restore(self, state: State) -> None:
-        """Puts `state` back, but for what was lowered since. Raises Fault where it is another
+        """Puts `state` back, but for what was lowered since. Raises UserError where it is another
         adapter's or optimizer's."""
         self.load_state(state.adapter)
         self.optimizer.state.clear()
@@ -160,7 +160,7 @@ class Trainer:
         if state.scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(state.scaler)
 
-    def _ease(self) -> float:
+    def lr_scale(self) -> float:
         """What is left of the rate after it was lowered."""
         rate = self.config.learning_rate
         return float(min(1.0, self.lowered.get("learning_rate", rate) / rate))
@@ -185,7 +185,8 @@ class Trainer:
         total = 0.0
         for i in held_out:
             latents, weights = self.weighed(self.view(i, False)[None], [i])
-            cond = self.cond([self.examples.items[i].captions[0]]) | self.framing([i], [False])
+            cond = self.cond([self.examples.items[i].captions[0]]) | self.size_conditioning([i],
+                                                                                            [False])
             for share in VALIDATION_SHARES:
                 draw = self.diffusion.draw_fixed(_FIXED_SEED, [i], latents.shape[1:], share)
                 total += float(self.losses(latents, draw, cond, weights))
@@ -238,7 +239,7 @@ class Trainer:
 
     def _text_training(self) -> TextTraining:
         if not self.family.spec.text_targets:
-            raise Fault("engine.no_text_training", family=self.family.spec.title, fixes=[
+            raise UserError("engine.no_text_training", family=self.family.spec.title, fixes=[
                 Fix("fixes.no_text_training", {"text_encoder_lr": 0, "pivotal_tokens": 0})])
         text = self.family.load(self.parts.source, self.precision, frozenset({"text"})).text
         self.parts.text = text
@@ -266,9 +267,9 @@ class Trainer:
     def _flips(self, batch: Batch) -> list[bool]:
         return [self.config.flip and self._dice(n, "flip") < 0.5 for n in batch.numbers]
 
-    def framing(self, indices: Sequence[int], flips: Sequence[bool]) -> Cond:
+    def size_conditioning(self, indices: Sequence[int], flips: Sequence[bool]) -> Cond:
         """What the family tells the denoiser of each picture's cut, (B, ...)."""
-        rows = [self.family.framing(self.examples.items[i].frame(flipped))
+        rows = [self.family.size_conditioning(self.examples.items[i].frame(flipped))
                 for i, flipped in zip(indices, flips, strict=True)]
         return {name: torch.cat([row[name] for row in rows]).to(self.precision.device)
                 for name in rows[0]}
@@ -296,7 +297,7 @@ class Trainer:
             choice = (int(self._dice(number, "caption") * len(variants)) if len(variants) > 1
                       else 0)
             texts.append("" if dropped else variants[choice])
-        return self.cond(texts) | self.framing(batch.indices, self._flips(batch))
+        return self.cond(texts) | self.size_conditioning(batch.indices, self._flips(batch))
 
     def _dice(self, number: int, use: str) -> float:
         return random.Random(f"{self.config.seed}-{use}-{number}").random()

@@ -49,7 +49,7 @@ def verify(path: Path, config: GenerateConfig | None, emit: Callable[[Event], No
     report: dict[str, Any] = {"file": str(path), "format": info.format, "family": info.family}
     if config is None:
         return report | {"ok": True, "keys": len(read_header(file).tensors), "drawn": False}
-    studio = generate.Studio(Path(config.base), config, emit)
+    studio = generate.PipelineSession(Path(config.base), config, emit)
     emit(Phase(name="load"))
     studio.load()
     studio.read_as(config, [Lora(path, 1.0)])
@@ -109,7 +109,7 @@ def _picture(pipeline: Any, parts: Parts, arguments: dict[str, Any],
              precision: Precision) -> np.ndarray:
     """A small, quick picture: the proof is the same at any size."""
     side = min(parts.native_size, PROOF_SIDE[precision.device.type])
-    shot = generate.Shot("", "", _SEED, _STEPS, 1.0, (side, side))
+    shot = generate.SampleRequest("", "", _SEED, _STEPS, 1.0, (side, side))
     image: Image.Image = generate.draw(pipeline, parts, shot, arguments, precision)
     return np.asarray(image, dtype=np.float32)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from core.errors import Fault
+from core.errors import UserError
 from core.serialization import from_json
 from core.weights.tensor_file import TensorFile
 
@@ -25,7 +25,7 @@ File = tuple[Path, str]                     # and the prefix of the model's name
 
 
 class Weights:
-    """Raises Fault where a file has nothing under its prefix, is torn, or has numbers of a kind
+    """Raises UserError where a file has nothing under its prefix, is torn, or has numbers of a kind
     that isn't read."""
 
     def __init__(self, files: Iterable[File], convert: Callable[[Tensors], Tensors]) -> None:
@@ -34,7 +34,7 @@ class Weights:
         for path, prefix in files:
             file = _opened(path)
             if not (names := file.names(prefix)):
-                raise Fault("families.part_missing", path=path, part=prefix.rstrip("."))
+                raise UserError("families.part_missing", path=path, part=prefix.rstrip("."))
             self._places |= {name.removeprefix(prefix): (file, name) for name in names}
         shapes = {bare: file.shape(name) for bare, (file, name) in self._places.items()}
         self._made = _Recipes(shapes)
@@ -58,8 +58,8 @@ def shapes_of(files: Iterable[File], convert: Callable[[Tensors], Tensors]) -> T
 def _opened(path: Path) -> TensorFile:
     try:
         return TensorFile(path)
-    except Fault as fault:
-        raise Fault("families.unreadable", path=path, reason=str(fault)) from fault
+    except UserError as fault:
+        raise UserError("families.unreadable", path=path, reason=str(fault)) from fault
 
 
 class _Recipes(TorchFunctionMode):

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from core.weights.quantization import Frozen, freeze_, heavy_layers, trunk
+from core.weights.quantization import Frozen, freeze_, heavy_layers, repeated_blocks
 
 CHUNK = 2**28                               # bytes; torch rounds pinned memory up to powers of two
 
@@ -39,7 +39,7 @@ class _Visit:
     arrived: torch.cuda.Event | None        # None: it is there
 
 
-class Stage:
+class BlockPrefetcher:
     """The place on the device where one block works and the next gets ready.
 
     What comes next is learnt: after (before, now) comes what came the last time, and a way there
@@ -119,7 +119,7 @@ def offload_(model: nn.Module, share: float, device: torch.device) -> Offloaded:
     """Moves `share` (0 to 1, by bytes) of the blocks' weights to RAM, evenly over the model, so
     that resident blocks compute while others travel. The rest of the model is left where it is.
 
-    After `quantise_`, so that fewer bytes travel; again with a larger share, adapters attached or
+    After `quantize_`, so that fewer bytes travel; again with a larger share, adapters attached or
     not, for a run that must hold less from now on. Works on meta tensors and, for tests, with the
     CPU as `device`.
     """
@@ -134,14 +134,14 @@ def offload_(model: nn.Module, share: float, device: torch.device) -> Offloaded:
         elif share and gone + size / 2 <= share * total:
             gone, going = gone + size, going + size
             chosen.append(layers)
-    stage, ram = before or Stage(device), _Ram(device, going)
+    stage, ram = before or BlockPrefetcher(device), _Ram(device, going)
     for layers in chosen:
         stage.blocks.append([_away(layer, stage, n, ram) for n, layer in enumerate(layers)])
     pinned = device.type == "cuda" and all(t.is_pinned() for b in stage.blocks for t in b)
     return Offloaded(len(stage.blocks), len(found), gone, pinned)
 
 
-def _away(layer: nn.Linear | nn.Conv2d, stage: Stage, place: int, ram: _Ram) -> Tensor:
+def _away(layer: nn.Linear | nn.Conv2d, stage: BlockPrefetcher, place: int, ram: _Ram) -> Tensor:
     frozen = layer if isinstance(layer, Frozen) else freeze_(layer, "same", stage.device)
     assert frozen.codes is not None
     waiting = ram.take(frozen.codes)
@@ -168,7 +168,7 @@ def waiting(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for b in stage.blocks for t in b) if stage else 0
 
 
-def stage_of(model: nn.Module) -> Stage | None:
+def stage_of(model: nn.Module) -> BlockPrefetcher | None:
     """None: nothing of the model is away."""
     ways = (m.away for m in model.modules() if isinstance(m, Frozen))
     return next((way.func.__self__ for way in ways      # type: ignore[attr-defined]
@@ -176,9 +176,9 @@ def stage_of(model: nn.Module) -> Stage | None:
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The units that travel: elements of the trunk's ModuleLists; an element that is made of such
+    """The units that travel: elements of its ModuleLists; an element that is made of such
     lists itself (a UNet's levels, its transformers) is taken apart."""
-    for part in trunk(model):
+    for part in repeated_blocks(model):
         elements = part.children() if isinstance(part, nn.ModuleList) else _elements(part)
         for element in elements:
             yield from _parts(element)

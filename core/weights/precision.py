@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from core.config import schema
-from core.errors import Fault, Fix
+from core.errors import Fix, UserError
 from core.weights import precision_rules
 from core.weights.offload import Offloaded, offload_
-from core.weights.quantization import Kind, quantise_
+from core.weights.quantization import Kind, quantize_
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -31,14 +31,14 @@ class Precision:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The first visible GPU, else the CPU. Raises Fault where a named device isn't there."""
+    """The first visible GPU, else the CPU. Raises UserError where a named device isn't there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
     if wanted == "auto":
         wanted = next(name for name, found in there.items() if found)
     if not there[wanted]:
-        raise Fault("engine.no_device", device=wanted,
-                    fixes=[Fix("fixes.use_cpu", {"device": "cpu"})])
+        raise UserError("engine.no_device", device=wanted,
+                        fixes=[Fix("fixes.use_cpu", {"device": "cpu"})])
     return torch.device("cuda:0" if wanted == "cuda" else wanted)
 
 
@@ -56,7 +56,7 @@ def choose(precision: schema.Precision, device: str = "auto",
 def keep_(model: torch.nn.Module, device: torch.device, kept: Kind = "same",
           offload: float = 0.0) -> Offloaded:
     """Quantises the blocks, sends a share of them to RAM, moves the rest to `device`."""
-    quantise_(model, kept, device)
+    quantize_(model, kept, device)
     done = offload_(model, offload, device)
     if not any(p.is_meta for p in model.parameters()):
         model.to(device)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from core.errors import Fault, Fix
+from core.errors import Fix, UserError
 
 Kind = Literal["same", "int8", "fp8", "nf4"]
 
@@ -264,32 +264,32 @@ def _bias(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> Tensor | None:
 
 # --- models ---
 
-def quantise_(model: nn.Module, kind: Kind, device: torch.device | None = None) -> int:
+def quantize_(model: nn.Module, kind: Kind, device: torch.device | None = None) -> int:
     """Quantises the blocks' layers in place, each weight freed as its codes come. -> layers.
 
     `device` is where the model will run: the arithmetic is done there, the codes stay where the
-    weight was. Before adapters are attached. Works on meta tensors. Raises Fault where nothing of
-    the model is in few bits then: it would take the memory of the whole.
+    weight was. Before adapters are attached. Works on meta tensors. Raises UserError where nothing
+    of the model is in few bits then: it would take the memory of the whole.
     """
     if kind == "same":
         return 0
     count, done = 0, False
-    for layer in trunk_layers(model):
+    for layer in repeated_layers(model):
         if isinstance(layer, Frozen):
             done = True
         elif layer.weight.numel() % BLOCK == 0:
             freeze_(layer, kind, device or layer.weight.device)
             count += 1
     if not count and not done:
-        raise Fault("precision.nothing_quantised", kind=kind, model=type(model).__name__,
-                    why=_why_nothing(model), fixes=[
+        raise UserError("precision.nothing_quantised", kind=kind, model=type(model).__name__,
+                        why=_why_nothing(model), fixes=[
                         Fix("fixes.without_key", {"base_precision": "same"})])
     return count
 
 
 def _why_nothing(model: nn.Module) -> dict[str, object]:
-    """A part of a sentence; what `trunk_layers` asks of layers, in the same order."""
-    inside = [layer for part in trunk(model) for layer in part.modules()
+    """A part of a sentence; what `repeated_layers` asks of layers, in the same order."""
+    inside = [layer for part in repeated_blocks(model) for layer in part.modules()
               if isinstance(layer, (nn.Linear, nn.Conv2d))]
     if not inside:
         return {"say": "precision.no_blocks"}
@@ -356,19 +356,19 @@ def _place(module: nn.Module, leaf: str, tensor: Tensor, dtype: torch.dtype,
     setattr(module, leaf, value)
 
 
-def trunk(model: nn.Module) -> Iterator[nn.Module]:
+def repeated_blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The repeated part of a model: its ModuleLists, and a UNet's middle; a text encoder has them
     a level further in."""
     found = [child for name, child in model.named_children()
              if isinstance(child, nn.ModuleList) or name == "mid_block"]
     yield from found
     for child in () if found else model.children():
-        yield from trunk(child)
+        yield from repeated_blocks(child)
 
 
-def trunk_layers(module: nn.Module) -> Iterator[nn.Linear | nn.Conv2d]:
-    """The frozen layers of the trunk that are large enough to matter."""
-    for part in list(trunk(module)):
+def repeated_layers(module: nn.Module) -> Iterator[nn.Linear | nn.Conv2d]:
+    """The frozen layers of the repeated blocks that are large enough to matter."""
+    for part in list(repeated_blocks(module)):
         yield from heavy_layers(part)
 
 

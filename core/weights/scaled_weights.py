@@ -40,8 +40,8 @@ class Scaling:
 
 
 def scaling_of(path: Path, header: Header) -> Scaling:
-    """Of a whole file, by full names. Reads marks of a few bytes each. Raises Fault as reading the
-    header does."""
+    """Of a whole file, by full names. Reads marks of a few bytes each. Raises UserError as reading
+    the header does."""
     tensors, scales, helpers = header.tensors, dict[str, str](), set[str]()
     unread: dict[str, str] = {}
     kinds = _kinds(path, header)

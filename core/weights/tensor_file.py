@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core.errors import Fault
+from core.errors import UserError
 from core.safetensors_header import TensorInfo, read_header
 from core.weights.scaled_weights import scaling_of
 
@@ -33,7 +33,7 @@ class TensorFile:
     """By name; weights with a scale beside them are what both stand for, in fp32."""
 
     def __init__(self, path: Path) -> None:
-        """Reads the header alone. Raises Fault where the file is no whole .safetensors file."""
+        """Reads the header alone. Raises UserError where the file is no whole .safetensors file."""
         self.path = path
         self.header = read_header(path)
         self.scaling = scaling_of(path, self.header)
@@ -44,14 +44,14 @@ class TensorFile:
                 if name.startswith(prefix) and name not in self.scaling.helpers]
 
     def shape(self, name: str) -> Tensor:
-        """A tensor on the meta device. Raises Fault where its numbers are of a kind that isn't
+        """A tensor on the meta device. Raises UserError where its numbers are of a kind that isn't
         read here."""
         info, scaled = self._read(name), name in self.scaling.scales
         return torch.empty(info.shape, device="meta",
                            dtype=torch.float32 if scaled else DTYPES[info.dtype])
 
     def __getitem__(self, name: str) -> Tensor:
-        """Not to be written into: of the file's own bytes, unless it is scaled. Raises Fault as
+        """Not to be written into: of the file's own bytes, unless it is scaled. Raises UserError as
         `shape` does."""
         found = self._mapped(self._read(name))
         if (scale := self.scaling.scales.get(name)) is None:
@@ -64,7 +64,7 @@ class TensorFile:
         info = self.header.tensors[name]
         kind = self.scaling.unread.get(name, "" if info.dtype in DTYPES else info.dtype)
         if kind:
-            raise Fault("families.numbers_unread", path=self.path, key=name, kind=kind)
+            raise UserError("families.numbers_unread", path=self.path, key=name, kind=kind)
         return info
 
     def _mapped(self, info: TensorInfo) -> Tensor:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from core import families, i18n, paths, plugins, serialization
 from core.config import COMPANIONS, TrainConfig, parse_train_config, resolve
 from core.config.flat_yaml import read_flat_yaml
-from core.errors import Fault
+from core.errors import UserError
 from core.families import detection
 from core.importers import FOREIGN, load_train_config
 from core.memory import advisor
@@ -69,7 +69,7 @@ class Preset(BaseModel):
 
 def list_presets(lang: str | None = None, family: str | None = None) -> list[Preset]:
     """All of them, the app's and the user's own (<data>/presets/<family>/*.yaml), by family,
-    memory needed and title. A file of the user's that is no preset raises Fault."""
+    memory needed and title. A file of the user's that is no preset raises UserError."""
     found = [one for path in _files() if (one := _read(path)) is not None]
     return sorted((one for one in found if family in (None, one.family)), key=lambda one: (
         one.family, one.needs.vram_gb, one.said("title", lang), one.purpose))
@@ -78,28 +78,28 @@ def list_presets(lang: str | None = None, family: str | None = None) -> list[Pre
 def find(name: str, family: str, purpose: str = PURPOSE) -> Preset:
     """By title in either language, or by file name; spaces and case don't matter.
 
-    Raises Fault with the nearest name where there is none."""
+    Raises UserError with the nearest name where there is none."""
     here = [one for one in list_presets(family=family)]
     if not here:
-        raise Fault("presets.no_family", family=family,
-                    known=", ".join(sorted({one.family for one in list_presets()})))
+        raise UserError("presets.no_family", family=family,
+                        known=", ".join(sorted({one.family for one in list_presets()})))
     named = [one for one in here if _plain(name) in map(_plain, one.names())]
     fitting = [one for one in named if one.purpose == purpose or _plain(name) == _plain(one.slug)]
     if fitting:
         return fitting[0]
     if named:
-        raise Fault("presets.no_purpose", name=name, purpose=purpose,
-                    known=", ".join(sorted({one.purpose for one in named})))
+        raise UserError("presets.no_purpose", name=name, purpose=purpose,
+                        known=", ".join(sorted({one.purpose for one in named})))
     titles = list(dict.fromkeys(title for one in here for title in one.title.values()))
     close = i18n.nearest(name, titles, 1)
-    raise Fault("presets.unknown", name=name, family=family,
-                nearest=close[0] if close else titles[0],
-                known=", ".join(dict.fromkeys(one.said("title") for one in here)))
+    raise UserError("presets.unknown", name=name, family=family,
+                    nearest=close[0] if close else titles[0],
+                    known=", ".join(dict.fromkeys(one.said("title") for one in here)))
 
 
 def family_of(base_model: str, beside: Path | None = None, family: str = "auto") -> str:
     """The folder of presets for a config's `base_model`, or of the `family` that it is named to
-    be. Raises Fault where nothing is there."""
+    be. Raises UserError where nothing is there."""
     if not base_model:
         return next(iter(families.SPECS))
     if base_model == "demo" or base_model in families.SPECS:
@@ -112,7 +112,7 @@ def family_of(base_model: str, beside: Path | None = None, family: str = "auto")
         return family
     try:
         return families.detect(path)
-    except Fault:
+    except UserError:
         if plugins.is_named(family) and path.exists():
             return family                   # one's own may read any file
         raise
@@ -128,7 +128,7 @@ def _read(path: Path) -> Preset | None:
     try:
         mark = path.stat()
     except OSError as error:
-        raise Fault("presets.unreadable", file=path, reason=_first_line(error)) from None
+        raise UserError("presets.unreadable", file=path, reason=_first_line(error)) from None
     return _parsed(path, mark.st_mtime_ns, mark.st_size)
 
 
@@ -137,14 +137,14 @@ def _parsed(path: Path, changed: int, size: int) -> Preset | None:
     try:
         data = serialization.from_yaml(serialization.decode_text(path.read_bytes()))
     except (OSError, ValueError) as error:
-        raise Fault("presets.unreadable", file=path, reason=_first_line(error)) from None
+        raise UserError("presets.unreadable", file=path, reason=_first_line(error)) from None
     if not isinstance(data, dict) or "set" not in data:
         return None
     try:
         preset = Preset.model_validate({"path": path, **data})
         TrainConfig.model_validate(preset.set)
     except (ValidationError, TypeError) as error:
-        raise Fault("presets.bad", file=path, reason=_problem(error)) from None
+        raise UserError("presets.bad", file=path, reason=_problem(error)) from None
     return preset
 
 
@@ -179,17 +179,17 @@ def is_own(preset: Preset) -> bool:
 
 
 def save_own(title: str, family: str, purpose: str, config: TrainConfig, needs: Needs) -> Preset:
-    """The config's settings as a preset; one of that title and purpose is replaced. Raises Fault
-    for a title that is no name."""
+    """The config's settings as a preset; one of that title and purpose is replaced. Raises
+    UserError for a title that is no name."""
     title = " ".join(title.split())
     if not title or len(title) > 60:
-        raise Fault("presets.bad_title", title=title)
+        raise UserError("presets.bad_title", title=title)
     same = next((one for one in list_presets(family=family)
                  if is_own(one) and one.purpose == purpose and title in one.names()), None)
     plain = re.sub(r"[^\w-]+", "-", title.casefold()).strip("-") or "preset"
     path = same.path if same else own_folder() / family / f"own-{plain}.yaml"
     values = config.model_dump(mode="json", exclude_defaults=True, exclude=set(NOT_KEPT))
-    about = {lang: i18n.say("presets.own_about", {"fields": len(values)}, lang)
+    about = {lang: i18n.tr("presets.own_about", {"fields": len(values)}, lang)
              for lang in i18n.LANGUAGES}
     preset = Preset(path=path, title=dict.fromkeys(i18n.LANGUAGES, title), about=about,
                     family=family, purpose=purpose, needs=needs, set=values)
@@ -211,7 +211,7 @@ def needs_of(mb: float, card: bool) -> Needs:
 def rename_own(preset: Preset, title: str) -> None:
     title = " ".join(title.split())
     if not title or len(title) > 60:
-        raise Fault("presets.bad_title", title=title)
+        raise UserError("presets.bad_title", title=title)
     _write(preset.model_copy(update={"title": dict.fromkeys(i18n.LANGUAGES, title)}))
 
 
@@ -276,7 +276,7 @@ def _below(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 def train_config(name: str, path: Path | None, overrides: Mapping[str, str] | None = None,
                  purpose: str = PURPOSE) -> tuple[TrainConfig, Preset, tuple[str, ...]]:
     """`train --preset NAME [--config FILE] [--set ...]`: the config, the preset, and the fields
-    that the preset set. Raises Fault as load_train_config does, with the file's own lines."""
+    that the preset set. Raises UserError as load_train_config does, with the file's own lines."""
     own, base, family = _own(path, overrides or {})
     preset = find(name, family_of(base, path.parent if path else None, family), purpose)
     kept = _below(preset.set, own)

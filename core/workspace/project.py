@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from core import paths, serialization
 from core.config import TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.workspace import presets
 
 FIRST = "my-lora"
@@ -55,7 +55,7 @@ class Project(BaseModel):
             family = presets.family_of(str(self.edits.get("base_model", "")),
                                        family=str(self.edits.get("family", "auto")))
             return next((one for one in known_presets(family) if one.slug == self.preset), None)
-        except Fault:
+        except UserError:
             return None
 
     def sources(self) -> dict[str, str]:
@@ -71,7 +71,7 @@ class Projects:
 
     def __init__(self, name: str = "") -> None:
         self.version = 0
-        self.broken: Fault | None = None     # the last file that couldn't be read
+        self.broken: UserError | None = None     # the last file that couldn't be read
         self._lock = threading.RLock()
         known = self.names()
         first = name if name in known else known[0] if known else FIRST
@@ -85,7 +85,7 @@ class Projects:
         return sorted((path.stem for path in _folder().glob("*.yaml")), key=str.casefold)
 
     def open(self, name: str) -> Project:
-        """An existing project, or a new one of this name. Raises Fault for what is no name."""
+        """An existing project, or a new one of this name. Raises UserError for what is no name."""
         name = checked_name(name)
         with self._lock:
             self._now, self.version = self._read(name), self.version + 1
@@ -130,8 +130,8 @@ class Projects:
             return Project(name=name)
         except (OSError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[0]
-            self.broken = Fault("window.project_broken", file=file, reason=reason, name=name,
-                                aside=paths.set_aside(file).name)
+            self.broken = UserError("window.project_broken", file=file, reason=reason, name=name,
+                                    aside=paths.set_aside(file).name)
             return Project(name=name)
 
 
@@ -149,10 +149,10 @@ def _listed(mark: tuple[tuple[str, int], ...]) -> tuple[presets.Preset, ...]:
 
 
 def checked_name(name: str) -> str:
-    """A name that every file system keeps, and no path. Raises Fault."""
+    """A name that every file system keeps, and no path. Raises UserError."""
     plain = " ".join(name.split()).strip(". ")
     if len(plain) > 60 or not paths.is_file_name(plain) or plain != name.strip():
-        raise Fault("gui.bad_name", name=" ".join(name.split()))
+        raise UserError("gui.bad_name", name=" ".join(name.split()))
     return plain
 
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from core import i18n, paths, serialization
-from core.errors import Fault
+from core.errors import UserError
 
 FILE = "settings.yaml"
 Theme = Literal["auto", "light", "dark"]
@@ -53,13 +53,13 @@ class SettingsFile:
 
     def __init__(self) -> None:
         self.version = 0
-        self.broken: Fault | None = None
+        self.broken: UserError | None = None
         self._lock = threading.Lock()
         self._settings, reason = _load()
         if reason:
             file = paths.data_dir() / FILE
-            self.broken = Fault("window.settings_broken", file=file, reason=reason,
-                                aside=paths.set_aside(file).name)
+            self.broken = UserError("window.settings_broken", file=file, reason=reason,
+                                    aside=paths.set_aside(file).name)
             with contextlib.suppress(OSError):
                 write(self._settings)
 

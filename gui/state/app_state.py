@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from core import i18n, paths
 from core.config import TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.manager import JobManager
 from core.jobs.runs import JobView
 from core.memory import plan, plan_inputs
@@ -123,7 +123,7 @@ class AppState:
         config, problem = TrainConfig(), None
         try:
             config = project.config(settings.output_folder)
-        except (ValidationError, Fault) as error:
+        except (ValidationError, UserError) as error:
             problem = error
         self._snapshot = Snapshot(
             version, next(self._marks), tuple(self.jobs.views()), project, settings, config,
@@ -133,7 +133,7 @@ class AppState:
         return self._snapshot
 
     @property
-    def broken(self) -> list[Fault]:
+    def broken(self) -> list[UserError]:
         """Files of ours that were found damaged."""
         return [one for one in (self.settings.broken, self.projects.broken) if one]
 
@@ -166,7 +166,7 @@ class AppState:
 
     def replan(self, language: str) -> None:
         """Asks for plan and suggestion of the project as it stands; returns at once."""
-        with contextlib.suppress(ValidationError, Fault):
+        with contextlib.suppress(ValidationError, UserError):
             project = self.projects.now
             config = project.config(self.settings.now.output_folder)
             self.planning.ask({"config": config.model_dump(mode="json", exclude_defaults=True),
@@ -231,13 +231,13 @@ class Context:
     language: str
     page: Registers
 
-    def say(self, key: str, /, **params: Any) -> str:
+    def tr(self, key: str, /, **params: Any) -> str:
         """A sentence: `key` of strings/<language>/gui.yaml, or with its subject (`checks.x`)."""
         full = key if "." in key else f"gui.{key}"
-        return i18n.say(full, params, self.language)
+        return i18n.tr(full, params, self.language)
 
-    def told(self, fault: Fault) -> str:
-        return i18n.say(fault.code, fault.params, self.language)
+    def told(self, fault: UserError) -> str:
+        return i18n.tr(fault.code, fault.params, self.language)
 
     @property
     def pictures_folder(self) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 from core.base_models import hub, search
 from core.base_models.search import Found
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.control import Control
 from core.jobs.events import Event, Phase
 
@@ -28,7 +28,7 @@ class Fetch:
     total: int = 0                      # 0: not known yet
     over: bool = False
     path: str = ""
-    fault: Fault | None = None
+    fault: UserError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class BaseModels:
         """Fetches, or goes on with what was stopped; `then` gets the path. Returns at once."""
         with self._lock:
             if self.now.fetch and not self.now.fetch.over:
-                raise Fault("base_model.one_download", repo=self.now.fetch.repo)
+                raise UserError("base_model.one_download", repo=self.now.fetch.repo)
             self._control = control = Control()
             self.now = replace(self.now, asked="", fetch=Fetch(repo))
         self._changed()
@@ -107,11 +107,11 @@ class BaseModels:
                 self._set(fetch=Fetch(repo, event.done, event.total))
         try:
             path = hub.fetch(repo, emit, control, mirror)
-        except Fault as fault:
+        except UserError as fault:
             self._ended(fault=fault)
         except Exception as error:
             _log.exception("download of %s", repo)
-            self._ended(fault=Fault("gui.no_access", reason=error))
+            self._ended(fault=UserError("gui.no_access", reason=error))
         else:
             self._ended(path=str(path or ""))
             if path is not None:

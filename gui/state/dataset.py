@@ -11,7 +11,7 @@ from core.dataset.buckets import crop_to
 from core.dataset.checks import report as dataset_report
 from core.dataset.crops import Planned
 from core.dataset.curation import Choices
-from core.errors import Fault
+from core.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class State:
     doing: str = ""                         # names | captions | check | copy | "": nothing
     done: int = 0
     total: int = 0
-    fault: Fault | None = None
+    fault: UserError | None = None
     undo: str = ""                          # what can be undone: a key of captions.yaml
     redo: str = ""
 

@@ -28,7 +28,7 @@ from core.dataset.checks import image_stats
 from core.dataset.checks import report as dataset_report
 from core.dataset.crops import BaseFacts
 from core.dataset.curation import Choices
-from core.errors import Fault
+from core.errors import UserError
 from core.failures import one_line
 from core.jobs.control import Control
 from core.jobs.events import Event, Phase
@@ -116,10 +116,10 @@ class DatasetView:
         return key
 
     def named(self, key: str) -> str:
-        """Raises Fault where the folder no longer has it."""
+        """Raises UserError where the folder no longer has it."""
         name = self._keys.get(key, "")
         if not name or name not in self.now.names:
-            raise Fault("tab_dataset.gone")
+            raise UserError("tab_dataset.gone")
         return name
 
     def path(self, name: str) -> Path:
@@ -145,23 +145,23 @@ class DatasetView:
     # --- captions ---
 
     def write(self, captions: Mapping[str, str], what: str = "edit", **params: Any) -> Outcome:
-        """Writes captions as one action that can be undone. Raises Fault."""
+        """Writes captions as one action that can be undone. Raises UserError."""
         with self._lock:
             if self._store is None:
-                raise Fault("tab_captioning.not_read")
+                raise UserError("tab_captioning.not_read")
             swaps = self._store.swaps(captions)
             outcome = History(self._store.folder).carry_out(Action(what, params), swaps)
             return self._written(outcome)
 
     def step(self, which: str) -> Outcome:
-        """undo | redo. Raises Fault where there is nothing of it."""
+        """undo | redo. Raises UserError where there is nothing of it."""
         with self._lock:
             if self._store is None:
-                raise Fault("tab_captioning.not_read")
+                raise UserError("tab_captioning.not_read")
             history = History(self._store.folder)
             outcome = history.undo() if which == "undo" else history.redo()
             if outcome is None:
-                raise Fault(f"captions.nothing_to_{which}", folder=self._store.folder)
+                raise UserError(f"captions.nothing_to_{which}", folder=self._store.folder)
             return self._written(outcome)
 
     def _written(self, outcome: Outcome) -> Outcome:
@@ -183,7 +183,7 @@ class DatasetView:
             try:
                 taken = import_files.copy_all(files, folder, lambda done, total: self._put(
                     doing="copy", done=done, total=total))
-            except Fault as fault:
+            except UserError as fault:
                 self._put(doing="", fault=fault)
                 return
             self._put(doing="")
@@ -225,10 +225,10 @@ class DatasetView:
             if step not in self._todo or control.stopping:
                 continue
             self._tell(control, doing=step, done=0, total=0)
-            fault: Fault | None = None
+            fault: UserError | None = None
             try:
                 getattr(self, f"_{step}")(question, folder, control)
-            except Fault as found:
+            except UserError as found:
                 fault = found
             except image_stats.Stopped:
                 return
@@ -241,7 +241,7 @@ class DatasetView:
     def _names(self, question: Question, folder: Path, control: Control) -> None:
         try:
             tree = image_folder.walk(folder)
-        except Fault:
+        except UserError:
             self._tell(control, folder=folder, names=(), report=None, captions={})
             raise
         names = tuple(image_folder.relative_name(path, folder) for path in tree.pictures)
@@ -318,10 +318,10 @@ def facts_of(question: Question) -> BaseFacts:
         source = paths.DEMO / "base" if question.base == "demo" else Path(question.base)
         try:
             return crops.base_facts(source.expanduser(), sizes_beside, config)
-        except Fault as fault:
+        except UserError as fault:
             return crops.assumed_facts(config, fault)
         except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
-            return crops.assumed_facts(config, Fault(
+            return crops.assumed_facts(config, UserError(
                 "checks.base_not_read", base=question.base, reason=one_line(error)))
     return crops.assumed_facts(config)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from core.errors import Fault
+from core.errors import UserError
 
 Closing = Literal["", "asked", "stopping", "closed"]
 
@@ -40,9 +40,9 @@ class Desktop:
         self._changed, self._busy = changed, busy
 
     def choose(self, folder: bool, start: str = "") -> str:
-        """Blocks while the dialog is open. Raises Fault where there is no native window."""
+        """Blocks while the dialog is open. Raises UserError where there is no native window."""
         if self.window is None:
-            raise Fault("close.no_dialog")
+            raise UserError("close.no_dialog")
         return self.window.choose(folder, start)
 
     def may_close(self) -> bool:
@@ -77,15 +77,15 @@ class Desktop:
 
 
 def open_folder(folder: Path) -> None:
-    """In the system's file manager. Raises Fault where the folder or the manager is missing."""
+    """In the system's file manager. Raises UserError where the folder or the manager is missing."""
     if not folder.is_dir():
-        raise Fault("close.folder_gone", folder=folder)
+        raise UserError("close.folder_gone", folder=folder)
     if sys.platform == "win32":
         os.startfile(folder)
         return
     command = _manager()
     if not command:
-        raise Fault("close.no_manager", folder=folder)
+        raise UserError("close.no_manager", folder=folder)
     subprocess.Popen([*command, str(folder)], stdin=subprocess.DEVNULL,
                      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 

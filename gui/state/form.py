@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from core.config import OPTIMIZERS, AdapterKind, TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from gui.state.app_state import Context, Snapshot, Updates
 
 LEVELS = ("basic", "advanced", "expert")
@@ -74,7 +74,7 @@ class Form:
     def _label(self, snap: Snapshot, key: str, source: str) -> str:
         if key == "epochs" and snap.config.max_train_steps:
             source = "unused"
-        mark = f" · {self.ctx.say(f'source_{source}')}" if source else ""
+        mark = f" · {self.ctx.tr(f'source_{source}')}" if source else ""
         return label(self.ctx, key) + mark
 
 
@@ -85,28 +85,28 @@ def keys_of(level: str) -> list[str]:
 
 def label(ctx: Context, key: str) -> str:
     unit = _extra(TrainConfig.model_fields[key]).get("unit", "")
-    said = ctx.say(f"config_help.{key}")
-    return f"{said} ({ctx.say(f'unit_{unit}')})" if unit else said
+    said = ctx.tr(f"config_help.{key}")
+    return f"{said} ({ctx.tr(f'unit_{unit}')})" if unit else said
 
 
 def problems(ctx: Context, snap: Snapshot) -> list[str]:
     """A sentence for each field whose text can't be used."""
-    return [ctx.say("bad_value", label=label(ctx, key), value=raw, range=_range(ctx, key))
+    return [ctx.tr("bad_value", label=label(ctx, key), value=raw, range=_range(ctx, key))
             for key, raw in snap.project.invalid.items() if key in TrainConfig.model_fields]
 
 
 def said(ctx: Context, error: Exception) -> str:
     """A config that can't be used, in one sentence of the page's language."""
-    if isinstance(error, Fault):
+    if isinstance(error, UserError):
         return ctx.told(error)
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors()[0]
     key, value = str(first["loc"][0]) if first["loc"] else "", first.get("input")
     if key not in TrainConfig.model_fields:
-        return ctx.say("bad_setting", name=key, value=value)
-    return ctx.say("bad_value", label=label(ctx, key), value=value,
-                   range=_range(ctx, key) or ctx.say("range_kind"))
+        return ctx.tr("bad_setting", name=key, value=value)
+    return ctx.tr("bad_value", label=label(ctx, key), value=value,
+                  range=_range(ctx, key) or ctx.tr("range_kind"))
 
 
 def parsed(key: str, raw: Any) -> Any:
@@ -138,7 +138,7 @@ def shown(key: str, value: Any) -> Any:
 
 def _input(ctx: Context, key: str) -> Any:
     about = TrainConfig.model_fields[key]
-    settings: dict[str, Any] = {"label": label(ctx, key), "info": ctx.say(
+    settings: dict[str, Any] = {"label": label(ctx, key), "info": ctx.tr(
         f"config_help.{key}_help"), "elem_id": f"field-{key}", "interactive": True,
         "min_width": 120}
     kind = _kind(key)
@@ -172,14 +172,14 @@ def _choice(key: str) -> Any:
 
 
 def _range(ctx: Context, key: str) -> str:
-    parts = [ctx.say(LIMITS[name], value=f"{value:g}")
+    parts = [ctx.tr(LIMITS[name], value=f"{value:g}")
              for limit in TrainConfig.model_fields[key].metadata for name in LIMITS
              if (value := getattr(limit, name, None)) is not None]
     size = key in ("max_resolution", "sample_size")
     if choices := get_args(TrainConfig.model_fields[key].annotation):
         names = [str(one) for one in choices if isinstance(one, str)]
-        parts = [ctx.say("one_of", names=", ".join(names))] if names else parts
-    return ctx.say("range_size") if size else ctx.say("comma").join(parts)
+        parts = [ctx.tr("one_of", names=", ".join(names))] if names else parts
+    return ctx.tr("range_size") if size else ctx.tr("comma").join(parts)
 
 
 def _extra(about: FieldInfo) -> dict[str, Any]:

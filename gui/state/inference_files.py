@@ -14,7 +14,7 @@ from typing import Any
 
 from core import paths
 from core.dataset import import_files
-from core.errors import Fault
+from core.errors import UserError
 from core.inference import trash
 from core.jobs.runs import JobView
 from core.lora_files import files as lora_file
@@ -71,11 +71,11 @@ class InferenceFiles:
             if key not in self._infos:
                 self._infos[key] = lora_file.describe(path)
             return self._infos[key]
-        except (OSError, Fault):
+        except (OSError, UserError):
             return None
 
     def take(self, file: Path, kind: str) -> lora_file.Info:
-        """A copy of a LoRA that was dropped, as uploads don't last. Raises Fault where it is no
+        """A copy of a LoRA that was dropped, as uploads don't last. Raises UserError where it is no
         LoRA for the base, whose family is `kind`; empty: one that takes any."""
         if kind:
             library.checked(file, kind)
@@ -134,8 +134,8 @@ class InferenceFiles:
             try:
                 copy = convert_to(file, program, folder, language)
                 self.show(said=told("tab_inference.exported", file=copy))
-            except (Fault, OSError, subprocess.TimeoutExpired) as error:
-                fault = error if isinstance(error, Fault) else Fault(
+            except (UserError, OSError, subprocess.TimeoutExpired) as error:
+                fault = error if isinstance(error, UserError) else UserError(
                     "tab_inference.not_converted", file=file.name, reason=error)
                 self.show(said=told(fault.code, **fault.params))
         self.show(said=told("tab_inference.converting", file=file.name))

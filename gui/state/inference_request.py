@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from core import families, paths, plugins
 from core.config import COMPANIONS
 from core.config.draw import SHEET, DrawConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.runs import JobView
 from core.lora_files import library
 from core.lora_files.library import DEFAULT_WEIGHT
@@ -202,14 +202,14 @@ def new_seed() -> int:
 def job(snap: Snapshot, desk: InferenceFiles, kind: str, values: Mapping[str, Any],
         device: str = "auto"
         ) -> tuple[DrawConfig, str]:
-    """-> the job and its name. `kind`: draw | compare | sweep | checkpoints. Raises Fault."""
+    """-> the job and its name. `kind`: draw | compare | sweep | checkpoints. Raises UserError."""
     found = choices(snap, desk)
     loras, base = added(snap, found), base_of(snap, found)
     if kind != "draw" and not loras:
-        raise Fault("gui.no_lora")
+        raise UserError("gui.no_lora")
     for one in loras:
         if not Path(one.file).is_file():
-            raise Fault("tab_inference.lora_gone", file=one.file)
+            raise UserError("tab_inference.lora_gone", file=one.file)
     columns: dict[str, Any] = {}
     if kind == "compare":
         columns = {"weights": [0.0, loras[0].weight or DEFAULT_WEIGHT]}
@@ -218,7 +218,7 @@ def job(snap: Snapshot, desk: InferenceFiles, kind: str, values: Mapping[str, An
     elif kind == "checkpoints":
         points = checkpoints(snap, loras[0].file)
         if len(points) < 2:
-            raise Fault("tab_inference.one_checkpoint")
+            raise UserError("tab_inference.one_checkpoint")
         columns = {"checkpoints": [one.file for one in points],
                    "labels": [f"step {one.step}" for one in points]}
     prompt = str(values.get("prompt") or "")
@@ -255,12 +255,12 @@ def again(view: JobView, changes: Mapping[str, Any]) -> DrawConfig:
 
 
 def _called(prompt: str, known: Mapping[str, str]) -> dict[str, str]:
-    """The files of the prompt's tags. Raises Fault for a name that nothing has."""
+    """The files of the prompt's tags. Raises UserError for a name that nothing has."""
     tagged = library.split_prompt(prompt)[1]
     library.refuse_paths(tagged)
     names = [tag.name for tag in tagged]
     for name in names:
-        with contextlib.suppress(Fault):
+        with contextlib.suppress(UserError):
             if name in known or library.find_lora(name, DEFAULT_WEIGHT):
                 continue
         raise library.unknown(name, known)
@@ -272,7 +272,7 @@ def _checked(data: dict[str, Any]) -> DrawConfig:
         return DrawConfig.model_validate(data)
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
-        raise Fault(f"tab_inference.bad_{key}" if key in (
+        raise UserError(f"tab_inference.bad_{key}" if key in (
             "seed", "steps", "cfg", "size", "count", "clip_skip") else "tab_inference.bad_value",
             value=data.get(key), key=key) from None
 

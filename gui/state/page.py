@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from pydantic import ValidationError
 
-from core.errors import Fault
+from core.errors import UserError
 from core.serialization import json_of
 from gui.state import form
 
@@ -29,7 +29,7 @@ QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibil
 READY = ("const ready = act => window.darkroom ? act()"
          " : addEventListener('darkroom', act, {once: true});")
 _SAY = f"{READY} watch('value', () => {{ const said = JSON.parse(props.value || '[]'); " \
-       "ready(() => window.darkroom.say(said)); });"
+       "ready(() => window.darkroom.tr(said)); });"
 
 Handler = Callable[..., "Updates | None"]
 Seen = dict[str, str]                   # what a page's components show: their marks by id
@@ -109,8 +109,8 @@ class Page:
         """Called once, inside gr.Blocks, when everything is built; `load`: the Blocks' own."""
         snap = ctx.app_state.snapshot()
         painted, filled = list(self._painted(snap)[1]), list(self._filled(snap))
-        self.close = ctx.say("close")
-        say = gr.HTML("", visible="hidden", js_on_load=_SAY)
+        self.close = ctx.tr("close")
+        tr = gr.HTML("", visible="hidden", js_on_load=_SAY)
         # What a page shows is known by the page alone: an answer may be lost on its way.
         seen, filling = (gr.HTML("", visible="hidden", elem_id=f"{name}-shown")
                          for name in ("repaint", "refill"))
@@ -129,7 +129,7 @@ class Page:
         repaint.click(paint, [seen], [seen, *painted], trigger_mode="always_last", **QUIET)
         refill.click(fill, [], [filling, *filled], trigger_mode="always_last", **QUIET)
         for wish in self._wishes:
-            wish.event(self._handled(ctx, wish), wish.inputs, [say, self.frame, *wish.outputs],
+            wish.event(self._handled(ctx, wish), wish.inputs, [tr, self.frame, *wish.outputs],
                        trigger_mode="multiple" if wish.panel else "always_last", **QUIET)
 
     def _handled(self, ctx: Context, wish: _Handler) -> Callable[..., Any]:
@@ -189,11 +189,11 @@ def _guarded(ctx: Context, handler: Handler, values: Sequence[Any]) -> Updates |
     """A fault becomes a message in the page's language; the page is painted all the same."""
     try:
         return handler(*values)
-    except Fault as fault:
+    except UserError as fault:
         said = ctx.told(fault)
     except ValidationError as error:
         said = form.said(ctx, error)
     except OSError as error:
-        said = ctx.say("no_access", reason=str(error))
-    ctx.page.tell(said, ctx.say("not_done"), "warning")
+        said = ctx.tr("no_access", reason=str(error))
+    ctx.page.tell(said, ctx.tr("not_done"), "warning")
     return None

@@ -13,7 +13,7 @@ from captioner.captions.rules import Change, MaxTokens, Rule, preview, with_trig
 from captioner.captions.undo import Outcome
 from captioner.config import CaptionConfig
 from core.base_models import hub
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.runs import JobView
 from gui.html import bar, button, card, duration, esc
 from gui.state.app_state import Context, Snapshot, Updates
@@ -41,7 +41,7 @@ class CaptioningTab:
         with gr.Row():
             with gr.Column(scale=7, min_width=440):
                 self.search = gr.Textbox(
-                    label=self._say("search"), placeholder=self._say("search_hint"),
+                    label=self._tr("search"), placeholder=self._tr("search_hint"),
                     elem_id="caption-search", max_lines=1)
                 self.rows = panel("caption-rows", "caption_editor", dense=True)
                 self.texts = panel("captions-texts", "caption_texts")
@@ -54,24 +54,24 @@ class CaptioningTab:
         for one in (self.rows, self.stats):
             page.on_panel(one, self.act)
 
-    def _say(self, key: str, **params: Any) -> str:
-        return self.ctx.say(f"tab_captioning.{key}", **params)
+    def _tr(self, key: str, **params: Any) -> str:
+        return self.ctx.tr(f"tab_captioning.{key}", **params)
 
     def _build_job(self) -> None:
-        say, page = self._say, self.ctx.page
+        tr, page = self._tr, self.ctx.page
         with gr.Row():
-            self.sentence = gr.Dropdown(offers(self.ctx, "sentence"), label=say("sentence"),
+            self.sentence = gr.Dropdown(offers(self.ctx, "sentence"), label=tr("sentence"),
                                         elem_id="captioner-sentence", scale=3, min_width=220)
-            self.tags = gr.Dropdown(offers(self.ctx, "tags"), label=say("tags"),
+            self.tags = gr.Dropdown(offers(self.ctx, "tags"), label=tr("tags"),
                                     elem_id="captioner-tags", scale=3, min_width=220)
-            self.existing = gr.Radio([(say(f"existing_{one}"), one) for one in (
-                "keep", "add", "replace")], label=say("existing"), elem_id="captions-existing",
+            self.existing = gr.Radio([(tr(f"existing_{one}"), one) for one in (
+                "keep", "add", "replace")], label=tr("existing"), elem_id="captions-existing",
                 scale=4, min_width=330)
-            self.trigger = gr.Textbox(label=self.ctx.say("config_help.trigger_word"),
+            self.trigger = gr.Textbox(label=self.ctx.tr("config_help.trigger_word"),
                                       elem_id="caption-trigger", scale=2, min_width=140)
-            self.start = gr.Button(say("start"), variant="primary", elem_id="caption-start",
+            self.start = gr.Button(tr("start"), variant="primary", elem_id="caption-start",
                                    scale=2, min_width=160)
-        self.endpoint = gr.Textbox(label=say("endpoint"), elem_id="caption-endpoint",
+        self.endpoint = gr.Textbox(label=tr("endpoint"), elem_id="caption-endpoint",
                                    visible=False)
         self.job = panel("caption-job", dense=True)
         kept: list[Any] = [self.sentence, self.tags, self.existing]
@@ -84,15 +84,15 @@ class CaptioningTab:
         page.on_panel(self.job, self.act)
 
     def _build_rules(self) -> None:
-        say, page = self._say, self.ctx.page
-        with gr.Accordion(say("rules"), open=False, elem_id="caption-rules-box"):
-            self.rules = gr.Textbox(label=say("rules_label"), placeholder=say("rules_hint"),
-                                    info=say("rules_help"), lines=3, max_lines=8,
+        tr, page = self._tr, self.ctx.page
+        with gr.Accordion(tr("rules"), open=False, elem_id="caption-rules-box"):
+            self.rules = gr.Textbox(label=tr("rules_label"), placeholder=tr("rules_hint"),
+                                    info=tr("rules_help"), lines=3, max_lines=8,
                                     elem_id="caption-rules")
-            self.first = gr.Checkbox(label=say("trigger_first"), elem_id="trigger-first")
+            self.first = gr.Checkbox(label=tr("trigger_first"), elem_id="trigger-first")
             with gr.Row():
-                look = gr.Button(say("preview"), size="sm", elem_id="rules-preview")
-                do = gr.Button(say("apply"), size="sm", elem_id="rules-apply")
+                look = gr.Button(tr("preview"), size="sm", elem_id="rules-preview")
+                do = gr.Button(tr("apply"), size="sm", elem_id="rules-apply")
             self.would = panel("rules-changes")
         page.on(look.click, self.try_rules, [self.rules, self.first])
         page.on(do.click, self.apply_rules, [self.rules, self.first])
@@ -104,7 +104,7 @@ class CaptioningTab:
         state = self.album.now
         count = len(state.training)
         done = f" ✓{state.captioned}/{count}" if count else ""
-        return f"2 {self.ctx.say('tab_captioning')}{done}"
+        return f"2 {self.ctx.tr('tab_captioning')}{done}"
 
     def paint(self, snap: Snapshot) -> Updates:
         ctx, album = self.ctx, self.album
@@ -113,8 +113,8 @@ class CaptioningTab:
         running = job is not None and not job.over
         count = len(album.now.training)
         return {self.job: status(ctx, snap, job, kept),
-                self.start: gr.update(interactive=bool(count) and not running, value=self._say(
-                    "start_n", count=count) if count else self._say("start")),
+                self.start: gr.update(interactive=bool(count) and not running, value=self._tr(
+                    "start_n", count=count) if count else self._tr("start")),
                 self.endpoint: gr.update(visible=kept["sentence"].startswith("endpoint")),
                 self.rows: caption_rows.rows(ctx, album, names),
                 self.texts: caption_rows.texts(ctx, album, names),
@@ -132,7 +132,7 @@ class CaptioningTab:
         """A search that can't be read finds nothing; look_for has said why."""
         try:
             return caption_rows.found(self.album, snap.config.trigger_word)
-        except Fault:
+        except UserError:
             return ()
 
     # --- the job ---
@@ -151,7 +151,7 @@ class CaptioningTab:
             app_state.replan(self.ctx.language)
 
     def begin(self) -> None:
-        """Queues the job. Raises Fault where its weights are not here."""
+        """Queues the job. Raises UserError where its weights are not here."""
         app_state = self.ctx.app_state
         snap = app_state.snapshot()
         config = config_of(kept_of(snap), self.album, snap.config.trigger_word,
@@ -179,7 +179,7 @@ class CaptioningTab:
             case "undo" | "redo":
                 outcome = album.step(act)
                 self._say_left(outcome)
-                self.ctx.page.tell(self._say(f"{act}_done", count=_pictures(outcome)))
+                self.ctx.page.tell(self._tr(f"{act}_done", count=_pictures(outcome)))
             case "search":
                 album.show(search=id, only=())
             case "page" if id.lstrip("-").isdigit():
@@ -199,7 +199,7 @@ class CaptioningTab:
         if act == "next_empty":
             found = caption_rows.next_empty(names, self.album.now.captions, page)
             if found is None:
-                self.ctx.page.tell(self._say("all_written"))
+                self.ctx.page.tell(self._tr("all_written"))
             self.album.show(rows=page if found is None else found)
         else:
             self.album.show(rows=min(max(page + (1 if act == "next" else -1), 0), pages - 1))
@@ -207,7 +207,7 @@ class CaptioningTab:
     def _say_left(self, outcome: Outcome) -> None:
         for swap in outcome.left[:3]:
             if swap.picture:
-                self.ctx.page.tell(self.ctx.say("runner.edited", picture=swap.picture),
+                self.ctx.page.tell(self.ctx.tr("runner.edited", picture=swap.picture),
                                    kind="warning")
 
     # --- rules ---
@@ -226,7 +226,7 @@ class CaptioningTab:
         self.keep_rules(text, first)
         rules, lines = self._rules(text, first)
         count = self._apply(rules, lines)
-        return {self.would: f'<p class="small">{esc(self._say("applied", count=count))}</p>'}
+        return {self.would: f'<p class="small">{esc(self._tr("applied", count=count))}</p>'}
 
     def _rules(self, text: str, first: bool) -> tuple[list[Rule], list[str]]:
         lines = [line.lstrip() for line in (text or "").splitlines() if line.strip()]
@@ -234,7 +234,7 @@ class CaptioningTab:
         rules = with_trigger_rule(parse([parse_line(line, n) for n, line in enumerate(lines, 1)]),
                                   trigger)
         if not rules:
-            raise Fault("tab_captioning.no_rules")
+            raise UserError("tab_captioning.no_rules")
         return list(rules), [*lines, *([f"trigger:{trigger}"] if trigger.strip() else [])]
 
     def _rulable(self) -> dict[str, str]:
@@ -246,14 +246,14 @@ class CaptioningTab:
     def _preview(self, captions: dict[str, str], rules: list[Rule]) -> list[Change]:
         needs = any(isinstance(rule, MaxTokens) for rule in rules)
         if needs and self.album.count_tokens is None:
-            raise Fault("tab_captioning.no_tokenizer")
+            raise UserError("tab_captioning.no_tokenizer")
         return preview(captions, rules, self.album.count_tokens)
 
     def _apply(self, rules: list[Rule], lines: list[str]) -> int:
         found = self._preview(self._rulable(), rules)
         outcome = self.album.write({one.path: one.after for one in found}, "apply", rules=lines)
         self._say_left(outcome)
-        self.ctx.page.tell(self._say("applied", count=_pictures(outcome)))
+        self.ctx.page.tell(self._tr("applied", count=_pictures(outcome)))
         return _pictures(outcome)
 
 
@@ -272,28 +272,28 @@ def kept_of(snap: Snapshot) -> dict[str, Any]:
 def offers(ctx: Context, kind: str) -> list[tuple[str, str]]:
     """(label, captioner=model) of all that make sentences, or tags; what isn't here says so."""
     ids = SENTENCES if kind == "sentence" else TAGS
-    found = [(ctx.say("tab_captioning.none"), ""),
-             (ctx.say(f"tab_captioning.demo_{kind}"),
+    found = [(ctx.tr("tab_captioning.none"), ""),
+             (ctx.tr(f"tab_captioning.demo_{kind}"),
               "blip=demo" if kind == "sentence" else "clip=demo")]
     for entry in hub.catalogue():
         captioner = OWNERS.get(entry.repo.partition("/")[0], "")
         if entry.purpose in ("caption", "tag", "clip") and captioner in ids:
-            here = "" if hub.local(entry.repo) else ctx.say("tab_captioning.not_here", mb=entry.mb)
+            here = "" if hub.local(entry.repo) else ctx.tr("tab_captioning.not_here", mb=entry.mb)
             found.append((entry.about[ctx.language] + here, f"{captioner}={entry.repo}"))
     if kind == "sentence":
-        found.append((ctx.say("tab_captioning.server"), "endpoint=auto"))
+        found.append((ctx.tr("tab_captioning.server"), "endpoint=auto"))
     return found
 
 
 def config_of(kept: dict[str, Any], album: DatasetView, trigger: str,
               metadata: str) -> CaptionConfig:
-    """The job's config. Raises Fault where nothing was chosen."""
+    """The job's config. Raises UserError where nothing was chosen."""
     pairs = [one.partition("=") for one in (kept["sentence"], kept["tags"]) if one]
     state = album.now
     if not pairs:
-        raise Fault("tab_captioning.nothing_chosen")
+        raise UserError("tab_captioning.nothing_chosen")
     if state.folder is None or not state.training:
-        raise Fault("tab_captioning.no_pictures")
+        raise UserError("tab_captioning.no_pictures")
     some = len(state.training) < len(state.names)
     return CaptionConfig(
         folder=str(state.folder), captioner="+".join(name for name, _, _ in pairs),
@@ -309,8 +309,8 @@ def status(ctx: Context, snap: Snapshot, job: JobView | None, kept: dict[str, An
     """The job while it runs, else what the choice means."""
     if job is None or job.over:
         return (_ended(ctx, job) if job else "") + _choice(ctx, kept)
-    stop = button(ctx.say("stop"), "stop", job.id, once=True,
-                  why_not=ctx.say("not_while_stopping") if job.state == "stopping" else "")
+    stop = button(ctx.tr("stop"), "stop", job.id, once=True,
+                  why_not=ctx.tr("not_while_stopping") if job.state == "stopping" else "")
     share = job.phase_done / job.phase_total if job.phase_total else 0.0
     text = progress(ctx, snap, job)
     return (f'<section class="box">{bar(share, text, job.state)}<p class="acts">'
@@ -320,28 +320,28 @@ def status(ctx: Context, snap: Snapshot, job: JobView | None, kept: dict[str, An
 def progress(ctx: Context, snap: Snapshot, job: JobView) -> str:
     if job.state == "queued":
         active = snap.active
-        return ctx.say("waits_for", name=active.name) if active else ctx.say("starts_soon")
+        return ctx.tr("waits_for", name=active.name) if active else ctx.tr("starts_soon")
     if job.phase != "caption" or not job.phase_total:
-        return ctx.say("tab_captioning.loading")
-    said = ctx.say("tab_captioning.doing", done=job.phase_done, total=job.phase_total)
+        return ctx.tr("tab_captioning.loading")
+    said = ctx.tr("tab_captioning.doing", done=job.phase_done, total=job.phase_total)
     took = job.updated - job.started
     if job.phase_done < 2 or took <= 0:
         return said
     each = took / job.phase_done
     left = duration(ctx, each * (job.phase_total - job.phase_done))
-    return f"{said} · {ctx.say('tab_captioning.each', seconds=f'{each:.1f}', left=left)}"
+    return f"{said} · {ctx.tr('tab_captioning.each', seconds=f'{each:.1f}', left=left)}"
 
 
 def _ended(ctx: Context, job: JobView) -> str:
     if job.fault is not None:
         return fault_card(ctx, job)
     told = job.result
-    parts = [ctx.say("tab_captioning.ended", count=told.get("captioned", 0),
-                     kept=told.get("kept", 0))]
+    parts = [ctx.tr("tab_captioning.ended", count=told.get("captioned", 0),
+                    kept=told.get("kept", 0))]
     for key in ("skipped", "left"):
         if told.get(key):
-            parts.append(ctx.say(f"tab_captioning.ended_{key}", count=len(told[key])))
-    return card("good" if job.state == "done" else "info", ctx.say(
+            parts.append(ctx.tr(f"tab_captioning.ended_{key}", count=len(told[key])))
+    return card("good" if job.state == "done" else "info", ctx.tr(
         f"tab_captioning.state_{'done' if job.state == 'done' else 'stopped'}"), " ".join(parts))
 
 
@@ -349,11 +349,11 @@ def _choice(ctx: Context, kept: dict[str, Any]) -> str:
     """The built-in captioner says plainly what it is; one that isn't here, how it comes."""
     chosen = [one.partition("=")[2] for one in (kept["sentence"], kept["tags"]) if one]
     if "demo" in chosen:
-        return card("warning", ctx.say("tab_captioning.demo_title"),
-                    ctx.say("captioner.demo_only"))
+        return card("warning", ctx.tr("tab_captioning.demo_title"),
+                    ctx.tr("captioner.demo_only"))
     lacking = [model for model in chosen if model != "auto" and hub.local(model) is None]
-    return "".join(card("info", ctx.say("tab_captioning.to_fetch"),
-                        ctx.say("hub.missing", name=model)) for model in lacking)
+    return "".join(card("info", ctx.tr("tab_captioning.to_fetch"),
+                        ctx.tr("hub.missing", name=model)) for model in lacking)
 
 
 def _pictures(outcome: Outcome) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import gradio as gr
 
 from core.dataset import image_folder, import_files
-from core.errors import Fault
+from core.errors import UserError
 from gui.state.app_state import Context, Snapshot, Updates
 from gui.state.dataset_view import DatasetView, album_of
 from gui.widgets import dataset_report
@@ -26,13 +26,13 @@ class DatasetTab:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
         self.album: DatasetView = album_of(ctx.app_state)
-        say = ctx.say
+        tr = ctx.tr
         with gr.Row(equal_height=True, elem_id="dataset-folder-row"):
             self.folder = gr.Textbox(
-                label=say("tab_dataset.folder"), info=say("tab_dataset.folder_help"),
+                label=tr("tab_dataset.folder"), info=tr("tab_dataset.folder_help"),
                 elem_id="dataset-folder", scale=5, min_width=320)
             self.trigger = gr.Textbox(
-                label=say("config_help.trigger_word"), info=say("tab_dataset.trigger_help"),
+                label=tr("config_help.trigger_word"), info=tr("tab_dataset.trigger_help"),
                 elem_id="dataset-trigger", scale=3, min_width=200)
             with gr.Column(scale=4, min_width=260):
                 self.dropped = drop_zone(ctx, "dataset-drop", DROPPED)
@@ -43,8 +43,8 @@ class DatasetTab:
                 self.large = panel("dataset-large", "picture_view", dense=True)
                 self.report = panel("dataset-report", dense=True)
                 with gr.Row():
-                    self.again = gr.Button(say("tab_dataset.look_again"), size="sm")
-                    self.next = gr.Button(say("tab_dataset.to_captions"), variant="primary",
+                    self.again = gr.Button(tr("tab_dataset.look_again"), size="sm")
+                    self.next = gr.Button(tr("tab_dataset.to_captions"), variant="primary",
                                           size="sm", elem_id="to-captions")
         page = ctx.page
         for event in (self.folder.submit, self.folder.blur):
@@ -61,7 +61,7 @@ class DatasetTab:
 
     def label(self, snap: Snapshot) -> str:
         count = len(self.album.now.training)
-        return f"1 {self.ctx.say('tab_dataset')}" + (f" ✓{count}" if count else "")
+        return f"1 {self.ctx.tr('tab_dataset')}" + (f" ✓{count}" if count else "")
 
     def paint(self, snap: Snapshot) -> Updates:
         ctx, album = self.ctx, self.album
@@ -81,13 +81,13 @@ class DatasetTab:
     # --- acting ---
 
     def choose(self, text: str) -> None:
-        """A folder by path. Raises Fault where there is none."""
+        """A folder by path. Raises UserError where there is none."""
         folder = (text or "").strip().strip('"')
         app_state = self.ctx.app_state
         if folder == app_state.snapshot().config.train_data_dir:
             return
         if folder and not Path(folder).expanduser().is_absolute():
-            raise Fault("gui.not_absolute", folder=folder)
+            raise UserError("gui.not_absolute", folder=folder)
         app_state.projects.edit(train_data_dir=folder or None)
         app_state.replan(self.ctx.language)
 
@@ -109,8 +109,8 @@ class DatasetTab:
                 app_state.replan(language)
         if act == "dropped" and given:
             self.album.receive(given, folder, then)
-            self.ctx.page.tell(self.ctx.say("tab_dataset.copying", count=len(given),
-                                            folder=folder))
+            self.ctx.page.tell(self.ctx.tr("tab_dataset.copying", count=len(given),
+                                           folder=folder))
 
     def act(self, act: str, id: str) -> Updates | None:
         """Buttons, tiles and keys of the three panels."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from core.errors import Fault
+from core.errors import UserError
 from core.families.schedulers import SAMPLERS
 from core.importers import load_train_config
 from core.inference import png_info
@@ -56,35 +56,35 @@ class Inference:
         self._wire()
 
     def _build_inputs(self) -> None:
-        say = self.ctx.say
-        self.prompt = gr.Textbox(label=say("prompt"), lines=2, max_lines=5, elem_id="prompt",
-                                 placeholder=say("tab_inference.prompt_hint"))
-        self.negative = gr.Textbox(label=say("negative"), lines=1, max_lines=4,
+        tr = self.ctx.tr
+        self.prompt = gr.Textbox(label=tr("prompt"), lines=2, max_lines=5, elem_id="prompt",
+                                 placeholder=tr("tab_inference.prompt_hint"))
+        self.negative = gr.Textbox(label=tr("negative"), lines=1, max_lines=4,
                                    elem_id="negative")
         with gr.Row(elem_id="draw-numbers"):
-            self.seed = gr.Number(label=say("seed"), precision=0, value=42, min_width=110,
+            self.seed = gr.Number(label=tr("seed"), precision=0, value=42, min_width=110,
                                   elem_id="seed", minimum=0)
             with gr.Column(min_width=130, elem_id="seed-acts"):
-                dice = gr.Button(say("new_seed"), size="sm", min_width=90, elem_id="dice")
-                self.same = gr.Checkbox(label=say("tab_inference.same_seed"), value=True,
+                dice = gr.Button(tr("new_seed"), size="sm", min_width=90, elem_id="dice")
+                self.same = gr.Checkbox(label=tr("tab_inference.same_seed"), value=True,
                                         container=False, elem_id="same-seed")
-            self.count = gr.Number(label=say("count"), precision=0, value=1, min_width=80,
+            self.count = gr.Number(label=tr("count"), precision=0, value=1, min_width=80,
                                    elem_id="draw-count", minimum=1)
-            self.steps = gr.Number(label=say("draw_steps"), precision=0, min_width=80,
+            self.steps = gr.Number(label=tr("draw_steps"), precision=0, min_width=80,
                                    elem_id="draw-steps", minimum=1,
-                                   placeholder=say("tab_inference.auto"))
+                                   placeholder=tr("tab_inference.auto"))
         with gr.Row(elem_id="draw-more"):
-            self.cfg = gr.Number(label=say("cfg"), min_width=100, elem_id="draw-cfg", minimum=0,
-                                 placeholder=say("tab_inference.auto"))
+            self.cfg = gr.Number(label=tr("cfg"), min_width=100, elem_id="draw-cfg", minimum=0,
+                                 placeholder=tr("tab_inference.auto"))
             self.sampler = gr.Dropdown(
-                [(say("tab_inference.auto"), "auto"),
+                [(tr("tab_inference.auto"), "auto"),
                  *((label, name) for name, (label, _, _) in SAMPLERS.items())],
-                value="auto", label=say("tab_inference.sampler"), min_width=150,
+                value="auto", label=tr("tab_inference.sampler"), min_width=150,
                 elem_id="draw-sampler")
-            self.size = gr.Textbox(label=say("size"), placeholder=say("size_hint"), min_width=130,
+            self.size = gr.Textbox(label=tr("size"), placeholder=tr("size_hint"), min_width=130,
                                    elem_id="size")
-            self.skip = gr.Number(label=say("tab_inference.clip_skip"), precision=0, minimum=1,
-                                  maximum=12, placeholder=say("tab_inference.auto"),
+            self.skip = gr.Number(label=tr("tab_inference.clip_skip"), precision=0, minimum=1,
+                                  maximum=12, placeholder=tr("tab_inference.auto"),
                                   min_width=90, elem_id="draw-clip-skip")
         self.dice = dice
 
@@ -127,7 +127,7 @@ class Inference:
     def label(self, snap: Snapshot) -> str:
         drawing = any(view.job == "generate" and not view.over and view.state != "queued"
                       for view in snap.runs)
-        return f"4 {self.ctx.say('tab_inference')}" + (" ●" if drawing else "")
+        return f"4 {self.ctx.tr('tab_inference')}" + (" ●" if drawing else "")
 
     def paint(self, snap: Snapshot) -> Updates:
         ctx, desk = self.ctx, self.desk
@@ -154,7 +154,7 @@ class Inference:
         app_state = self.ctx.app_state
         if act == "preview":
             app_state.jobs.sample(id)
-            self.ctx.page.tell(self.ctx.say("tab_inference.preview_asked"))
+            self.ctx.page.tell(self.ctx.tr("tab_inference.preview_asked"))
         if act not in KINDS:
             return None
         values = dict(zip(self.asked, asked, strict=True))
@@ -206,16 +206,16 @@ class Inference:
     def _path(self, text: str) -> Path:
         path = Path(text.strip().strip('"')).expanduser()
         if not path.is_absolute():
-            raise Fault("gui.not_absolute", folder=text)
+            raise UserError("gui.not_absolute", folder=text)
         return path
 
     def _with(self, loras: list[Added], path: Path, snap: Snapshot, found: list[Choice]
               ) -> list[Added]:
-        """With one LoRA more. Raises Fault where the file is none for this base."""
+        """With one LoRA more. Raises UserError where the file is none for this base."""
         if kind := wanted.kind_of(snap, found):
             library.checked(path, kind)
         if len(loras) >= wanted.MOST_ADDED:
-            raise Fault("tab_inference.too_many", most=wanted.MOST_ADDED)
+            raise UserError("tab_inference.too_many", most=wanted.MOST_ADDED)
         if any(one.file == str(path) for one in loras):
             return loras
         return [*loras, Added(str(path))]
@@ -249,12 +249,12 @@ class Inference:
         info = self.desk.take(file, wanted.kind_of(snap, found))
         loras = self._with(wanted.added(snap, found), info.path, snap, found)
         self._keep(wanted.own_list(loras, found))
-        self.ctx.page.tell(self.ctx.say("tab_inference.lora_taken", name=info.path.stem))
+        self.ctx.page.tell(self.ctx.tr("tab_inference.lora_taken", name=info.path.stem))
 
     def _take_picture(self, told: png_info.Settings, file: str) -> None:
         """A picture's prompt and numbers. Its LoRAs go into the list where they are here; others
         stay in the prompt, and are named."""
-        say, snap = self.ctx.say, self.ctx.app_state.snapshot()
+        tr, snap = self.ctx.tr, self.ctx.app_state.snapshot()
         found = wanted.choices(snap, self.desk)
         known = wanted.used(snap) | wanted.names(found)
         loras = {known[tag.name]: tag.weight for tag in library.split_prompt(told.prompt)[1]
@@ -272,12 +272,12 @@ class Inference:
                    | {"clip_skip": told.clip_skip} | wanted.own_list(added, found))
         missing = [tag.name for tag in library.split_prompt(prompt)[1]
                    if tag.name not in wanted.names(found)]
-        self.ctx.page.tell(say("tab_inference.picture_taken", file=file))
+        self.ctx.page.tell(tr("tab_inference.picture_taken", file=file))
         if missing:
-            self.ctx.page.tell(say("tab_inference.loras_missing", names=", ".join(missing)),
+            self.ctx.page.tell(tr("tab_inference.loras_missing", names=", ".join(missing)),
                                kind="warning")
         if told.unknown_sampler:
-            self.ctx.page.tell(say("tab_inference.other_sampler", name=told.unknown_sampler),
+            self.ctx.page.tell(tr("tab_inference.other_sampler", name=told.unknown_sampler),
                                kind="warning")
 
     # --- pictures ---
@@ -322,10 +322,10 @@ class Inference:
             desk.show(open=ids[at], page=at // PER_PAGE)
 
     def _use(self, act: str, id: str) -> None:
-        snap, say = self.ctx.app_state.snapshot(), self.ctx.say
+        snap, tr = self.ctx.app_state.snapshot(), self.ctx.tr
         found = drawings.find(self.desk.pictures(snap), id)
         if found is None:
-            raise Fault("tab_inference.picture_gone")
+            raise UserError("tab_inference.picture_gone")
         view, number = found
         if act == "delete":
             self.desk.delete(Path(view.samples[number].path))
@@ -333,16 +333,16 @@ class Inference:
             loras = wanted.own_list(wanted.loras_of(view, number),
                                     wanted.choices(snap, self.desk))
             self._keep(wanted.settings_of(view, number) | loras)
-            self.ctx.page.tell(say("tab_inference.again_done"))
+            self.ctx.page.tell(tr("tab_inference.again_done"))
         else:
             self._as_preview(view.samples[number].prompt)
 
     def _as_preview(self, prompt: str) -> None:
-        app_state, say = self.ctx.app_state, self.ctx.say
+        app_state, tr = self.ctx.app_state, self.ctx.tr
         config = app_state.snapshot().config
         app_state.projects.edit(sample_prompts=[*dict.fromkeys([*config.sample_prompts, prompt])])
         key = "preview_added" if config.sample_every else "preview_never"
-        self.ctx.page.tell(say(f"tab_inference.{key}", every=config.sample_every))
+        self.ctx.page.tell(tr(f"tab_inference.{key}", every=config.sample_every))
 
     # --- other programs ---
 
@@ -360,7 +360,7 @@ class Inference:
                 one.file == file for one in loras):
             return
         folder = export.target_folder(str(asked.get("folder", "")), program)
-        self.desk.export(Path(file), program, folder, self.ctx.say, self.ctx.language)
+        self.desk.export(Path(file), program, folder, self.ctx.tr, self.ctx.language)
         app_state.settings.change(exports={**snap.settings.exports, program: str(folder)})
 
 

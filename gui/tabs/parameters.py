@@ -11,7 +11,7 @@ import gradio as gr
 
 from core import importers
 from core.config import TrainConfig, dump_yaml, parse_train_config
-from core.errors import Fault
+from core.errors import UserError
 from core.importers import FOREIGN, load_train_config
 from core.workspace import presets
 from core.workspace.project import known_presets
@@ -55,12 +55,12 @@ class Parameters:
         self.welcome = panel("welcome")
         ctx.page.on_panel(self.welcome, self.act, fill=True)
         with gr.Row(equal_height=True):
-            self.base = gr.Dropdown([(ctx.say("base_demo"), "demo")], allow_custom_value=True,
-                                    label=ctx.say("base_model"), info=ctx.say("base_model_help"),
+            self.base = gr.Dropdown([(ctx.tr("base_demo"), "demo")], allow_custom_value=True,
+                                    label=ctx.tr("base_model"), info=ctx.tr("base_model_help"),
                                     elem_id="field-base_model", scale=2)
-            self.purpose = gr.Radio([(ctx.say(f"presets.purpose_{one}"), one) for one in (
-                "style", "character", "object", "concept")], label=ctx.say("purpose"),
-                info=ctx.say("purpose_help"), elem_id="purpose", scale=2)
+            self.purpose = gr.Radio([(ctx.tr(f"presets.purpose_{one}"), one) for one in (
+                "style", "character", "object", "concept")], label=ctx.tr("purpose"),
+                info=ctx.tr("purpose_help"), elem_id="purpose", scale=2)
         self.bases = panel("bases")
         with gr.Row():
             self.form.add(["train_data_dir", "trigger_word"])
@@ -74,7 +74,7 @@ class Parameters:
         self._build_more()
         with gr.Row(equal_height=True, elem_id="start-row"):
             self.checks = panel("checklist", scale=3)
-            self.start = gr.Button(ctx.say("start"), variant="primary", elem_id="start", scale=1,
+            self.start = gr.Button(ctx.tr("start"), variant="primary", elem_id="start", scale=1,
                                    interactive=False, min_width=220)
         ctx.page.on(self.base.input, self.choose_base, [self.base], fill=True)
         ctx.page.on(self.purpose.input, self.choose_purpose, [self.purpose], fill=True)
@@ -93,16 +93,16 @@ class Parameters:
         ctx = self.ctx
         for level in ("advanced", "expert"):
             keys = keys_of(level)
-            title = ctx.say(f"level_{level}", count=len(keys))
+            title = ctx.tr(f"level_{level}", count=len(keys))
             with gr.Accordion(title, open=False, elem_id=f"level-{level}"):
                 for n in range(0, len(keys), 4):
                     with gr.Row():
                         self.form.add(keys[n:n + 4])
         with gr.Accordion("YAML", open=False, elem_id="level-yaml"):
-            self.yaml = gr.Code(language="yaml", label=ctx.say("yaml_label"), lines=10,
+            self.yaml = gr.Code(language="yaml", label=ctx.tr("yaml_label"), lines=10,
                                 interactive=True, elem_id="yaml")
             with gr.Row():
-                take = gr.Button(ctx.say("yaml_take"), elem_id="yaml-take")
+                take = gr.Button(ctx.tr("yaml_take"), elem_id="yaml-take")
                 self.file = drop_zone(ctx, "yaml-file", CONFIG_FILES, "drop_config", ("files",))
         ctx.page.on(take.click, self.take_yaml, [self.yaml], fill=True)
         ctx.page.on_panel(self.file, self.take_file, fill=True)
@@ -112,7 +112,7 @@ class Parameters:
     def label(self, snap: Snapshot) -> str:
         active = snap.active
         mark = " ●" if active and active.job == "train" else ""
-        return f"3 {self.ctx.say('tab_parameters')}{mark}"
+        return f"3 {self.ctx.tr('tab_parameters')}{mark}"
 
     def paint(self, snap: Snapshot) -> Updates:
         ctx, shown = self.ctx, snap.shown
@@ -127,7 +127,7 @@ class Parameters:
                 + own_presets(ctx, snap.project.chosen(), removed),
                 self.memory: suggestion(ctx, snap),
                 self.checks: checklist.html(ctx, snap),
-                self.start: gr.update(interactive=ready, value=ctx.say(
+                self.start: gr.update(interactive=ready, value=ctx.tr(
                     "start_queued" if snap.active else "start")),
                 self.history: history(ctx, snap), self.compare: compare(ctx, snap),
                 **self.form.paint(snap), **self.run.paint(snap)}
@@ -174,7 +174,7 @@ class Parameters:
         if act != "dropped" or not given:
             return
         self._replace(load_train_config(given[0]))
-        self.ctx.page.tell(self.ctx.say("drop_config.taken", file=given[0].name))
+        self.ctx.page.tell(self.ctx.tr("drop_config.taken", file=given[0].name))
         if given[0].suffix.lower() in FOREIGN:      # what that config said beyond ours
             head, *lines = importers.told(importers.read(given[0]), self.ctx.language)
             self.ctx.page.tell("\n".join(lines), head, "warning")
@@ -190,7 +190,7 @@ class Parameters:
         app_state = self.ctx.app_state
         snap = app_state.snapshot()
         if not checklist.ready(self.ctx, snap):
-            raise Fault("gui.not_ready")
+            raise UserError("gui.not_ready")
         app_state.projects.change(run=app_state.jobs.start(startable(snap.config)))
 
 
@@ -202,7 +202,7 @@ def known(snap: Snapshot) -> list[presets.Preset]:
         return []                               # all of them would only say that they don't fit
     try:
         return known_presets(presets.family_of(base, family=snap.config.family))
-    except Fault:
+    except UserError:
         return []
 
 
@@ -211,7 +211,7 @@ def bases(ctx: Context, snap: Snapshot) -> list[tuple[str, str]]:
     used = dict.fromkeys(str(view.config.get("base_model", "")) for view in snap.runs)
     here = [one for one in used if one not in ("", "demo") and Path(one).exists()]
     here += [str(one.path) for one in snap.bases.found if not one.reason]
-    return [(ctx.say("base_demo"), "demo"),
+    return [(ctx.tr("base_demo"), "demo"),
             *((Path(one).name, one) for one in dict.fromkeys(here))]
 
 
@@ -220,7 +220,7 @@ def native(ctx: Context, snap: Snapshot) -> str:
     if not snap.native:
         return ""
     return '<p class="acts">' + "".join(
-        button(f'{ctx.say(f"first_start.{one}")}: {ctx.say("close.choose_folder")}',
+        button(f'{ctx.tr(f"first_start.{one}")}: {ctx.tr("close.choose_folder")}',
                f"native_{one}") for one in ("pictures", "output")) + "</p>"
 
 

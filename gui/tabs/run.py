@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from core.errors import Fault
+from core.errors import UserError
 from core.importers import load_train_config
 from core.jobs.journal import CONFIG, LOG
 from core.jobs.outcome import said_first
@@ -114,7 +114,7 @@ class RunView:
         found = known_remedies(self.ctx, view, symptom)
         changes = next((one["changes"] for one in found if one["key"] == key), None)
         if not changes:
-            raise Fault("gui.no_fix")
+            raise UserError("gui.no_fix")
         return self._again(view, changes)
 
     def _again(self, view: JobView, changes: Mapping[str, Any]) -> str:
@@ -126,7 +126,7 @@ class RunView:
 
 
 def _titled(ctx: Context, key: str, html: str) -> str:
-    return f'<section class="box"><h3>{esc(ctx.say(key))}</h3>{html}</section>'
+    return f'<section class="box"><h3>{esc(ctx.tr(key))}</h3>{html}</section>'
 
 
 # --- the top ---
@@ -140,7 +140,7 @@ def head(ctx: Context, view: JobView, snap: Snapshot) -> str:
 
 
 def alarms(ctx: Context, view: JobView) -> str:
-    return "".join(card("warning", ctx.say("look_at_this"), ctx.say(note.key, **note.params))
+    return "".join(card("warning", ctx.tr("look_at_this"), ctx.tr(note.key, **note.params))
                    for note in view.notes if note.key in ALARMS)
 
 
@@ -149,7 +149,7 @@ def said(ctx: Context, view: JobView) -> str:
     titles = {"engine.proof_failed": "not_proven", "engine.not_proven": "not_proven",
               "engine.nothing_trained": "nothing_trained", "engine.faint": "faint"}
     return "".join(card("fault" if titles[key] == "not_proven" else "warning",
-                        ctx.say(titles[key]), ctx.say(key, **params))
+                        ctx.tr(titles[key]), ctx.tr(key, **params))
                    for key, params in said_first(view.result))
 
 
@@ -165,34 +165,34 @@ def title(ctx: Context, view: JobView) -> str:
     """mia-v1 · Training · step 612 / 1500 · epoch 26 · 1.52 s per step · 22 min left (14:37)"""
     facts = [f"<b>{esc(view.name)}</b>", f'<b class="state">{esc(_state(ctx, view))}</b>']
     if view.total:
-        facts.append(esc(ctx.say("step_of", step=view.step, total=view.total)))
-        facts.append(esc(ctx.say("epoch_n", epoch=f"{view.epoch:.1f}")))
+        facts.append(esc(ctx.tr("step_of", step=view.step, total=view.total)))
+        facts.append(esc(ctx.tr("epoch_n", epoch=f"{view.epoch:.1f}")))
     if view.state == "running" and view.phase == "train" and view.steps_per_s:
         facts.append(esc(speed(ctx, view.steps_per_s)))
         if view.eta_s:
-            facts.append(esc(ctx.say("left", time=duration(ctx, view.eta_s),
-                                     clock=clock(view.updated + view.eta_s))))
+            facts.append(esc(ctx.tr("left", time=duration(ctx, view.eta_s),
+                                    clock=clock(view.updated + view.eta_s))))
     if view.losses:
         smooth = ema(view.losses)[-1][1]
-        facts.append(esc(ctx.say("loss_n", loss=f"{view.losses[-1][1]:.4f}",
-                                 smooth=f"{smooth:.4f}")))
+        facts.append(esc(ctx.tr("loss_n", loss=f"{view.losses[-1][1]:.4f}",
+                                smooth=f"{smooth:.4f}")))
     if view.over and view.started and view.ended:
-        facts.append(esc(ctx.say("took", time=duration(ctx, view.ended - view.started),
-                                 clock=clock(view.ended))))
+        facts.append(esc(ctx.tr("took", time=duration(ctx, view.ended - view.started),
+                                clock=clock(view.ended))))
     return f'<p class="title" aria-live="off">{" · ".join(facts)}</p>'
 
 
 def _state(ctx: Context, view: JobView) -> str:
     if view.state == "running" and view.phase:
-        return ctx.say(f"phase_{ALIAS.get(view.phase, view.phase)}")
-    return ctx.say(f"state_{view.state}")
+        return ctx.tr(f"phase_{ALIAS.get(view.phase, view.phase)}")
+    return ctx.tr(f"state_{view.state}")
 
 
 def progress(ctx: Context, view: JobView) -> str:
     share = view.step / view.total if view.total else 0.0
     if not view.total and view.phase_total:
         share = view.phase_done / view.phase_total
-    return bar(share, ctx.say("progress"), view.state)
+    return bar(share, ctx.tr("progress"), view.state)
 
 
 def phases(ctx: Context, view: JobView) -> str:
@@ -207,34 +207,34 @@ def phases(ctx: Context, view: JobView) -> str:
             sign, kind = ("■", "") if view.over else ("●", "now")
         count = (f" {view.phase_done}/{view.phase_total}" if number == at and view.phase_total
                  and name != "train" and not view.over else "")
-        items.append(f'<li class="{kind}">{esc(ctx.say(f"phase_{name}"))}{count} {sign}</li>')
+        items.append(f'<li class="{kind}">{esc(ctx.tr(f"phase_{name}"))}{count} {sign}</li>')
     return f'<ol class="phases">{"".join(items)}</ol>'
 
 
 def buttons(ctx: Context, view: JobView, snap: Snapshot) -> str:
     """Every button is there in every state; one that can't be pressed says why."""
     if view.over:
-        again = "" if view.checkpoints else ctx.say("no_checkpoint")
-        made = [button(ctx.say("back_to_settings"), "back", kind="")]
+        again = "" if view.checkpoints else ctx.tr("no_checkpoint")
+        made = [button(ctx.tr("back_to_settings"), "back", kind="")]
         if view.state != "done" and view.fault is None:
-            made.insert(0, button(ctx.say("resume"), "resume", view.id, why_not=again,
+            made.insert(0, button(ctx.tr("resume"), "resume", view.id, why_not=again,
                                   kind="" if lora_of(view) is not None else "primary",
                                   once=True))
         return f'<p class="acts">{"".join(made)}</p>'
     if view.state == "queued":
-        why = ctx.say("waits_for", name=snap.active.name) if snap.active else ctx.say("starts_soon")
-        return (f'<p class="acts">{button(ctx.say("leave_queue"), "stop", view.id)}'
+        why = ctx.tr("waits_for", name=snap.active.name) if snap.active else ctx.tr("starts_soon")
+        return (f'<p class="acts">{button(ctx.tr("leave_queue"), "stop", view.id)}'
                 f'<span class="small">{esc(why)}</span></p>')
-    busy = "" if view.state in ("running", "paused") else ctx.say(f"not_while_{view.state}")
-    early = busy or ("" if view.step or view.phase == "train" else ctx.say("not_before_training"))
-    stop = ctx.say("not_while_stopping") if view.state == "stopping" else ""
+    busy = "" if view.state in ("running", "paused") else ctx.tr(f"not_while_{view.state}")
+    early = busy or ("" if view.step or view.phase == "train" else ctx.tr("not_before_training"))
+    stop = ctx.tr("not_while_stopping") if view.state == "stopping" else ""
     paused = view.state == "paused"
     return ('<p class="acts">'
-            + button(ctx.say("go_on" if paused else "pause"), "go" if paused else "pause",
+            + button(ctx.tr("go_on" if paused else "pause"), "go" if paused else "pause",
                      view.id, why_not=early)
-            + button(ctx.say("preview_now"), "sample", view.id, why_not=early)
-            + button(ctx.say("save_now"), "save", view.id, why_not=early)
-            + button(ctx.say("stop_and_save"), "stop", view.id, kind="primary", why_not=stop)
+            + button(ctx.tr("preview_now"), "sample", view.id, why_not=early)
+            + button(ctx.tr("save_now"), "save", view.id, why_not=early)
+            + button(ctx.tr("stop_and_save"), "stop", view.id, kind="primary", why_not=stop)
             + "</p>")
 
 
@@ -246,11 +246,11 @@ def finished(ctx: Context, view: JobView) -> str:
     point = view.checkpoints[number]
     first = said_first(view.result)
     key = "finished" if view.state == "done" and not first else "saved_at"
-    actions = (button(ctx.say("try_it"), "try", view.id, kind="primary") + folder(ctx, view)
+    actions = (button(ctx.tr("try_it"), "try", view.id, kind="primary") + folder(ctx, view)
                + f'<a class="act" href="/lora/{esc(view.id)}/{number}" download>'
-                 f'{esc(ctx.say("download_lora"))}</a>')
-    return card("info" if first else "good", ctx.say(key, step=point.step),
-                ctx.say("saved_as", file=lora_file(point)),
+                 f'{esc(ctx.tr("download_lora"))}</a>')
+    return card("info" if first else "good", ctx.tr(key, step=point.step),
+                ctx.tr("saved_as", file=lora_file(point)),
                 raw=f'<p class="acts">{actions}</p>{unhappy(ctx, view)}')
 
 
@@ -258,7 +258,7 @@ def finished(ctx: Context, view: JobView) -> str:
 
 def memory(ctx: Context, view: JobView) -> str:
     if not view.plan:
-        return f'<p class="small">{esc(ctx.say("no_plan_yet"))}</p>'
+        return f'<p class="small">{esc(ctx.tr("no_plan_yet"))}</p>'
     live = view.memory_mb if not view.over else None
     degrees = (f'<p class="small">{view.temperature_c:.0f} °C</p>'
                if view.temperature_c and not view.over else "")
@@ -267,10 +267,10 @@ def memory(ctx: Context, view: JobView) -> str:
 
 def notes(ctx: Context, view: JobView) -> str:
     """Newest first, in words."""
-    lines = [(note.at, ctx.say(note.key, **note.params)) for note in view.notes]
-    lines += [(point.at, ctx.say("note_saved", step=point.step)) for point in view.checkpoints]
+    lines = [(note.at, ctx.tr(note.key, **note.params)) for note in view.notes]
+    lines += [(point.at, ctx.tr("note_saved", step=point.step)) for point in view.checkpoints]
     lines.sort(key=lambda line: line[0], reverse=True)
     items = "".join(f"<li><time>{clock(at)}</time> {esc(text)}</li>"
                     for at, text in lines[:MOST_NOTES])
     return f'<ul class="notes">{items}</ul>' if items else (
-        f'<p class="small">{esc(ctx.say("no_notes"))}</p>')
+        f'<p class="small">{esc(ctx.tr("no_notes"))}</p>')

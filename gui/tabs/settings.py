@@ -23,36 +23,36 @@ class SettingsTab:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
         with gr.Row():
-            self.output = gr.Textbox(label=ctx.say("output_root"), info=ctx.say("output_root_help"),
+            self.output = gr.Textbox(label=ctx.tr("output_root"), info=ctx.tr("output_root_help"),
                                      elem_id="output-root")
-            self.mirror = gr.Textbox(label=ctx.say("tab_settings.mirror"), elem_id="mirror",
-                                     info=ctx.say("tab_settings.mirror_help"))
-        self.folders = gr.Textbox(label=ctx.say("tab_settings.model_folders"), lines=2, max_lines=8,
-                                  info=ctx.say("tab_settings.model_folders_help"),
+            self.mirror = gr.Textbox(label=ctx.tr("tab_settings.mirror"), elem_id="mirror",
+                                     info=ctx.tr("tab_settings.mirror_help"))
+        self.folders = gr.Textbox(label=ctx.tr("tab_settings.model_folders"), lines=2, max_lines=8,
+                                  info=ctx.tr("tab_settings.model_folders_help"),
                                   elem_id="model-folders")
         with gr.Row():
-            save = gr.Button(ctx.say("save_settings"), variant="primary", elem_id="save-settings",
+            save = gr.Button(ctx.tr("save_settings"), variant="primary", elem_id="save-settings",
                              scale=0, min_width=200)
         self.facts = panel("facts")
         ctx.page.on(save.click, self.save, [self.output, self.mirror, self.folders], fill=True)
         ctx.page.on_panel(self.facts, self.act, fill=True)
 
     def label(self, snap: Snapshot) -> str:
-        return self.ctx.say("tab_settings")
+        return self.ctx.tr("tab_settings")
 
     def paint(self, snap: Snapshot) -> Updates:
-        say = self.ctx.say
-        rows = [(say("version"), __version__), (say("device"), snap.gauge.name),
-                (say("device_memory"), gigabytes(snap.gauge.total_mb)),
-                (say("data_folder"), paths.data_dir()), (say("cache_folder"), paths.cache_dir())]
+        tr = self.ctx.tr
+        rows = [(tr("version"), __version__), (tr("device"), snap.gauge.name),
+                (tr("device_memory"), gigabytes(snap.gauge.total_mb)),
+                (tr("data_folder"), paths.data_dir()), (tr("cache_folder"), paths.cache_dir())]
         body = "".join(f"<tr><th>{esc(name)}</th><td>{esc(value)}</td></tr>"
                        for name, value in rows)
         acts = copy_button(self.ctx) + "".join(
-            button(say(f"tab_settings.open_{one}"), "open", one) for one in ("logs", "output")
-        ) + button(say("tab_settings.introduction"), "introduction")
-        return {self.facts: f'<section class="box"><h3>{esc(say("about"))}</h3>'
+            button(tr(f"tab_settings.open_{one}"), "open", one) for one in ("logs", "output")
+        ) + button(tr("tab_settings.introduction"), "introduction")
+        return {self.facts: f'<section class="box"><h3>{esc(tr("about"))}</h3>'
                             f'<table class="facts">{body}</table>'
-                            f'<p class="small">{esc(say("private"))}</p>'
+                            f'<p class="small">{esc(tr("private"))}</p>'
                             f'<p class="acts">{acts}</p></section>'}
 
     def fill(self, snap: Snapshot) -> Updates:
@@ -84,4 +84,4 @@ class SettingsTab:
             actions.search_bases(app_state)
         app_state.settings.change(mirror=mirror)
         app_state.replan(self.ctx.language)
-        self.ctx.page.tell(self.ctx.say("saved"))
+        self.ctx.page.tell(self.ctx.tr("saved"))

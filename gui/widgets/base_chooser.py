@@ -16,18 +16,18 @@ from gui.state.base_models import Fetch
 
 
 def base_chooser(ctx: Context, snap: Snapshot) -> str:
-    say, known = ctx.say, snap.bases
+    tr, known = ctx.tr, snap.bases
     good = [one for one in known.found if not one.reason]
-    choose = "".join(button(say(f"close.choose_{one}"), f"native_{one}") for one in (
+    choose = "".join(button(tr(f"close.choose_{one}"), f"native_{one}") for one in (
         "file", "folder")) if snap.native else ""
     tools = (f'<p class="acts">{choose}' + button(
-        say("base_model.look"), "look", hint=say("base_model.look_hint"),
-        why_not=say("base_model.searching") if known.searching else "") + "</p>")
-    title = say("base_model.more", count=len(good))
+        tr("base_model.look"), "look", hint=tr("base_model.look_hint"),
+        why_not=tr("base_model.searching") if known.searching else "") + "</p>")
+    title = tr("base_model.more", count=len(good))
     return (f'{_fetch(ctx, snap.bases.fetch)}<details class="bases"><summary>{esc(title)}'
-            f'</summary><div class="two"><section><h3>{esc(say("base_model.here"))}</h3>'
+            f'</summary><div class="two"><section><h3>{esc(tr("base_model.here"))}</h3>'
             f'{_here(ctx, snap, good)}{tools}</section><section><h3>'
-            f'{esc(say("base_model.fetch"))}</h3>{_offers(ctx, snap)}</section></div></details>')
+            f'{esc(tr("base_model.fetch"))}</h3>{_offers(ctx, snap)}</section></div></details>')
 
 
 def size(mb: float) -> str:
@@ -36,16 +36,16 @@ def size(mb: float) -> str:
 
 
 def _here(ctx: Context, snap: Snapshot, good: list[Found]) -> str:
-    known, say = snap.bases, ctx.say
-    waits = f'<p class="small">{esc(say("base_model.searching"))}</p>' if known.searching else ""
+    known, tr = snap.bases, ctx.tr
+    waits = f'<p class="small">{esc(tr("base_model.searching"))}</p>' if known.searching else ""
     if not known.found:
-        return waits or (f'<p class="small">{esc(say("base_model.none_found"))}</p>'
+        return waits or (f'<p class="small">{esc(tr("base_model.none_found"))}</p>'
                          if known.searched else "")
     numbers = {one.path: n for n, one in enumerate(known.found)}
     rows = "".join(_found(ctx, snap, one, numbers[one.path]) for one in good)
     refused = [one for one in known.found if one.reason]
     others = "".join(_found(ctx, snap, one, numbers[one.path]) for one in refused)
-    more = (f'<details><summary>{esc(say("base_model.others", count=len(refused)))}</summary>'
+    more = (f'<details><summary>{esc(tr("base_model.others", count=len(refused)))}</summary>'
             f'<table class="rows">{others}</table></details>') if refused else ""
     return f'{waits}<table class="rows">{rows}</table>{more}'
 
@@ -55,9 +55,9 @@ def _found(ctx: Context, snap: Snapshot, one: Found, number: int) -> str:
     if one.reason:
         act = esc(one.why(ctx.language))
     elif str(one.path) == snap.config.base_model:
-        act = f"✓ {esc(ctx.say('base_model.used'))}"
+        act = f"✓ {esc(ctx.tr('base_model.used'))}"
     else:
-        act = button(ctx.say("base_model.use"), "use_base", str(number))
+        act = button(ctx.tr("base_model.use"), "use_base", str(number))
     name = one.path.name if one.path.suffix else "/".join(one.path.parts[-2:])
     return (f'<tr><td title="{esc(one.path)}"><b>{esc(name)}</b><br>'
             f'<small>{esc(" · ".join(filter(None, (family, size(one.mb), _place(one)))))}</small>'
@@ -78,20 +78,20 @@ def _offers(ctx: Context, snap: Snapshot) -> str:
 
 
 def _offer(ctx: Context, snap: Snapshot, entry: Entry) -> str:
-    say = ctx.say
+    tr = ctx.tr
     place = hub.local(entry.repo, entry.files[:1])
-    reason = "" if entry.family in families.SPECS else say(
+    reason = "" if entry.family in families.SPECS else tr(
         "model_search.not_yet", family=entry.family)
     if place and reason:
-        act = esc(f"{say('base_model.is_here')}. {reason}")
+        act = esc(f"{tr('base_model.is_here')}. {reason}")
     elif place and str(place) == snap.config.base_model:
-        act = f"✓ {esc(say('base_model.used'))}"
+        act = f"✓ {esc(tr('base_model.used'))}"
     elif place:
-        act = button(say("base_model.use"), "use_repo", entry.repo)
+        act = button(tr("base_model.use"), "use_repo", entry.repo)
     elif reason:
         act = esc(reason)
     else:
-        act = button(say("base_model.get"), "ask", entry.repo)
+        act = button(tr("base_model.get"), "ask", entry.repo)
     asked = _asked(ctx, snap, entry) if snap.bases.asked == entry.repo and not place else ""
     return (f"<tr><td><b>{esc(entry.about[ctx.language])}</b><br><small>{esc(entry.repo)} · "
             f"{size(entry.mb)} · {esc(entry.licence)}</small>{asked}</td><td>{act}</td></tr>")
@@ -99,15 +99,15 @@ def _offer(ctx: Context, snap: Snapshot, entry: Entry) -> str:
 
 def _asked(ctx: Context, snap: Snapshot, entry: Entry) -> str:
     """Size and licence, before anything is fetched."""
-    say = ctx.say
-    said = say("base_model.offer", size=size(entry.mb), licence=entry.licence,
-               source=source(snap.settings.mirror), folder=hub.models_dir() / entry.repo)
+    tr = ctx.tr
+    said = tr("base_model.offer", size=size(entry.mb), licence=entry.licence,
+              source=source(snap.settings.mirror), folder=hub.models_dir() / entry.repo)
     page = f"https://huggingface.co/{entry.repo}"
     return (f'<div class="asked" role="status"><p>{esc(said)}</p><p class="acts">'
-            + button(say("base_model.agree"), "fetch", entry.repo, kind="primary", once=True)
-            + button(say("base_model.cancel"), "ask", "")
+            + button(tr("base_model.agree"), "fetch", entry.repo, kind="primary", once=True)
+            + button(tr("base_model.cancel"), "ask", "")
             + f'<a href="{esc(page)}" target="_blank" rel="noreferrer">'
-              f'{esc(say("base_model.licence_page"))}</a></p></div>')
+              f'{esc(tr("base_model.licence_page"))}</a></p></div>')
 
 
 def source(mirror: str) -> str:
@@ -120,22 +120,22 @@ def source(mirror: str) -> str:
 def _fetch(ctx: Context, fetch: Fetch | None) -> str:
     if fetch is None:
         return ""
-    say = ctx.say
-    again = button(say("base_model.go_on"), "fetch", fetch.repo, kind="primary", once=True)
-    put_away = button(say("base_model.cancel"), "forget")
+    tr = ctx.tr
+    again = button(tr("base_model.go_on"), "fetch", fetch.repo, kind="primary", once=True)
+    put_away = button(tr("base_model.cancel"), "forget")
     if fetch.fault:
-        return card("fault", say("base_model.failed"), ctx.told(fetch.fault),
+        return card("fault", tr("base_model.failed"), ctx.told(fetch.fault),
                     raw=f'<p class="acts">{again}{put_away}</p>')
     if fetch.path:
-        return card("good", say("base_model.done", repo=fetch.repo),
-                    raw=f'<p class="acts">{button(say("dismiss"), "forget")}</p>')
+        return card("good", tr("base_model.done", repo=fetch.repo),
+                    raw=f'<p class="acts">{button(tr("dismiss"), "forget")}</p>')
     if fetch.over:
-        return card("warning", say("base_model.stopped", done=size(fetch.done)),
+        return card("warning", tr("base_model.stopped", done=size(fetch.done)),
                     raw=f'<p class="acts">{again}{put_away}</p>')
-    said = (say("base_model.progress", repo=fetch.repo, done=size(fetch.done),
-                total=size(fetch.total)) if fetch.total
-            else say("base_model.begins", repo=fetch.repo, source=source(
+    said = (tr("base_model.progress", repo=fetch.repo, done=size(fetch.done),
+               total=size(fetch.total)) if fetch.total
+            else tr("base_model.begins", repo=fetch.repo, source=source(
                 ctx.app_state.settings.now.mirror)))
     share = fetch.done / fetch.total if fetch.total else 0.0
     return (f'<section class="box"><p>{esc(said)}</p>{bar(share, said)}<p class="acts">'
-            f'{button(say("base_model.stop"), "stop_fetch", once=True)}</p></section>')
+            f'{button(tr("base_model.stop"), "stop_fetch", once=True)}</p></section>')

@@ -27,7 +27,8 @@ SHOWN_CHANGES = 3
 # --- which captions ---
 
 def found(album: DatasetView, trigger: str = "") -> tuple[str, ...]:
-    """The pictures whose captions are looked at. Raises Fault for a search that can't be read."""
+    """The pictures whose captions are looked at. Raises UserError for a search that can't be
+    read."""
     state, shown = album.now, album.shown
     here = frozenset(shown.only) if shown.only else frozenset(state.names)
     names = tuple(name for name in state.names if name in here)
@@ -60,31 +61,31 @@ def next_empty(names: Sequence[str], captions: Mapping[str, str], page: int) -> 
 
 def rows(ctx: Context, album: DatasetView, names: Sequence[str]) -> str:
     """Boxes without their texts: see caption_editor.js."""
-    state, say = album.now, ctx.say
+    state, tr = album.now, ctx.tr
     if not state.names:
-        return f'<p class="none">{esc(say("tab_captioning.no_pictures"))}</p>'
+        return f'<p class="none">{esc(tr("tab_captioning.no_pictures"))}</p>'
     page, pages = page_of(len(names), album.shown.rows, PER_PAGE)
     made = "".join(_row(ctx, album, name)
                    for name in names[page * PER_PAGE:(page + 1) * PER_PAGE])
-    empty = "" if made else f'<p class="none">{esc(say("tab_captioning.none_found"))}</p>'
+    empty = "" if made else f'<p class="none">{esc(tr("tab_captioning.none_found"))}</p>'
     return (f'{_head(ctx, album)}{empty}<ul class="rows">{made}</ul>'
             f'{pager(ctx, page, pages, len(names))}'
-            f'<p class="small">{esc(say("tab_captioning.keys"))}</p>')
+            f'<p class="small">{esc(tr("tab_captioning.keys"))}</p>')
 
 
 def _head(ctx: Context, album: DatasetView) -> str:
-    say, state, shown = ctx.say, album.now, album.shown
-    named = {which: say(f"captions.what_{what}") if what else ""
+    tr, state, shown = ctx.tr, album.now, album.shown
+    named = {which: tr(f"captions.what_{what}") if what else ""
              for which, what in (("undo", state.undo), ("redo", state.redo))}
-    steps = "".join(button(say(f"tab_captioning.{which}"), which, hint=named[which],
-                           why_not="" if named[which] else say(f"tab_captioning.no_{which}"))
+    steps = "".join(button(tr(f"tab_captioning.{which}"), which, hint=named[which],
+                           why_not="" if named[which] else tr(f"tab_captioning.no_{which}"))
                     for which in ("undo", "redo"))
     picks = "".join(
         f'<button type="button" class="act" data-act="search" data-id="{esc(search)}" '
         f'aria-pressed="{str(shown.search == search and not shown.only).lower()}">'
-        f'{esc(say(f"tab_captioning.{key}"))}</button>'
+        f'{esc(tr(f"tab_captioning.{key}"))}</button>'
         for search, key in (("", "all"), ("empty", "without")))
-    only = f'<span>{esc(say("tab_captioning.only", count=len(shown.only)))}</span>' \
+    only = f'<span>{esc(tr("tab_captioning.only", count=len(shown.only)))}</span>' \
         if shown.only else ""
     return f'<div class="tools">{picks}{only}<span class="spring"></span>{steps}</div>'
 
@@ -93,10 +94,10 @@ def _row(ctx: Context, album: DatasetView, name: str) -> str:
     key, state = album.key(name), album.now
     out = name in state.chosen.left_out
     kind = ' class="out"' if out else ""
-    said = ctx.say("tab_captioning.caption_of", name=name)
-    note = f" · {ctx.say('tab_dataset.is_left_out')}" if out else ""
+    said = ctx.tr("tab_captioning.caption_of", name=name)
+    note = f" · {ctx.tr('tab_dataset.is_left_out')}" if out else ""
     lock = state.locked.get(name, "")
-    why = f'<p class="small">{esc(ctx.say(f"captions.{lock}", picture=name, file=""))}</p>' \
+    why = f'<p class="small">{esc(ctx.tr(f"captions.{lock}", picture=name, file=""))}</p>' \
         if lock else ""
     return (f'<li{kind}><img src="{address(album, name)}" alt="" loading="lazy"><div>'
             f'<span class="name">{esc(name)}{esc(note)}</span>'
@@ -119,10 +120,10 @@ def _text(ctx: Context, album: DatasetView, name: str) -> dict[str, Any]:
     length = count(caption)
     key = "tokens" if exact else "words"
     return {"text": caption, "locked": album.now.locked.get(name, ""),
-            "count": f"{length}/{limit}" if exact else ctx.say("tab_captioning.words_n",
-                                                               count=length),
+            "count": f"{length}/{limit}" if exact else ctx.tr("tab_captioning.words_n",
+                                                              count=length),
             "over": exact and length > limit,
-            "said": ctx.say(f"tab_captioning.count_{key}", count=length, limit=limit)}
+            "said": ctx.tr(f"tab_captioning.count_{key}", count=length, limit=limit)}
 
 
 # --- statistics ---
@@ -141,24 +142,24 @@ def are_tags(captions: Sequence[str]) -> bool:
 
 
 def statistics(ctx: Context, state: State) -> str:
-    say = ctx.say
+    tr = ctx.tr
     captions = tuple(text for name in state.training if (text := state.captions.get(name)))
     if not captions:
-        return (f'<section class="box"><h3>{esc(say("tab_captioning.most_used"))}</h3>'
-                f'<p class="small">{esc(say("tab_captioning.no_words"))}</p></section>')
+        return (f'<section class="box"><h3>{esc(tr("tab_captioning.most_used"))}</h3>'
+                f'<p class="small">{esc(tr("tab_captioning.no_words"))}</p></section>')
     kind, counted = _counted(captions)
     made = "".join(_tag(ctx, kind, word, count) for word, count in counted[:MOST_TAGS])
     more = len(counted) - MOST_TAGS
-    rest = f'<p class="small">{esc(say("tab_captioning.more_words", count=more))}</p>' \
+    rest = f'<p class="small">{esc(tr("tab_captioning.more_words", count=more))}</p>' \
         if more > 0 else ""
-    return (f'<section class="box"><h3>{esc(say(f"tab_captioning.most_{kind}"))}</h3>'
+    return (f'<section class="box"><h3>{esc(tr(f"tab_captioning.most_{kind}"))}</h3>'
             f'<ul class="tags">{made}</ul>{rest}'
-            f'<p class="small">{esc(say("tab_captioning.stats_help"))}</p></section>')
+            f'<p class="small">{esc(tr("tab_captioning.stats_help"))}</p></section>')
 
 
 def _tag(ctx: Context, kind: str, word: str, count: int) -> str:
-    show = ctx.say("tab_captioning.show_with", word=word, count=count)
-    drop = ctx.say("tab_captioning.remove_all", word=word, count=count)
+    show = ctx.tr("tab_captioning.show_with", word=word, count=count)
+    drop = ctx.tr("tab_captioning.remove_all", word=word, count=count)
     return (f'<li><button type="button" data-act="search" data-id="{esc(search_of(kind, word))}" '
             f'title="{esc(show)}">{esc(word)} <small>{count}</small></button>'
             f'<button type="button" data-act="remove_{kind}" data-id="{esc(word)}" '
@@ -174,12 +175,12 @@ def search_of(kind: str, word: str) -> str:
 # --- what rules would do ---
 
 def changes(ctx: Context, found: Sequence[Change], total: int) -> str:
-    say = ctx.say
+    tr = ctx.tr
     if not found:
-        return f'<p class="small">{esc(say("tab_captioning.no_changes", total=total))}</p>'
+        return f'<p class="small">{esc(tr("tab_captioning.no_changes", total=total))}</p>'
     items = "".join(f'<li><span class="name small">{esc(one.path)}</span><br>'
                     f'{difference(one.before, one.after)}</li>' for one in found[:SHOWN_CHANGES])
-    said = say("tab_captioning.would_change", count=len(found), total=total)
+    said = tr("tab_captioning.would_change", count=len(found), total=total)
     return f'<p><b>{esc(said)}</b></p><ul class="changes">{items}</ul>'
 
 

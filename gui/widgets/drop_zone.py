@@ -25,16 +25,16 @@ def drop_zone(ctx: Context, name: str, suffixes: Iterable[str],
 
 def html(ctx: Context, suffixes: Iterable[str], subject: str = "tab_dataset",
          choose: Iterable[str] = ("files", "folder")) -> str:
-    say = ctx.say
+    tr = ctx.tr
     known = list(suffixes)
     fits = "(" + "|".join(re.escape(one) for one in known) + ")$"
-    buttons = "".join(button(say(f"tab_dataset.choose_{one}"), "").replace(
+    buttons = "".join(button(tr(f"tab_dataset.choose_{one}"), "").replace(
         'data-act=""', f'data-choose="{one}"') for one in choose)
-    doing = say("tab_dataset.uploading", done="DONE", total="TOTAL")
+    doing = tr("tab_dataset.uploading", done="DONE", total="TOTAL")
     return (f'<div class="drop" data-suffixes="{esc(fits)}" data-doing="{esc(doing)}" '
-            f'data-none="{esc(say(f"{subject}.none_fits"))}" '
-            f'data-failed="{esc(say("tab_dataset.upload_failed"))}"><p>'
-            f'{esc(say(f"{subject}.drop"))}</p><p class="acts">{buttons}</p>'
+            f'data-none="{esc(tr(f"{subject}.none_fits"))}" '
+            f'data-failed="{esc(tr("tab_dataset.upload_failed"))}"><p>'
+            f'{esc(tr(f"{subject}.drop"))}</p><p class="acts">{buttons}</p>'
             f'<p class="said" role="status"></p>'
             f'<input type="file" name="files" multiple hidden accept="{",".join(known)}">'
             f'<input type="file" name="folder" webkitdirectory hidden></div>')

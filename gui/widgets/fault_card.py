@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from core.config import COMPANIONS, TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.runs import JobView
 from core.memory import relief
 from core.memory import troubleshooting as core_remedies
@@ -22,29 +22,29 @@ def fault_card(ctx: Context, view: JobView, log: str = "") -> str:
     fault = view.fault
     if fault is None:
         return ""
-    title = ctx.say("fault_interrupted" if view.state == "interrupted" else "fault_failed",
-                    name=view.name)
-    where = ctx.say("fault_at_step", step=view.step) if view.step else ""
-    fixes = [button(ctx.say(f"fixes.{fix['key']}") if "." not in fix["key"]
-                    else ctx.say(fix["key"], **fix.get("params", {})),
+    title = ctx.tr("fault_interrupted" if view.state == "interrupted" else "fault_failed",
+                   name=view.name)
+    where = ctx.tr("fault_at_step", step=view.step) if view.step else ""
+    fixes = [button(ctx.tr(f"fixes.{fix['key']}") if "." not in fix["key"]
+                    else ctx.tr(fix["key"], **fix.get("params", {})),
                     "fix", f"{view.id}/{number}", kind="primary" if number == 0 else "", once=True)
              for number, fix in enumerate(fault.fixes)]
     if view.checkpoints and view.job == "train":
-        fixes.append(button(ctx.say("resume"), "resume", view.id, once=True,
+        fixes.append(button(ctx.tr("resume"), "resume", view.id, once=True,
                             kind="" if fixes else "primary"))
     details = "\n".join(filter(None, (fault.code, fault.details.strip(), log.strip())))
-    more = (f'<details><summary>{esc(ctx.say("details"))}</summary><pre>{esc(details)}</pre>'
+    more = (f'<details><summary>{esc(ctx.tr("details"))}</summary><pre>{esc(details)}</pre>'
             f'</details>') if details else ""
-    text = " ".join(filter(None, (where, ctx.say(fault.code, **_shown(fault.params)))))
+    text = " ".join(filter(None, (where, ctx.tr(fault.code, **_shown(fault.params)))))
     return card("fault", title, text, raw=(
         f'<p class="acts">{"".join(fixes)}{diagnostics(ctx, view.id)}{folder(ctx, view)}</p>'
         f'{_memory(ctx, view)}{more}'))
 
 
 def fix_of(view: JobView, number: str) -> dict[str, Any]:
-    """The changes of a fault's fix. Raises Fault where there is none of that number."""
+    """The changes of a fault's fix. Raises UserError where there is none of that number."""
     if view.fault is None or not number.isdigit() or int(number) >= len(view.fault.fixes):
-        raise Fault("gui.no_fix")
+        raise UserError("gui.no_fix")
     changes: dict[str, Any] = view.fault.fixes[int(number)]["changes"]
     return changes
 
@@ -60,16 +60,16 @@ def keep_companions(ctx: Context, base: str, changes: Mapping[str, Any]) -> None
 def diagnostics(ctx: Context, run_id: str = "") -> str:
     """The button that copies them; see live.js."""
     address = f"/diagnostics/{run_id}" if run_id else "/diagnostics"
-    said = {one: ctx.say(f"close.{one}", lines="LINES") for one in (
+    said = {one: ctx.tr(f"close.{one}", lines="LINES") for one in (
         "copying", "copied", "copy_failed")}
     return (f'<button type="button" class="act" data-copy="{esc(address)}" '
             + " ".join(f'data-{name.replace("_", "-")}="{esc(text)}"'
                        for name, text in said.items())
-            + f'>{esc(ctx.say("close.copy"))}</button>')
+            + f'>{esc(ctx.tr("close.copy"))}</button>')
 
 
 def folder(ctx: Context, view: JobView) -> str:
-    return button(ctx.say("close.open_folder"), "folder", view.id, hint=view.output_dir)
+    return button(ctx.tr("close.open_folder"), "folder", view.id, hint=view.output_dir)
 
 
 # --- what to change ---
@@ -78,7 +78,7 @@ def _memory(ctx: Context, view: JobView) -> str:
     """Answers of core/memory/troubleshooting.py, with what each saves by the plan."""
     if (symptom := symptom_of(view)) is None:
         return ""
-    return remedies(ctx, view, symptom, ctx.say("remedies.memory"))
+    return remedies(ctx, view, symptom, ctx.tr("remedies.memory"))
 
 
 def symptom_of(view: JobView) -> str | None:
@@ -94,10 +94,10 @@ def remedies(ctx: Context, view: JobView, symptom: str, title: str) -> str:
     ctx.app_state.planning.remedy(key, _question(ctx, view, symptom))
     planned = ctx.app_state.planning.now.remedies.get(key)
     waits = "" if planned is not None else (
-        f'<p class="small" role="status">{esc(ctx.say("remedies.looking"))}</p>')
+        f'<p class="small" role="status">{esc(ctx.tr("remedies.looking"))}</p>')
     rows = "".join(_remedy(ctx, key, one) for one in known_remedies(ctx, view, symptom)[:MOST])
     return f'<h4>{esc(title)}</h4><ul class="fixes">{rows}</ul>{waits}' if rows else waits or (
-        f'<p class="small">{esc(ctx.say("remedies.none"))}</p>')
+        f'<p class="small">{esc(ctx.tr("remedies.none"))}</p>')
 
 
 def known_remedies(ctx: Context, view: JobView, symptom: str) -> list[dict[str, Any]]:
@@ -118,11 +118,11 @@ def known_remedies(ctx: Context, view: JobView, symptom: str) -> list[dict[str, 
 
 def _remedy(ctx: Context, key: str, one: dict[str, Any]) -> str:
     saves = one.get("saves_mb") or 0
-    gain = f' <small>{esc(ctx.say("remedies.saves", mb=gigabytes(saves)))}</small>' \
+    gain = f' <small>{esc(ctx.tr("remedies.saves", mb=gigabytes(saves)))}</small>' \
         if saves > 0 else ""
-    act = button(ctx.say("remedies.retry"), "remedy", f"{key}/{one['key']}", once=True) \
+    act = button(ctx.tr("remedies.retry"), "remedy", f"{key}/{one['key']}", once=True) \
         if one["changes"] else '<span aria-hidden="true">•</span>'
-    return f'<li>{act}<span>{esc(ctx.say(one["key"], **one["params"]))}{gain}</span></li>'
+    return f'<li>{act}<span>{esc(ctx.tr(one["key"], **one["params"]))}{gain}</span></li>'
 
 
 def _question(ctx: Context, view: JobView, symptom: str) -> dict[str, Any]:
@@ -135,10 +135,10 @@ def _question(ctx: Context, view: JobView, symptom: str) -> dict[str, Any]:
 def unhappy(ctx: Context, view: JobView) -> str:
     """For a run that went through: what to change when the pictures disappoint."""
     asked = [one for one in SYMPTOMS if f"{view.id}/{one}" in ctx.app_state.planning.now.remedies]
-    acts = "".join(button(ctx.say(f"remedies.{one}"), "symptom", f"{view.id}/{one}",
+    acts = "".join(button(ctx.tr(f"remedies.{one}"), "symptom", f"{view.id}/{one}",
                           kind="primary" if one in asked[-1:] else "") for one in SYMPTOMS)
     shown = remedies(ctx, view, asked[-1], "") if asked else ""
-    return (f'<details><summary>{esc(ctx.say("remedies.unhappy"))}</summary>'
+    return (f'<details><summary>{esc(ctx.tr("remedies.unhappy"))}</summary>'
             f'<p class="acts">{acts}</p>{shown}</details>')
 
 

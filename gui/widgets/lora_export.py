@@ -14,7 +14,7 @@ LABELS = {"a1111": "A1111", "forge": "Forge", "comfyui": "ComfyUI", "diffusers":
 
 def lora_export(ctx: Context, snap: Snapshot, desk: InferenceFiles) -> str:
     """Folded; the folder is the one used last, or where the program was found."""
-    say = ctx.say
+    tr = ctx.tr
     found = wanted.choices(snap, desk)
     loras = wanted.added(snap, found)
     if not loras:
@@ -31,18 +31,18 @@ def lora_export(ctx: Context, snap: Snapshot, desk: InferenceFiles) -> str:
         for program in PROGRAMS)
     places = "".join(f'<option value="{esc(place.folder)}">{LABELS[place.program]}</option>'
                      for place in desk.places or ())
-    folder, hint = esc(say("tab_inference.folder")), esc(say("tab_inference.folder_hint"))
+    folder, hint = esc(tr("tab_inference.folder")), esc(tr("tab_inference.folder_hint"))
     said = f'<p class="small" role="status">{esc(desk.said)}</p>' if desk.said else ""
     return (f'<details class="box export" data-key="export"><summary>'
-            f'{esc(say("tab_inference.export"))}</summary><form data-act="export" data-fields>'
+            f'{esc(tr("tab_inference.export"))}</summary><form data-act="export" data-fields>'
             f'<label>LoRA <select name="file">{files}</select></label>'
-            f'<label>{esc(say("tab_inference.program"))} <select name="program" data-folders>'
+            f'<label>{esc(tr("tab_inference.program"))} <select name="program" data-folders>'
             f'{programs}</select></label><label class="wide">{folder} '
             f'<input type="text" name="folder" list="lora-places" value="{esc(known[first])}" '
             f'autocomplete="off" spellcheck="false" placeholder="{hint}">'
             f'</label><datalist id="lora-places">{places}</datalist>'
-            f'<button class="act">{esc(say("tab_inference.do_export"))}</button></form>'
-            f'<p class="small">{esc(say("tab_inference.export_help"))}</p>{said}</details>')
+            f'<button class="act">{esc(tr("tab_inference.do_export"))}</button></form>'
+            f'<p class="small">{esc(tr("tab_inference.export_help"))}</p>{said}</details>')
 
 
 def folder_for(snap: Snapshot, desk: InferenceFiles, program: str) -> str:

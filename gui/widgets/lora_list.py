@@ -19,7 +19,7 @@ def lora_list(ctx: Context, snap: Snapshot, desk: InferenceFiles) -> str:
     found = wanted.choices(snap, desk)
     loras = wanted.added(snap, found)
     rows = "".join(_row(ctx, number, one, found, desk) for number, one in enumerate(loras))
-    none = "" if loras else f'<p class="small">{esc(ctx.say("no_lora_yet"))}</p>'
+    none = "" if loras else f'<p class="small">{esc(ctx.tr("no_lora_yet"))}</p>'
     return (f'<section class="box loras"><div class="tools"><h3>LoRA</h3>'
             f'<span class="spring"></span>{_base(ctx, snap, found)}</div>'
             f'<ul class="added">{rows}</ul>{none}{_words(ctx, snap, loras, found, desk)}'
@@ -36,23 +36,23 @@ def called(ctx: Context, choice: Choice) -> str:
     """mia-v1 · step 1500 · best"""
     if choice.run is None:
         return choice.name
-    kind = ctx.say(choice.kind) if choice.kind else ""
-    return " · ".join(filter(None, (choice.run.name, ctx.say("step_n", step=choice.step), kind)))
+    kind = ctx.tr(choice.kind) if choice.kind else ""
+    return " · ".join(filter(None, (choice.run.name, ctx.tr("step_n", step=choice.step), kind)))
 
 
 def _row(ctx: Context, number: int, one: Added, found: list[Choice], desk: InferenceFiles) -> str:
     choice = next((c for c in found if c.file == one.file), None)
     name = called(ctx, choice) if choice else one.name
-    label = esc(ctx.say("tab_inference.weight_of", name=name))
+    label = esc(ctx.tr("tab_inference.weight_of", name=name))
     info = desk.info(Path(one.file))
-    lost = esc(ctx.say("tab_inference.lora_gone", file=one.file))
+    lost = esc(ctx.tr("tab_inference.lora_gone", file=one.file))
     gone = "" if info else f'<small class="bad">{lost}</small>'
     common = (f'min="{wanted.LEAST}" max="{wanted.MOST}" step="0.05" value="{one.weight:g}" '
               f'data-value="{one.weight:g}" data-weight="{number}" aria-label="{label}"')
     return (f'<li data-key="{esc(one.file)}"><span class="name" title="{esc(one.file)}">'
             f'<b>{esc(name)}</b> <small>{esc(_facts(info))}</small></span>'
             f'<input type="range" {common}><input type="number" {common}>'
-            f'{button("×", "remove", str(number), hint=ctx.say("tab_inference.remove", name=name))}'
+            f'{button("×", "remove", str(number), hint=ctx.tr("tab_inference.remove", name=name))}'
             f'{gone}</li>')
 
 
@@ -70,13 +70,13 @@ def _base(ctx: Context, snap: Snapshot, found: list[Choice]) -> str:
     options = "".join(
         f'<option value="{esc(one)}"{" selected" if one == now else ""}>{esc(base_name(ctx, one))}'
         f'</option>' for one in wanted.bases(snap, found))
-    return (f'<label>{esc(ctx.say("base_model"))} <select data-pick="base" data-value="{esc(now)}">'
+    return (f'<label>{esc(ctx.tr("base_model"))} <select data-pick="base" data-value="{esc(now)}">'
             f'{options}</select></label>')
 
 
 def base_name(ctx: Context, base: str) -> str:
     demo = base in ("demo", str(paths.DEMO / "base"))
-    return ctx.say("tab_inference.demo") if demo else Path(base).name
+    return ctx.tr("tab_inference.demo") if demo else Path(base).name
 
 
 def _words(ctx: Context, snap: Snapshot, loras: list[Added], found: list[Choice],
@@ -87,29 +87,29 @@ def _words(ctx: Context, snap: Snapshot, loras: list[Added], found: list[Choice]
         return ""
     chips = "".join(
         f'<button type="button" class="act" data-word="{esc(word)}" '
-        f'title="{esc(ctx.say("tab_inference.insert", word=word))}">+ {esc(word)}</button>'
+        f'title="{esc(ctx.tr("tab_inference.insert", word=word))}">+ {esc(word)}</button>'
         for word in words)
-    return (f'<p class="words"><span class="small">{esc(ctx.say("tab_inference.triggers"))}</span>'
+    return (f'<p class="words"><span class="small">{esc(ctx.tr("tab_inference.triggers"))}</span>'
             f' {chips}</p>')
 
 
 def _add(ctx: Context, loras: list[Added], found: list[Choice]) -> str:
-    say = ctx.say
+    tr = ctx.tr
     taken = {one.file for one in loras}
     groups: dict[str, list[str]] = {}
     for choice in (one for one in found if one.file not in taken):
         group = (f"{choice.run.name} · {clock(choice.run.created)}" if choice.run
-                 else say("tab_inference.files"))
+                 else tr("tab_inference.files"))
         groups.setdefault(group, []).append(
             f'<option value="{esc(choice.file)}">{esc(called(ctx, choice))}</option>')
     options = "".join(f'<optgroup label="{esc(group)}">{"".join(made)}</optgroup>'
                       for group, made in groups.items())
-    add, path = esc(say("tab_inference.add")), esc(say("tab_inference.path"))
+    add, path = esc(tr("tab_inference.add")), esc(tr("tab_inference.path"))
     return (f'<div class="add"><select data-pick="add" aria-label="{add}">'
             f'<option value="">{add}</option>{options}</select>'
             f'<form data-act="add"><input type="text" placeholder="{path}" aria-label="{path}" '
             f'autocomplete="off" spellcheck="false"><button class="act">'
-            f'{esc(say("tab_inference.add_path"))}</button></form></div>')
+            f'{esc(tr("tab_inference.add_path"))}</button></form></div>')
 
 
 def _dropped(ctx: Context, desk: InferenceFiles) -> str:
@@ -117,17 +117,17 @@ def _dropped(ctx: Context, desk: InferenceFiles) -> str:
     info = desk.dropped
     if info is None:
         return ""
-    say, facts = ctx.say, info.facts
-    lines = [(say("tab_inference.trigger"), ", ".join(facts.trigger_words)),
-             (say("tab_inference.best_base"), " · ".join(filter(None, (
+    tr, facts = ctx.tr, info.facts
+    lines = [(tr("tab_inference.trigger"), ", ".join(facts.trigger_words)),
+             (tr("tab_inference.best_base"), " · ".join(filter(None, (
                  facts.base_model, info.family.upper() if info.family != "unknown" else "")))),
-             (say("tab_inference.trained"), _training(ctx, info)),
-             (say("tab_inference.common_tags"), ", ".join(tag for tag, _ in facts.tags[:8]))]
+             (tr("tab_inference.trained"), _training(ctx, info)),
+             (tr("tab_inference.common_tags"), ", ".join(tag for tag, _ in facts.tags[:8]))]
     rows = "".join(f"<tr><th>{esc(label)}</th><td>{esc(text)}</td></tr>"
                    for label, text in lines if text)
-    take = button(say("tab_inference.use_training"), "take_config", kind="") \
+    take = button(tr("tab_inference.use_training"), "take_config", kind="") \
         if facts.has_config else ""
-    close = button(say("tab_dataset.close"), "close_dropped", kind="")
+    close = button(tr("tab_dataset.close"), "close_dropped", kind="")
     title = esc(facts.title or info.path.stem)
     return (f'<section class="card info" data-key="dropped"><h3>{title}</h3>'
             f'<table class="facts">{rows}</table><p class="acts">{take}{close}</p></section>')
@@ -137,7 +137,7 @@ def _training(ctx: Context, info: Info) -> str:
     facts = info.facts
     rate = f"LR {facts.learning_rate:g}" if facts.learning_rate else ""
     return " · ".join(filter(None, (
-        ctx.say("tab_inference.steps_n", count=facts.steps) if facts.steps else "",
-        ctx.say("pictures_n", count=facts.pictures) if facts.pictures else "",
+        ctx.tr("tab_inference.steps_n", count=facts.steps) if facts.steps else "",
+        ctx.tr("pictures_n", count=facts.pictures) if facts.pictures else "",
         facts.resolution.replace("x", " × ") + " px" if facts.resolution else "", rate,
         facts.made_by)))

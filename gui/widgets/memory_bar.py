@@ -34,15 +34,15 @@ def memory_bar(ctx: Context, plan: Mapping[str, Any], live_mb: float | None = No
     over = (live_mb or 0.0) > needs * (1 + MARGIN)         # the verdict follows what is so
     verdict = ("too_big" if live_mb and live_mb > free else "tight") if over else plan["verdict"]
     shares = grouped(plan)
-    said = ctx.say("memory_over" if over else f"memory_{verdict}", needs=gigabytes(needs),
-                   free=gigabytes(free), held=gigabytes(live_mb or 0.0))
+    said = ctx.tr("memory_over" if over else f"memory_{verdict}", needs=gigabytes(needs),
+                  free=gigabytes(free), held=gigabytes(live_mb or 0.0))
     parts = "".join(f'<i class="part {name}" style="width:{100 * mb / scale:.2f}%" '
-                    f'title="{esc(ctx.say(f"part_{name}"))} {gigabytes(mb)}"></i>'
+                    f'title="{esc(ctx.tr(f"part_{name}"))} {gigabytes(mb)}"></i>'
                     for name, mb in shares.items())
-    legend = "".join(f'<span><i class="part {name}"></i>{esc(ctx.say(f"part_{name}"))} '
+    legend = "".join(f'<span><i class="part {name}"></i>{esc(ctx.tr(f"part_{name}"))} '
                      f'<b>{gigabytes(mb)}</b></span>' for name, mb in shares.items())
     mark = (f'<u class="free" style="left:{100 * free / scale:.2f}%" '
-            f'title="{esc(ctx.say("free_now", free=gigabytes(free)))}"></u>')
+            f'title="{esc(ctx.tr("free_now", free=gigabytes(free)))}"></u>')
     return (f'<div class="memory {verdict}{" pending" if pending else ""}"><p class="verdict">'
             f'{_SIGNS[verdict]} {esc(said)}</p><div class="track" role="img" '
             f'aria-label="{esc(said)}">{parts}{mark}</div>{_live(ctx, live_mb, scale)}'
@@ -55,6 +55,6 @@ _SIGNS = {"fits": "✓", "tight": "⚠", "too_big": "✖"}
 def _live(ctx: Context, live_mb: float | None, scale: float) -> str:
     if not live_mb:
         return ""
-    said = ctx.say("held_now", held=gigabytes(live_mb))
+    said = ctx.tr("held_now", held=gigabytes(live_mb))
     return (f'<div class="track live" role="img" aria-label="{esc(said)}"><i style="width:'
             f'{min(100, 100 * live_mb / scale):.2f}%"></i></div><p class="small">{esc(said)}</p>')

@@ -54,17 +54,17 @@ def grid(ctx: Context, album: DatasetView) -> str:
     troubled = state.troubled
     tiles = "".join(_tile(ctx, album, name, name in troubled)
                     for name in names[page * PER_PAGE:(page + 1) * PER_PAGE])
-    empty = "" if tiles else f'<p class="none">{esc(ctx.say("tab_dataset.none_here"))}</p>'
-    help_ = f'<p class="small">{esc(ctx.say("tab_dataset.keys"))}</p>'
+    empty = "" if tiles else f'<p class="none">{esc(ctx.tr("tab_dataset.none_here"))}</p>'
+    help_ = f'<p class="small">{esc(ctx.tr("tab_dataset.keys"))}</p>'
     return (f'{_tools(ctx, state, shown)}{empty}<ul class="grid">{tiles}</ul>'
             f'{pager(ctx, page, pages, len(names))}{help_}')
 
 
 def _tools(ctx: Context, state: State, shown: Shown) -> str:
-    say = ctx.say
-    made = [_filter(say(f"tab_dataset.filter_{one}"), one, shown.filter) for one in FILTERS]
+    tr = ctx.tr
+    made = [_filter(tr(f"tab_dataset.filter_{one}"), one, shown.filter) for one in FILTERS]
     if shown.filter.startswith("finding:"):
-        made.append(_filter(say("tab_dataset.filter_finding"), shown.filter, shown.filter))
+        made.append(_filter(tr("tab_dataset.filter_finding"), shown.filter, shown.filter))
     picked = [_of_selected(ctx, act) for act in ("leave_out", "take_in")]
     return f'<div class="tools">{"".join(made)}<span class="spring"></span>{"".join(picked)}</div>'
 
@@ -75,9 +75,9 @@ def _filter(label: str, name: str, now: str) -> str:
 
 
 def _of_selected(ctx: Context, act: str) -> str:
-    why = esc(ctx.say("tab_dataset.select_first"))
+    why = esc(ctx.tr("tab_dataset.select_first"))
     return (f'<button type="button" class="act" data-act="{act}" data-selected disabled '
-            f'data-whynot="{why}" title="{why}">{esc(ctx.say(f"tab_dataset.{act}"))}<b></b>'
+            f'data-whynot="{why}" title="{why}">{esc(ctx.tr(f"tab_dataset.{act}"))}<b></b>'
             f'</button>')
 
 
@@ -87,28 +87,28 @@ def _tile(ctx: Context, album: DatasetView, name: str, troubled: bool) -> str:
     bare = not out and not state.captions.get(name)
     marks = [(troubled, "⚠", "has_finding"), (bare, "✎", "no_caption"), (out, "∅", "is_left_out"),
              (name in state.chosen.focus, "◎", "has_focus")]
-    shown = "".join(f'<i title="{esc(ctx.say(f"tab_dataset.{why}"))}">{sign}</i>'
+    shown = "".join(f'<i title="{esc(ctx.tr(f"tab_dataset.{why}"))}">{sign}</i>'
                     for on, sign, why in marks if on)
-    told = ", ".join([name, *(ctx.say(f"tab_dataset.{why}") for on, _, why in marks if on)])
+    told = ", ".join([name, *(ctx.tr(f"tab_dataset.{why}") for on, _, why in marks if on)])
     kind = " ".join(["tile", *(["out"] if out else []),
                      *(["open"] if album.shown.open == name else [])])
     return (f'<li class="{kind}" data-key="{key}"><button type="button" data-act="open" '
             f'data-id="{key}" title="{esc(name)}" aria-label="{esc(told)}">'
             f'<img src="{address(album, name)}" alt="" loading="lazy">'
             f'<span>{esc(name)}</span></button>'
-            f'<input type="checkbox" aria-label="{esc(ctx.say("tab_dataset.select", name=name))}">'
+            f'<input type="checkbox" aria-label="{esc(ctx.tr("tab_dataset.select", name=name))}">'
             f'<span class="marks">{shown}</span></li>')
 
 
 def pager(ctx: Context, page: int, pages: int, count: int) -> str:
-    say = ctx.say
-    first = "" if page else say("tab_dataset.first_page")
-    last = "" if page + 1 < pages else say("tab_dataset.last_page")
-    turns = [button(say(f"tab_dataset.{name}"), "page", str(to), why_not=why_not)
+    tr = ctx.tr
+    first = "" if page else tr("tab_dataset.first_page")
+    last = "" if page + 1 < pages else tr("tab_dataset.last_page")
+    turns = [button(tr(f"tab_dataset.{name}"), "page", str(to), why_not=why_not)
              for name, to, why_not in (("first", 0, first), ("previous", page - 1, first),
                                        ("next", page + 1, last), ("last", pages - 1, last))
              if pages > 2 or name in ("previous", "next")]
-    where = f'<span>{esc(say("tab_dataset.page", page=page + 1, pages=pages, count=count))}</span>'
+    where = f'<span>{esc(tr("tab_dataset.page", page=page + 1, pages=pages, count=count))}</span>'
     half = len(turns) // 2
     return f'<div class="tools">{"".join([*turns[:half], where, *turns[half:]])}</div>'
 
@@ -126,21 +126,21 @@ def large(ctx: Context, album: DatasetView) -> str:
     state, name = album.now, album.shown.open
     if name not in state.names:
         return ""
-    say, key = ctx.say, album.key(name)
+    tr, key = ctx.tr, album.key(name)
     out = name in state.chosen.left_out
-    caption = state.captions.get(name) or say("tab_dataset.no_caption")
-    acts = [button(say("tab_dataset.previous_picture"), "step", "-1"),
-            button(say("tab_dataset.next_picture"), "step", "1"),
-            button(say("tab_dataset.take_in" if out else "tab_dataset.leave_out"),
+    caption = state.captions.get(name) or tr("tab_dataset.no_caption")
+    acts = [button(tr("tab_dataset.previous_picture"), "step", "-1"),
+            button(tr("tab_dataset.next_picture"), "step", "1"),
+            button(tr("tab_dataset.take_in" if out else "tab_dataset.leave_out"),
                    "take_in" if out else "leave_out", key)]
     if name in state.chosen.focus:
-        acts.append(button(say("tab_dataset.clear_focus"), "unfocus", key))
-    acts += [button(say("tab_dataset.edit_caption"), "edit", key),
-             button(say("tab_dataset.close"), "close")]
+        acts.append(button(tr("tab_dataset.clear_focus"), "unfocus", key))
+    acts += [button(tr("tab_dataset.edit_caption"), "edit", key),
+             button(tr("tab_dataset.close"), "close")]
     return (f'<section class="box"><h3>{esc(name)}</h3>{_aim(ctx, album, name)}'
             f'<p class="small">{esc(_facts(ctx, state, name))}</p>'
             f'<p class="caption-of">{esc(caption)}</p><p class="acts">{"".join(acts)}</p>'
-            f'<p class="small">{esc(say("tab_dataset.aim_help"))}</p></section>')
+            f'<p class="small">{esc(tr("tab_dataset.aim_help"))}</p></section>')
 
 
 def _aim(ctx: Context, album: DatasetView, name: str) -> str:
@@ -157,7 +157,7 @@ def _aim(ctx: Context, album: DatasetView, name: str) -> str:
            if point else "")
     at = f' data-x="{point[0]}" data-y="{point[1]}"' if point else ""
     return (f'<div class="large aim" role="application" tabindex="0" '
-            f'data-key="{album.key(name)}"{at} aria-label="{esc(ctx.say("tab_dataset.aim"))}">'
+            f'data-key="{album.key(name)}"{at} aria-label="{esc(ctx.tr("tab_dataset.aim"))}">'
             f'<img alt="{esc(name)}" src="{address(album, name, view=True)}">{frame}{dot}</div>')
 
 
@@ -171,8 +171,8 @@ def frame_of(source: Sequence[float], size: tuple[int, int]) -> tuple[float, flo
 def _facts(ctx: Context, state: State, name: str) -> str:
     one = state.planned(name)
     if one is None:
-        return ctx.say("tab_dataset.not_planned")
+        return ctx.tr("tab_dataset.not_planned")
     (width, height), (wide, high) = one.size, one.crop.size
     key = "cut_none" if one.cut == 0 else "cut_some"
-    return ctx.say(f"tab_dataset.{key}", width=width, height=height, wide=wide, high=high,
-                   cut=f"{100 * one.cut:.0f}", scale=f"{one.scale:.2f}")
+    return ctx.tr(f"tab_dataset.{key}", width=width, height=height, wide=wide, high=high,
+                  cut=f"{100 * one.cut:.0f}", scale=f"{one.scale:.2f}")

@@ -18,25 +18,25 @@ def preset_cards(ctx: Context, known: Sequence[Preset], chosen: str, purpose: st
     """Those of one purpose; `machine` None: not looked at yet, no badge."""
     here = [one for one in known if one.purpose == purpose]
     if not here:
-        return f'<p class="small">{esc(ctx.say("no_presets"))}</p>'
+        return f'<p class="small">{esc(ctx.tr("no_presets"))}</p>'
     return ('<div class="presets" role="group" aria-label="'
-            f'{esc(ctx.say("presets"))}">'
+            f'{esc(ctx.tr("presets"))}">'
             + "".join(_card(ctx, one, one.slug == chosen, machine) for one in here) + "</div>")
 
 
 def own_presets(ctx: Context, chosen: Preset | None, removed: str) -> str:
     """To save the settings, and for a preset of one's own to rename or delete it."""
-    say = ctx.say
-    save = field("save_preset", say("presets.own_title"), say("presets.own_save"))
+    tr = ctx.tr
+    save = field("save_preset", tr("presets.own_title"), tr("presets.own_save"))
     mine = ""
     if chosen is not None and presets.is_own(chosen):
-        mine = (field("rename_preset", say("presets.own_new_title"), say("presets.own_rename"),
+        mine = (field("rename_preset", tr("presets.own_new_title"), tr("presets.own_rename"),
                       chosen.said("title", ctx.language))
-                + button(say("presets.own_remove"), "remove_preset", chosen.slug))
-    undo = (f'<span class="small" role="status">{esc(say("presets.own_removed"))} '
-            f'{button(say("run_history.undo"), "restore_preset", removed, kind="link")}</span>'
+                + button(tr("presets.own_remove"), "remove_preset", chosen.slug))
+    undo = (f'<span class="small" role="status">{esc(tr("presets.own_removed"))} '
+            f'{button(tr("run_history.undo"), "restore_preset", removed, kind="link")}</span>'
             if removed else "")
-    return (f'<details class="mine"><summary>{esc(say("presets.own"))}</summary>'
+    return (f'<details class="mine"><summary>{esc(tr("presets.own"))}</summary>'
             f'<div class="acts">{save}{mine}{undo}</div></details>')
 
 
@@ -52,6 +52,6 @@ def _card(ctx: Context, preset: Preset, chosen: bool, machine: Machine | None) -
 
 def _said(ctx: Context, preset: Preset, verdict: str) -> str:
     if verdict != "too_big":
-        return ctx.say(f"badge_{verdict}")
+        return ctx.tr(f"badge_{verdict}")
     needs = preset.needs.vram_gb or preset.needs.ram_gb
-    return ctx.say("badge_needs_card" if preset.needs.vram_gb else "badge_needs", gb=f"{needs:g}")
+    return ctx.tr("badge_needs_card" if preset.needs.vram_gb else "badge_needs", gb=f"{needs:g}")

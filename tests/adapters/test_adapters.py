@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from core import families
 from core.adapters import from_file, lora
 from core.config import TrainConfig, parse_train_config
-from core.errors import Fault
+from core.errors import UserError
 from core.families import lora_signs
 from core.inference import generate
 from core.jobs.control import Control
@@ -29,7 +29,7 @@ from core.lora_files import formats
 from core.memory import plan
 from core.training.checkpoint import FOLDER
 from core.training.run import train
-from core.weights.quantization import quantise_
+from core.weights.quantization import quantize_
 from tests import tiny, tiny_families
 
 KINDS = ("lora", "rslora", "dora", "pissa", "loha", "lokr", "oft")
@@ -207,7 +207,7 @@ def test_the_base_may_be_in_fewer_bits(kind: str, kept: Any) -> None:
     for quantised in (True, False):
         torch.manual_seed(0)
         model = tiny.tiny_unet().eval().requires_grad_(False)
-        quantise_(model, kept)
+        quantize_(model, kept)
         if not quantised:               # what int8 reads back, as a plain layer
             full = tiny.tiny_unet().eval().requires_grad_(False)
             values = {n: m.weight.detach() for n, m in model.named_modules()
@@ -285,7 +285,7 @@ def test_what_cannot_be_is_one_sentence(changes: dict[str, Any], code: str) -> N
         lora.attach(model, chosen, SPEC)
         lora.groups(model, chosen)
 
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         start(config(**changes))
     assert caught.value.code == code
     assert "{" not in str(caught.value)
@@ -300,7 +300,7 @@ def test_maps_are_read_from_text_and_yaml() -> None:
     assert found.optimizer_args == {"eps": 1e-7}
     for bad in ("block_ranks: 'mid_block'", "block_ranks: {a: -1}", "block_rates: '{[: 2'",
                 "optimizer: adamm", "adapter: lohaa"):
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(UserError) as caught:
             parse_train_config(bad, "x.yaml")
         assert caught.value.params["line"] == 1
 
@@ -487,7 +487,7 @@ def test_strange_keys_are_told_and_wrong_shapes_refused() -> None:
     for kind in ("dora", "loha", "lokr", "oft"):
         bad = {k: (torch.ones(5, 5, 5) if v.ndim > 1 else v)
                for k, v in file_of(trained(kind)).items()}
-        with pytest.raises((RuntimeError, ValueError, KeyError, TypeError, Fault)):
+        with pytest.raises((RuntimeError, ValueError, KeyError, TypeError, UserError)):
             load(Net(), bad)
 
 
@@ -534,7 +534,7 @@ def test_families_with_fused_layers_have_files_of_every_kind(
 
 
 def test_state_of_another_adapter_is_refused() -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         lora.load_state(trained("loha"), lora.state(trained("lokr")))
     assert caught.value.code == "engine.other_adapter"
     model, other = trained("dora"), Net()
@@ -597,7 +597,7 @@ def test_another_optimizers_checkpoint_is_refused(base: Path, tmp_path: Path) ->
         output_dir=str(tmp_path / "out"), max_train_steps=1, lora_rank=2, optimizer="lion",
         device="cpu")
     _run(chosen)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         _run(chosen.with_changes(optimizer="came", resume=True, max_train_steps=2))
     assert caught.value.code == "precision.other_optimizer"
     assert caught.value.params["there"] == "lion"

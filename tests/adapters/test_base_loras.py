@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from core import families, i18n, importers
 from core.adapters import base_loras, from_file, lora
 from core.config import TrainConfig, parse_train_config
-from core.errors import Fault
+from core.errors import UserError
 from core.families import detection
 from core.families.base import CropInfo, Family, Parts
 from core.families.registry import SPECS
@@ -35,7 +35,7 @@ from core.training.memory_guard import MemoryGuard
 from core.training.run import train
 from core.weights.offload import offload_
 from core.weights.precision import choose
-from core.weights.quantization import quantise_
+from core.weights.quantization import quantize_
 from tests import tiny, tiny_families
 
 FP32, BF16 = choose("fp32", "cpu"), choose("bf16", "cpu")
@@ -103,7 +103,7 @@ def made(name: str, family: Family, denoiser: Any, path: Path, format_: str,
 
 def predicted(family: Family, parts: Parts) -> torch.Tensor:
     cond = family.encode_text(parts, ["red disc"])
-    cond |= family.framing(CropInfo((32, 32), (0, 0), (32, 32)))
+    cond |= family.size_conditioning(CropInfo((32, 32), (0, 0), (32, 32)))
     latents = family.encode_image(parts, torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32))
     with torch.no_grad():
         return family.predict(parts.denoiser, latents, torch.tensor([400.0]) if parts.flow
@@ -127,7 +127,7 @@ def test_the_network_computes_what_it_does_with_the_lora_loaded(
         if kept == "offload":
             assert offload_(parts.denoiser, 0.6, CPU).blocks
         else:
-            quantise_(parts.denoiser, kept)
+            quantize_(parts.denoiser, kept)
         found.append(parts)
     plain = predicted(family, found[0])
     generate.load_adapter(family.pipeline(found[0]), file, "a", name)
@@ -221,7 +221,7 @@ def test_a_run_learns_upon_them_and_saves_draws_and_proves_without(
         file = next(e for e in events[kind] if isinstance(e, Sample)).path
         assert ("<lora:adapter:0.9>" in Image.open(file).text["parameters"]) == named_so
     notes = [e for e in events["with"] if isinstance(e, Note) and e.key == "base_loras.used"]
-    assert "0.9" in i18n.say(notes[0].key, notes[0].params)
+    assert "0.9" in i18n.tr(notes[0].key, notes[0].params)
 
 
 def test_a_resumed_run_equals_an_unbroken_one_and_goes_on_with_the_same(
@@ -237,7 +237,7 @@ def test_a_resumed_run_equals_an_unbroken_one_and_goes_on_with_the_same(
     run(base, tmp_path / "half", resume=True, max_train_steps=5,
         **{**named, "base_loras": [str(moved)]})
     for other in ([], [f"{adapter}:0.5"], [str(adapter), str(adapter)]):
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(UserError) as caught:
             run(base, tmp_path / "half", resume=True, max_train_steps=6,
                 **{**named, "base_loras": other})
         assert caught.value.code == "base_loras.other_on_resume"
@@ -247,7 +247,7 @@ def test_a_resumed_run_equals_an_unbroken_one_and_goes_on_with_the_same(
 def test_what_does_not_fit_is_refused_and_what_is_left_out_is_told(
         base: Path, adapter: Path, tmp_path: Path) -> None:
     def refused(file: Path, **changes: Any) -> str:
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(UserError) as caught:
             run(base, tmp_path / "run", base_loras=[str(file)], **changes)
         assert str(caught.value)
         return caught.value.code

@@ -11,7 +11,7 @@ import torch
 from core import families
 from core.adapters import init, lora
 from core.config import TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.families.sd15.spec import NAMING as SD1
 from core.importers import load_train_config
 from core.jobs.events import Event, Note
@@ -83,7 +83,7 @@ def test_convolutions_and_projections(tmp_path: Path) -> None:
 
 def test_another_rank_needs_to_be_asked_for(tmp_path: Path) -> None:
     path = file_of(tmp_path, rank=6, alpha=3.0)
-    with pytest.raises(Fault, match="init_lora_resize") as caught:
+    with pytest.raises(UserError, match="init_lora_resize") as caught:
         started(path)
     assert [fix.changes for fix in caught.value.fixes] == [
         {"init_lora_resize": True}, {"lora_rank": 6, "lora_alpha": 3.0}]
@@ -113,7 +113,7 @@ def test_layers_that_would_be_lost_are_a_fault_whose_fix_works(tmp_path: Path) -
     for paths, preset in (([*ATTENTION, "mid_block.attentions.0.proj_in"], "all-linear"),
                           ([*ATTENTION, *extra], None)):
         path = file_of(tmp_path, paths=paths)
-        with pytest.raises(Fault, match="target_modules") as caught:
+        with pytest.raises(UserError, match="target_modules") as caught:
             started(path)
         changes = caught.value.fixes[0].changes
         assert preset in (None, changes["target_modules"])
@@ -152,7 +152,7 @@ def test_a_trained_text_encoder_goes_on_as_well(make: Make, tmp_path: Path) -> N
 def test_what_does_not_fit_is_one_sentence(tmp_path: Path, path: str, made: Layer,
                                            code: str) -> None:
     file = formats.save(Lora({path: made}, SD1), "kohya", tmp_path / "a.safetensors")
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         started(file)
     assert caught.value.code == code
     assert "{" not in str(caught.value)

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from core.adapters import lora
 from core.config import GenerateConfig, TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.inference import generate
-from core.inference.generate import Lora, Shot, Studio
+from core.inference.generate import Lora, PipelineSession, SampleRequest
 from core.jobs.events import Note
 from core.lora_files import textual_inversion
 from core.lora_files.files import describe
@@ -92,21 +92,21 @@ def test_files_are_kohyas_and_draw_what_was_learned(make: Make, v_base: Path,
     words = load_file(textual_inversion.beside(path))
     assert words["emb_params"].shape == (2, 32)
     assert verify.verify(path, GenerateConfig(base=str(v_base)), lambda event: None)["ok"]
-    studio = Studio(v_base, GenerateConfig(base=str(v_base)), lambda event: None)
+    studio = PipelineSession(v_base, GenerateConfig(base=str(v_base)), lambda event: None)
     studio.load()
 
     def drawn(prompt: str, weight: float) -> np.ndarray:
         studio.use([Lora(path, weight)])
-        return np.asarray(studio.draw(Shot(prompt, "", 1, 2, 1.0, (32, 32))), np.int16)
+        return np.asarray(studio.draw(SampleRequest(prompt, "", 1, 2, 1.0, (32, 32))), np.int16)
     base_own = drawn("duskprint style disc", 0.0)
     called = drawn("duskprint style disc", 1.0)
     textual_inversion.beside(path).unlink()
     notes: list[Note] = []
-    without = Studio(v_base, GenerateConfig(base=str(v_base)),
-                     notes.append)  # type: ignore[arg-type]
+    without = PipelineSession(v_base, GenerateConfig(base=str(v_base)),
+                              notes.append)  # type: ignore[arg-type]
     without.load()
     without.use([Lora(path, 1.0)])
-    lost = np.asarray(without.draw(Shot("duskprint style disc", "", 1, 2, 1.0, (32, 32))))
+    lost = np.asarray(without.draw(SampleRequest("duskprint style disc", "", 1, 2, 1.0, (32, 32))))
     assert (called != lost).any()
     assert [n.key for n in notes] == ["generate.words_missing"]
     assert (drawn("duskprint style disc", 0.0) == base_own).all()
@@ -189,7 +189,7 @@ def test_half_precision_learns_in_fp32(make: Make, precision: str) -> None:
 
 
 def test_words_need_a_trigger(make: Make) -> None:
-    with pytest.raises(Fault, match="trigger_word"):
+    with pytest.raises(UserError, match="trigger_word"):
         trainer_of(make(pivotal_tokens=1))
 
 
@@ -203,12 +203,12 @@ def test_bundled_words_are_read(make: Make, v_base: Path, tmp_path: Path) -> Non
     [word] = textual_inversion.read(path)
     assert word.word == "duskprint style"
     assert torch.equal(word.rows[""], rows)
-    studio = Studio(v_base, GenerateConfig(base=str(v_base)), lambda event: None)
+    studio = PipelineSession(v_base, GenerateConfig(base=str(v_base)), lambda event: None)
     studio.load()
     drawn = []
     for file in (beside, path):
         studio.use([Lora(file, 1.0)])
-        shot = Shot("a disc, duskprint style", "", 1, 2, 1.0, (32, 32))
+        shot = SampleRequest("a disc, duskprint style", "", 1, 2, 1.0, (32, 32))
         drawn.append(np.asarray(studio.draw(shot)))
     assert (drawn[0] == drawn[1]).all()
 
@@ -218,7 +218,7 @@ def test_words_lie_beside_a_folder_too(v_base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "ink"
     folder.mkdir()
     rows = torch.randn(2, 32)
-    studio = Studio(v_base, GenerateConfig(base=str(v_base)), lambda event: None)
+    studio = PipelineSession(v_base, GenerateConfig(base=str(v_base)), lambda event: None)
     studio.load()
     assert generate.load_words(studio.parts, folder, studio.emit) == {}
     textual_inversion.write(textual_inversion.beside(folder), textual_inversion.NewWord(
@@ -233,8 +233,8 @@ def test_rows_of_another_base_are_refused(v_base: Path, tmp_path: Path) -> None:
     path = tmp_path / "ink.safetensors"
     textual_inversion.write(textual_inversion.beside(path), textual_inversion.NewWord(
         "ink", {"text_encoder": torch.zeros(1, 768)}), torch.float16)
-    tiny_text = Studio(v_base, GenerateConfig(base=str(v_base)), lambda event: None)
+    tiny_text = PipelineSession(v_base, GenerateConfig(base=str(v_base)), lambda event: None)
     tiny_text.load()
     save_file({"x.alpha": torch.tensor(1.0)}, path)
-    with pytest.raises(Fault, match="768"):
+    with pytest.raises(UserError, match="768"):
         generate.load_words(tiny_text.parts, path)

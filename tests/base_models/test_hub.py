@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from core.base_models import catalog, download, hub
 from core.cli import models
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.control import Control
 from core.jobs.events import Event, Note, Phase
 from tests import hub_server
@@ -53,7 +53,7 @@ def get(server: str, repo: str, control: Control | None = None,
 
 
 def code(call: object) -> str:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         call()  # type: ignore[operator]
     assert "{" not in str(caught.value)
     return caught.value.code
@@ -319,7 +319,7 @@ def test_stamp_follows_the_weights(tmp_path: Path) -> None:
 
 
 def test_find_names_the_command_that_fetches() -> None:
-    with pytest.raises(Fault, match="darkroom models get nobody/nothing"):
+    with pytest.raises(UserError, match="darkroom models get nobody/nothing"):
         hub.find("nobody/nothing")
     assert code(lambda: hub.find("./nowhere/x/y")) == "hub.no_path"
 

@@ -11,7 +11,7 @@ import pytest
 
 from core.base_models import search as model_search
 from core.base_models.search import Found, look, search, usual_places
-from core.errors import Fault
+from core.errors import UserError
 from core.paths import DEMO
 
 UNET = "model.diffusion_model.input_blocks"
@@ -101,7 +101,7 @@ def test_a_torn_file_is_passed_over_and_named_when_asked(tmp_path: Path) -> None
     (tmp_path / "torn.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     good = checkpoint(tmp_path / "good.safetensors")
     assert [one.path for one in search([tmp_path, tmp_path])] == [good]
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         look(tmp_path / "torn.safetensors")
 
 

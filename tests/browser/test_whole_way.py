@@ -27,9 +27,9 @@ def speak(page: Any, served: Any, language: str) -> Any:
     page.goto(f"http://127.0.0.1:{served.port}/language/{language}")
     page.wait_for_selector("#header .header")
 
-    def say(key: str, **params: Any) -> str:
-        return i18n.say(key if "." in key else f"gui.{key}", params, language)
-    return say
+    def tr(key: str, **params: Any) -> str:
+        return i18n.tr(key if "." in key else f"gui.{key}", params, language)
+    return tr
 
 
 def press(page: Any, name: str) -> None:
@@ -39,7 +39,7 @@ def press(page: Any, name: str) -> None:
 @LANGUAGES
 def test_from_pictures_to_an_exported_lora(page: Any, served: Any, language: str,
                                            tmp_path_factory: Any) -> None:
-    say, app_state = speak(page, served, language), served.app_state
+    tr, app_state = speak(page, served, language), served.app_state
     screens = tmp_path_factory.getbasetemp() / "screens"
     screens.mkdir(exist_ok=True)
 
@@ -80,21 +80,21 @@ def test_from_pictures_to_an_exported_lora(page: Any, served: Any, language: str
 
     page.reload()                                           # refresh in mid-run
     page.wait_for_selector("#run-head .title")
-    press(page, say("preview_now"))
+    press(page, tr("preview_now"))
     page.locator("#run-previews img").first.wait_for(state="visible")
     keep("run")
-    press(page, say("stop_and_save"))
+    press(page, tr("stop_and_save"))
     first = app_state.snapshot().shown
     until(lambda: app_state.jobs.view(first.id).over)
     if app_state.jobs.view(first.id).state == "stopped":        # quick machines have finished
-        press(page, say("resume"))
+        press(page, tr("resume"))
         until(lambda: app_state.snapshot().shown.id != first.id)
     until(lambda: app_state.snapshot().shown.state == "done", 180)
     done = app_state.snapshot().shown
     assert done.step == STEPS
     keep("done")
 
-    press(page, say("try_it"))                              # 0.8, compare slider
+    press(page, tr("try_it"))                              # 0.8, compare slider
     weight = page.locator("#loras input[type=number]")
     weight.wait_for(state="visible")
     assert weight.input_value() == "0.8"
@@ -144,7 +144,7 @@ def test_two_pages_show_the_same(page: Any, served: Any) -> None:
 @LANGUAGES
 def test_a_torn_picture_and_a_bad_yaml(page: Any, served: Any, language: str,
                                        tmp_path: Path) -> None:
-    say = speak(page, served, language)
+    tr = speak(page, served, language)
     for path in PICTURES[:3]:
         shutil.copy(path, tmp_path)
     (tmp_path / "torn.png").write_bytes(PICTURES[0].read_bytes()[:200])
@@ -161,7 +161,7 @@ def test_a_torn_picture_and_a_bad_yaml(page: Any, served: Any, language: str,
     page.locator("#yaml-take").click()
     message = page.locator("#messages .message.warning")
     message.wait_for()
-    assert say("not_done") in message.inner_text()
+    assert tr("not_done") in message.inner_text()
     assert "lora_rank" in message.inner_text()              # the nearest key is named
     message.get_by_role("button").click()
     until(lambda: message.count() == 0)

@@ -283,7 +283,7 @@ def test_newest_is_taken_on_ones_word_and_left_again(tmp_path: Path, wheels: Pat
     assert version_of(root, "darkroom_dep") == "1.5"            # though 1.9 is there
     newest = start(root, env, "setup", "--newest", "--test")
     assert newest.returncode == 0, newest.stderr
-    assert messages.say("installing_newest", tool="pip") in newest.stderr
+    assert messages.tr("installing_newest", tool="pip") in newest.stderr
     assert version_of(root, "darkroom_dep") == "1.9"
     assert (stamp(root)["versions"], stamp(root)["extras"]) == ("newest", ["test"])
     assert start(root, away, "0").stderr == ""                  # and stays, without asking again
@@ -310,8 +310,8 @@ def test_an_environment_of_before_the_lock_moves_over_with_one_sentence(
     done = start(checkout, surroundings(wheels), "0")
     assert done.returncode == 0, done.stderr
     assert answer(done)["dep"] == "1.5"
-    assert done.stderr.startswith(messages.say("updating", tool="pip"))
-    assert messages.say("installing", tool="pip") not in done.stderr
+    assert done.stderr.startswith(messages.tr("updating", tool="pip"))
+    assert messages.tr("installing", tool="pip") not in done.stderr
     assert start(checkout, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "0").stderr == ""
 
 
@@ -320,7 +320,7 @@ def test_a_changed_package_is_refused(tmp_path: Path, wheels: Path) -> None:
     wheel = make_wheel(tmp_path / "more", *DEP, {"more.py": "evil = True\n"})
     done = start(root, surroundings(wheels, PIP_FIND_LINKS=str(wheel.parent)), "0")
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == messages.say(
+    assert done.stderr.strip().splitlines()[-1] == messages.tr(
         "failed_hash", package="darkroom-dep==1.5", file=wheel.as_uri())
     assert not (site(root) / "more.py").exists()
     assert start(root, surroundings(wheels), "0").returncode == 0
@@ -338,7 +338,7 @@ def test_where_the_lock_cannot_be_had_the_ranges_are_taken(tmp_path: Path, wheel
                            PIP_CONSTRAINT=str(tmp_path / "constraints.txt"))
     done = start(root, env, "0")
     assert done.returncode == 0, done.stderr
-    assert messages.say("lock_lacking", package="darkroom-dep==1.5") in done.stderr
+    assert messages.tr("lock_lacking", package="darkroom-dep==1.5") in done.stderr
     assert version_of(root, "darkroom_dep") == "1.4"
     assert stamp(root)["versions"] == "ranges"
     assert start(root, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "0").stderr == ""
@@ -351,7 +351,7 @@ def test_a_lock_that_lacks_what_pyproject_asks_for_is_told(tmp_path: Path, wheel
     lock(root, base=[], test=[])
     done = start(root, surroundings(wheels), "0")
     assert done.returncode == 0, done.stderr
-    assert messages.say("lock_behind") in done.stderr
+    assert messages.tr("lock_behind") in done.stderr
     assert (version_of(root, "darkroom_dep"), stamp(root)["versions"]) == ("1.5", "ranges")
 
 
@@ -364,7 +364,7 @@ def test_the_lock_of_other_requirements_is_not_installed(tmp_path: Path, wheels:
     env = surroundings(wheels, PIP_FIND_LINKS=f"{wheels} {tmp_path / 'more'}")
     done = start(root, env, "0")
     assert done.returncode == 0, done.stderr
-    assert messages.say("lock_behind") in done.stderr
+    assert messages.tr("lock_behind") in done.stderr
     assert (version_of(root, "darkroom_dep"), stamp(root)["versions"]) == ("1.9", "ranges")
 
 
@@ -418,7 +418,7 @@ def test_an_index_without_the_locked_torch_gives_its_newest(tmp_path: Path, whee
     env["PIP_INDEX_URL"] = own_index(tmp_path / "empty")
     done = start(root, env, "0")
     assert done.returncode == 0, done.stderr
-    assert messages.say("torch_lacking", index=index,
+    assert messages.tr("torch_lacking", index=index,
                          versions="torch==2.14.1 torchvision==0.29.1") in done.stderr
     assert torch_of(root) == ["torch==2.9.0+cu126"]
     assert stamp(root)["versions"] == "locked"                  # all else is
@@ -441,7 +441,7 @@ def test_a_build_of_torch_of_ones_own_is_taken_and_told(tmp_path: Path, wheels: 
         del env["PIP_NO_INDEX"]
     done = start(root, env, "0")
     assert done.returncode == 0, done.stderr
-    assert messages.say("torch_build", build="2.14.1+cpu") in done.stderr
+    assert messages.tr("torch_build", build="2.14.1+cpu") in done.stderr
     assert torch_of(root) == ["torch==2.14.1+cpu", "torchvision==0.29.1+cpu"]
     assert stamp(root)["versions"] == "locked"
 
@@ -473,13 +473,13 @@ def test_an_update_keeps_the_kind_of_torch(tmp_path: Path, wheels: Path) -> None
     env["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{env['PATH']}"
     done = start(root, env | {"PIP_FIND_LINKS": f"{wheels} {tmp_path / 'pypi'}"}, "0")
     assert done.returncode == 0, done.stderr
-    assert messages.say("torch_from", index=index) in done.stderr
+    assert messages.tr("torch_from", index=index) in done.stderr
     assert torch_of(root) == ["torch==2.15.0+rocm7.1", "torchvision==0.30.0+rocm7.1"]
     site_ = site(root)
     (site_ / "torch").mkdir()
     (site_ / "torch" / "version.py").write_text(CUDA.format(None, None))
     repaired = start(root, env, "repair")
-    assert (repaired.returncode, repaired.stderr.splitlines()[-1]) == (0, messages.say("sound"))
+    assert (repaired.returncode, repaired.stderr.splitlines()[-1]) == (0, messages.tr("sound"))
 
 
 def test_a_torch_of_unknown_source_is_kept_and_told(tmp_path: Path, wheels: Path) -> None:
@@ -494,7 +494,7 @@ def test_a_torch_of_unknown_source_is_kept_and_told(tmp_path: Path, wheels: Path
     done = start(root, env | {"DARKROOM_TORCH_INDEX": "",
                               "PIP_FIND_LINKS": f"{wheels} {tmp_path / 'pypi'}"}, "0")
     assert done.returncode == 0, done.stderr
-    assert messages.say("torch_kept", version="2.13.0+git12") in done.stderr
+    assert messages.tr("torch_kept", version="2.13.0+git12") in done.stderr
     assert torch_of(root) == ["torch==2.13.0+git12"]
 
 
@@ -505,7 +505,7 @@ def test_an_index_without_any_torch_is_named(tmp_path: Path, wheels: Path) -> No
     del env["PIP_NO_INDEX"]
     done = start(root, env, "0")
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == messages.say("torch_nowhere", index=index)
+    assert done.stderr.strip().splitlines()[-1] == messages.tr("torch_nowhere", index=index)
 
 
 def test_newest_keeps_the_cards_own_torch(tmp_path: Path, wheels: Path) -> None:
@@ -528,7 +528,7 @@ def test_repair_compares_with_the_lock(checkout: Path, tmp_path: Path, wheels: P
     (site(checkout) / "darkroom_dep.py").write_text('VERSION = "edited"\n')
     done = start(checkout, surroundings(wheels, PIP_FIND_LINKS=str(wheel.parent)), "repair")
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == messages.say(
+    assert done.stderr.strip().splitlines()[-1] == messages.tr(
         "failed_hash", package="darkroom-dep==1.5", file=wheel.as_uri())
     (site(checkout) / "darkroom_dep.py").write_text('VERSION = "1.5"\n')
 
@@ -549,7 +549,7 @@ def test_repair_keeps_the_versions_that_are_there(tmp_path: Path, wheels: Path, 
     (site(root) / "darkroom_dep.py").write_text("broken")
     done = start(root, env, "repair")
     assert done.returncode == 0, done.stderr
-    assert messages.say("continuing") not in done.stderr
+    assert messages.tr("continuing") not in done.stderr
     assert (version_of(root, "darkroom_dep"), version_of(root, "darkroom_extra")) == ("1.4", "2.0")
     assert stamp(root) == before
 
@@ -573,16 +573,16 @@ def test_repair_finds_a_torch_for_the_card_where_the_locked_is_not(tmp_path: Pat
     old = {"PATH": f"{smi.parent}{os.pathsep}{env['PATH']}", "PIP_FIND_LINKS": str(wheels)}
     failed = start(root, env | old, "repair")           # no other torch is to be had
     assert failed.returncode == 1
-    assert messages.say("found_torch") in failed.stderr
-    assert messages.say("mended") not in failed.stderr
+    assert messages.tr("found_torch") in failed.stderr
+    assert messages.tr("mended") not in failed.stderr
     online = {k: v for k, v in env.items() if k != "PIP_NO_INDEX"} | old
     before = f"import environment; environment.TORCH_CUDA_OLD = {index!r}"
     done = start(root, online, "repair", before=f"sys.path.insert(0, {str(root / 'build')!r}); "
                                                 + before)
     assert done.returncode == 0, done.stderr
     assert torch_of(root)[0] == "torch==2.9.0+cu126"
-    assert messages.say("torch_lacking", index=index,
-                        versions="torch==2.14.1 torchvision==0.29.1") in done.stderr
+    assert messages.tr("torch_lacking", index=index,
+                       versions="torch==2.14.1 torchvision==0.29.1") in done.stderr
 
 
 def test_an_update_that_cannot_be_fetched_does_not_stop_what_ran(tmp_path: Path, wheels: Path
@@ -598,7 +598,7 @@ def test_an_update_that_cannot_be_fetched_does_not_stop_what_ran(tmp_path: Path,
     (root / "pyproject.toml").write_text(PYPROJECT + "\n# changed\n", "utf-8")
     done = start(root, away, "4")
     assert done.returncode == 4
-    assert done.stderr.strip().splitlines()[-1] == messages.say("update_later")
+    assert done.stderr.strip().splitlines()[-1] == messages.tr("update_later")
     assert answer(done)["dep"] == "1.5"
     assert start(root, away, "5").stderr == ""          # told once
     assert start(root, away, "setup").returncode == 1   # and tried again on one's word
@@ -644,8 +644,8 @@ def test_a_stamp_that_cannot_be_written_is_a_sentence(checkout: Path, wheels: Pa
     (checkout / ".venv" / "darkroom.tmp").mkdir()
     done = start(checkout, surroundings(wheels), "setup", "--newest")
     (checkout / ".venv" / "darkroom.tmp").rmdir()
-    assert (done.returncode, one_sentence(done)) == (1, messages.say("failed_rights",
-                                                                     path=checkout))
+    assert (done.returncode, one_sentence(done)) == (1, messages.tr("failed_rights",
+                                                                    path=checkout))
 
 
 def test_newest_in_an_environment_of_ones_own_is_told(tmp_path: Path, wheels: Path) -> None:
@@ -653,7 +653,7 @@ def test_newest_in_an_environment_of_ones_own_is_told(tmp_path: Path, wheels: Pa
     own_dependencies(root, "pytest>=8", "x")
     done = start(root, surroundings(wheels), "setup", "--newest")
     assert done.returncode == 2
-    assert one_sentence(done) == messages.say("newest_own", python=sys.executable)
+    assert one_sentence(done) == messages.tr("newest_own", python=sys.executable)
     venv(root)                                          # also where there is one that isn't used
     assert start(root, surroundings(wheels), "setup", "--newest").returncode == 2
 
@@ -740,7 +740,7 @@ def test_repair_that_gets_no_packages_leaves_what_works(checkout: Path, wheels: 
     (site(checkout) / "darkroom_dep.py").write_text('VERSION = "edited"\n')
     done = start(checkout, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "repair")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == messages.say(
+    assert done.stderr.splitlines()[-1] == messages.tr(
         "failed_lacking", package="darkroom-dep==1.5")
     assert start(checkout, surroundings(wheels, PIP_FIND_LINKS="/nowhere"), "3").returncode == 3
     (site(checkout) / "darkroom_dep.py").write_text('VERSION = "1.5"\n')
@@ -1019,9 +1019,9 @@ def test_failed_install_says_why_and_goes_on_later(checkout: Path, tmp_path: Pat
         done = start(checkout, surroundings(wheels), "0")
         assert done.returncode == 1
         assert "What pip said last:" in done.stderr
-        assert messages.say("lock_lacking", package="darkroom-later==1.0") in done.stderr
+        assert messages.tr("lock_lacking", package="darkroom-later==1.0") in done.stderr
         assert "  ERROR: No matching distribution found for darkroom-later" in done.stderr
-        assert done.stderr.strip().splitlines()[-1] == messages.say(
+        assert done.stderr.strip().splitlines()[-1] == messages.tr(
             "failed_lacking", package="darkroom-later")
         assert stamp(checkout)["state"] == "installing"
         make_wheel(tmp_path / "more", *LATER)
@@ -1073,7 +1073,7 @@ ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE. If you
 def test_reasons_are_recognised(said: str, key: str, words: dict[str, str], tmp_path: Path,
                                 capsys: pytest.CaptureFixture[str]) -> None:
     stop = install.failure(tmp_path, "pip", 1, ["line before", *said.splitlines()])
-    assert str(stop) == messages.say(key, **{"tool": "pip", "code": 1, "path": tmp_path} | words)
+    assert str(stop) == messages.tr(key, **{"tool": "pip", "code": 1, "path": tmp_path} | words)
     assert stop.exit_code == 1
     assert f"  {said.splitlines()[-1]}" in capsys.readouterr().err
 
@@ -1141,7 +1141,7 @@ def test_old_card_gets_its_torch_from_its_index_by_uv(tmp_path: Path, wheels: Pa
     env["PATH"] = f"{tools}{os.pathsep}{env['PATH']}"
     done = start(root, env, "0", before="sys.modules['ensurepip'] = None")  # uv needs no pip
     assert done.returncode == 0, done.stderr
-    assert messages.say("torch_from", index=environment.TORCH_CUDA_OLD) in done.stderr
+    assert messages.tr("torch_from", index=environment.TORCH_CUDA_OLD) in done.stderr
     command = f"pip install --python {environment.python_of(root / '.venv')}"
     hashed = f"{command} --require-hashes --no-deps --requirement build/lock"
     assert log.read_text().splitlines() == [

@@ -21,7 +21,7 @@ from captioner.config import CaptionConfig
 from captioner.models.blip import Blip, GumbelNoise, seed_of, with_prompt
 from captioner.pipeline import describe_all
 from core.dataset.images import open_picture
-from core.errors import Fault
+from core.errors import UserError
 from core.failures import ran_out
 from core.jobs.control import Control
 from tests import tiny_captioners as tiny
@@ -142,7 +142,7 @@ def test_identity_tells_weights_and_options(folder: Path) -> None:
 # --- faults ---
 
 def fault(folder: Path | str, **more: Any) -> str:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         opened(folder, **more)
     assert "{" not in str(caught.value)
     return caught.value.code
@@ -220,7 +220,7 @@ def test_unreadable_pictures_are_reported_and_the_others_go_on(files: list[Path]
     found = told(Counting(), mixed, 2, on_fault=lambda p, f: faults.setdefault(p.name, f.code))
     assert list(found) == [path.name for path in files[:3]]
     assert set(faults) == {"torn.png", "gone.png"}
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         told(Counting(), mixed, 2)
     assert told(Counting(), bad, 2, on_fault=lambda p, f: None) == {}
 
@@ -233,7 +233,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(files: list[Path],
     assert list(found) == [path.name for path in files]
     assert halved == [4, 2]
     assert captioner.batches == [2, 2, 2, 2]
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         told(Counting(fits=0, error=error), files, 4)
     assert caught.value.code == "captioner.out_of_memory"
 

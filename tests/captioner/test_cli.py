@@ -260,7 +260,7 @@ def test_every_sentence_of_the_commands_exists() -> None:
     known, found = i18n.catalogue("en"), set()
     for name in ("commands", "edit_commands"):
         for node in ast.walk(ast.parse((ROOT / f"captioner/{name}.py").read_text("utf-8"))):
-            if (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "say"
+            if (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "tr"
                     and isinstance(node.args[0], ast.Constant)):
                 found.add(f"captions.{node.args[0].value}")
     assert len(found) > 25

@@ -23,7 +23,7 @@ from captioner.models.clip import ClipTagger
 from captioner.models.interrogate import combine
 from core import paths
 from core.dataset.images import open_picture
-from core.errors import Fault
+from core.errors import UserError
 from core.safetensors_header import read_header
 from tests import tiny_captioners as tiny
 
@@ -179,8 +179,8 @@ def test_built_in_words_are_many_and_clean() -> None:
 
 # --- faults ---
 
-def fault(folder: Path | str, **more: Any) -> Fault:
-    with pytest.raises(Fault) as caught:
+def fault(folder: Path | str, **more: Any) -> UserError:
+    with pytest.raises(UserError) as caught:
         opened(folder, **more)
     assert "{" not in str(caught.value)
     return caught.value
@@ -232,10 +232,10 @@ def test_another_models_weights_are_refused(folder: Path, tmp_path: Path) -> Non
     ("x: {entries: [a], most: true}", "most"), ("x: 3", "no entr")])
 def test_bad_vocabularies_say_what_is_wrong(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "v.yaml").write_text(text, "utf-8")
-    with pytest.raises(Fault, match=problem) as caught:
+    with pytest.raises(UserError, match=problem) as caught:
         ClipTagger(CaptionConfig(folder="x", vocabulary=str(tmp_path / "v.yaml")))
     assert caught.value.code == "clip.bad_vocabulary"
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         tagging.load_vocabulary(tmp_path / "missing.yaml")
 
 
@@ -245,7 +245,7 @@ def test_a_plain_list_is_a_vocabulary(tmp_path: Path) -> None:
     (only,) = tagging.load_vocabulary(tmp_path / "v.txt")
     assert only.entries == ("red fox", "35 mm")
     (tmp_path / "e.txt").write_text("# nothing\n")
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         tagging.load_vocabulary(tmp_path / "e.txt")
 
 
@@ -254,7 +254,7 @@ def test_any_text_is_a_vocabulary_or_a_fault(text: str) -> None:
     for parse in (tagging.parse_yaml, tagging.parse_lines):
         try:
             found = parse(text, Path("v"))
-        except Fault:
+        except UserError:
             continue
         for category in found:
             assert category.entries

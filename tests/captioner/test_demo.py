@@ -14,7 +14,7 @@ from captioner import job, pipeline
 from captioner.base import CaptionerSpec, Description
 from captioner.config import CaptionConfig
 from core import paths
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.control import Control
 from core.jobs.events import Event, Note
 
@@ -55,7 +55,7 @@ class Choosy:
     def describe(self, batch: Sequence[Any]) -> list[Description]:
         self.calls.append(len(batch))
         if any(light < 100 for light, _ in batch):
-            raise Fault("endpoint.refused", answer="too dark")
+            raise UserError("endpoint.refused", answer="too dark")
         return [Description(sentence=f"was {known}") for _, known in batch]
 
     def identity(self) -> str:
@@ -87,7 +87,7 @@ def test_a_refused_picture_does_not_end_the_job(tmp_path: Path) -> None:
 def test_other_faults_do(tmp_path: Path) -> None:
     captioner = Choosy(CaptionConfig(folder=str(tmp_path)))
     captioner.of_one_picture = frozenset()              # type: ignore[misc]
-    with pytest.raises(Fault, match="too dark"):
+    with pytest.raises(UserError, match="too dark"):
         pipeline.describe_all(captioner, pictures(tmp_path, [0, 200]), 2, lambda p, d: None,
                               Control(), on_fault=lambda p, f: None,
                               about=lambda path: {"caption": ""})

@@ -18,7 +18,7 @@ from PIL import Image
 
 from captioner.config import CaptionConfig
 from captioner.models import endpoint
-from core.errors import Fault
+from core.errors import UserError
 from tests.calls import ROOT, serving
 
 
@@ -59,7 +59,7 @@ def posts(server: str, mode: str) -> list[dict[str, Any]]:
 
 
 def code(call: object) -> str:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         call()  # type: ignore[operator]
     assert "{" not in str(caught.value).replace('{"', "")
     return caught.value.code
@@ -172,10 +172,10 @@ def test_one_clear_fault_each(server: str, mode: str, fault: str) -> None:
 
 
 def test_the_servers_own_reason_is_told(server: str) -> None:
-    with pytest.raises(Fault, match="CUDA out of memory"):
+    with pytest.raises(UserError, match="CUDA out of memory"):
         described(opened(server, "broken"), "red")
     assert len(posts(server, "broken")) % endpoint.TRIES == 0
-    with pytest.raises(Fault, match="does not support images"):
+    with pytest.raises(UserError, match="does not support images"):
         described(opened(server, "blind"), "red")
 
 
@@ -229,7 +229,7 @@ def test_bad_addresses(written: str) -> None:
 
 @given(st.text(max_size=30))
 def test_any_text_is_an_address_or_a_fault(text: str) -> None:
-    with contextlib.suppress(Fault):
+    with contextlib.suppress(UserError):
         address = endpoint.address_of(text)
         assert address.startswith(("http://", "https://"))
         assert not any(sign.isspace() for sign in address)
@@ -257,7 +257,7 @@ def test_default_address_is_this_machine() -> None:
 
 
 def test_unknown_placeholder() -> None:
-    with pytest.raises(Fault, match=r"\{trigger\}, \{caption\} and \{tags\}"):
+    with pytest.raises(UserError, match=r"\{trigger\}, \{caption\} and \{tags\}"):
         endpoint.Endpoint(CaptionConfig(folder="", prompt="Say {triger}"))
 
 

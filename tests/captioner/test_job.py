@@ -18,7 +18,7 @@ from captioner import job as runner
 from captioner.captions.undo import History, state_dir
 from captioner.config import CaptionConfig
 from core.config import dump_yaml
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs import runs, worker
 from core.jobs.control import Control
 from core.jobs.events import Captioned, Event, Note, Phase
@@ -138,7 +138,7 @@ def test_rules_trigger_and_tag_options(folder: Path) -> None:
 
 
 def test_sorting_by_frequency_is_refused_before_anything(folder: Path) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         Ran(folder, rules=[{"rule": "dedupe"}, {"rule": "sort", "by": "frequency"}])
     assert (caught.value.code, caught.value.params["number"]) == ("rules.needs_all", 2)
 
@@ -152,7 +152,7 @@ def test_two_captioners_as_one(folder: Path) -> None:
 @pytest.mark.parametrize("keys", [{"captioner": "nobody"}, {"captioner": "os:system"},
                                   {"captioner": "no.such:Thing"}, {"only": ["9.png"]}])
 def test_what_is_not_there(folder: Path, keys: dict[str, Any]) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         Ran(folder, **keys)
     assert caught.value.code in ("captioner.unknown", "runner.no_such_picture")
     assert texts(folder) == {}
@@ -185,7 +185,7 @@ def test_memory_running_out_halves_the_batch(folder: Path, monkeypatch: pytest.M
     assert len(texts(folder)) == 4
     assert described(tmp_path / "log") == 4
     monkeypatch.setenv("COLOURS_MOST_AT_ONCE", "0")
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         Ran(folder, existing="replace")
     assert caught.value.code == "captioner.out_of_memory"
     assert texts(folder)["1"] == SAID["red"]
@@ -338,7 +338,7 @@ def test_a_full_disk_in_mid_run(folder: Path, tmp_path: Path,
             resource.setrlimit(resource.RLIMIT_FSIZE, (700, before[1]))
 
     try:
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(UserError) as caught:
             Ran(folder, None, fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -357,7 +357,7 @@ def test_a_folder_that_can_not_be_written_is_told_before_the_model_loads(
     events: list[Event] = []
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
     try:
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(UserError) as caught:
             Ran(folder, None, events.append)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -391,7 +391,7 @@ def test_run_job_reads_its_config_yaml(folder: Path, job: None) -> None:
     ("folder: x\nbeams: many\n", "config.bad_value")])
 def test_a_wrong_config(tmp_path: Path, text: str, code: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         runner.load(tmp_path / "config.yaml")
     assert caught.value.code == code
     assert "{" not in str(caught.value)

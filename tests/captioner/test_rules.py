@@ -31,8 +31,8 @@ from captioner.captions.rules import (
 from captioner.captions.text import merge, phrase, tag_key, tidy
 from captioner.captions.tokens import counter
 from core.dataset.captions import split_tags
-from core.errors import Fault
-from core.i18n import say
+from core.errors import UserError
+from core.i18n import tr
 
 TAGS = st.sampled_from(["cat", "Cat", "red hair", "red_hair", "sks", "sks style", "a cat on a mat",
                         "^_^", "hat (red)", r"hat \(red\)", "猫", "红猫", "1girl", "cat."])
@@ -129,7 +129,7 @@ def test_max_tokens_by_clips_tokenizer() -> None:
 
 
 def test_a_token_limit_without_tokenizer() -> None:
-    with pytest.raises(Fault, match="Rule 2 \\(max_tokens\\)"):
+    with pytest.raises(UserError, match="Rule 2 \\(max_tokens\\)"):
         apply("cat", [Dedupe(), MaxTokens(3)])
 
 
@@ -160,7 +160,7 @@ def test_a_catastrophic_pattern_ends(pattern: str) -> None:
     began = time.monotonic()
     try:
         apply("a" * 5000 + "!", parse([{"rule": "replace", "find": pattern, "regex": True}]))
-    except Fault as fault:
+    except UserError as fault:
         assert fault.code == "rules.regex_slow"  # noqa: PT017 - some patterns are quick
     assert time.monotonic() - began < 5
 
@@ -169,7 +169,7 @@ def test_a_pattern_that_never_ends_is_a_fault() -> None:
     rules = parse([{"rule": "suffix", "text": "z"},
                    {"rule": "replace", "regex": True, "find": r"(.*),(.*),(.*),(.*)x\1\2"}])
     began = time.monotonic()
-    with pytest.raises(Fault, match=r"Rule 2 \(replace\): the regular expression") as caught:
+    with pytest.raises(UserError, match=r"Rule 2 \(replace\): the regular expression") as caught:
         apply("a, b " * 300, rules)
     assert caught.value.code == "rules.regex_slow"
     assert time.monotonic() - began < 5
@@ -192,11 +192,11 @@ def test_a_pattern_that_never_ends_is_a_fault() -> None:
     ({"rule": "remove", "tags": 5}, "rules.bad_value", "tags"),
 ])
 def test_mistakes_name_number_and_key(rule: dict[str, Any], code: str, key: str | None) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         parse([{"rule": "dedupe"}, rule])
     assert (caught.value.code, caught.value.params.get("key")) == (code, key)
     for lang in ("en", "zh-CN"):
-        sentence = say(code, caught.value.params, lang)
+        sentence = tr(code, caught.value.params, lang)
         assert "2" in sentence
         assert "{" not in sentence.replace(str(rule), "")
 
@@ -223,7 +223,7 @@ def test_lines(line: str, rule: Any) -> None:
 @pytest.mark.parametrize("line", [
     "replace:a", "rename", "dedupe:x", "nonsense:a", "", "override:a"])
 def test_bad_lines(line: str) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         parse_line(line, 3)
     assert caught.value.params["number"] == 3
 
@@ -321,5 +321,5 @@ def test_a_limit_cuts_from_the_end(caption: str, limit: int) -> None:
 def test_any_dict_gives_a_rule_or_a_fault(name: str, keys_: dict[str, Any]) -> None:
     try:
         assert parse([keys_ | {"rule": name}])
-    except Fault as fault:                                  # and no other exception
+    except UserError as fault:                                  # and no other exception
         assert fault.code.startswith("rules.")  # noqa: PT017

@@ -14,8 +14,8 @@ from captioner.captions.rules import preview
 from captioner.captions.search import Subject, parse
 from captioner.captions.text import tag_key
 from core.dataset.captions import split_tags
-from core.errors import Fault
-from core.i18n import say
+from core.errors import UserError
+from core.i18n import tr
 
 CAPTIONS = {
     "1.png": "sks, cat, red hair, hat", "2.png": "dog, Red_Hair", "3.png": "",
@@ -82,7 +82,7 @@ def test_rename_and_remove_everywhere_are_rules() -> None:
 ])
 def test_filters(expression: str, found: str | None) -> None:
     if found is None:
-        with pytest.raises(Fault):
+        with pytest.raises(UserError):
             names(expression)
     else:
         assert [name.split("/")[-1].split(".")[0] for name in names(expression)] == found.split()
@@ -93,7 +93,7 @@ def test_tokens_are_counted_by_the_given_tokenizer() -> None:
         "1.png", "sub/5.jpg"]
     assert search.needs_tokens("cat and (tokens > 3)")
     assert not search.needs_tokens('cat and "tokens"')
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         names("tokens > 4")
     assert caught.value.code == "captions.no_tokenizer"
 
@@ -108,11 +108,11 @@ def test_tokens_are_counted_by_the_given_tokenizer() -> None:
     ("(" * 200 + "cat" + ")" * 200, "filter_wrong", 101),
 ])
 def test_mistakes_are_found_at_their_place(expression: str, code: str, column: int) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         parse(expression)
     assert (caught.value.code, caught.value.params["column"]) == (f"captions.{code}", column)
     for lang in ("en", "zh-CN"):
-        assert str(column) in say(caught.value.code, caught.value.params, lang)
+        assert str(column) in tr(caught.value.code, caught.value.params, lang)
 
 
 # --- properties -------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_precedence_is_pythons(words: list[str], caption: str) -> None:
         expected = None                     # type: ignore[assignment]
     try:
         found: bool | None = parse(" ".join(words))(Subject(caption))
-    except Fault:
+    except UserError:
         found = None
     assert found == expected
 
@@ -172,7 +172,7 @@ def test_precedence_is_pythons(words: list[str], caption: str) -> None:
 def test_any_text_is_a_filter_or_a_mistake_with_a_column(expression: str, caption: str) -> None:
     try:
         result = parse(expression)(Subject(caption, "a.png", "sks", len))
-    except Fault as fault:
+    except UserError as fault:
         assert 1 <= fault.params["column"] <= len(expression) + 1  # noqa: PT017
     else:
         assert isinstance(result, bool)

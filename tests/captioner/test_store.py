@@ -21,7 +21,7 @@ from captioner.captions.table import Table, encoded
 from captioner.captions.undo import History
 from core.dataset.captions import one_line, read_metadata
 from core.dataset.image_folder import scan
-from core.errors import Fault
+from core.errors import UserError
 from core.serialization import decode_text
 
 resource = pytest.importorskip("resource")                  # limits of a process: POSIX only
@@ -112,18 +112,18 @@ def test_a_given_table_outside_the_folder(make: Make, tmp_path: Path) -> None:
     assert perform(store.swaps({"sub/c.png": "cat"})) == []
     assert table.read_text() == "filename,prompt\nsub/c.png,cat\n"
     assert trained(folder, table)["sub/c.png"] == "cat"
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         Store(folder, tmp_path / "labels.xlsx")
     assert caught.value.code == "captions.table_suffix"
 
 
 def test_what_training_would_never_read_is_refused(make: Make) -> None:
     folder = make(**{"metadata.csv": "a.png,cat\nb.png,dog\n"})
-    with pytest.raises(Fault, match="2 pictures have a caption in") as caught:
+    with pytest.raises(UserError, match="2 pictures have a caption in") as caught:
         Store(folder, write_to="txt")
     assert caught.value.code == "captions.shadowed"
     other = make(**{"a.txt": "cat", "metadata.csv": ""})
-    with pytest.raises(Fault, match=r"a\.txt"):
+    with pytest.raises(UserError, match=r"a\.txt"):
         Store(other, write_to="caption")
 
 
@@ -286,7 +286,7 @@ def test_a_full_disk_leaves_nothing_half_written(
     before = (folder / "metadata.csv").read_bytes()
     swaps = Store(folder).swaps({"a.png": "x" * 5000, "b.png": "y" * 5000})
     small_files(2000)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         perform(swaps)
     small_files(resource.RLIM_INFINITY)
     assert caught.value.code == "captions.disk_full"
@@ -307,7 +307,7 @@ if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk]).ret
 from PIL import Image
 from captioner.captions.store import Store
 from captioner.captions.edits import perform
-from core.errors import Fault
+from core.errors import UserError
 Image.new("RGB", (8, 8)).save(disk / "a.png")
 (disk / "a.txt").write_text("old")
 swaps = Store(disk).swaps({"a.png": "new " * 5000})
@@ -317,7 +317,7 @@ except OSError:
     pass
 try:
     perform(swaps)
-except Fault as fault:
+except UserError as fault:
     print(fault.code, (disk / "a.txt").read_text(), sorted(os.listdir(disk)))
 """
     done = subprocess.run(["unshare", "--mount", sys.executable, "-c", code, str(tmp_path)],
@@ -331,7 +331,7 @@ except Fault as fault:
 def test_a_read_only_file_stays(make: Make) -> None:
     folder = make(**{"a.txt": "old"})
     (folder / "a.txt").chmod(0o444)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         perform(Store(folder).swaps({"a.png": "new"}))
     assert caught.value.code == "captions.read_only"
     assert (folder / "a.txt").read_text() == "old"
@@ -341,7 +341,7 @@ def test_a_read_only_file_stays(make: Make) -> None:
 def test_a_read_only_folder(make: Make) -> None:
     folder = make()
     folder.chmod(0o555)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         check_writable([folder])
     folder.chmod(0o755)
     assert caught.value.code == "captions.read_only"
@@ -355,10 +355,10 @@ disk = Path(sys.argv[1])
 if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk]).returncode:
     sys.exit(77)
 from captioner.captions.edits import check_writable
-from core.errors import Fault
+from core.errors import UserError
 try:
     check_writable([disk])
-except Fault as fault:
+except UserError as fault:
     print(fault.code)
 """
     done = subprocess.run(["unshare", "--mount", sys.executable, "-c", code, str(tmp_path)],
@@ -429,7 +429,7 @@ def test_any_json_line_keeps_its_other_values(
 def test_any_bytes_come_back_or_are_refused(data: bytes, name: str) -> None:
     try:
         table = Table(Path(name), data)
-    except (ValueError, Fault):
+    except (ValueError, UserError):
         return
     told = table.to_bytes()
     assert Table(Path(name), told).to_bytes() == told
@@ -454,7 +454,7 @@ def test_odd_quotes_cost_no_neighbour(make: Make, row: str) -> None:
 
 def test_a_table_that_nobody_can_read_to_its_end_is_refused(make: Make) -> None:
     folder = make(**{"metadata.csv": 'b.png,first\na.png,"' + "x\n" * 70_000})
-    with pytest.raises(Fault, match="line 2") as caught:
+    with pytest.raises(UserError, match="line 2") as caught:
         Store(folder)
     assert caught.value.code == "dataset.metadata_unreadable"
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from captioner.captions.store import Store
 from captioner.captions.undo import Action, History, Outcome, state_dir
-from core.errors import Fault
+from core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,7 +168,7 @@ def test_a_journal_that_can_not_grow_changes_nothing(folder: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (History(folder).file.stat().st_size + 90, before[1]))
     try:
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(UserError) as caught:
             edit(folder, a="x" * 1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

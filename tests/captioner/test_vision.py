@@ -15,7 +15,7 @@ from PIL import Image
 
 from captioner.config import CaptionConfig
 from captioner.models import florence, sentences
-from core.errors import Fault
+from core.errors import UserError
 
 WORDS = ("what does the image describe? a red disc on white paper, with a blue bar beside it. "
          "describe in detail what is shown in the image with a paragraph. green, flat, drawn. ")
@@ -164,7 +164,7 @@ def test_half_precision(folder: Path) -> None:
 # --- what can be wrong ---
 
 def code(call: object) -> str:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         call()  # type: ignore[operator]
     assert "{" not in str(caught.value)
     return caught.value.code
@@ -175,7 +175,7 @@ def copied(folder: Path, to: Path) -> Path:
 
 
 def test_missing_model_names_the_command() -> None:
-    with pytest.raises(Fault, match="darkroom models get florence-community/Florence-2-base"):
+    with pytest.raises(UserError, match="darkroom models get florence-community/Florence-2-base"):
         opened("")
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from captioner.config import CaptionConfig
 from captioner.models import wd
-from core.errors import Fault
+from core.errors import UserError
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
@@ -154,14 +154,14 @@ def test_square_keeps_the_whole_picture_on_white() -> None:
 # --- what can be wrong ---
 
 def code(call: object) -> str:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         call()  # type: ignore[operator]
     assert "{" not in str(caught.value)
     return caught.value.code
 
 
 def test_missing_files_name_the_command_or_the_file(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(Fault, match="darkroom models get SmilingWolf/wd-vit-tagger-v3"):
+    with pytest.raises(UserError, match="darkroom models get SmilingWolf/wd-vit-tagger-v3"):
         opened("")
     (tmp_path / "model.onnx").write_bytes((folder / "model.onnx").read_bytes())
     assert code(lambda: opened(tmp_path)) == "wd.incomplete"
@@ -192,7 +192,7 @@ def test_bad_tag_lists(tmp_path: Path, text: str) -> None:
 
 def test_without_the_runtime(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wd, "PACKAGE", "onnxruntime_that_is_not_here")
-    with pytest.raises(Fault, match="pip install onnxruntime"):
+    with pytest.raises(UserError, match="pip install onnxruntime"):
         opened(folder)
 
 

@@ -17,7 +17,7 @@ import pytest
 from core import i18n
 from core.cli import commands, console
 from core.config import TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs import runs, worker
 from core.jobs.control import Control
 from core.jobs.events import Step
@@ -119,7 +119,7 @@ def test_ctrl_c_outside_a_job(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_overrides() -> None:
     assert commands.overrides(["a=1", " b = x=y", "c="]) == {"a": "1", "b": " x=y", "c": ""}
-    with pytest.raises(Fault, match=r"needs the form key=value"):
+    with pytest.raises(UserError, match=r"needs the form key=value"):
         commands.overrides(["a"])
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from core.errors import Fault
+from core.errors import UserError
 from core.families.sd15.spec import NAMING as SD1
 from core.hashes import data_hash
 from core.importers import load_train_config
@@ -188,7 +188,7 @@ def test_a_pickle_that_wants_to_run_something_does_not(run: Run, tmp_path: Path,
     pickle.dumps(Evil())])
 def test_broken_pickles_are_one_sentence(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.pt").write_bytes(content)
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         convert(tmp_path / "a.pt", tmp_path / "b.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
@@ -199,5 +199,5 @@ def test_truncated_pickles_are_one_sentence(tmp_path: Path) -> None:
     whole = buffer.getvalue()
     for share in (0.2, 0.6, 0.95):
         (tmp_path / "a.pt").write_bytes(whole[:int(len(whole) * share)])
-        with pytest.raises(Fault):
+        with pytest.raises(UserError):
             convert(tmp_path / "a.pt", tmp_path / "b.safetensors")

@@ -19,7 +19,7 @@ from core.cli import plan as plan_commands
 from core.config import TrainConfig, parse_train_config
 from core.dataset import buckets
 from core.dataset.images import decode
-from core.errors import Fault
+from core.errors import UserError
 from core.importers import load_train_config
 from core.memory import advisor, plan, plan_inputs
 from core.memory.plan import Data
@@ -224,9 +224,9 @@ def test_torn_files_and_strangers_are_faults(tmp_path: Path) -> None:
     (tmp_path / "b.jpg").write_bytes(b"")
     for name in ("a.png", "b.jpg", "gone.png"):
         found = plan_inputs.header(tmp_path / name)
-        assert isinstance(found, Fault)
+        assert isinstance(found, UserError)
         assert found.code == "dataset.corrupt"
-    with pytest.raises(Fault, match="2 pictures"):
+    with pytest.raises(UserError, match="2 pictures"):
         plan_inputs.pictures_in(tmp_path)
 
 

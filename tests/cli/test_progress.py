@@ -79,7 +79,7 @@ def test_bars_on_a_terminal() -> None:
         shown(Phase(name="scan"))
         shown(Phase(name="cache", done=2, total=2))
         shown(step(number=40))
-        shown.say("[not markup] 图")
+        shown.tr("[not markup] 图")
         shown(JobEnded(state="done"))
         shown(JobEnded(state="done"))
     text = console.file.getvalue()  # type: ignore[attr-defined]
@@ -146,7 +146,7 @@ def test_the_best_step_without_a_checkpoint_is_told() -> None:
     best = {"step": 4, "validation": 0.81534, "lora": None}
     for key, lora in (("terminal.best_not_saved", None), ("terminal.best", "/x/a.safetensors")):
         [line] = progress.summary({"best": best | {"lora": lora}})
-        assert line.endswith(i18n.say(key, {"step": 4, "loss": "0.8153", "path": lora}))
+        assert line.endswith(i18n.tr(key, {"step": 4, "loss": "0.8153", "path": lora}))
         assert "None" not in line
 
 

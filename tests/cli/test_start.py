@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from core import paths
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs import runs
 from core.system import logs, message_box
 from gui import window
@@ -270,7 +270,7 @@ def test_without_a_message_box_a_page_tells_it(desk: Desk, monkeypatch: pytest.M
 
 
 def test_a_port_that_is_taken_is_named(own_home: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(Fault) as caught:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError) as caught:
         window.open_window(taken.getsockname()[1], show=False)
     assert caught.value.code == "window.port_taken"
     assert not (own_home / "window.json").exists()
@@ -283,7 +283,7 @@ def test_a_first_start_without_an_address(own_home: Path, known: str,
     (own_home / "window.json").write_text(known)
     held = window._lock()
     assert held is not None
-    with held, pytest.raises(Fault) as caught:
+    with held, pytest.raises(UserError) as caught:
         window.open_window()
     assert caught.value.code == "window.starting"
 
@@ -295,7 +295,7 @@ def test_a_first_start_that_hangs_is_named(own_home: Path, monkeypatch: pytest.M
     with held, socket.create_server(("127.0.0.1", 0)) as deaf:
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}/?token=x"
         (own_home / "window.json").write_text(json.dumps({"url": url, "pid": os.getpid()}))
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(UserError) as caught:
             window.open_window()
     assert caught.value.code == "window.hangs"
 

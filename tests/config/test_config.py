@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from core import i18n
 from core.config import TrainConfig, dump_yaml, parse_train_config, resolve, size_of
-from core.errors import Fault
+from core.errors import UserError
 from core.importers import load_train_config
 
 FIRST = '''
@@ -65,11 +65,11 @@ def test_every_spelling_of_a_rate(text: str) -> None:
     ("learning_rate: !!python/object:os.system x", ["line 1"]),
 ])
 def test_faults_say_where(text: str, said: list[str]) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         parse_train_config(text, "x.yaml")
     for part in said:
         assert part in str(caught.value)
-    chinese = i18n.say(caught.value.code, caught.value.params, "zh-CN")
+    chinese = i18n.tr(caught.value.code, caught.value.params, "zh-CN")
     assert chinese != str(caught.value)
     assert "{" not in chinese
 
@@ -78,7 +78,7 @@ def test_a_yaml_bomb_is_refused_at_once() -> None:
     bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n"
         for i in range(12))
-    with pytest.raises(Fault, match="aliases"):
+    with pytest.raises(UserError, match="aliases"):
         parse_train_config(bomb, "bomb.yaml")
 
 
@@ -87,9 +87,9 @@ def test_set_beats_the_file_and_is_checked(tmp_path: Path) -> None:
     path.write_text(FIRST)
     config = load_train_config(path, {"learning_rate": "3e-5", "sample_prompts": "[a, b]"})
     assert (config.learning_rate, config.sample_prompts) == (3e-5, ["a", "b"])
-    with pytest.raises(Fault, match="--set"):
+    with pytest.raises(UserError, match="--set"):
         load_train_config(path, {"epochs": "many"})
-    with pytest.raises(Fault, match="There is no config file"):
+    with pytest.raises(UserError, match="There is no config file"):
         load_train_config(tmp_path / "none.yaml")
 
 
@@ -100,7 +100,7 @@ def test_byte_order_mark_and_chinese(tmp_path: Path) -> None:
         assert load_train_config(path).name == "水墨", encoding
     path.unlink()
     path.mkdir()
-    with pytest.raises(Fault, match="can't be read"):
+    with pytest.raises(UserError, match="can't be read"):
         load_train_config(path)
 
 
@@ -122,7 +122,7 @@ def test_any_text_is_read_or_refused_in_one_sentence(text: str) -> None:
     fault = None
     try:
         parse_train_config(text, "any.yaml")
-    except Fault as error:
+    except UserError as error:
         fault = error
     assert fault is None or str(fault)
 
@@ -150,9 +150,9 @@ def test_paths_are_looked_up_beside_the_config_first(tmp_path: Path,
     ("optimizer: adamm", "最接近的是 `adamw`"), ("trigger_word: 3", "请加引号"),
     ("block_ranks: {mid: 4000}", "mid 应为 0 到 1024")])
 def test_what_is_wrong_with_a_value_is_told_in_the_users_language(line: str, says: str) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         parse_train_config(f"base_model: demo\n{line}\n", "x.yaml")
-    assert says in i18n.say(caught.value.code, caught.value.params, "zh-CN")
+    assert says in i18n.tr(caught.value.code, caught.value.params, "zh-CN")
     assert "expected" in str(caught.value) or "at least" in str(caught.value)
 
 

@@ -17,7 +17,7 @@ from core import families, i18n, importers, plugins
 from core.config import TrainConfig, dump_yaml
 from core.dataset.examples import Encoder, find
 from core.dataset.processors import Processors
-from core.errors import Fault
+from core.errors import UserError
 from core.importers import load_train_config
 from core.jobs.control import Control
 from core.jobs.events import Event, Note
@@ -203,7 +203,7 @@ class Little:
     ("family", "own:Little", "wrong")])
 def test_a_failing_extension_is_named(make: Any, tmp_path: Path, key: str, name: str,
                                       code: str) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         run(make(BROKEN, **{key: name}), tmp_path)
     fault = caught.value
     assert fault.code == {"failed": "extensions.failed", "wrong": "extensions.wrong_answer"}[code]
@@ -212,7 +212,7 @@ def test_a_failing_extension_is_named(make: Any, tmp_path: Path, key: str, name:
         assert fault.params["where"] == "own.py:3"
         assert "no luck" in str(fault)
     for language in i18n.LANGUAGES:
-        assert "{" not in i18n.say(fault.code, fault.params, language)
+        assert "{" not in i18n.tr(fault.code, fault.params, language)
 
 
 @pytest.mark.parametrize(("source", "name", "code"), [
@@ -222,7 +222,7 @@ def test_a_failing_extension_is_named(make: Any, tmp_path: Path, key: str, name:
     ("", ":x", "bad_name"), ("", "own:x y", "bad_name"), ("", "..:x", "missing"),
     ("", "a\0b:x", "missing"), ("", "a\0b.py:x", "missing"), ("", "nope.py:x", "missing")])
 def test_what_is_not_there(make: Any, tmp_path: Path, source: str, name: str, code: str) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         run(make(source, callbacks=[name]), tmp_path)
     assert caught.value.code == f"extensions.{code}"
 
@@ -243,7 +243,7 @@ def test_a_lora_file_may_not_name_code(tmp_path: Path) -> None:
     for key in importers.EXTENSIONS:
         text = dump_yaml(TrainConfig.model_validate({key: "os:abort"}))
         save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors", {CONFIG_KEY: text})
-        with pytest.raises(Fault, match="never run code") as caught:
+        with pytest.raises(UserError, match="never run code") as caught:
             load_train_config(tmp_path / "a.safetensors")
         assert caught.value.code == "extensions.in_a_lora"
         own = {key: "[]" if key in ("callbacks", "picture_processors") else {

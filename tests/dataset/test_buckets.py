@@ -20,7 +20,7 @@ from core.dataset.buckets import (
     fit_picture,
     shrink_bucket,
 )
-from core.errors import Fault
+from core.errors import UserError
 
 SIDES = st.integers(1, 20_000)
 SIZES = st.tuples(SIDES, SIDES)
@@ -81,7 +81,7 @@ def test_an_unequal_resolution_counts_by_its_area() -> None:
 ])
 def test_rules_without_a_size_are_refused(
         rule: tuple[tuple[int, int], int, int, int], code: str) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         bucket_sizes(*rule)
     assert caught.value.code == code
     assert "{" not in str(caught.value)
@@ -137,7 +137,7 @@ def test_no_upscale_examples(size: tuple[int, int], bucket: tuple[int, int]) -> 
 
 
 def test_no_upscale_refuses_an_area_below_one_step() -> None:
-    with pytest.raises(Fault, match="64"):
+    with pytest.raises(UserError, match="64"):
         shrink_bucket((500, 500), (32, 32), 64)
 
 

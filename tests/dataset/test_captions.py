@@ -24,8 +24,8 @@ from core.dataset.captions import (
     split_tags,
     with_trigger,
 )
-from core.errors import Fault
-from core.i18n import say
+from core.errors import UserError
+from core.i18n import tr
 from core.serialization import decode_text, readable_name
 
 CHINESE = "一只红色的猫，水墨画，café"
@@ -123,7 +123,7 @@ def test_read_caption(tmp_path: Path) -> None:
     path.write_bytes(CHINESE.encode("gb18030"))
     assert read_caption(path) == CHINESE
     path.write_bytes(bytes(range(256)))
-    with pytest.raises(Fault, match="01\\.txt") as caught:
+    with pytest.raises(UserError, match="01\\.txt") as caught:
         read_caption(path)
     assert caught.value.code == "dataset.caption_unreadable"
 
@@ -253,7 +253,7 @@ def test_csv_lines_are_counted_as_an_editor_does(tmp_path: Path) -> None:
 
 def test_a_header_without_caption_column_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("filename,width\n01.png,12\n")
-    with pytest.raises(Fault, match="filename, width") as caught:
+    with pytest.raises(UserError, match="filename, width") as caught:
         read_metadata(tmp_path / "m.csv")
     assert caught.value.code == "dataset.metadata_columns"
 
@@ -266,11 +266,11 @@ def test_an_endless_quote_is_reported(tmp_path: Path) -> None:
 
 
 def test_missing_and_unreadable_metadata(tmp_path: Path) -> None:
-    with pytest.raises(Fault, match="nothing\\.csv") as caught:
+    with pytest.raises(UserError, match="nothing\\.csv") as caught:
         read_metadata(tmp_path / "nothing.csv")
     assert caught.value.code == "dataset.metadata_missing"
     (tmp_path / "m.csv").write_bytes(bytes(range(256)))
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         read_metadata(tmp_path / "m.csv")
     assert caught.value.code == "dataset.metadata_unreadable"
 
@@ -321,7 +321,7 @@ def test_any_bytes_give_rows_or_a_fault(tmp_path_factory: pytest.TempPathFactory
     path.write_bytes(data)
     try:
         rows, faults = read_metadata(path)
-    except Fault:                                           # and no other exception
+    except UserError:                                           # and no other exception
         return
     assert all(row.caption == one_line(row.caption) for row in rows)
     assert all(fault.code == "dataset.row_bad" for fault in faults)
@@ -350,7 +350,7 @@ def test_bad_jsonl_lines_are_named_and_the_rest_is_read(tmp_path: Path, bad: str
     rows, faults = read_metadata(path)
     assert [(row.line, row.name) for row in rows] == [(1, "01.png"), (3, "02.png")]
     assert [(f.code, f.params["line"]) for f in faults] == [("dataset.row_bad", 2)]
-    assert say(faults[0].code, faults[0].params, "en").startswith("metadata.jsonl, line 2:")
+    assert tr(faults[0].code, faults[0].params, "en").startswith("metadata.jsonl, line 2:")
 
 
 @settings(deadline=None)

@@ -31,7 +31,7 @@ from core.dataset.checks.image_stats import Looks, Stopped, measure
 from core.dataset.checks.images import style_finding, style_outliers
 from core.dataset.checks.report import Report, check
 from core.dataset.crops import TOKENIZER, BaseFacts, TokenCounter, base_facts
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.control import Control
 from core.jobs.events import Event, Phase
 from core.memory import plan
@@ -47,13 +47,13 @@ def looked(folder: Path, facts: BaseFacts = FACTS, **more: Any) -> dict[str, Fin
     json.dumps(report.as_dict(), default=list)
     for language in i18n.LANGUAGES:
         for finding in report.findings:
-            lines = [i18n.say(finding.code, {"count": len(finding.subjects), **finding.params},
-                              language), *map(finding.line, finding.subjects)]
+            lines = [i18n.tr(finding.code, {"count": len(finding.subjects), **finding.params},
+                             language), *map(finding.line, finding.subjects)]
             if finding.code.startswith("checks."):
                 key = f"{finding.code}_mend"
                 if finding.code != "checks.remarks":
                     assert key in i18n.catalogue(language), key
-                    lines.append(i18n.say(key, finding.params, language))
+                    lines.append(i18n.tr(key, finding.params, language))
             assert not [x for x in lines if re.search(r"\{\w+\}|^checks\.", x)], finding
     return {one.code.removeprefix("checks."): one for one in report.findings}
 
@@ -410,7 +410,7 @@ def test_left_out_pictures_are_neither_checked_nor_scanned(tmp_path: Path) -> No
     assert len(image_folder.scan(tmp_path).pictures) == 4
     data = image_folder.scan(tmp_path, left_out={"small.png"})
     assert len(data.pictures) == 3
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         image_folder.scan(tmp_path, left_out=set(report.names) | {"small.png"})
     assert caught.value.code == "dataset.all_left_out"
 
@@ -536,7 +536,7 @@ def test_facts_of_bases(tmp_path: Path) -> None:
     assert facts.base == "base"
     for path, code in ((tmp_path / "nothing", "families.missing"),
                        (tmp_path, "families.not_a_folder")):
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(UserError) as caught:
             base_facts(path, plan.sizes)
         assert caught.value.code == code
 

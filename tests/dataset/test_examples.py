@@ -17,7 +17,7 @@ from core import families, hashes, paths
 from core.config import TrainConfig
 from core.dataset import buckets
 from core.dataset.examples import Encoder, Examples, find
-from core.errors import Fault
+from core.errors import UserError
 from core.families.base import Cond, Parts
 from core.families.sd15.model import StableDiffusion1
 from core.jobs.control import Control
@@ -232,7 +232,7 @@ def test_what_never_fits_is_one_fault(config: TrainConfig, monkeypatch: pytest.M
     def never(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(Encoding, "encode_image", never)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         encode_with(Encoding(99), config)
     assert caught.value.code == "engine.cache_too_big"
 
@@ -270,7 +270,7 @@ def test_a_vae_that_is_broken_names_the_picture(config: TrainConfig,
     Image.new("RGB", (48, 48)).save(path)
     darkest = -3.0 * 32 * 32
     monkeypatch.setattr(Encoding, "encode_image", third)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         encode_with(Encoding(99), config)
     assert (caught.value.code, caught.value.params["path"]) == ("engine.bad_latents", path)
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from core.dataset.image_folder import Dataset, Picture, scan, split_validation
-from core.errors import Fault
-from core.i18n import STRINGS, say
+from core.errors import UserError
+from core.i18n import STRINGS, tr
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,7 +44,7 @@ def codes(data: Dataset) -> dict[str, list[str]]:
     said: dict[str, list[str]] = {}
     for problem in data.problems:
         for language in ("en", "zh-CN"):
-            sentence = say(problem.code, problem.params, language)
+            sentence = tr(problem.code, problem.params, language)
             assert not re.search(r"\{\w+\}|^dataset\.", sentence), sentence
         said.setdefault(problem.params["file"], []).append(problem.code.removeprefix("dataset."))
     json.dumps([p.params for p in data.problems], ensure_ascii=False).encode()   # for events
@@ -224,11 +224,11 @@ def test_folders_and_files_without_access(tmp_path: Path) -> None:
 
 # --- nothing to train on ----------------------------------------------------------------------
 
-def fault_of(folder: Path, metadata: Path | None = None) -> Fault:
-    with pytest.raises(Fault) as caught:
+def fault_of(folder: Path, metadata: Path | None = None) -> UserError:
+    with pytest.raises(UserError) as caught:
         scan(folder, metadata)
     for language in ("en", "zh-CN"):
-        sentence = say(caught.value.code, caught.value.params, language)
+        sentence = tr(caught.value.code, caught.value.params, language)
         assert not re.search(r"\{\w+\}|^dataset\.", sentence), sentence
     return caught.value
 
@@ -289,7 +289,7 @@ def test_bad_pictures_are_listed_and_the_rest_trains(tmp_path: Path) -> None:
     assert data.skipped == 5
     assert all(problem.path.is_absolute() for problem in data.problems)
     torn = next(problem for problem in data.problems if "torn" in str(problem))
-    assert str(torn) == say(torn.code, torn.params)
+    assert str(torn) == tr(torn.code, torn.params)
 
 
 # --- captions ---------------------------------------------------------------------------------
@@ -481,6 +481,6 @@ def test_every_code_has_its_sentence_in_every_language() -> None:
                 == sorted(re.findall(r"\{\w+\}", sentences["zh-CN"][key]))), key
     source = "".join((ROOT / "core" / f"{name}.py").read_text("utf-8")
                      for name in ("dataset", "pictures", "captions", "buckets"))
-    used = set(re.findall(r'Fault\("dataset\.(\w+)"', source))
+    used = set(re.findall(r'UserError\("dataset\.(\w+)"', source))
     used |= set(re.findall(r'\.report\(\s*[\w.]+, "(\w+)"', source))
     assert used == sentences["en"].keys()

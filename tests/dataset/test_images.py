@@ -1,4 +1,4 @@
-"""One picture file: every format, mode and orientation gives the right pixels, or a Fault."""
+"""One picture file: every format, mode and orientation gives the right pixels, or a UserError."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from PIL import Image, ImageCms, ImageFile
 
 from core.dataset import images
 from core.dataset.images import look_at, open_picture
-from core.errors import Fault
+from core.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")     # pytest forgets our own filter
 ROOT = Path(__file__).parents[2]
@@ -305,7 +305,7 @@ def test_opaque_alpha_is_no_alpha(tmp_path: Path) -> None:
 @pytest.mark.parametrize("colour", ["", "wheit", "#12", "12,3,4"])
 def test_a_colour_without_meaning(tmp_path: Path, colour: str) -> None:
     quarters().save(tmp_path / "a.png")
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         open_picture(tmp_path / "a.png", colour)
     assert caught.value.code == "dataset.bad_colour"
     assert caught.value.params == {"colour": colour}
@@ -316,8 +316,8 @@ def test_a_colour_without_meaning(tmp_path: Path, colour: str) -> None:
 def code_of(path: Path) -> str:
     """Scanning and training must agree."""
     look = look_at(path)
-    assert isinstance(look, Fault)
-    with pytest.raises(Fault) as caught:
+    assert isinstance(look, UserError)
+    with pytest.raises(UserError) as caught:
         open_picture(path)
     assert caught.value.code == look.code
     assert str(path) in str(look)

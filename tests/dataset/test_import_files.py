@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.dataset import import_files
-from core.errors import Fault
+from core.errors import UserError
 
 
 def drop(folder: Path, **files: str) -> list[Path]:
@@ -50,7 +50,7 @@ def test_progress_reaches_its_end(tmp_path: Path) -> None:
 
 def test_a_folder_that_can_not_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "to").write_text("a file")
-    with pytest.raises(Fault) as told:
+    with pytest.raises(UserError) as told:
         import_files.copy_all(drop(tmp_path / "a", x_png="1"), tmp_path / "to")
     assert "x.png" in str(told.value)
 

@@ -22,7 +22,7 @@ from core import i18n, paths
 from core.dataset import buckets, curation, image_folder
 from core.dataset.prepare import LOG, Prepared, prepare
 from core.dataset.render_copy import Options
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.control import Control
 from core.jobs.events import Event, Phase
 from tests.drawn import clouds, discs, facts_for, save
@@ -56,7 +56,7 @@ def log(out: Path) -> dict[str, dict[str, Any]]:
     for entry in entries:
         for one in entry["did"]:
             for language in i18n.LANGUAGES:
-                assert "{" not in i18n.say(one["key"], one, language)
+                assert "{" not in i18n.tr(one["key"], one, language)
                 assert one["key"] in i18n.catalogue(language)
     return {entry["name"]: entry for entry in entries}
 
@@ -221,7 +221,7 @@ def test_never_inside_the_users_folder(tmp_path: Path, folder: Path, where: str)
     save(clouds(), folder / "a.png")
     (tmp_path / "link").symlink_to(folder)
     before = state(folder)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         prepare(folder, tmp_path / where, Options())
     assert caught.value.code == "checks.out_inside"
     assert state(folder) == before
@@ -231,7 +231,7 @@ def test_never_into_a_folder_that_holds_something(folder: Path, out: Path) -> No
     save(clouds(), folder / "a.png")
     save(clouds(), out / "theirs.png")
     for target in (out, folder.parent, out / "theirs.png"):
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(UserError) as caught:
             prepare(folder, target, Options())
         assert caught.value.code == "checks.out_not_empty"
     assert files(out) == {"theirs.png"}
@@ -241,7 +241,7 @@ def test_other_options_need_another_folder(folder: Path, out: Path) -> None:
     save(clouds(), folder / "a.png")
     prepare(folder, out, Options())
     for options in (Options(convert="jpg"), Options(dedupe=True)):
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(UserError) as caught:
             prepare(folder, out, options)
         assert caught.value.code == "checks.out_other"
 
@@ -352,7 +352,7 @@ def test_a_full_disk_is_one_sentence(
         real(path, content)
 
     monkeypatch.setattr("core.paths.write_atomic", full)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         prepare(folder, out, Options())
     assert caught.value.code == "checks.cannot_write"
     assert "No space left" in str(caught.value)
@@ -365,7 +365,7 @@ def test_a_bad_colour_is_told_and_pictures_that_cant_be_read_are_skipped(
     image = clouds((20, 20)).convert("RGBA")
     image.putalpha(9)
     save(image, folder / "a.png")
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         prepare(folder, out, Options(convert="jpg", background="nocolour"))
     assert caught.value.code == "checks.nothing_written"
     assert "nocolour" in str(caught.value)

@@ -18,7 +18,7 @@ from core.dataset.checks.measures import small
 from core.dataset.checks.saliency import SIDE, Box, centre, lost, salient_box
 from core.dataset.crops import plan_crops
 from core.dataset.curation import Choices
-from core.errors import Fault
+from core.errors import UserError
 from tests.drawn import blurred, clouds, discs, drawing, facts_for, subject
 
 SIDES = st.integers(16, 4000)
@@ -151,7 +151,7 @@ def test_damaged_choices_are_no_empty_choices(tmp_path: Path, text: str) -> None
     curation.leave_out(tmp_path, ["a.png"])
     [file] = (paths.data_dir() / "datasets").glob("*.json")
     file.write_text(text)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         curation.load(tmp_path)
     assert caught.value.code == "checks.choices_unreadable"
     assert str(file) in str(caught.value)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from core import paths
 from core.dataset import thumbnails
-from core.errors import Fault
+from core.errors import UserError
 
 
 def picture(path: Path, size: tuple[int, int] = (800, 400), colour: str = "red") -> Path:
@@ -59,7 +59,7 @@ def test_it_stands_upright_over_white(tmp_path: Path) -> None:
 def test_torn_files_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     path = picture(tmp_path / "a.png")
     path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         thumbnails.thumbnail(path)
     assert not list((paths.cache_dir() / "thumbs").rglob("*.webp"))
 

@@ -19,7 +19,7 @@ from core import families
 from core.config import TrainConfig
 from core.config.draw import DrawConfig
 from core.dataset.text_embeddings import batched, unread
-from core.errors import Fault
+from core.errors import UserError
 from core.families import clip
 from core.families.base import CropInfo, Family, Parts, Reading
 from core.families.loading import TOKENIZER
@@ -130,11 +130,11 @@ def test_a_caption_isn_t_changed_by_its_neighbours(loaded: tuple[Family, Parts])
     device = torch.device("cpu")
     generator = torch.Generator().manual_seed(3)
     noisy, t = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([300, 700])
-    framing = family.framing(CropInfo((32, 32), (0, 0), (32, 32)))
+    size_conditioning = family.size_conditioning(CropInfo((32, 32), (0, 0), (32, 32)))
 
     def predict(cond: dict[str, Tensor], which: slice) -> Tensor:
         count = len(noisy[which])
-        more = {name: value.repeat(count, 1) for name, value in framing.items()}
+        more = {name: value.repeat(count, 1) for name, value in size_conditioning.items()}
         with torch.no_grad():
             return family.predict(parts.denoiser, noisy[which], t[which], cond | more)
     together = batched(rows, device)
@@ -220,7 +220,7 @@ def test_clip_skip_is_an_earlier_layer_behind_the_last_norm(sd15: tuple[Family, 
         torch.testing.assert_close(found[skip], wanted[skip])
     assert (found[1] - found[2]).abs().max() > 1e-3
     parts.reading = Reading(225, 3)
-    with pytest.raises(Fault, match="2 layers"):
+    with pytest.raises(UserError, match="2 layers"):
         family.encode_text(parts, [SHORT])
     parts.reading = Reading()
 

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from core import families, paths
 from core.config import GenerateConfig, TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.families import text
 from core.families.base import Parts
 from core.families.components import lookup, precision_copies, tokenizer_kinds, vae_hashes
@@ -215,7 +215,7 @@ def test_gemma_3_is_no_gemma_2(names: tuple[str, str], tmp_path: Path) -> None:
     for words in (GEMMA_3, gemma_words(105, 200_000)):      # too many; few, but with other numbers
         shutil.rmtree(three)
         words_folder(three, words, "GemmaTokenizer")
-        with pytest.raises(Fault, match="Gemma 2") as caught:
+        with pytest.raises(UserError, match="Gemma 2") as caught:
             find(source, GEMMA, 256_000)
         assert caught.value.code == "families.tokenizer_other"
     two = words_folder(kept / names[1], GEMMA_2, "GemmaTokenizer")
@@ -228,7 +228,7 @@ def test_two_tokenizers_that_fit_and_differ_are_a_question(tmp_path: Path) -> No
     source, kept = tmp_path / "base.safetensors", tmp_path / "tokenizers"
     both = [words_folder(kept / "a", GEMMA_2, "GemmaTokenizer"),
             words_folder(kept / "b", GEMMA_2 | {"ink": 300}, "GemmaTokenizer")]
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         find(source, GEMMA, 256_000)
     assert caught.value.code == "families.tokenizer_unclear"
     assert all(str(folder) in str(caught.value) for folder in both)
@@ -239,7 +239,7 @@ def test_two_tokenizers_that_fit_and_differ_are_a_question(tmp_path: Path) -> No
     told = json.loads((mine / "tokenizer.json").read_text("utf-8"))
     told["added_tokens"].append(told["added_tokens"][-1] | {"id": 151_669, "content": "<ink>"})
     (mine / "tokenizer.json").write_text(json.dumps(told), "utf-8")
-    with pytest.raises(Fault) as caught:    # the app's own, or the user's with one word more
+    with pytest.raises(UserError) as caught:    # the app's own, or the user's with one word more
         find(source, QWEN, 151_936)
     chosen = [lookup.chosen(TrainConfig().with_changes(**fix.changes))
               for fix in caught.value.fixes]
@@ -247,11 +247,11 @@ def test_two_tokenizers_that_fit_and_differ_are_a_question(tmp_path: Path) -> No
 
 
 def test_an_encoder_must_know_all_words(tmp_path: Path) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         find(tmp_path / "base.safetensors", QWEN, 151_000)
     assert caught.value.code == "families.tokenizer_too_large"
     assert caught.value.params["words"] == 151_669
-    with pytest.raises(Fault, match="shipped"):
+    with pytest.raises(UserError, match="shipped"):
         find(tmp_path / "base.safetensors", GEMMA, 256_000, Chosen(tokenizer=Path("shipped")))
 
 
@@ -383,7 +383,7 @@ def test_two_files_that_fit_and_differ_are_a_question(tmp_path: Path) -> None:
     source, config = tmp_path / "base.safetensors", config_of("zimage", "text_encoder")
     both = [qwen_file(tmp_path / f"{name}.safetensors", 2560, name.encode()) for name in "xy"]
     os.link(both[0], tmp_path / "copy of x.safetensors")       # is no third
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         lookup.find_file(source, "qwen3", config, NONE)
     fault = caught.value
     assert (fault.code, fault.params["count"], len(fault.fixes)) == (
@@ -409,12 +409,12 @@ def test_vaes_of_the_same_shapes_are_told_by_their_content(
         found = lookup.find_file(source, "vae_16", config_of(family, "vae"), NONE)
         assert found == made[model]
     made["flux"].unlink()
-    with pytest.raises(Fault, match="Stable Diffusion 3") as caught:
+    with pytest.raises(UserError, match="Stable Diffusion 3") as caught:
         lookup.find_file(source, "vae_16", config_of("flux", "vae"), NONE)
     assert caught.value.code == "families.companion_foreign"
     assert caught.value.fixes[0].changes == {"vae": str(made["sd3"])}
     own = [vae_file(tmp_path / f"own_{n}.safetensors", bytes([n])) for n in (1, 2)]
-    with pytest.raises(Fault) as caught:    # neither is known
+    with pytest.raises(UserError) as caught:    # neither is known
         lookup.find_file(source, "vae_16", config_of("flux", "vae"), NONE)
     assert [fix.changes for fix in caught.value.fixes] == [{"vae": str(path)} for path in own]
 
@@ -443,7 +443,7 @@ def test_a_torn_file_beside_a_whole_tokenizer_is_not_read(tmp_path: Path) -> Non
     (folder / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1")
     assert find(tmp_path / "x.safetensors", KINDS["gemma2"], 256_000) == folder
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         find(tmp_path / "x.safetensors", KINDS["gemma2"], 256_000)
     assert caught.value.code == "families.tokenizer_unreadable"
 
@@ -497,14 +497,14 @@ def test_a_named_file_without_use_is_refused(tmp_path: Path) -> None:
     t5 = t5_file(tmp_path / "elsewhere" / "t5.safetensors")
     for known in (Chosen(vae=reader), Chosen(text_encoders=(reader, t5)),
                   Chosen(text_encoders=(vae,))):
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(UserError) as caught:
             families.get("zimage", known).beside(source)        # type: ignore[attr-defined]
         assert caught.value.code == "families.companion_unused"
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         families.get("sd15", Chosen(tokenizer=QWEN.folder)).beside(     # type: ignore[attr-defined]
             paths.DEMO / "base")
     assert caught.value.code == "families.tokenizer_unused"
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         lookup.chosen(GenerateConfig(base="x", vae=str(tmp_path / "no.safetensors")))
     assert caught.value.code == "families.companion_not_there"
     assert choose("fp32", "cpu").vae == torch.float32

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from core import families, i18n
 from core.cli import families as family_commands
-from core.errors import Fault
+from core.errors import UserError
 from core.families import detection
 from core.families.detection import identify
 from core.families.spec import Found
@@ -196,7 +196,7 @@ def test_marks_of_v_prediction(tmp_path: Path) -> None:
 def test_other_files(name: str, content: bytes, what: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     assert identify(tmp_path / name).what == what
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         families.detect(tmp_path / name)
     assert caught.value.code == "families.not_a_base"
     assert "\n" not in str(caught.value)
@@ -207,10 +207,10 @@ def test_refusals(tmp_path: Path) -> None:
                                 ("a.safetensors", b"PK\x03\x04zip", "families.pickle"),
                                 ("b.safetensors", b"\x10\x00", "families.unreadable")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(UserError) as caught:
             identify(tmp_path / name)
         assert caught.value.code == code
-    with pytest.raises(Fault, match="nowhere"):
+    with pytest.raises(UserError, match="nowhere"):
         identify(tmp_path / "nowhere.safetensors")
 
 
@@ -237,7 +237,7 @@ def test_folders(configs: dict[str, Any], what: str, tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(Fault, match=r"model_index\.json"):
+    with pytest.raises(UserError, match=r"model_index\.json"):
         identify(tmp_path)
 
 
@@ -259,11 +259,11 @@ def test_models_of_the_same_shapes_are_told_by_their_names(
     """Refused, with what to set where the name is wrong."""
     path = write(tmp_path / f"{name}.safetensors", shapes, metadata)
     assert (identify(path).what, identify(path).family) == (what, "")
-    with pytest.raises(Fault, match=f"family: {plain}") as caught:
+    with pytest.raises(UserError, match=f"family: {plain}") as caught:
         families.detect(path)
     assert caught.value.fixes[0].changes == {"family": plain}
     assert detection.expect(path, plain).family == plain
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         detection.expect(path, "sdxl")
 
 
@@ -289,7 +289,7 @@ def test_only_the_denoisers_numbers_decide(beside: dict[str, Any], kind: str, tm
         assert (found.what, bool(found.family)) == ("flux_dev", trains)
         assert (kind in found.said("en")) is not trains
         if not trains:
-            with pytest.raises(Fault, match=kind):
+            with pytest.raises(UserError, match=kind):
                 families.detect(path)
 
 

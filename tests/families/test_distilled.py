@@ -129,7 +129,7 @@ def test_a_guidance_of_the_users_reaches_a_distilled_klein(tmp_path: Path) -> No
     parts = family.load(klein, FP32)
     arguments = generate.read_prompt(family, parts, FP32, "red disc")
     drawn = [np.asarray(generate.draw(
-        family.pipeline(parts), parts, generate.Shot("", "", 1, 2, cfg, (32, 32)),
+        family.pipeline(parts), parts, generate.SampleRequest("", "", 1, 2, cfg, (32, 32)),
         dict(arguments), FP32)) for cfg in (1.0, 4.0)]
     assert not np.array_equal(*drawn)
 
@@ -167,7 +167,7 @@ def test_previews_and_notes_of_a_run(tmp_path: Path) -> None:
         assert drawn in parameters(events)[0]
         notes = [e for e in events if isinstance(e, Note) and e.key.startswith("distilled.")]
         assert [one.key for one in notes] == ([note] if note else [])
-        assert all("ink_lightning_4step" in i18n.say(one.key, one.params) for one in notes)
+        assert all("ink_lightning_4step" in i18n.tr(one.key, one.params) for one in notes)
 
 
 def test_pictures_drawn_on_demand(tmp_path: Path) -> None:
@@ -207,8 +207,8 @@ def test_a_turbo_file_draws_with_turbos_shift(tmp_path: Path, name: str, shift: 
     wanted = "false" if shift == 3.0 else "true"            # the key settles what a name can't
     preflight.tell_distilled(TrainConfig(distilled=wanted), parts, lambda event: None)
     assert schedulers.create("auto", parts).config.shift == 9.0 - shift
-    studio = generate.Studio(file, GenerateConfig(base=str(file), distilled=wanted),
-                             lambda event: None)
+    studio = generate.PipelineSession(file, GenerateConfig(base=str(file), distilled=wanted),
+                                      lambda event: None)
     studio.parts = studio.family.load(file, FP32, frozenset())
     studio.take_distilled()
     assert studio.parts.scheduler["shift"] == 9.0 - shift

@@ -100,10 +100,12 @@ def _diffusers_takes_every_key(name: str, base: Path, path: Path, folder: Path) 
 
 
 def _weights_differ(base: Path, path: Path, folder: Path) -> None:
-    studio = generate.Studio(base, GenerateConfig(base=str(base), precision="fp32", device="cpu"),
-                             lambda event: None)
+    studio = generate.PipelineSession(base,
+                                      GenerateConfig(base=str(base), precision="fp32",
+                                                     device="cpu"),
+                                      lambda event: None)
     studio.load()
-    shot = generate.Shot("red disc", "blue", 1, 2, 2.0, SIZE)
+    shot = generate.SampleRequest("red disc", "blue", 1, 2, 2.0, SIZE)
     pictures = []
     plain = np.asarray(studio.draw(shot), dtype=float)
     for weight in (0.0, 0.8, 1.0):
@@ -130,9 +132,9 @@ def test_the_step_computes_what_the_pipeline_does(loaded: tuple[Family, Parts]) 
     with torch.no_grad():
         pipeline(prompt="red disc, flat", width=32, height=64, num_inference_steps=2,
                  generator=torch.Generator().manual_seed(3), output_type="latent",
-                 **{parts.guidance: parts.unguided})
+                 **{parts.guidance: parts.no_guidance_value})
         cond = family.encode_text(parts, ["red disc, flat"])
-        cond |= family.framing(CropInfo((32, 64), (0, 0), (32, 64)))
+        cond |= family.size_conditioning(CropInfo((32, 64), (0, 0), (32, 64)))
         for output, t, sample in seen:
             grid = _grid(family, parts, sample, 16, 8)
             found = family.predict(parts.denoiser, grid, t.reshape(1), cond)
@@ -151,7 +153,7 @@ def _grid(family: Family, parts: Parts, x: torch.Tensor, height: int, width: int
 def test_embeddings_given_equal_a_prompt(loaded: tuple[Family, Parts]) -> None:
     """Previews draw from cached embeddings what a prompt draws."""
     family, parts = loaded
-    shot = generate.Shot("red disc", "", 5, 2, 3.0, SIZE)
+    shot = generate.SampleRequest("red disc", "", 5, 2, 3.0, SIZE)
     drawn = [np.asarray(generate.draw(family.pipeline(parts), parts, shot, arguments, FP32))
              for arguments in (
                  {"prompt": "red disc", "negative_prompt": ""},
@@ -164,7 +166,8 @@ def test_activation_checkpointing_changes_nothing(loaded: tuple[Family, Parts]) 
     """Texts of different lengths in one batch; what is beyond their ends is hidden both times."""
     family, parts = loaded
     cond = family.encode_text(parts, ["red disc, flat", "red"])
-    cond |= {k: v.repeat(2, 1) for k, v in family.framing(CropInfo(SIZE, (0, 0), SIZE)).items()}
+    cond |= {k: v.repeat(2, 1) for k,
+             v in family.size_conditioning(CropInfo(SIZE, (0, 0), SIZE)).items()}
     size = family.encode_image(parts, torch.zeros(1, 3, 32, 32)).shape[1:]
     found = []
     try:
@@ -298,5 +301,5 @@ def test_frames_follow_flips_and_cuts() -> None:
     frame = Example(picture, (32, 32), ("",), (0.0, 0.5)).frame
     assert frame() == CropInfo((100, 50), (0, 0), (32, 32))
     assert frame(True) == CropInfo((100, 50), (32, 0), (32, 32))
-    ids = families.get("sdxl").framing(frame(True))["time_ids"]
+    ids = families.get("sdxl").size_conditioning(frame(True))["time_ids"]
     assert ids.tolist() == [[50, 100, 0, 32, 32, 32]]

@@ -23,7 +23,7 @@ from transformers import GemmaTokenizer, T5Tokenizer
 from core import families, paths
 from core.adapters import lora
 from core.config import TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.families import loading
 from core.families.components.lookup import Chosen
 from core.families.lumina2.model import GEMMA
@@ -108,7 +108,7 @@ def test_sdxl(made: tuple[str, Path, Any], tmp_path: Path) -> None:
     assert found.text["tokenizer_2"].pad_token == "!"
     del tensors[next(key for key in tensors if "input_blocks.0.0.bias" in key)]
     save_file(tensors, path)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         families.get(name).load(path, FP32, frozenset({"denoiser"}))
     assert caught.value.code == "families.weights_missing"
     assert "conv_in.bias" in str(caught.value)
@@ -130,13 +130,13 @@ def test_sd3_beside_its_text_encoders(made: tuple[str, Path, Any], tmp_path: Pat
     save_file(behind("model.diffusion_model.", own)
               | behind("first_stage_model.", vae(parts.vae.state_dict(), 3)), path)
     family = families.get(families.detect(path))
-    with pytest.raises(Fault, match="CLIP-L") as caught:
+    with pytest.raises(UserError, match="CLIP-L") as caught:
         family.load(path, FP32, frozenset({"text_encoder"}))
     assert caught.value.code == "families.companion_missing"
     assert family.load(path, FP32, frozenset({"text_encoder_3"})).text == {}    # works without
     save_file(behind("", parts.text["text_encoder_3"].state_dict()),
               models / "clip" / "t5xxl.safetensors")
-    with pytest.raises(Fault) as caught:     # the app's own tokenizer is that of the whole T5
+    with pytest.raises(UserError) as caught:     # the app's own tokenizer is that of the whole T5
         family.load(path, FP32, frozenset({"text_encoder_3"}))
     assert caught.value.code == "families.tokenizer_too_large"
     kept = models / "tokenizers" / "t5"
@@ -164,7 +164,7 @@ def test_a_denoiser_with_vae_and_text_encoder_beside_it(made: tuple[str, Path, A
     state = original(SPECS[name].naming[0], parts.denoiser.state_dict())
     save_file(behind("model.diffusion_model.", state), path)
     family = families.get(families.detect(path))
-    with pytest.raises(Fault, match="VAE"):
+    with pytest.raises(UserError, match="VAE"):
         family.load(path, FP32, frozenset({"vae"}))
     save_file(behind("", VAES[name](parts.vae.state_dict())), models / "vae.safetensors")
     reader = folder / "text_encoder" / "model.safetensors"
@@ -186,7 +186,7 @@ def test_a_denoiser_with_vae_and_text_encoder_beside_it(made: tuple[str, Path, A
 
 def _same_picture(folder: Path, family: Any, parts: Any) -> None:
     """As diffusers' own pipeline with the encoder's whole class."""
-    shot = generate.Shot("", "", 5, 2, 3.0, (32, 32))
+    shot = generate.SampleRequest("", "", 5, 2, 3.0, (32, 32))
     texts = {"prompt": "red disc, flat"}
     drawn = [np.asarray(generate.draw(pipeline, parts, shot, texts, FP32), dtype=float)
              for pipeline in (DiffusionPipeline.from_pretrained(folder), family.pipeline(parts))]
@@ -198,7 +198,7 @@ def test_distilled_bases_and_negative_prompts(made: tuple[str, Path, Any]) -> No
     """A folder says that its base is distilled; klein's pipeline knows no negative prompt."""
     name, folder, parts = made
     family = families.get(name)
-    shot = generate.Shot("", "", 5, 2, 3.0, (32, 32))
+    shot = generate.SampleRequest("", "", 5, 2, 3.0, (32, 32))
     drawn = [np.asarray(generate.draw(family.pipeline(parts), parts, shot, {
         "prompt": "red disc", "negative_prompt": negative}, FP32)) for negative in ("", "blue")]
     assert not np.array_equal(*drawn)
@@ -419,14 +419,14 @@ def test_names_that_are_not_known_are_told(made: tuple[str, Path, Any], tmp_path
     renamed = next(key for key in state if key.endswith("to_out.0.weight"))
     state["brand.new.matrix"] = state.pop(renamed)
     save_file(behind("", state), path)
-    with pytest.raises(Fault, match=r"brand\.new\.matrix") as caught:
+    with pytest.raises(UserError, match=r"brand\.new\.matrix") as caught:
         families.get(name).load(path, FP32, frozenset({"denoiser"}))
     assert caught.value.code == "families.names_unknown"
     assert renamed in str(caught.value)
     assert "ownload" not in str(caught.value)
     del state["brand.new.matrix"]
     save_file(behind("", state), path)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         families.get(name).load(path, FP32, frozenset({"denoiser"}))
     assert caught.value.code == "families.weights_missing"
 
@@ -465,7 +465,7 @@ def refusal(path: Path) -> str:
     """The code of what a file is refused for; empty: it was read."""
     try:
         families.get(families.detect(path)).load(path, FP32, frozenset({"denoiser"}))
-    except Fault as fault:
+    except UserError as fault:
         return fault.code
     return ""
 
@@ -483,7 +483,7 @@ def test_sizes_that_no_weight_tells(made: tuple[str, Path, Any], name: str, tmp_
     marks = {"sd3": {"joint_blocks.0.x": torch.zeros(1)}, "lumina2": {
         "cap_embedder.0.weight.x": torch.zeros(1)}}.get(family, {})
     save_file(behind("", state | marks), path)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         families.get(family).load(path, FP32, frozenset({"denoiser"}))
     assert caught.value.code in ("families.names_unknown", "families.other_model")
     assert "ownload" not in str(caught.value)
@@ -514,12 +514,13 @@ def test_gemma_reads_for_a_single_file(made: tuple[str, Path, Any], tmp_path: Pa
         save_file(behind("model.diffusion_model.", own) | behind("vae.", vae(
             parts.vae.state_dict(), 4)) | behind(f"{GEMMA}model.", gemma), path)
     family = families.get(families.detect(path))
-    with pytest.raises(Fault, match="Gemma") as caught:
+    with pytest.raises(UserError, match="Gemma") as caught:
         family.load(path, FP32, frozenset({"text"}))
     assert caught.value.code == "families.tokenizer_missing"
     kept = tmp_path / "models" / "tokenizers" / "gemma"
     gemma_folder(kept)
-    with pytest.raises(Fault, match=re.escape(str(kept))) as caught:     # too few words for Gemma 2
+    with pytest.raises(UserError,
+                       match=re.escape(str(kept))) as caught:     # too few words for Gemma 2
         family.load(path, FP32, frozenset({"text"}))
     assert caught.value.code == "families.tokenizer_other"
     family = families.get(name, Chosen(tokenizer=kept))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from core import families
-from core.errors import Fault
+from core.errors import UserError
 from core.importers import load_train_config
 from core.jobs.control import Control
 from core.jobs.events import Step
@@ -78,11 +78,11 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
     for key, what in cases.items():
         path = tmp_path / f"{what.split()[-1]}.safetensors"
         save_file({key: torch.zeros(1)}, path)
-        with pytest.raises(Fault, match=f"{what}.*not Stable Diffusion 1"):
+        with pytest.raises(UserError, match=f"{what}.*not Stable Diffusion 1"):
             families.get("sd15").load(path, choose("fp32", "cpu"))
     (tmp_path / "old.ckpt").write_bytes(b"\x80\x02pickle")
-    with pytest.raises(Fault, match="pickle"):
+    with pytest.raises(UserError, match="pickle"):
         families.get("sd15").load(tmp_path / "old.ckpt", choose("fp32", "cpu"))
     (tmp_path / "torn.safetensors").write_bytes(b"\x10\x00")
-    with pytest.raises(Fault, match="can't be read"):
+    with pytest.raises(UserError, match="can't be read"):
         families.get("sd15").load(tmp_path / "torn.safetensors", choose("fp32", "cpu"))

@@ -21,7 +21,7 @@ import captioner
 from captioner.captions import search
 from captioner.captions.rules import Change
 from core import paths
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.events import Phase
 from core.jobs.runs import JobView, fold
 from core.workspace.project import Project
@@ -89,7 +89,7 @@ def test_an_edit_is_written_and_comes_back(album: DatasetView, folder: Path) -> 
     album.step("redo")
     assert album.now.captions["01-banana.png"] == "a ripe banana"
     album.step("undo")
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         album.step("undo")
 
 
@@ -143,7 +143,7 @@ def test_searching(album: DatasetView) -> None:
     album.show(search="", only=("02-cherries.png",))
     assert caption_rows.found(album) == ("02-cherries.png",)
     album.show(search="tokens >")
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         caption_rows.found(album)
 
 
@@ -215,7 +215,7 @@ def test_rules_are_previewed_then_applied(tab: CaptioningTab, album: DatasetView
 
 def test_bad_rules_are_named(tab: CaptioningTab) -> None:
     for text in ("nonsense:x", "replace:a", "regex:(=>x", ""):
-        with pytest.raises(Fault):
+        with pytest.raises(UserError):
             tab.try_rules(text, False)
 
 
@@ -229,7 +229,7 @@ def test_a_tag_is_removed_everywhere(tab: CaptioningTab, album: DatasetView) -> 
 def test_saving_a_row(tab: CaptioningTab, album: DatasetView) -> None:
     tab.act("save", f"{album.key('02-cherries.png')}  two \n cherries ")
     assert album.now.captions["02-cherries.png"] == "two cherries"
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         tab.act("save", "0123 text")
 
 
@@ -252,9 +252,9 @@ def test_the_config_that_a_job_gets(album: DatasetView, folder: Path) -> None:
     assert (config.captioner, config.models) == ("endpoint", {})
     assert "02-cherries.png" not in config.only
     assert len(config.only) == 3
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         config_of(kept | {"sentence": "", "tags": ""}, album, "", "")
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         config_of(kept, DatasetView(), "", "")
 
 

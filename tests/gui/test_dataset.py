@@ -14,7 +14,7 @@ from PIL import Image
 
 from core import i18n, paths
 from core.dataset import curation
-from core.errors import Fault
+from core.errors import UserError
 from core.workspace.project import Project
 from gui.state.app_state import Context, Snapshot
 from gui.state.dataset import Question
@@ -173,7 +173,7 @@ def test_names_are_escaped_and_addresses_hold_none(tmp_path: Path) -> None:
     assert str(tmp_path) not in html
     assert album.named(found.split("/")[2].partition("?")[0]) == name
     for strange in ("", "../../etc/passwd", "0" * 20):
-        with pytest.raises(Fault):
+        with pytest.raises(UserError):
             album.named(strange)
 
 
@@ -273,7 +273,7 @@ def test_handlers_refuse_strange_input(album: DatasetView) -> None:
         page = album.shown.page
         DatasetTab.act(tab, act, id)
         assert album.shown.page == page
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         DatasetTab.act(tab, "leave_out", "abc")     # type: ignore[arg-type]
     DatasetTab.act(tab, "open", album.key("wide.png"))      # type: ignore[arg-type]
     DatasetTab._step(tab, -1)                   # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from PIL import Image
 from core import i18n
 from core.config import TrainConfig, dump_yaml
 from core.config.draw import SHEET, DrawConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.inference import generate
 from core.jobs import runs
 from core.jobs.events import Checkpoint, Note, Phase, Sample
@@ -88,7 +88,7 @@ def desk() -> InferenceFiles:
 
 @contextlib.contextmanager
 def refused(code: str) -> Iterator[None]:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         yield
     assert caught.value.code == code
 
@@ -241,19 +241,19 @@ def test_notes_of_a_drawing_say_what_had_no_effect(ctx: Context, tmp_path: Path)
         Note(key=key, params=params) for key, params in keys.items()))
     text = drawings.status(ctx, replace(snap, runs=(view,)), desk())
     assert text.count("card warning") == text.count("card info") == 1
-    assert ctx.say("jobs.stopping") not in text
+    assert ctx.tr("jobs.stopping") not in text
 
 
 def test_steps_that_nobody_asked_for_are_the_pictures_own(ctx: Context, tmp_path: Path) -> None:
     """Left empty they are the base's: a turbo's 8, with guidance 1."""
-    view, label = drawn(tmp_path, Snapshot()), ctx.say("tab_inference.numbers")
+    view, label = drawn(tmp_path, Snapshot()), ctx.tr("tab_inference.numbers")
     assert dict(drawings.facts(ctx, view, 0))[label].count("·") == 1    # seed and sampler
     generate.save_png(Image.new("RGB", (8, 8)), Path(view.samples[0].path),
                       "a cat\nSteps: 8, Sampler: Euler, CFG scale: 1, Seed: 7, Size: 8x8")
     told = dict(drawings.facts(ctx, view, 0))[label]
-    assert f"{ctx.say('draw_steps')} 8 · CFG 1 " in told
+    assert f"{ctx.tr('draw_steps')} 8 · CFG 1 " in told
     asked = drawn(tmp_path, Snapshot(), steps=12, cfg=3.0)
-    assert f"{ctx.say('draw_steps')} 12 · CFG 3 " in dict(drawings.facts(ctx, asked, 0))[label]
+    assert f"{ctx.tr('draw_steps')} 12 · CFG 3 " in dict(drawings.facts(ctx, asked, 0))[label]
 
 
 def test_comparisons_appear_once_both_pictures_are_there(ctx: Context, tmp_path: Path) -> None:
@@ -284,8 +284,8 @@ def test_progress_tells_what_is_left(ctx: Context, tmp_path: Path) -> None:
     view = fold(replace(view, state="running"), Phase(name="draw", done=30, total=120, eta_s=45.0))
     text = drawings.status(ctx, Snapshot(runs=(view,)), desk())
     assert 'aria-valuenow="25"' in text
-    assert ctx.say("drawing", done=2, total=6) in text
-    assert ctx.say("seconds", count=45) in text
+    assert ctx.tr("drawing", done=2, total=6) in text
+    assert ctx.tr("seconds", count=45) in text
 
 
 def test_pictures_on_the_cpu_hide_no_training(tmp_path: Path) -> None:

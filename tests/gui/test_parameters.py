@@ -17,7 +17,7 @@ from core import i18n, paths
 from core.base_models import hub
 from core.base_models.search import Found
 from core.config import TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs import bug_report, runs
 from core.jobs import history as records
 from core.jobs.control import Control
@@ -102,7 +102,7 @@ def test_a_download_shows_its_licence_first_and_then_is_the_base(
     actions.act(ctx, "fetch", entry.repo)
     until(lambda: app_state.bases.now.fetch and app_state.bases.now.fetch.done == 5)
     assert "5 MB" in whole(base_chooser(ctx, app_state.snapshot()))
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         actions.act(ctx, "fetch", entry.repo)
     actions.act(ctx, "stop_fetch", "")
     until(lambda: app_state.bases.now.fetch and app_state.bases.now.fetch.over)
@@ -111,7 +111,7 @@ def test_a_download_shows_its_licence_first_and_then_is_the_base(
     monkeypatch.setattr(hub, "fetch", lambda *a: paths.DEMO / "base")
     actions.act(ctx, "fetch", entry.repo)
     until(lambda: app_state.projects.now.edits["base_model"] == str(paths.DEMO / "base"))
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         actions.act(ctx, "fetch", "someone/else")
 
 
@@ -121,7 +121,7 @@ def test_offline_a_download_says_so_in_one_sentence(ctx: Context) -> None:
     fetch = until(lambda: ctx.app_state.bases.now.fetch and ctx.app_state.bases.now.fetch.over
                   and ctx.app_state.bases.now.fetch)
     assert fetch.fault is not None
-    assert ctx.told(fetch.fault) in i18n.say(fetch.fault.code, fetch.fault.params, ctx.language)
+    assert ctx.told(fetch.fault) in i18n.tr(fetch.fault.code, fetch.fault.params, ctx.language)
     assert fetch.fault.code in ("hub.offline", "hub.unreachable")
     whole(base_chooser(ctx, ctx.app_state.snapshot()))
 
@@ -200,7 +200,7 @@ def test_a_native_window_may_close_only_when_all_was_asked() -> None:
 
 
 def test_dialogs_of_the_system_only_where_there_is_a_window(ctx: Context) -> None:
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         actions.act(ctx, "native_pictures", "")
     ctx.app_state.desktop.window = Fake()
     actions.act(ctx, "native_pictures", "")
@@ -241,10 +241,10 @@ def test_records_go_and_come_back_page_by_page(ctx: Context) -> None:
     assert "<b>n00</b>" not in history(ctx, app_state.snapshot())
     actions.act(ctx, "restore", ids[0])
     until(lambda: len(app_state.jobs.views()) == 12)
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         records.restore("../runs")
     waits = app_state.jobs.start(TrainConfig())
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         actions.act(ctx, "remove", waits)
     for id in [*ids, "gone"]:
         actions.act(ctx, "compare", id)
@@ -275,11 +275,11 @@ def test_own_presets_keep_how_and_not_what(own_home: Path) -> None:
     presets.rename_own(made, "Other")
     assert presets.find("Other", "sd15").slug == made.slug
     presets.remove_own(made)
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         presets.find("Other", "sd15")
     presets.restore_own("sd15", made.slug)
     assert presets.is_own(presets.find("Other", "sd15"))
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         presets.save_own("  ", "sd15", "style", config, again.needs)
 
 

@@ -246,9 +246,9 @@ print(sorted(heavy), others)
 
 
 def test_the_port_that_is_wanted_is_taken_or_named(served: Served) -> None:
-    from core.errors import Fault
+    from core.errors import UserError
     from gui import window
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         window._serve(served.port, show=False)
     assert caught.value.code == "window.port_taken"
 

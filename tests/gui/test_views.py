@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from core import i18n
 from core.config import TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.events import Checkpoint, Faulted, Note, Sample
 from core.jobs.manager import JobManager
 from core.jobs.runs import ENDED, JobView
@@ -408,10 +408,10 @@ def test_faults_of_handlers_become_messages(ctx: Context) -> None:
     from gui.state.page import _Handler, _messages
 
     def fails() -> None:
-        raise Fault("gui.no_lora")
+        raise UserError("gui.no_lora")
     said, *_ = ctx.page._handled(ctx, _Handler(None, fails, [], [], False, False))()
     (told,) = json.loads(said)
-    assert told["text"] == i18n.say("gui.no_lora", {}, ctx.language)
+    assert told["text"] == i18n.tr("gui.no_lora", {}, ctx.language)
     assert told["kind"] == "warning"
     assert _messages.get() == [told]
 

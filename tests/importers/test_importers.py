@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from core import i18n, importers
 from core.config import TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.importers import lines, load_train_config, tables
 from core.importers.reader import Left
 
@@ -309,7 +309,7 @@ def test_every_reason_has_its_sentence(language: str) -> None:
         "by_itself", "unknown", "value", "no_key"}
     assert len(reasons) > 10
     for why in reasons:
-        said = i18n.say(f"config_import.why_{why}", lang=language)
+        said = i18n.tr(f"config_import.why_{why}", lang=language)
         assert said != f"config_import.why_{why}"
     assert "{" not in Left(Path("a"), 1, "k", "v" * 100, "value").said(language)
 
@@ -324,7 +324,7 @@ def test_what_is_no_config_is_one_sentence(tmp_path: Path, name: str, text: str 
                                            said: list[str]) -> None:
     if text is not None:
         (tmp_path / name).write_text(text)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         importers.read(tmp_path / name)
     for part in said:
         assert part in str(caught.value)

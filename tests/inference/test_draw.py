@@ -10,7 +10,7 @@ from PIL import Image
 from core.config import draw as draw_config
 from core.config import dump_yaml
 from core.config.draw import DrawConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.inference import draw
 from core.jobs.control import Control
 from core.jobs.events import Event, Phase, Sample
@@ -48,7 +48,7 @@ def test_the_config_comes_back_from_its_file(base: Path, tmp_path: Path) -> None
     (tmp_path / "config.yaml").write_text(dump_yaml(config), "utf-8")
     assert draw_config.load(tmp_path / "config.yaml") == config
     (tmp_path / "config.yaml").write_text("base: x\nsteps: many\n")
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         draw_config.load(tmp_path / "config.yaml")
     assert caught.value.params["line"] == 2
 
@@ -158,7 +158,7 @@ def test_the_end_of_a_prompt_that_isn_t_read_is_told(base: Path, tmp_path: Path,
 
 def test_tags_name_and_don_t_reach(tmp_path: Path) -> None:
     (tmp_path / "mia.safetensors").touch()
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         draw.wanted(DrawConfig(base="x", prompt=f"<lora:{tmp_path / 'mia'}:1>"))
     assert caught.value.code == "generate.lora_path"
 
@@ -204,7 +204,7 @@ def test_deleted_pictures_keep_their_numbers(tmp_path: Path) -> None:
 
 
 def test_sizes_that_can_t_be_drawn_and_loras_of_other_families(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(Fault, match="64 x 64") as caught:
+    with pytest.raises(UserError, match="64 x 64") as caught:
         draw.draw(settings(base, tmp_path, size="66,65"), lambda event: None, Control())
     assert caught.value.code == "generate.bad_size"
     import torch
@@ -212,7 +212,7 @@ def test_sizes_that_can_t_be_drawn_and_loras_of_other_families(base: Path, tmp_p
     other = tmp_path / "other.safetensors"
     save_file({f"lora_unet_double_blocks_0_img_attn_proj.lora_{end}.weight": torch.zeros(shape)
                for end, shape in (("down", (2, 3072)), ("up", (3072, 2)))}, other)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         draw.draw(settings(base, tmp_path, loras=[str(other)]), lambda event: None, Control())
     assert caught.value.code == "generate.other_family"
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from core.config import TrainConfig
 from core.config.draw import DrawConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.families import schedulers
 from core.families.sd15.model import StableDiffusion1
 from core.inference import draw as drawing
@@ -120,7 +120,7 @@ def test_sheets(base: Path, lora: Path, tmp_path: Path) -> None:
                                ("weights=", [str(lora)], "generate.bad_sheet"),
                                ("weights=1", [], "generate.bad_sheet"),
                                ("checkpoints=7", [str(lora)], "generate.no_checkpoint")):
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(UserError) as caught:
             draw(base, tmp_path, loras=loras, sheet=sheet)
         assert caught.value.code == code
 
@@ -129,10 +129,10 @@ def test_unknown_names_get_the_nearest(base: Path, lora: Path, tmp_path: Path,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "output").symlink_to(lora.parent)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Fault, match="ink"):
+    with pytest.raises(UserError, match="ink"):
         library.find_lora("inkk", 0.8)
     assert library.find_lora("ink", 0.8).path.resolve() == lora
-    with pytest.raises(Fault, match="euler"):
+    with pytest.raises(UserError, match="euler"):
         draw(base, tmp_path, sampler="eulr")
 
 
@@ -183,7 +183,7 @@ def test_every_sampler_draws(base: Path) -> None:
     parts = family.load(base, precision)
     pipeline = family.pipeline(parts)
     for name, (label, _, _) in schedulers.SAMPLERS.items():
-        shot = generate.Shot("red disc", "", 1, 3, 2.0, (32, 32), name)
+        shot = generate.SampleRequest("red disc", "", 1, 3, 2.0, (32, 32), name)
         image = generate.draw(pipeline, parts, shot, {"prompt": "red disc"}, precision)
         assert np.asarray(image).std() > 0, name
         assert schedulers.label(pipeline.scheduler) == label
@@ -208,5 +208,5 @@ def test_verify_tells_good_from_bad(base: Path, lora: Path, tmp_path: Path) -> N
     files(DrawConfig(base=str(base), steps=1, loras=[str(other)], out=str(tmp_path)), notes)
     assert any(getattr(n, "key", "") == "generate.lora_partly" for n in notes)
     save_file({f"x_{k}": v for k, v in tensors.items()}, other)
-    with pytest.raises(Fault, match="doesn't fit this base"):
+    with pytest.raises(UserError, match="doesn't fit this base"):
         verify(other, DrawConfig(base=str(base)), lambda event: None)

@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from core import i18n
-from core.errors import Fault
+from core.errors import UserError
 from core.families.schedulers import SAMPLERS
 from core.inference import png_info
 from core.inference.png_info import Settings, parse
@@ -99,7 +99,7 @@ def test_a_comfyui_graph_is_read(tmp_path: Path) -> None:
         st.sampled_from(["inputs", "text", "model", "positive", "seed"]), inner, max_size=3),
     max_leaves=8)))
 def test_any_graph_is_read_or_refused(changes: dict[str, Any]) -> None:
-    with contextlib.suppress(Fault):
+    with contextlib.suppress(UserError):
         told = png_info.parse_comfy(json.dumps(graph(**changes)), Path("x.png"))
         assert told.seed is None or 0 <= told.seed < 2**63
 
@@ -133,8 +133,8 @@ HOSTILE = {
 def test_hostile_files_get_one_sentence(tmp_path: Path, name: str) -> None:
     file = tmp_path / "x.png"
     file.write_bytes(HOSTILE[name])
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         png_info.read(file)
-    said = i18n.say(caught.value.code, caught.value.params, "en")
+    said = i18n.tr(caught.value.code, caught.value.params, "en")
     assert "x.png" in said
     assert len(said) < 200

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from core.config import TrainConfig, dump_yaml
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs import worker
 from core.jobs.control import Control
 from core.jobs.events import Event, Note, Step
@@ -271,7 +271,7 @@ def test_the_name_of_a_run_is_no_pattern(tmp_path: Path) -> None:
 def test_neither_folder_takes_the_file(make: Make, tmp_path: Path, own_home: Path) -> None:
     (tmp_path / "out").write_text("a file where a folder is wanted")
     (own_home / "rescued").write_text("likewise")
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         train(make(max_train_steps=1), lambda event: None, Control())
     assert caught.value.code == "engine.cant_save"
     assert all(make().with_changes(**fix.changes) for fix in caught.value.fixes)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from core import i18n
 from core.config import TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs import manager as jobs
 from core.jobs import runs, worker
 from core.jobs.control import Control
@@ -127,7 +127,7 @@ def test_what_a_job_raises_becomes_a_fault(fake, what, code, text):
     assert worker.run_job("train", config(what, 9), folder, Control()).state == "failed"
     view = load_run(folder.name)
     assert (view.state, view.step, view.fault.code) == ("failed", 2, code)
-    assert text in i18n.say(view.fault.code, view.fault.params)
+    assert text in i18n.tr(view.fault.code, view.fault.params)
     assert "Traceback" in view.fault.details
 
 
@@ -150,7 +150,7 @@ def test_a_worker_that_dies_without_a_word_is_interrupted(manager, what, exit_co
     view = manager.wait(run_id, 20)
     assert (view.state, view.step, view.exit_code) == ("interrupted", 2, exit_code)
     assert view.fault.code == code
-    assert text in i18n.say(code, view.fault.params)
+    assert text in i18n.tr(code, view.fault.params)
     assert read(view.folder)[-1].kind == "step"           # nobody else wrote into its journal
     assert load_run(run_id).exit_code == exit_code
     if what == "segfault":                                # the log tells where
@@ -259,17 +259,17 @@ def test_sample_and_save_now(manager):
 
 def test_requests_to_what_is_not_under_way_are_refused(manager):
     run_id = manager.start(config(steps=1))
-    with pytest.raises(Fault, match="not over yet"):
+    with pytest.raises(UserError, match="not over yet"):
         manager.resume(run_id)
     manager.wait(run_id, 20)
     for act in (manager.pause, manager.go, manager.sample, manager.save):
-        with pytest.raises(Fault, match="not under way"):
+        with pytest.raises(UserError, match="not under way"):
             act(run_id)
-    with pytest.raises(Fault, match=run_id):
+    with pytest.raises(UserError, match=run_id):
         manager.view(run_id[:-1] + "x")                   # the nearest id is told
-    with pytest.raises(Fault, match="no run zzz"):
+    with pytest.raises(UserError, match="no run zzz"):
         load_run("zzz")
-    with pytest.raises(Fault, match="no run"):
+    with pytest.raises(UserError, match="no run"):
         load_run("../runs")
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from core import paths
 from core.config import TrainConfig, dump_yaml
-from core.errors import Fault
+from core.errors import UserError
 from core.inference import trash
 from core.jobs import runs
 from core.jobs.control import Control
@@ -193,7 +193,7 @@ def test_a_claim_of_another_computer_or_without_content(tmp_path: Path) -> None:
     with Output(tmp_path, config, silent) as one:
         one.rename()
         assert one.name == "ink-2"
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(UserError) as caught:
             one.go_on_as("ink", "1")
         assert caught.value.code == "engine.still_going"
         assert str(claim) in str(caught.value)
@@ -433,7 +433,7 @@ def test_a_run_that_still_goes_on_is_not_resumed(config: TrainConfig, tmp_path: 
     session = told(events, "engine.named")[-1]["session"]
     with Output(tmp_path / "out", config, silent) as living:
         living.go_on_as("ink", session)
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(UserError) as caught:
             train(config.with_changes(resume=True), silent, Control())
     assert caught.value.code == "engine.still_going"
     assert train(config.with_changes(resume=True), silent, Control())["state"] == "done"
@@ -457,13 +457,13 @@ def test_a_folder_that_cant_be_written_is_told_before_the_training(
 
 
 def test_what_is_no_checkpoint_is_refused(config: TrainConfig, tmp_path: Path) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         train(config.with_changes(resume=str(tmp_path / "nothing")), silent, Control())
     assert caught.value.code == "engine.no_such_checkpoint"
     events = stopped_at(config, 4)
     folder = tmp_path / "out/checkpoints/ink-000004"
     (folder / "state.safetensors").write_bytes(b"torn")
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         train(config.with_changes(resume=str(folder)), silent, Control())
     assert caught.value.code == "engine.bad_checkpoint"
     assert told(events, "engine.named")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from core.adapters import lora
-from core.errors import Fault
+from core.errors import UserError
 from core.families.loading import load_denoiser
 from core.training.trainer import Trainer
 from core.weights.quantization import Frozen
@@ -143,7 +143,7 @@ def _(lab: Lab) -> None:
 def _(lab: Lab) -> None:
     file = tiny.tiny_lora(lab.folder / "begin-6.safetensors", rank=6)
     options = {"init_lora_weights": str(file), "target_modules": ["to_q", "to_out.0"]}
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         lab.trainer(**options)
     inner = layers(lab.trainer(**options, init_lora_resize=True))[MID]
     key = f"lora_unet_{tiny.MIDDLE}_to_q"

@@ -128,7 +128,7 @@ class Lab:
         config = self.config(**changes)
         family, precision, parts = self.parts(config.precision)
         found = self.found(**changes)
-        if config.regularised:
+        if config.regularized:
             regularization.add(config, found, family, parts, precision, None, lambda event: None,
                                Control())
         Encoder(family, self.base, precision, config, lambda event: None, Control()).fill(

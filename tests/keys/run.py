@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from core import paths
 from core.config import TrainConfig
 from core.dataset.examples import Encoder
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.control import Control
 from core.jobs.events import Checkpoint, Phase, Sample, Step
 from core.training import checkpoint
@@ -41,7 +41,7 @@ def _(lab: Lab) -> None:
     """Another family than the base is of is refused; its own is what auto finds."""
     assert lab.plain_run.config.family == "auto"
     assert lab.plain_run.metadata["ss_base_model_version"] == "sd_v1"
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         lab.run(family="sdxl")
 
 
@@ -50,7 +50,7 @@ def _(lab: Lab) -> None:
     assert {seen["device"] for seen in lab.other_run.caught} == {"cpu"}
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     missing = next(name for name, found in there.items() if not found)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         lab.run(device=missing)
     assert caught.value.code == "engine.no_device"
 
@@ -76,7 +76,7 @@ def _(lab: Lab) -> None:
 def _(lab: Lab) -> None:
     assert float(lab.other_run.caught[0]["signal"][-1]) == pytest.approx(0, abs=1e-6)
     assert float(lab.trainer().diffusion.signal[-1]) > 0.05
-    with pytest.raises(Fault) as caught:        # noise alone can't be told from noise
+    with pytest.raises(UserError) as caught:        # noise alone can't be told from noise
         lab.run(zero_terminal_snr=True)
     assert caught.value.code == "engine.zero_snr_epsilon"
 

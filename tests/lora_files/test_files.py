@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from core import i18n, paths
-from core.errors import Fault
+from core.errors import UserError
 from core.families import lora_signs
 from core.families.layer_names import Part
 from core.families.lora_signs import detect_format
@@ -214,7 +214,7 @@ def test_unknown_keys_and_odd_pairs_are_reported(unet, both):
 
 
 def test_two_layers_with_one_name_are_a_fault():
-    with pytest.raises(Fault, match="lora_unet_a_b_c") as caught:
+    with pytest.raises(UserError, match="lora_unet_a_b_c") as caught:
         names_of(["unet.a_b.c", "unet.a.b_c"])
     assert caught.value.code == "lora_file.same_name"
 
@@ -225,7 +225,7 @@ def test_another_family_is_another_table():
     state = {f"text_encoder_2.text_model.encoder.layers.3.mlp.fc1.lora_{h}.weight": w
              for h, w in (("A", torch.ones(2, 8)), ("B", torch.ones(8, 2)))}
     assert "lora_te2_text_model_encoder_layers_3_mlp_fc1.alpha" in to_kohya(state, 2, naming=sdxl)
-    with pytest.raises(Fault, match="unet, text_encoder"):
+    with pytest.raises(UserError, match="unet, text_encoder"):
         names_of(["transformer.blocks.0"])
 
 
@@ -233,7 +233,7 @@ def test_another_family_is_another_table():
     ({"unet.mid.lora_magnitude_vector": torch.ones(1)}, "lora_file.not_lora_keys"),
     ({"unet.mid.lora_A.weight": torch.ones(2, 8)}, "lora_file.lone_half")])
 def test_what_is_no_plain_lora_is_not_written(change, code):
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         to_kohya(change, 1)
     assert caught.value.code == code
 
@@ -241,7 +241,7 @@ def test_what_is_no_plain_lora_is_not_written(change, code):
 def test_two_adapters_at_once_are_a_fault():
     state = {f"unet.mid.lora_{h}.{name}.weight": torch.ones(2, 2)
              for h in "AB" for name in ("one", "two")}
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         to_kohya(state, 1)
     assert caught.value.code == "lora_file.same_name"
 
@@ -258,9 +258,9 @@ def test_any_module_names_round_trip_or_are_refused(modules, rank, data):
              for h, shape in (("A", (rank, 3)), ("B", (5, rank)))}
     alphas = {p: data.draw(st.floats(0.125, 64, width=32)) for p in paths}
     if len({p.replace(".", "_") for p in paths}) < len(paths):
-        with pytest.raises(Fault, match="two layers"):
+        with pytest.raises(UserError, match="two layers"):
             names_of(paths)
-        with pytest.raises(Fault):
+        with pytest.raises(UserError):
             to_kohya(state, alphas)
         return
     adapter = to_peft(to_kohya(state, alphas), names_of(paths))
@@ -375,14 +375,14 @@ def test_values_that_are_not_finite_are_refused_and_the_old_file_stays(tmp_path,
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"old")
     weight = torch.tensor([[0.0, bad]]).half()           # 1e6 overflows to inf
-    with pytest.raises(Fault, match=r"x\.lora_up\.weight.*float16"):
+    with pytest.raises(UserError, match=r"x\.lora_up\.weight.*float16"):
         write_lora(path, {"x.lora_down.weight": torch.ones(1, 1), "x.lora_up.weight": weight}, {})
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_nothing_to_write_is_a_fault(tmp_path):
-    with pytest.raises(Fault, match="no tensors"):
+    with pytest.raises(UserError, match="no tensors"):
         write_lora(tmp_path / "a.safetensors", {}, {})
 
 
@@ -391,17 +391,17 @@ def test_config_inside_a_file(tmp_path, both):
     write_lora(path, both, {"darkroom.config": "base_model: ./基础\nlora_rank: 4\n"})
     assert read_config(path) == "base_model: ./基础\nlora_rank: 4\n"
     save_file(both, path, {"ss_a": "1", "ss_b": "2", "ss_c": "3", "ss_d": "4"})
-    with pytest.raises(Fault, match=r"4 other metadata entries \(ss_a, ss_b, ss_c \.\.\.\)"):
+    with pytest.raises(UserError, match=r"4 other metadata entries \(ss_a, ss_b, ss_c \.\.\.\)"):
         read_config(path)
     save_file(both, path)
-    with pytest.raises(Fault, match="no metadata at all"):
+    with pytest.raises(UserError, match="no metadata at all"):
         read_config(path)
 
 
 def test_a_checkpoint_is_not_read_as_a_lora(tmp_path):
     path = tmp_path / "v1-5.safetensors"
     save_file({"model.diffusion_model.out.2.bias": torch.ones(4)}, path)
-    with pytest.raises(Fault, match="checkpoint"):
+    with pytest.raises(UserError, match="checkpoint"):
         read_lora(path)
 
 
@@ -409,7 +409,7 @@ def test_types_that_torch_lacks_are_a_fault(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(spell({"x.lora_down.weight": entry("F6_E2M3", [4], 0, 3)}, b"abc"))
     assert read_header(path).tensors["x.lora_down.weight"].nbytes == 3
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         read_lora(path)
     assert caught.value.code == "lora_file.unreadable"
 
@@ -472,10 +472,10 @@ def test_malformed_files(tmp_path, name, reader):
     content, code = MALFORMED[name]
     path = tmp_path / "some file.safetensors"
     path.write_bytes(content)
-    with pytest.raises(Fault, match=r"some file\.safetensors") as caught:
+    with pytest.raises(UserError, match=r"some file\.safetensors") as caught:
         reader(path)
     assert caught.value.code == f"lora_file.{code}"
-    assert "{" not in i18n.say(caught.value.code, caught.value.params).replace("no { at", "")
+    assert "{" not in i18n.tr(caught.value.code, caught.value.params).replace("no { at", "")
     assert is_refused_by_safetensors(content) == (name not in STRICTER)
 
 
@@ -494,7 +494,7 @@ def is_refused_by_safetensors(content: bytes) -> bool:
 def test_pickles_are_refused_with_what_to_do(tmp_path, suffix):
     path = tmp_path / f"model{suffix}"
     torch.save({"a": torch.ones(1)}, path)
-    with pytest.raises(Fault, match=r"any code.*\.safetensors") as caught:
+    with pytest.raises(UserError, match=r"any code.*\.safetensors") as caught:
         read_header(path)
     assert caught.value.code == "lora_file.pickle"
 
@@ -508,10 +508,10 @@ def test_a_header_whose_length_looks_like_a_pickle(tmp_path):
 
 
 def test_missing_files_and_folders(tmp_path):
-    with pytest.raises(Fault, match=r"no file .*a\.safetensors") as caught:
+    with pytest.raises(UserError, match=r"no file .*a\.safetensors") as caught:
         describe(tmp_path / "a.safetensors")
     assert caught.value.code == "lora_file.missing"
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         describe(tmp_path)
     assert caught.value.code == "lora_file.unreadable"
 
@@ -545,7 +545,7 @@ def test_mutated_files_only_ever_give_faults(tmp_path, edits, keep_length):
     path.write_bytes(content)
     try:
         header = read_header(path)
-    except Fault:
+    except UserError:
         return
     describe(path)
     official = deserialize(content)                      # accepted by us: by safetensors, too
@@ -559,7 +559,7 @@ def test_mutated_files_only_ever_give_faults(tmp_path, edits, keep_length):
 def test_any_bytes_only_ever_give_faults(tmp_path, content):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         describe(path)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from core import i18n
-from core.errors import Fault
+from core.errors import UserError
 from core.families.flux.spec import NAMING as FLUX
 from core.families.layer_names import Naming
 from core.families.sd15.spec import NAMING as SD1
@@ -134,7 +134,7 @@ def test_every_kind_is_carried_through_or_refused(tmp_path: Path, kind: str, to:
     lora = Lora({f"unet.{UNET[5]}": OTHER_KINDS[kind](), f"unet.{UNET[6]}": OTHER_KINDS[kind]()},
                 SD1, {"ss_steps": "7"})
     if kind not in formats.HOLDS[to]:
-        with pytest.raises(Fault, match=f"{kind}.*kohya or comfyui") as caught:
+        with pytest.raises(UserError, match=f"{kind}.*kohya or comfyui") as caught:
             save(lora, to, tmp_path / "a")
         assert caught.value.code == "lora_convert.no_room"
         assert list(tmp_path.iterdir()) == []
@@ -217,7 +217,7 @@ def test_all_spellings_name_the_same_layer(tmp_path: Path, down: str, up: str, p
 def test_names_of_unknown_families_are_not_guessed(tmp_path: Path, keys: list[str]) -> None:
     save_file({f"{key}.lora_{half}.weight": torch.ones(2, 2) for key in keys
                for half in ("down", "up")}, tmp_path / "a.safetensors")
-    with pytest.raises(Fault, match="--family") as caught:
+    with pytest.raises(UserError, match="--family") as caught:
         read(tmp_path / "a.safetensors")
     assert caught.value.code == "lora_convert.no_names"
 
@@ -226,7 +226,7 @@ def test_one_layer_spelled_twice_is_a_fault(tmp_path: Path) -> None:
     save_file({f"unet.{Q}.lora_A.weight": torch.ones(2, 5),
                f"lora_unet_{Q.replace('.', '_')}.lora_down.weight": torch.ones(2, 5)},
               tmp_path / "a.safetensors")
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         read(tmp_path / "a.safetensors")
     assert caught.value.code == "lora_file.same_name"
 
@@ -264,12 +264,12 @@ def test_hostile_shapes_only_ever_give_faults(tmp_path: Path, ends: dict[str, li
               tmp_path / "a.safetensors")
     try:
         lora = read(tmp_path / "a.safetensors", family)
-    except Fault:
+    except UserError:
         return
     for work in (*(lambda to=to: spell(lora, to) for to in ("kohya", "comfyui", "diffusers")),
                  lambda: formats.peft_parts(lora), lambda: resize(lora, Cut(1)),
                  lambda: merge([(lora, 0.5), (lora, 2.0)])):
-        with contextlib.suppress(Fault):
+        with contextlib.suppress(UserError):
             work()
 
 
@@ -411,7 +411,7 @@ def test_dora_by_columns_is_refused_where_it_has_no_place() -> None:
     assert torch.equal(spell(lora, "kohya")[
         f"lora_unet_{UNET[5].replace('.', '_')}.dora_scale"], found["dora_scale"])
     for to in (lambda: spell(lora, "diffusers"), lambda: formats.peft_parts(lora)):
-        with pytest.raises(Fault, match="for each input") as caught:
+        with pytest.raises(UserError, match="for each input") as caught:
             to()
         assert caught.value.code == "lora_convert.dora_columns"
 
@@ -501,14 +501,14 @@ def test_a_folder_with_several_parts(tmp_path: Path) -> None:
 
 
 def test_folders_without_a_lora(tmp_path: Path) -> None:
-    with pytest.raises(Fault, match=r"adapter_config\.json"):
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
         read(tmp_path)
     (tmp_path / "adapter_config.json").write_text("[1")
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         read(tmp_path)
     assert caught.value.code == "lora_file.unreadable"
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         read(tmp_path)
     assert caught.value.code == "lora_file.missing"
 
@@ -517,7 +517,7 @@ def test_nothing_half_written_stays(tmp_path: Path) -> None:
     bad = layer(2)
     bad["lora_up.weight"][0, 0] = float("nan")
     for to in ("peft", "kohya"):
-        with pytest.raises(Fault, match="not finite"):
+        with pytest.raises(UserError, match="not finite"):
             save(Lora({f"unet.{UNET[5]}": bad}, SD1), to, tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
 

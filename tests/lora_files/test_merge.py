@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from core import i18n
-from core.errors import Fault
+from core.errors import UserError
 from core.families.layer_names import to_native
 from core.families.sd15.spec import NAMING as SD1
 from core.lora_files import formats
@@ -94,7 +94,7 @@ def test_dora_keeps_magnitudes_in_a_lower_rank() -> None:
 
 @pytest.mark.parametrize("kind", ["loha", "lokr", "oft", "full"])
 def test_other_kinds_have_no_lower_rank(kind: str) -> None:
-    with pytest.raises(Fault, match=kind):
+    with pytest.raises(UserError, match=kind):
         resize(one(OTHER_KINDS[kind]()), Cut(1))
 
 
@@ -139,7 +139,7 @@ def test_whole_differences_are_added_up() -> None:
     (layer(2), OTHER_KINDS["full"](), "lora_convert.mixed"),
     (layer(2), layer(2, out=7), "lora_convert.other_shapes")])
 def test_what_has_no_sum_is_refused(first: Layer, second: Layer, code: str) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         merge([(one(first), 1.0), (one(second), 1.0)])
     assert caught.value.code == code
     assert "{" not in str(caught.value)
@@ -250,7 +250,7 @@ def test_models_that_are_no_pair_are_refused(tmp_path: Path) -> None:
                                 (tmp_path / "other.safetensors", base, "other_models"),
                                 (tmp_path, base, "no_weights"),
                                 (tmp_path / "gone.safetensors", base, "missing")):
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(UserError) as caught:
             extract(first, second, 2)
         assert caught.value.code.endswith(code)
         assert "{" not in str(caught.value)

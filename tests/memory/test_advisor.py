@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from core import i18n
 from core.config import TrainConfig, size_of
-from core.errors import Fault
+from core.errors import UserError
 from core.importers import load_train_config
 from core.memory import advisor, plan, plan_inputs, relief, troubleshooting
 from core.memory.advisor import PURPOSES, Suggestion
@@ -261,7 +261,7 @@ def test_purposes_and_pictures_decide_rank_and_length() -> None:
 
 
 def test_unknown_purpose_is_a_fault() -> None:
-    with pytest.raises(Fault, match=r"style, character"):
+    with pytest.raises(UserError, match=r"style, character"):
         advise(card(8), "styl")
 
 
@@ -403,7 +403,7 @@ def test_every_advice_is_a_valid_change_in_words(config: TrainConfig, symptom: s
 
 
 def test_unknown_symptom_is_a_fault() -> None:
-    with pytest.raises(Fault, match="oom_start"):
+    with pytest.raises(UserError, match="oom_start"):
         answered("tired", TrainConfig())
 
 

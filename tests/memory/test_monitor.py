@@ -111,7 +111,7 @@ def test_a_run_on_a_card() -> None:
         assert reader.reader.poll(0).free_mb is None        # closed
     for note in notes:
         for lang in i18n.LANGUAGES:
-            assert "{" not in i18n.say(note.key, note.params, lang)
+            assert "{" not in i18n.tr(note.key, note.params, lang)
 
 
 def test_what_we_hold_comes_from_the_engine_where_nvml_is_silent() -> None:

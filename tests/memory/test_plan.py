@@ -16,7 +16,7 @@ import torch
 from core import paths
 from core.config import TrainConfig
 from core.dataset import buckets
-from core.errors import Fault
+from core.errors import UserError
 from core.families import detection, loading
 from core.families.detection import Base
 from core.memory import history, plan, relief
@@ -320,9 +320,9 @@ def test_families_that_outgrow_fp16(family: str) -> None:
 
 
 def test_bad_bases_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(Fault, match=r"families.missing|no such|There is no"):
+    with pytest.raises(UserError, match=r"families.missing|no such|There is no"):
         Base.of(tmp_path / "nothing")
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         plan.plan_run(TrainConfig(target_modules="nonsense"), Base.of(DEMO), CPU)
     assert caught.value.code == "engine.no_such_target"
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from core import paths
-from core.errors import Fault
+from core.errors import UserError
 from core.memory import service
 from core.system import processes
 from core.workspace import presets
@@ -120,13 +120,13 @@ def test_a_child_whose_window_was_killed_leaves(tmp_path: Path) -> None:
 def test_a_family_that_the_user_names_counts_everywhere(tmp_path: Path) -> None:
     """A file that is called like what can't be trained, of a user who knows better."""
     file = sparse(tmp_path / "my_kontext_merge.safetensors", BASES["flux"])
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         presets.family_of(str(file))
     assert caught.value.code == "families.by_name"
     said = caught.value.fixes[0].changes
     assert said == {"family": "flux"}
     assert presets.family_of(str(file), family="flux") == "flux"
-    with pytest.raises(Fault):                      # but it isn't believed to be anything
+    with pytest.raises(UserError):                      # but it isn't believed to be anything
         presets.family_of(str(file), family="zimage")
     asked = Question(str(tmp_path), "", str(file), tuple(said.items()), "style")
     facts = facts_of(asked)

@@ -44,9 +44,9 @@ MUTANTS = [
            ("lora_files/test_files.py::test_diffusers_takes_an_alpha_of_one_layer",
             "lora_files/test_files.py::test_round_trip_through_the_real_models")),
     Mutant("nan-is-written", _LORA_FILE, "        if not bool(torch.isfinite(tensor).all()):\n"
-           '            raise Fault("lora_file.not_finite"',
+           '            raise UserError("lora_file.not_finite"',
            "        if False:\n"
-           '            raise Fault("lora_file.not_finite"',
+           '            raise UserError("lora_file.not_finite"',
            ("lora_files/test_files.py::test_values_that_are_not_finite_are_refused_and_the_old_file_stays",
            )),
     Mutant("nan-is-read", _LORA_FILE, "    refuse_not_finite(path, tensors)\n", "",
@@ -302,8 +302,9 @@ MUTANTS = [
     Mutant("drawn-by-one-seed", "core/inference/generate.py",
            "torch.Generator().manual_seed(shot.seed)",
            "torch.Generator().manual_seed(0)", key("seed")),
-    Mutant("guidance-of-previews", "core/inference/generate.py", "shot.cfg - 1 + parts.unguided",
-           "shot.cfg + parts.unguided", key("sample_cfg")),
+    Mutant("guidance-of-previews", "core/inference/generate.py",
+           "shot.cfg - 1 + parts.no_guidance_value",
+           "shot.cfg + parts.no_guidance_value", key("sample_cfg")),
     # --- companions of single files ---
     Mutant("numbers-of-words-ignored", _WORDS, "all(words.get(word) == number for",
            "all(word in words and number >= 0 for",
@@ -327,7 +328,8 @@ MUTANTS = [
     Mutant("any-width-of-encoder", _COMPANIONS, "all(shape == (rows, width) for",
            "all(shape[0] == rows for",
            (f"{_BESIDE}::test_encoders_are_told_by_their_words_and_widths",)),
-    Mutant("coarsest-file", "core/families/components/precision_copies.py", "sorted(found, key=_fineness)",
+    Mutant("coarsest-file", "core/families/components/precision_copies.py",
+           "sorted(found, key=_fineness)",
            "sorted(found, key=_fineness, reverse=True)",
            (f"{_BESIDE}::test_the_same_weights_in_other_numbers_are_no_question",)),
     Mutant("texts-of-another-tokenizer", _COMMON,

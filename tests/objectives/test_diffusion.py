@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from core.config import TrainConfig
 from core.dataset.sampler import BucketSampler, Regular
-from core.errors import Fault
+from core.errors import UserError
 from core.families import schedulers
 from core.families.base import Objective, Parts
 from core.objectives.diffusion import Diffusion, huber_deltas, split_mask, zero_terminal
@@ -74,7 +74,7 @@ def test_zero_terminal_is_diffusers_rescaling() -> None:
     drawn_with = schedulers.create("ddim", base)
     torch.testing.assert_close(drawn_with.alphas_cumprod, expected)
     assert drawn_with.config.timestep_spacing == "trailing"
-    with pytest.raises(Fault, match="epsilon"):
+    with pytest.raises(UserError, match="epsilon"):
         zero_terminal(parts("epsilon"))
 
 

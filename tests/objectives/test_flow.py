@@ -254,7 +254,7 @@ def latents_and_texts(family: Family, parts: Parts) -> tuple[torch.Tensor, Cond]
     pictures = torch.zeros(8, 3, 64, 64)
     cond = {key: value.repeat(8, *[1] * (value.ndim - 1)) for key, value in family.encode_text(
         parts, ["red disc"]).items()}
-    cond |= {key: value.repeat(8, 1) for key, value in family.framing(
+    cond |= {key: value.repeat(8, 1) for key, value in family.size_conditioning(
         CropInfo((64, 64), (0, 0), (64, 64))).items()}
     return torch.zeros_like(family.encode_image(parts, pictures)), cond
 
@@ -338,11 +338,11 @@ def assert_decoded(family: Family, base: Path) -> None:
 
 @torch.no_grad()
 def round_trip(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-    film = "temperal_downsample" in vae.config
-    found = vae.encode(pixels.unsqueeze(2) if film else pixels)
+    is_video_vae = "temperal_downsample" in vae.config
+    found = vae.encode(pixels.unsqueeze(2) if is_video_vae else pixels)
     latents = found.latent if hasattr(found, "latent") else found.latent_dist.mode()
     back: torch.Tensor = vae.decode(latents, return_dict=False)[0]
-    return back[:, :, 0] if film else back
+    return back[:, :, 0] if is_video_vae else back
 
 
 @torch.no_grad()
@@ -356,7 +356,7 @@ def decoded(family: Family, parts: Parts, latents: torch.Tensor) -> torch.Tensor
     pipeline.scheduler.step = ours
     drawn: torch.Tensor = pipeline(
         prompt="red disc", width=64, height=64, num_inference_steps=1, output_type="pt",
-        **{parts.guidance: parts.unguided}).images
+        **{parts.guidance: parts.no_guidance_value}).images
     return drawn
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from core.config import TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.events import Event, Note
 from core.memory import plan
 from core.optim import optimizers
@@ -63,7 +63,7 @@ def test_state_names_what_checkpoints_named_before() -> None:
 def test_other_optimizers_state_is_refused() -> None:
     parameters = weights()
     state = {"0.step": torch.tensor(3), "0.state1": torch.zeros(9), "0.state2": torch.zeros(9)}
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         optimizers.load_state(make("adamw", parameters), state)
     assert caught.value.code == "precision.other_optimizer"
     assert caught.value.params["there"] == "adamw8bit"

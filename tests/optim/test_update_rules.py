@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from core.config import OPTIMIZERS, TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.events import Event, Note
 from core.optim import optimizers
 
@@ -241,7 +241,7 @@ def test_no_rule_asks_the_device_for_numbers(name: str) -> None:
     ({"optimizer": "lion", "optimizer_args": {"betaz": [1, 2]}}, "engine.optimizer_args"),
 ])
 def test_what_is_no_optimizer_is_told(changes: dict[str, Any], code: str) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         make(**{"name": changes.pop("optimizer"), "parameters": weights(), **changes})
     assert caught.value.code == code
     assert "{" not in str(caught.value)

@@ -108,7 +108,7 @@ def test_torch_and_card(facts: dict[str, Any], report: GpuReport, key: str) -> N
     assert (finding.level == "error") == (finding.mend != "")
     for lang in i18n.LANGUAGES:
         for text in (f"doctor.{key}", f"doctor.{key}_mend")[:1 + (finding.level == "error")]:
-            assert "{" not in i18n.say(text, finding.params, lang)
+            assert "{" not in i18n.tr(text, finding.params, lang)
 
 
 def test_old_card_is_sent_to_an_old_cuda() -> None:
@@ -199,7 +199,7 @@ def test_states_of_the_driver(code: int, state: str, level: str,
     with nvml_stub.loaded([Card.of(8)], Fail("nvmlInitWithFlags", code)):
         finding = only(doctor.cards(gpu.report()))
     assert (finding.key, finding.level) == (state, level)
-    assert finding.text == i18n.say(f"gpu.{state}", finding.params)
+    assert finding.text == i18n.tr(f"gpu.{state}", finding.params)
     assert bool(finding.mend) == (level != "ok")
 
 

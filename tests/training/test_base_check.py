@@ -18,9 +18,9 @@ from core import families, paths
 from core.cli.progress import summary
 from core.config import GenerateConfig, TrainConfig
 from core.config.draw import DrawConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.inference.draw import draw
-from core.inference.generate import Shot, Studio
+from core.inference.generate import PipelineSession, SampleRequest
 from core.jobs.control import Control
 from core.jobs.events import Event, Note
 from core.safetensors_header import read_header
@@ -54,11 +54,11 @@ class Unmarked(StableDiffusion1):
 def own_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures that the demo base draws itself: what it knows best."""
     folder = tmp_path_factory.mktemp("own")
-    studio = Studio(paths.DEMO / "base", GenerateConfig(base=str(paths.DEMO / "base")),
-                    lambda _: None)
+    studio = PipelineSession(paths.DEMO / "base", GenerateConfig(base=str(paths.DEMO / "base")),
+                             lambda _: None)
     studio.load()
     for i, subject in enumerate(("an apple", "a red car", "a cat", "a house", "a star")):
-        studio.draw(Shot(subject, "", i, 12, 2.0, (64, 64))).save(folder / f"{i}.png")
+        studio.draw(SampleRequest(subject, "", i, 12, 2.0, (64, 64))).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(subject, "utf-8")
     return folder
 
@@ -247,7 +247,7 @@ def test_regularisation_pictures_of_the_wrong_prediction_are_not_learned(
     options = {"base_model": str(tiny.tiny_lora(tmp_path / "base.safetensors")),
                "family": f"{tmp_path / 'unmarked.py'}:Unmarked", "trigger_word": "an apple",
                "reg_from_base": 1, "sample_inference_steps": 2, "max_resolution": 64}
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         train(config(apple, tmp_path / "out", **options), lambda event: None, Control())
     assert caught.value.code == "base_check.regular_of_other"
     before = set(paths.cache_dir().glob("regular/*"))

@@ -19,7 +19,7 @@ from transformers import CLIPTextModel
 from core import families
 from core.adapters import from_file, lora
 from core.dataset.image_folder import Picture
-from core.errors import Fault
+from core.errors import UserError
 from core.families import schedulers
 from core.families.loading import ComponentSpec, dtype_of
 from core.importers import load_train_config
@@ -113,7 +113,7 @@ def test_tensors_fill_their_bytes_exactly(tmp_path: Path, shape: list[int], size
     path = tmp_path / "a.safetensors"
     header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         read_header(path)
     assert caught.value.code == "lora_file.wrong_size"
 
@@ -123,7 +123,7 @@ def test_a_pickle_is_called_one_whatever_its_name(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, path)
     for content in (path.read_bytes(), pickle.dumps({"a": 1})):
         path.write_bytes(content)
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(UserError) as caught:
             read_header(path)
         assert caught.value.code == "lora_file.pickle"
 

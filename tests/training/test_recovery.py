@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from core.config import TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.families.detection import Base
 from core.jobs.control import Control
 from core.jobs.events import Event, Note, Sample, Step
@@ -161,7 +161,7 @@ def test_every_way_is_tried_and_the_last_failure_is_a_fault(make: Make) -> None:
     def never(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
     drive.trainer.denoiser.conv_out.register_forward_hook(never)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         drive.to_end()
     assert [(n["key"], n["value"]) for n in drive.notes("engine.lowered_for_memory")] == [
         ("batch_size", 2), ("batch_size", 1), ("gradient_checkpointing", True)]
@@ -379,7 +379,7 @@ def test_after_three_returns_it_ends_with_a_fault(make: Make,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     diverging(monkeypatch, -1.0)
     drive = Drive(make(max_train_steps=30))
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         drive.to_end()
     fault = caught.value
     assert fault.code == "engine.not_finite"

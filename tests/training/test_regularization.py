@@ -12,7 +12,7 @@ from core import families
 from core.config import TrainConfig
 from core.dataset import captions
 from core.dataset.examples import Encoder, Examples, Stopped, find
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.control import Control
 from core.jobs.events import Event, Phase
 from core.training import regularization
@@ -78,7 +78,7 @@ def test_a_folder_with_captions_of_its_own(base: Path, tmp_path: Path) -> None:
 
 
 def test_drawing_needs_a_trigger(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(Fault, match="trigger_word"):
+    with pytest.raises(UserError, match="trigger_word"):
         added(config_of(base, tmp_path, reg_from_base=1, trigger_word=""))
 
 

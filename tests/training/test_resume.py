@@ -21,7 +21,7 @@ from core import families, i18n
 from core.cli.progress import summary
 from core.config import TrainConfig, dump_yaml
 from core.dataset.examples import Encoder, find
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs import runs, worker
 from core.jobs.control import Control
 from core.jobs.events import Checkpoint, Event, JobEnded, Note, Step
@@ -294,7 +294,7 @@ def test_what_is_said_first_reads_whatever_a_journal_holds() -> None:
                 "proof": {"ok": False, "faint": True, "matched": 1, "modules": 2, "change": 0.1,
                           "from_memory": 3, "tolerance": 1.5},
                 "nothing": {"step": 3, "total": 2, "file": "x"}}):
-            assert "{" not in i18n.say(key, params, language)
+            assert "{" not in i18n.tr(key, params, language)
 
 
 # --- several processes ---
@@ -364,7 +364,7 @@ def test_a_terminal_that_closes_saves_the_run(config: TrainConfig, tmp_path: Pat
 
 def test_another_rank_is_refused_by_its_name(config: TrainConfig) -> None:
     run(config, stop=2)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         run(config.with_changes(resume=True, lora_rank=4))
     assert caught.value.code == "engine.other_adapter_keys"
     assert caught.value.params["keys"] == "lora_rank: 2 -> 4"

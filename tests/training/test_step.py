@@ -69,7 +69,7 @@ def test_a_mirrored_picture_tells_its_own_cut(lab: Lab) -> None:
                           max_bucket_side=32)
 
     class Telling(type(trainer.family)):        # type: ignore[misc]
-        def framing(self, frame: CropInfo) -> Cond:
+        def size_conditioning(self, frame: CropInfo) -> Cond:
             return {"left": torch.tensor([[frame.left_top[0]]])}
     trainer.family = Telling()
     seen, pair = shown(trainer, of_one(64)), trainer.examples.latents[0]

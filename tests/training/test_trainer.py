@@ -14,7 +14,7 @@ from core.adapters import lora
 from core.config import TrainConfig
 from core.dataset.examples import Encoder, find
 from core.dataset.sampler import Batch
-from core.errors import Fault
+from core.errors import UserError
 from core.importers import load_train_config
 from core.jobs.control import Control
 from core.jobs.events import Checkpoint, Event, Note, Sample, Step
@@ -229,7 +229,7 @@ def test_targets_by_preset_alias_and_name() -> None:
     unet, spec = tiny.tiny_unet(), families.get("sd15").spec
     assert lora.resolve_targets(["q_proj", "v_proj"], spec, unet) == ["to_q", "to_v"]
     assert "ff.net.2" in lora.resolve_targets("attention+ff", spec, unet)
-    with pytest.raises(Fault, match="to_q"):
+    with pytest.raises(UserError, match="to_q"):
         lora.resolve_targets(["to_qq"], spec, unet)
 
 
@@ -241,7 +241,7 @@ def test_targets_by_preset_alias_and_name() -> None:
     ({"family": "sd51"}, "families.unknown"),
 ])
 def test_bad_input_is_one_sentence(make: Make, changes: dict[str, Any], code: str) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         run(make(**changes))
     assert caught.value.code == code
     assert "{" not in str(caught.value)

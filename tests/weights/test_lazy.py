@@ -17,7 +17,7 @@ from torch import Tensor
 from core import families
 from core.config import TrainConfig
 from core.dataset.examples import Encoder
-from core.errors import Fault
+from core.errors import UserError
 from core.families import loading
 from core.jobs.control import Control
 from core.weights import quantization
@@ -164,7 +164,7 @@ def test_weights_of_another_shape_are_named(sd3: Path, tmp_path: Path) -> None:
     shutil.copytree(sd3, folder)
     config = folder / "text_encoder_3" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"d_ff": 32}))
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         families.get("sd3").load(folder, FP32, frozenset({"text_encoder_3"}))
     assert caught.value.code == "families.not_understood"
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from core.adapters import lora
 from core.config import TrainConfig
 from core.families.sd15.model import StableDiffusion1
-from core.memory.meta_tensors import Kernels, Tally, size_of, traced
-from core.weights.offload import Offloaded, Stage, blocks, offload_, stage_of, waiting
-from core.weights.quantization import Frozen, Kind, heavy_layers, quantise_
+from core.memory.meta_tensors import DeviceEmulation, StorageTracker, size_of, traced
+from core.weights.offload import BlockPrefetcher, Offloaded, blocks, offload_, stage_of, waiting
+from core.weights.quantization import Frozen, Kind, heavy_layers, quantize_
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ def model_of(kind: Kind = "same", share: float = 0.0, device: torch.device = CPU
              checkpointing: bool = False) -> tuple[Any, Offloaded]:
     torch.manual_seed(5)
     model = tiny.tiny_unet().requires_grad_(False).eval().to(memory_format=torch.channels_last)
-    quantise_(model, kind)
+    quantize_(model, kind)
     done = offload_(model, share, device)
     model.to(device)
     lora.attach(model, TrainConfig(target_modules="all-linear", lora_rank=4),
@@ -107,7 +107,7 @@ def test_at_most_two_blocks_are_there() -> None:
     stage = stage_of(model)
     assert stage is not None
     stage.clear()
-    tally = Tally("cpu", [model])
+    tally = StorageTracker("cpu", [model])
     with tally:
         model(x).sum().backward()
     assert 2 * weight <= tally.peak < 2.2 * weight
@@ -124,17 +124,17 @@ def test_each_block_comes_once_a_pass_and_ahead_of_its_use() -> None:
         model(x).sum().backward()
     before = stage.fetched
     late: list[int] = []
-    fetch = Stage._fetch
+    fetch = BlockPrefetcher._fetch
 
-    def spy(self: Stage, block: int) -> None:
+    def spy(self: BlockPrefetcher, block: int) -> None:
         if block == self._now and block not in self._here:
             late.append(block)
         fetch(self, block)
-    Stage._fetch = spy                                          # type: ignore[method-assign]
+    BlockPrefetcher._fetch = spy                                          # type: ignore[method-assign]
     try:
         model(x).sum().backward()
     finally:
-        Stage._fetch = fetch                                    # type: ignore[method-assign]
+        BlockPrefetcher._fetch = fetch                                    # type: ignore[method-assign]
     assert stage.fetched - before == 14
     assert late == []
 
@@ -150,16 +150,16 @@ def test_the_way_forward_teaches_the_way_back() -> None:
     stage.clear()
     out = model(torch.randn(1, 256, requires_grad=True))
     there = []
-    turn = Stage._turn_to
+    turn = BlockPrefetcher._turn_to
 
-    def spy(self: Stage, block: int) -> None:
+    def spy(self: BlockPrefetcher, block: int) -> None:
         there.append((block, block in self._here))
         turn(self, block)
-    Stage._turn_to = spy                                        # type: ignore[method-assign]
+    BlockPrefetcher._turn_to = spy                                        # type: ignore[method-assign]
     try:
         out.sum().backward()
     finally:
-        Stage._turn_to = turn                                   # type: ignore[method-assign]
+        BlockPrefetcher._turn_to = turn                                   # type: ignore[method-assign]
     assert there == [(4, False), (3, True), (2, True), (1, True), (0, True)]
 
 
@@ -176,7 +176,7 @@ def test_nothing_of_a_block_is_left_on_the_device() -> None:
 def test_trace_sees_the_visitors() -> None:
     model = Chain(6, 256)
     offload_(model, 1.0, CPU)
-    with torch.no_grad(), traced(Kernels("cpu", torch.float32), [model]) as tally:
+    with torch.no_grad(), traced(DeviceEmulation("cpu", torch.float32), [model]) as tally:
         model(torch.randn(1, 256))
     assert tally.peak >= 256 * 256 * 4
 

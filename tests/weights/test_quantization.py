@@ -15,13 +15,13 @@ from core import families, paths
 from core.adapters import lora
 from core.config import TrainConfig
 from core.dataset.examples import Encoder, find
-from core.errors import Fault
+from core.errors import UserError
 from core.families import detection
 from core.families.loading import load_denoiser
 from core.jobs.control import Control
 from core.jobs.events import Event
 from core.memory import plan
-from core.memory.meta_tensors import Kernels, traced
+from core.memory.meta_tensors import DeviceEmulation, traced
 from core.training.run import train
 from core.training.trainer import Trainer
 from core.weights.precision import choose, keep_
@@ -32,8 +32,8 @@ from core.weights.quantization import (
     Kind,
     fill_,
     freeze_,
-    quantise_,
-    trunk_layers,
+    quantize_,
+    repeated_layers,
 )
 from tests import tiny
 from tests.bench import plan as bench
@@ -163,7 +163,7 @@ def test_backward_keeps_no_weight() -> None:
     layers = nn.Sequential(*[frozen(nn.Linear(512, 512).requires_grad_(False), "int8")
                              for _ in range(10)])
     x = torch.randn(1, 512, requires_grad=True)
-    with traced(Kernels("cpu", torch.float32), [layers]) as tally:
+    with traced(DeviceEmulation("cpu", torch.float32), [layers]) as tally:
         out = layers(x)
         between = tally.live
         out.sum().backward()
@@ -177,13 +177,13 @@ def test_backward_keeps_no_weight() -> None:
 def test_which_layers_stay() -> None:
     model = unet()
     plain = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    quantise_(model, "int8")
+    quantize_(model, "int8")
     stayed = {n for n, m in plain.items() if not isinstance(m, Frozen)}
     assert {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"} <= stayed
     for name, layer in plain.items():
         inside = name.startswith(("down_blocks.", "mid_block.", "up_blocks."))
         assert (name not in stayed) == (inside and layer.weight.numel() >= 4096), name
-    assert quantise_(model, "int8") == 0                        # what is done isn't done twice
+    assert quantize_(model, "int8") == 0                        # what is done isn't done twice
 
 
 class Unlike(nn.Linear):
@@ -198,20 +198,20 @@ class Unlike(nn.Linear):
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_to_quantise_is_said(model: nn.Module, why: str, kind: Kind) -> None:
     """It would go on in full, in memory that isn't there."""
-    with pytest.raises(Fault, match=why) as caught:
-        quantise_(model.requires_grad_(False), kind)
+    with pytest.raises(UserError, match=why) as caught:
+        quantize_(model.requires_grad_(False), kind)
     assert caught.value.code == "precision.nothing_quantised"
     assert caught.value.fixes[0].changes == {"base_precision": "same"}
-    assert quantise_(model, "same") == 0
+    assert quantize_(model, "same") == 0
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("fp8", 8), ("nf4", 4.25)])
 def test_weights_take_their_bits(kind: Kind, bits: float) -> None:
     model = families.get("sd15").load(DEMO, choose("fp32", "cpu"), frozenset({"denoiser"})).denoiser
-    weights = sum(layer.weight.numel() for layer in trunk_layers(model))
+    weights = sum(layer.weight.numel() for layer in repeated_layers(model))
     assert weights > 0.95 * sum(p.numel() for p in model.parameters())
-    quantise_(model, kind)
-    held = sum(t.numel() * t.element_size() for layer in trunk_layers(model)
+    quantize_(model, kind)
+    held = sum(t.numel() * t.element_size() for layer in repeated_layers(model)
                for t in (layer.codes, layer.scales) if t is not None)
     assert held * 8 / weights == pytest.approx(bits, rel=0.02)
 
@@ -223,7 +223,7 @@ def test_meta_tensors_give_the_real_shapes() -> None:
     for kind in KINDS:
         shapes = []
         for model in (copy.deepcopy(real), copy.deepcopy(empty)):
-            quantise_(model, kind)
+            quantize_(model, kind)
             shapes.append({n: (b.shape, b.dtype) for n, b in model.named_buffers()})
         assert shapes[0] == shapes[1]
 
@@ -235,7 +235,7 @@ def test_filling_an_empty_model_is_quantising_a_full_one(kind: Kind) -> None:
     with torch.device("meta"):
         empty = tiny.tiny_unet().requires_grad_(False).to(memory_format=torch.channels_last)
     for model in (real, empty):
-        quantise_(model, kind)
+        quantize_(model, kind)
     unknown = fill_(empty, [*weights.items(), ("no.such.weight", torch.zeros(1))],
                     torch.float32, CPU)
     assert unknown == ["no.such.weight"]
@@ -250,7 +250,7 @@ def test_adapters_fit_every_kind_of_frozen_layer() -> None:
     """peft builds an adapter from the base layer's shape, type, dtype and device."""
     model = unet()
     config = TrainConfig(target_modules="all-linear", lora_rank=3)
-    quantise_(model, "nf4")
+    quantize_(model, "nf4")
     parameters = lora.attach(model, config, families.get("sd15").spec)
     assert all(p.dtype == torch.float32 and p.requires_grad for p in parameters)
     plain = lora.attach(unet(), config, families.get("sd15").spec)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import T5Tokenizer
 
 from core import families, paths
-from core.errors import Fault
+from core.errors import UserError
 from core.families import loading
 from core.families.components.lookup import Chosen
 from core.families.detection import identify
@@ -72,7 +72,7 @@ def test_torn_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "torn.safetensors"
     save_file({"w": torch.ones(100)}, path)
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(Fault, match="cut off") as caught:
+    with pytest.raises(UserError, match="cut off") as caught:
         Weights([(path, "")], dict)
     assert caught.value.code == "families.unreadable"
 
@@ -245,7 +245,7 @@ def test_a_lora_is_extracted_from_scaled_models(tmp_path: Path) -> None:
         torch.testing.assert_close(layer[UP] @ layer[DOWN], change, atol=1e-4, rtol=1e-4)
     save_file({f"{layers[0]}.weight": torch.zeros(4, 4, dtype=torch.uint8),
                f"{layers[0]}.weight_scale_2": torch.ones(())}, base)
-    with pytest.raises(Fault, match="nvfp4"):
+    with pytest.raises(UserError, match="nvfp4"):
         extract(tuned, base, 2)
 
 
@@ -263,7 +263,7 @@ def test_of_two_encoders_the_one_that_is_read(made: tuple[str, Path, Any],      
     save_file(behind("", state) | mark, models / "t5xxl_a_nvfp4.safetensors")
     family = families.get(name)
     piece = next(one for one in family.pieces if one.name == "text_encoder_2")
-    with pytest.raises(Fault, match="nvfp4") as caught:
+    with pytest.raises(UserError, match="nvfp4") as caught:
         loading.load(family.layout(path), piece, FP32)
     assert caught.value.code == "families.numbers_unread"
     save_file(behind("", state), models / "t5xxl_fp16.safetensors")
@@ -299,12 +299,12 @@ def test_other_numbers_are_refused_by_name(name: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     mark = {"comfy_quant": torch.tensor(list(json.dumps(kind).encode()), dtype=torch.uint8)}
     save_file(behind("layer.", tensors | (mark if kind else {})), path)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         Weights([(path, "")], dict)
     assert caught.value.code == "families.numbers_unread"
     assert said in str(caught.value)
     assert "layer.weight" in str(caught.value)
-    with pytest.raises(Fault) as caught:                # nor are they taken for numbers of another
+    with pytest.raises(UserError) as caught:            # nor are they taken for numbers of another
         TensorFile(path)["layer.weight"]
     assert caught.value.code == "families.numbers_unread"
 

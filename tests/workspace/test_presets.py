@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from core import i18n, paths
 from core.config import TrainConfig
-from core.errors import Fault
+from core.errors import UserError
 from core.families.detection import Base
 from core.importers import load_train_config
 from core.memory import advisor, plan, plan_inputs, relief
@@ -220,7 +220,7 @@ def test_found_by_file_name_whatever_the_purpose() -> None:
 @pytest.mark.parametrize(("name", "nearest"), [("8GB lapptop", "8GB laptop"),
                                                ("24GB 工作占", "24GB 工作站")])
 def test_typo_names_the_nearest(name: str, nearest: str) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         presets.find(name, "sd15")
     assert caught.value.code == "presets.unknown"
     assert caught.value.params["nearest"] == nearest
@@ -228,9 +228,9 @@ def test_typo_names_the_nearest(name: str, nearest: str) -> None:
 
 
 def test_unknown_family_and_purpose_are_faults() -> None:
-    with pytest.raises(Fault, match="demo, flux, sd15"):
+    with pytest.raises(UserError, match="demo, flux, sd15"):
         presets.find("8GB laptop", "sdxxl")
-    with pytest.raises(Fault, match="character, object, style"):
+    with pytest.raises(UserError, match="character, object, style"):
         presets.find("8GB laptop", "sd15", "concept")
 
 
@@ -247,7 +247,7 @@ def test_families_of_bases(tmp_path: Path, base: Path) -> None:
     assert presets.family_of(str(base)) == "sd15"
     other = tiny_families.base("sdxl", tmp_path / "xl")
     assert presets.family_of(str(other)) == "sdxl"
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         presets.family_of(str(tmp_path / "none.safetensors"))
     assert caught.value.code == "families.missing"
 
@@ -276,7 +276,7 @@ def test_own_presets_stand_beside_ours(own_home: Path) -> None:
     ({"title": "x"}, "title")])
 def test_broken_preset_is_named(own_home: Path, changes: dict[str, Any], what: str) -> None:
     path = write_own(own_home, **changes)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         presets.list_presets()
     assert caught.value.code == "presets.bad"
     assert str(path) in str(caught.value)
@@ -285,7 +285,7 @@ def test_broken_preset_is_named(own_home: Path, changes: dict[str, Any], what: s
 
 def test_torn_preset_is_named(own_home: Path) -> None:
     write_own(own_home).write_bytes(b"title: {en: 'x'\nset: [")
-    with pytest.raises(Fault, match=r"mine\.yaml can't be read"):
+    with pytest.raises(UserError, match=r"mine\.yaml can't be read"):
         presets.list_presets()
 
 
@@ -360,10 +360,10 @@ def test_train_config_needs_no_file() -> None:
 def test_faults_of_the_file_keep_their_lines(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("base_model: demo\nepoch: 4\n", "utf-8")
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         presets.train_config("CPU", file)
     assert caught.value.params["line"] == 2
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         presets.train_config("CPU", file.with_name("none.yaml"))
     assert caught.value.code == "config.missing"
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from core import paths
-from core.errors import Fault
+from core.errors import UserError
 from core.workspace import settings
 from core.workspace.project import FIRST, Projects, checked_name, known_presets
 from core.workspace.settings import SettingsFile
@@ -92,7 +92,7 @@ def test_one_bad_setting_takes_no_other_with_it(own_home: Path) -> None:
 def test_a_name_is_a_file_name_or_refused(name: str) -> None:
     try:
         good = checked_name(name)
-    except Fault:
+    except UserError:
         return
     assert Path(good).name == good
     assert good not in (".", "..")
@@ -101,7 +101,7 @@ def test_a_name_is_a_file_name_or_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", "", "x.", "C:x", "a\nb"])
 def test_names_that_lead_elsewhere_are_refused(name: str) -> None:
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         checked_name(name)
 
 

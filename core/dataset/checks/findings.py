@@ -39,20 +39,20 @@ class Finding:
 
     @property
     def text(self) -> str:
-        return i18n.say(self.code, {"count": len(self.subjects), **self.params})
+        return i18n.tr(self.code, {"count": len(self.subjects), **self.params})
 
     @property
     def mend(self) -> str:
         """What to do; "" where the sentence itself says it."""
         key = f"{self.code}_mend"
-        return i18n.say(key, self.params) if key in i18n.catalogue("en") else ""
+        return i18n.tr(key, self.params) if key in i18n.catalogue("en") else ""
 
     def line(self, subject: Subject) -> str:
         """What is to be said about one of its pictures."""
         key = subject.code or f"{self.code}_one"
         if key not in i18n.catalogue("en"):
             return subject.name
-        return i18n.say(key, {"file": subject.name, **subject.params})
+        return i18n.tr(key, {"file": subject.name, **subject.params})
 
 
 def worst_first(subjects: Sequence[tuple[float, Subject]]) -> tuple[Subject, ...]:

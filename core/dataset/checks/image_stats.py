@@ -26,7 +26,7 @@ from core.dataset.checks import measures, saliency
 from core.dataset.curation import Choices
 from core.dataset.image_folder import Dataset, relative_name
 from core.dataset.images import Look
-from core.errors import Fault
+from core.errors import UserError
 from core.jobs.control import Control
 
 VERSION = 1                     # of RECORD and of what is measured
@@ -55,12 +55,12 @@ class Stopped(Exception):
     """The user stopped; what was measured is kept."""
 
 
-def measure(path: Path) -> bytes | Fault:
+def measure(path: Path) -> bytes | UserError:
     """A RECORD's bytes; decodes the whole file once, a large JPEG at reduced size."""
     try:
         decoded = images.decode(path, least=WORK_SIDE)
         return _measured(path, decoded).tobytes()
-    except Fault as fault:
+    except UserError as fault:
         return fault
     except Exception as error:              # a palette that is too short, for example
         return images.damage(path, error)
@@ -122,7 +122,7 @@ def _digest(path: Path) -> bytes:
 @dataclass(frozen=True, slots=True)
 class _Found:
     path: Path
-    record: bytes | Fault
+    record: bytes | UserError
     fresh: bool                             # measured now, not taken from the cache
 
 
@@ -139,7 +139,7 @@ class Looks:
     def table(self) -> Table:
         return np.frombuffer(bytes(self._records), RECORD)
 
-    def look_all(self, files: Sequence[Path]) -> Iterator[Look | Fault]:
+    def look_all(self, files: Sequence[Path]) -> Iterator[Look | UserError]:
         """Raises Stopped where the user stops."""
         with Store() as store, contextlib.closing(
                 threads.in_order(_measure_anew, files, "looks", store.known)) as results:
@@ -148,8 +148,8 @@ class Looks:
                     raise Stopped
                 yield self._taken(found, store)
 
-    def _taken(self, found: _Found, store: Store) -> Look | Fault:
-        if isinstance(found.record, Fault):
+    def _taken(self, found: _Found, store: Store) -> Look | UserError:
+        if isinstance(found.record, UserError):
             return found.record
         if found.fresh:
             self.measured += 1

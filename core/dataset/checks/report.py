@@ -72,7 +72,7 @@ def check(folder: Path, facts: BaseFacts, *, metadata: Path | None = None, trigg
           control: Control | None = None) -> Report:
     """Looks at every picture and caption; nothing in the folder is changed.
 
-    Raises Fault as dataset.scan() does, and looks.Stopped where the user stops: what was
+    Raises UserError as dataset.scan() does, and looks.Stopped where the user stops: what was
     measured until then is known the next time.
     """
     began = time.perf_counter()
@@ -154,12 +154,12 @@ def lines(report: Report, most: int = 5) -> list[str]:
         told.append(f"{MARKS[finding.level]} {finding.text}")
         told += [f"       {finding.line(one)}" for one in finding.subjects[:most]]
         if len(finding.subjects) > most:
-            told.append("       " + i18n.say("checks.more",
-                                             {"count": len(finding.subjects) - most}))
+            told.append("       " + i18n.tr("checks.more",
+                                            {"count": len(finding.subjects) - most}))
         if finding.mend:
             told.append(f"     -> {finding.mend}")
     if not report.findings:
-        told.append(i18n.say("checks.all_well"))
+        told.append(i18n.tr("checks.all_well"))
     return told
 
 
@@ -168,12 +168,12 @@ def _summary(report: Report) -> list[str]:
     more = len(found) - MOST_BUCKETS
     shown = " · ".join(f"{wide}x{high} ×{count}" for (wide, high), count in found[:MOST_BUCKETS])
     return [
-        i18n.say("checks.summary", {
+        i18n.tr("checks.summary", {
             "folder": report.folder, "pictures": len(report.names),
             "captioned": report.captioned, "skipped": report.skipped}),
-        i18n.say("checks.base" if facts.base else "checks.base_assumed", {
+        i18n.tr("checks.base" if facts.base else "checks.base_assumed", {
             "base": facts.base, "width": facts.area[0], "height": facts.area[1], "step": facts.step,
             "limit": facts.token_limit}),
-        i18n.say("checks.buckets", {
+        i18n.tr("checks.buckets", {
             "list": shown,
-            "more": i18n.say("checks.more_buckets", {"count": more}) if more > 0 else ""})]
+            "more": i18n.tr("checks.more_buckets", {"count": more}) if more > 0 else ""})]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from core import i18n, paths
 from core.config import GenerateConfig, TrainConfig, resolve
-from core.errors import Fault, Fix
+from core.errors import Fix, UserError
 from core.families.components import precision_copies, tokenizer_kinds, vae_hashes
 from core.families.components.tokenizer_kinds import FILES, Kind
 from core.families.detection import identify
@@ -57,7 +57,7 @@ class Taken:
 
 
 def chosen(config: TrainConfig | GenerateConfig, beside: Path | None = None) -> Chosen:
-    """What a config names. Raises Fault where it isn't there."""
+    """What a config names. Raises UserError where it isn't there."""
     vae = _named("vae", config.vae, beside)
     encoders = [_named("text_encoders", path, beside) for path in config.text_encoders]
     tokenizer = (Path(SHIPPED) if config.tokenizer == SHIPPED
@@ -72,7 +72,7 @@ def _named(key: str, value: str, beside: Path | None) -> Path | None:
         return None
     path = resolve(value, beside)
     if not path.exists() or (path.is_dir() and key != "tokenizer"):
-        raise Fault("families.companion_not_there", key=key, path=path)
+        raise UserError("families.companion_not_there", key=key, path=path)
     return path
 
 
@@ -88,7 +88,7 @@ def folders(source: Path) -> list[Path]:
 
 def find_file(source: Path, what: str, config: Mapping[str, Any], known: Chosen) -> Path | None:
     """The .safetensors file that is `what` (a word of core/families/detection.py) and has the
-    sizes of the model's config. Raises Fault where several could be it, or none but another
+    sizes of the model's config. Raises UserError where several could be it, or none but another
     model's."""
     vae = what.startswith("vae")
     fitting = [path for folder in folders(source) for path in sorted(folder.glob("*.safetensors"))
@@ -101,15 +101,15 @@ def find_file(source: Path, what: str, config: Mapping[str, Any], known: Chosen)
             return own[0]
         if not (found := [path for path, model in models.items() if not model]):
             path, model = next(iter(models.items()))
-            raise Fault("families.companion_foreign", path=source, file=path,
-                        made_for=vae_hashes.TITLES[model], wanted=vae_hashes.TITLES[wanted],
-                        fixes=[_taking("vae", path, str(path))])
+            raise UserError("families.companion_foreign", path=source, file=path,
+                            made_for=vae_hashes.TITLES[model], wanted=vae_hashes.TITLES[wanted],
+                            fixes=[_taking("vae", path, str(path))])
     found = precision_copies.finest(found) if len(found) > 1 else found
     if len(found) > 1:
         key = "vae" if vae else "text_encoders"
-        raise Fault("families.companion_unclear", path=source, key=key, count=len(found),
-                    part=i18n.say(f"families.is_{what}"), files=", ".join(map(str, found)),
-                    fixes=[_taking(key, path, str(path) if vae else [
+        raise UserError("families.companion_unclear", path=source, key=key, count=len(found),
+                        part=i18n.tr(f"families.is_{what}"), files=", ".join(map(str, found)),
+                        fixes=[_taking(key, path, str(path) if vae else [
                         *map(str, known.text_encoders), str(path)]) for path in found])
     return found[0] if found else None
 
@@ -122,18 +122,18 @@ def named(known: Chosen, part: str, what: str) -> Path | None:
 
 
 def check_used(known: Chosen, taken: Iterable[Taken], title: str) -> None:
-    """Raises Fault for a named file that a base has no use for."""
+    """Raises UserError for a named file that a base has no use for."""
     used = {one.path: one.part for one in taken}
     if known.tokenizer is not None and not any(
             part.startswith("tokenizer") for part in used.values()):
-        raise Fault("families.tokenizer_unused", title=title)
+        raise UserError("families.tokenizer_unused", title=title)
     if known.vae is not None and not identify(known.vae).what.startswith("vae"):
         used.pop(known.vae, None)
     for path in (known.vae, *known.text_encoders):
         if path is not None and (path not in used or (
                 path != known.vae and not used[path].startswith("text"))):
-            raise Fault("families.companion_unused", path=path, found=identify(path).said(),
-                        title=title)
+            raise UserError("families.companion_unused", path=path, found=identify(path).said(),
+                            title=title)
 
 
 def _taking(key: str, path: Path, value: str | list[str]) -> Fix:
@@ -149,7 +149,7 @@ def _different(found: Iterable[Path]) -> list[Path]:
 def _is(path: Path, what: str) -> bool:
     try:
         return identify(path).what == what
-    except Fault:
+    except UserError:
         return False
 
 
@@ -167,9 +167,9 @@ def _has_sizes(path: Path, config: Mapping[str, Any]) -> bool:
             and all(count == channels for count in latents if channels))
 
 
-def missing(source: Path, what: str) -> Fault:
-    return Fault("families.companion_missing", path=source, folder=source.parent,
-                 part=i18n.say(f"families.is_{what}"))
+def missing(source: Path, what: str) -> UserError:
+    return UserError("families.companion_missing", path=source, folder=source.parent,
+                     part=i18n.tr(f"families.is_{what}"))
 
 
 # --- tokenizers ---
@@ -177,14 +177,14 @@ def missing(source: Path, what: str) -> Fault:
 def find_tokenizer(source: Path, name: str, kind: Kind, rows: int, known: Chosen) -> Path:
     """The folder of the tokenizer of such a kind whose numbers an encoder of so many rows holds:
     the one that the user named, that of a base's own folder (`name`), else the app's own where no
-    other lies beside the base. Raises Fault where none is there, and where several differ."""
+    other lies beside the base. Raises UserError where none is there, and where several differ."""
     own = source / name if known.tokenizer is None else known.tokenizer
     if own != Path(SHIPPED) and own.is_dir():
         return _checked(own, _read(own), rows)
     if known.tokenizer is not None and kind.folder is None:
-        raise Fault("families.tokenizer_not_shipped", title=kind.title)
+        raise UserError("families.tokenizer_not_shipped", title=kind.title)
     found, others = list[tuple[Path, dict[str, int]]](), list[Path]()
-    unreadable: Fault | None = None
+    unreadable: UserError | None = None
     if kind.folder is not None:
         known_words = dict(_read(kind.folder))
         found.append((kind.folder, known_words | {
@@ -192,7 +192,7 @@ def find_tokenizer(source: Path, name: str, kind: Kind, rows: int, known: Chosen
     for folder in () if known.tokenizer is not None else _tokenizers(source):
         try:
             read = _read(folder)
-        except Fault as fault:              # another model's may be, of those beside this base
+        except UserError as fault:              # another model's may be, of those beside this base
             unreadable = unreadable or fault
             continue
         if not kind.fits(read, rows):
@@ -200,16 +200,16 @@ def find_tokenizer(source: Path, name: str, kind: Kind, rows: int, known: Chosen
         elif not any(read == one for _, one in found):
             found.append((folder, read))
     if len(found) > 1:
-        raise Fault("families.tokenizer_unclear", path=source, title=kind.title,
-                    files=", ".join(str(folder) for folder, _ in found), fixes=[
+        raise UserError("families.tokenizer_unclear", path=source, title=kind.title,
+                        files=", ".join(str(folder) for folder, _ in found), fixes=[
                         _taking("tokenizer", folder, SHIPPED if folder == kind.folder
                                 else str(folder)) for folder, _ in found])
     if found:
         return _checked(*found[0], rows)
     if unreadable is not None and not others:
         raise unreadable
-    raise Fault("families.tokenizer_other" if others else "families.tokenizer_missing",
-                path=source, title=kind.title, folder=source.parent, found=", ".join(
+    raise UserError("families.tokenizer_other" if others else "families.tokenizer_missing",
+                    path=source, title=kind.title, folder=source.parent, found=", ".join(
                     map(str, others)), shared=paths.data_dir() / "tokenizers")
 
 
@@ -217,14 +217,14 @@ def _read(folder: Path) -> dict[str, int]:
     try:
         return tokenizer_kinds.words_in(folder)
     except (OSError, ValueError) as error:
-        raise Fault("families.tokenizer_unreadable", path=folder, reason=error) from error
+        raise UserError("families.tokenizer_unreadable", path=folder, reason=error) from error
 
 
 def _checked(folder: Path, read: Mapping[str, int], rows: int) -> Path:
-    """Raises Fault for numbers that the encoder has no row for."""
+    """Raises UserError for numbers that the encoder has no row for."""
     highest = max(read.values(), default=0)
     if highest >= rows:
-        raise Fault("families.tokenizer_too_large", path=folder, words=highest + 1, rows=rows)
+        raise UserError("families.tokenizer_too_large", path=folder, words=highest + 1, rows=rows)
     return folder
 
 
@@ -250,8 +250,8 @@ def taken_tokenizer(part: str, folder: Path) -> Taken:
 
 
 def announce(family: Any, source: Path, emit: Callable[[Event], None]) -> list[Taken]:
-    """Tells which files a base is used with; families of one's own needn't know. Raises Fault as
-    loading them would, before anything is computed."""
+    """Tells which files a base is used with; families of one's own needn't know. Raises UserError
+    as loading them would, before anything is computed."""
     found: list[Taken] = family.beside(source) if hasattr(family, "beside") else []
     if files := [f"{one.path.name} ({one.part}, {one.digest[:10]})" for one in found if one.path]:
         emit(Note(key="families.companions_taken", params={

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core.errors import Fault
+from core.errors import UserError
 from core.weights.tensor_file import DTYPES, TensorFile
 
 FINENESS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)    # then the others
@@ -57,7 +57,7 @@ def _same(fine: Path, coarse: Path, changed: tuple[int, int]) -> bool:
     try:
         some = random.Random(0).sample(names, min(LOOKED_AT, len(names)))
         return all(_agree(one, other, name) for name in some)
-    except Fault:                           # numbers that aren't read here
+    except UserError:                           # numbers that aren't read here
         return False
 
 

@@ -68,8 +68,9 @@ class Krea2(Filmed):
         layout.configs["transformer"]["num_layers"] = layer_count(shapes, "transformer_blocks.")
 
     def empty(self, layout: CheckpointLayout) -> Parts:
-        return Parts(layout.source, layout.scheduler, "flow", *self.sizes(layout), film=True,
-                     unguided=0.0, flow=LEARNS)
+        return Parts(layout.source, layout.scheduler, "flow", *self.sizes(layout),
+                     is_video_vae=True,
+                     no_guidance_value=0.0, flow=LEARNS)
 
     def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
         tokenizer, bare = parts.text["tokenizer"], _bare()

@@ -68,7 +68,8 @@ class QwenImage(Filmed):
         layout.configs["transformer"]["num_layers"] = layer_count(shapes, "transformer_blocks.")
 
     def empty(self, layout: CheckpointLayout) -> Parts:
-        return Parts(layout.source, layout.scheduler, "flow", *self.sizes(layout), film=True,
+        return Parts(layout.source, layout.scheduler, "flow", *self.sizes(layout),
+                     is_video_vae=True,
                      guidance="true_cfg_scale",
                      flow=LEARNS)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from core import paths
-from core.errors import Fault
+from core.errors import UserError
 from core.families import checkpoint_keys, clip
 from core.families.base import Cond, Parts
 from core.families.common import (
@@ -45,7 +45,7 @@ class StableDiffusion1(UNetFamily):
         if not self.spec.skips or skip == 1:
             return {"text": clip.read(encoder, tokens["text_encoder"])[0]}
         if skip > (layers := encoder.config.num_hidden_layers):
-            raise Fault("families.clip_skip", given=skip, layers=layers)
+            raise UserError("families.clip_skip", given=skip, layers=layers)
         states = clip.read(encoder, tokens["text_encoder"], skip)[0]
         return {"text": encoder.final_layer_norm(states)}
 

@@ -52,7 +52,7 @@ class StableDiffusionXL(UNetFamily):
                 cond["pooled"] = out.text_embeds[::states.shape[1] // clip.WHOLE]
         return cond
 
-    def framing(self, frame: CropInfo) -> Cond:
+    def size_conditioning(self, frame: CropInfo) -> Cond:
         (width, height), (left, top), (wide, high) = frame.original, frame.left_top, frame.target
         return {"time_ids": torch.tensor([[height, width, top, left, high, wide]]).float()}
 

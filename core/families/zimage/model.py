@@ -52,7 +52,7 @@ class ZImage(ComponentFamily):
         """Turbo draws with another shift; the scheduler's config is shipped for both."""
         native, step = dit_sizes(layout)
         shipped = not layout.source.is_dir()
-        return Parts(layout.source, layout.scheduler, "flow", native, step, unguided=0.0,
+        return Parts(layout.source, layout.scheduler, "flow", native, step, no_guidance_value=0.0,
                      flow=LEARNS, shifts=(SHIFT, TURBO_SHIFT)
                      if shipped else None)
 

@@ -22,11 +22,11 @@ def compare(ctx: Context, snap: Snapshot) -> str:
     chosen = [snap.run(str(one)) for one in snap.project.tabs.get("runs", {}).get("compare", [])]
     views = [view for view in chosen if view is not None]
     if len(views) < 2:
-        return (f'<p class="small" role="status">{esc(ctx.say("run_history.one_more"))}</p>'
+        return (f'<p class="small" role="status">{esc(ctx.tr("run_history.one_more"))}</p>'
                 if views else "")
     shown = " · ".join(f"{name}: {view.name}" for name, view in zip(NAMES, views, strict=False))
-    stop = button(ctx.say("run_history.stop_comparing"), "compare", "")
-    return (f'<section class="box" id="compared"><h3>{esc(ctx.say("run_history.compared"))} '
+    stop = button(ctx.tr("run_history.stop_comparing"), "compare", "")
+    return (f'<section class="box" id="compared"><h3>{esc(ctx.tr("run_history.compared"))} '
             f'{esc(shown)}</h3>{_losses(ctx, views)}{_differences(ctx, views)}'
             f'{_previews(ctx, views)}<p class="acts">{stop}</p></section>')
 
@@ -37,7 +37,7 @@ def _losses(ctx: Context, views: Sequence[JobView]) -> str:
              for name, kind, view in zip(NAMES, ("smooth", "other"), views, strict=False)
              if len(view.losses) > 1]
     return curves(ctx, lines, max((view.total for view in views), default=0)) if lines else (
-        f'<p class="small">{esc(ctx.say("no_loss_yet"))}</p>')
+        f'<p class="small">{esc(ctx.tr("no_loss_yet"))}</p>')
 
 
 def differences(one: JobView, two: JobView) -> list[tuple[str, object, object]]:
@@ -51,10 +51,10 @@ def differences(one: JobView, two: JobView) -> list[tuple[str, object, object]]:
 def _differences(ctx: Context, views: Sequence[JobView]) -> str:
     found = differences(views[0], views[1])
     if not found:
-        return f'<p class="small">{esc(ctx.say("run_history.same_settings"))}</p>'
+        return f'<p class="small">{esc(ctx.tr("run_history.same_settings"))}</p>'
     rows = "".join(f"<tr><th>{esc(label(ctx, key))}</th><td>{esc(_text(ctx, one))}</td>"
                    f"<td>{esc(_text(ctx, two))}</td></tr>" for key, one, two in found)
-    return (f'<table class="differs"><tr><th>{esc(ctx.say("run_history.differs"))}</th>'
+    return (f'<table class="differs"><tr><th>{esc(ctx.tr("run_history.differs"))}</th>'
             f"<th>{NAMES[0]}</th><th>{NAMES[1]}</th></tr>{rows}</table>")
 
 
@@ -67,8 +67,8 @@ def _previews(ctx: Context, views: Sequence[JobView]) -> str:
     steps = picked(sorted({sample.step for view in views for sample in view.samples}))
     prompts = dict.fromkeys(sample.prompt for view in views for sample in view.samples)
     if not steps:
-        return f'<p class="small">{esc(ctx.say("run_history.no_previews"))}</p>'
-    head = "".join(f"<th>{esc(ctx.say('step_n', step=step))}</th>" for step in steps)
+        return f'<p class="small">{esc(ctx.tr("run_history.no_previews"))}</p>'
+    head = "".join(f"<th>{esc(ctx.tr('step_n', step=step))}</th>" for step in steps)
     body = ""
     for prompt in prompts:
         for name, view in zip(NAMES, views, strict=False):

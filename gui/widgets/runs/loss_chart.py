@@ -38,11 +38,11 @@ class Curve:
 def loss_chart(ctx: Context, losses: Sequence[Point], validations: Sequence[Point],
                total: int) -> str:
     if len(losses) < 2:
-        return f'<div class="chart empty">{esc(ctx.say("no_loss_yet"))}</div>'
-    lines = [Curve("raw", ctx.say("loss"), tuple(losses)),
-             Curve("smooth", ctx.say("loss_smooth"), tuple(ema(losses)))]
+        return f'<div class="chart empty">{esc(ctx.tr("no_loss_yet"))}</div>'
+    lines = [Curve("raw", ctx.tr("loss"), tuple(losses)),
+             Curve("smooth", ctx.tr("loss_smooth"), tuple(ema(losses)))]
     if validations:
-        lines.append(Curve("validation", ctx.say("loss_validation"), tuple(validations), True))
+        lines.append(Curve("validation", ctx.tr("loss_validation"), tuple(validations), True))
     return curves(ctx, lines, total)
 
 
@@ -73,7 +73,7 @@ def curves(ctx: Context, lines: Sequence[Curve], total: int) -> str:
         f'<text x="{x(last * i / 4):.1f}" y="{HEIGHT - 8}" text-anchor="'
         f'{"start" if i == 0 else "end" if i == 4 else "middle"}">{round(last * i / 4)}</text>'
         for i in range(5))
-    said = ctx.say("comma").join(f"{one.label} {one.points[-1][1]:.4f}" for one in lines)
+    said = ctx.tr("comma").join(f"{one.label} {one.points[-1][1]:.4f}" for one in lines)
     return (f'<div class="chart"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
             f'aria-label="{esc(said)}" preserveAspectRatio="none">{grid}{steps}'
             f'{"".join(map(line, lines))}</svg>{_legend(ctx, lines)}</div>')
@@ -82,7 +82,7 @@ def curves(ctx: Context, lines: Sequence[Curve], total: int) -> str:
 def _legend(ctx: Context, lines: Sequence[Curve]) -> str:
     return '<p class="legend">' + "".join(
         f'<span><i class="{one.kind}"></i>{esc(one.label)} <b>{one.points[-1][1]:.4f}</b></span>'
-        for one in lines) + f'<span>{esc(ctx.say("axis_steps"))}</span></p>'
+        for one in lines) + f'<span>{esc(ctx.tr("axis_steps"))}</span></p>'
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

@@ -11,16 +11,16 @@ MOST_STEPS = 8                          # columns: first, last, and evenly betwe
 
 def previews(ctx: Context, view: JobView) -> str:
     if not view.samples:
-        return f'<p class="small">{esc(ctx.say("no_previews"))}</p>'
+        return f'<p class="small">{esc(ctx.tr("no_previews"))}</p>'
     steps = sorted({sample.step for sample in view.samples})
     steps = picked(steps)
     rows = list(dict.fromkeys((sample.prompt, sample.seed) for sample in view.samples))
     numbers = {(s.step, s.prompt, s.seed): n for n, s in enumerate(view.samples)}
-    head = "".join(f"<th>{esc(ctx.say('step_n', step=step))}</th>" for step in steps)
+    head = "".join(f"<th>{esc(ctx.tr('step_n', step=step))}</th>" for step in steps)
     body = "".join(
         f"<tr>{''.join(cell(ctx, view, numbers.get((step, *row)), step) for step in steps)}</tr>"
         f'<tr><td class="prompt" colspan="{len(steps)}">{esc(row[0])} '
-        f'<small>{esc(ctx.say("seed"))} {row[1]}</small></td></tr>' for row in rows)
+        f'<small>{esc(ctx.tr("seed"))} {row[1]}</small></td></tr>' for row in rows)
     return f'<div class="previews"><table><tr>{head}</tr>{body}</table></div>'
 
 
@@ -35,6 +35,6 @@ def cell(ctx: Context, view: JobView, number: int | None, step: int) -> str:
     if number is None:
         return "<td></td>"
     address = f"/picture/{esc(view.id)}/{number}"
-    alt = esc(ctx.say("preview_at", step=step))
+    alt = esc(ctx.tr("preview_at", step=step))
     return (f'<td><a href="{address}?full=1" target="_blank"><img src="{address}" alt="{alt}" '
             f'loading="lazy"></a></td>')
