@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("core", "captioner", "gui", "launcher")            # each may import those before it
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "open_clip"}
 # Packages of which no module takes torch when it is imported, and modules of mixed packages.
-LIGHT = ("core.base_models", "core.cli", "core.config", "core.dataset.checks", "core.importers",
-         "core.jobs", "core.system", "core.workspace")
+LIGHT = ("captioner.captions", "core.base_models", "core.cli", "core.config", "core.dataset.checks",
+         "core.importers", "core.jobs", "core.system", "core.workspace")
 LIGHT_MODULES = (
     "core.adapters.base_loras", "core.dataset.buckets", "core.dataset.captions",
     "core.dataset.crops", "core.dataset.curation", "core.dataset.image_folder",
@@ -104,14 +104,14 @@ def test_a_family_stands_in_its_folder_only(path: Path) -> None:
 
 
 def modules_of(package: str) -> list[str]:
-    """Itself and all below it; of `core` only its own files."""
+    """Itself and all below it; of `core` and `captioner` only their own files."""
     folder = ROOT.joinpath(*package.split("."))
-    files = folder.glob("*.py") if package == "core" else folder.rglob("*.py")
+    files = folder.rglob("*.py") if "." in package or package == "gui" else folder.glob("*.py")
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
     return sorted(name.removesuffix(".__init__") for name in names)
 
 
-@pytest.mark.parametrize("package", ["core", *LIGHT, "gui", "mixed packages"])
+@pytest.mark.parametrize("package", ["core", "captioner", *LIGHT, "gui", "mixed packages"])
 def test_light_modules_take_no_torch(package: str) -> None:
     """Each module is named that brings torch, or one of the libraries upon it, with it."""
     modules = LIGHT_MODULES if package == "mixed packages" else modules_of(package)

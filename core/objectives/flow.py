@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from core.families.timestep_sampling import STEPS, TimestepSampling, shifted
-from core.objectives.noise import sample_generator
+from core.objectives.noise import Draw, sample_generator
 
 if TYPE_CHECKING:
     from core.config import TrainConfig
     from core.families.base import Cond, Family
-    from core.objectives.noise import Draw
 
 # Config keys that only a flow has; of a curve's own parameters: the curve.
 KEYS = {"timestep_sampling": "", "flow_shift": "", "logit_mean": "logit_normal",

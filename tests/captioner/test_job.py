@@ -411,7 +411,8 @@ def test_killed_and_resumed_in_a_real_process(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("COLOURS_LOG", str(tmp_path / "log"))
     config = CaptionConfig(folder=str(folder), captioner=COLOURS, existing="add", batch_size=2,
                            write_to=kind)  # type: ignore[arg-type]
-    command = [sys.executable, str(Path(__file__).parents[1] / "caption_colours.py")]
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    command = [sys.executable, "-m", "tests.caption_colours"]   # by path, tests/captioner were ours
     with JobManager(command=command) as manager:
         first = manager.start(config, job="caption")
         until(lambda: manager.view(first).captioned >= 4)

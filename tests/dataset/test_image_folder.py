@@ -479,8 +479,7 @@ def test_every_code_has_its_sentence_in_every_language() -> None:
     for key, text in sentences["en"].items():
         assert (sorted(re.findall(r"\{\w+\}", text))
                 == sorted(re.findall(r"\{\w+\}", sentences["zh-CN"][key]))), key
-    source = "".join((ROOT / "core" / f"{name}.py").read_text("utf-8")
-                     for name in ("dataset", "pictures", "captions", "buckets"))
+    source = "".join(path.read_text("utf-8") for path in (ROOT / "core/dataset").glob("*.py"))
     used = set(re.findall(r'UserError\("dataset\.(\w+)"', source))
     used |= set(re.findall(r'\.report\(\s*[\w.]+, "(\w+)"', source))
     assert used == sentences["en"].keys()

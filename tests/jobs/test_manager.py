@@ -686,9 +686,8 @@ def test_the_window_side_takes_no_torch():
 
 def test_every_code_has_its_sentence():
     keys = set()
-    for file in ("jobs", "runs", "worker"):
-        text = (ROOT / "core" / f"{file}.py").read_text("utf-8")
-        keys |= set(re.findall(r'"(jobs\.[a-z_]+)"', text))
+    for path in (ROOT / "core/jobs").glob("*.py"):
+        keys |= set(re.findall(r'"(jobs\.[a-z_]+)"', path.read_text("utf-8")))
     assert len(keys) > 12
     for language in i18n.LANGUAGES:
         assert keys <= i18n.catalogue(language).keys()
