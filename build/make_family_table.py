@@ -18,22 +18,12 @@ if str(ROOT) not in sys.path:
 
 from core import families, paths  # noqa: E402
 from core.config import TrainConfig  # noqa: E402
-from core.lora_files import formats  # noqa: E402
 from core.memory import advisor, plan, plan_inputs  # noqa: E402
 
 READMES = {"en": ROOT / "README.md", "zh-CN": ROOT / "README.zh-CN.md"}
 MARKS = "<!-- families: build/make_family_table.py -->", "<!-- /families -->"
 KEPT = ("same", "int8", "nf4")
-HEAD = {"en": ("Family", "Loads", "Trains", "LoRA file, or by `save_format`",
-               "GB: base in 16 bits", "int8", "nf4"),
-        "zh-CN": ("系列", "可读取", "可训练", "LoRA 格式（可用 `save_format` 另选）",
-                  "显存 GB：16 位底模", "int8", "nf4")}
-FILES = {"en": {"whole": "folder, file", "denoiser": "folder, file with parts beside it",
-                "none": "folder"},
-         "zh-CN": {"whole": "文件夹、单文件", "denoiser": "文件夹、单文件（其余部件放旁边）",
-                   "none": "文件夹"}}
-TRAINS = {"en": ("UNet", "transformer", ", text encoders"),
-          "zh-CN": ("UNet", "transformer", "、文本编码器")}
+HEAD = {"en": ("Family", "16 bits", "int8", "nf4"), "zh-CN": ("系列", "16 位", "int8", "nf4")}
 
 
 def gigabytes(family: str, kept: str) -> str:
@@ -44,20 +34,14 @@ def gigabytes(family: str, kept: str) -> str:
     return f"{needs / 1024:.1f}"
 
 
-def row(family: str, lang: str, sizes: list[str]) -> str:
-    listed, spec = families.SPECS[family], families.get(family).spec
-    unet, transformer, text = TRAINS[lang]
-    trained = unet if (paths.family_configs(family) / "unet").is_dir() else transformer
-    others = [name for name in formats.FORMATS if name != spec.lora_format]
-    cells = (f"{listed.title} (`{family}`, {listed.native_size} px)", FILES[lang][listed.file],
-             trained + (text if spec.text_targets else ""),
-             f"**{spec.lora_format}**, {', '.join(others)}", *sizes)
-    return f"| {' | '.join(cells)} |"
+def row(family: str, sizes: list[str]) -> str:
+    listed = families.SPECS[family]
+    return f"| {listed.title} (`{family}`, {listed.native_size} px) | {' | '.join(sizes)} |"
 
 
 def known(path: Path) -> dict[str, list[str]]:
     """GB by family, as the file has them."""
-    found = re.findall(r"^\| .*\(`(\w+)`, .*\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
+    found = re.findall(r"^\| .*\(`(\w+)`, .*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
                        path.read_text("utf-8"), re.MULTILINE)
     return {family: sizes for family, *sizes in found}
 
@@ -65,7 +49,7 @@ def known(path: Path) -> dict[str, list[str]]:
 def write(sizes: dict[str, list[str]]) -> None:
     for lang, path in READMES.items():
         table = "\n".join([f"| {' | '.join(HEAD[lang])} |", "|---" * len(HEAD[lang]) + "|",
-                           *(row(family, lang, sizes[family]) for family in families.SPECS
+                           *(row(family, sizes[family]) for family in families.SPECS
                              if family in sizes)])
         text, (begin, end) = path.read_text("utf-8"), MARKS
         paths.write_atomic(path, f"{text.split(begin)[0]}{begin}\n{table}\n{end}"
