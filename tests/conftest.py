@@ -7,7 +7,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tests.keys.lab import Lab
@@ -87,8 +87,17 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(tmp_path_factory.mktemp("keys"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true",
+                     help="also the thorough tests, which the everyday run leaves out")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
+    if _is_everyday(config):
+        left_out = [item for item in items if "thorough" in item.keywords]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if "thorough" not in item.keywords]
     reasons = {"network": "no model hub can be reached in this suite"}
     if "slow" not in config.option.markexpr:
         reasons["slow"] = "takes minutes: pytest -m slow"
@@ -105,8 +114,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def _is_everyday(config: pytest.Config) -> bool:
+    """Whether the thorough tests are left out: in a run that names no file, test or marker."""
+    if hasattr(config, "workerinput"):          # a worker is given paths, whoever gave them
+        return bool(config.workerinput["everyday"])
+    named = config.args_source is config.ArgsSource.ARGS or config.option.markexpr
+    return not (config.option.all or named)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["everyday"] = _is_everyday(node.config)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What was skipped, by reason, with the files in which it stands."""
+    if _is_everyday(terminalreporter.config):
+        terminalreporter.write_line("the thorough tests were left out: launcher.py test --all")
     files: dict[str, Counter[str]] = {}
     for report in terminalreporter.stats.get("skipped", []):
         path, _, reason = report.longrepr

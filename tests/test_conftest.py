@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 SOME = """
@@ -32,3 +34,18 @@ def test_skipped_tests_are_listed_by_reason(tmp_path: Path) -> None:
         "   2 no model hub can be reached in this suite (test_some.py 2)",
         "   1 takes minutes: pytest -m slow (test_some.py 1)"]
     assert "1 passed, 3 skipped" in lines[-1]
+
+
+@pytest.mark.parametrize(("given", "passed"), [
+    ([], 1), (["-n", "2"], 1), (["--all"], 2), (["-n", "2", "--all"], 2), (["test_some.py"], 2),
+    (["-m", "thorough"], 1)])
+def test_the_everyday_run_leaves_the_thorough_ones_out(tmp_path: Path, given: list[str],
+                                                       passed: int) -> None:
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n@pytest.mark.thorough\ndef test_long(): pass\ndef test_short(): pass\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\ntestpaths = .\nmarkers =\n    thorough: x\n")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "tests.conftest", *given],
+                          cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert f"{passed} passed" in done.stdout, done.stdout + done.stderr
+    assert ("were left out" in done.stdout) == (given in ([], ["-n", "2"]))
