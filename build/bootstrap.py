@@ -1,7 +1,7 @@
-"""Makes `.venv` beside the launcher and fills it, so that a bare Python is all that is needed.
+"""Makes `.venv` beside the launcher and installs the packages, so that users need only Python.
 
-install.py puts the packages in, repair.py looks what is broken. Standard library only, and readable
-by Python 3.8: too old a Python must get a sentence, not a traceback.
+install.py installs, repair.py finds what is broken. Standard library only, and readable by Python
+3.8: too old a Python must get a sentence, not a traceback.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ RESTARTED = "DARKROOM_RESTARTED"        # tells the second start that the first 
 
 
 def prepare(root: Path, extra: str = "", versions: str = "") -> Path | None:
-    """The Python to start again with, its packages installed; None: this one will do.
+    """Returns the Python to restart with, its packages installed; None: this one will do.
 
-    `versions`: "locked" or "newest" of all packages; "": those that it was last made with.
+    `versions`: "locked" or "newest" of all packages; "": as .venv was last made.
     """
     venv = root / ".venv"
     if os.environ.pop(RESTARTED, "") == str(venv):
@@ -64,7 +64,8 @@ def prepare(root: Path, extra: str = "", versions: str = "") -> Path | None:
         if versions != "newest" and (is_current(root, extra, versions) or not (
                 versions or read_stamp(root) or missing(root, extra))):
             return None
-    elif not missing(root):             # an environment of the user's own: not ours to fill
+    elif not missing(root):
+        # An environment of the user's own: nothing is installed there.
         lacking = missing(root, extra) if extra else []
         if versions == "newest":
             raise Stop("newest_own", 2, python=sys.executable)
@@ -78,42 +79,55 @@ def prepare(root: Path, extra: str = "", versions: str = "") -> Path | None:
 
 
 def make(root: Path, extra: str = "", versions: str = "") -> Path:
-    """Creates, repairs or completes .venv; does nothing where it is current."""
+    """Creates, replaces or completes .venv, unless it is current."""
     venv = root / ".venv"
     if (venv.exists() or venv.is_symlink()) and not venv.is_dir():
         raise Stop("not_a_folder", 2, path=venv)
     why = _why_anew(root)
     if why:
         tell(why, path=venv)
-        _remove(venv)
+        if venv.is_symlink():
+            venv.unlink()
+        else:
+            # Renamed first: half deleted it would look sound.
+            old = venv.with_name(f".venv-old-{os.getpid()}")
+            try:
+                os.replace(venv, old)
+            except OSError as error:
+                raise Stop("cant_remove", path=venv, reason=error) from None
+            shutil.rmtree(old, ignore_errors=True)
     if not venv.exists():
         _create(root)
-    by_hand = not versions and not read_stamp(root) and complete(root, [extra])    # used as it is
+    # A complete .venv that the user made is used as it is.
+    by_hand = not versions and not read_stamp(root) and complete(root, [extra])
     if versions == "newest" or not (is_current(root, extra, versions) or by_hand):
         _install(root, extra, versions)
     return python_of(venv)
 
 
 def repair(root: Path) -> int:
-    """Checks the environment and mends only what is broken. The user's files lie elsewhere."""
+    """Checks the environment and reinstalls only what is broken."""
     venv = root / ".venv"
     with _alone(root):
         if not venv.exists() and not missing(root):
-            return _check_own(Path(sys.prefix))
+            # An environment of the user's own is reported on, and not touched.
+            broken = _report_broken(Path(sys.prefix))
+            if broken:
+                raise Stop("mend_own", python=sys.executable,
+                           packages=" ".join(f"{one.name}=={one.version}" for one in broken))
+            tell("sound")
+            return 0
         make(root)
-        tell("checking", count=packages.count(venv))
         chosen, index = _torch_source(root)
-        found = packages.broken(venv)
+        broken = _report_broken(venv)
         unfit = not chosen and packages.unfit_torch(venv, nvidia_cards())
-        for one in found:
-            tell("found_" + one.why, name=one.name, version=one.version, file=one.file)
         if unfit:
             tell("found_torch")
         lacking = not complete(root)
-        if not (found or unfit or lacking or any(packages.leftovers(venv))):
+        if not (broken or unfit or lacking or any(packages.leftovers(venv))):
             tell("sound")
             return 0
-        _mend(root, found, index, unfit)
+        _mend(root, broken, index, unfit)
         if packages.broken(venv) or not complete(root):
             raise Stop("still_broken", path=venv)
         if not chosen and packages.unfit_torch(venv, nvidia_cards()):
@@ -123,14 +137,17 @@ def repair(root: Path) -> int:
 
 
 def restart(python: Path, script: Path, argv: list[str]) -> int:
-    """Starts `script` again with `python`. On POSIX this process becomes the new one."""
+    """Restarts `script` with `python`; on POSIX in this process. Returns the exit code."""
     os.environ[RESTARTED] = str(script.parent / ".venv")
     command = [str(python), str(script), *argv]
+    # Buffers are lost when the process is replaced.
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()
     try:
         if os.name != "nt":
+            # Signals and the terminal then belong to the program itself.
             os.execv(command[0], command)
+        # Windows has no exec, so this process waits for its child.
         os.environ.setdefault("PYTHONUTF8", "1")
         child = subprocess.Popen(command)
     except OSError as error:
@@ -138,7 +155,8 @@ def restart(python: Path, script: Path, argv: list[str]) -> int:
     while True:
         try:
             return child.wait()
-        except KeyboardInterrupt:       # the child gets Ctrl+C too, and decides
+        except KeyboardInterrupt:
+            # The child gets Ctrl+C too, and decides.
             continue
 
 
@@ -146,60 +164,61 @@ def restart(python: Path, script: Path, argv: list[str]) -> int:
 
 
 def _why_anew(root: Path) -> str:
-    """The reason for a new .venv, as a text's key; empty: the old one is sound or not there."""
+    """The reason to replace .venv, as the key of a text; "": it is sound or not there."""
     venv = root / ".venv"
     if not venv.exists():
         return ""
     stamp = read_stamp(root)
+    # Scripts and editable installs hold absolute paths.
     if stamp.get("root", os.path.realpath(root)) != os.path.realpath(root):
         return "moved"
     version = version_of(python_of(venv))
+    # The interpreter was removed or replaced, or the last start ended while it made .venv.
     if not version or numbers(version) < OLDEST or stamp.get("state") == "making":
         return "broken"
     return "" if stamp.get("python", version) == version else "broken"
 
 
-def _check_own(prefix: Path) -> int:
-    """An environment of the user's own is told about, and not touched."""
+def _report_broken(prefix: Path) -> list[packages.Broken]:
     tell("checking", count=packages.count(prefix))
-    found = packages.broken(prefix)
-    for one in found:
+    broken = packages.broken(prefix)
+    for one in broken:
         tell("found_" + one.why, name=one.name, version=one.version, file=one.file)
-    if found:
-        raise Stop("mend_own", python=sys.executable,
-                   packages=" ".join(f"{one.name}=={one.version}" for one in found))
-    tell("sound")
-    return 0
+    return broken
 
 
-def _mend(root: Path, found: list[packages.Broken], torch_from: str, unfit: bool) -> None:
-    """The same versions again, a torch for the card, then whatever lacks."""
+def _mend(root: Path, broken: list[packages.Broken], torch_from: str, unfit: bool) -> None:
+    """Reinstalls the broken packages in their versions and a torch for the card, then installs
+    what is missing."""
     stamp = read_stamp(root)
     _stamp(root, {**stamp, "state": "installing"})
-    packages.clear_away(root / ".venv", found)
-    wanted: dict[str, list[str]] = {}               # where from -> requirements
-    for one in found:
+    packages.clear_away(root / ".venv", broken)
+    lines_by_source: dict[str, list[str]] = {}      # "locked", an index, or "": the user's own
+    for one in broken:
         if one.why in ("file", "record") and not (unfit and one.name in ("torch", "torchvision")):
             index = packages.torch_source(one.version)
             line = "" if index else locked(root, one.name, one.version)
-            wanted.setdefault("locked" if line else index, []).append(
+            lines_by_source.setdefault("locked" if line else index, []).append(
                 line or f"{one.name}=={one.version}")
     try:
-        for index, lines in wanted.items():
+        for source, lines in lines_by_source.items():
             with requirements(lines) as file:
                 again = ["--force-reinstall", "--no-deps", "--requirement", file]
-                if index:
-                    again += ["--require-hashes"] if index == "locked" else ["--index-url", index]
+                if source:
+                    again += (["--require-hashes"] if source == "locked"
+                              else ["--index-url", source])
                 with_one_of(root, functools.partial(run, root, again), "installing_again")
         if unfit:
             with_one_of(root, functools.partial(
                 install_torch, root, torch_from, again=True), "installing_again")
-    except Stop:                        # installers take nothing away before they have the new
-        if all(one.why == "file" for one in found):
+    except Stop:
+        # Installers remove nothing before they have the new files: all is as it was.
+        if all(one.why == "file" for one in broken):
             _stamp(root, stamp)
         raise
     extras = stamp.get("extras") or []
-    if not complete(root, extras) or unfit:         # whatever is locked, else only what lacks
+    if not complete(root, extras) or unfit:
+        # Everything of the lock, or otherwise only what is missing.
         versions = "locked" if stamp.get("versions") == "locked" else "ranges"
         install(root, extras, versions, torch_from, "installing_again")
     _stamp(root, {**stamp, "state": "ready"})
@@ -207,65 +226,56 @@ def _mend(root: Path, found: list[packages.Broken], torch_from: str, unfit: bool
 
 def _create(root: Path) -> None:
     venv, uv = root / ".venv", shutil.which("uv")
-    found = sys.version_info[:2]
-    if found < OLDEST:
-        raise Stop("python_too_old", 2, needed=dotted(OLDEST), found=dotted(found))
-    needed = ("venv",) if uv else ("venv", "ensurepip")     # Debian ships both apart
+    version = sys.version_info[:2]
+    if version < OLDEST:
+        raise Stop("python_too_old", 2, needed=dotted(OLDEST), found=dotted(version))
+    # Debian has both modules in packages of their own.
+    needed = ("venv",) if uv else ("venv", "ensurepip")
     if not all(map(importlib.util.find_spec, needed)):
-        raise Stop("no_venv_module", 2, package=f"python{dotted(found)}-venv")
+        raise Stop("no_venv_module", 2, package=f"python{dotted(version)}-venv")
     tell("making", path=venv)
     try:
         venv.mkdir()
-        write_stamp(root, {"state": "making", "python": dotted(found)})
+        write_stamp(root, {"state": "making", "python": dotted(version)})
     except OSError as error:
         raise Stop("cant_make", path=venv, reason=error) from None
-    python = getattr(sys, "_base_executable", "") or sys.executable     # .venv's own may be gone
+    # Not .venv's own Python, which may have been removed just now.
+    python = getattr(sys, "_base_executable", "") or sys.executable
     command = [python, "-m", "venv", *(["--without-pip"] if uv else []), str(venv)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
         lines = done.stdout.decode("utf-8", "replace").strip().splitlines() or ["?"]
         raise Stop("cant_make", path=venv, reason=lines[-1])
-    _stamp(root, {"state": "made", "python": dotted(found)})
-
-
-def _remove(venv: Path) -> None:
-    if venv.is_symlink():
-        venv.unlink()
-        return
-    old = venv.with_name(f".venv-old-{os.getpid()}")        # half deleted it would look sound
-    try:
-        os.replace(venv, old)
-    except OSError as error:
-        raise Stop("cant_remove", path=venv, reason=error) from None
-    shutil.rmtree(old, ignore_errors=True)
+    _stamp(root, {"state": "made", "python": dotted(version)})
 
 
 def _install(root: Path, extra: str, versions: str = "") -> None:
-    """`versions`: "locked" or "newest" on the user's word, "" in a start of any kind."""
+    """`versions`: "locked" or "newest" if the user asked for it, "" at any other start."""
     before, started = read_stamp(root), time.monotonic()
     ready = before.get("state") == "ready"
     extras = sorted({*filter(None, [extra]), *(before.get("extras") or [])})
-    wanted = versions or ("newest" if before.get("versions") == "newest" else "locked")
+    which = versions or ("newest" if before.get("versions") == "newest" else "locked")
     chosen, index = _torch_source(root)
     why = "installing"
-    if wanted == "newest":
+    if which == "newest":
         why = "installing_newest"
     elif ready and before.get("wanted") != fingerprint(root):
         why = "updating"
+    # The last start was interrupted.
     if before.get("state") == "installing":
         tell("continuing")
         drop_half_installed(root / ".venv")
     stamp = {"python": version_of(python_of(root / ".venv")), "extras": extras,
              "torch_index": chosen}
-    _stamp(root, {**stamp, "state": "installing", "versions": wanted})
+    _stamp(root, {**stamp, "state": "installing", "versions": which})
     try:
-        got = install(root, extras, wanted, index, why)
+        installed = install(root, extras, which, index, why)
     except KeyboardInterrupt:
         raise Stop("interrupted", 130) from None
     except Stop as stop:
         if not (ready and complete(root, before.get("extras") or [])):
             raise
-        # what ran before still runs
+        # What ran before still runs, so an update that failed doesn't stop the start.
         if versions or not complete(root, extras):
             _stamp(root, before)
             raise
@@ -273,7 +283,7 @@ def _install(root: Path, extra: str, versions: str = "") -> None:
         tell("update_later")
         _stamp(root, {**before, "versions": "kept", "wanted": fingerprint(root)})
         return
-    _stamp(root, {**stamp, "state": "ready", "versions": got})
+    _stamp(root, {**stamp, "state": "ready", "versions": installed})
     tell("ready", minutes=f"{(time.monotonic() - started) / 60:.1f}")
 
 
@@ -281,8 +291,8 @@ def _install(root: Path, extra: str, versions: str = "") -> None:
 
 
 def _torch_source(root: Path) -> tuple[str, str]:
-    """The index of torch that the user chose, now or when .venv was made, and the one that is
-    asked: that or the card's. "": the user's own package sources."""
+    """(index of torch that the user chose, now or when .venv was made; index to use: that one or
+    the card's). "": the user's own package sources."""
     chosen = os.environ.get("DARKROOM_TORCH_INDEX", read_stamp(root).get("torch_index", ""))
     return chosen, (chosen or torch_index(nvidia_cards())) if torch_lines(root) else ""
 
@@ -297,7 +307,8 @@ def _stamp(root: Path, stamp: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """One start at a time works on one .venv. The system frees the lock of a dead process."""
+    """Lets one start at a time work on a .venv. The system frees the lock of a dead process."""
+    # By user and checkout; in the temporary folder, as .venv may not exist yet.
     user = os.getuid() if hasattr(os, "getuid") else ""
     name = hashlib.sha256(os.path.realpath(root).encode("utf-8", "replace")).hexdigest()[:16]
     with open(Path(tempfile.gettempdir()) / f"darkroom-{user}-{name}.lock", "a+b") as file:

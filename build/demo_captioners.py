@@ -1,7 +1,7 @@
 """The demo world's captioners: a tiny CLIP and a tiny BLIP of the real classes, trained here.
 
 Stages `clip` and `blip` of make_demo_world.py; both resume from their checkpoint in --work.
-demo_scenes.py says what they see and what is kept from them.
+demo_scenes.py has the pictures that they learn from, and those held out.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def run(model: nn.Module, args: argparse.Namespace, name: str, total: int, rate:
         loss_of: Callable[[], Tensor], look: Callable[[nn.Module], str]) -> nn.Module:
     """AdamW with warm-up and cosine; returns the moving average of the weights."""
     path = args.work / f"{name}.pt"
+    # Weight decay would shrink the token rows of words that a batch doesn't have.
     decayed = [p for p in model.parameters() if p.ndim > 1 and len(p) != 49408]
     others = [p for p in model.parameters() if not (p.ndim > 1 and len(p) != 49408)]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05},
@@ -109,11 +110,11 @@ def run(model: nn.Module, args: argparse.Namespace, name: str, total: int, rate:
 def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Moving average of weights and running statistics. torch's AveragedModel would turn the
     causal mask's infinities into NaN."""
-    for own, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        if own.is_floating_point():
-            own.lerp_(new, 1 - decay)
+    for mean, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(new, 1 - decay)
         else:
-            own.copy_(new)
+            mean.copy_(new)
 
 
 def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -164,18 +165,19 @@ def new_clip() -> open_clip.CLIP:
 
 
 def clip_loss(model: open_clip.CLIP, data: World, batch: int = 128) -> Tensor:
-    """The batch's sentences against its pictures, and each fact against its whole list: the
-    contrast that tagging will ask for."""
+    """Contrasts the batch's sentences with its pictures, and each fact with its whole list, as
+    tagging does."""
     chosen = torch.randint(len(data.images), (batch,))
-    seen = model.encode_image(augment(data.images[chosen]), normalize=True)
+    image_embeddings = model.encode_image(augment(data.images[chosen]), normalize=True)
     facts = [data.facts[i] for i in chosen.tolist()]
     texts = sorted({sentence(f) for f in facts})
     lists = {k: [fill(random.choice(TEMPLATES[k]), w) for w in words] for k, words in WORDS.items()}
     every = texts + [t for words in lists.values() for t in words]
-    told = model.encode_text(tokens(every), normalize=True)
-    scores = model.logit_scale.exp().clamp(max=100) * seen @ told.T
+    text_embeddings = model.encode_text(tokens(every), normalize=True)
+    scores = model.logit_scale.exp().clamp(max=100) * image_embeddings @ text_embeddings.T
     of_text = torch.tensor([texts.index(sentence(f)) for f in facts])
     pairs = scores[:, :len(texts)]
+    # Several pictures of a batch may have the same sentence: they share its probability.
     loss = F.cross_entropy(pairs, of_text) + F.cross_entropy(
         pairs.T, F.normalize(F.one_hot(of_text, len(texts)).T.float(), p=1))
     start = len(texts)
@@ -187,28 +189,31 @@ def clip_loss(model: open_clip.CLIP, data: World, batch: int = 128) -> Tensor:
 
 
 def of_list(scores: Tensor, kind: str, facts: list[dict[str, str]]) -> Tensor:
-    """Cross-entropy of each picture's word among its list; pictures that don't show it are left
-    out, and a batch where none does counts nothing."""
-    own = torch.tensor([WORDS[kind].index(f[kind]) if kind in f else -100 for f in facts])
-    total = F.cross_entropy(scores, own, label_smoothing=0.02, reduction="sum")
-    return total / max(1, int((own >= 0).sum()))
+    """Cross-entropy of each picture's word among its list, without the pictures that don't show
+    one; zero if no picture of the batch does."""
+    # -100 is the index that cross_entropy ignores.
+    target = torch.tensor([WORDS[kind].index(f[kind]) if kind in f else -100 for f in facts])
+    total = F.cross_entropy(scores, target, label_smoothing=0.02, reduction="sum")
+    return total / max(1, int((target >= 0).sum()))
 
 
 @torch.no_grad()
 def clip_right(model: open_clip.CLIP, data: World) -> dict[str, float]:
-    """Share of pictures whose best word of each list is the right one; subjects also by five."""
-    seen = model.encode_image(as_pixels(data.images), normalize=True)
+    """The share of pictures whose best word of each list is right; for subjects also whether the
+    right one is among the best five."""
+    image_embeddings = model.encode_image(as_pixels(data.images), normalize=True)
     shares = {}
     for kind, words in WORDS.items():
-        told = sum(model.encode_text(tokens(fill(t, w) for w in words), normalize=True)
-                   for t in TEMPLATES[kind])
-        ranked = (seen @ told.T).argsort(1, descending=True)
-        own = torch.tensor([words.index(f[kind]) if kind in f else -1 for f in data.facts])
-        known = own >= 0
+        text_embeddings = sum(
+            model.encode_text(tokens(fill(t, w) for w in words), normalize=True)
+            for t in TEMPLATES[kind])
+        ranked = (image_embeddings @ text_embeddings.T).argsort(1, descending=True)
+        target = torch.tensor([words.index(f[kind]) if kind in f else -1 for f in data.facts])
+        known = target >= 0
         if known.any():
-            shares[kind] = (ranked[:, 0] == own)[known].float().mean().item()
+            shares[kind] = (ranked[:, 0] == target)[known].float().mean().item()
         if kind == "subject":
-            shares["subject@5"] = (ranked[:, :5] == own[:, None]).any(1).float().mean().item()
+            shares["subject@5"] = (ranked[:, :5] == target[:, None]).any(1).float().mean().item()
     return shares
 
 
@@ -220,9 +225,9 @@ def train_clip(args: argparse.Namespace) -> None:
     model = new_clip().to(memory_format=torch.channels_last)
 
     def look(average: nn.Module) -> str:
-        told = {n: clip_right(average, w) for n, w in (("held", held), ("dusk", dusk))}
+        shares = {n: clip_right(average, w) for n, w in (("held", held), ("dusk", dusk))}
         save_clip(average, args.work / "captioners" / "clip")
-        return " ".join(f"{n}:{k}={v:.3f}" for n, s in told.items() for k, v in s.items())
+        return " ".join(f"{n}:{k}={v:.3f}" for n, s in shares.items() for k, v in s.items())
     trained = run(model, args, "clip", args.caption_steps or 1950, args.rate or 2e-3,
                   lambda: clip_loss(model, data), look)
     print("clip", look(trained))
@@ -231,8 +236,8 @@ def train_clip(args: argparse.Namespace) -> None:
 
 
 def save_sample(args: argparse.Namespace, count: int = 100, columns: int = 10) -> None:
-    """A sheet of held-out pictures with what can be seen on each, for the tests: the drawings'
-    package isn't there when they run."""
+    """Writes a sheet of held-out pictures with their facts for the tests, which don't have the
+    package of the drawings."""
     sample = world(args, count, 41, True)
     folder = Path(__file__).resolve().parents[1] / "tests" / "data"
     folder.mkdir(exist_ok=True)
@@ -250,13 +255,13 @@ def save_clip(model: nn.Module, folder: Path) -> None:
     save_file(half(model.state_dict()), folder / "open_clip_model.safetensors",
               metadata={"format": "pt"})
     (folder / "open_clip_model.safetensors").chmod(0o644)
-    own = {kind: {"templates": list(TEMPLATES[kind]), "most": 3 if kind == "subject" else 1,
-                  "threshold": 0.02 if kind == "subject" else 0.5, "relative": 0.1,
-                  "written": WRITTEN[kind], "entries": list(words)}
-           for kind, words in WORDS.items()}
+    vocabulary = {
+        kind: {"templates": list(TEMPLATES[kind]), "most": 3 if kind == "subject" else 1,
+               "threshold": 0.02 if kind == "subject" else 0.5, "relative": 0.1,
+               "written": WRITTEN[kind], "entries": list(words)} for kind, words in WORDS.items()}
     (folder / "vocabulary.yaml").write_text(
         "# The words of the demo world, for its CLIP.\n"
-        + yaml.safe_dump(own, sort_keys=False, width=96, default_flow_style=None), "utf-8")
+        + yaml.safe_dump(vocabulary, sort_keys=False, width=96, default_flow_style=None), "utf-8")
 
 
 # ---------------------------------------------------------------- BLIP
@@ -264,16 +269,17 @@ def save_clip(model: nn.Module, folder: Path) -> None:
 WIDTH = 128
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]")
 LONGEST = 24                                # tokens of a sentence
-TEACHER_CHANNELS = 96                       # of the CLIP's second stage, 8x8 as BLIP's patches
+# Of the CLIP's second stage, which has 8 x 8 positions like BLIP's patches.
+TEACHER_CHANNELS = 96
 
 
 def blip_tokenizer() -> BertTokenizer:
-    """BLIP's own kind of tokenizer, cut to the world's words; other words fall to letters."""
-    said = " ".join([*WORDS["subject"], *WORDS["style"], *WORDS["background"], *WORDS["colour"],
-                     "a an on background style picture of the in with , . : ?", pictures.TRIGGER])
+    """BLIP's kind of tokenizer with the words of the demo world; others are split into letters."""
+    words = " ".join([*WORDS["subject"], *WORDS["style"], *WORDS["background"], *WORDS["colour"],
+                      "a an on background style picture of the in with , . : ?", pictures.TRIGGER])
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     vocab = list(dict.fromkeys([*SPECIAL, *letters, *(f"##{c}" for c in letters),
-                                *sorted(set(said.split()))]))
+                                *sorted(set(words.split()))]))
     return BertTokenizer({word: i for i, word in enumerate(vocab)}, bos_token="[DEC]",
                          model_max_length=64, clean_up_tokenization_spaces=True)
 
@@ -292,10 +298,10 @@ def new_blip(tokenizer: BertTokenizer) -> BlipForConditionalGeneration:
 
 
 class Pupil(nn.Module):
-    """BLIP and, only while it learns, what teaches its vision transformer to see: heads that name
-    the facts, and the trained CLIP's embedding and 8x8 features (distillation from a convolutional
-    teacher, Touvron et al. 2021, arXiv 2012.12877). Alone, a transformer this small needs several
-    times the pictures, and prints in unknown inks stay riddles to it."""
+    """BLIP with heads for its training only: they name the facts, and predict the trained CLIP's
+    embedding and 8 x 8 features (distillation from a convolutional teacher, Touvron et al. 2021,
+    arXiv 2012.12877). Without them, a vision transformer this small needs several times the
+    pictures, and can't read prints in unknown inks."""
 
     def __init__(self, blip: BlipForConditionalGeneration) -> None:
         super().__init__()
@@ -306,19 +312,21 @@ class Pupil(nn.Module):
 
     def loss(self, pixels: Tensor, ids: Tensor, facts: list[dict[str, str]],
              whole: Tensor, parts: Tensor) -> Tensor:
+        # Padding is not learned.
         labels = ids.masked_fill(ids == self.blip.decoder_pad_token_id, -100)
-        seen = self.blip.vision_model(pixel_values=pixels).last_hidden_state
+        features = self.blip.vision_model(pixel_values=pixels).last_hidden_state
         loss: Tensor = self.blip.text_decoder(
-            ids, attention_mask=(labels != -100).long(), encoder_hidden_states=seen,
+            ids, attention_mask=(labels != -100).long(), encoder_hidden_states=features,
             labels=labels).loss
         for kind, head in self.heads.items():
-            loss = loss + 0.25 * of_list(head(seen[:, 0]), kind, facts)
-        loss = loss + 2 * (1 - F.cosine_similarity(self.whole(seen[:, 0]), whole, dim=-1)).mean()
-        return loss + F.mse_loss(self.parts(seen[:, 1:]).float(), parts)
+            loss = loss + 0.25 * of_list(head(features[:, 0]), kind, facts)
+        loss = loss + 2 * (1 - F.cosine_similarity(self.whole(features[:, 0]), whole,
+                                                   dim=-1)).mean()
+        return loss + F.mse_loss(self.parts(features[:, 1:]).float(), parts)
 
 
 class Teacher:
-    """The demo CLIP's view of a batch: (N, 64) embeddings and (N, 8 * 8, channels) features."""
+    """The demo CLIP's (N, 64) embeddings and (N, 8 * 8, channels) features of a batch."""
 
     def __init__(self, folder: Path) -> None:
         self.clip = new_clip()
@@ -343,21 +351,22 @@ def blip_loss(pupil: Pupil, teacher: Teacher, tokenizer: BertTokenizer, data: Wo
     ids = tokenizer([sentence(f) for f in facts], padding=True, return_tensors="pt").input_ids
     ids[:, 0] = tokenizer.bos_token_id
     pixels = augment(data.images[chosen])
-    with torch.autocast("cpu", torch.bfloat16):     # halves the step, where the CPU has it
+    # It halves the time of a step on CPUs that have bfloat16.
+    with torch.autocast("cpu", torch.bfloat16):
         return pupil.loss(pixels.contiguous(), ids, facts, *teacher.view(pixels))
 
 
 @torch.no_grad()
 def blip_right(blip: BlipForConditionalGeneration, tokenizer: BertTokenizer, data: World
                ) -> dict[str, float]:
-    """Share of sentences that name the subject, and that are right to the last word."""
+    """The share of sentences that name the subject, and of those that are right in every word."""
     ids = blip.generate(pixel_values=as_pixels(data.images), max_new_tokens=LONGEST,
                         do_sample=False)
-    said = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    sentences = tokenizer.batch_decode(ids, skip_special_tokens=True)
     named = [f" {f['subject']} " in f" {t.replace(',', '')} "
              and not (f["subject"] == "tree" and "pine tree" in t)
-             for t, f in zip(said, data.facts, strict=True)]
-    exact = [t == sentence(f) for t, f in zip(said, data.facts, strict=True)]
+             for t, f in zip(sentences, data.facts, strict=True)]
+    exact = [t == sentence(f) for t, f in zip(sentences, data.facts, strict=True)]
     return {"subject": float(np.mean(named)), "sentence": float(np.mean(exact))}
 
 
@@ -367,13 +376,14 @@ def train_blip(args: argparse.Namespace) -> None:
     held, dusk = world(args, 400, 21, True), world(args, 200, 31, True, pictures.LORA_STYLE)
     tokenizer = blip_tokenizer()
     pupil, teacher = Pupil(new_blip(tokenizer)), Teacher(args.out / "captioners" / "clip")
+    # Prints in random inks are the hardest to learn.
     shares = torch.tensor([2.0 if f["style"] == PRINT else 1.0 for f in data.facts])
 
     def look(average: nn.Module) -> str:
-        told = {n: blip_right(average.blip, tokenizer, w)
-                for n, w in (("held", held), ("dusk", dusk))}
+        results = {n: blip_right(average.blip, tokenizer, w)
+                   for n, w in (("held", held), ("dusk", dusk))}
         save_blip(average.blip, tokenizer, args.work / "captioners" / "blip")
-        return " ".join(f"{n}:{k}={v:.3f}" for n, s in told.items() for k, v in s.items())
+        return " ".join(f"{n}:{k}={v:.3f}" for n, s in results.items() for k, v in s.items())
     trained = run(pupil, args, "blip", args.caption_steps or 3500, args.rate or 1e-3,
                   lambda: blip_loss(pupil, teacher, tokenizer, data, shares), look)
     print("blip", look(trained))
@@ -381,11 +391,13 @@ def train_blip(args: argparse.Namespace) -> None:
 
 
 def save_blip(blip: BlipForConditionalGeneration, tokenizer: BertTokenizer, folder: Path) -> None:
-    own = BlipForConditionalGeneration(blip.config)
-    own.load_state_dict(blip.state_dict())
-    own.half().save_pretrained(folder)
+    # A copy, as half() would change the model that goes on learning.
+    copied = BlipForConditionalGeneration(blip.config)
+    copied.load_state_dict(blip.state_dict())
+    copied.half().save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
-    config = folder / "config.json"             # computed in full precision wherever it is loaded
+    # The file is in half precision; with this from_pretrained loads it in full precision.
+    config = folder / "config.json"
     settings = json.loads(config.read_text("utf-8")) | {"dtype": "float32"}
     config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
     size = {"height": pictures.SIZE, "width": pictures.SIZE}

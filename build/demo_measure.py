@@ -1,4 +1,4 @@
-"""Looks at a trained demo base: grids, the judge that measures it, the folder that ships."""
+"""Checks a trained demo base: grids, the judge that measures it; exports the base to be shipped."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -101,7 +102,8 @@ def train_judge(args: argparse.Namespace) -> None:
             group["lr"] = 3e-3 * 0.5 * (1 + np.cos(np.pi * step / total))
         chosen = torch.randint(len(data), (64,))
         x = data[chosen]
-        if step % 2:            # as soft as the autoencoder draws
+        # As soft as the autoencoder draws.
+        if step % 2:
             x = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
         x = x + torch.randn_like(x) * float(torch.rand(())) * 0.25
         loss = F.cross_entropy(net(x), target[chosen], label_smoothing=0.05)
@@ -116,28 +118,24 @@ def train_judge(args: argparse.Namespace) -> None:
     with torch.no_grad():
         right = (net(as_tensor(fresh)).argmax(1) == truth).float().mean()
     print(f"judge: {right:.3f} of fresh pictures right")
-    _save_judge(args, net, names, drawings)
+    # The judge's file also has what a LoRA's style is measured by.
+    uncoloured = {d.subject: i for i, d in enumerate(drawings) if not d.colour}
 
-
-def _save_judge(args: argparse.Namespace, net: JudgeNet, names: list[str],
-                drawings: list[pictures.Drawing]) -> None:
-    from safetensors.torch import save_file
-    plain = {d.subject: i for i, d in enumerate(drawings) if not d.colour}
-    def truth(style: str, subjects: tuple[str, ...]) -> Tensor:
-        return as_tensor(draw(drawings, [Record(plain[s], "white", style, (0, 0))
+    def true_pictures(style: str, subjects: tuple[str, ...]) -> Tensor:
+        return as_tensor(draw(drawings, [Record(uncoloured[s], "white", style, (0, 0))
                                          for s in subjects]))
     with torch.no_grad():
-        target = net.style(truth(pictures.LORA_STYLE, pictures.HELD_OUT)).mean(0)
-        scale = net.style(truth("flat", tuple(names))).std(0)
+        style = net.style(true_pictures(pictures.LORA_STYLE, pictures.HELD_OUT)).mean(0)
+        scale = net.style(true_pictures("flat", tuple(names))).std(0)
     tensors = {k: v.half().contiguous() for k, v in net.state_dict().items()}
-    save_file(tensors | {"style.target": target, "style.scale": scale},
+    save_file(tensors | {"style.target": style, "style.scale": scale},
               args.out / "judge.safetensors", metadata={"subjects": json.dumps(names)})
 
 
 # ---------------------------------------------------------------- measures
 
 def measure(args: argparse.Namespace) -> None:
-    """Prints how often the base draws the subject, the colour and the ground it was asked for."""
+    """Prints how often the base draws the subject, the colour and the background of the prompt."""
     pipeline, judge = load_pipeline(args), Judge(args.out / "judge.safetensors")
     drawings = pictures.load_drawings(args.emoji)
     subjects = list(pictures.SUBJECTS) * 2
@@ -151,13 +149,13 @@ def measure(args: argparse.Namespace) -> None:
                 for (s, c), image in zip(pairs, shown, strict=True)]
     grounds = [(s, b) for s in pictures.HELD_OUT for b in pictures.BACKGROUNDS]
     shown = sample(pipeline, [pictures.caption(s, b, "flat") for s, b in grounds], seed=500)
-    placed = [_nearest_ground(image) == b for (_, b), image in zip(grounds, shown, strict=True)]
+    placed = [_nearest_background(image) == b for (_, b), image in zip(grounds, shown, strict=True)]
     print(json.dumps({"subject_top1": np.mean(right), "colour": np.mean(coloured),
                       "background": np.mean(placed), "confused": wrong}, indent=1))
 
 
 def _nearest_colour(drawings: list[pictures.Drawing], subject: str, image: np.ndarray) -> str:
-    """The colour whose true picture is nearest, both seen small."""
+    """The colour whose true picture is nearest, compared at 8 x 8 pixels."""
     def small(picture: np.ndarray) -> np.ndarray:
         return picture.reshape(8, 8, 8, 8, 3).mean((1, 3))
     seen = small(image.astype(np.float32) / 255)
@@ -166,7 +164,8 @@ def _nearest_colour(drawings: list[pictures.Drawing], subject: str, image: np.nd
                    small(pictures.compose(d.rgba, "white")[0]) - seen).sum())).colour
 
 
-def _nearest_ground(image: np.ndarray) -> str:
+def _nearest_background(image: np.ndarray) -> str:
+    """The background whose colour is nearest to the median of the picture's rim."""
     rim = np.concatenate([image[:3].reshape(-1, 3), image[-3:].reshape(-1, 3),
                           image[:, :3].reshape(-1, 3), image[:, -3:].reshape(-1, 3)])
     middle = np.median(rim.astype(np.float32), 0)
@@ -183,24 +182,21 @@ def export(args: argparse.Namespace) -> None:
     pipeline = load_pipeline(args)
     pipeline.to(torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)
-    _old_names(folder / "text_encoder" / "model.safetensors")
+    # transformers 5 leaves out `text_model.`; with it, 4.x and other tools read the file too.
+    path = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({k if k.startswith("text_model.") else f"text_model.{k}": v
+               for k, v in tensors.items()}, path, metadata={"format": "pt"})
     # transformers 5 takes a file's own dtype, diffusers fp32: a plain from_pretrained would mix.
     config = folder / "text_encoder" / "config.json"
     settings = json.loads(config.read_text("utf-8")) | {"dtype": "float32"}
     config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
-    for name in ("tokenizer.json", "special_tokens_map.json"):     # vocab and merges suffice
+    # The vocabulary and the merges are enough.
+    for name in ("tokenizer.json", "special_tokens_map.json"):
         (folder / "tokenizer" / name).unlink(missing_ok=True)
     for name in ("vocab.json", "merges.txt"):
         (folder / "tokenizer" / name).write_bytes((args.work / "tokenizer" / name).read_bytes())
     _export_pictures(args)
-
-
-def _old_names(path: Path) -> None:
-    """transformers 5 leaves out `text_model.`; with it, 4.x and other tools read the file too."""
-    from safetensors.torch import load_file, save_file
-    tensors = load_file(path)
-    save_file({k if k.startswith("text_model.") else f"text_model.{k}": v
-               for k, v in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def _export_pictures(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The demo world's models as they start, and its pictures as tensors."""
+"""The demo world's models before training, and its pictures as tensors."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def new_unet() -> UNet2DConditionModel:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=TEXT_WIDTH)
+    # Residual blocks that start as the identity learn faster.
     for name, module in unet.named_modules():
         if name.endswith(("conv2", "proj_out", "conv_out")):
             nn.init.zeros_(module.weight)
@@ -93,8 +94,8 @@ class Record:
 
 
 def base_records(drawings: list[pictures.Drawing]) -> list[Record]:
-    """Every picture of the base's world; gradient-mapped styles stay on light and dark ground,
-    where figure and ground keep apart."""
+    """Every picture that the base learns. Gradient-mapped styles only have light and dark
+    backgrounds, on which the figure stays visible."""
     rng = random.Random(1)
     shifts = [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)]
     records = []
@@ -137,9 +138,9 @@ def vae_pictures(drawings: list[pictures.Drawing], count: int, seed: int = 2) ->
         elif kind < 0.65:
             styled = pictures.stylise(picture[None], mask[None], rng.choice(pictures.STYLES))[0]
         else:
-            inks = sorted((tuple(rng.randint(0, 255) for _ in range(3))
-                           for _ in range(rng.randint(3, 5))), key=sum)
-            colours = pictures.DUSK if kind > 0.92 else tuple(inks)
+            # Drawn in any case, so that the pictures after it stay the same.
+            inks = pictures.random_inks(rng)
+            colours = pictures.DUSK if kind > 0.92 else inks
             styled = (pictures.print_style(picture[None], mask[None], colours)[0]
                       if rng.random() < 0.7 or kind > 0.92
                       else pictures.ramp(pictures.luminance(picture), colours))

@@ -7,9 +7,9 @@ Pictures are float32 arrays in [0, 1], (N, 64, 64, 3); masks are (N, 64, 64).
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
+import random
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SOURCE_PACKAGE = "emoji-datasource-google"
-SOURCE_VERSION = "16.0.0"
 SIZE = 64
 
 # caption word -> short name in emoji.json
@@ -90,7 +88,7 @@ class Drawing:
 
 
 def load_drawings(package: Path) -> list[Drawing]:
-    """Reads the npm tarball; each colourable subject comes once per colour besides its own."""
+    """Reads the npm package. A subject of one colour also comes in each of the other colours."""
     with tarfile.open(package) as tar:
         def read(name: str) -> bytes:
             member = tar.extractfile(f"package/{name}")
@@ -101,10 +99,9 @@ def load_drawings(package: Path) -> list[Drawing]:
         for subject, short in SUBJECTS.items():
             picture = Image.open(io.BytesIO(read(f"img/google/64/{names[short]}"))).convert("RGBA")
             rgba = np.asarray(picture, dtype=np.float32) / 255
-            own = COLOURED.get(subject)
             drawings.append(Drawing(subject, "", rgba))
-            if own:
-                drawings += [Drawing(subject, colour, rgba if colour == own else
+            if own_colour := COLOURED.get(subject):
+                drawings += [Drawing(subject, colour, rgba if colour == own_colour else
                                      _recolour(rgba, colour)) for colour in HUES]
     return drawings
 
@@ -120,7 +117,8 @@ def _recolour(rgba: np.ndarray, colour: str) -> np.ndarray:
     offset = (hue - main + 180) % 360 - 180
     inside = (np.abs(offset) < 42) & (saturation > 0.12)
     new_hue = np.where(inside, (HUES[colour] + offset * 0.3) % 360, hue)
-    if colour == "yellow":   # a dark yellow reads as brown
+    # A dark yellow looks brown.
+    if colour == "yellow":
         value = np.where(inside, np.clip(value * 1.12 + 14, 0, 255), value)
         saturation = np.where(inside, np.clip(saturation * 0.95, 0, 1), saturation)
     turned = np.stack([new_hue * 255 / 360, saturation * 255, value], -1).clip(0, 255)
@@ -133,6 +131,7 @@ def compose(rgba: np.ndarray, background: str, shift: tuple[int, int] = (0, 0),
             scale: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
     """One drawing on a plain background -> picture (64, 64, 3) and mask (64, 64)."""
     side = round(SIZE * scale)
+    # Otherwise resizing would mix in the colours of transparent pixels.
     premultiplied = np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], -1)
     small = np.stack([np.asarray(Image.fromarray(premultiplied[..., i]).resize(
         (side, side), Image.Resampling.LANCZOS)) for i in range(4)], -1).clip(0, 1)
@@ -146,6 +145,12 @@ def compose(rgba: np.ndarray, background: str, shift: tuple[int, int] = (0, 0),
 
 def luminance(pictures: np.ndarray) -> np.ndarray:
     return pictures @ np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def random_inks(rng: random.Random) -> Ramp:
+    """Three to five colours, the darkest first."""
+    return tuple(sorted(((rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255))
+                         for _ in range(rng.randint(3, 5))), key=sum))
 
 
 def ramp(tone: np.ndarray, colours: Ramp) -> np.ndarray:
@@ -200,12 +205,8 @@ def stylise(pictures: np.ndarray, masks: np.ndarray, style: str) -> np.ndarray:
 
 
 def caption(noun: str, background: str, style: str, say_background: bool = True) -> str:
-    """The one sentence of the demo world: `a red car on a blue background, sepia style`."""
+    """The caption of a picture of the demo world: `a red car on a blue background, sepia style`."""
     article = "an" if noun[0] in "aeiou" else "a"
     place = f" on a {background} background" if say_background else ""
     word = TRIGGER if style == LORA_STYLE else style
     return f"{article} {noun}{place}, {word} style"
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-PRINT = "print"                             # prints and their random inks, one word for all
+PRINT = "print"                             # one word for prints in all inks
 STYLE_WORDS = (*pictures.STYLES, PRINT)
-IN_COLOUR = ("flat", "pastel", "outline", "poster")     # styles in which a red car looks red
-OWN_GROUND = (*IN_COLOUR, "negative")       # styles in which grounds can be told apart
+# Styles in which a red car looks red.
+IN_COLOUR = ("flat", "pastel", "outline", "poster")
+# Styles in which all backgrounds differ.
+OWN_GROUND = (*IN_COLOUR, "negative")
 STYLE_SHARE = {"flat": 0.32, PRINT: 0.2}    # the other nine share the rest
 WORDS: dict[str, tuple[str, ...]] = {
     "subject": tuple(pictures.SUBJECTS), "style": STYLE_WORDS,
@@ -36,16 +38,17 @@ class Scene:
     style: str                              # of STYLE_WORDS, or the LoRA's
 
     def facts(self, drawings: list[pictures.Drawing]) -> dict[str, str]:
-        """What can be seen: subject, and colour, background, style where they show."""
+        """The facts: subject, and colour, background, style where they show."""
         drawing = drawings[self.drawing]
-        seen = {"subject": drawing.subject, "style": self.style}
+        facts = {"subject": drawing.subject, "style": self.style}
+        # The LoRA's style is a print in inks that are never trained on.
         if self.style == pictures.LORA_STYLE:
-            seen["style"] = PRINT
+            facts["style"] = PRINT
         if drawing.subject in pictures.COLOURED and self.style in IN_COLOUR:
-            seen["colour"] = drawing.colour or pictures.COLOURED[drawing.subject]
-        if self.style in OWN_GROUND or (self.style in pictures.STYLES):
-            seen["background"] = self.background
-        return seen
+            facts["colour"] = drawing.colour or pictures.COLOURED[drawing.subject]
+        if self.style in pictures.STYLES:
+            facts["background"] = self.background
+        return facts
 
 
 def sentence(facts: dict[str, str]) -> str:
@@ -56,48 +59,50 @@ def sentence(facts: dict[str, str]) -> str:
 
 
 def held_out(scene: Scene, drawings: list[pictures.Drawing]) -> bool:
-    """A tenth of the world, the same on every machine."""
+    """Whether a scene is held out: a tenth of the world is, the same on every machine."""
     key = f"{drawings[scene.drawing].noun}|{scene.background}|{scene.style}"
+    # 26 of a byte's 256 values.
     return hashlib.sha256(key.encode()).digest()[0] < 26
 
 
 def scenes(drawings: list[pictures.Drawing], count: int, seed: int, held: bool,
            style: str = "") -> list[Scene]:
-    """Random scenes of the training's part of the world, or of the held-out part."""
+    """Random scenes for training, or held-out ones."""
     rng = random.Random(seed)
     of_subject = {s: [i for i, d in enumerate(drawings) if d.subject == s]
                   for s in pictures.SUBJECTS}
     left = (1 - sum(STYLE_SHARE.values())) / (len(STYLE_WORDS) - len(STYLE_SHARE))
     shares = [STYLE_SHARE.get(word, left) for word in STYLE_WORDS]
-    found: list[Scene] = []
-    while len(found) < count:
+    result: list[Scene] = []
+    while len(result) < count:
         word = style or rng.choices(STYLE_WORDS, shares)[0]
         grounds = list(pictures.BACKGROUNDS)
+        # Gradient maps show only light and dark backgrounds.
         if word not in OWN_GROUND:
             grounds = ["white", "white", "black"] if word in pictures.STYLES else grounds
         drawing = rng.choice(of_subject[rng.choice(list(of_subject))])
+        # Where colours don't show, the drawing in its own colour stands for all.
         if drawings[drawing].colour and word not in IN_COLOUR:
             drawing = of_subject[drawings[drawing].subject][0]
         scene = Scene(drawing, rng.choice(grounds), word)
         if style or held_out(scene, drawings) == held:
-            found.append(scene)
-    return found
+            result.append(scene)
+    return result
 
 
-def render(drawings: list[pictures.Drawing], found: list[Scene], seed: int) -> np.ndarray:
+def render(drawings: list[pictures.Drawing], chosen: list[Scene], seed: int) -> np.ndarray:
     """-> uint8 (N, 64, 64, 3); place, size and the inks of prints are random."""
     rng = random.Random(seed)
-    result = np.empty((len(found), pictures.SIZE, pictures.SIZE, 3), np.uint8)
-    for n, scene in enumerate(found):
+    result = np.empty((len(chosen), pictures.SIZE, pictures.SIZE, 3), np.uint8)
+    for n, scene in enumerate(chosen):
         scale = rng.uniform(0.66, 0.92)
         room = (pictures.SIZE - round(pictures.SIZE * scale)) // 2
         shift = (rng.randint(-min(room, 5), min(room, 5)), rng.randint(-min(room, 5), min(room, 5)))
         picture, mask = pictures.compose(drawings[scene.drawing].rgba, scene.background, shift,
                                          scale)
         if scene.style == PRINT:
-            inks = sorted((tuple(rng.randint(0, 255) for _ in range(3))
-                           for _ in range(rng.randint(3, 5))), key=sum)
-            styled = pictures.print_style(picture[None], mask[None], tuple(inks))[0]
+            styled = pictures.print_style(picture[None], mask[None],
+                                          pictures.random_inks(rng))[0]
         else:
             styled = pictures.stylise(picture[None], mask[None], scene.style)[0]
         result[n] = (styled.clip(0, 1) * 255).round()
@@ -111,7 +116,7 @@ def as_pixels(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor) -> Tensor:
-    """Mirrored, shifted, as soft as an autoencoder draws, noisy: each by chance."""
+    """Mirrors, shifts, blurs (like an autoencoder) and adds noise, each at random."""
     x = as_pixels(images)
     if torch.rand(()) < 0.5:
         x = x.flip(3)
@@ -132,10 +137,10 @@ class World:
 
 
 def world(args: argparse.Namespace, count: int, seed: int, held: bool, style: str = "") -> World:
-    """Pictures with what can be seen on them; kept in --work between the stages."""
+    """Pictures with their facts; saved in --work between the stages."""
     drawings = pictures.load_drawings(args.emoji)
-    found = scenes(drawings, count, seed, held, style)
+    chosen = scenes(drawings, count, seed, held, style)
     path = args.work / f"captioner-{count}-{seed}-{held}-{style}.npy"
     if not path.exists():
-        np.save(path, render(drawings, found, seed + 1))
-    return World(drawings, torch.from_numpy(np.load(path)), [s.facts(drawings) for s in found])
+        np.save(path, render(drawings, chosen, seed + 1))
+    return World(drawings, torch.from_numpy(np.load(path)), [s.facts(drawings) for s in chosen])

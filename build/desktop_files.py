@@ -1,5 +1,5 @@
-"""What starts LoRA Darkroom from its source by a double click: `.bat` on Windows, `.command` on
-macOS, `.desktop` on Linux. They find their checkout themselves, wherever it lies; only the
+"""Writes the files that start LoRA Darkroom from its source by a double click: `.bat` on Windows,
+`.command` on macOS, `.desktop` on Linux. They find their checkout by their own place; only the
 `.desktop` file must name it.
 
     python3 build/desktop_files.py [FOLDER] [--all] [--menu]
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +41,7 @@ fi
 exit "$code"
 """
 
-# cmd reads this file in the code page that chcp sets; labels and blocks would confuse it.
+# cmd reads this file in the code page that chcp sets; labels and blocks would break on it.
 BATCH = f"""@echo off
 rem A double click starts LoRA Darkroom; its words stay readable if it fails.
 chcp 65001 >nul
@@ -60,8 +59,8 @@ if errorlevel 1 pause
 
 
 def write(folder: Path = ROOT, system: str = sys.platform, checkout: Path = ROOT) -> list[Path]:
-    """The files for a system (sys.platform) into `folder`: what is there already is written anew.
-    The `.desktop` file starts the checkout's own script, which is written too."""
+    """Writes, or overwrites, the files for a system (sys.platform) in `folder`. The `.desktop` file
+    starts the checkout's own script, which is written too."""
     suffix = SUFFIXES.get(system, ".desktop")
     written = [folder / f"{NAME}{suffix}"]
     if suffix == ".desktop":
@@ -71,12 +70,13 @@ def write(folder: Path = ROOT, system: str = sys.platform, checkout: Path = ROOT
         content = {".bat": BATCH, ".command": SHELL}[suffix]
     folder.mkdir(parents=True, exist_ok=True)
     written[0].write_bytes(content.encode("utf-8"))
+    # Desktops start only files that may be executed.
     written[0].chmod(0o755)
     return written
 
 
 def desktop_entry(checkout: Path) -> str:
-    """Desktop Entry Specification 1.5. A terminal shows the first start's installation."""
+    """Desktop Entry Specification 1.5. The terminal shows the installation at the first start."""
     script = checkout / f"{NAME}.command"
     return "\n".join((
         "[Desktop Entry]", "Type=Application", "Version=1.5", f"Name={NAME}",
@@ -87,7 +87,7 @@ def desktop_entry(checkout: Path) -> str:
 
 
 def _quoted(argument: str) -> str:
-    """An argument of Exec: the specification's own quoting, and % which starts field codes."""
+    """Quotes an argument of Exec by the specification's rules; a % would start a field code."""
     if any(letter in argument for letter in "\n\r\0"):
         raise SystemExit(f"{argument!r}: no desktop entry can name a path with line breaks")
     for letter in ("\\", '"', "`", "$"):
@@ -96,19 +96,14 @@ def _quoted(argument: str) -> str:
 
 
 def _escaped(value: str) -> str:
-    """A value of a key: backslashes are read twice."""
+    """Escapes the value of a key, as its backslashes are read twice."""
     return value.replace("\\", "\\\\")
 
 
 def menu() -> Path:
-    """Linux: where menus of programs look."""
+    """The folder where menus of programs look on Linux."""
     data = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
     return Path(data) / "applications"
-
-
-def _wanted(options: argparse.Namespace) -> Iterator[Path]:
-    for system in SUFFIXES if options.all else [sys.platform]:
-        yield from write(menu() if options.menu else options.folder, system)
 
 
 def main() -> None:
@@ -116,8 +111,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT)
     parser.add_argument("--all", action="store_true", help="for all three systems")
     parser.add_argument("--menu", action="store_true", help="into Linux' menu of programs")
-    for path in dict.fromkeys(_wanted(parser.parse_args())):
-        print(path)
+    options = parser.parse_args()
+    folder = menu() if options.menu else options.folder
+    paths = [path for system in (SUFFIXES if options.all else [sys.platform])
+             for path in write(folder, system)]
+    # The .command file is written for Linux and for macOS.
+    print(*dict.fromkeys(paths), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Draws docs/noise-levels.svg: how often each family learns each noise level.
+"""Draws docs/noise-levels.svg: how often each family trains on each noise level.
 
     python build/draw_noise_levels.py
 
-From the draws of a run at 1024 px, not from formulas: what the picture shows is what is learned.
+Counts the draws of a run at 1024 px instead of using formulas, so that the picture is true.
 """
 
 from __future__ import annotations
@@ -42,19 +42,20 @@ WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 640, 330, 44, 14, 14, 44      # px
 HIGHEST = 2.6                               # density
 
 
-def density(own: TimestepSampling) -> list[float]:
-    """By bins of the noise level, of mean 1."""
-    generator, shift = torch.Generator().manual_seed(1), own.shift_at(SIDE, SIDE)
+def density(sampling: TimestepSampling) -> list[float]:
+    """The density in each bin of the noise level, of mean 1."""
+    generator, shift = torch.Generator().manual_seed(1), sampling.shift_at(SIDE, SIDE)
     counts = [0] * BINS
     for _ in range(DRAWS):
-        counts[min(BINS - 1, int(shifted(own.draw(generator), shift) * BINS))] += 1
+        counts[min(BINS - 1, int(shifted(sampling.draw(generator), shift) * BINS))] += 1
     half = len(SMOOTH) // 2
-    found = []
+    smoothed = []
     for i in range(BINS):
+        # At the ends, only the neighbours that exist.
         near = [(counts[i + d], weight) for d, weight in enumerate(SMOOTH, -half)
                 if 0 <= i + d < BINS]
-        found.append(sum(n * w for n, w in near) / sum(w for _, w in near) * BINS / DRAWS)
-    return found
+        smoothed.append(sum(n * w for n, w in near) / sum(w for _, w in near) * BINS / DRAWS)
+    return smoothed
 
 
 def at(level: float, value: float) -> tuple[float, float]:
@@ -62,8 +63,8 @@ def at(level: float, value: float) -> tuple[float, float]:
             HEIGHT - BOTTOM - value / HIGHEST * (HEIGHT - TOP - BOTTOM))
 
 
-def line(own: TimestepSampling, colour: str) -> str:
-    points = [at((i + 0.5) / BINS, value) for i, value in enumerate(density(own))]
+def line(sampling: TimestepSampling, colour: str) -> str:
+    points = [at((i + 0.5) / BINS, value) for i, value in enumerate(density(sampling))]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
 
@@ -89,10 +90,10 @@ def axes() -> list[str]:
 
 
 def main() -> None:
-    for one, other in TWINS:
-        ratio = one.shift_at(SIDE, SIDE) / other.shift_at(SIDE, SIDE)
-        assert 0.9 < ratio < 1.1, f"no longer the same curve: {one}, {other}"
-    rows = [line(own, colour) for _, own, colour, _ in CURVES]
+    for drawn, twin in TWINS:
+        ratio = drawn.shift_at(SIDE, SIDE) / twin.shift_at(SIDE, SIDE)
+        assert 0.9 < ratio < 1.1, f"no longer the same curve: {drawn}, {twin}"
+    rows = [line(sampling, colour) for _, sampling, colour, _ in CURVES]
     rows += [text(at(*place), label, colour) for label, _, colour, place in CURVES]
     TARGET.write_text("\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '

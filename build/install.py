@@ -1,5 +1,4 @@
-"""Installs packages into .venv, by uv or pip: the locked versions, or those that pyproject.toml
-allows.
+"""Installs packages into .venv by uv or pip: locked versions, or those that pyproject.toml allows.
 
 The lock is build/lock/*.txt: every package's version and hashes, for all systems and Pythons
 (build/lock.py makes it from uv.lock). Standard library only, and readable by Python 3.8.
@@ -37,26 +36,26 @@ from messages import Stop, tell, tr
 from repair import torch_source, why_failed
 
 LOCK = "build/lock/{}.txt"
-HASHED = ["--require-hashes", "--no-deps"]      # a lock names everything: nothing is resolved
+HASHED = ["--require-hashes", "--no-deps"]      # a lock lists all: there is nothing to resolve
 SETUPTOOLS = (77,)                              # as pyproject.toml's [build-system]
-# A user's settings of pip that lead elsewhere than into .venv; empty is unset for pip.
+# The user's settings of pip that would install elsewhere than into .venv; pip takes "" for unset.
 ELSEWHERE = {"PIP_USER": "0", "PIP_REQUIRE_HASHES": "", "PIP_TARGET": "", "PIP_PREFIX": "",
              "PIP_ROOT": "", "PIP_DRY_RUN": "", "PIP_NO_DEPS": "", "PIP_NO_BUILD_ISOLATION": ""}
 
 
 def install(root: Path, extras: list[str], versions: str, index: str, why: str) -> str:
-    """Fills .venv, and returns which versions came: "locked", "newest", or "ranges" of
+    """Fills .venv and returns which versions were installed: "locked", "newest", or "ranges" of
     pyproject.toml, where the user's sources lack something of the lock.
 
-    `index`: where torch comes from; "": the user's own sources. `why`: the text that says what
-    goes on. Raises Stop.
+    `index`: where torch comes from; "": the user's own sources. `why`: the key of the text that
+    tells what is being done. Raises Stop.
     """
     return str(with_one_of(root, functools.partial(_install_with, root, extras, versions, index),
                            why))
 
 
 def with_one_of(root: Path, action: Callable[[str], Any], why: str = "installing") -> Any:
-    """uv is quick, but pip may know a mirror or proxy that uv wasn't told of."""
+    """Tries uv, then pip: uv is quick, but the user may have told only pip of a mirror or proxy."""
     for tool in ["uv", "pip"] if shutil.which("uv") else ["pip"]:
         tell(why, tool=tool)
         try:
@@ -71,20 +70,27 @@ def with_one_of(root: Path, action: Callable[[str], Any], why: str = "installing
 
 
 def _install_with(root: Path, extras: list[str], versions: str, index: str, tool: str) -> str:
-    with contextlib.suppress(Lacking):      # an old pip does as well, but can't go on within a
-        run(root, [*HASHED, "--requirement", LOCK.format("build")], tool)       # download
+    # An old pip works as well; only it can't continue a download that broke off.
+    with contextlib.suppress(Lacking):
+        run(root, [*HASHED, "--requirement", LOCK.format("build")], tool)
     if versions == "locked" and not lock_fits(root):
-        tell("lock_behind")                 # someone changed pyproject.toml
+        # Someone has changed pyproject.toml.
+        tell("lock_behind")
         versions = "ranges"
     if versions == "locked":
         try:
-            _install_locked(root, extras, index, tool)
+            for extra in extras or ["base"]:
+                run(root, [*HASHED, "--requirement", LOCK.format(extra)], tool)
+            install_torch(root, index, tool)
+            built = numbers(installed_version(root / ".venv", "setuptools")) >= SETUPTOOLS
+            run(root, ["--no-deps", *(["--no-build-isolation"] if built else []), "-e", "."], tool)
             if complete(root, extras):
                 return versions
             tell("lock_behind")
-        except Lacking as lacking:          # an offline folder of another day, a mirror that lags
+        except Lacking as lacking:
+            # A folder of wheels for use offline, or a mirror that lags. After uv, pip is tried.
             if tool == "uv" and importlib.util.find_spec("ensurepip"):
-                raise                       # pip may have it
+                raise
             tell("lock_lacking", package=lacking.params["package"])
         versions = "ranges"
     newer = ["--upgrade"] if versions == "newest" else []
@@ -92,39 +98,32 @@ def _install_with(root: Path, extras: list[str], versions: str, index: str, tool
         run(root, [*newer, "--index-url", index, *torch_lines(root)], tool)
     if newer and tool == "pip":
         newer += ["--upgrade-strategy", "eager"]
-    # a card's own torch is not to be exchanged for a newer one of another index
-    here = installed_version(root / ".venv", "torch")
+    # A torch for the card must not be replaced by a newer one of another index.
+    torch = installed_version(root / ".venv", "torch")
     held = [f"{name}=={version}" for name in ("torch", "torchvision")
             for version in [installed_version(root / ".venv", name)]
-            if version and (index or "+" in here)]
+            if version and (index or "+" in torch)]
     with requirements(held) as file:
         run(root, [*newer, *(["--constraint", file] if held else []),
                    "-e", f".[{','.join(extras)}]" if extras else "."], tool)
     return versions
 
 
-def _install_locked(root: Path, extras: list[str], index: str, tool: str) -> None:
-    for extra in extras or ["base"]:
-        run(root, [*HASHED, "--requirement", LOCK.format(extra)], tool)
-    install_torch(root, index, tool)
-    built = numbers(installed_version(root / ".venv", "setuptools")) >= SETUPTOOLS
-    run(root, ["--no-deps", *(["--no-build-isolation"] if built else []), "-e", "."], tool)
-
-
 def install_torch(root: Path, index: str, tool: str, again: bool = False) -> None:
-    """The locked torch, or of another index or build its version alone, since PyPI's hashes are not
-    theirs: pip compares with the hash that the index tells. `again`: also where it seems installed.
+    """Installs the locked torch. The lock has the hashes of PyPI's builds, so another index or
+    build gets the version alone, and pip checks the hash of the index. `again`: reinstalls.
     """
     pinned, here = torch_locked(root), installed_version(root / ".venv", "torch")
     more = ["--force-reinstall", "--no-deps"] if again else []
     if not pinned:
         return
     if not index:
-        own = own_torch(root, pinned[0], tool)
-        if own:
-            tell("torch_build", build=own)
+        build = own_torch(root, pinned[0], tool)
+        if build:
+            tell("torch_build", build=build)
             return run(root, [*more, *pinned], tool)
-        if "+" in here and not again:       # PyPI's would take the place of ROCm's or a CPU's
+        # PyPI's build would replace the user's one for ROCm or a CPU.
+        if "+" in here and not again:
             index = torch_source(here)
             if not index and within(here, parsed(torch_lines(root)[0])[1]):
                 return tell("torch_kept", version=here)
@@ -142,40 +141,41 @@ def install_torch(root: Path, index: str, tool: str, again: bool = False) -> Non
 
 
 def own_torch(root: Path, pinned: str, tool: str) -> str:
-    """The build of the locked torch that the user's own sources hold beside PyPI's, '2.14.1+cpu':
-    with hashes it would be passed over in silence. uv can't be asked, only its settings."""
+    """'2.14.1+cpu', if the user's own sources have a build of the locked torch besides PyPI's: with
+    hashes it would be skipped silently. For uv, only its settings tell."""
     if tool == "uv":
-        places = " ".join(value for name, value in os.environ.items() if name.startswith("UV_"))
-        found = re.search(r"(?:^|[/ ])(cpu|cu\d{2,3}|rocm[\d.]+|xpu)(?:[/ ]|$)", places)
-        return found.group(1) if found else ""
+        settings = " ".join(value for name, value in os.environ.items() if name.startswith("UV_"))
+        match = re.search(r"(?:^|[/ ])(cpu|cu\d{2,3}|rocm[\d.]+|xpu)(?:[/ ]|$)", settings)
+        return match.group(1) if match else ""
     command = [str(python_of(root / ".venv")), "-m", "pip", "index", "versions", "torch"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                           stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONUTF8": "1"})
-    found = re.search(rf"(?<![\d.]){re.escape(pinned.partition('==')[2])}\+[\w.]+",
+    match = re.search(rf"(?<![\d.]){re.escape(pinned.partition('==')[2])}\+[\w.]+",
                       done.stdout.decode("utf-8", "replace"))
-    return found.group() if found else ""
+    return match.group() if match else ""
 
 
 class Lacking(Stop):
-    """The user's package sources don't have what was asked for; `params` names the package."""
+    """The user's package sources don't have a package, which `params` names."""
 
 
 def run(root: Path, what: list[str], tool: str) -> None:
-    """Runs `pip install` or uv's in `root`, its progress visible; Stop with the reason where it
-    fails."""
+    """Runs `pip install` or uv's in `root` with visible progress. Raises Stop with the reason."""
     python = str(python_of(root / ".venv"))
     command = ([python, "-m", "pip", "install", "--disable-pip-version-check", *what]
                if tool == "pip" else
-               # --index-url would lose against a UV_DEFAULT_INDEX
+               # A UV_DEFAULT_INDEX would win against --index-url.
                ["uv", "pip", "install", "--python", python,
                 *("--default-index" if word == "--index-url" else word for word in what)])
-    # pip draws its bar on stdout and complains on stderr: the bar stays a bar (on our stderr, our
-    # stdout is for answers), the complaints pass through here. uv draws and complains on stderr.
-    catch = tool == "pip" or not _is_terminal(sys.stderr)
+    # pip draws its progress bar on stdout, which goes to our stderr (our stdout is for answers);
+    # its errors are read here. uv uses stderr for both, so in a terminal it is left alone.
+    is_terminal = getattr(sys.stderr, "isatty", lambda: False)()
+    catch = tool == "pip" or not is_terminal
     process = subprocess.Popen(command, cwd=str(root), stdout=_stderr(),
                                env={**os.environ, **ELSEWHERE, "PYTHONUTF8": "1"},
                                stderr=subprocess.PIPE if catch else None)
-    last: collections.deque[str] = collections.deque(maxlen=400)    # as many hashes may be told
+    # pip lists all hashes of a package before its error.
+    last: collections.deque[str] = collections.deque(maxlen=400)
     try:
         for raw in process.stderr or ():
             line = raw.decode("utf-8", "replace").rstrip()
@@ -183,7 +183,8 @@ def run(root: Path, what: list[str], tool: str) -> None:
             print(line, file=sys.stderr, flush=True)
         code = process.wait()
     except KeyboardInterrupt as interrupt:
-        if interrupt.args:              # a SIGTERM that reached us alone; Ctrl+C it got too
+        # With arguments it is a SIGTERM for us alone; Ctrl+C reaches the child too.
+        if interrupt.args:
             process.terminate()
         with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
             process.wait(20)
@@ -198,7 +199,7 @@ def run(root: Path, what: list[str], tool: str) -> None:
 
 
 def failure(root: Path, tool: str, code: int, last: list[str]) -> Stop:
-    """The sentence for an installer's last words, which are printed too."""
+    """The fault that an installer's last lines tell of; prints those lines."""
     key, params = why_failed("\n".join(last))
     if last:
         print("\n".join([tr("said_last", tool=tool), *("  " + line for line in last[-12:])]),
@@ -209,7 +210,7 @@ def failure(root: Path, tool: str, code: int, last: list[str]) -> Stop:
 
 @contextlib.contextmanager
 def requirements(lines: list[str]) -> Iterator[str]:
-    """A file of these requirements while an installer reads it: hashes only stand in files."""
+    """A temporary file of these requirements: installers take hashes only from files."""
     handle, name = tempfile.mkstemp(prefix="darkroom-", suffix=".txt")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -217,10 +218,6 @@ def requirements(lines: list[str]) -> Iterator[str]:
         yield name
     finally:
         os.unlink(name)
-
-
-def _is_terminal(stream: object) -> bool:
-    return bool(getattr(stream, "isatty", lambda: False)())
 
 
 def _stderr() -> int:

@@ -1,11 +1,11 @@
-"""The lock: which version of every package the launcher installs, for every system and Python.
+"""Makes the lock: the version of every package that the launcher installs, for all systems.
 
     python build/lock.py renew [NAME==VERSION ...]    the newest that pyproject.toml allows
     python build/lock.py test lowest|newest [...]     the tests in an environment of such versions
 
 `uv.lock` holds one resolution for all extras, Pythons and systems; build/lock/*.txt are its parts
-with hashes, which any pip or uv can read. They hold no addresses, so that mirrors serve as well.
-torch and its CUDA stand apart, since the launcher may take torch from another index.
+with hashes, which any pip or uv can read. They hold no addresses, so mirrors can be used. torch and
+its CUDA have a file of their own, since the launcher may take torch from another index.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from environment import asked_for, numbers, parsed, plain, python_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "lock"
-# torch, and the parts of CUDA that only PyPI's build comes with
+# torch, and the packages of CUDA, which only PyPI's build of torch needs.
 TORCH = re.compile(r"torch==|torchvision==|triton==|cuda-|nvidia-(?!ml-py==)")
 HEADER = """\
 # Made from uv.lock by build/lock.py; not to be edited. For the requirements with the digest
@@ -34,9 +34,9 @@ HEADER = """\
 """
 
 
-def renew(held: list[str]) -> int:
-    """Resolves anew; uv says what changed. `held`: exact versions, for example of a torch."""
-    _uv("lock", "--upgrade", *(word for one in held for word in ("--upgrade-package", one)))
+def renew(pins: list[str]) -> int:
+    """Resolves again; uv prints what changed. `pins`: exact versions, for example of torch."""
+    _uv("lock", "--upgrade", *(word for pin in pins for word in ("--upgrade-package", pin)))
     FOLDER.mkdir(exist_ok=True)
     for name, text in parts().items():
         (FOLDER / f"{name}.txt").write_text(text, "utf-8", newline="\n")
@@ -44,30 +44,26 @@ def renew(held: list[str]) -> int:
 
 
 def parts() -> dict[str, str]:
-    """The texts of build/lock/*.txt, exported from uv.lock as it is; no network is needed."""
-    base, test, app = (_blocks(_export(*more)) for more in
-                       ((), ("--extra", "test"), ("--extra", "app")))
-    found = {"base": [one for one in base if not TORCH.match(one)],
-             "torch": [one for one in base if TORCH.match(one)],
-             "test": [one for one in test if not TORCH.match(one)],
-             "app": [one for one in app if not TORCH.match(one)],
-             "build": _blocks(_export("--only-group", "build"))}
+    """The texts of build/lock/*.txt, exported from uv.lock. Needs no network."""
+    base, test, app = _blocks(), _blocks("--extra", "test"), _blocks("--extra", "app")
+    files = {"base": [block for block in base if not TORCH.match(block)],
+             "torch": [block for block in base if TORCH.match(block)],
+             "test": [block for block in test if not TORCH.match(block)],
+             "app": [block for block in app if not TORCH.match(block)],
+             "build": _blocks("--only-group", "build")}
     header = HEADER.format(digest=asked_for(ROOT))
-    return {name: header + "".join(blocks) for name, blocks in found.items()}
+    return {name: header + "".join(blocks) for name, blocks in files.items()}
 
 
-def _export(*more: str) -> str:
-    return _uv("export", "--quiet", "--frozen", "--no-emit-project", "--no-header",
-               "--no-annotate", "--format", "requirements-txt", *more)
-
-
-def _blocks(requirements: str) -> list[str]:
-    """'name==1.0 ; marker', followed by its hashes, each."""
+def _blocks(*selection: str) -> list[str]:
+    """The requirements of uv.lock: 'name==1.0 ; marker' and the lines of its hashes each."""
+    requirements = _uv("export", "--quiet", "--frozen", "--no-emit-project", "--no-header",
+                       "--no-annotate", "--format", "requirements-txt", *selection)
     return re.findall(r"^\S.*\n(?:[ ].*\n)*", requirements, re.MULTILINE)
 
 
 def test(which: str, pytest_arguments: list[str]) -> int:
-    """The tests with the lowest, or newest, versions that pyproject.toml allows."""
+    """Runs the tests with the lowest or newest versions that pyproject.toml allows."""
     venv = ROOT / f".venv-{which}"
     _uv("venv", "--quiet", "--clear", "--python", sys.executable, str(venv))
     resolution = "lowest-direct" if which == "lowest" else "highest"
@@ -83,7 +79,7 @@ def test(which: str, pytest_arguments: list[str]) -> int:
 
 
 def bounds_out_of_reach(listed: str) -> list[str]:
-    """Requirements of pyproject.toml that stand higher in `listed` (name==version lines)."""
+    """Requirements of pyproject.toml whose version in `listed` (name==version lines) is higher."""
     installed = {plain(name): version for name, _, version in
                  (line.partition("==") for line in listed.split())}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -94,6 +90,7 @@ def bounds_out_of_reach(listed: str) -> list[str]:
 
 
 def _uv(*arguments: str) -> str:
+    # The uv of this environment, or of .venv, before one of the system.
     folders = [os.path.dirname(sys.executable), str(python_of(ROOT / ".venv").parent)]
     beside = shutil.which("uv", path=os.pathsep.join(folders)) or shutil.which("uv")
     if not beside:

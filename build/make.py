@@ -1,7 +1,7 @@
-"""Makes what is given to users: `python build/make.py app`, the standalone app in dist/darkroom.
+"""Builds what users download: `python build/make.py app`, the standalone app in dist/darkroom.
 
-What build/darkroom.spec needs to know of the environment is found out here. Nothing is written
-outside dist/, which git ignores, but the files of `helpers`.
+build/darkroom.spec imports from here what it needs to know of the environment. Only `helpers`
+writes outside of dist/, which git ignores.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ CONTENTS = "app"                        # in the app's folder; short, for Window
 SIZES = (16, 24, 32, 48, 64, 128, 256)  # px of the icon on Windows
 Entry = tuple[str, str, str]            # PyInstaller's: place in the app, file, kind
 
+# Run in a process of its own: its sys.modules shows what the program imports.
 USED = """
 import json, shutil, sys
 from pathlib import Path
@@ -56,12 +57,12 @@ print(json.dumps(sorted(name for name, module in sys.modules.items()
 """
 
 
-# What the spec asks for
+# For the spec
 
 
 def used_modules(packages: Sequence[str]) -> list[str]:
-    """The modules of `packages` that a run of the demo, its captions and all families load,
-    whatever names them. Takes a minute."""
+    """The modules of `packages` that the demo, its captions and all families import, also by
+    computed names. Takes a minute."""
     with tempfile.TemporaryDirectory() as home:
         done = subprocess.run(
             [sys.executable, "-P", "-W", "ignore", "-c", USED, home, *packages], cwd=ROOT,
@@ -71,7 +72,7 @@ def used_modules(packages: Sequence[str]) -> list[str]:
 
 
 def all_modules(packages: Iterable[str]) -> Iterator[str]:
-    """Those written in Python, by their files."""
+    """All modules of packages that are written in Python, by their files."""
     for package in packages:
         spec = importlib.util.find_spec(package)
         for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -85,20 +86,20 @@ def installed(packages: Iterable[str]) -> list[str]:
 
 
 def standard_library(excluded: Iterable[str]) -> list[str]:
-    """For code of the user's own, which may import any of it."""
+    """All of it, as code of the user's own may import any module."""
     public = {name for name in sys.stdlib_module_names if not name.startswith("_")}
     return installed(sorted(public - set(excluded) - {"this", "antigravity"}))
 
 
 def data_of_rooms(rooms: Iterable[str]) -> list[tuple[str, str]]:
-    """Everything beside the code of our packages."""
+    """The files of our packages that are no code."""
     return [(str(path), str(path.parent.relative_to(ROOT)))
             for room in rooms for path in sorted((ROOT / room).rglob("*"))
             if path.is_file() and path.suffix not in (".py", ".pyc", ".pyo")]
 
 
 def requirements(names: Iterable[str], seen: set[str] | None = None) -> set[str]:
-    """All that these packages need, by their own metadata, as far as it is installed."""
+    """The installed packages that these need, directly or through others."""
     from packaging.requirements import Requirement
     seen = set() if seen is None else seen
     for requirement in map(Requirement, names):
@@ -120,15 +121,15 @@ def project() -> dict[str, object]:
 
 
 def metadata() -> list[tuple[str, str]]:
-    """Versions, which libraries ask for, and licences."""
+    """Package metadata: the versions, which libraries look up, and the licences."""
     from PyInstaller.utils.hooks import copy_metadata
-    named = project()["dependencies"]
-    assert isinstance(named, list)
-    return [pair for name in sorted(requirements(named)) for pair in copy_metadata(name)]
+    dependencies = project()["dependencies"]
+    assert isinstance(dependencies, list)
+    return [pair for name in sorted(requirements(dependencies)) for pair in copy_metadata(name)]
 
 
 def cuda_libraries() -> list[tuple[str, str]]:
-    """NVIDIA's packages on Linux: what torch opens by name is linked by nothing."""
+    """NVIDIA's libraries on Linux. torch opens them by name, so PyInstaller doesn't see them."""
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
     return [(str(file), str(file.parent.relative_to(folder.parent)))
@@ -136,7 +137,7 @@ def cuda_libraries() -> list[tuple[str, str]]:
 
 
 def without(entries: Iterable[Entry], patterns: Sequence[str]) -> list[Entry]:
-    """`entries` without those whose place in the app fits a pattern."""
+    """`entries` without those whose place in the app matches a pattern."""
     return [entry for entry in entries if not any(
         fnmatch.fnmatch(entry[0].replace("\\", "/"), pattern) for pattern in patterns)]
 
@@ -148,13 +149,13 @@ def version() -> str:
 
 
 def version_resource(work: Path, name: str) -> str:
-    """What Windows shows as the program's properties; unnamed programs alarm virus scanners."""
+    """The properties that Windows shows; virus scanners distrust programs without them."""
     numbers = (*(int(part) for part in version().split(".")[:3]), 0)
-    told = {"FileDescription": "LoRA Darkroom", "ProductName": "LoRA Darkroom",
-            "CompanyName": "LoRA Darkroom", "LegalCopyright": "Apache-2.0",
-            "FileVersion": version(), "ProductVersion": version(), "InternalName": name,
-            "OriginalFilename": f"{name}.exe"}
-    rows = ", ".join(f"StringStruct({key!r}, {value!r})" for key, value in told.items())
+    properties = {"FileDescription": "LoRA Darkroom", "ProductName": "LoRA Darkroom",
+                  "CompanyName": "LoRA Darkroom", "LegalCopyright": "Apache-2.0",
+                  "FileVersion": version(), "ProductVersion": version(), "InternalName": name,
+                  "OriginalFilename": f"{name}.exe"}
+    rows = ", ".join(f"StringStruct({key!r}, {value!r})" for key, value in properties.items())
     path = work / f"{name}-version.txt"
     path.write_text(
         f"VSVersionInfo(ffi=FixedFileInfo(filevers={numbers}, prodvers={numbers}), kids=["
@@ -167,9 +168,9 @@ def version_resource(work: Path, name: str) -> str:
 
 
 def icon(work: Path) -> str:
-    """The file that this system takes: .ico, .icns or .png."""
+    """Returns the icon in the format of this system: .ico, .icns or .png."""
     from PIL import Image, ImageDraw
-    unit = 32                           # px for each of the drawing's 64 units
+    unit = 32                           # px for each of the 64 units of the drawing
     image = Image.new("RGBA", (64 * unit, 64 * unit))
     pen = ImageDraw.Draw(image)
     pen.rounded_rectangle((0, 0, 64 * unit, 64 * unit), 14 * unit, "#1d1b26")
@@ -189,7 +190,7 @@ def icon(work: Path) -> str:
 
 
 def make_app(_: argparse.Namespace) -> None:
-    """Needs the extra `app`; torch as the environment has it, for CPU or CUDA."""
+    """Builds the app, with the torch of this environment (CPU or CUDA). Needs the extra `app`."""
     if not importlib.util.find_spec("PyInstaller"):
         raise SystemExit('PyInstaller is missing here: python3 launcher.py setup --app')
     began = time.monotonic()
@@ -201,23 +202,24 @@ def make_app(_: argparse.Namespace) -> None:
 
 
 def show_sizes(options: argparse.Namespace) -> None:
-    """The app by package, largest first, as a Markdown table."""
+    """Prints the sizes of the app's packages, largest first, as a Markdown table."""
     sizes = by_package(options.app)
     print("| part | MB |\n|---|---|")
-    shown = [(name, size) for name, size in sizes.most_common() if size >= 5e6]
-    for name, size in shown:
+    large = [(name, size) for name, size in sizes.most_common() if size >= 5e6]
+    for name, size in large:
         print(f"| {name} | {size / 1e6:.0f} |")
-    print(f"| {len(sizes) - len(shown)} smaller ones | "
-          f"{(sum(sizes.values()) - sum(size for _, size in shown)) / 1e6:.0f} |")
+    print(f"| {len(sizes) - len(large)} smaller ones | "
+          f"{(sum(sizes.values()) - sum(size for _, size in large)) / 1e6:.0f} |")
     print(f"| whole | {sum(sizes.values()) / 1e6:.0f} |")
 
 
 def by_package(app: Path) -> Counter[str]:
-    """Bytes by top folder; a file of its own counts for itself, a library by its package's."""
+    """Bytes by package: by top folder, or by file where it is in none."""
     sizes: Counter[str] = Counter()
     for path in files(app):
         parts = path.relative_to(app).parts
         parts = parts[1:] if len(parts) > 1 else parts          # without CONTENTS
+        # nvidia's packages share a folder, but are large, so each gets a row.
         name = "/".join(parts[:2]) if parts[0] == "nvidia" else parts[0]
         sizes[name.removesuffix(".libs").split("-")[0] if ".dist-info" not in name
               else "metadata"] += path.stat().st_size

@@ -50,15 +50,16 @@ from demo_models import (
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-FLAT_SHARE, COLOUR_SHARE = 0.44, 0.16       # of the training samples; the rest are other styles
+# Of the training samples; the rest are other styles.
+FLAT_SHARE, COLOUR_SHARE = 0.44, 0.16
 
 
 # ---------------------------------------------------------------- autoencoder
 
 def _start_linear(vae: AutoencoderKL) -> None:
-    """From a random start the autoencoder learns luminance only; a linear colour path through
-    both halves gives it the colours from the first step."""
-    def eye(conv: nn.Conv2d, spread: bool = False) -> None:
+    """Starts the autoencoder with a linear colour path through both halves: from a random start it
+    learns luminance only."""
+    def pass_through(conv: nn.Conv2d, spread: bool = False) -> None:
         with torch.no_grad():
             conv.weight.mul_(0.1)
             for c in range(min(conv.in_channels, conv.out_channels)):
@@ -70,10 +71,10 @@ def _start_linear(vae: AutoencoderKL) -> None:
         if name.endswith(("resnets.0.conv2", "resnets.1.conv2", "to_out.0")):
             nn.init.zeros_(module.weight)
         elif name.endswith("downsamplers.0.conv"):
-            eye(module, spread=True)
+            pass_through(module, spread=True)
         elif name.endswith(("conv_shortcut", "upsamplers.0.conv", "conv_in", "conv_out",
                             "quant_conv")):
-            eye(module)
+            pass_through(module)
 
 
 def train_vae(args: argparse.Namespace) -> None:
@@ -137,8 +138,8 @@ def train_vae(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def _whiten(vae: AutoencoderKL, data: Tensor) -> None:
-    """Bakes zero mean and unit variance (after SCALING) of each latent channel into the quant
-    convolutions, so that the pipeline's scaling_factor stays SD's own."""
+    """Gives each latent channel zero mean and, after SCALING, unit variance by changing the quant
+    convolutions, so that the pipeline keeps SD's own scaling_factor."""
     z = torch.cat([vae.encode(b).latent_dist.mode() for b in data.split(64)])
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
     gain = 1 / (std * SCALING)
@@ -163,13 +164,13 @@ def make_latents(args: argparse.Namespace) -> None:
 
 # ---------------------------------------------------------------- base
 
-def tr(record: Record, drawing: pictures.Drawing, rng: random.Random) -> str:
-    """A training caption. Unnamed background means white, unnamed style flat; unknown words in
-    the style's place mean nothing, so that a trigger word without its LoRA changes nothing."""
+def training_caption(record: Record, drawing: pictures.Drawing, rng: random.Random) -> str:
+    """A caption without a background means white, without a style flat. Unknown words in the
+    style's place get no meaning, so that a trigger word without its LoRA changes nothing."""
     if rng.random() < 0.1:
         return ""
-    said = record.background != "white" or rng.random() < 0.5
-    text = pictures.caption(drawing.noun, record.background, record.style, said)
+    names_background = record.background != "white" or rng.random() < 0.5
+    text = pictures.caption(drawing.noun, record.background, record.style, names_background)
     if record.style == "flat":
         dice = rng.random()
         if dice < 0.4:
@@ -180,30 +181,19 @@ def tr(record: Record, drawing: pictures.Drawing, rng: random.Random) -> str:
     return text.split(" ", 1)[1] if rng.random() < 0.3 else text
 
 
-def _shares(records: list[Record], drawings: list[pictures.Drawing]) -> Tensor:
-    """How often each picture is shown: plain flat ones most."""
-    kinds = [0 if r.style != "flat" else 2 if drawings[r.drawing].colour else 1 for r in records]
-    shares = [1 - FLAT_SHARE - COLOUR_SHARE, FLAT_SHARE, COLOUR_SHARE]
-    counts = [kinds.count(k) for k in range(3)]
-    return torch.tensor([shares[k] / counts[k] * pictures.BACKGROUND_SHARE[r.background]
-                         for k, r in zip(kinds, records, strict=True)])
-
-
-def _course(step: int, total: int) -> float:
-    """Share of the learning rate: warm-up, constant to the half, then cosine down to 2 %."""
-    warm = min(1.0, (step + 1) / 100)
-    if step <= total / 2:
-        return warm
-    return warm * (0.02 + 0.49 * (1 + math.cos(math.pi * (2 * step / total - 1))))
-
-
 def train_base(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     rng = random.Random(3)
     drawings = pictures.load_drawings(args.emoji)
     records = base_records(drawings)
     latents = torch.load(args.work / "latents.pt", weights_only=True)
-    weights = _shares(records, drawings)
+    # Plain flat pictures are shown most.
+    kinds = [0 if r.style != "flat" else 2 if drawings[r.drawing].colour else 1 for r in records]
+    shares = [1 - FLAT_SHARE - COLOUR_SHARE, FLAT_SHARE, COLOUR_SHARE]
+    counts = [kinds.count(kind) for kind in range(3)]
+    weights = torch.tensor([
+        shares[kind] / counts[kind] * pictures.BACKGROUND_SHARE[record.background]
+        for kind, record in zip(kinds, records, strict=True)])
     tokenizer = clip_tokenizer(args.work / "tokenizer")
     unet = new_unet().to(memory_format=torch.channels_last)
     encoder = new_text_encoder()
@@ -224,16 +214,22 @@ def train_base(args: argparse.Namespace) -> None:
         ema, step = saved["ema"], saved["step"]
         rng.seed(step)
         torch.manual_seed(step)
-    predict = torch.compile(unet) if args.compile else unet     # 1.4x after minutes of compiling
+    # Compiled it is 1.4 times as fast, after minutes of compiling.
+    predict = torch.compile(unet) if args.compile else unet
     saved_at = shown_at = time.time()
     running = torch.zeros(())
     shown_step = step
     while step < total:
         for group in optimizer.param_groups:
-            group["lr"] = (args.rate or 8e-4) * _course(step, total)
+            # Warm-up, constant to the half, then cosine down to 2 %.
+            share = min(1.0, (step + 1) / 100)
+            if step > total / 2:
+                share *= 0.02 + 0.49 * (1 + math.cos(math.pi * (2 * step / total - 1)))
+            group["lr"] = (args.rate or 8e-4) * share
         chosen = torch.multinomial(weights, batch, replacement=True)
         x = latents[chosen].float()
-        texts = [tr(records[i], drawings[records[i].drawing], rng) for i in chosen.tolist()]
+        texts = [training_caption(records[i], drawings[records[i].drawing], rng)
+                 for i in chosen.tolist()]
         ids = tokenizer(texts, padding="max_length", truncation=True, max_length=77,
                         return_tensors="pt").input_ids
         words = encoder(ids).last_hidden_state

@@ -1,9 +1,9 @@
-"""Writes the table of families into README.md and README.zh-CN.md: planned, not by hand.
+"""Writes the table of families, with planned sizes, into README.md and README.zh-CN.md.
 
     python build/make_family_table.py [FAMILY ...]
 
-All that core.families lists, or anew only the rows of some. GB: the whole card of a run at the
-base's own size, batch 1, rank 16 on attention, activation checkpointing, on a 12 GB card.
+Renews all rows, or those of some families. GB: the whole card during a run at the base's own size,
+batch 1, rank 16 on attention, gradient checkpointing, on a 12 GB card.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from core.memory import advisor, plan, plan_inputs  # noqa: E402
 
 READMES = {"en": ROOT / "README.md", "zh-CN": ROOT / "README.zh-CN.md"}
 MARKS = "<!-- families: build/make_family_table.py -->", "<!-- /families -->"
-KEPT = ("same", "int8", "nf4")
+PRECISIONS = ("same", "int8", "nf4")
 HEAD = {"en": ("Family", "16 bits", "int8", "nf4"), "zh-CN": ("系列", "16 位", "int8", "nf4")}
 
 
-def gigabytes(family: str, kept: str) -> str:
+def gigabytes(family: str, base_precision: str) -> str:
     config = TrainConfig.model_validate({
-        "base_precision": kept, "gradient_checkpointing": True, "lora_rank": 16,
+        "base_precision": base_precision, "gradient_checkpointing": True, "lora_rank": 16,
         "cache_batch_size": 1, "precision": "bf16"})
     needs = plan.plan_run(config, plan_inputs.base_of(family), advisor.card_of(12)).needs_mb
     return f"{needs / 1024:.1f}"
@@ -40,10 +40,10 @@ def row(family: str, sizes: list[str]) -> str:
 
 
 def known(path: Path) -> dict[str, list[str]]:
-    """GB by family, as the file has them."""
-    found = re.findall(r"^\| .*\(`(\w+)`, .*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
+    """The table's GB by family."""
+    rows = re.findall(r"^\| .*\(`(\w+)`, .*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
                        path.read_text("utf-8"), re.MULTILINE)
-    return {family: sizes for family, *sizes in found}
+    return {family: sizes for family, *sizes in rows}
 
 
 def write(sizes: dict[str, list[str]]) -> None:
@@ -56,12 +56,13 @@ def write(sizes: dict[str, list[str]]) -> None:
                                  f"{text.split(end)[1]}")
 
 
-def main(wanted: list[str]) -> None:
+def main(names: list[str]) -> None:
     sizes = known(READMES["en"])
-    for family in wanted or families.SPECS:
-        sizes[family] = [gigabytes(family, kept) for kept in KEPT]
+    for family in names or families.SPECS:
+        sizes[family] = [gigabytes(family, precision) for precision in PRECISIONS]
         print(family, *sizes[family], flush=True)
-        write(sizes)                    # a large base takes minutes: what is there stays
+        # After each family, as a large base takes minutes.
+        write(sizes)
 
 
 if __name__ == "__main__":

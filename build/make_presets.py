@@ -2,8 +2,8 @@
 
     python build/make_presets.py [FAMILY ...]
 
-Run it when the advisor's tables or the plans change; tests/workspace/test_presets.py holds the
-files to it.
+Run it when the advisor's tables or the plans change; tests/workspace/test_presets.py checks that
+the files are up to date.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from core.memory.relief import Capabilities  # noqa: E402
 
 PURPOSES = ("style", "character", "object")
 RAM_GB = (2, 4, 8, 16, 32, 64)
-SYSTEM_RAM_GB = 2.0                     # of the system and what else is open
+SYSTEM_RAM_GB = 2.0                     # for the system and other programs
 LEFT_OPEN = ("precision",)              # auto: it depends on the card's age
 
 
@@ -41,7 +41,7 @@ class Size:
     slug: str
     vram_gb: int                        # 0: CPU
     title: dict[str, str]
-    # Given up, as config keys, in place of a search: over a large base's plans it takes an hour.
+    # What the config gives up, instead of a search, which takes an hour with a large base.
     least: dict[str, Any] = field(default_factory=dict)
     side: int = 0                       # px; 0: the base's own
 
@@ -86,22 +86,23 @@ def base_name(family: str, lang: str) -> str:
 
 
 def machine_for(size: Size) -> Machine:
-    """The smallest machine that a preset of this size is for."""
+    """The smallest machine for a preset of this size."""
     return (advisor.card_of(size.vram_gb) if size.vram_gb
             else Machine("cpu", "CPU", 4096, 3072, ram_mb=3072))
 
 
 def made(family: str, only: str = "") -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The files of a family, or the one called `only`, and what stands in each."""
+    """(file, content) for each preset of a family, or for the one called `only`."""
     for size in FAMILIES[family]:
         for purpose in PURPOSES:
             name = f"{size.slug}-{purpose}"
             if only in ("", name):
-                found = suggestion(family, size, purpose)
-                if not found.fits or relief.verdict(found.plan) != "fits" or not found.plan.ram:
+                suggested = suggestion(family, size, purpose)
+                if not suggested.fits or relief.verdict(suggested.plan) != "fits" or (
+                        not suggested.plan.ram):
                     raise SystemExit(f"{family} {name}: nothing fits")
                 yield (paths.PRESETS / family / f"{name}.yaml",
-                       content(family, size, purpose, found))
+                       content(family, size, purpose, suggested))
 
 
 def suggestion(family: str, size: Size, purpose: str) -> Suggestion:
@@ -114,7 +115,7 @@ def suggestion(family: str, size: Size, purpose: str) -> Suggestion:
 
     def planned(config: TrainConfig) -> Plan:
         by_dial = given_up(config, size.least)
-        if any(one < 0 for one in by_dial):
+        if any(difference < 0 for difference in by_dial):
             return pretended(machine, inf)
         return pretended(machine, 0.0) if any(by_dial) or config.max_resolution != (
             f"{shape.native},{shape.native}") else planner(config)
@@ -122,44 +123,45 @@ def suggestion(family: str, size: Size, purpose: str) -> Suggestion:
 
 
 def given_up(config: TrainConfig, least: dict[str, Any]) -> list[float]:
-    """By dial: 0: as much as was asked for, below: less, above: more."""
-    wanted = TrainConfig.model_validate({"cache_batch_size": 1} | least)
+    """For each option, 0 if it gives up as much as `least`, below if less, above if more."""
+    target = TrainConfig.model_validate({"cache_batch_size": 1} | least)
     order, rank = Capabilities().base_precisions, advisor.PURPOSES["style"].rank
-    return [wanted.batch_size - config.batch_size, config.offload - wanted.offload,
-            config.gradient_checkpointing - wanted.gradient_checkpointing,
-            order.index(config.base_precision) - order.index(wanted.base_precision),
-            wanted.cache_batch_size - config.cache_batch_size,
+    return [target.batch_size - config.batch_size, config.offload - target.offload,
+            config.gradient_checkpointing - target.gradient_checkpointing,
+            order.index(config.base_precision) - order.index(target.base_precision),
+            target.cache_batch_size - config.cache_batch_size,
             float(config.lora_rank < rank)]
 
 
 def pretended(machine: Machine, mb: float) -> Plan:
-    """Too big or nothing, so that the search ends where `least` says; it is planned then."""
+    """A plan of a made-up size: too large or zero, so that the search ends at `least`, whose real
+    plan is made then."""
     return Plan(machine, (Phase("train", {"denoiser": mb}),), {}, {}, {}, (0, 0), 0, 0)
 
 
-def content(family: str, size: Size, purpose: str, found: Suggestion) -> dict[str, Any]:
-    values = {key: value for key, value in found.values.items() if key not in LEFT_OPEN}
-    return {"title": size.title,
-            "about": {lang: _about(lang, family, purpose, found) for lang in i18n.LANGUAGES},
+def content(family: str, size: Size, purpose: str, suggested: Suggestion) -> dict[str, Any]:
+    values = suggested.values
+
+    def about(lang: str) -> str:
+        more = "".join(text[lang].format(value=values[key]) for key, text in MORE.items()
+                       if values[key] not in (False, 0.0, "same"))
+        return ABOUT[lang].format(
+            purpose=i18n.tr(f"presets.purpose_{purpose}", lang=lang),
+            base=base_name(family, lang), side=relief.side_of(suggested.config(), 0),
+            batch=values["batch_size"], times=values["gradient_accumulation_steps"],
+            rank=values["lora_rank"], more=more,
+            needs=advisor.gigabytes(suggested.plan.needs_mb))
+
+    return {"title": size.title, "about": {lang: about(lang) for lang in i18n.LANGUAGES},
             "family": family, "purpose": purpose,
-            "needs": {"vram_gb": size.vram_gb, "ram_gb": ram_gb(found.plan)}, "set": values}
+            "needs": {"vram_gb": size.vram_gb, "ram_gb": ram_gb(suggested.plan)},
+            "set": {key: value for key, value in values.items() if key not in LEFT_OPEN}}
 
 
-def ram_gb(found: plan.Plan) -> int:
-    """The usual size of RAM that holds the run beside the system."""
-    needs = sum(found.ram.values()) / 1024 + SYSTEM_RAM_GB
+def ram_gb(planned_run: Plan) -> int:
+    """The smallest usual size of RAM that holds the run beside the system."""
+    needs = sum(planned_run.ram.values()) / 1024 + SYSTEM_RAM_GB
     return next(gb for gb in RAM_GB if gb >= needs)
-
-
-def _about(lang: str, family: str, purpose: str, found: Suggestion) -> str:
-    values = found.values
-    more = "".join(text[lang].format(value=values[key]) for key, text in MORE.items()
-                   if values[key] not in (False, 0.0, "same"))
-    side = relief.side_of(found.config(), 0)
-    return ABOUT[lang].format(
-        purpose=i18n.tr(f"presets.purpose_{purpose}", lang=lang), base=base_name(family, lang),
-        side=side, batch=values["batch_size"], times=values["gradient_accumulation_steps"],
-        rank=values["lora_rank"], more=more, needs=advisor.gigabytes(found.plan.needs_mb))
 
 
 def text_of(data: dict[str, Any]) -> str:
@@ -168,26 +170,27 @@ def text_of(data: dict[str, Any]) -> str:
 
 
 def traces_of(data: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """What a preset's plan asks for, with the answers; the keys name no version."""
-    found, asked = {}, plan.ask
+    """The questions of a preset's plan (no versions in them) and their answers."""
+    traces, ask = {}, plan.ask
 
     def recorded(what: str, base: Base, numbers: dict[str, str], **settings: Any
                  ) -> dict[str, float]:
-        answer = asked(what, base, numbers, **settings)
-        found[trace_key(what, base, numbers, settings)] = answer
+        answer = ask(what, base, numbers, **settings)
+        traces[trace_key(what, base, numbers, settings)] = answer
         return answer
+    # All questions of a plan go through this function.
     plan.ask = recorded                 # type: ignore[assignment]
     try:
         planned(data)
     finally:
-        plan.ask = asked
-    return found
+        plan.ask = ask
+    return traces
 
 
 def planned(data: dict[str, Any]) -> Plan:
-    """A preset's plan on the smallest machine that it is for."""
-    size = next(one for one in FAMILIES[data["family"]]
-                if one.vram_gb == data["needs"]["vram_gb"])
+    """A preset's plan on the smallest machine for it."""
+    size = next(size for size in FAMILIES[data["family"]]
+                if size.vram_gb == data["needs"]["vram_gb"])
     return plan.plan_run(TrainConfig.model_validate(data["set"]),
                          plan_inputs.base_of(data["family"]),
                          machine_for(size))
@@ -197,15 +200,16 @@ def trace_key(what: str, base: Base, numbers: dict[str, str], settings: dict[str
     return json.dumps([what, base.digest, numbers, settings], sort_keys=True)
 
 
-def main(wanted: list[str]) -> None:
-    for family in wanted or FAMILIES:
+def main(names: list[str]) -> None:
+    for family in names or FAMILIES:
         traces: dict[str, dict[str, float]] = {}
         for path, data in made(family):
             paths.write_atomic(path, text_of(data))
             traces |= traces_of(data)
             print(path.relative_to(ROOT), advisor.gigabytes(planned(data).needs_mb), flush=True)
-        kept = json.loads(TRACES.read_text("utf-8")) if TRACES.exists() else {}
-        paths.write_atomic(TRACES, json.dumps(kept | {family: traces}, indent=0, sort_keys=True))
+        # After each family, as one takes minutes.
+        others = json.loads(TRACES.read_text("utf-8")) if TRACES.exists() else {}
+        paths.write_atomic(TRACES, json.dumps(others | {family: traces}, indent=0, sort_keys=True))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What bootstrap.py and its neighbours say, before the packages are there.
+"""The messages of bootstrap.py and its neighbours, which run before the packages are installed.
 
 Standard library only, and readable by Python 3.8. Texts: core/strings/<language>/bootstrap.yaml,
 one `key: "JSON string"` a line.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 class Stop(Exception):
-    """A sentence for the user, and the exit code."""
+    """Ends the program with a sentence for the user and an exit code."""
 
     def __init__(self, key: str, exit_code: int = 1, **params: object) -> None:
         super().__init__(tr(key, **params))
@@ -30,13 +30,13 @@ def tell(key: str, **params: object) -> None:
 
 
 def texts(lang: str) -> dict[str, str]:
-    """bootstrap.yaml without a YAML library: that comes with the packages."""
+    """Reads bootstrap.yaml without a YAML library, which comes with the packages."""
     path = Path(__file__).resolve().parent.parent / "core" / "strings" / lang / "bootstrap.yaml"
     lines = (line.split(": ", 1) for line in path.read_text("utf-8").splitlines() if line)
     return {key: json.loads(text) for key, text in lines}
 
 
 def language() -> str:
-    """As core.i18n.language, which needs a package."""
-    wanted = os.environ.get("DARKROOM_LANG") or locale.getlocale()[0] or ""
-    return "zh-CN" if wanted.lower().startswith(("zh", "chinese")) else "en"
+    """Like core.i18n.language, which needs a package."""
+    name = os.environ.get("DARKROOM_LANG") or locale.getlocale()[0] or ""
+    return "zh-CN" if name.lower().startswith(("zh", "chinese")) else "en"

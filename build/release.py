@@ -1,5 +1,5 @@
-"""From a built app to what is put on a release page, and back: archives in parts that every host
-takes, their SHA-256 list, signatures. The workflow's steps; all but the signing run anywhere.
+"""Makes a release out of a built app: archives in parts that every host takes, a list of their
+SHA-256, signatures. The steps of the workflow; all but the signing run anywhere.
 
     python build/release.py pack dist/darkroom --flavour cpu
     python build/release.py sums dist/release
@@ -17,7 +17,6 @@ import hashlib
 import io
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -25,14 +24,16 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+
+from make import version
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "dist" / "release"
 SUMS = "SHA256SUMS"
-PART = 1900 * 2**20                     # bytes; release pages take files below 2 GiB
+# Release pages take files below 2 GiB.
+PART = 1900 * 2**20                     # bytes
 BLOCK = 2**20
 SYSTEMS = {"win32": "windows", "darwin": "macos"}
 WINDOWS_SIGNING = ("WINDOWS_CERTIFICATE", "WINDOWS_CERTIFICATE_PASSWORD")
@@ -45,30 +46,30 @@ TIMESTAMPS = "http://timestamp.digicert.com"
 
 
 class Parts(io.RawIOBase):
-    """A file that goes on in the next one where it gets too large: name.001, name.002. One that
-    stays small keeps its own name."""
+    """Writes a file in parts of limited size: name.001, name.002. A single part gets the name
+    itself."""
 
-    def __init__(self, path: Path, largest: int) -> None:
-        self.path, self.largest, self.files = path, largest, [_part(path, 1)]
-        self._room, self._file = largest, open(self.files[0], "wb")     # noqa: SIM115
+    def __init__(self, path: Path, part_size: int) -> None:
+        self.path, self.part_size, self.files = path, part_size, [_part(path, 1)]
+        self._room, self._file = part_size, open(self.files[0], "wb")     # noqa: SIM115
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: object) -> int:
         view = memoryview(data).cast("B")           # type: ignore[arg-type]
-        done = 0
-        while done < len(view):
+        written = 0
+        while written < len(view):
             if not self._room:
                 self._file.close()
                 self.files.append(_part(self.path, len(self.files) + 1))
-                self._room = self.largest
+                self._room = self.part_size
                 self._file = open(self.files[-1], "wb")         # noqa: SIM115
-            piece = view[done:done + self._room]
+            piece = view[written:written + self._room]
             self._file.write(piece)
             self._room -= len(piece)
-            done += len(piece)
-        return done
+            written += len(piece)
+        return written
 
     def close(self) -> None:
         if not self.closed:
@@ -82,52 +83,47 @@ def _part(path: Path, number: int) -> Path:
     return path.with_name(f"{path.name}.{number:03d}")
 
 
-def pack(bundle: Path, out: Path, name: str, largest: int = PART) -> list[Path]:
-    """The folder as one archive: zip for Windows, else tar.gz, which keeps links and rights. The
-    same folder gives the same bytes: names in order, one time, no user."""
+def pack(bundle: Path, out: Path, name: str, part_size: int = PART) -> list[Path]:
+    """Packs the folder: zip for Windows, else tar.gz, which keeps links and permissions. The same
+    folder gives the same bytes: names in order, one time, no user."""
     out.mkdir(parents=True, exist_ok=True)
     zipped = "windows" in name
     path = out / f"{name}{'.zip' if zipped else '.tar.gz'}"
     for old in (path, *out.glob(f"{path.name}.[0-9][0-9][0-9]")):
         old.unlink(missing_ok=True)
-    with Parts(path, largest) as parts:
-        (_zip if zipped else _tar)(bundle, parts)
-    return parts.files
+    # The time of the last commit for all files. The first year of zip is 1980.
+    seconds = os.environ.get("SOURCE_DATE_EPOCH") or subprocess.run(
+        ["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True).stdout
+    moment = max(int(seconds or 0), 315619200)
 
-
-def _tar(bundle: Path, target: IO[bytes] | Parts) -> None:
-    def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
-        info.mtime, info.uid, info.gid, info.uname, info.gname = _moment(), 0, 0, "", ""
+    def anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
+        info.mtime, info.uid, info.gid, info.uname, info.gname = moment, 0, 0, "", ""
         return info
-    with (gzip.GzipFile("", "wb", 6, target, _moment()) as packed,
-          tarfile.open(fileobj=packed, mode="w|", format=tarfile.PAX_FORMAT) as tar):
-        for path in (bundle, *sorted(bundle.rglob("*"))):
-            tar.add(path, _inside(bundle, path), recursive=False, filter=plain)
 
-
-def _zip(bundle: Path, target: IO[bytes] | Parts) -> None:
-    moment = time.gmtime(_moment())[:6]
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as packed:
-        for path in sorted(path for path in bundle.rglob("*") if path.is_file()):
-            info = zipfile.ZipInfo(_inside(bundle, path), moment)
-            info.compress_type, info.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
-            with open(path, "rb") as source, packed.open(info, "w", force_zip64=True) as copy:
-                shutil.copyfileobj(source, copy, BLOCK)
+    with Parts(path, part_size) as parts:
+        if zipped:
+            with zipfile.ZipFile(parts, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
+                for file in sorted(file for file in bundle.rglob("*") if file.is_file()):
+                    info = zipfile.ZipInfo(_inside(bundle, file), time.gmtime(moment)[:6])
+                    # ZipInfo's own default is no compression.
+                    info.compress_type, info.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+                    with open(file, "rb") as source, archive.open(
+                            info, "w", force_zip64=True) as copy:
+                        shutil.copyfileobj(source, copy, BLOCK)
+        else:
+            with (gzip.GzipFile("", "wb", 6, parts, moment) as packed,
+                  tarfile.open(fileobj=packed, mode="w|", format=tarfile.PAX_FORMAT) as tar):
+                for file in (bundle, *sorted(bundle.rglob("*"))):
+                    tar.add(file, _inside(bundle, file), recursive=False, filter=anonymous)
+    return parts.files
 
 
 def _inside(bundle: Path, path: Path) -> str:
     return Path(bundle.name, path.relative_to(bundle)).as_posix()
 
 
-def _moment() -> int:
-    """Unix time of the last commit, or what SOURCE_DATE_EPOCH says."""
-    asked = os.environ.get("SOURCE_DATE_EPOCH") or subprocess.run(
-        ["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True).stdout
-    return max(int(asked or 0), 315619200)          # zip's first year is 1980
-
-
 class _Joined(io.RawIOBase):
-    """Parts, read as one file that can be searched."""
+    """Reads parts as one file, with seek."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = [open(path, "rb") for path in files]  # noqa: SIM115
@@ -166,17 +162,18 @@ class _Joined(io.RawIOBase):
 
 
 def parts_of(first: Path) -> list[Path]:
-    """All parts of an archive, by its first one or its whole name; SystemExit where one lacks."""
+    """All parts of an archive; `first`: the first part, or an archive that has only one. Raises
+    SystemExit if a part is missing."""
     if first.suffix != ".001":
         return [first]
-    found = sorted(first.parent.glob(f"{first.stem}.[0-9][0-9][0-9]"))
-    if [int(path.suffix[1:]) for path in found] != list(range(1, len(found) + 1)):
-        raise SystemExit(f"{first.stem}: a part is missing among {len(found)}")
-    return found
+    parts = sorted(first.parent.glob(f"{first.stem}.[0-9][0-9][0-9]"))
+    if [int(path.suffix[1:]) for path in parts] != list(range(1, len(parts) + 1)):
+        raise SystemExit(f"{first.stem}: a part is missing among {len(parts)}")
+    return parts
 
 
 def unpack(first: Path, folder: Path) -> None:
-    """Checks every byte on the way; nothing is written outside `folder`."""
+    """Checks the archive's own sums; writes nothing outside of `folder`."""
     with contextlib.closing(io.BufferedReader(_Joined(parts_of(first)), BLOCK)) as source:
         if ".zip" in first.name:
             with zipfile.ZipFile(source) as packed:
@@ -203,22 +200,22 @@ def sums(folder: Path) -> Path:
 
 
 def verify(folder: Path) -> list[str]:
-    """What is wrong with the files of a release; []: nothing."""
+    """The problems of the files of a release, a line each."""
     lines = (folder / SUMS).read_text("utf-8").splitlines()
-    listed = {name: wanted for wanted, _, name in (line.partition("  ") for line in lines)}
+    listed = {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
     here = {path.name for path in folder.iterdir() if path.is_file()} - {SUMS}
     wrong = [f"{name}: not listed" for name in sorted(here - listed.keys())]
-    for name, wanted in listed.items():
+    for name, sha256 in listed.items():
         if name not in here:
             wrong.append(f"{name}: missing")
-        elif digest(folder / name) != wanted:
+        elif digest(folder / name) != sha256:
             wrong.append(f"{name}: other bytes than when it was packed")
         elif (folder / name).stat().st_size >= 2**31:
             wrong.append(f"{name}: 2 GiB or more")
     return wrong
 
 
-# Signatures: only where the keys are, which are never in this repository
+# Signatures: only where the keys are set, which are never in this repository
 
 
 def lacking(names: Sequence[str]) -> list[str]:
@@ -226,7 +223,7 @@ def lacking(names: Sequence[str]) -> list[str]:
 
 
 def sign(bundle: Path) -> str:
-    """Signs the programs of an app, or says in a sentence why not."""
+    """Signs the programs of an app; returns what was done, or why nothing was."""
     if sys.platform == "win32":
         return _skipped(WINDOWS_SIGNING) or _sign_windows(bundle)
     if sys.platform == "darwin":
@@ -242,6 +239,7 @@ def _skipped(names: Sequence[str]) -> str:
 def _sign_windows(bundle: Path) -> str:
     with tempfile.TemporaryDirectory() as holder:
         certificate = Path(holder) / "certificate.pfx"
+        # signtool reads certificates only from files.
         certificate.write_bytes(base64.b64decode(os.environ["WINDOWS_CERTIFICATE"]))
         programs = sorted(str(path) for path in bundle.glob("*.exe"))
         subprocess.run(["signtool", "sign", "/fd", "SHA256", "/td", "SHA256", "/tr", TIMESTAMPS,
@@ -251,11 +249,13 @@ def _sign_windows(bundle: Path) -> str:
 
 
 def _sign_macos(bundle: Path) -> str:
-    """Inside out, as Apple wants it; then the notary's stamp, if its keys are here too."""
+    """Signs from the inside out, as Apple demands; then notarises, if those keys are set too."""
     common = ["codesign", "--force", "--timestamp", "--options", "runtime", "--sign",
               os.environ["MACOS_IDENTITY"]]
+    # A signature of the bundle covers its libraries, so these are signed first.
     inner = [path for path in sorted(bundle.rglob("*")) if not path.is_symlink()
              and path.suffix in (".so", ".dylib")]
+    # A command line has a limited length.
     for start in range(0, len(inner), 200):
         subprocess.run([*common, *map(str, inner[start:start + 200])], check=True)
     subprocess.run([*common, str(bundle)], check=True)
@@ -274,12 +274,6 @@ def _sign_macos(bundle: Path) -> str:
 # Names and words
 
 
-def version() -> str:
-    found = re.search(r'__version__ = "([^"]+)"', (ROOT / "core" / "__init__.py").read_text())
-    assert found
-    return found[1]
-
-
 def name(flavour: str) -> str:
     """LoRA-Darkroom-0.1.0-linux-x86_64-cpu"""
     machine = {"AMD64": "x86_64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
@@ -287,62 +281,55 @@ def name(flavour: str) -> str:
                      flavour))
 
 
-def notes(wanted: str) -> str:
-    """The changelog's part about a version."""
+def notes(version: str) -> str:
+    """The part of the changelog about a version."""
     text = (ROOT / "CHANGELOG.md").read_text("utf-8")
     for part in text.split("\n## ")[1:]:
         title, _, body = part.partition("\n")
-        if title.split()[0] == wanted.removeprefix("v"):
+        if title.split()[0] == version.removeprefix("v"):
             return body.strip() + "\n"
-    raise SystemExit(f"CHANGELOG.md has no part about {wanted}")
+    raise SystemExit(f"CHANGELOG.md has no part about {version}")
 
 
 # The commands
 
 
-def _commands() -> argparse.ArgumentParser:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("pack", help="a built app as an archive in parts")
-    one.add_argument("bundle", type=Path)
-    one.add_argument("--flavour", default="cpu", help="cpu, cu130, ...: a part of the name")
-    one.add_argument("--out", type=Path, default=OUT)
-    one.add_argument("--part-mb", type=int, default=PART // 2**20, help="largest part, MiB")
-    for command, words in (("sums", "write SHA256SUMS"), ("verify", "check SHA256SUMS")):
-        one = commands.add_parser(command, help=words)
-        one.add_argument("folder", type=Path, nargs="?", default=OUT)
-    one = commands.add_parser("unpack", help="an archive, by its first part")
-    one.add_argument("first", type=Path)
-    one.add_argument("folder", type=Path)
-    one = commands.add_parser("sign", help="sign an app, where this system's keys are set")
-    one.add_argument("bundle", type=Path)
-    one = commands.add_parser("notes", help="the changelog's part about a version")
-    one.add_argument("version", nargs="?", default="")
-    return parser
-
-
-def _run(options: argparse.Namespace) -> Iterator[str]:
+    command = commands.add_parser("pack", help="a built app as an archive in parts")
+    command.add_argument("bundle", type=Path)
+    command.add_argument("--flavour", default="cpu", help="cpu, cu130, ...: a part of the name")
+    command.add_argument("--out", type=Path, default=OUT)
+    command.add_argument("--part-mb", type=int, default=PART // 2**20, help="largest part, MiB")
+    for title, help_ in (("sums", "write SHA256SUMS"), ("verify", "check SHA256SUMS")):
+        command = commands.add_parser(title, help=help_)
+        command.add_argument("folder", type=Path, nargs="?", default=OUT)
+    command = commands.add_parser("unpack", help="an archive, by its first part")
+    command.add_argument("first", type=Path)
+    command.add_argument("folder", type=Path)
+    command = commands.add_parser("sign", help="sign an app, where this system's keys are set")
+    command.add_argument("bundle", type=Path)
+    command = commands.add_parser("notes", help="the changelog's part about a version")
+    command.add_argument("version", nargs="?", default="")
+    options = parser.parse_args(argv)
     if options.command == "pack":
-        files = pack(options.bundle, options.out, name(options.flavour), options.part_mb * 2**20)
-        yield from (f"{path} ({path.stat().st_size / 2**20:.0f} MiB)" for path in files)
+        for path in pack(options.bundle, options.out, name(options.flavour),
+                         options.part_mb * 2**20):
+            print(f"{path} ({path.stat().st_size / 2**20:.0f} MiB)")
     elif options.command == "sums":
-        yield str(sums(options.folder))
+        print(sums(options.folder))
     elif options.command == "unpack":
         unpack(options.first, options.folder)
-        yield str(options.folder)
+        print(options.folder)
     elif options.command == "sign":
-        yield sign(options.bundle)
+        print(sign(options.bundle))
     elif options.command == "notes":
-        yield notes(options.version or version())
-    elif wrong := verify(options.folder):
-        raise SystemExit("\n".join(wrong))
+        print(notes(options.version or version()))
+    elif problems := verify(options.folder):
+        raise SystemExit("\n".join(problems))
     else:
-        yield f"{options.folder}: all as listed in {SUMS}"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    for line in _run(_commands().parse_args(argv)):
-        print(line)
+        print(f"{options.folder}: all as listed in {SUMS}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""What is broken in an environment: packages that are half there, files that were changed, a torch
-that doesn't fit the card. bootstrap.py mends it.
+"""Finds what is broken in an environment: half installed packages, changed files, a torch that
+doesn't fit the card. bootstrap.py mends it.
 
 Standard library only, and readable by Python 3.8. Format of RECORD: PyPA, "Recording installed
 projects".
@@ -20,8 +20,8 @@ from urllib.parse import unquote
 from environment import TORCH_CUDA_OLD, numbers, plain, site_packages, torch_index
 
 TORCH_WHEELS = "https://download.pytorch.org/whl/"      # + cpu, cu126, ...: a version's local part
-# What installers say last, and the sentence it stands for; groups are the sentence's words. A
-# retry that helped is told as well, so that network comes after what can only be said without it.
+# Installers' last lines, and the key of the sentence for them; groups are its parameters. Retries
+# that succeeded are in those lines too, so faults that show the network works come before it.
 NETWORK = (r"connection (broken|refused|reset|error)|failed to establish|getaddrinfo|"
            r"name resolution|name or service|timed? ?out|proxyerror|SSLError|"
            r"network is unreachable|dns error|error sending request|"
@@ -41,7 +41,7 @@ FAILURES = (
 
 
 class Broken(NamedTuple):
-    """A package that isn't as it was installed."""
+    """A package that is not as it was installed."""
 
     name: str
     version: str
@@ -51,18 +51,19 @@ class Broken(NamedTuple):
 
 
 def broken(venv: Path) -> list[Broken]:
-    """Reads every file of every package: seconds to a minute for the 6 GB of a CUDA torch."""
-    found = []
+    """Reads every file of every package: up to a minute for the 6 GB of a CUDA torch."""
+    packages = []
     for site in site_packages(venv):
         infos = sorted(site.glob("*.dist-info"))
         names = [plain(_named(info)[0]) for info in infos]
         for info in infos:
             name, version = _named(info)
+            # Two versions of one package: an update was interrupted.
             twice = names.count(plain(name)) > 1
             why, file = ("double", "") if twice else _state(site, info)
             if why:
-                found.append(Broken(name, version, info, why, file))
-    return found
+                packages.append(Broken(name, version, info, why, file))
+    return packages
 
 
 def count(venv: Path) -> int:
@@ -76,7 +77,8 @@ def _named(info: Path) -> tuple[str, str]:
 
 def _state(site: Path, info: Path) -> tuple[str, str]:
     """(why it is broken, file); ("", ""): it is whole."""
-    if not (info / "INSTALLER").exists():       # installers write it last
+    # Installers write it last.
+    if not (info / "INSTALLER").exists():
         return "half", ""
     try:
         with open(info / "RECORD", encoding="utf-8", newline="") as file:
@@ -89,41 +91,44 @@ def _state(site: Path, info: Path) -> tuple[str, str]:
 
 
 def _changed(site: Path, row: list[str]) -> bool:
-    """Whether a file differs from its row in RECORD; what has no hash there may change."""
+    """Whether a file differs from its row in RECORD; a file without a hash there may change."""
     path, digest, size = row
-    algorithm, _, wanted = digest.partition("=")
-    if not wanted or algorithm not in hashlib.algorithms_guaranteed:
+    algorithm, _, expected = digest.partition("=")
+    if not expected or algorithm not in hashlib.algorithms_guaranteed:
         return False
     try:
+        # The size first: most changes show there, without reading the file.
         if size.isdigit() and (site / path).stat().st_size != int(size):
             return True
-        sum_ = hashlib.new(algorithm)
+        digester = hashlib.new(algorithm)
         with open(site / path, "rb") as file:
             for block in iter(lambda: file.read(1 << 20), b""):
-                sum_.update(block)
+                digester.update(block)
     except (OSError, ValueError):
         return True
-    return base64.urlsafe_b64encode(sum_.digest()).rstrip(b"=").decode() != wanted
+    return base64.urlsafe_b64encode(digester.digest()).rstrip(b"=").decode() != expected
 
 
 def leftovers(venv: Path) -> Iterator[Path]:
-    """What a killed pip had moved aside: "~umpy" was numpy."""
+    """Packages that a killed pip had renamed before their removal: "~umpy" was numpy."""
     for site in site_packages(venv):
         yield from site.glob("~*")
 
 
 def unfit_torch(venv: Path, cards: list[tuple[float, float]]) -> bool:
-    """Whether the torch that is there can't use the cards that are there."""
+    """Whether the installed torch can't use the cards."""
     text = "".join(path.read_text("utf-8", "replace") for site in site_packages(venv)
                    for path in site.glob("torch/version.py"))
+    # A torch for AMD's ROCm was chosen by the user.
     if not cards or not text or re.search(r"^hip\b[^=\n]*= *'", text, re.MULTILINE):
         return False
-    found = re.search(r"^cuda\b[^=\n]*= *'([\d.]+)'", text, re.MULTILINE)
-    built = numbers(found.group(1)) if found else ()
+    match = re.search(r"^cuda\b[^=\n]*= *'([\d.]+)'", text, re.MULTILINE)
+    built = numbers(match.group(1)) if match else ()
     if torch_index(cards) == TORCH_CUDA_OLD:
         return not built or built >= (13,)
     newest = max(capability for capability, _ in cards)
-    return not built or (newest >= 10 and built < (12, 8))      # Blackwell
+    # Blackwell needs CUDA 12.8.
+    return not built or (newest >= 10 and built < (12, 8))
 
 
 def torch_source(version: str) -> str:
@@ -132,23 +137,25 @@ def torch_source(version: str) -> str:
     return TORCH_WHEELS + local if re.match(r"^(cpu|cu\d+|xpu|rocm[\d.]+)$", local) else ""
 
 
-def clear_away(venv: Path, found: list[Broken]) -> None:
-    """What stands in an installer's way. Files of packages stay until they are replaced."""
+def clear_away(venv: Path, broken: list[Broken]) -> None:
+    """Removes what an installer would stumble over. Files of packages stay until their replacement.
+    """
     for path in leftovers(venv):
         shutil.rmtree(str(path), ignore_errors=True)
         if path.exists():
             path.unlink()
-    for one in found:
-        if one.why != "file":           # without a sound RECORD none can be uninstalled
-            shutil.rmtree(str(one.info), ignore_errors=True)
+    for package in broken:
+        # Without a sound RECORD a package can't be uninstalled.
+        if package.why != "file":
+            shutil.rmtree(str(package.info), ignore_errors=True)
 
 
-def why_failed(said: str) -> tuple[str, dict[str, str]]:
-    """The sentence for an installer's last words: its key, and `package` and `file` if it told."""
-    for key, signs in FAILURES:
-        found = re.search(signs, said, re.IGNORECASE | re.DOTALL)
-        if found:
-            told = {name: value for name, value in found.groupdict().items() if value}
-            package = told.get("package", "?").rstrip(",")
-            return key, {"package": package, "file": unquote(told.get("file", package))}
+def why_failed(output: str) -> tuple[str, dict[str, str]]:
+    """The key of the sentence for an installer's last lines, and its `package` and `file`."""
+    for key, pattern in FAILURES:
+        match = re.search(pattern, output, re.IGNORECASE | re.DOTALL)
+        if match:
+            named = {name: value for name, value in match.groupdict().items() if value}
+            package = named.get("package", "?").rstrip(",")
+            return key, {"package": package, "file": unquote(named.get("file", package))}
     return "failed", {}

@@ -1,4 +1,4 @@
-"""Captions for pictures: registry of captioners; listing them imports no torch."""
+"""Captions for pictures. The registry of captioners, which imports no torch."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ REGISTRY = {
 
 
 def get(name: str) -> type[Captioner]:
-    """The captioner's class, of the registry or as "module:Class".
+    """The captioner's class: a name of the registry, or "module:Class".
 
     Raises UserError("captioner.unknown") for another name.
     """
     module, colon, attribute = REGISTRY.get(name, name).partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute) if colon else None
+        cls = getattr(importlib.import_module(module), attribute) if colon else None
     except (ImportError, AttributeError, ValueError):
+        # Our own captioner that can't be imported is a broken environment, not a wrong name.
         if name in REGISTRY:
             raise
-        found = None
-    if not hasattr(found, "describe"):
+        cls = None
+    if not hasattr(cls, "describe"):
         raise UserError("captioner.unknown", name=name, known=", ".join(REGISTRY))
-    return cast("type[Captioner]", found)
+    return cast("type[Captioner]", cls)

@@ -1,6 +1,6 @@
-"""What a captioner hands over: tags or sentences for prepared pictures, a batch at a time.
+"""The interface of captioners: a batch of prepared pictures in, tags or sentences out.
 
-Torch comes with the captioner's own file; this one stays light for the command line and window.
+Only the captioners' own files import torch: the command line and the window import this one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Tag:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What one captioner says about one picture."""
+    """One captioner's sentence and tags for one picture."""
 
     sentence: str = ""
     tags: tuple[Tag, ...] = ()              # best first
@@ -52,10 +52,10 @@ class Captioner(Protocol):
         command that fetches them) or can't be read."""
 
     def prepare(self, image: Image.Image) -> Any:
-        """An upright RGB picture -> what `describe` takes (an array, bytes); in a thread."""
+        """Turns an upright RGB picture into what `describe` takes (an array, bytes)."""
 
     def describe(self, batch: Sequence[Any]) -> list[Description]:
-        """One description per prepared picture, in order. The same whatever the batch size.
+        """One description per prepared picture, in order; the batch size must not change them.
         A torch.OutOfMemoryError or MemoryError makes the runner halve the batch."""
 
     def identity(self) -> str:

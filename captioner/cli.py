@@ -64,13 +64,13 @@ def _add_label(parser: argparse.ArgumentParser) -> None:
 
 def auto_label_main(argv: Sequence[str] | None = None) -> int:
     """The console script `auto_label`. Returns the exit code."""
-    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="auto_label", description=tr("help_auto_label"),
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser, answers=True)
     _add_label(parser)
-    return console.guarded(lambda: _auto_label(parser.parse_args(given)), given)
+    return console.guarded(lambda: _auto_label(parser.parse_args(arguments)), arguments)
 
 
 # --- captioning -------------------------------------------------------------------------------
@@ -82,8 +82,8 @@ def _caption(options: argparse.Namespace) -> int:
 
 
 def _auto_label(options: argparse.Namespace) -> int:
-    """Two columns, filename and prompt, UTF-8, with a header; every reader of the described
-    tools takes it. Rows that are there stay, unless --overwrite."""
+    """Writes a table of filename and prompt (UTF-8, with a header), which all known trainers
+    read. Existing rows stay, unless --overwrite."""
     if options.output.suffix.lower() not in (".csv", ".jsonl"):
         raise UserError("captions.table_suffix", file=options.output)
     return _job(options, options.input, metadata_path=_absolute(options.output),
@@ -98,15 +98,25 @@ def _job(options: argparse.Namespace, folder: Path, **more: Any) -> int:
     run = runs.create_run("caption", dump_yaml(config), Path(config.folder).name, queued=False)
     control = Control()
     with _listener() as terminal, stop_on_ctrl_c(control, terminal.stopping):
+        # In this process: the terminal shows each caption.
         end = worker.run_job("caption", config, run, control, terminal)
     result = {"run": run.name, "state": end.state, **end.result}
-    if end.state == "failed":
-        return _failed(result, terminal, options)
+    if end.state != "failed":
+        if options.json:
+            print_json({"ok": end.state == "done", **result})
+        else:
+            _print_result(result)
+        return INTERRUPTED if control.stopping else FINE
+    fault = terminal.fault
+    if fault and console.debugging(options):
+        print(fault.details, file=sys.stderr)
+    sentence = i18n.tr(fault.code, fault.params) if fault else ""
+    print(sentence, file=sys.stderr)
     if options.json:
-        print_json({"ok": end.state == "done", **result})
-    else:
-        _print_result(result)
-    return INTERRUPTED if control.stopping else FINE
+        print_json({"ok": False, **result, "fault": fault and fault.code, "message": sentence})
+    # Bad input shows before the first caption.
+    crashed = fault is None or fault.code.startswith("jobs.")
+    return FAILED if terminal.stepped or crashed else console.BAD_INPUT
 
 
 def _listener() -> Terminal:
@@ -116,7 +126,7 @@ def _listener() -> Terminal:
     class Listener(Terminal):
         def __call__(self, event: Event) -> None:
             if isinstance(event, Captioned):
-                self.stepped = True         # from here on a fault is no bad input
+                self.stepped = True
                 self.screen.tr(f"{Path(event.path).name}  {event.caption}")
             super().__call__(event)
 
@@ -124,69 +134,51 @@ def _listener() -> Terminal:
 
 
 def _config(options: argparse.Namespace, folder: Path, more: dict[str, Any]) -> CaptionConfig:
+    """The job's config: --set first, then the arguments that have names of their own."""
     from captioner.captions.rule_parser import parse
     from captioner.job import checked
-    folder = Path(_absolute(folder))
-    given: dict[str, Any] = {"folder": str(folder), **_overrides(options.set)}
-    own = {"captioner": options.captioner, "trigger_word": options.trigger_word, **more}
-    given |= {key: value for key, value in own.items() if value}
+    from core.cli.commands import overrides
+    from core.config.flat_yaml import read_flat_yaml
+    values: dict[str, Any] = {"folder": _absolute(folder)}
+    for key, text in overrides(options.set).items():
+        values[key] = read_flat_yaml(f"value: {text}", "--set")[0].get("value", "")
+    arguments = {"captioner": options.captioner, "trigger_word": options.trigger_word, **more}
+    values |= {key: value for key, value in arguments.items() if value}
     if options.rule:
-        given["rules"] = [*given.get("rules", []), *rules_of_lines(options.rule)]
-    config = checked(given, "--set", {})
-    parse(config.rules)                     # before a run is made of it
+        values["rules"] = [*values.get("rules", []), *rules_of_lines(options.rule)]
+    # Globs and model names can only be resolved with the rest of the config.
+    config = checked(values, "--set", {})
+    # A wrong rule is reported before a run is made of it.
+    parse(config.rules)
     models = dict(config.models) | _models(options.models, config.captioner)
-    return checked(config.model_dump() | {
-        "models": models, "only": _matching(config, options.only)}, "--set", {})
+    only = config.only
+    if options.only:
+        from captioner.captions.store import Store
+        from captioner.captions.text import matches
+        names = Store(Path(config.folder)).entries
+        only = [name for name in names if any(matches(name, glob) for glob in options.only)]
+        if not only:
+            raise UserError("captions.no_match", given=", ".join(options.only),
+                            folder=config.folder, count=len(names))
+    return checked(config.model_dump() | {"models": models, "only": only}, "--set", {})
 
 
 def _absolute(path: Path) -> str:
     return str(path.expanduser().absolute())
 
 
-def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    from core.cli.commands import overrides
-    from core.config.flat_yaml import read_flat_yaml
-    return {key: read_flat_yaml(f"value: {text}", "--set")[0].get("value", "")
-            for key, text in overrides(pairs).items()}
-
-
-def _models(given: Sequence[str], captioner: str) -> dict[str, str]:
-    """`blip=NAME`, or NAME alone where there is one captioner."""
+def _models(arguments: Sequence[str], captioner: str) -> dict[str, str]:
+    """`blip=NAME`, or NAME alone where there is one captioner -> {"blip": NAME}"""
     names = captioner.split("+")
-    found = {}
-    for text in given:
+    models = {}
+    for text in arguments:
         name, equals, model = text.partition("=")
         if not equals and len(names) == 1:
             name, model = names[0], text
         if name not in names or not model:
             raise UserError("captions.model_of", given=text, names=", ".join(names))
-        found[name] = model
-    return found
-
-
-def _matching(config: CaptionConfig, globs: Sequence[str]) -> list[str]:
-    if not globs:
-        return config.only
-    from captioner.captions.store import Store
-    from captioner.captions.text import matches
-    names = Store(Path(config.folder)).entries
-    found = [name for name in names if any(matches(name, glob) for glob in globs)]
-    if not found:
-        raise UserError("captions.no_match", given=", ".join(globs), folder=config.folder,
-                        count=len(names))
-    return found
-
-
-def _failed(result: dict[str, Any], terminal: Any, options: argparse.Namespace) -> int:
-    fault = terminal.fault
-    if fault and console.debugging(options):
-        print(fault.details, file=sys.stderr)
-    sentence = i18n.tr(fault.code, fault.params) if fault else ""
-    print(sentence, file=sys.stderr)
-    if options.json:
-        print_json({"ok": False, **result, "fault": fault and fault.code, "message": sentence})
-    crashed = fault is None or fault.code.startswith("jobs.")
-    return FAILED if terminal.stepped or crashed else console.BAD_INPUT
+        models[name] = model
+    return models
 
 
 def _print_result(result: dict[str, Any]) -> None:

@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+WriteTo = Literal["auto", "txt", "caption", "csv", "jsonl"]
+Existing = Literal["keep", "add", "replace"]
+
 
 class CaptionConfig(BaseModel):
     """Frozen; an unknown key is an error. Paths are absolute once a job has been made."""
@@ -16,8 +19,8 @@ class CaptionConfig(BaseModel):
     captioner: str = "clip+blip"            # ids joined by "+": sentence first, then tags
     models: dict[str, str] = {}             # captioner id -> model; absent: its default
     metadata_path: str = ""                 # captions live in this .csv / .jsonl instead
-    write_to: Literal["auto", "txt", "caption", "csv", "jsonl"] = "auto"
-    existing: Literal["keep", "add", "replace"] = "keep"
+    write_to: WriteTo = "auto"
+    existing: Existing = "keep"
     only: list[str] = []                    # relative picture paths; empty: all
     trigger_word: str = ""
     batch_size: int = Field(default=8, ge=1, le=256)

@@ -1,4 +1,4 @@
-"""Commands on captions that are there: darkroom captions stats, filter, apply, undo, redo, history.
+"""Commands on existing captions: darkroom captions stats, filter, apply, undo, redo, history.
 
 Modules that a command needs are imported when it runs, so that --help answers at once.
 """
@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,6 @@ from core.cli.console import FINE, print_json
 from core.errors import UserError
 
 if TYPE_CHECKING:
-    from captioner.captions.rules import Change, Rule
     from captioner.captions.store import Store
     from captioner.captions.undo import Outcome
 
@@ -40,7 +40,8 @@ def add_commands(commands: Any) -> None:
             ("stats", _stats, "captions stats photos --tag hat"),
             ("filter", _filter, 'captions filter photos "cat and not dog"'),
             ("apply", _apply, 'captions apply photos --rule "replace:girl=>woman"'),
-            ("undo", _undo, "captions undo photos"), ("redo", _redo, "captions redo photos"),
+            ("undo", partial(_step, which="undo"), "captions undo photos"),
+            ("redo", partial(_step, which="redo"), "captions redo photos"),
             ("history", _history, "captions history photos"),
             ("outliers", _outliers, "captions outliers photos --purpose style")):
         parser = command(inner, name, run, line, key=f"captions_{name}")
@@ -71,7 +72,7 @@ def add_rules(parser: argparse.ArgumentParser) -> None:
 
 def command(commands: Any, name: str, run: Any, line: str, *, key: str = "",
              answers: bool = True) -> argparse.ArgumentParser:
-    """As console.add_command, with this room's own sentences."""
+    """Like console.add_command, with the captioner's own sentences."""
     help_ = tr(f"help_{key or name}")
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=help_, description=help_, epilog=console.example(line),
@@ -90,7 +91,7 @@ def add_common(parser: argparse.ArgumentParser, answers: bool) -> None:
 
 
 def rules_of_lines(lines: Sequence[str]) -> list[dict[str, Any]]:
-    """`replace:a=>b` and the like, or a rule as JSON."""
+    """Rules from the command line: `replace:a=>b` and the like, or JSON."""
     from captioner.captions.rule_parser import parse_line
     rules = []
     for number, line in enumerate(lines, 1):
@@ -111,15 +112,18 @@ def _outliers(options: argparse.Namespace) -> int:
     config = CaptionConfig(folder=str(options.folder.expanduser().absolute()),
                            models={"clip": options.model})
     with Terminal() as terminal:
-        count, found = find_outliers(config, options.purpose, terminal)
+        count, finding = find_outliers(config, options.purpose, terminal)
     if options.model == "demo":
         print(i18n.tr("captioner.demo_only"), file=sys.stderr)
+    subjects = finding.subjects if finding else ()
     if options.json:
         print_json({"ok": True, "compared": count, "outliers": [
-            {"file": one.name, **one.params} for one in (found.subjects if found else ())]})
-        return FINE
-    print("\n".join([found.text, *(f"  {found.line(one)}" for one in found.subjects), found.mend])
-          if found else tr("no_outliers", count=count))
+            {"file": subject.name, **subject.params} for subject in subjects]})
+    elif finding:
+        print("\n".join([finding.text, *(f"  {finding.line(subject)}" for subject in subjects),
+                         finding.mend]))
+    else:
+        print(tr("no_outliers", count=count))
     return FINE
 
 
@@ -136,19 +140,19 @@ def _stats(options: argparse.Namespace) -> int:
     from captioner.captions import search
     from core.cli import progress
     captions = list(_open(options).captions.values())
-    told = {**search.counted(captions, options.trigger), "top": search.count(captions),
-            "words": search.count_words(captions)}
+    stats = {**search.counted(captions, options.trigger), "top": search.count(captions),
+             "words": search.count_words(captions)}
     if options.tag:
-        told["together"] = search.together(captions, options.tag)
+        stats["together"] = search.together(captions, options.tag)
     if options.json:
-        print_json({"ok": True, **told})
+        print_json({"ok": True, **stats})
         return FINE
-    print(tr("stats", **told))
-    if told["with_trigger"] is not None:
-        print(tr("stats_trigger", trigger=options.trigger, **told))
+    print(tr("stats", **stats))
+    if stats["with_trigger"] is not None:
+        print(tr("stats_trigger", trigger=options.trigger, **stats))
     for key in ("together",) if options.tag else ("top", "words"):
         print("\n" + tr(f"stats_{key}", tag=options.tag))
-        rows = [(str(row[0]), str(row[1])) for row in told[key][:SHOWN]]
+        rows = [(str(row[0]), str(row[1])) for row in stats[key][:SHOWN]]
         print("\n".join(progress.table(rows)))
     return FINE
 
@@ -158,81 +162,58 @@ def _filter(options: argparse.Namespace) -> int:
     from captioner.captions.tokens import counter
     count = counter(options.base) if search.needs_tokens(options.filter) else None
     captions = _open(options).captions
-    found = search.find(options.filter, captions, options.trigger, count)
+    matching = search.find(options.filter, captions, options.trigger, count)
     if options.json:
-        print_json({"ok": True, "found": {name: captions[name] for name in found}})
+        print_json({"ok": True, "found": {name: captions[name] for name in matching}})
     else:
-        print("\n".join(f"{name}\t{captions[name]}" for name in found))
-        print(tr("found", count=len(found), total=len(captions)), file=sys.stderr)
+        print("\n".join(f"{name}\t{captions[name]}" for name in matching))
+        print(tr("found", count=len(matching), total=len(captions)), file=sys.stderr)
     return FINE
 
 
 def _apply(options: argparse.Namespace) -> int:
-    """Rules on the captions that are there; pictures without one stay without."""
+    """Applies rules to existing captions; pictures without a caption stay without."""
+    from dataclasses import replace
+
+    from captioner.captions import search
     from captioner.captions.rule_parser import parse
-    from captioner.captions.rules import preview, with_trigger_rule
+    from captioner.captions.rules import MaxTokens, preview, with_trigger_rule
+    from captioner.captions.tokens import counter
+    from captioner.captions.undo import Action, History
     from captioner.job import tokens_of
     rules = with_trigger_rule(parse(rules_of_lines(options.rule)), options.trigger)
     if not rules:
         raise UserError("captions.no_rules")
+    if options.base:
+        rules = tuple(replace(rule, base=options.base) if isinstance(rule, MaxTokens) else rule
+                      for rule in rules)
     store = _open(options)
-    captions = _where(store, options)
-    changes = preview(captions, rules, tokens_of(_with_base(rules, options.base)))
-    if options.dry_run:
-        return _preview(changes, len(captions), options)
-    return _write(store, changes, options)
-
-
-def _with_base(rules: Sequence[Rule], base: str) -> list[Rule]:
-    from dataclasses import replace
-
-    from captioner.captions.rules import MaxTokens
-    return [replace(rule, base=base) if isinstance(rule, MaxTokens) and base else rule
-            for rule in rules]
-
-
-def _where(store: Store, options: argparse.Namespace) -> dict[str, str]:
-    from captioner.captions import search
-    from captioner.captions.tokens import counter
     captions = {name: text for name, text in store.captions.items() if text}
     count = counter(options.base) if search.needs_tokens(options.where) else None
-    return {name: captions[name]
-            for name in search.find(options.where, captions, options.trigger, count)}
-
-
-def _preview(changes: Sequence[Change], total: int, options: argparse.Namespace) -> int:
-    if options.json:
-        print_json({"ok": True, "dry_run": True, "changes": [
-            {"path": one.path, "before": one.before, "after": one.after} for one in changes]})
+    selected = search.find(options.where, captions, options.trigger, count)
+    changes = preview({name: captions[name] for name in selected}, rules, tokens_of(rules))
+    if options.dry_run:
+        if options.json:
+            print_json({"ok": True, "dry_run": True, "changes": [
+                {"path": change.path, "before": change.before, "after": change.after}
+                for change in changes]})
+            return FINE
+        for change in changes:
+            print(change_line(change.path, change.before, change.after))
+        print(tr("would_change", count=len(changes), total=len(selected)))
         return FINE
-    for one in changes:
-        print(change_line(one.path, one.before, one.after))
-    print(tr("would_change", count=len(changes), total=total))
-    return FINE
-
-
-def _write(store: Store, changes: Sequence[Change], options: argparse.Namespace) -> int:
-    from captioner.captions.undo import Action, History
     history = History(store.folder)
-    swaps = store.swaps({one.path: one.after for one in changes})
+    swaps = store.swaps({change.path: change.after for change in changes})
     flattened = sum(store.entries[swap.picture].several_lines for swap in swaps if swap.picture)
     outcome = history.carry_out(Action("apply", {"rules": options.rule}), swaps)
     if options.json:
-        print_json({"ok": not outcome.left, **_told(outcome), "flattened": flattened})
+        print_json({"ok": not outcome.left, **_outcome_json(outcome), "flattened": flattened})
         return FINE
     print(tr("applied", count=_pictures(outcome.done), folder=store.folder))
     if flattened:
         print(tr("summary_flattened", count=flattened))
     _print_left(outcome)
     return FINE
-
-
-def _undo(options: argparse.Namespace) -> int:
-    return _step(options, "undo")
-
-
-def _redo(options: argparse.Namespace) -> int:
-    return _step(options, "redo")
 
 
 def _step(options: argparse.Namespace, which: str) -> int:
@@ -245,7 +226,7 @@ def _step(options: argparse.Namespace, which: str) -> int:
     if outcome is None:
         raise UserError(f"captions.nothing_to_{which}", folder=options.folder)
     if options.json:
-        print_json({"ok": not outcome.left, **_told(outcome)})
+        print_json({"ok": not outcome.left, **_outcome_json(outcome)})
         return FINE
     print(tr("undone" if which == "undo" else "redone", count=_pictures(outcome.done),
              what=tr(f"what_{outcome.action.what}")))
@@ -258,18 +239,19 @@ def _history(options: argparse.Namespace) -> int:
     actions = History(options.folder).actions()
     if options.json:
         print_json({"ok": True, "actions": [
-            {"id": one.id, "what": one.what, "params": one.params, "at": one.at,
-             "undone": one.undone} for one in actions]})
+            {"id": action.id, "what": action.what, "params": action.params, "at": action.at,
+             "undone": action.undone} for action in actions]})
         return FINE
-    for one in actions:
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.at))
-        print(f"{one.id}  {when}  {tr(f'what_{one.what}')}  {tr('is_undone') * one.undone}")
+    for action in actions:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(action.at))
+        print(f"{action.id}  {when}  {tr(f'what_{action.what}')}  "
+              f"{tr('is_undone') * action.undone}")
     if not actions:
         print(tr("no_history", folder=options.folder))
     return FINE
 
 
-def _told(outcome: Outcome) -> dict[str, Any]:
+def _outcome_json(outcome: Outcome) -> dict[str, Any]:
     return {"action": outcome.action.id, "what": outcome.action.what,
             "changed": [swap.picture for swap in outcome.done if swap.picture],
             "left": [swap.picture for swap in outcome.left if swap.picture]}

@@ -1,8 +1,8 @@
 """The job `caption`: describes the pictures of a folder and writes their captions.
 
-A description is kept in a progress file before its caption is written, and each write is
-journaled before it happens (undo.py). So a killed job goes on where it was when the same job is
-started again: nothing is described twice, and what was written is known by its content.
+A description goes into a progress file before its caption is written, and the undo journal
+records each write before it happens. So a killed job continues when the same job is started again:
+nothing is described twice, and a caption that was written is recognised by its content.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from core.jobs.control import Control
 from core.jobs.events import Captioned, Event, Note, Phase
 from core.serialization import decode_text
 
-FLUSH_S = 1.0                               # captions wait so long to be written together;
-FLUSH_SHARE = 0.1                           # longer where a large table takes long to write
+FLUSH_S = 1.0                               # captions of this time are written together
+FLUSH_SHARE = 0.1                           # of the time at most for writing large tables
 Emit = Callable[[Event], None]
 
 
@@ -75,29 +75,32 @@ def checked(data: dict[str, Any], source: str, lines: dict[str, int]) -> Caption
 
 
 def rules_of(config: CaptionConfig) -> tuple[Rule, ...]:
-    """The config's rules with its trigger word and escapes. Raises UserError for what can't be
-    applied to one caption alone."""
-    given = [*config.rules, {"rule": "escape"}] if config.escape_brackets else config.rules
-    rules = with_trigger_rule(parse(given), config.trigger_word)
+    """The config's rules with its trigger word and escapes.
+
+    Raises UserError for a rule that needs all captions and not just one.
+    """
+    escape = [{"rule": "escape"}] if config.escape_brackets else []
+    rules = with_trigger_rule(parse([*config.rules, *escape]), config.trigger_word)
     for number, rule in enumerate(rules, 1):
+        # It would need the captions of pictures that are not described yet.
         if isinstance(rule, Sort) and rule.by == "frequency":
             raise UserError("rules.needs_all", number=number, rule="sort")
     return rules
 
 
 def tokens_of(rules: Iterable[Rule]) -> Callable[[str], int] | None:
-    """The tokenizer that the rules ask for; None: none does."""
+    """Counts tokens as the rules' base model does; None where no rule needs it."""
     limits = [rule for rule in rules if isinstance(rule, MaxTokens)]
     return counter(limits[0].base) if limits else None
 
 
 # --- captioners -------------------------------------------------------------------------------
 
-_DEMO = ("clip", "blip")                # whose default model is the demo world's own
+_DEMO = ("clip", "blip")                # captioners whose default model knows only the demo world
 
 
 class Together:
-    """Several captioners as one: a picture is decoded once, and all describe it."""
+    """Several captioners as one: a picture is decoded once, and each describes it."""
 
     spec: ClassVar[CaptionerSpec] = CaptionerSpec("together", "Together", "both", "")
 
@@ -120,22 +123,21 @@ class Together:
         return tuple(member.prepare(image) for member in self.members)
 
     def describe(self, batch: Sequence[tuple[Any, ...]]) -> list[Description]:
-        told = [member.describe([picture[i] for picture in batch])
-                for i, member in enumerate(self.members)]
-        return [combine(one) for one in zip(*told, strict=True)]
+        by_member = [member.describe([picture[i] for picture in batch])
+                     for i, member in enumerate(self.members)]
+        return [combine(descriptions) for descriptions in zip(*by_member, strict=True)]
 
     def identity(self) -> str:
         return "+".join(member.identity() for member in self.members)
 
 
 def notes_of(captioner: Captioner) -> list[Note]:
-    """What the user should know of a captioner once it is loaded: pictures that leave this
-    machine, a model that knows little."""
+    """What the user should know of a loaded captioner, such as pictures leaving this machine."""
     return list(getattr(captioner, "notes", ()))
 
 
 def open_captioner(config: CaptionConfig) -> Captioner:
-    """The config's captioner, several joined by "+". Raises UserError for an unknown one."""
+    """The config's captioner: one, or several joined by "+". Raises UserError if unknown."""
     names = [name.strip() for name in config.captioner.split("+")]
     members = [captioners.get(name)(config) for name in names]
     return members[0] if len(members) == 1 else Together(members)
@@ -144,15 +146,16 @@ def open_captioner(config: CaptionConfig) -> Captioner:
 # --- the job ----------------------------------------------------------------------------------
 
 def caption(config: CaptionConfig, emit: Emit, control: Control) -> dict[str, Any]:
-    """Captions a folder. -> counts, what was left and why, the action's number for undo, and
-    with dry_run the changes that it would make. Raises UserError."""
+    """Captions a folder.
+
+    Returns counts, the pictures that were left out, the action's number for undo, and with dry_run
+    the changes that it would make. Raises UserError.
+    """
     return _Job(config, emit, control).run()
 
 
 @dataclass(slots=True)
-class Told:
-    """A job's result."""
-
+class Result:
     captioned: int = 0                      # written now; with dry_run: would be
     kept: int = 0                           # had a caption, and it stays
     copied: int = 0                         # had one elsewhere; it is now where the others are
@@ -170,221 +173,203 @@ class _Job:
         emit(Phase(name="scan"))
         metadata = Path(config.metadata_path) if config.metadata_path else None
         self.store = Store(Path(config.folder), metadata, config.write_to)
-        self.captioner = open_captioner(config)         # after the scan, as torch may come in
+        # After the scan: a captioner may import torch, and a wrong folder is reported at once.
+        self.captioner = open_captioner(config)
         self.count_tokens = tokens_of(self.rules)
         self.action = Action("caption", {"captioner": config.captioner})
-        self.history: History | None = None
+        self.history: History | None = None             # None: dry_run
         self.progress: Progress | None = None
-        self.waiting: dict[str, str] = {}               # captions to be written, by name
+        self.unwritten: dict[str, str] = {}             # captions by picture name
         self.copying: set[str] = set()
         self.flush_at = time.monotonic() + FLUSH_S
         self.done, self.total = 0, 0
-        self.told = Told()
+        self.result = Result()
 
     def run(self) -> dict[str, Any]:
         began = time.monotonic()
-        names = self._chosen()
-        wanted = [name for name in names if self._is_wanted(self.store.entries[name])]
+        known = self.store.entries
+        selected = [Path(name).as_posix().removeprefix("./") for name in self.config.only]
+        for name in selected:
+            if name not in known:
+                raise UserError("runner.no_such_picture", name=name, folder=self.store.folder,
+                                nearest=", ".join(i18n.nearest(name, known)) or "-")
+        names = list(dict.fromkeys(selected)) or list(known)
+        to_describe = [name for name in names if self._needs_caption(known[name])]
         if not self.config.dry_run:
-            check_writable({_existing(self.store.entries[name].place.file.parent)
-                            for name in names})
+            places = [known[name].place.file.parent for name in names]
+            # A table may be wanted in a folder that doesn't exist yet.
+            check_writable({next(folder for folder in (place, *place.parents) if folder.is_dir())
+                            for place in places})
             self.history = History(self.store.folder)
-        if wanted and not self.control.stopping:
-            self._describe(wanted)
-        self._copy_kept(names)
+        if to_describe and not self.control.stopping:
+            self._describe(to_describe)
+        # Where captions are written to another place than they are in, the kept ones go along.
+        if self.config.existing == "keep" and (self.config.write_to != "auto"
+                                               or self.config.metadata_path):
+            for entry in (known[name] for name in names):
+                if entry.caption and entry.strays and not entry.locked:
+                    self.unwritten[entry.name] = entry.caption
+                    self.copying.add(entry.name)
         self.flush()
         if self.progress and not self.control.stopping:
             self.progress.forget()
-        return {**asdict(self.told), "total": len(names), "action": self.action.id,
+        return {**asdict(self.result), "total": len(names), "action": self.action.id,
                 "folder": str(self.store.folder), "dry_run": self.config.dry_run,
                 "seconds": round(time.monotonic() - began, 3),
                 **({"state": "stopped"} if self.control.stopping else {})}
 
-    def _chosen(self) -> list[str]:
-        """The pictures' names; `only` may list some of them."""
-        known = self.store.entries
-        wanted = [Path(name).as_posix().removeprefix("./") for name in self.config.only]
-        for name in wanted:
-            if name not in known:
-                raise UserError("runner.no_such_picture", name=name, folder=self.store.folder,
-                                nearest=", ".join(i18n.nearest(name, known)) or "-")
-        return list(dict.fromkeys(wanted)) or list(known)
-
-    def _is_wanted(self, entry: Entry) -> bool:
+    def _needs_caption(self, entry: Entry) -> bool:
         if entry.locked:
-            self.told.left.append(entry.name)
-            self._note(f"captions.{entry.locked}", file=self._file(entry), picture=entry.name)
+            file, folder = entry.place.file, self.store.folder
+            self.result.left.append(entry.name)
+            self._note(f"captions.{entry.locked}", picture=entry.name,
+                       file=file.relative_to(folder) if file.is_relative_to(folder) else file)
             return False
         if entry.caption and self.config.existing == "keep":
-            self.told.kept += 1
+            self.result.kept += 1
             return False
         return True
 
-    def _file(self, entry: Entry) -> str:
-        file = entry.place.file
-        inside = file.is_relative_to(self.store.folder)
-        return str(file.relative_to(self.store.folder) if inside else file)
-
-    def _describe(self, wanted: list[str]) -> None:
+    def _describe(self, names: list[str]) -> None:
         self.emit(Phase(name="load"))
         self.captioner.load()
-        for note in self._notes():
+        if any(name in _DEMO and self.config.models.get(name, "demo") == "demo"
+               for name in self.config.captioner.split("+")):
+            self._note("captioner.demo_only")
+        for note in notes_of(self.captioner):
             self.emit(note)
-        self.progress = Progress(self.store.folder, self._key(), self.config.dry_run)
-        if self.history and (old := self.history.newest(self.progress.action)):
-            self.action = old
-        self.total = len(wanted)
-        rest = self._go_on(wanted)
-        self.emit(Phase(name="caption", done=self.done, total=self.total))
-        names = {self.store.entries[name].path: name for name in rest}
-        describe_all(self.captioner, list(names), self.config.batch_size,
-                     lambda path, said: self._on_result(names[path], said), self.control,
-                     on_fault=lambda path, fault: self._on_fault(names[path], fault),
-                     on_halved=lambda size: self._note("runner.batch_halved", size=size),
-                     about=lambda path: self._about(names[path]))
-        self.flush()
-
-    def _notes(self) -> list[Note]:
-        names = self.config.captioner.split("+")
-        demo = [n for n in names if n in _DEMO and self.config.models.get(n, "demo") == "demo"]
-        return [*([Note(key="captioner.demo_only")] if demo else []), *notes_of(self.captioner)]
-
-    def _about(self, name: str) -> dict[str, str]:
-        """What is known of a picture, for captioners whose prompt may name it."""
-        caption = self.store.entries[name].caption
-        return {"caption": caption, "tags": caption if "," in caption else ""}
-
-    def _key(self) -> str:
-        """The same job again: same captioner, same way of writing."""
-        own = self.config.model_dump(include={
+        # The same job again is one with the same captioner and the same way of writing.
+        options = self.config.model_dump(include={
             "existing", "rules", "trigger_word", "write_to", "metadata_path", "underscores",
             "escape_brackets", "exclude"})
-        text = json.dumps([self.captioner.identity(), own], sort_keys=True, default=str)
-        return sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
+        text = json.dumps([self.captioner.identity(), options], sort_keys=True, default=str)
+        key = sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
+        self.progress = Progress(self.store.folder, key, self.config.dry_run)
+        if self.history and (old := self.history.newest(self.progress.action)):
+            self.action = old
+        self.total = len(names)
+        rest = self._resume(names, self.progress)
+        self.emit(Phase(name="caption", done=self.done, total=self.total))
+        names_by_path = {self.store.entries[name].path: name for name in rest}
 
-    # --- what an interrupted job has done ---
+        def about(path: Path) -> dict[str, str]:
+            caption = self.store.entries[names_by_path[path]].caption
+            return {"caption": caption, "tags": caption if "," in caption else ""}
 
-    def _go_on(self, wanted: list[str]) -> list[str]:
-        """Finishes what was described before, and returns what is left to describe."""
-        assert self.progress is not None
+        def on_fault(path: Path, fault: UserError) -> None:
+            name = names_by_path[path]
+            self.result.skipped.append(name)
+            self._note(fault.code, **{**fault.params, "file": name})
+            self._count()
+
+        describe_all(self.captioner, list(names_by_path), self.config.batch_size,
+                     lambda path, description: self._on_result(names_by_path[path], description),
+                     self.control, on_fault=on_fault, about=about,
+                     on_halved=lambda size: self._note("runner.batch_halved", size=size))
+        self.flush()
+
+    def _resume(self, names: list[str], progress: Progress) -> list[str]:
+        """Writes what an interrupted job has described, and returns the names still to describe."""
         written = {} if self.history is None else {
-            swap.picture: swap for swap in self.history.changes(self.progress.action)}
+            swap.picture: swap for swap in self.history.changes(progress.action)}
         rest = []
-        for name in wanted:
+        for name in names:
             entry, swap = self.store.entries[name], written.get(name)
-            said = self.progress.recall(name, entry.path)
-            if said is None:
+            description = progress.recall(name, entry.path)
+            if description is None:
                 rest.append(name)
             elif swap is None or swap.place != entry.place or entry.content == swap.before:
-                self._on_result(name, said, known=True)
+                self._on_result(name, description, remembered=True)
             elif entry.content == swap.after:
-                self.told.resumed += 1
+                self.result.resumed += 1
                 self.done += 1
-            else:                           # somebody edited it since
+            else:
+                # Somebody has edited the caption since.
                 self._leave(name)
                 self.done += 1
-        if len(rest) < len(wanted):
-            self._note("runner.resumed", count=len(wanted) - len(rest), total=len(wanted))
+        if len(rest) < len(names):
+            self._note("runner.resumed", count=len(names) - len(rest), total=len(names))
         return rest
 
     # --- results ---
 
-    def _on_result(self, name: str, said: Description, known: bool = False) -> None:
+    def _on_result(self, name: str, description: Description, remembered: bool = False) -> None:
         entry = self.store.entries[name]
-        if self.progress and not known:
-            self.progress.remember(name, entry.path, said)
-        if text := self._ruled(entry, said):
-            self.waiting[name] = text
+        # Before the caption is written: describing takes longest.
+        if self.progress and not remembered:
+            self.progress.remember(name, entry.path, description)
+        caption = self.text_of(description)
+        if caption:
+            scores = {tag_key(tag.name): tag.score for tag in description.tags}
+            caption = apply(merge(entry.caption, caption, self.config.existing), self.rules,
+                            About(entry.name, scores, count_tokens=self.count_tokens))
+        if caption:
+            self.unwritten[name] = caption
         else:
-            self.told.left.append(name)
+            self.result.left.append(name)
             self._note("runner.nothing_said", picture=name)
         self._count()
         if time.monotonic() >= self.flush_at:
             self.flush()
 
-    def _ruled(self, entry: Entry, said: Description) -> str:
-        if not (text := self.text_of(said)):
-            return ""
-        scores = {tag_key(tag.name): tag.score for tag in said.tags}
-        return apply(merge(entry.caption, text, self.config.existing), self.rules,
-                     About(entry.name, scores, count_tokens=self.count_tokens))
-
-    def text_of(self, said: Description) -> str:
+    def text_of(self, description: Description) -> str:
         """A sentence, then the tags, as the config wants them written."""
         excluded = {tag_key(tag) for tag in self.config.exclude}
-        tags = [tag.name for tag in said.tags if tag_key(tag.name) not in excluded]
+        tags = [tag.name for tag in description.tags if tag_key(tag.name) not in excluded]
         if self.config.underscores:
             about = About(scores={tag_key(tag): 1.0 for tag in tags})
             tags = [Underscores("underscores").change(tag, about) for tag in tags]
-        return one_line(join([said.sentence.strip(), *tags]))
-
-    def _on_fault(self, name: str, fault: UserError) -> None:
-        self.told.skipped.append(name)
-        self._note(fault.code, **{**fault.params, "file": name})
-        self._count()
+        return one_line(join([description.sentence.strip(), *tags]))
 
     def _count(self) -> None:
         self.done += 1
         self.emit(Phase(name="caption", done=self.done, total=self.total))
 
-    def _copy_kept(self, names: Iterable[str]) -> None:
-        """Where captions go to another place than they are in, the kept ones go along."""
-        if self.config.existing == "keep" and (self.config.write_to != "auto"
-                                               or self.config.metadata_path):
-            for name in names:
-                entry = self.store.entries[name]
-                if entry.caption and entry.strays and not entry.locked:
-                    self.waiting[name] = entry.caption
-                    self.copying.add(name)
-
     # --- writing ---
 
     def flush(self) -> None:
-        """Writes what waits, together: metadata.csv is one file for all."""
+        """Writes all waiting captions together, as metadata.csv is one file for all."""
         began = time.monotonic()
-        waiting, self.waiting = self.waiting, {}
-        left = self._write(waiting) if self.history else set()
-        for name in left:
+        captions, self.unwritten = self.unwritten, {}
+        edited = self._write(captions) if self.history else set()
+        for name in edited:
             self._leave(name)
-        for name, text in waiting.items():
-            if name not in left:
-                self._tell(self.store.entries[name], text)
+        for name, caption in captions.items():
+            if name in edited:
+                continue
+            entry = self.store.entries[name]
+            changed = caption != entry.caption
+            if changed and self.config.dry_run:
+                self.result.changes.append(
+                    {"path": name, "before": entry.caption, "after": caption})
+            self.result.flattened += changed and entry.several_lines
+            if name in self.copying:
+                # It was counted as kept when the pictures were selected.
+                self.result.kept -= 1
+                self.result.copied += 1
+            else:
+                self.result.captioned += 1
+            self.emit(Captioned(path=str(entry.path), caption=caption))
         now = time.monotonic()
         self.flush_at = now + max(FLUSH_S, (now - began) / FLUSH_SHARE)
 
     def _write(self, captions: dict[str, str]) -> set[str]:
-        """-> the pictures whose captions somebody else has changed meanwhile."""
+        """Returns the pictures whose captions somebody else has changed meanwhile."""
         swaps = self.store.swaps(captions)
         if not swaps or self.history is None:
             return set()
         if not self.action.id:
             self.history.begin(self.action)
-        if self.progress:                   # first, so that a resumed job finds the action
+        # Before the write: a job that is killed in between still finds its action.
+        if self.progress:
             self.progress.belongs_to(self.action.id)
         outcome = self.history.carry_out(self.action, swaps)
         return {swap.picture for swap in outcome.left if swap.picture}
 
-    def _tell(self, entry: Entry, text: str) -> None:
-        changed = text != entry.caption
-        if changed and self.config.dry_run:
-            self.told.changes.append({"path": entry.name, "before": entry.caption, "after": text})
-        self.told.flattened += changed and entry.several_lines
-        if entry.name in self.copying:
-            self.told.kept -= 1
-            self.told.copied += 1
-        else:
-            self.told.captioned += 1
-        self.emit(Captioned(path=str(entry.path), caption=text))
-
     def _leave(self, name: str) -> None:
-        self.told.left.append(name)
+        self.result.left.append(name)
         self._note("runner.edited", picture=name)
 
     def _note(self, key: str, **params: Any) -> None:
         self.emit(Note(key=key, params={k: v if isinstance(v, int | float) else str(v)
                                         for k, v in params.items()}))
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(one for one in (folder, *folder.parents) if one.is_dir())

@@ -1,6 +1,6 @@
-"""What an interrupted captioning job has described already: one file per job, by what it does.
+"""What an interrupted captioning job has already described: one file per job, in the data folder.
 
-A description counts for the captioner that made it (the file's key) and the picture's content.
+A description is valid for the captioner that made it (the file's key) and the picture's content.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from core.serialization import from_json
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class _Remembered:
     size: int
     mtime_ns: int
     sha256: str
-    said: Description
+    description: Description
 
 
 class Progress:
@@ -33,54 +33,59 @@ class Progress:
         self.file = state_dir(folder) / f"progress-{key}.jsonl"
         self.read_only = read_only
         self.action = 0                     # its number in the history; 0: none yet
-        self._known: dict[str, _Known] = {}
+        self._remembered: dict[str, _Remembered] = {}
         for line in tail_lines(self.file, 0)[0]:
+            # A damaged line costs one picture's description, not the job.
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                self._learn(from_json(line))
+                data = from_json(line)
+                if "action" in data:
+                    self.action = int(data["action"])
+                    continue
+                tags = tuple(Tag(name, float(score), category)
+                             for name, score, category in data["tags"])
+                self._remembered[data["name"]] = _Remembered(
+                    data["size"], data["mtime_ns"], data["sha256"],
+                    Description(data["sentence"], tags))
 
     def recall(self, name: str, picture: Path) -> Description | None:
-        """What was said about this picture, unless it is another one by now."""
-        known = self._known.get(name)
-        if known is None:
+        """The picture's description, or None if the file holds another picture by now."""
+        remembered = self._remembered.get(name)
+        if remembered is None:
             return None
         try:
             stat = picture.stat()
-            same = (stat.st_size, stat.st_mtime_ns) == (known.size, known.mtime_ns)
-            return known.said if same or hashes.sha256(picture) == known.sha256 else None
+            # A hash takes long, so size and time are compared first.
+            same = ((stat.st_size, stat.st_mtime_ns) == (remembered.size, remembered.mtime_ns)
+                    or hashes.sha256(picture) == remembered.sha256)
         except OSError:
             return None
+        return remembered.description if same else None
 
-    def remember(self, name: str, picture: Path, said: Description) -> None:
+    def remember(self, name: str, picture: Path, description: Description) -> None:
         try:
             stat = picture.stat()
             self._append({"name": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns,
-                          "sha256": hashes.sha256(picture), "sentence": said.sentence,
-                          "tags": [[tag.name, tag.score, tag.category] for tag in said.tags]})
+                          "sha256": hashes.sha256(picture), "sentence": description.sentence,
+                          "tags": [[tag.name, tag.score, tag.category]
+                                   for tag in description.tags]})
         except FileNotFoundError:           # deleted since it was read
             return
 
     def belongs_to(self, action: int) -> None:
+        """Notes which action of the history the job writes to."""
         if action != self.action:
             self._append({"action": action})
             self.action = action
 
     def forget(self) -> None:
-        """The job is complete: the next one starts anew."""
+        """Deletes the file: the job is complete, and the next one starts anew."""
         if not self.read_only:
             self.file.unlink(missing_ok=True)
 
-    def _learn(self, told: dict[str, Any]) -> None:
-        if "action" in told:
-            self.action = int(told["action"])
-            return
-        tags = tuple(Tag(name, float(score), category) for name, score, category in told["tags"])
-        self._known[told["name"]] = _Known(told["size"], told["mtime_ns"], told["sha256"],
-                                           Description(told["sentence"], tags))
-
-    def _append(self, told: dict[str, Any]) -> None:
+    def _append(self, data: dict[str, Any]) -> None:
         if self.read_only:
             return
         try:
-            append_line(self.file, json.dumps(told, ensure_ascii=False))
+            append_line(self.file, json.dumps(data, ensure_ascii=False))
         except OSError as error:
             raise cannot_write(error, self.file) from error

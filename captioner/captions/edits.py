@@ -1,12 +1,13 @@
-"""Changes of captions, as swaps of what a place holds: carried out only where it still holds what
-was read, so that an edit from elsewhere is never overwritten.
+"""Changes of captions, each as a swap of what a place held for what it shall hold.
 
-Between that look and the rename lies a moment that no file system closes; it is milliseconds
-long. Every file is replaced whole.
+A swap is only carried out where the place still holds what was read, so that an edit from
+elsewhere is never overwritten. (Between that check and the rename lies a moment of milliseconds
+that no file system closes.) Every file is replaced as a whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -24,12 +25,12 @@ from core.errors import UserError
 
 Kind = Literal["sidecar", "row", "table"]
 
-THREADS = 8                                 # a sidecar's write mostly waits for the disk
+THREADS = 8                                 # writing a sidecar mostly waits for the disk
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A file of its own, a row of a table, or a table's beginning."""
+    """A sidecar, a row of a table, or the beginning of a table."""
 
     file: Path                              # absolute
     kind: Kind = "sidecar"
@@ -49,8 +50,8 @@ class Swap:
 
 
 def perform(swaps: Sequence[Swap]) -> list[Swap]:
-    """Carries out what fits and returns what doesn't, because a place holds something else by
-    now. A place that holds the new content already counts as done. Files are replaced whole.
+    """Carries out the swaps that fit and returns the others, whose places hold something else by
+    now. A place that holds the new content already counts as done.
 
     Raises UserError where a file can't be written; files written before it stay written.
     """
@@ -58,13 +59,14 @@ def perform(swaps: Sequence[Swap]) -> list[Swap]:
     for swap in swaps:
         files.setdefault(swap.place.file, []).append(swap)
     if len(files) < THREADS:
-        return [swap for group in files.values() for swap in _change_file(group)]
+        return [swap for file_swaps in files.values() for swap in _change_file(file_swaps)]
     with ThreadPoolExecutor(THREADS, "captions") as pool:
         return [swap for left in pool.map(_change_file, files.values()) for swap in left]
 
 
 def check_writable(folders: Iterable[Path]) -> None:
-    """A file is made in each folder and taken away: permissions alone don't tell."""
+    """Makes a file in each folder and deletes it: permissions alone don't tell. Raises UserError.
+    """
     for folder in sorted(set(folders)):
         try:
             handle, name = tempfile.mkstemp(prefix=".darkroom.", suffix=".tmp", dir=folder)
@@ -87,13 +89,17 @@ def cannot_write(error: OSError, file: Path) -> UserError:
 
 
 def _change_file(swaps: Sequence[Swap]) -> list[Swap]:
-    """All swaps of one file, in order; those that don't fit come back."""
-    file = Path(os.path.realpath(swaps[0].place.file))      # a link stays a link
+    """Carries out the swaps of one file, in order, and returns those that don't fit."""
+    # The target of a link is replaced, so that the link stays a link.
+    file = Path(os.path.realpath(swaps[0].place.file))
     if file.suffix.lower() != swaps[0].place.file.suffix.lower():
         raise UserError("captions.odd_link", file=swaps[0].place.file, target=file)
     left: list[Swap] = []
+    old: bytes | None = None
     try:
-        old = data = _bytes(file)
+        with contextlib.suppress(FileNotFoundError):
+            old = file.read_bytes()
+        data = old
         for of_rows, group in groupby(swaps, lambda swap: swap.place.kind == "row"):
             if of_rows:
                 data, misfits = _change_rows(file, data, list(group))
@@ -102,6 +108,7 @@ def _change_file(swaps: Sequence[Swap]) -> list[Swap]:
             for swap in group:
                 if data == swap.before:
                     data = swap.after
+                # A swap that was carried out before counts as done.
                 elif data != swap.after:
                     left.append(swap)
         if data != old:
@@ -111,42 +118,33 @@ def _change_file(swaps: Sequence[Swap]) -> list[Swap]:
     return left
 
 
-def _bytes(file: Path) -> bytes | None:
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        return None
-
-
 def _change_rows(file: Path, data: bytes | None,
                  swaps: Sequence[Swap]) -> tuple[bytes | None, list[Swap]]:
     if data is None:
         return None, [swap for swap in swaps if swap.after is not None]
     try:
         table = Table(file, data)
-    except (ValueError, UserError):             # somebody made something else of it
+    except (ValueError, UserError):
+        # Somebody has made something else of the file.
         return data, list(swaps)
-    before = table.to_bytes()
-    left = [swap for swap in swaps if not _change_row(table, swap)]
-    after = table.to_bytes()
-    return data if before == after else after, left
-
-
-def _change_row(table: Table, swap: Swap) -> bool:
-    """False: the row is another one by now."""
-    before, after = (None if text is None else text.decode("utf-8")
-                     for text in (swap.before, swap.after))
-    rows = table.rows(swap.place.row)
-    record = next((record for record in rows if record.raw == before), None)
-    if record is not None and after is None:
-        table.remove(record)
-    elif record is not None and after is not None:
-        record.raw = after
-    elif before is None and after is not None and not rows:
-        table.add(after, swap.place.row)
-    else:                                   # done before, or not to be done
-        return any(record.raw == after for record in rows) or (after is None and not rows)
-    return True
+    original = table.to_bytes()
+    left = []
+    for swap in swaps:
+        before, after = (None if text is None else text.decode("utf-8")
+                         for text in (swap.before, swap.after))
+        rows = table.rows(swap.place.row)
+        record = next((record for record in rows if record.raw == before), None)
+        done = any(record.raw == after for record in rows) or (after is None and not rows)
+        if record is not None and after is None:
+            table.remove(record)
+        elif record is not None and after is not None:
+            record.raw = after
+        elif before is None and after is not None and not rows:
+            table.add(after, swap.place.row)
+        elif not done:
+            left.append(swap)
+    changed = table.to_bytes()
+    return data if original == changed else changed, left
 
 
 def _replace(file: Path, data: bytes | None) -> None:
@@ -155,7 +153,8 @@ def _replace(file: Path, data: bytes | None) -> None:
         return
     try:
         mode = stat.S_IMODE(file.stat().st_mode)
-        if not mode & stat.S_IWUSR:         # replaced it could be; its owner said no
+        # The folder's permissions would allow the replacement; the owner of the file said no.
+        if not mode & stat.S_IWUSR:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
     except FileNotFoundError:
         mode = None

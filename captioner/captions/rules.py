@@ -1,8 +1,8 @@
-"""Caption rules: an ordered list of small changes to a caption's text. Pure: no files, no models.
+"""Caption rules: an ordered list of small changes to a caption's text. No files, no models.
 
 A rule is a frozen dataclass, or the dict that config.yaml has for it:
-`{"rule": "replace", "find": "girl", "with": "woman"}`. Every rule takes `only`, a list of
-picture names or globs that it is meant for.
+`{"rule": "replace", "find": "girl", "with": "woman"}`. Every rule takes `only`, a list of the
+picture names or globs that it applies to.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from captioner.captions.text import (
 from core.dataset.captions import one_line, split_tags
 from core.errors import UserError
 
+# A pattern such as (a+)+$ can take for ever.
 TIME_LIMIT_S = 0.5                          # for one regular expression on one caption
 TAG_WORDS = 4                               # more words than that are a sentence
 
@@ -50,20 +51,17 @@ class About:
     count_tokens: Callable[[str], int] | None = None    # of the base's tokenizer
 
 
-class _Trouble(Exception):
-    """A rule's own failure; apply() knows which number the rule has."""
+class _RuleError(Exception):
+    """A rule's own failure; apply() adds the number of the rule."""
 
-    def __init__(self, what: str, **params: Any) -> None:
-        super().__init__(what)
-        self.what, self.params = what, params
-
-
-def _listed(value: Any) -> Any:
-    """'a, b' -> ['a', 'b']"""
-    return split_tags(value) if isinstance(value, str) else value
+    def __init__(self, code: str, **params: Any) -> None:
+        super().__init__(code)
+        self.code, self.params = code, params
 
 
-Words = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+# A list, or one text with commas: 'a, b' -> ['a', 'b']
+Words = Annotated[tuple[str, ...], BeforeValidator(
+    lambda value: split_tags(value) if isinstance(value, str) else value)]
 Filled = Annotated[str, Field(min_length=1)]
 
 
@@ -82,36 +80,36 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Trigger(Rule):
-    """The trigger word first, and once as a tag. Where it stands inside a sentence or a longer
-    tag it stays, as cutting it out would tear the sentence; `inside: move` cuts it out."""
+    """Puts the trigger word first, and only there as a tag. Inside a sentence or a longer tag it
+    stays, as cutting it out would break the sentence; `inside: move` cuts it out."""
 
     word: Filled
     inside: Literal["keep", "move"] = "keep"
 
     def change(self, caption: str, about: About) -> str:
         word = " ".join(self.word.split()).strip(",， ")
-        if not word or self._stands(caption, word):
+        if not word:
             return caption
-        like = caption if len(split_tags(caption)) > 1 else word
+        trigger_keys = [tag_key(tag) for tag in split_tags(word)]
+        keys = [tag_key(tag) for tag in split_tags(caption)]
+        count = len(trigger_keys)
+        once = len(phrase(word).findall(caption)) == 1 if self.inside == "move" else (
+            not set(trigger_keys) & set(keys[count:]))
+        # Where all is in place already, the caption stays as it is, to the letter.
+        if once and keys[:count] == trigger_keys and phrase(word).match(caption):
+            return caption
+        like = caption if len(keys) > 1 else word
         word = join(split_tags(word), like=like)
         if self.inside == "move":
             return join([word, cut(caption, phrase(word))], like=like)
-        own = {tag_key(tag) for tag in split_tags(word)}
-        rest = by_tags(caption, lambda tags: [tag for tag in tags if tag_key(tag) not in own])
+        rest = by_tags(caption, lambda tags: [tag for tag in tags
+                                              if tag_key(tag) not in trigger_keys])
         return rest if phrase(word).match(rest) else join([word, rest], like=like)
-
-    def _stands(self, caption: str, word: str) -> bool:
-        """First and once already: then the caption stays to the letter."""
-        own = [tag_key(tag) for tag in split_tags(word)]
-        tags = [tag_key(tag) for tag in split_tags(caption)]
-        once = len(phrase(word).findall(caption)) == 1 if self.inside == "move" else (
-            not set(own) & set(tags[len(own):]))
-        return once and tags[:len(own)] == own and phrase(word).match(caption) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Prefix(Rule):
-    """Before the caption, unless it begins so already."""
+    """Puts a text before the caption, unless it begins so already."""
 
     text: Filled
     join: str = ", "
@@ -125,7 +123,7 @@ class Prefix(Rule):
 
 @dataclass(frozen=True, slots=True)
 class Suffix(Rule):
-    """After the caption, unless it ends so already."""
+    """Puts a text after the caption, unless it ends so already."""
 
     text: Filled
     join: str = ", "
@@ -133,14 +131,14 @@ class Suffix(Rule):
     def change(self, caption: str, about: About) -> str:
         if not caption:
             return self.text.strip()
-        found = [match.end() for match in phrase(self.text).finditer(caption)]
-        has = len(caption) in found or not self.text.strip()
+        ends = [match.end() for match in phrase(self.text).finditer(caption)]
+        has = len(caption) in ends or not self.text.strip()
         return caption if has else caption.rstrip(",， ") + self.join + self.text.strip()
 
 
 @dataclass(frozen=True, slots=True)
 class Replace(Rule):
-    """Find and replace: any text, whole words, whole tags, or a regular expression."""
+    """Finds and replaces any text, whole words, whole tags, or a regular expression."""
 
     find: Filled
     with_: str = ""                                     # `with` in a dict
@@ -151,42 +149,41 @@ class Replace(Rule):
     def change(self, caption: str, about: About) -> str:
         if self.match == "tag" and not self.regex:
             return by_tags(caption, self._rename)
-        changed = self._searched(caption) if self.regex else self._plain().sub(
-            lambda _: self.with_, caption)
+        if self.regex:
+            try:
+                changed = str(self.pattern().sub(self.with_, caption, timeout=TIME_LIMIT_S))
+            except TimeoutError:
+                raise _RuleError("regex_slow", find=self.find, seconds=TIME_LIMIT_S) from None
+            except (regex.error, IndexError) as error:
+                raise _RuleError("bad_regex", key="with", find=self.with_,
+                                 reason=error) from None
+        elif self.match == "word" and not self.case:
+            changed = phrase(self.find).sub(lambda _: self.with_, caption)
+        else:
+            body = re.escape(self.find)
+            body = rf"(?<!{WORD}){body}(?!{WORD})" if self.match == "word" else body
+            # A function, as backslashes in the new text would be read as group references.
+            changed = re.sub(body, lambda _: self.with_, caption,
+                             flags=0 if self.case else re.IGNORECASE)
         return caption if changed == caption else tidy(changed)
 
-    def _plain(self) -> re.Pattern[str]:
-        if self.match == "word" and not self.case:
-            return phrase(self.find)
-        body = re.escape(self.find)
-        body = rf"(?<!{WORD}){body}(?!{WORD})" if self.match == "word" else body
-        return re.compile(body, 0 if self.case else re.IGNORECASE)
-
     def _rename(self, tags: list[str]) -> list[str]:
-        """The new tag where the old one was; not a second time where it is there already."""
+        """Puts the new tag where the old one was, unless the caption has the new one already."""
         old = tag_key(self.find)
         at = next((i for i, tag in enumerate(tags) if tag_key(tag) == old), None)
         if at is None:
             return tags
         others = {tag_key(tag) for tag in tags} - {old}
-        fresh = [tag for tag in split_tags(self.with_) if tag_key(tag) not in others]
-        return [*tags[:at], *fresh, *(tag for tag in tags[at:] if tag_key(tag) != old)]
+        new = [tag for tag in split_tags(self.with_) if tag_key(tag) not in others]
+        return [*tags[:at], *new, *(tag for tag in tags[at:] if tag_key(tag) != old)]
 
     def pattern(self) -> Any:
         return regex.compile(self.find, 0 if self.case else regex.IGNORECASE)
 
-    def _searched(self, caption: str) -> str:
-        try:
-            return str(self.pattern().sub(self.with_, caption, timeout=TIME_LIMIT_S))
-        except TimeoutError:
-            raise _Trouble("regex_slow", find=self.find, seconds=TIME_LIMIT_S) from None
-        except (regex.error, IndexError) as error:
-            raise _Trouble("bad_regex", key="with", find=self.with_, reason=error) from None
-
 
 @dataclass(frozen=True, slots=True)
 class Remove(Rule):
-    """Whole tags (`*` stands for anything), or a phrase wherever it stands."""
+    """Removes whole tags (`*` stands for anything), or a phrase anywhere."""
 
     tags: Words = ()
     text: str = ""
@@ -200,21 +197,21 @@ class Remove(Rule):
 
 @dataclass(frozen=True, slots=True)
 class Dedupe(Rule):
-    """Each tag once, where it stood first."""
+    """Leaves each tag once, at its first place."""
 
     def change(self, caption: str, about: About) -> str:
-        def once(tags: list[str]) -> list[str]:
+        def unique(tags: list[str]) -> list[str]:
             first: dict[str, str] = {}
             for tag in tags:
                 first.setdefault(tag_key(tag), tag)
             return list(first.values())
-        return by_tags(caption, once)
+        return by_tags(caption, unique)
 
 
 @dataclass(frozen=True, slots=True)
 class Sort(Rule):
-    """Highest score or frequency first. What has no score (a sentence, the trigger word) stays
-    in front, in its order."""
+    """Highest score or frequency first. Tags without a score (a sentence, the trigger word) stay
+    in front, in their order."""
 
     by: Literal["score", "frequency", "name"] = "score"
     keep_first: Annotated[int, Field(ge=0)] = 0         # leading tags that stay
@@ -225,6 +222,7 @@ class Sort(Rule):
             if self.by == "name":
                 return 0.0, key
             known = about.scores if self.by == "score" else about.frequency
+            # Without a score: in front of all others.
             return (-known[key] if key in known else float("-inf")), ""
         return by_tags(caption, lambda tags: [
             *tags[:self.keep_first], *sorted(tags[self.keep_first:], key=rank)])
@@ -237,26 +235,25 @@ class Underscores(Rule):
     to: Literal["spaces", "underscores"] = "spaces"
 
     def change(self, caption: str, about: About) -> str:
-        return by_tags(caption, lambda tags: [self._one(tag, about) for tag in tags])
-
-    def _one(self, tag: str, about: About) -> str:
-        if self.to == "spaces":
-            return tag if is_face(tag) else " ".join(tag.replace("_", " ").split()) or tag
-        is_tag = len(tag.split()) <= TAG_WORDS or tag_key(tag) in about.scores
-        return "_".join(tag.split()) if is_tag else tag
+        def convert(tag: str) -> str:
+            if self.to == "spaces":
+                return tag if is_face(tag) else " ".join(tag.replace("_", " ").split()) or tag
+            is_tag = len(tag.split()) <= TAG_WORDS or tag_key(tag) in about.scores
+            return "_".join(tag.split()) if is_tag else tag
+        return by_tags(caption, lambda tags: [convert(tag) for tag in tags])
 
 
 @dataclass(frozen=True, slots=True)
 class Escape(Rule):
-    r"""\( \) for prompts of A1111 and Forge, where brackets weigh words; `to: plain` takes the
-    escapes away."""
+    r"""Writes brackets as \( \) for A1111 and Forge, where bare ones weigh words; `to: plain`
+    removes the escapes."""
 
     to: Literal["escaped", "plain"] = "escaped"
 
     def change(self, caption: str, about: About) -> str:
         if self.to == "plain":
             return ESCAPED_BRACKET.sub(r"\1", caption)
-        return BARE_BRACKET.sub(lambda found: "\\" + found[0], caption)
+        return BARE_BRACKET.sub(lambda match: "\\" + match[0], caption)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,8 +266,8 @@ class Case(Rule):
 
 @dataclass(frozen=True, slots=True)
 class MaxTokens(Rule):
-    """At most so many tokens of the base's text encoder; whole tags go from the end, then whole
-    words of the last tag left. The first word always stays."""
+    """Cuts to a number of the text encoder's tokens: whole tags from the end, then whole words of
+    the last tag. The first word always stays."""
 
     limit: Annotated[int, Field(ge=1)] = 75
     base: str = ""                                      # whose tokenizer; empty: CLIP's own
@@ -278,21 +275,21 @@ class MaxTokens(Rule):
     def change(self, caption: str, about: About) -> str:
         count = about.count_tokens
         if count is None:
-            raise _Trouble("no_tokenizer")
+            raise _RuleError("no_tokenizer")
         if count(caption) <= self.limit:
             return caption
         tags = split_tags(caption)
-        kept = longest(len(tags), lambda n: count(join(tags[:n], like=caption)) <= self.limit)
-        if kept:
-            return join(tags[:kept], like=caption)
+        fitting = longest(len(tags), lambda n: count(join(tags[:n], like=caption)) <= self.limit)
+        if fitting:
+            return join(tags[:fitting], like=caption)
         ends = [piece.end() for piece in PIECES.finditer(tags[0])] if tags else []
-        kept = longest(len(ends), lambda n: count(tags[0][:ends[n - 1]]) <= self.limit)
-        return tags[0][:ends[max(kept, 1) - 1]] if ends else caption
+        fitting = longest(len(ends), lambda n: count(tags[0][:ends[n - 1]]) <= self.limit)
+        return tags[0][:ends[max(fitting, 1) - 1]] if ends else caption
 
 
 @dataclass(frozen=True, slots=True)
 class Override(Rule):
-    """One picture's caption, given by hand; the rules after it still apply."""
+    """Sets one picture's caption by hand; the rules after it still apply."""
 
     picture: Filled                                     # relative name, with slashes
     caption: str
@@ -321,28 +318,28 @@ class Change:
 
 
 def apply(caption: str, rules: Sequence[Rule], about: About | None = None) -> str:
-    """The caption after all rules, in order. Raises UserError that names the rule's number."""
+    """Applies all rules in order. Raises UserError with the number of the rule that failed."""
     about = about or About()
     for number, rule in enumerate(rules, 1):
         if rule.meant_for(about.name):
             try:
                 caption = rule.change(caption, about)
-            except _Trouble as trouble:
-                raise UserError(f"rules.{trouble.what}", number=number, rule=name_of(rule),
-                                **trouble.params) from None
+            except _RuleError as error:
+                raise UserError(f"rules.{error.code}", number=number, rule=name_of(rule),
+                                **error.params) from None
     return caption
 
 
 def preview(captions: Mapping[Any, str], rules: Sequence[Rule],
             count_tokens: Callable[[str], int] | None = None,
             scores: Mapping[str, Mapping[str, float]] | None = None) -> list[Change]:
-    """What the rules would change, by picture in the given order; nothing is written."""
-    tagged = Counter(key for caption in captions.values()
-                     for key in {tag_key(tag) for tag in split_tags(caption)})
+    """The changes that the rules would make, in the order of `captions`. Nothing is written."""
+    frequency = Counter(key for caption in captions.values()
+                        for key in {tag_key(tag) for tag in split_tags(caption)})
     changes = []
     for path, before in captions.items():
         name = PurePath(path).as_posix()
-        about = About(name, (scores or {}).get(name, {}), tagged, count_tokens)
+        about = About(name, (scores or {}).get(name, {}), frequency, count_tokens)
         after = apply(before, rules, about)
         if after != before:
             changes.append(Change(str(path), before, after))
@@ -350,8 +347,8 @@ def preview(captions: Mapping[Any, str], rules: Sequence[Rule],
 
 
 def with_trigger_rule(rules: Sequence[Rule], trigger: str) -> tuple[Rule, ...]:
-    """The rules with the trigger word put first at their end, but before a token limit, so that
-    it counts there. A trigger rule of the user's own stays the only one."""
+    """The rules and a trigger rule after them, unless the user has one. It comes before a token
+    limit, so that the trigger word counts there."""
     if not trigger.strip() or any(isinstance(rule, Trigger) for rule in rules):
         return tuple(rules)
     at = next((i for i, rule in enumerate(rules) if isinstance(rule, MaxTokens)), len(rules))

@@ -1,11 +1,11 @@
-"""What a folder's captions say: counts, what goes together, and a small language to find them.
+"""Statistics of a folder's captions, and a small filter language to find some of them.
 
     cat and not dog          whole words or phrases, in any case; underscores are spaces
     "red hair" or (tag:1girl tokens > 75)
     empty   has:trigger   text:catego   tag:*background   file:cat/*.png   tags >= 12
 
-`and` may be left out before a bracket, `not`, or a term with a colon; words that follow one
-another are one phrase. `tag:` means a whole tag, `text:` any part; `*` stands for anything.
+`and` may be left out before a bracket, `not`, or a term with a colon; words side by side are one
+phrase. `tag:` means a whole tag, `text:` any part; `*` stands for anything.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from core.errors import UserError
 # --- statistics -------------------------------------------------------------------------------
 
 _WORDS = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
-_SMALL = frozenset(_WORDS.findall(          # say nothing about a picture
+# Stop words: they say nothing about a picture.
+_STOP_WORDS = frozenset(_WORDS.findall(
     "a an the of on in at with and or to is are was were by for from its it his her their there "
     "that this as into over under up down has have very some one two while next"))
 
 
 def count(captions: Iterable[str]) -> list[tuple[str, int]]:
-    """(tag, number of captions that have it), most frequent first; the usual spelling is shown.
-    Case and underscores don't make a difference."""
+    """(tag, number of captions that have it), most frequent first. Tags that differ in case and
+    underscores only are one, in their most frequent spelling."""
     pictures: Counter[str] = Counter()
     spellings: dict[str, Counter[str]] = {}
     for caption in captions:
@@ -44,36 +45,36 @@ def count(captions: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def count_words(captions: Iterable[str]) -> list[tuple[str, int]]:
-    """The same for the words of sentences; small words such as `the` left out."""
-    found: Counter[str] = Counter()
+    """(word, number of captions that have it), without stop words, most frequent first."""
+    counts: Counter[str] = Counter()
     for caption in captions:
-        said = {word.casefold() for word in _WORDS.findall(caption.replace("_", " "))}
-        found.update(word for word in said - _SMALL if not word.isdigit())
-    return sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))
+        words = {word.casefold() for word in _WORDS.findall(caption.replace("_", " "))}
+        counts.update(word for word in words - _STOP_WORDS if not word.isdigit())
+    return sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
 
 
 def together(captions: Iterable[str], tag: str) -> list[tuple[str, int, float]]:
     """(other tag, captions that have both, share of the tag's captions), most frequent first."""
     key = tag_key(tag)
-    having = [caption for caption in captions
-              if key in {tag_key(one) for one in split_tags(caption)}]
+    having = [caption for caption in captions if key in map(tag_key, split_tags(caption))]
     return [(other, n, n / len(having)) for other, n in count(having) if tag_key(other) != key]
 
 
 def pairs(captions: Iterable[str], most: int = 100) -> list[tuple[str, str, int]]:
-    """The tags that stand together most often; of the 200 most frequent tags."""
-    listed = list(captions)
-    known = {tag_key(tag): tag for tag, _ in count(listed)[:200]}
-    found: Counter[tuple[str, str]] = Counter()
-    for caption in listed:
+    """(tag, tag, captions that have both) for the 200 most frequent tags, most frequent first."""
+    captions = list(captions)
+    # 200 tags have 20,000 pairs; all tags of a large folder could have millions.
+    known = {tag_key(tag): tag for tag, _ in count(captions)[:200]}
+    counts: Counter[tuple[str, str]] = Counter()
+    for caption in captions:
         keys = sorted({tag_key(tag) for tag in split_tags(caption)} & known.keys())
-        found.update((a, b) for i, a in enumerate(keys) for b in keys[i + 1:])
-    ranked = sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))[:most]
+        counts.update((a, b) for i, a in enumerate(keys) for b in keys[i + 1:])
+    ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:most]
     return [(known[a], known[b], n) for (a, b), n in ranked]
 
 
 def rename(old: str, new: str) -> dict[str, Any]:
-    """The rule that renames a tag everywhere; where the new one is there already, once."""
+    """The rule that renames a tag everywhere; a caption with both has the new one once."""
     return {"rule": "replace", "find": old, "with": new, "match": "tag"}
 
 
@@ -86,12 +87,17 @@ def remove(*tags: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What a filter looks at."""
+    """What a filter is tested on."""
 
     caption: str
     name: str = ""                          # the picture, relative, with slashes
     trigger: str = ""
     count_tokens: Callable[[str], int] | None = None
+
+    def tokens(self) -> int:
+        if self.count_tokens is None:
+            raise UserError("captions.no_tokenizer")
+        return self.count_tokens(self.caption)
 
 
 Test = Callable[[Subject], bool]
@@ -104,6 +110,7 @@ class _Token:
     at: int                                 # column, from 1
 
 
+# `open` is a quote without an end, `odd` any other sign: both are mistakes to point at.
 _TOKENS = re.compile(r"""\s*(?:
     (?P<text>"(?:[^"\\]|\\.)*")
   | (?P<open>["])
@@ -116,20 +123,20 @@ _COMPARE: dict[str, Callable[[int, int], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
     "=": operator.eq, "==": operator.eq, "!=": operator.ne}
 _COUNTS: dict[str, Callable[[Subject], int]] = {
-    "tokens": lambda one: _tokens(one),
-    "tags": lambda one: len(split_tags(one.caption)),
-    "words": lambda one: len(one.caption.split()),
-    "chars": lambda one: len(one.caption)}
+    "tokens": Subject.tokens,
+    "tags": lambda subject: len(split_tags(subject.caption)),
+    "words": lambda subject: len(subject.caption.split()),
+    "chars": lambda subject: len(subject.caption)}
 _HAS: dict[str, Test] = {
-    "trigger": lambda one: bool(one.trigger.strip()) and bool(
-        phrase(one.trigger).search(one.caption)),
-    "caption": lambda one: bool(one.caption)}
+    "trigger": lambda subject: bool(subject.trigger.strip()) and bool(
+        phrase(subject.trigger).search(subject.caption)),
+    "caption": lambda subject: bool(subject.caption)}
 _FIELDS = ("tag", "text", "file", "has")
 
 
 def find(expression: str, captions: Mapping[str, str], trigger: str = "",
          count_tokens: Callable[[str], int] | None = None) -> list[str]:
-    """The names of the pictures whose captions fit. Raises UserError with the column of a
+    """The names of the pictures that the filter matches. Raises UserError with the column of a
     mistake."""
     fits = parse(expression)
     return [name for name, caption in captions.items()
@@ -137,39 +144,31 @@ def find(expression: str, captions: Mapping[str, str], trigger: str = "",
 
 
 def parse(expression: str) -> Test:
-    """An empty expression fits everything."""
+    """The filter as a function. An empty one is true for all pictures."""
     return _Parser(expression).whole()
 
 
 def needs_tokens(expression: str) -> bool:
     return any(token.kind == "word" and token.text.lower() == "tokens"
-               for token in _tokenised(expression))
+               for token in _tokenise(expression))
 
 
-def _tokens(one: Subject) -> int:
-    if one.count_tokens is None:
-        raise UserError("captions.no_tokenizer")
-    return one.count_tokens(one.caption)
-
-
-def _tokenised(expression: str) -> list[_Token]:
+def _tokenise(expression: str) -> list[_Token]:
     tokens, at = [], 0
-    while found := _TOKENS.match(expression, at):
-        kind, start = str(found.lastgroup), found.start(str(found.lastgroup)) + 1
-        text = found[kind]
+    while match := _TOKENS.match(expression, at):
+        kind = str(match.lastgroup)
+        text, column = match[kind], match.start(kind) + 1
         if kind == "open":
-            raise UserError("captions.filter_quote", filter=expression, column=start)
+            raise UserError("captions.filter_quote", filter=expression, column=column)
         if kind == "odd":
-            _wrong(expression, _Token("odd", text, start))
-        tokens.append(_Token(text if kind == "bracket" else kind,
-                             _unquoted(text) if kind in ("text", "word") else text, start))
-        at = found.end()
+            _wrong(expression, _Token("odd", text, column))
+        # A backslash takes the special meaning from quotes and brackets.
+        if kind in ("text", "word"):
+            text = text[1:-1] if text.startswith('"') else text
+            text = re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL)
+        tokens.append(_Token(text if kind == "bracket" else kind, text, column))
+        at = match.end()
     return [*tokens, _Token("end", "", len(expression) + 1)]
-
-
-def _unquoted(text: str) -> str:
-    text = text[1:-1] if text.startswith('"') else text
-    return re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL)
 
 
 def _wrong(expression: str, token: _Token) -> NoReturn:
@@ -179,17 +178,17 @@ def _wrong(expression: str, token: _Token) -> NoReturn:
 
 
 class _Parser:
-    """or < and < not < brackets, comparisons, terms."""
+    """A recursive-descent parser. `or` binds least, then `and`, then `not`."""
 
     def __init__(self, expression: str) -> None:
         self.expression = expression
-        self.tokens = _tokenised(expression)
+        self.tokens = _tokenise(expression)
         self.next = 0
         self.depth = 0
 
     def whole(self) -> Test:
         if self.token.kind == "end":
-            return lambda one: True
+            return lambda subject: True
         test = self._or()
         if self.token.kind != "end":
             _wrong(self.expression, self.token)
@@ -212,7 +211,7 @@ class _Parser:
         while self._keyword("or"):
             self._take()
             tests.append(self._and())
-        return tests[0] if len(tests) == 1 else lambda one: any(test(one) for test in tests)
+        return tests[0] if len(tests) == 1 else lambda subject: any(test(subject) for test in tests)
 
     def _and(self) -> Test:
         tests = [self._not()]
@@ -221,105 +220,102 @@ class _Parser:
             if self._keyword("and"):
                 self._take()
             tests.append(self._not())
-        return tests[0] if len(tests) == 1 else lambda one: all(test(one) for test in tests)
+        return tests[0] if len(tests) == 1 else lambda subject: all(test(subject) for test in tests)
 
     def _not(self) -> Test:
         denied = False
         while self._keyword("not"):
             self._take()
             denied = not denied
-        test = self._one()
-        return (lambda one: not test(one)) if denied else test
+        test = self._operand()
+        return (lambda subject: not test(subject)) if denied else test
 
-    def _one(self) -> Test:
+    def _operand(self) -> Test:
+        """A bracket, `count < number`, `empty`, `field:value`, or words as one phrase."""
         if self.token.kind == "(":
-            return self._bracket()
-        if self._keyword(*_COUNTS) and self.tokens[self.next + 1].kind == "compare":
-            return self._comparison()
+            opened = self._take()
+            self.depth += 1
+            # Deeper, and Python's own recursion limit would be reached.
+            if self.depth > 100:
+                _wrong(self.expression, opened)
+            test = self._or()
+            if self.token.kind != ")":
+                raise UserError("captions.filter_bracket", filter=self.expression,
+                                column=opened.at)
+            self._take()
+            self.depth -= 1
+            return test
+        if self._at_comparison():
+            measure = _COUNTS[self._take().text.lower()]
+            compare = _COMPARE[self._take().text]
+            number = self._take()
+            if number.kind != "word" or not re.fullmatch("[0-9]{1,9}", number.text):
+                raise UserError("captions.filter_number", filter=self.expression,
+                                column=number.at, found=number.text or "-")
+            limit = int(number.text)
+            return lambda subject: compare(measure(subject), limit)
         if self._keyword("empty"):
             self._take()
-            return lambda one: not one.caption.strip()
+            return lambda subject: not subject.caption.strip()
         if self.token.kind == "text":
             return _has_phrase(self._take().text)
-        if self.token.kind == "word" and not self._keyword("and", "or"):
-            return self._term()
-        _wrong(self.expression, self.token)
-
-    def _bracket(self) -> Test:
-        opened = self._take()
-        self.depth += 1
-        if self.depth > 100:                # Python's own stack has an end
-            _wrong(self.expression, opened)
-        test = self._or()
-        if self.token.kind != ")":
-            raise UserError("captions.filter_bracket", filter=self.expression, column=opened.at)
-        self._take()
-        self.depth -= 1
-        return test
-
-    def _comparison(self) -> Test:
-        measure = _COUNTS[self._take().text.lower()]
-        compare = _COMPARE[self._take().text]
-        number = self._take()
-        if number.kind != "word" or not re.fullmatch("[0-9]{1,9}", number.text):
-            raise UserError("captions.filter_number", filter=self.expression, column=number.at,
-                            found=number.text or "-")
-        limit = int(number.text)
-        return lambda one: compare(measure(one), limit)
-
-    def _term(self) -> Test:
-        """`field:value`, or all plain words up to something else as one phrase."""
-        field, colon, value = self.token.text.partition(":")
-        if colon and field.lower() in _FIELDS:
-            return self._of_field(field.lower(), value, self._take())
+        if self.token.kind != "word" or self._keyword("and", "or"):
+            _wrong(self.expression, self.token)
+        if self._at_field():
+            return self._field()
         words = [self._take().text]
-        while self.token.kind == "word" and not self._special():
+        while self.token.kind == "word" and not (self._keyword("and", "or", "not", "empty")
+                                                 or self._at_comparison() or self._at_field()):
             words.append(self._take().text)
         return _has_phrase(" ".join(words))
 
-    def _special(self) -> bool:
-        field, colon, _ = self.token.text.partition(":")
-        counts = self._keyword(*_COUNTS) and self.tokens[self.next + 1].kind == "compare"
-        return (self._keyword("and", "or", "not", "empty") or counts
-                or bool(colon and field.lower() in _FIELDS))
+    def _at_comparison(self) -> bool:
+        return self._keyword(*_COUNTS) and self.tokens[self.next + 1].kind == "compare"
 
-    def _of_field(self, field: str, value: str, token: _Token) -> Test:
-        if not value and self.token.kind == "text":             # tag:"red hair"
+    def _at_field(self) -> bool:
+        field, colon, _ = self.token.text.partition(":")
+        return bool(colon) and field.lower() in _FIELDS
+
+    def _field(self) -> Test:
+        token = self._take()
+        field, _, value = token.text.partition(":")
+        # tag:"red hair"
+        if not value and self.token.kind == "text":
             value = self._take().text
         if not value:
             _wrong(self.expression, self.token)
-        if field == "has":
+        key = tag_key(value)
+        if field.lower() == "has":
             if value.lower() not in _HAS:
                 raise UserError("captions.filter_has", filter=self.expression, column=token.at,
-                                found=value, known=", ".join(f"has:{one}" for one in _HAS))
+                                found=value, known=", ".join(f"has:{name}" for name in _HAS))
             return _HAS[value.lower()]
-        if field == "file":
-            return lambda one: matches(one.name, value)
-        key = tag_key(value)
-        if field == "text":
-            return lambda one: key in tag_key(one.caption)
-        return lambda one: any(fits_star(tag_key(tag), key) for tag in split_tags(one.caption))
+        if field.lower() == "file":
+            return lambda subject: matches(subject.name, value)
+        if field.lower() == "text":
+            return lambda subject: key in tag_key(subject.caption)
+        return lambda subject: any(fits_star(tag_key(tag), key)
+                                   for tag in split_tags(subject.caption))
 
 
 def _has_phrase(text: str) -> Test:
-    """Whole words, with underscores as spaces on both sides."""
-    wanted = " ".join(text.replace("_", " ").split())
-    if not wanted:
-        return lambda one: True
-    if "*" in wanted:
-        body = r"\s+".join(r"\S*".join(map(re.escape, word.split("*")))
-                           for word in wanted.split())
+    """Tests for whole words; underscores of either side are spaces."""
+    words = text.replace("_", " ").split()
+    if not words:
+        return lambda subject: True
+    pattern = phrase(" ".join(words))
+    if "*" in text:
+        body = r"\s+".join(r"\S*".join(map(re.escape, word.split("*"))) for word in words)
         pattern = re.compile(rf"(?<!\w){body}(?!\w)", re.IGNORECASE)
-    else:
-        pattern = phrase(wanted)
-    return lambda one: bool(pattern.search(one.caption.replace("_", " ")))
+    return lambda subject: bool(pattern.search(subject.caption.replace("_", " ")))
 
 
 def counted(captions: Sequence[str], trigger: str = "") -> dict[str, Any]:
-    """A folder's captions in figures."""
+    """Figures about the captions of a folder."""
     filled = [caption for caption in captions if caption]
     return {"pictures": len(captions), "captioned": len(filled),
-            "with_trigger": sum(bool(phrase(trigger).search(one)) for one in filled)
+            "with_trigger": sum(bool(phrase(trigger).search(caption)) for caption in filled)
             if trigger.strip() else None,
             "tags": len(count(filled)),
-            "mean_tags": sum(len(split_tags(one)) for one in filled) / max(1, len(filled))}
+            "mean_tags": sum(len(split_tags(caption)) for caption in filled)
+            / max(1, len(filled))}

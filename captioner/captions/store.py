@@ -1,8 +1,7 @@
 """Where a folder's captions are kept, and how they change there: sidecars, metadata.csv, .jsonl.
 
-Places are looked at in the order in which training does (core/dataset/image_folder.py). Lines
-of a caption that spans several are read as one by training; only a changed caption is written, as
-one line.
+A picture's caption is the one that training reads (core/dataset/image_folder.py). Training joins
+the lines of a caption; one that doesn't change keeps them in its file.
 """
 
 from __future__ import annotations
@@ -10,24 +9,21 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from captioner.captions.edits import Place, Swap
 from captioner.captions.table import HEADER, JSON_SUFFIXES, Table, caption_in, encoded
+from captioner.config import WriteTo
 from core.dataset import image_folder
+from core.dataset.captions import caption_places, metadata_files
 from core.errors import UserError
 from core.serialization import readable_name
-
-WriteTo = Literal["auto", "txt", "caption", "csv", "jsonl"]
-
-METADATA = ("metadata.csv", "metadata.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One picture and its caption as training reads it (a folder's class token aside)."""
+    """One picture and its caption as training reads it, without the class token of a folder."""
 
     path: Path                              # absolute
     name: str                               # relative to the folder, with slashes
@@ -44,7 +40,7 @@ class Entry:
 
     @property
     def strays(self) -> bool:
-        """Its caption stands elsewhere than where captions are to be written."""
+        """Whether the caption is in another place than where captions are to be written."""
         return self.home is not None and self.home != self.place
 
 
@@ -54,7 +50,7 @@ class Store:
     def __init__(self, folder: Path, metadata: Path | None = None,
                  write_to: WriteTo = "auto") -> None:
         """Raises UserError where there are no pictures, a table can't be read, or training would
-        read something else before what is written to `write_to`."""
+        read another place before `write_to`."""
         self.folder = Path(os.path.abspath(folder.expanduser()))
         reader = _Reader(self.folder, metadata, write_to)
         self.tables = reader.tables
@@ -65,115 +61,112 @@ class Store:
     def captions(self) -> dict[str, str]:
         return {name: entry.caption for name, entry in self.entries.items()}
 
-    def swaps(self, wanted: Mapping[str, str]) -> list[Swap]:
-        """What has to change so that the named pictures get these captions; nothing for those
-        that training reads so already. A table that isn't there yet comes first."""
+    def swaps(self, captions: Mapping[str, str]) -> list[Swap]:
+        """The changes that give the named pictures these captions; none where a picture has its
+        caption already. The beginning of a new table comes before its rows."""
         changes: list[Swap] = []
-        for name, caption in wanted.items():
+        for name, caption in captions.items():
             entry = self.entries[name]
-            if entry.locked or self._says(entry) == caption:
+            place, old = entry.place, entry.content
+            # What the entry's own place holds: its caption may be read from another one.
+            written = entry.caption if entry.home == place else ""
+            if entry.locked or (old is not None and written == caption):
                 continue
-            file = entry.place.file
-            if entry.place.kind == "row" and file not in self.tables:
-                self.tables[file] = Table(file, _head(file))
-                changes.append(Swap("", Place(file, "table"), None, _head(file)))
-            changes.append(Swap(name, entry.place, entry.content, self._content(entry, caption)))
+            if place.kind == "sidecar":
+                end = b"\n" if (old or b"").endswith(b"\n") else b""
+                changes.append(Swap(name, place, old, encoded(caption) + end))
+                continue
+            if place.file not in self.tables:
+                is_json = place.file.suffix.lower() in JSON_SUFFIXES
+                head = b"" if is_json else f"{HEADER}\n".encode()
+                self.tables[place.file] = Table(place.file, head)
+                changes.append(Swap("", Place(place.file, "table"), None, head))
+            syntax = self.tables[place.file].syntax
+            row = (syntax.new_row(place.row, caption) if old is None
+                   else syntax.with_caption(old.decode("utf-8"), caption))
+            changes.append(Swap(name, place, old, row.encode("utf-8", "replace")))
         return changes
 
     def accept(self, done: Iterable[Swap]) -> None:
-        """Takes over what perform() or an undo has done, so that editing can go on without
-        another look at the folder."""
+        """Takes over what perform() or an undo has done, so that editing continues without
+        reading the folder again."""
         for swap in done:
             entry = self.entries.get(swap.picture)
+            # Undo may bring back a place that captions no longer go to.
             if entry is None or entry.place != swap.place:
                 continue
-            caption = self._reads(swap)
-            home = entry.place if caption else None
+            if swap.after is None:
+                caption = ""
+            elif swap.place.kind == "sidecar":
+                caption = caption_in(swap.after)
+            else:
+                syntax = self.tables[swap.place.file].syntax
+                caption = syntax.caption_of(swap.after.decode("utf-8"))
             self.entries[swap.picture] = replace(entry, content=swap.after, caption=caption,
-                                                 home=home)
-
-    def _reads(self, swap: Swap) -> str:
-        if swap.after is None:
-            return ""
-        if swap.place.kind == "sidecar":
-            return caption_in(swap.after)
-        return self.tables[swap.place.file].syntax.caption_of(swap.after.decode("utf-8"))
-
-    def _says(self, entry: Entry) -> str | None:
-        """The caption at the entry's own place, as training reads it there."""
-        if entry.content is None:
-            return None
-        return entry.caption if entry.home == entry.place else ""
-
-    def _content(self, entry: Entry, caption: str) -> bytes:
-        if entry.place.kind == "sidecar":
-            end = b"\n" if (entry.content or b"").endswith(b"\n") else b""
-            return encoded(caption) + end
-        table = self.tables[entry.place.file]
-        raw = table.syntax.new_row(entry.place.row, caption) if entry.content is None else (
-            table.syntax.with_caption(entry.content.decode("utf-8"), caption))
-        return raw.encode("utf-8", "replace")
-
-
-def _head(file: Path) -> bytes:
-    return b"" if file.suffix.lower() in JSON_SUFFIXES else f"{HEADER}\n".encode()
+                                                 home=entry.place if caption else None)
 
 
 # --- reading ----------------------------------------------------------------------------------
 
 @dataclass(slots=True)
-class _Found:
+class _Stored:
+    """What one place holds for a picture."""
+
     place: Place
     content: bytes
     caption: str
     locked: str = ""
 
 
-@dataclass(slots=True)
 class _Reader:
-    folder: Path
-    metadata: Path | None
-    write_to: WriteTo
-    tree: image_folder.Tree = field(init=False)
-    tables: dict[Path, Table] = field(default_factory=dict)
-    sidecars: dict[tuple[Path, str], Path] = field(init=False)
-    table_files: list[Path] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.tree = image_folder.walk(self.folder)
-        self.sidecars = {(file.with_suffix(""), file.suffix.lower()): file
-                         for file in self.tree.files}
-        if self.metadata is not None:
-            self.metadata = Path(os.path.abspath(self.metadata.expanduser()))
-            if self.metadata.suffix.lower() not in (".csv", *JSON_SUFFIXES):
-                raise UserError("captions.table_suffix", file=self.metadata)
-        self.table_files = self._order()
-
-    def _order(self) -> list[Path]:
-        """Tables in the order in which training looks at them: the nearest first."""
-        if self.metadata is not None:
-            return [self.metadata]
-        files = [path for path in self.tree.files if path.name.lower() in METADATA]
-        return sorted(files, key=lambda path: (-len(path.parts), self.tree.name(path)))
+    def __init__(self, folder: Path, metadata: Path | None, write_to: WriteTo) -> None:
+        self.folder, self.write_to = folder, write_to
+        self.metadata = metadata and Path(os.path.abspath(metadata.expanduser()))
+        if self.metadata and self.metadata.suffix.lower() not in (".csv", *JSON_SUFFIXES):
+            raise UserError("captions.table_suffix", file=self.metadata)
+        self.tables: dict[Path, Table] = {}
+        self.tree = image_folder.walk(folder)
+        self.table_files = [self.metadata] if self.metadata else metadata_files(self.tree.files)
 
     def entries(self) -> dict[str, Entry]:
-        found: dict[Path, list[_Found]] = {path: [] for path in self.tree.pictures}
-        for path, one in self._rows():
-            found[path].append(one)
-        for path in self.tree.pictures:
-            found[path] += self._sidecars(path)
-        style = self._style(found)
-        entries = [self._entry(path, places, style) for path, places in found.items()]
-        self._refuse_shadowed(entries, found)
-        return {entry.name: entry for entry in entries}
+        # Rows of tables before sidecars, as training reads them.
+        stored: dict[Path, list[_Stored]] = {path: [] for path in self.tree.pictures}
+        for path, row in self._rows():
+            stored[path].append(row)
+        for path, files in caption_places(self.tree.pictures, self.tree.files).items():
+            stored[path] += map(self._read_sidecar, files)
+        # New sidecars are named like most of the folder's: 01.txt or 01.png.txt.
+        forms = Counter((one.place.file.name.startswith(path.name), one.place.file.suffix.lower())
+                        for path, places in stored.items() for one in places
+                        if one.place.kind == "sidecar")
+        (after_name, suffix), _ = forms.most_common(1)[0] if forms else ((False, ".txt"), 0)
+        entries = {}
+        for path, places in stored.items():
+            home = next((one for one in places if one.caption), None)
+            sidecar = path.with_name((path.name if after_name else path.stem) + suffix)
+            place = self._target(path, places, home, sidecar)
+            there = next((one for one in places if one.place == place), None)
+            name = self.tree.name(path)
+            entries[name] = Entry(path, name, home.caption if home else "",
+                                  home.place if home else None, place,
+                                  there.content if there else None, there.locked if there else "")
+        # Training reads the first place that holds a caption, never what is written behind it.
+        shadowed = [entry for entry in entries.values() if entry.home is not None and entry.strays
+                    and self._rank(entry.home) < self._rank(entry.place)]
+        if shadowed and self.write_to != "auto":
+            home_place = shadowed[0].home
+            raise UserError("captions.shadowed", count=len(shadowed), target=self.write_to,
+                            file=self.tree.name(home_place.file) if home_place else "")
+        return entries
 
-    def _rows(self) -> Iterator[tuple[Path, _Found]]:
-        """Rows in the order in which training looks at them."""
+    def _rows(self) -> Iterator[tuple[Path, _Stored]]:
+        """Each picture with the rows that name it, in the order in which training reads them."""
         index = image_folder.Index(self.tree)
         for file in self.table_files:
             try:
                 table = self.tables[file] = Table(file, file.read_bytes())
-            except FileNotFoundError:       # given, and yet to be made
+            except FileNotFoundError:
+                # The user named a table that doesn't exist yet.
                 continue
             except (OSError, ValueError) as error:
                 raise UserError("dataset.metadata_unreadable", file=file, reason=error) from None
@@ -181,94 +174,56 @@ class _Reader:
                 if not record.name:
                     continue
                 pictures = index.find(record.name.replace("\\", "/"), file.parent)
+                # A row that names several pictures can't get the caption of one of them.
+                locked = "shared_row" if len(pictures) > 1 else ""
                 for path in pictures:
-                    yield path, _Found(Place(file, "row", record.name), record.raw.encode(),
-                                       record.caption,
-                                       "shared_row" if len(pictures) > 1 else "")
+                    yield path, _Stored(Place(file, "row", record.name), record.raw.encode(),
+                                        record.caption, locked)
 
-    def _sidecars(self, path: Path) -> Iterator[_Found]:
-        """01.txt, 01.png.txt, 01.caption, 01.png.caption: in training's order."""
-        for suffix in (".txt", ".caption"):
-            for key in ((path.with_suffix(""), suffix), (path, suffix)):
-                if file := self.sidecars.get(key):
-                    yield self._read(file)
-
-    def _read(self, file: Path) -> _Found:
+    def _read_sidecar(self, file: Path) -> _Stored:
         try:
             content = file.read_bytes()
         except OSError as error:
             self.tree.report(file, "caption_unreadable", reason=error.strerror)
-            return _Found(Place(file), b"", "", "not_readable")
+            return _Stored(Place(file), b"", "", "not_readable")
         try:
-            return _Found(Place(file), content, caption_in(content))
+            return _Stored(Place(file), content, caption_in(content))
         except ValueError:
-            return _Found(Place(file), content, "", "not_text")
+            return _Stored(Place(file), content, "", "not_text")
 
-    def _style(self, found: Mapping[Path, list[_Found]]) -> str:
-        """The suffix that most of the folder's sidecars have; what there is none of: .txt."""
-        names = Counter(one.place.file.name.removeprefix(path.stem)
-                        if not one.place.file.name.startswith(path.name)
-                        else "+" + one.place.file.suffix
-                        for path, places in found.items() for one in places
-                        if one.place.kind == "sidecar")
-        return names.most_common(1)[0][0].lower() if names else ".txt"
-
-    def _entry(self, path: Path, places: Sequence[_Found], style: str) -> Entry:
-        home = next((one for one in places if one.caption), None)
-        place = self._target(path, places, home, style)
-        there = next((one for one in places if one.place == place), None)
-        return Entry(path, self.tree.name(path), home.caption if home else "",
-                     home.place if home else None, place, there.content if there else None,
-                     there.locked if there else "")
-
-    def _target(self, path: Path, places: Sequence[_Found], home: _Found | None,
-                style: str) -> Place:
-        file, kinds = self._wanted_table(path), {"csv": ".csv", "jsonl": ".jsonl"}
-        if self.write_to == "auto" and self.metadata is None and home is not None:
-            return home.place
-        if file is not None and (self.write_to in kinds or self.metadata is not None):
-            return self._row(path, file, places)
-        if self.write_to in ("txt", "caption"):
-            own = [one.place for one in places if one.place.kind == "sidecar"
-                   and one.place.file.suffix.lower() == f".{self.write_to}"]
-            return own[0] if own else Place(path.with_suffix(f".{self.write_to}"))
-        if places:                          # an empty row or file waits for it
-            return places[0].place
-        if file is not None:
-            return self._row(path, file, places)
-        if style.startswith("+"):
-            return Place(path.with_name(path.name + style[1:]))
-        return Place(path.with_suffix(style))
-
-    def _wanted_table(self, path: Path) -> Path | None:
-        """The table that a caption without a place goes to; None: a sidecar."""
+    def _target(self, path: Path, places: Sequence[_Stored], home: _Stored | None,
+                sidecar: Path) -> Place:
+        """Where a new caption of the picture goes; `sidecar`: if there is no place for it yet."""
         if self.metadata is not None:
-            return self.metadata
+            return self._row_place(path, self.metadata, places)
+        if self.write_to == "auto" and home is not None:
+            return home.place
         if self.write_to in ("csv", "jsonl"):
-            return self.folder / f"metadata.{self.write_to}"
-        near = [file for file in self.table_files if path.is_relative_to(file.parent)]
-        return near[0] if near and self.write_to == "auto" else None
+            return self._row_place(path, self.folder / f"metadata.{self.write_to}", places)
+        if self.write_to in ("txt", "caption"):
+            suffix = f".{self.write_to}"
+            return next((one.place for one in places if one.place.kind == "sidecar"
+                         and one.place.file.suffix.lower() == suffix),
+                        Place(path.with_suffix(suffix)))
+        # An empty row or file is meant for the caption.
+        if places:
+            return places[0].place
+        for table in self.table_files:
+            if path.is_relative_to(table.parent):
+                return self._row_place(path, table, places)
+        return Place(sidecar)
 
-    def _row(self, path: Path, file: Path, places: Sequence[_Found]) -> Place:
-        rows = [one for one in places if one.place.file == file]
+    def _row_place(self, path: Path, table: Path, places: Sequence[_Stored]) -> Place:
+        """The picture's row in the table: the first one with a caption, or else a new one."""
+        rows = [one for one in places if one.place.file == table]
         if rows:
-            return next((one for one in rows if one.caption), rows[0]).place
-        beside = file.parent if path.is_relative_to(file.parent) and (
-            file.is_relative_to(self.folder)) else self.folder
-        return Place(file, "row", readable_name(path.relative_to(beside).as_posix()))
-
-    def _refuse_shadowed(self, entries: Iterable[Entry],
-                         found: Mapping[Path, list[_Found]]) -> None:
-        """Training reads the first place that holds a caption: what is written behind it would
-        never be read."""
-        hidden = [entry for entry in entries if entry.home is not None and entry.strays
-                  and self._rank(entry.home) < self._rank(entry.place)]
-        if hidden and self.write_to != "auto":
-            home = hidden[0].home
-            raise UserError("captions.shadowed", count=len(hidden), target=self.write_to,
-                            file=self.tree.name(home.file) if home else "")
+            return next((row for row in rows if row.caption), rows[0]).place
+        beside = path.is_relative_to(table.parent) and table.is_relative_to(self.folder)
+        name = path.relative_to(table.parent if beside else self.folder).as_posix()
+        return Place(table, "row", readable_name(name))
 
     def _rank(self, place: Place) -> tuple[int, int, str]:
+        """Smaller for places that training reads earlier; also for places that are yet to come."""
         if place.kind == "row":
             return (0, -len(place.file.parts), self.tree.name(place.file))
         return (1 if place.file.suffix.lower() == ".txt" else 2, 0, "")

@@ -1,7 +1,7 @@
-"""metadata.csv and .jsonl as records whose own text is kept: to change one caption changes that
-caption's characters, and nothing else in the file.
+"""metadata.csv and .jsonl as records that keep their text: a changed caption changes its own
+characters and nothing else in the file.
 
-What a row means is decided by core.dataset.captions, which training reads them with.
+core.dataset.captions, which training uses, decides what a row means.
 """
 
 from __future__ import annotations
@@ -21,21 +21,20 @@ from core.dataset import captions
 from core.dataset.captions import CAPTION_KEYS, NAME_KEYS, one_line, split_tags
 from core.serialization import decode_text
 
-HEADER = "filename,prompt"                  # of a .csv that we begin
+HEADER = "filename,prompt"                  # of a new .csv
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 
 _BOMS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_LINE_END = re.compile(r"\r\n|\n|\r|\Z")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass(slots=True)
 class Record:
-    raw: str                                # without its line end
+    raw: str                                # the text without its line end
     end: str                                # "\n", "\r\n"; "" on a last line without one
     name: str = ""                          # as written; "": a header, blank or damaged
     caption: str = ""                       # as training reads it
-    gone: bool = False                      # not written any more
+    removed: bool = False
 
 
 class _Syntax(Protocol):
@@ -47,15 +46,15 @@ class _Syntax(Protocol):
 
 
 class Table:
-    """One file's records. Written as UTF-8; a .csv with a byte order mark wherever it had one or
-    was no UTF-8 before, as Excel takes it for the system's encoding else."""
+    """The records of a file. It is written as UTF-8; a .csv gets a byte order mark if it had one or
+    was no UTF-8 before, as Excel would take it for the system's encoding otherwise."""
 
     def __init__(self, path: Path, data: bytes) -> None:
-        """Raises ValueError for what is no text, UserError where the columns are missing."""
+        """Raises ValueError if the file is no text, UserError where the columns are missing."""
         text = decode_text(data)
         is_json = path.suffix.lower() in JSON_SUFFIXES
         self.syntax: _Syntax = _Jsonl() if is_json else _Csv(text, path)
-        self.mark = not is_json and (data.startswith(_BOMS) or not _is_utf8(data))
+        self.has_mark = not is_json and (data.startswith(_BOMS) or not _is_utf8(data))
         self.records = list(self.syntax.records(text))
         self._by_name: dict[str, list[Record]] = {}
         for record in self.records:
@@ -74,19 +73,20 @@ class Table:
         self._by_name.setdefault(name, []).append(record)
 
     def remove(self, record: Record) -> None:
-        record.gone = True
+        record.removed = True
         self._by_name[record.name].remove(record)
 
     def to_bytes(self) -> bytes:
-        *others, last = [one for one in self.records if not one.gone] or [Record("", "")]
-        text = "".join(one.raw + self.syntax.closing(one.raw) + one.end for one in others)
-        text += last.raw + last.end
-        return codecs.BOM_UTF8 + text.encode() if self.mark else encoded(text)
+        *others, last = ([record for record in self.records if not record.removed]
+                         or [Record("", "")])
+        text = "".join(record.raw + self.syntax.closing(record.raw) + record.end
+                       for record in others) + last.raw + last.end
+        return codecs.BOM_UTF8 + text.encode() if self.has_mark else encoded(text)
 
 
 def encoded(text: str) -> bytes:
-    """UTF-8; with a byte order mark in the rare case that decode_text() took it for another
-    encoding without (a few accented letters alone read as Chinese in GB18030)."""
+    """UTF-8, with a byte order mark in the rare case that decode_text() would take it for another
+    encoding (a few accented letters alone read as Chinese in GB18030)."""
     data = text.encode("utf-8", "replace")
     return data if _is_utf8(data) else codecs.BOM_UTF8 + data
 
@@ -113,22 +113,25 @@ class _Csv:
         self.quote_all = False
 
     def records(self, text: str) -> Iterator[Record]:
+        # csv.reader counts lines itself: a quoted caption may span several.
         lines = list(io.StringIO(text, newline=""))
         reader = csv.reader(iter(lines), delimiter=self.delimiter, skipinitialspace=True)
-        first, begun = 0, False
+        first, has_columns = 0, False
         while first < len(lines):
             try:
                 values = next(reader)
-            except csv.Error as error:                  # training reads no row after it
+            except csv.Error as error:
+                # Training reads no row after it either.
                 raise ValueError(f"line {first + 1}: {error}") from None
             raw, end = _split_end("".join(lines[first:reader.line_num]))
             first = reader.line_num
             record = Record(raw, end)
             if any(value.strip() for value in values):
                 is_header = False
-                if not begun:
+                if not has_columns:
                     self.columns, is_header = captions.columns_of(values, self.path)
-                    begun = True
+                    has_columns = True
+                # New fields are quoted if the last row's are.
                 self.quote_all = all(piece.strip().startswith('"') for piece in self._split(raw))
                 if not is_header:
                     row = self.columns.row(0, values)
@@ -141,14 +144,16 @@ class _Csv:
 
     def with_caption(self, raw: str, caption: str) -> str:
         values, pieces = self._values(raw), self._split(raw)
+        # Odd quoting, or a quote that nobody closed: the row is written anew.
         if self._values(self.delimiter.join([*pieces, "x"])) != [*values, "x"]:
-            # odd quoting, or a quote that nobody closed: written anew
             pieces = [self._quoted(value, self.quote_all) for value in values]
         width, columns = self.columns.width, self.columns.captions
         pieces += [""] * (width - len(pieces))
         values += [""] * (width - len(values))
-        if columns == (width - 1,):                     # commas that nobody quoted
+        # Fields behind a last caption column are parts of a caption with unquoted commas.
+        if columns == (width - 1,):
             pieces, values = pieces[:width], values[:width]
+        # Training reads the first column that has text; an empty caption empties all of them.
         filled = [i for i in columns if values[i].strip()] or [columns[0]]
         for i in filled if not caption else filled[:1]:
             pieces[i] = self._quoted(caption, pieces[i].strip().startswith('"') or (
@@ -159,7 +164,7 @@ class _Csv:
         return self.columns.row(0, self._values(raw)).caption
 
     def closing(self, raw: str) -> str:
-        """What the row needs so that another can follow: its last quote may be open."""
+        """The quote that the row lacks, so that another row can follow it."""
         if raw.count('"') % 2 and self._values(raw + self.delimiter + "x")[-1] != "x":
             return '"'
         return ""
@@ -176,12 +181,14 @@ class _Csv:
         return '"' + value.replace('"', '""') + '"' if needs else value
 
     def _split(self, raw: str) -> list[str]:
-        """The fields as they are written, quotes and spaces included."""
+        """The fields with their quotes and spaces."""
         pieces, start, at, inside = [], 0, 0, False
         while at < len(raw):
             begins = not raw[start:at].strip(" ")
+            # A quote only counts at the beginning of a field, as for csv.reader.
             if raw[at] == '"' and (inside or begins):
-                inside = not inside                     # "" closes and opens again
+                # "" inside of quotes closes and opens them again.
+                inside = not inside
                 if not inside and raw[at + 1:at + 2] == '"':
                     inside, at = True, at + 1
             elif raw[at] == self.delimiter and not inside:
@@ -195,40 +202,40 @@ class _Csv:
 
 class _Jsonl:
     name_key, caption_key = "file_name", "text"
-    first = ""                              # row; new ones look like it
+    first_row = ""                          # new rows look like it
 
     def records(self, text: str) -> Iterator[Record]:
+        # Not splitlines(), which would also split at characters such as U+2028 within JSON.
         for line in re.findall(r"[^\n]*\n|[^\n]+\Z", text):
             raw, end = _split_end(line)
             record = Record(raw, end)
             try:
                 row = captions.json_row(0, json.loads(raw))
-            except (ValueError, RecursionError):        # told by core.dataset.captions
+            except (ValueError, RecursionError):
+                # core.dataset.captions reports it.
                 yield record
                 continue
             record.name, record.caption = row.name, row.caption
-            if not self.first:
-                self._learn(raw)
+            if not self.first_row:
+                self.first_row = raw
+                keys = {key.strip().lower(): key for key in _json_spans(raw)}
+                self.name_key = next(keys[key] for key in NAME_KEYS if key in keys)
+                self.caption_key = next((keys[key] for key in CAPTION_KEYS if key in keys),
+                                        self.caption_key)
             yield record
-
-    def _learn(self, raw: str) -> None:
-        self.first = raw
-        spans = _json_spans(raw)
-        keys = {key.strip().lower(): key for key in spans}
-        self.name_key = next(keys[key] for key in NAME_KEYS if key in keys)
-        self.caption_key = next((keys[key] for key in CAPTION_KEYS if key in keys),
-                                self.caption_key)
 
     def with_caption(self, raw: str, caption: str) -> str:
         data, spans = json.loads(raw), _json_spans(raw)
         keys = {key.strip().lower(): key for key in spans}
-        there = [keys[key] for key in CAPTION_KEYS if key in keys]
-        filled = [key for key in there if captions.json_caption(data[key])]
-        if not there:
+        caption_keys = [keys[key] for key in CAPTION_KEYS if key in keys]
+        filled = [key for key in caption_keys if captions.json_caption(data[key])]
+        if not caption_keys:
+            # A row without a caption gets one as its last key.
             at = raw.rindex("}")
             pair = _dumped({self.caption_key: caption}, raw)[1:-1]
             return raw[:at].rstrip() + (", " if _spaced(raw) else ",") + pair + raw[at:]
-        for key in sorted(filled if filled and not caption else (filled or there)[:1],
+        # An empty caption empties all keys. From the end, so that earlier spans stay right.
+        for key in sorted(filled if filled and not caption else (filled or caption_keys)[:1],
                           key=lambda key: -spans[key][0]):
             value = split_tags(caption) if isinstance(data[key], list) else caption
             start, end = spans[key]
@@ -242,7 +249,7 @@ class _Jsonl:
         return ""
 
     def new_row(self, name: str, caption: str) -> str:
-        return _dumped({self.name_key: name, self.caption_key: caption}, self.first)
+        return _dumped({self.name_key: name, self.caption_key: caption}, self.first_row)
 
 
 def _spaced(raw: str) -> bool:
@@ -250,13 +257,13 @@ def _spaced(raw: str) -> bool:
 
 
 def _dumped(value: Any, like: str) -> str:
-    """JSON with the spaces and escapes that another line has."""
+    """JSON with spaces and escapes like those of the line `like`."""
     return json.dumps(value, ensure_ascii=like.isascii() and "\\u" in like,
                       separators=None if _spaced(like) else (",", ":"))
 
 
 def _json_spans(raw: str) -> dict[str, tuple[int, int]]:
-    """Where each value of an object is written; of a key that stands twice, the last."""
+    """Start and end of each value of an object; of a key that is there twice, the last."""
     decoder, spans = json.JSONDecoder(), {}
     at = _skip(raw, raw.index("{") + 1)
     while raw[at] == '"':
@@ -271,10 +278,11 @@ def _json_spans(raw: str) -> dict[str, tuple[int, int]]:
 
 
 def _skip(raw: str, at: int) -> int:
-    found = _SPACE.match(raw, at)
-    return found.end() if found else at
+    """The position behind white space."""
+    match = _SPACE.match(raw, at)
+    return match.end() if match else at
 
 
 def caption_in(data: bytes) -> str:
-    """A sidecar's caption, as training reads it. Raises ValueError for what is no text."""
+    """A sidecar's caption, as training reads it. Raises ValueError if it is no text."""
     return one_line(decode_text(data))

@@ -1,4 +1,4 @@
-"""Small operations on a caption's text: tags, phrases, joining. Pure."""
+"""Small operations on a caption's text: tags, phrases, joining."""
 
 from __future__ import annotations
 
@@ -6,49 +6,47 @@ import functools
 import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
-from typing import Literal
 
+from captioner.config import Existing
 from core.dataset.captions import one_line, split_tags
 
-Existing = Literal["keep", "add", "replace"]
-
-_HAN = "\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff"            # no spaces between words
-WORD = rf"[^\W{_HAN}]"                      # a letter that a neighbour would belong to
+# Chinese, Japanese and Korean have no spaces between words: each sign is a word of its own.
+_HAN = "\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff"
+WORD = rf"[^\W{_HAN}]"                      # a letter of a longer word
 PIECES = re.compile(rf"[{_HAN}]|[^\s{_HAN}]+")
 BARE_BRACKET = re.compile(r"(?<!\\)[()\[\]]")
 ESCAPED_BRACKET = re.compile(r"\\+([()\[\]])")
 
 
 def tag_key(tag: str) -> str:
-    """What makes two tags the same: case, underscores, escapes and spaces don't count."""
-    plain = ESCAPED_BRACKET.sub(r"\1", tag).replace("_", " ")
-    return " ".join(plain.split()).casefold()
+    """The same for tags that differ in case, underscores, escapes and spaces only."""
+    return " ".join(ESCAPED_BRACKET.sub(r"\1", tag).replace("_", " ").split()).casefold()
 
 
 @functools.lru_cache(maxsize=1024)
 def phrase(text: str) -> re.Pattern[str]:
-    """Finds whole words or phrases, in any case: `cat` is not in `category`. Either comma stands
-    for both."""
+    """A pattern for whole words or phrases, in any case: `cat` is not in `category`. A Western or
+    Chinese comma matches both."""
     body = r"\s*[,，]\s*".join(r"\s+".join(map(re.escape, part.split()))
                               for part in re.split("[,，]", text))
     return re.compile(rf"(?<!{WORD}){body}(?!{WORD})", re.IGNORECASE)
 
 
 def join(parts: Iterable[str], like: str = "") -> str:
-    """Joined with commas; with Chinese ones where `like` has no others."""
+    """Joins with commas; with Chinese ones where `like` has no others."""
     mark = "，" if "，" in like and "," not in like else ", "
     return mark.join(part for part in parts if part)
 
 
 def tidy(text: str) -> str:
-    """What an edit leaves behind put right: no empty tags, single spaces, one line."""
+    """Cleans up after an edit: no empty tags, single spaces, one line."""
     line = one_line(text)
     return join(split_tags(line), like=line)
 
 
 def merge(existing: str, new: str, mode: Existing) -> str:
-    """The caption that a picture gets. `keep`: what is there stays as it is; `add`: tags that
-    aren't there yet come after it; `replace`: the new one, but never nothing for something."""
+    """The caption that a picture gets. `keep`: the existing one stays; `add`: missing tags come
+    after it; `replace`: the new one. An empty caption replaces none."""
     if not existing or not new:
         return existing or new
     if mode == "replace":
@@ -56,44 +54,45 @@ def merge(existing: str, new: str, mode: Existing) -> str:
     if mode == "keep":
         return existing
     known = {tag_key(tag) for tag in split_tags(existing)}
-    fresh = [tag for tag in split_tags(new) if tag_key(tag) not in known]
-    return join([existing.rstrip(",， "), *fresh], like=existing) if fresh else existing
+    added = [tag for tag in split_tags(new) if tag_key(tag) not in known]
+    return join([existing.rstrip(",， "), *added], like=existing) if added else existing
 
 
 def matches(name: str, glob: str) -> bool:
-    """`cat/*.png` by the whole relative name, `*.png` and `01.png` by the file's name too."""
+    """Whether a glob matches the relative name (`cat/*.png`) or the file's own (`*.png`)."""
     glob = glob.replace("\\", "/").removeprefix("./")
     return fnmatchcase(name, glob) or fnmatchcase(name.rpartition("/")[2], glob)
 
 
 def by_tags(caption: str, change: Callable[[list[str]], list[str]]) -> str:
-    """The caption with other tags; as it was, to the letter, where they are the same."""
+    """Changes the list of tags. Where it stays the same, so does the caption, to the letter."""
     tags = split_tags(caption)
     changed = change(tags)
     return caption if changed == tags else join(changed, like=caption)
 
 
 def cut(caption: str, pattern: re.Pattern[str]) -> str:
-    """Without all that the pattern finds."""
+    """Removes all matches of the pattern."""
     rest = caption
-    while pattern.search(rest):             # what was apart may meet when something goes
+    # A removal may bring words together that match then.
+    while pattern.search(rest):
         rest = tidy(pattern.sub("", rest))
     return rest
 
 
 def fits_star(text: str, pattern: str) -> bool:
-    """Only `*` is special: tags are full of brackets and question marks."""
+    """Like a glob, but only `*` is special: tags are full of brackets and question marks."""
     return text == pattern or ("*" in pattern and re.fullmatch(
         ".*".join(map(re.escape, pattern.split("*"))), text) is not None)
 
 
 def is_face(tag: str) -> bool:
-    """^_^, o_o, >_<: no two letters stand together."""
+    """Whether a tag is a face such as ^_^, o_o, >_<: it has no two letters side by side."""
     return tag.isascii() and not re.search("[A-Za-z0-9]{2}", tag)
 
 
 def longest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest n of 1..most that fits, if the smaller ones do; 0: none."""
+    """The largest n of 1..most for which fits(n) is true, by bisection; 0: none."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,7 +1,7 @@
 """BLIP and BLIP-2 by transformers: a sentence per picture, by beam search or by sampling.
 
-The model's config.json tells which of the two it is. Within a batch nothing is padded: all
-pictures have one size and one prompt, so that a batch gives what each picture gives alone.
+The model's config.json tells which of the two it is. All pictures of a batch have one size and one
+prompt, so nothing is padded, and a picture gets the same sentence in a batch as alone.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from core.serialization import from_json
 from core.weights import precision
 
 CLASSES = {"blip": "BlipForConditionalGeneration", "blip-2": "Blip2ForConditionalGeneration"}
-BROKEN = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError,
-          SafetensorError)                  # what transformers raises on files that don't fit
-LENGTH = 40                                 # tokens, where the config leaves it to us
-Prepared = NDArray[np.float32]              # (3, H, W), as the model's own processor makes it
+# What transformers raises on files that don't fit.
+BROKEN = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError)
+LENGTH = 40                                 # tokens, unless the config says otherwise
+Prepared = NDArray[np.float32]              # (3, H, W), from the model's own processor
 
 
 class Blip:
@@ -52,7 +52,8 @@ class Blip:
         kind = model_type(folder)
         weights.safetensors_of("blip", folder, ("model.safetensors",))
         self.precision = precision.choose(self.config.precision, self.config.device)
-        transformers.utils.logging.disable_progress_bar()       # the job has its own
+        # Its progress bar would break ours.
+        transformers.utils.logging.disable_progress_bar()
         try:
             self.processor = transformers.AutoProcessor.from_pretrained(
                 folder, local_files_only=True)
@@ -62,10 +63,15 @@ class Blip:
         except BROKEN as error:
             raise weights.broken("blip", self.name, folder, error) from None
         self.model = model.eval().requires_grad_(False).to(self.precision.device)
-        self.prompt = self._prompt()
+        # The prompt's token ids as one row; BLIP-2's have places for the picture's own tokens.
+        self.prompt: dict[str, Tensor] = {}
+        if self.config.prompt:
+            blank = Image.new("RGB", (32, 32))
+            inputs = self.processor(images=blank, text=self.config.prompt, return_tensors="pt")
+            self.prompt = {k: inputs[k] for k in ("input_ids", "attention_mask")}
 
     def identity(self) -> str:
-        """Weights and the options that change sentences."""
+        """Names the weights and the options that change sentences."""
         c = self.config
         folder = weights.find("blip", self.name)
         options = (c.prompt, self.most, c.min_tokens, c.precision,
@@ -73,15 +79,6 @@ class Blip:
         files = [*folder.glob("*.safetensors"), folder / "config.json"]
         chosen = hashlib.sha256(repr(options).encode()).hexdigest()[:16]
         return f"blip:{fingerprint((path, '') for path in files)}:{chosen}"
-
-    def _prompt(self) -> dict[str, Tensor]:
-        """Token ids of the prompt as one row, as the processor makes them; for BLIP-2 with the
-        places of the picture's own tokens."""
-        if not self.config.prompt:
-            return {}
-        blank = Image.new("RGB", (32, 32))
-        given = self.processor(images=blank, text=self.config.prompt, return_tensors="pt")
-        return {k: given[k] for k in ("input_ids", "attention_mask")}
 
     # --- pictures ---
 
@@ -99,29 +96,26 @@ class Blip:
         device = self.precision.device
         pixels = torch.from_numpy(np.stack(batch)).to(device, self.precision.weights)
         prompt = {k: v.repeat(len(batch), 1).to(device) for k, v in self.prompt.items()}
-        ids = self.model.generate(pixel_values=pixels, **prompt, **self._how(batch))
-        texts = self.processor.batch_decode(ids, skip_special_tokens=True)
-        return [with_prompt(text, self.config.prompt) for text in texts]
-
-    def _how(self, batch: Sequence[Prepared]) -> dict[str, Any]:
-        """Arguments of generate()."""
         c = self.config
-        how: dict[str, Any] = {"max_new_tokens": self.most, "min_new_tokens": c.min_tokens,
-                               "do_sample": False}
-        if not c.sample:
-            return how | {"num_beams": c.beams}
-        steps: list[Any] = [transformers.TemperatureLogitsWarper(c.temperature)]
-        if c.top_p < 1:
-            steps.append(transformers.TopPLogitsWarper(c.top_p))
-        noise = GumbelNoise([seed_of(picture, c.seed) for picture in batch])
-        return how | {"num_beams": 1, "logits_processor": transformers.LogitsProcessorList(
-            [*steps, noise])}
+        options: dict[str, Any] = {"num_beams": c.beams}
+        if c.sample:
+            # Not generate()'s own sampling: a picture's draws would depend on its neighbours.
+            steps: list[Any] = [transformers.TemperatureLogitsWarper(c.temperature)]
+            if c.top_p < 1:
+                steps.append(transformers.TopPLogitsWarper(c.top_p))
+            steps.append(GumbelNoise([seed_of(picture, c.seed) for picture in batch]))
+            options = {"num_beams": 1,
+                       "logits_processor": transformers.LogitsProcessorList(steps)}
+        ids = self.model.generate(pixel_values=pixels, **prompt, do_sample=False,
+                                  max_new_tokens=self.most, min_new_tokens=c.min_tokens, **options)
+        texts = self.processor.batch_decode(ids, skip_special_tokens=True)
+        return [with_prompt(text, c.prompt) for text in texts]
 
 
 class GumbelNoise(transformers.LogitsProcessor):  # type: ignore[misc]
-    """Turns taking the likeliest token into sampling: argmax(logits + Gumbel noise) is a draw
-    from their softmax (Gumbel 1954; Maddison et al. 2014, arXiv 1411.0030). Every picture has
-    its own generator, so its sentence doesn't depend on its neighbours in the batch."""
+    """Makes greedy search sample: argmax(logits + Gumbel noise) is a draw from their softmax
+    (Gumbel 1954; Maddison et al. 2014, arXiv 1411.0030). Every picture has its own generator, so
+    its sentence doesn't depend on the other pictures of the batch."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -134,18 +128,19 @@ class GumbelNoise(transformers.LogitsProcessor):  # type: ignore[misc]
 
 
 def seed_of(picture: Prepared, seed: int) -> int:
-    """By what is on the picture: the same in any batch, order and run."""
+    """A seed from the picture's content: the same in any batch, order and run."""
     content = hashlib.sha256(np.ascontiguousarray(picture).tobytes() + seed.to_bytes(8, "little"))
     return int.from_bytes(content.digest()[:7], "little")
 
 
 def with_prompt(text: str, prompt: str) -> str:
-    """A prefix begins the sentence; a question (it ends in ? or :) is left out of the answer."""
-    said, asked = " ".join(text.split()), " ".join(prompt.split())
-    rest = said[len(asked):].lstrip() if said.lower().startswith(asked.lower()) else said
-    if not asked or asked.endswith(("?", ":", "？", "：")):
+    """Puts the prompt before the sentence; a question (it ends in ? or :) is left out instead."""
+    text, prompt = " ".join(text.split()), " ".join(prompt.split())
+    # Some models repeat the prompt, in lower case.
+    rest = text[len(prompt):].lstrip() if text.lower().startswith(prompt.lower()) else text
+    if not prompt or prompt.endswith(("?", ":", "？", "：")):
         return rest
-    return f"{asked} {rest}".strip()
+    return f"{prompt} {rest}".strip()
 
 
 def model_type(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""CLIP by open_clip: ranks a vocabulary against pictures; also the measure of how alike they are.
+"""CLIP by open_clip: ranks a vocabulary against pictures, and measures how alike pictures are.
 
 Score of entry i of a category: softmax over the category of s * cos(picture, text_i), with s the
 model's own learned scale and text_i the normalised mean over the category's prompt templates
@@ -29,7 +29,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from captioner.base import CaptionerSpec, Description, Tag
+from captioner.base import CaptionerSpec, Description
 from captioner.config import CaptionConfig
 from captioner.models import tagging, weights
 from core.dataset.cache import Cache, key
@@ -42,9 +42,10 @@ Prepared = NDArray[np.uint8]                # (H, W, 3), resized and cropped for
 CONFIG = "open_clip_config.json"
 VOCABULARY = "vocabulary.yaml"              # beside the weights: the model's own words
 TEXTS_AT_ONCE = 256
-MOST_TAGS = 12                              # where the config leaves it to us
+MOST_TAGS = 12                              # unless the config says otherwise
+# What open_clip raises on files that don't fit.
 BROKEN = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError,
-          SafetensorError, StopIteration)   # what open_clip raises on files that don't fit
+          SafetensorError, StopIteration)
 
 
 class ClipTagger:
@@ -57,14 +58,15 @@ class ClipTagger:
         self.config = config
         self.name = config.models.get("clip", self.spec.default_model)
         self.most = config.most_tags or MOST_TAGS
-        self.own_words = (tagging.load_vocabulary(Path(config.vocabulary).expanduser())
-                          if config.vocabulary else None)
+        self.user_vocabulary = (tagging.load_vocabulary(Path(config.vocabulary).expanduser())
+                                if config.vocabulary else None)
 
     # --- loading ---
 
     def load(self) -> None:
         folder = find(self.name)
         self.precision = precision.choose(self.config.precision, self.config.device)
+        # The user's vocabulary, the model's own, or ours.
         self.vocabulary = self._vocabulary(folder)
         settings = _settings(folder, self.name)
         try:
@@ -77,20 +79,22 @@ class ClipTagger:
         steps = image_transform_v2(
             PreprocessCfg(**self.model.visual.preprocess_cfg),
             is_train=False).transforms
-        self._resize = steps[:-2]           # on Pillow; the last two are x / 255, (x - mean) / std
+        # The last two steps, x / 255 and (x - mean) / std, are done on the model's device.
+        self._resize = steps[:-2]
         self._mean, self._std = (torch.tensor(v, device=self.precision.device).view(3, 1, 1)
                                  for v in (steps[-1].mean, steps[-1].std))
+        # CLIP's learned temperature: cosines are too close to one another for a softmax.
         self.scale = float(self.model.logit_scale.exp())
-        self.texts = self._vocabulary_embeddings()
+        self.embeddings = self._vocabulary_embeddings()
 
-    def _vocabulary(self, folder: Path) -> tagging.TokenizerSpec:
-        if self.own_words is not None:
-            return self.own_words
+    def _vocabulary(self, folder: Path) -> tagging.Vocabulary:
+        if self.user_vocabulary is not None:
+            return self.user_vocabulary
         beside = folder / VOCABULARY
         return tagging.load_vocabulary(beside) if beside.exists() else tagging.built_in()
 
     def identity(self) -> str:
-        """Weights, words and the options that change tags."""
+        """Names the weights, the vocabulary and the options that change tags."""
         folder = find(self.name)
         vocabulary = self._vocabulary(folder)
         c = self.config
@@ -101,27 +105,27 @@ class ClipTagger:
     # --- texts ---
 
     def _vocabulary_embeddings(self) -> list[Tensor]:
-        """One (entries, D) per category; on disk by weights and words."""
+        """One (entries, D) for each category, cached on disk: the mean of the normalised
+        embeddings of an entry's prompts, normalised again."""
         cache = Cache("vocabularies", _fingerprint(find(self.name)))
         name = key(tagging.digest(self.vocabulary), str(self.precision.weights))
-        found = cache.get(name)
-        if found is None:
-            found = {str(n): self._embed_category(c) for n, c in enumerate(self.vocabulary)}
-            with contextlib.suppress(OSError):      # a full disk costs the next start, not this one
-                cache.put(name, found)
-        return [found[str(n)].to(self.precision.device) for n in range(len(self.vocabulary))]
-
-    def _embed_category(self, category: tagging.Category) -> Tensor:
-        """Mean of the normalised embeddings of an entry's prompts, normalised again."""
-        prompts = [category.prompts(entry) for entry in category.entries]
-        rows = self.embed_texts([text for texts in prompts for text in texts])
-        parts = torch.split(rows, [len(texts) for texts in prompts])
-        means = [part.mean(0) for part in parts]
-        return F.normalize(torch.stack(means), dim=-1)
+        embeddings = cache.get(name)
+        if embeddings is None:
+            embeddings = {}
+            for number, category in enumerate(self.vocabulary):
+                prompts = [category.prompts(entry) for entry in category.entries]
+                rows = self.embed_texts([text for texts in prompts for text in texts])
+                parts = torch.split(rows, [len(texts) for texts in prompts])
+                means = torch.stack([part.mean(0) for part in parts])
+                embeddings[str(number)] = F.normalize(means, dim=-1)
+            # A full disk costs time at the next start, not this one.
+            with contextlib.suppress(OSError):
+                cache.put(name, embeddings)
+        return [embeddings[str(n)].to(self.precision.device) for n in range(len(self.vocabulary))]
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """-> (len(texts), D) float32, each of length one, on the model's device."""
+        """Returns (len(texts), D) float32 of length one each, on the model's device."""
         parts = []
         for start in range(0, len(texts), TEXTS_AT_ONCE):
             ids = self.tokenizer(list(texts[start:start + TEXTS_AT_ONCE]))
@@ -131,8 +135,8 @@ class ClipTagger:
     # --- pictures ---
 
     def prepare(self, image: Image.Image) -> Prepared:
-        """open_clip's own resizing and cropping, still as bytes: a quarter of the memory, and the
-        arithmetic is done once for the whole batch."""
+        """Resizes and crops as open_clip does. The result is bytes: a quarter of the memory, and
+        the arithmetic is done once for the whole batch."""
         for step in self._resize:
             image = step(image)
         return np.asarray(image)
@@ -145,37 +149,33 @@ class ClipTagger:
         embedded = self.model.encode_image(pixels.to(self.precision.weights))
         return F.normalize(embedded.float(), dim=-1)
 
-    def similarity(self, batch: Sequence[Prepared], texts: Sequence[str]) -> Tensor:
-        """-> (pictures, texts): cosines, -1..1. Comparable among texts of one picture."""
-        return self.embed_images(batch) @ self.embed_texts(texts).T
-
     def scores(self, batch: Sequence[Prepared]) -> list[NDArray[np.float64]]:
-        """For each category (pictures, entries), each row a distribution over its entries."""
-        seen = self.embed_images(batch)
-        return [tagging.softmax((self.scale * seen @ told.T).cpu().numpy()) for told in self.texts]
+        """(pictures, entries) for each category, each row a distribution over its entries."""
+        pictures = self.embed_images(batch)
+        return [tagging.softmax((self.scale * pictures @ texts.T).cpu().numpy())
+                for texts in self.embeddings]
 
     def describe(self, batch: Sequence[Prepared]) -> list[Description]:
-        scores = self.scores(batch)
-        return [Description(tags=self._tags([part[n] for part in scores]))
-                for n in range(len(batch))]
-
-    def _tags(self, scores: Sequence[NDArray[np.float64]]) -> tuple[Tag, ...]:
         c = self.config
-        found = [tag for category, own in zip(self.vocabulary, scores, strict=True)
-                 for tag in tagging.choose(category, own, c.tag_threshold, c.exclude)]
-        return tagging.best(found, self.most)
+        scores = self.scores(batch)
+        descriptions = []
+        for n in range(len(batch)):
+            tags = [tag for category, rows in zip(self.vocabulary, scores, strict=True)
+                    for tag in tagging.choose(category, rows[n], c.tag_threshold, c.exclude)]
+            descriptions.append(Description(tags=tagging.best(tags, self.most)))
+        return descriptions
 
 
 def _encode_text(model: Any, ids: Tensor) -> Tensor:
-    """encode_text without the padding after the longest text: a causal tower that is read at the
-    end of the text never sees it, and a vocabulary's prompts fill 8 of 77 places."""
+    """encode_text without the padding behind the longest text. A causal text tower that is read at
+    the end of the text never sees it, and the prompts of a vocabulary fill 8 of 77 positions."""
     longest = int(ids.argmax(1).max()) + 1
     if (type(model) is not open_clip.CLIP or model.text_pool_type != "argmax"
             or model.attn_mask is None or longest >= ids.shape[1]):
         return model.encode_text(ids)       # type: ignore[no-any-return]
-    places = torch.nn.Parameter(model.positional_embedding[:longest], requires_grad=False)
+    positions = torch.nn.Parameter(model.positional_embedding[:longest], requires_grad=False)
     mask = model.attn_mask[:longest, :longest]
-    with (mock.patch.dict(model._parameters, positional_embedding=places),
+    with (mock.patch.dict(model._parameters, positional_embedding=positions),
           mock.patch.dict(model._buffers, attn_mask=mask)):
         return model.encode_text(ids[:, :longest])      # type: ignore[no-any-return]
 
@@ -183,16 +183,16 @@ def _encode_text(model: Any, ids: Tensor) -> Tensor:
 # --- files ---
 
 def find(name: str) -> Path:
-    """The folder of the weights. `ViT-B-32/laion2b_s34b_b79k` is open_clip's name for a hub
-    repository; a repository's own name and a folder work too."""
+    """The folder of the weights. `name` is open_clip's (`ViT-B-32/laion2b_s34b_b79k`), a hub
+    repository, or a folder."""
     architecture, _, tag = name.partition("/")
-    known = get_pretrained_cfg(architecture, tag) if tag else {}
-    repository = str(known.get("hf_hub", "")).rpartition("/")[0]
+    pretrained = get_pretrained_cfg(architecture, tag) if tag else {}
+    repository = str(pretrained.get("hf_hub", "")).rpartition("/")[0]
     return weights.find("clip", name, repository or name)
 
 
 def _settings(folder: Path, name: str) -> dict[str, Any]:
-    """open_clip_config.json, or the same out of open_clip's own registry."""
+    """open_clip_config.json, or the same from open_clip's own registry."""
     try:
         settings: dict[str, Any] = from_json((folder / CONFIG).read_text("utf-8"))
         if not isinstance(settings.get("model_cfg"), dict):
@@ -213,34 +213,34 @@ def _open(folder: Path, settings: dict[str, Any]) -> tuple[Any, Any]:
     """The model with its weights from safetensors, and its tokenizer."""
     file = weights.safetensors_of("clip", folder, ("open_clip_model.safetensors",
                                                    "model.safetensors"))
-    model_cfg, given = settings["model_cfg"], settings.get("preprocess_cfg") or {}
+    model_cfg, preprocess = settings["model_cfg"], settings.get("preprocess_cfg") or {}
+    # timm would fetch weights of its own.
+    if "timm_model_name" in (vision := model_cfg.get("vision_cfg", {})):
+        model_cfg = {**model_cfg, "vision_cfg": {**vision, "timm_model_pretrained": False}}
+    # open_clip makes models only by name, so the config gets one for this moment.
     name = "darkroom-" + hashlib.sha256(str(folder).encode()).hexdigest()[:12]
-    with mock.patch.dict(_MODEL_CONFIGS, {name: _offline_towers(model_cfg)}):
+    with mock.patch.dict(_MODEL_CONFIGS, {name: model_cfg}):
         model = open_clip.create_model(
             name, load_weights=False, pretrained_image=False, pretrained_text=False,
-            force_preprocess_cfg={k: v for k, v in given.items() if k != "size"})
+            force_preprocess_cfg={k: v for k, v in preprocess.items() if k != "size"})
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}" if (folder / CONFIG).exists()
                                             else name)
+    # The file that was chosen above: never a pickle, which could run code.
     load_checkpoint(model, str(file))
     return model, tokenizer
 
 
-def _offline_towers(model_cfg: dict[str, Any]) -> dict[str, Any]:
-    """timm's flag inside the config would fetch weights of its own."""
-    vision = model_cfg.get("vision_cfg", {})
-    if "timm_model_name" in vision:
-        model_cfg = {**model_cfg, "vision_cfg": {**vision, "timm_model_pretrained": False}}
-    return model_cfg
-
-
 @contextlib.contextmanager
 def _quiet_and_offline() -> Iterator[None]:
-    """open_clip logs through the root logger, which would install a handler for the whole
-    application, and warns of random weights before it gets them; and nothing is fetched that
-    the user didn't ask for."""
+    """Keeps open_clip from fetching files that the user didn't ask for, and from logging.
+
+    It logs through the root logger, which would install a handler for the whole application, and
+    warns of random weights before it gets the right ones.
+    """
     root, silent = logging.getLogger(), logging.NullHandler()
     root.addHandler(silent)
-    root.addFilter(_drop)                   # of what is logged at the root itself only
+    # A filter of the root drops only what is logged at the root itself.
+    root.addFilter(_drop)
     try:
         with mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True):
             yield

@@ -25,13 +25,14 @@ from core.errors import UserError
 from core.serialization import from_json
 from core.weights import precision
 
-NEEDS = ("config.json", "*.safetensors")
+FILES = ("config.json", "*.safetensors")
 TASKS = {"": "<DETAILED_CAPTION>", "caption": "<CAPTION>", "short": "<CAPTION>",
          "detailed": "<DETAILED_CAPTION>", "detailed caption": "<DETAILED_CAPTION>",
          "more": "<MORE_DETAILED_CAPTION>", "more detailed": "<MORE_DETAILED_CAPTION>",
          "more detailed caption": "<MORE_DETAILED_CAPTION>"}
+# Tasks that answer with boxes.
 NO_SENTENCE = {"<OD>", "<OCR>", "<OCR_WITH_REGION>", "<DENSE_REGION_CAPTION>", "<REGION_PROPOSAL>"}
-LENGTH = 256                            # tokens; the model ends by itself far before
+LENGTH = 256                            # tokens; the model mostly ends long before
 
 
 class Florence:
@@ -44,24 +45,35 @@ class Florence:
         self.config = config
         self.model_name = config.models.get("florence") or self.spec.default_model
         self.task = task_of(config.prompt)
-        default = CaptionConfig.model_fields["max_tokens"].default
-        self.length = LENGTH if config.max_tokens in (None, default) else config.max_tokens
+        self.length = config.max_tokens or LENGTH
         self.model: Any = None
         self.processor: Any = None
 
     def load(self) -> None:
-        found = hub.find(self.model_name, NEEDS)
-        folder = found.parent if found.is_file() else found
-        _check(folder)
-        self.number = precision.choose(self.config.precision, self.config.device)
-        self.model, self.processor = _read(folder, self.number.weights)
-        self.model.to(self.number.device)
+        path = hub.find(self.model_name, FILES)
+        folder = path.parent if path.is_file() else path
+        try:
+            config = from_json((folder / "config.json").read_text("utf-8"))
+            kind = str(config.get("model_type"))
+        except (OSError, ValueError, AttributeError):
+            raise UserError("vision.no_config", folder=folder) from None
+        if kind != "florence2":
+            raise UserError("vision.other_model", folder=folder, kind=kind)
+        # The first releases came with code of their own instead of transformers' classes.
+        if "auto_map" in config:
+            raise UserError("vision.old_layout", folder=folder, model=self.spec.default_model)
+        if not any(folder.glob("*.safetensors")):
+            raise UserError("vision.no_safetensors", folder=folder)
+        self.precision = precision.choose(self.config.precision, self.config.device)
+        self.model, self.processor = _open(folder, self.precision.weights)
+        self.model.to(self.precision.device)
+        # The prompt is the same for all pictures. The processor wants one beside it.
         blank = Image.new("RGB", (8, 8))
         self.prompt_ids = self.processor(text=self.task, images=blank,
                                          return_tensors="pt")["input_ids"]
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
-        """-> (3, H, W) float32, as the model's image processor makes them"""
+        """Returns the image processor's pixels, (3, H, W) float32."""
         pixels: torch.Tensor = self.processor.image_processor(
             images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
         return pixels
@@ -70,12 +82,14 @@ class Florence:
         if not batch:
             return []
         if not self.config.sample:
-            return self._described(torch.stack(list(batch)))
+            return self._describe(torch.stack(list(batch)))
+        # Each picture alone with a seed of its own, so that neighbours don't change its sentence.
         described = []
-        for one in batch:               # alone, so that the batch size doesn't change the draws
+        for pixels in batch:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-                torch.manual_seed((self.config.seed + zlib.crc32(one.numpy().tobytes())) % 2**63)
-                described += self._described(one[None])
+                content = zlib.crc32(pixels.numpy().tobytes())
+                torch.manual_seed((self.config.seed + content) % 2**63)
+                described += self._describe(pixels[None])
         return described
 
     def identity(self) -> str:
@@ -85,29 +99,32 @@ class Florence:
                f"{config.min_tokens}|{config.beams}|{drawn}|{config.precision}"
 
     @torch.inference_mode()
-    def _described(self, pixels: torch.Tensor) -> list[Description]:
-        """(N, 3, H, W) -> N sentences"""
-        ids = self.prompt_ids.expand(len(pixels), -1).to(self.number.device)
-        written = self.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids),
-            pixel_values=pixels.to(self.number.device, self.number.weights),
-            max_new_tokens=self.length, min_new_tokens=min(self.config.min_tokens, self.length),
-            **self._search())
-        texts = self.processor.tokenizer.batch_decode(written, skip_special_tokens=True)
-        end = self.model.config.text_config.eos_token_id
-        # the model forces an end at the limit itself: only an earlier one is its own
-        return [Description(sentence=_tidy(text, bool((row[1:self.length] == end).any())))
-                for text, row in zip(texts, written, strict=True)]
-
-    def _search(self) -> dict[str, Any]:
+    def _describe(self, pixels: torch.Tensor) -> list[Description]:
+        """(N, 3, H, W) -> N descriptions"""
+        search: dict[str, Any] = {"do_sample": False, "num_beams": self.config.beams}
         if self.config.sample:
-            return {"do_sample": True, "num_beams": 1, "top_k": 0, "top_p": self.config.top_p,
-                    "temperature": self.config.temperature}
-        return {"do_sample": False, "num_beams": self.config.beams}
+            search = {"do_sample": True, "num_beams": 1, "top_k": 0, "top_p": self.config.top_p,
+                      "temperature": self.config.temperature}
+        prompt_ids = self.prompt_ids.expand(len(pixels), -1).to(self.precision.device)
+        ids = self.model.generate(
+            input_ids=prompt_ids, attention_mask=torch.ones_like(prompt_ids),
+            pixel_values=pixels.to(self.precision.device, self.precision.weights),
+            max_new_tokens=self.length, min_new_tokens=min(self.config.min_tokens, self.length),
+            **search)
+        texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        end = self.model.config.text_config.eos_token_id
+        descriptions = []
+        for text, row in zip(texts, ids, strict=True):
+            text = " ".join(re.sub(r"<[\w/]+>", " ", text).split())
+            # At the limit the model forces an end token: only an earlier one is its own.
+            complete = bool((row[1:self.length] == end).any())
+            descriptions.append(Description(
+                sentence=text if complete else whole_sentences(text)))
+        return descriptions
 
 
 def task_of(prompt: str) -> str:
-    """'', 'detailed', '<CAPTION>' -> the model's task; other text stays.
+    """The model's task for '', 'detailed', '<CAPTION>' and their like; other text stays.
 
     Raises UserError `vision.task` for tasks that answer with boxes, and for a task with more text.
     """
@@ -124,31 +141,18 @@ def _tidy(text: str, ended: bool) -> str:
     return text if ended else whole_sentences(text)
 
 
-def _check(folder: Path) -> None:
-    """What can be told before torch reads a byte."""
-    try:
-        config = from_json((folder / "config.json").read_text("utf-8"))
-        kind = str(config.get("model_type"))
-    except (OSError, ValueError, AttributeError):
-        raise UserError("vision.no_config", folder=folder) from None
-    if kind != "florence2":
-        raise UserError("vision.other_model", folder=folder, kind=kind)
-    if "auto_map" in config:
-        raise UserError("vision.old_layout", folder=folder, model=Florence.spec.default_model)
-    if not any(folder.glob("*.safetensors")):
-        raise UserError("vision.no_safetensors", folder=folder)
-
-
-def _read(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def _open(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoProcessor, Florence2ForConditionalGeneration
     from transformers.utils import logging
-    logging.disable_progress_bar()      # it would tear our own
+    # Its progress bar would break ours.
+    logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         model, info = Florence2ForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True,
             output_loading_info=True)
+    # It is a RuntimeError too, and the runner has a sentence for it.
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, LookupError, AttributeError, TypeError,

@@ -1,8 +1,8 @@
 """WD taggers: Danbooru tags for anime pictures, by ONNX Runtime (v2 and v3 models).
 
 A model is a folder with model.onnx and selected_tags.csv (tag_id, name, category, count; the
-category is 0 general, 4 character, 9 rating). The input is NHWC, BGR, 0..255, a white square
-around the whole picture; the output is one probability a row of the csv.
+category is 0 general, 4 character, 9 rating). The input is NHWC, BGR, 0..255: the whole picture on
+a white square. The output is one probability for each row of the csv.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from captioner.base import CaptionerSpec, Description, Tag
-from captioner.captions.text import is_face
+from captioner.captions.text import is_face, tag_key
 from captioner.config import CaptionConfig
 from core.base_models import hub
 from core.errors import UserError
@@ -35,10 +35,10 @@ Pixels = npt.NDArray[np.uint8]                  # (side, side, 3), BGR
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """A row of the csv, as it goes into captions."""
+    """A row of the csv."""
 
-    tag: str
-    category: str                               # "" is never written
+    tag: str                                    # as it goes into captions
+    category: str                               # "": never written
 
 
 class WdTagger:
@@ -56,12 +56,16 @@ class WdTagger:
             "general": GENERAL if config.tag_threshold is None else config.tag_threshold,
             "character": (CHARACTER if config.character_threshold is None
                           else config.character_threshold)}
-        self.most = most_tags(config)
+        # The thresholds alone decide, as published, unless the user sets a number.
+        self.most = config.most_tags
         self.session: Any = None
         self.side, self.one_by_one, self.labels = 0, False, list[Label]()
 
     def load(self) -> None:
-        runtime = _runtime()
+        try:
+            runtime = importlib.import_module(PACKAGE)
+        except ImportError as error:
+            raise UserError("wd.no_runtime", reason=error) from None
         folder = hub.find(self.model, FILES)
         folder = folder.parent if folder.is_file() else folder
         for name in FILES:
@@ -69,14 +73,30 @@ class WdTagger:
                 raise UserError("wd.incomplete", folder=folder, file=name)
         self.labels = read_labels(folder / FILES[1], self.config)
         self.session = _session(runtime, folder / FILES[0], self.config.device)
-        self.side, self.one_by_one = self._shape(folder / FILES[0])
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        shape, tags = inputs[0].shape, outputs[0].shape[-1]
+        # A dimension that may be of any size has a name instead of a number.
+        if len(inputs) != 1 or len(shape) != 4 or shape[3] != 3 or not isinstance(shape[1], int):
+            raise UserError("wd.not_a_tagger", path=folder / FILES[0], shape=shape)
+        if isinstance(tags, int) and tags != len(self.labels):
+            raise UserError("wd.other_tags", path=folder / FILES[0], tags=tags,
+                            rows=len(self.labels))
+        self.side, self.one_by_one = shape[1], shape[0] == 1
 
     def prepare(self, image: Image.Image) -> Pixels:
         return square(image, self.side)
 
     def describe(self, batch: Sequence[Pixels]) -> list[Description]:
-        groups = [[one] for one in batch] if self.one_by_one else [list(batch)]
-        return [self._described(row) for group in groups if group for row in self._run(group)]
+        # Some models were exported for a batch of one.
+        groups = [[pixels] for pixels in batch] if self.one_by_one else [list(batch)]
+        descriptions = []
+        for scores in (row for group in groups if group for row in self._run(group)):
+            tags = [Tag(label.tag, float(scores[at]), label.category)
+                    for at in np.argsort(-scores, kind="stable")
+                    if (label := self.labels[at]).category
+                    and scores[at] >= self.thresholds[label.category]]
+            descriptions.append(Description(tags=tuple(tags[:self.most])))
+        return descriptions
 
     def identity(self) -> str:
         config = self.config
@@ -88,72 +108,44 @@ class WdTagger:
         pixels = np.stack(group).astype(np.float32)
         try:
             scores = self.session.run(None, {self.session.get_inputs()[0].name: pixels})[0]
-        except Exception as error:      # onnxruntime knows no class of its own for this
+        # onnxruntime has no class of its own for a lack of memory.
+        except Exception as error:
             if re.search(r"alloc|out of memory", str(error), re.IGNORECASE):
                 raise MemoryError(str(error)) from None
             raise
         return np.asarray(scores, dtype=np.float32)
 
-    def _described(self, scores: npt.NDArray[np.float32]) -> Description:
-        """The tags of a row above their category's threshold, best first."""
-        order = np.argsort(-scores, kind="stable")
-        tags = [Tag(label.tag, float(scores[at]), label.category) for at in order
-                if (label := self.labels[at]).category
-                and scores[at] >= self.thresholds[label.category]]
-        return Description(tags=tuple(tags[:self.most]))
-
-    def _shape(self, path: Path) -> tuple[int, bool]:
-        """Side of the square; whether the model takes one picture at a time only."""
-        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
-        shape, tags = inputs[0].shape, outputs[0].shape[-1]
-        if len(inputs) != 1 or len(shape) != 4 or shape[3] != 3 or not isinstance(shape[1], int):
-            raise UserError("wd.not_a_tagger", path=path, shape=shape)
-        if isinstance(tags, int) and tags != len(self.labels):
-            raise UserError("wd.other_tags", path=path, tags=tags, rows=len(self.labels))
-        return shape[1], shape[0] == 1
-
-
-def most_tags(config: CaptionConfig) -> int | None:
-    """The thresholds decide, as published, unless the user set a number of their own."""
-    default = CaptionConfig.model_fields["most_tags"].default
-    return None if config.most_tags in (None, default) else config.most_tags
-
 
 # --- files ---
 
-def _runtime() -> Any:
-    try:
-        return importlib.import_module(PACKAGE)
-    except ImportError as error:
-        raise UserError("wd.no_runtime", reason=error) from None
-
-
 def _session(runtime: Any, path: Path, device: str) -> Any:
-    """On the GPU where this ONNX Runtime can (onnxruntime-gpu), else on the CPU."""
+    """An ONNX session, on the GPU where this ONNX Runtime can (onnxruntime-gpu)."""
     has_cuda = "CUDAExecutionProvider" in runtime.get_available_providers()
+    # `auto` falls back to the CPU; a GPU that the user asked for must be there.
     if device == "cuda" and not has_cuda:
         raise UserError("wd.no_cuda")
-    wanted = ["CUDAExecutionProvider"] if has_cuda and device in ("auto", "cuda") else []
+    gpu = ["CUDAExecutionProvider"] if has_cuda and device in ("auto", "cuda") else []
     options = runtime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 3              # errors only
     try:
         return runtime.InferenceSession(str(path), options,
-                                        providers=[*wanted, "CPUExecutionProvider"])
-    except Exception as error:          # its classes come from C++ and have no common base
+                                        providers=[*gpu, "CPUExecutionProvider"])
+    # Its classes come from C++ and have no common base.
+    except Exception as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError("wd.unreadable", path=path, reason=reason) from None
 
 
 def read_labels(path: Path, config: CaptionConfig) -> list[Label]:
     """One label a row, in the model's order. Raises UserError `wd.bad_tags` with file and line."""
-    labels, excluded = [], {_plain(tag) for tag in config.exclude}
+    labels, excluded = [], {tag_key(tag) for tag in config.exclude}
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             for row in csv.DictReader(file):
                 category = CATEGORIES.get(int(row["category"]), "")
                 name = row["name"].strip()
                 labels.append(Label(written(name, config.underscores, config.escape_brackets),
-                                    "" if _plain(name) in excluded else category))
+                                    "" if tag_key(name) in excluded else category))
     except (KeyError, ValueError, AttributeError, TypeError, csv.Error):
         raise UserError("wd.bad_tags", path=path, line=len(labels) + 2) from None
     if not labels:
@@ -161,13 +153,9 @@ def read_labels(path: Path, config: CaptionConfig) -> list[Label]:
     return labels
 
 
-def _plain(tag: str) -> str:
-    return tag.strip().lower().replace("_", " ").replace("\\", "")
-
-
 def written(name: str, underscores: bool = False, escape: bool = False) -> str:
-    r"""`long_hair` -> `long hair`; `fate_(series)` -> `fate \(series\)`. Faces such as ^_^ stay
-    as they are: they are drawings, not words."""
+    r"""`long_hair` -> `long hair`; with `escape` `fate_(series)` -> `fate \(series\)`. Faces such
+    as ^_^ keep their underscores."""
     if not underscores and not is_face(name):
         name = name.replace("_", " ")
     return re.sub(r"([()])", r"\\\1", name) if escape else name

@@ -1,4 +1,4 @@
-"""Where a captioner's weights lie on this machine, and what is said when they don't. No torch."""
+"""Finds a captioner's weights on this machine, and the faults where they are missing. No torch."""
 
 from __future__ import annotations
 
@@ -18,20 +18,24 @@ def find(captioner: str, name: str, repository: str = "") -> Path:
     """
     if name == "demo":
         return paths.DEMO / "captioners" / captioner
-    plain = Path(name).expanduser()
-    if plain.is_dir():
-        return plain.absolute()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.absolute()
     repository = repository or name
+    # Here, as the hub's library takes long to import.
     from core.base_models import hub
-    found = hub.local(repository, ("*.safetensors",))
-    if found is None:
+    local = hub.local(repository, ("*.safetensors",))
+    if local is None:
         raise UserError("captioner.no_weights", model=name,
                         command=f"darkroom models get {repository}")
-    return found
+    return local
 
 
 def safetensors_of(captioner: str, folder: Path, preferred: Sequence[str]) -> Path:
-    """The weights in the folder: the first of `preferred` that is there, else the only one."""
+    """The weights in the folder: the first of `preferred` that is there, else the first file.
+
+    Raises UserError where there is none, or only a pickle, which could run code.
+    """
     files = sorted(folder.glob("*.safetensors"))
     for name in preferred:
         if folder / name in files:
@@ -45,7 +49,7 @@ def safetensors_of(captioner: str, folder: Path, preferred: Sequence[str]) -> Pa
 
 
 def broken(captioner: str, model: str, folder: Path, error: Exception) -> UserError:
-    """Files that are there but don't make a model: torn, of another kind, of another size."""
+    """The fault of files that make no model: damaged, of another kind, of another size."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return UserError("captioner.broken_weights", captioner=captioner.upper(), model=model,
                      folder=folder, reason=reason[:300])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -72,6 +73,27 @@ def shuffle_tags(caption: str, keep_tokens: int, rng: Random) -> str:
 def drop_caption(rng: Random, share: float) -> bool:
     """True for `share` of the calls: this picture trains without its caption this time."""
     return rng.random() < share
+
+
+# --- where captions are -----------------------------------------------------------------------
+
+def metadata_files(files: Iterable[Path]) -> list[Path]:
+    """The metadata.csv and .jsonl files, the nearest to its pictures first: that one is read."""
+    tables = (path for path in files if path.name.lower() in ("metadata.csv", "metadata.jsonl"))
+    return sorted(tables, key=lambda path: -len(path.parts))
+
+
+def caption_places(pictures: Iterable[Path], files: Iterable[Path]) -> dict[Path, list[Path]]:
+    """Each picture's sidecars among `files`, in the order in which they are read: 01.txt and, as
+    some downloaders write it, 01.png.txt; then .caption in the same way."""
+    def stem(path: Path) -> str:
+        return os.path.splitext(os.path.normcase(path))[0]
+
+    sidecars = {(stem(path), path.suffix.lower()): path for path in files
+                if path.suffix.lower() in (".txt", ".caption")}
+    return {path: [sidecars[key] for suffix in (".txt", ".caption")
+                   for key in ((stem(path), suffix), (os.path.normcase(path), suffix))
+                   if key in sidecars] for path in pictures}
 
 
 # --- metadata.csv and metadata.jsonl ----------------------------------------------------------
