@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from core.dataset.buckets import Rule
+from core.dataset.buckets import BucketRule
 from core.dataset.crops import BaseFacts
 
 Size = tuple[int, int]
@@ -89,5 +89,5 @@ def save(image: Image.Image, path: Path, caption: str | None = None,
 def facts_for(area: tuple[int, int], step: int, no_upscale: bool = False,
               count_tokens: Callable[[Sequence[str]], list[int]] | None = None) -> BaseFacts:
     """Of a base of sizes that are given."""
-    rule = Rule.usual(area, step, no_upscale=no_upscale)
+    rule = BucketRule.usual(area, step, no_upscale=no_upscale)
     return BaseFacts(**asdict(rule), count_tokens=count_tokens)

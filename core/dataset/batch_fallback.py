@@ -1,4 +1,7 @@
-"""Batches through an encoder that may not fit: fewer at once, then gentler ways, one by one."""
+"""Runs batches through an encoder that may not fit into memory.
+
+First fewer items go in at once, then the caller's gentler ways are switched on, one by one.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from core.failures import ran_out
 from core.jobs.events import Event, Note
 from core.weights.precision import free_memory
 
-Way = tuple[str, Callable[[], object]]          # the key of its note, and what switches it on
+# The key of the note that announces a gentler way, and the function that switches it on.
+Way = tuple[str, Callable[[], object]]
 
 
 class BatchFallback:
@@ -20,34 +24,25 @@ class BatchFallback:
         self.at_once, self.ways, self.emit = at_once, list(ways), emit
 
     def __call__(self, encode: Callable[[Any], Sequence[Any]], items: Any) -> list[Any]:
-        """-> a row for each item. Raises UserError where one alone doesn't fit in any way."""
+        """Returns one row for each item. Raises UserError where not even a single item fits."""
         rows: list[Any] = []
         while len(rows) < len(items):
-            part = items[len(rows):len(rows) + self.at_once]
-            made = self._try(encode, part)
-            if made is None:
-                self.lr_scale(len(part))
+            batch = items[len(rows):len(rows) + self.at_once]
+            try:
+                rows += encode(batch)
+                continue
+            except (MemoryError, RuntimeError) as error:
+                if not ran_out(error):
+                    raise
+            # Outside of `except`: the error's frames hold the tensors that are to be freed.
+            free_memory()
+            if len(batch) > 1:
+                self.at_once = len(batch) // 2
+                self.emit(Note(key="engine.cache_fewer", params={"count": self.at_once}))
+            elif self.ways:
+                key, switch = self.ways.pop(0)
+                switch()
+                self.emit(Note(key=key))
             else:
-                rows += made
+                raise UserError("engine.cache_too_big")
         return rows
-
-    def _try(self, encode: Callable[[Any], Sequence[Any]], part: Any) -> Sequence[Any] | None:
-        """None where memory ran out; the error and its frames are gone when this returns."""
-        try:
-            return encode(part)
-        except (MemoryError, RuntimeError) as error:
-            if not ran_out(error):
-                raise
-            return None
-
-    def lr_scale(self, tried: int) -> None:
-        free_memory()
-        if tried > 1:
-            self.at_once = tried // 2
-            self.emit(Note(key="engine.cache_fewer", params={"count": self.at_once}))
-        elif self.ways:
-            key, switch = self.ways.pop(0)
-            switch()
-            self.emit(Note(key=key))
-        else:
-            raise UserError("engine.cache_too_big")

@@ -1,5 +1,7 @@
-"""How each picture of a folder will be scaled and cut, from the base's own facts. No weights are
-read: configs and headers tell."""
+"""How each picture of a folder will be scaled and cut for a base.
+
+No weights are read: the base's configs and headers say all that is needed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from typing import Any
 from core import families, paths
 from core.config import TrainConfig
 from core.dataset import buckets
-from core.dataset.buckets import Crop, Point, Rule, Size
+from core.dataset.buckets import BucketRule, Crop, Point, Size
 from core.errors import UserError
 from core.families.detection import Base
 from core.families.registry import STANDARD
@@ -22,13 +24,15 @@ USUAL = TrainConfig()
 
 
 @dataclass(frozen=True, slots=True)
-class BaseFacts(Rule):
+class BaseFacts(BucketRule):
     """What a base asks of pictures and captions."""
 
     base: str = ""                          # its name; empty: none is known, SD 1.5 is assumed
     token_limit: int = 75
-    count_tokens: Callable[[Sequence[str]], list[int]] | None = None    # without start and end
-    fault: UserError | None = None              # why those of the base that was named are not known
+    # Tokens of each text, without start and end; None where the base has no such limit.
+    count_tokens: Callable[[Sequence[str]], list[int]] | None = None
+    # Why the facts of the base that was named are not known.
+    fault: UserError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ class Planned:
 
     @property
     def scale(self) -> float:
-        """Above 1: the picture is enlarged."""
+        """By how much the picture is scaled; above 1 it is enlarged."""
         return max(self.crop.resized[0] / self.size[0], self.crop.resized[1] / self.size[1])
 
     @property
@@ -59,18 +63,17 @@ class Planned:
 
 def plan_crops(sizes: Sequence[Size], facts: BaseFacts,
                focus_at: Sequence[Point | None] | None = None) -> list[Planned]:
-    """Each picture's bucket and crop, in their order, by the functions that training uses."""
-    chosen = facts.assign(sizes)
+    """Returns each picture's bucket and crop, in their order, by the functions of training."""
     points = focus_at if focus_at is not None else [None] * len(sizes)
     return [Planned(buckets.crop_to(size, bucket, point), size, point)
-            for size, bucket, point in zip(sizes, chosen, points, strict=True)]
+            for size, bucket, point in zip(sizes, facts.assign(sizes), points, strict=True)]
 
 
 def count_buckets(planned: Sequence[Planned], repeats: Sequence[int]) -> dict[Size, int]:
-    """Pictures, with their repeats, in each bucket; the fullest first."""
+    """Returns how many pictures, with their repeats, each bucket holds; the fullest first."""
     counts: Counter[Size] = Counter()
-    for one, times in zip(planned, repeats, strict=True):
-        counts[one.crop.size] += times
+    for picture, times in zip(planned, repeats, strict=True):
+        counts[picture.crop.size] += times
     return dict(sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])))
 
 
@@ -78,11 +81,14 @@ def count_buckets(planned: Sequence[Planned], repeats: Sequence[int]) -> dict[Si
 
 def base_facts(source: Path, sizes: Callable[[Base], Mapping[str, float]],
                config: TrainConfig = USUAL) -> BaseFacts:
-    """Facts of a base for a run of `config`; `sizes` gives its `native` size and `step`, px, as
-    core.memory.plan.sizes does. Raises UserError where it is no base."""
+    """Returns the facts of a base for a run of `config`. Raises UserError where it is no base.
+
+    `sizes` gives its `native` size and bucket `step` in px, as core.memory.plan.sizes does; it
+    comes from the caller because core.memory is built upon this package.
+    """
     base = Base.of(source, config.family)
-    found = sizes(base)
-    rule = Rule.of(config, int(found["native"]), int(found["step"]))
+    px = sizes(base)
+    rule = BucketRule.of(config, px["native"], px["step"])
     counter, folder = None, source / "tokenizer"
     if base.family in families.SPECS and families.SPECS[base.family].chunked:
         counter = TokenCounter(folder if folder.is_dir() else TOKENIZER)
@@ -91,14 +97,17 @@ def base_facts(source: Path, sizes: Callable[[Base], Mapping[str, float]],
 
 
 def assumed_facts(config: TrainConfig = USUAL, fault: UserError | None = None) -> BaseFacts:
-    """Where no base is known: those of Stable Diffusion 1.5."""
-    rule = Rule.of(config, STANDARD.native_size, STANDARD.bucket_step)
+    """Returns the facts of Stable Diffusion 1.5, for where no base is known."""
+    rule = BucketRule.of(config, STANDARD.native_size, STANDARD.bucket_step)
     return BaseFacts(**asdict(rule), token_limit=config.max_tokens,
                      count_tokens=TokenCounter(TOKENIZER), fault=fault)
 
 
 class TokenCounter:
-    """Counts as the base's own text encoder does. transformers is imported when it is asked."""
+    """Counts tokens as the base's own text encoder does, without those of start and end.
+
+    The tokenizer is loaded at the first call. Raises UserError where it can't be.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -108,11 +117,12 @@ class TokenCounter:
         if not texts:
             return []
         if self._tokenizer is None:
+            # transformers takes seconds to import; the checks of a folder seldom need it.
             from transformers import CLIPTokenizer
             try:
                 self._tokenizer = CLIPTokenizer.from_pretrained(self.folder)
             except (OSError, ValueError) as error:
                 raise UserError("checks.tokenizer_unreadable", folder=self.folder,
                                 reason=str(error).split("\n")[0]) from None
-        ids = self._tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
-        return [len(one) for one in ids]
+        tokens = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)
+        return [len(ids) for ids in tokens.input_ids]

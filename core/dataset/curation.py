@@ -1,7 +1,7 @@
 """What the user decided about a folder's pictures: which to leave out, where to crop.
 
 Kept in our data folder (datasets/<digest of the folder's path>.json), never beside the user's
-files. Names are those of dataset.relative_name, so that the window, the command line and the
+files. Names are those of image_folder.relative_name, so that the window, the command line and the
 training mean the same picture.
 """
 
@@ -25,13 +25,18 @@ from core.serialization import from_json
 
 @dataclass(frozen=True, slots=True)
 class Choices:
+    """Pictures that don't train, and points that crops are cut about, both by name."""
+
     left_out: frozenset[str] = frozenset()
     focus: Mapping[str, Point] = field(default_factory=dict)    # set by hand
 
 
 def load(folder: Path) -> Choices:
-    """Nothing chosen yet: empty. Raises UserError where the file can't be understood: silently
-    training on pictures that were left out would be worse."""
+    """Returns the choices for a folder, empty ones where nothing was chosen yet.
+
+    Raises UserError where the file can't be understood: to train in silence on pictures that were
+    left out would be worse.
+    """
     path = _file(folder)
     try:
         data = from_json(path.read_text("utf-8"))
@@ -44,46 +49,47 @@ def load(folder: Path) -> Choices:
 
 
 def leave_out(folder: Path, names: Iterable[str]) -> Choices:
-    """These pictures don't train; their files stay."""
+    """Takes these pictures out of the training; their files stay."""
     added = frozenset(names)
     return _change(folder, lambda old: replace(old, left_out=old.left_out | added))
 
 
 def take_in(folder: Path, names: Iterable[str]) -> Choices:
+    """Undoes leave_out for these pictures."""
     back = frozenset(names)
     return _change(folder, lambda old: replace(old, left_out=old.left_out - back))
 
 
 def set_focus(folder: Path, points: Mapping[str, Point | None]) -> Choices:
-    """Crops keep these points (0..1 from the top left) as near to their middle as they can;
-    None takes a point back."""
-    def changed(old: Choices) -> Choices:
+    """Sets points (0..1 from the top left) that crops bring as near to their middle as they can.
+
+    None takes a point back.
+    """
+    def with_points(old: Choices) -> Choices:
         new = {**old.focus, **points}
         return replace(old, focus={name: _point(at) for name, at in new.items()
                                    if at is not None})
-    return _change(folder, changed)
+    return _change(folder, with_points)
 
 
 def _change(folder: Path, change: Callable[[Choices], Choices]) -> Choices:
     path = _file(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # The window and the command line may both be at work on the same folder.
     with FileLock(f"{path}.lock"):
         new = change(load(folder))
-        told: dict[str, Any] = {"folder": os.fspath(_plain(folder)),
+        data: dict[str, Any] = {"folder": os.path.realpath(folder.expanduser()),
                                 "left_out": sorted(new.left_out),
                                 "focus": {name: new.focus[name] for name in sorted(new.focus)}}
-        text = json.dumps(told, ensure_ascii=False, indent=1)
+        text = json.dumps(data, ensure_ascii=False, indent=1)
         paths.write_atomic(path, text.encode("utf-8", "replace"))
     return new
 
 
 def _file(folder: Path) -> Path:
-    name = hashlib.sha256(os.fsencode(os.path.normcase(_plain(folder)))).hexdigest()[:20]
+    real = os.path.normcase(os.path.realpath(folder.expanduser()))
+    name = hashlib.sha256(os.fsencode(real)).hexdigest()[:20]
     return paths.data_dir() / "datasets" / f"{name}.json"
-
-
-def _plain(folder: Path) -> Path:
-    return Path(os.path.realpath(folder.expanduser()))
 
 
 def _point(at: Any) -> Point:

@@ -18,13 +18,14 @@ from typing import Any
 from core import i18n, serialization, threads
 from core.dataset import captions
 from core.dataset.images import Look, look_at, prepare
+from core.dataset.masks import STEMS as MASK_STEMS
 from core.errors import UserError
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".avif", ".tif",
                       ".tiff", ".gif"))
+# Pictures to their owner that we can't read: that is said, not silently ignored.
 CANT_READ = frozenset((".heic", ".heif", ".jxl", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef",
-                       ".arw"))             # pictures to their owner: said, not silently ignored
-MASKS = ("-masklabel", ".mask")            # behind the stem of a picture: its mask, see masks.py
+                       ".arw"))
 MOST_REPEATS = 999                          # 2024_summer is a year
 
 _REPEATS = re.compile(r"([0-9]+)_(.+)")
@@ -36,23 +37,28 @@ _SKIPPED = frozenset(f"dataset.{what}" for what in (
 
 @dataclass(frozen=True, slots=True)
 class Picture:
+    """One picture that can train."""
+
     path: Path                              # absolute
     caption: str                            # one line; "" where there is none
     repeats: int                            # times per epoch
     size: tuple[int, int]                   # width, height as seen (EXIF orientation applied)
     has_alpha: bool                         # some pixel is not opaque
-    caption_file: Path | None = field(default=None, compare=False)  # sidecar or metadata
+    # The sidecar or metadata file that holds the caption.
+    caption_file: Path | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
+    """Something that is wrong with a file or folder; `code` is the key of its sentence."""
+
     path: Path                              # absolute
     code: str
     params: dict[str, Any] = field(default_factory=dict)
 
     @property
     def skipped(self) -> bool:
-        """The picture doesn't train; False: a finding that changes less than that."""
+        """Whether the picture does not train because of this."""
         return self.code in _SKIPPED
 
     def __str__(self) -> str:
@@ -61,6 +67,8 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
+    """What `scan` found in a folder."""
+
     pictures: tuple[Picture, ...]           # by relative path
     problems: tuple[Problem, ...]
     folder: Path
@@ -82,19 +90,29 @@ LookAll = Callable[[Sequence[Path]], Iterator[Look | UserError]]
 def scan(folder: Path, metadata: Path | None = None,
          progress: Callable[[int, int], None] | None = None, *,
          left_out: Collection[str] = (), look_all: LookAll | None = None) -> Dataset:
-    """Every picture under `folder`, decoded once in full, and all findings.
+    """Decodes every picture under `folder` once in full, and returns them with all findings.
 
-    Captions: `metadata` if given, else the metadata.csv / .jsonl found beside the pictures; then
-    .txt, then .caption, then the name of an `N_name` folder. `left_out`: pictures that the user
-    doesn't want, by `relative_name`. `look_all` looks at the files, in order, in another way (see
-    core/dataset/checks/image_stats.py). Raises UserError where nothing is found.
+    Captions come from `metadata` if given, else from the metadata.csv / .jsonl found beside the
+    pictures; then from .txt, then .caption, then the name of an `N_name` folder. `left_out` are
+    pictures that the user doesn't want, by `relative_name`. `look_all` looks at the files, in
+    order, in another way (see core/dataset/checks/image_stats.py). Raises UserError where nothing
+    is found.
     """
     folder = Path(os.path.abspath(folder.expanduser()))
     tree = walk(folder)
-    told = _read_captions(tree, metadata)
-    _leave_out(tree, left_out)
-    looks = _look_at_all(tree, look_all or _in_threads, progress)
-    pictures = tuple(Picture(path, told.get(path, ""), tree.repeats[path.parent], *look,
+    texts = _read_captions(tree, metadata)
+    wanted = [path for path in tree.pictures if tree.name(path) not in left_out]
+    if count := len(tree.pictures) - len(wanted):
+        if not wanted:
+            raise UserError("dataset.all_left_out", folder=folder, count=count)
+        tree.report(folder, "left_out", count=count)
+        tree.pictures = wanted
+    if look_all is None:
+        # Pillow's readers are loaded before several threads need them.
+        prepare()
+    looks = _look_at_all(tree, look_all or (lambda files: threads.in_order(look_at, files, "scan")),
+                         progress)
+    pictures = tuple(Picture(path, texts.get(path, ""), tree.repeats[path.parent], *look,
                              tree.caption_files.get(path)) for path, look in looks.items())
     if not pictures:
         first = next(problem for problem in tree.problems if problem.skipped)
@@ -108,7 +126,7 @@ def scan(folder: Path, metadata: Path | None = None,
 
 @dataclass(slots=True)
 class Tree:
-    """The files under a folder that matter, and what was found on the way."""
+    """The files under a folder that matter, with what their places say."""
 
     folder: Path
     files: list[Path] = field(default_factory=list)
@@ -120,8 +138,10 @@ class Tree:
     problems: list[Problem] = field(default_factory=list)
 
     def report(self, path: Path, what: str, **params: Any) -> None:
-        shown = {"file": self.name(path)} | {k: _plain(v) for k, v in params.items()}
-        self.problems.append(Problem(path, f"dataset.{what}", shown))
+        # Only what JSON can hold: problems also go into events and reports.
+        plain = {key: value if isinstance(value, (int, float, str)) else str(value)
+                 for key, value in params.items()}
+        self.problems.append(Problem(path, f"dataset.{what}", {"file": self.name(path)} | plain))
 
     def report_fault(self, path: Path, fault: UserError) -> None:
         self.report(path, fault.code.removeprefix("dataset."),
@@ -132,18 +152,18 @@ class Tree:
 
 
 def relative_name(path: Path, folder: Path) -> str:
-    """A picture's name for people and for our own lists: relative to the folder, with slashes;
-    the folder itself and strangers in full."""
+    """Returns a picture's name for people and for our own lists.
+
+    It is relative to the folder, with slashes; what lies outside of the folder is named in full.
+    """
     name, root = os.fspath(path), os.path.join(folder, "")
-    inside = name.startswith(root)          # pathlib takes ten times longer
+    # Strings: pathlib takes ten times longer.
+    inside = name.startswith(root)
     return serialization.readable_name(name[len(root):].replace(os.sep, "/") if inside else name)
 
 
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, (int, float, str)) else str(value)
-
-
 def walk(folder: Path) -> Tree:
+    """Lists the files under a folder; none is opened. Raises UserError where no picture is."""
     if not os.path.exists(folder):
         nearest = next(parent for parent in folder.parents if os.path.exists(parent))
         raise UserError("dataset.folder_missing", folder=folder, nearest=nearest)
@@ -164,14 +184,23 @@ def walk(folder: Path) -> Tree:
 def _enter(tree: Tree, folder: Path, repeats: int, token: str, seen: set[str]) -> None:
     """Adds a folder and those below it; `repeats` and `token` come from the folder above."""
     real = os.path.realpath(folder)
-    if real in seen:                        # a link that leads back
+    # A link may lead back to a folder above.
+    if real in seen:
         return
     seen.add(real)
-    repeats, token = _rule(tree, folder, repeats, token)
+    # Kohya's `N_name`: N repeats, and `name` as the caption where a picture has none.
+    if match := _REPEATS.fullmatch(folder.name):
+        number = int(match[1])
+        if number > MOST_REPEATS:
+            tree.report(folder, "not_repeats", number=match[1], most=MOST_REPEATS)
+        else:
+            repeats, token = number, serialization.readable_name(match[2]).strip()
+        if number == 0:
+            tree.report(folder, "zero_repeats")
     tree.repeats[folder], tree.tokens[folder] = repeats, token
     try:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
+        with os.scandir(folder) as listing:
+            entries = sorted(listing, key=lambda entry: entry.name)
     except OSError as error:
         tree.report(folder, "folder_unreadable", reason=error.strerror)
         return
@@ -180,9 +209,16 @@ def _enter(tree: Tree, folder: Path, repeats: int, token: str, seen: set[str]) -
             continue
         path = folder / entry.name
         if not entry.is_dir():
-            # reading a pipe would wait for ever; /dev/zero behind a link never ends
-            if entry.is_file() or (entry.is_symlink() and not path.exists()):
-                _add_file(tree, path, repeats)
+            # Reading a pipe would wait for ever, and /dev/zero behind a link never ends; a link to
+            # nowhere is kept, as its picture is to be reported as missing.
+            if not (entry.is_file() or (entry.is_symlink() and not path.exists())):
+                continue
+            suffix = path.suffix.lower()
+            tree.files.append(path)
+            if suffix in CANT_READ:
+                tree.report(path, "unsupported", suffix=suffix)
+            elif suffix in SUFFIXES and repeats and not path.stem.endswith(MASK_STEMS):
+                tree.pictures.append(path)
         elif _MASKS.fullmatch(path.name) and not _REPEATS.fullmatch(path.name):
             tree.report(path, "masks_left_out")
         else:
@@ -190,50 +226,13 @@ def _enter(tree: Tree, folder: Path, repeats: int, token: str, seen: set[str]) -
             _enter(tree, path, repeats, token, seen)
 
 
-def _rule(tree: Tree, folder: Path, repeats: int, token: str) -> tuple[int, str]:
-    """Kohya's `N_name`: N repeats, and `name` as the caption where a picture has none."""
-    match = _REPEATS.fullmatch(folder.name)
-    if not match:
-        return repeats, token
-    if int(match[1]) > MOST_REPEATS:
-        tree.report(folder, "not_repeats", number=match[1], most=MOST_REPEATS)
-        return repeats, token
-    if int(match[1]) == 0:
-        tree.report(folder, "zero_repeats")
-    return int(match[1]), serialization.readable_name(match[2]).strip()
-
-
-def _add_file(tree: Tree, path: Path, repeats: int) -> None:
-    suffix = path.suffix.lower()
-    tree.files.append(path)
-    if suffix in CANT_READ:
-        tree.report(path, "unsupported", suffix=suffix)
-    elif suffix in SUFFIXES and repeats and not path.stem.endswith(MASKS):
-        tree.pictures.append(path)
-
-
-def _leave_out(tree: Tree, left_out: Collection[str]) -> None:
-    kept = [path for path in tree.pictures if tree.name(path) not in left_out]
-    count = len(tree.pictures) - len(kept)
-    if count and not kept:
-        raise UserError("dataset.all_left_out", folder=tree.folder, count=count)
-    if count:
-        tree.report(tree.folder, "left_out", count=count)
-    tree.pictures = kept
-
-
-def _in_threads(files: Sequence[Path]) -> Iterator[Look | UserError]:
-    prepare()
-    return threads.in_order(look_at, files, "scan")
-
-
 def _look_at_all(tree: Tree, look_all: LookAll,
                  progress: Callable[[int, int], None] | None) -> dict[Path, Look]:
     looks: dict[Path, Look] = {}
     total = len(tree.pictures)
-    found = look_all(tree.pictures)
+    results = look_all(tree.pictures)
     try:
-        for done, (path, look) in enumerate(zip(tree.pictures, found, strict=True), 1):
+        for done, (path, look) in enumerate(zip(tree.pictures, results, strict=True), 1):
             if isinstance(look, UserError):
                 tree.report_fault(path, look)
             else:
@@ -241,66 +240,57 @@ def _look_at_all(tree: Tree, look_all: LookAll,
             if progress:
                 progress(done, total)
     finally:
-        if isinstance(found, Generator):    # Ctrl+C: what hasn't begun needn't begin
-            found.close()
+        # After Ctrl+C, what has not begun need not begin.
+        if isinstance(results, Generator):
+            results.close()
     return looks
 
 
 # --- captions ---------------------------------------------------------------------------------
 
 def _read_captions(tree: Tree, metadata: Path | None) -> dict[Path, str]:
-    """The caption of every picture that has one."""
-    told = _from_metadata(tree, metadata)
-    sidecars = {(_stem(path), path.suffix.lower()): path for path in tree.files
-                if path.suffix.lower() in (".txt", ".caption")}
+    """Returns each picture's caption, "" where there is none, and fills `tree.caption_files`.
+
+    Metadata counts before sidecars, the first sidecar that isn't empty before the others, and the
+    name of an `N_name` folder where nothing else says anything.
+    """
+    texts: dict[Path, str] = {}
+    # A file that the user names is the only one.
+    tables = (captions.metadata_files(tree.files) if metadata is None
+              else [Path(os.path.abspath(metadata.expanduser()))])
+    index = Index(tree) if tables else None
+    for file in tables:
+        assert index is not None
+        texts = _captions_of(tree, index, file, explicit=metadata is not None) | texts
     unused = 0
-    for path in tree.pictures:
-        # 01.txt and, as some downloaders write it, 01.png.txt
-        own = [sidecars[key] for suffix in (".txt", ".caption")
-               for key in ((_stem(path), suffix), (os.path.normcase(path), suffix))
-               if key in sidecars]
-        if path in told:
-            unused += bool(own)
+    for path, sidecars in captions.caption_places(tree.pictures, tree.files).items():
+        if path in texts:
+            unused += bool(sidecars)
             continue
-        read = ((file, _sidecar(tree, file)) for file in own)
-        file, caption = next((pair for pair in read if pair[1]), (own[0] if own else None, ""))
-        told[path] = caption or tree.tokens[path.parent]
-        if file is not None:
-            tree.caption_files[path] = file
+        texts[path] = tree.tokens[path.parent]
+        # An empty sidecar stands for the caption where no other one is filled.
+        if sidecars:
+            tree.caption_files[path] = sidecars[0]
+        for file in sidecars:
+            try:
+                caption = captions.read_caption(file)
+            except UserError as fault:
+                tree.report_fault(file, fault)
+                continue
+            if caption:
+                texts[path], tree.caption_files[path] = caption, file
+                break
     if unused:
         tree.report(tree.folder, "sidecars_unused", count=unused)
-    return told
+    return texts
 
 
-def _stem(path: Path) -> str:
-    return os.path.splitext(os.path.normcase(path))[0]
+def _captions_of(tree: Tree, index: Index, file: Path, explicit: bool) -> dict[Path, str]:
+    """Returns the captions of one metadata file, and reports every row that helps nobody.
 
-
-def _sidecar(tree: Tree, path: Path) -> str:
-    try:
-        return captions.read_caption(path)
-    except UserError as fault:
-        tree.report_fault(path, fault)
-        return ""
-
-
-def _from_metadata(tree: Tree, metadata: Path | None) -> dict[Path, str]:
-    if metadata is not None:
-        return _told_by(tree, Index(tree), Path(os.path.abspath(metadata.expanduser())),
-                        explicit=True)
-    told: dict[Path, str] = {}
-    found = [path for path in tree.files
-             if path.name.lower() in ("metadata.csv", "metadata.jsonl")]
-    index = Index(tree) if found else None
-    for path in sorted(found, key=lambda p: (-len(p.parts), tree.name(p))):
-        assert index is not None
-        told = _told_by(tree, index, path) | told       # the nearest to a picture wins
-    return told
-
-
-def _told_by(tree: Tree, index: Index, file: Path, explicit: bool = False) -> dict[Path, str]:
-    """The captions of one metadata file; every row that helps nobody is reported."""
-    told: dict[Path, str] = {}
+    `explicit`: the user named this file; UserError is raised where it is of no use.
+    """
+    texts: dict[Path, str] = {}
     try:
         rows, faults = captions.read_metadata(file)
     except UserError as fault:
@@ -310,36 +300,33 @@ def _told_by(tree: Tree, index: Index, file: Path, explicit: bool = False) -> di
         return {}
     for bad_line in faults:
         tree.report_fault(file, bad_line)
-    found_any = False
+    matched_any = False
     for row in rows:
-        found = _find(tree, index, file, row)
-        found_any |= bool(found)
-        if not told.keys().isdisjoint(found):
+        name = row.name.replace("\\", "/")
+        pictures: list[Path] = []
+        # What lies outside of the folder is refused.
+        if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name):
+            tree.report(file, "row_outside", line=row.line, name=row.name)
+        elif not (pictures := index.find(name, file.parent)):
+            tree.report(file, "row_without_picture", line=row.line, name=row.name)
+        matched_any |= bool(pictures)
+        if not texts.keys().isdisjoint(pictures):
             tree.report(file, "row_twice", line=row.line, name=row.name)
-        for path in found if row.caption else ():
-            told.setdefault(path, row.caption)
+        for path in pictures if row.caption else ():
+            texts.setdefault(path, row.caption)
             tree.caption_files.setdefault(path, file)
-    if explicit and not found_any:
+    if explicit and not matched_any:
         raise UserError("dataset.metadata_no_match", file=file, folder=tree.folder, count=len(rows),
                         name=rows[0].name if rows else "-")
-    return told
-
-
-def _find(tree: Tree, index: Index, file: Path, row: captions.Row) -> list[Path]:
-    """The pictures that a row names; what lies outside of the folder is refused."""
-    name = row.name.replace("\\", "/")
-    if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name):
-        tree.report(file, "row_outside", line=row.line, name=row.name)
-        return []
-    found = index.find(name, file.parent)
-    if not found:
-        tree.report(file, "row_without_picture", line=row.line, name=row.name)
-    return found
+    return texts
 
 
 class Index:
-    """Pictures by the names that rows use: from the metadata's folder or from the given one,
-    with or without suffix, in any case and Unicode form."""
+    """Finds pictures by the names that rows of metadata use.
+
+    Names may start from the metadata's folder or from the dataset's, with or without suffix, in
+    any case and Unicode form.
+    """
 
     def __init__(self, tree: Tree) -> None:
         self.folder = tree.folder
@@ -350,18 +337,20 @@ class Index:
                 self.loose.setdefault(key, []).append(path)
 
     def find(self, name: str, beside: Path) -> list[Path]:
+        """Returns the pictures of a name in a metadata file that lies in the folder `beside`."""
         parts = PurePosixPath(name).parts
         names = [PurePosixPath(*parts)]
         if beside != self.folder and beside.is_relative_to(self.folder):
             names.insert(0, PurePosixPath(beside.relative_to(self.folder).as_posix(), *parts))
-        for cut in range(1, len(parts)):    # written from further up: data/cats/01.png
+        # The name may be written from further up, such as data/cats/01.png for the folder cats.
+        for cut in range(1, len(parts)):
             if self.folder.parts[-cut:] == parts[:cut]:
                 names.append(PurePosixPath(*parts[cut:]))
-        for wanted in map(str, names):
-            if wanted in self.exact:
-                return [self.exact[wanted]]
-            if _fold(wanted) in self.loose:
-                return self.loose[_fold(wanted)]
+        for candidate in map(str, names):
+            if candidate in self.exact:
+                return [self.exact[candidate]]
+            if _fold(candidate) in self.loose:
+                return self.loose[_fold(candidate)]
         return []
 
 
@@ -373,16 +362,18 @@ def _fold(name: str) -> str:
 
 def split_validation(pictures: Sequence[Picture], share: float,
                      seed: int) -> tuple[list[int], list[int]]:
-    """-> indices to train on, indices held out; the choice hangs on seed and file names alone,
-    so that it stays when the folder moves. At least one picture on each side, if there are two.
+    """Returns the indices to train on and those held out for validation.
+
+    The choice depends on seed and file names alone, so that it stays when the folder moves. If
+    there are two pictures or more, each side gets at least one.
     """
     if share <= 0 or len(pictures) < 2:
         return list(range(len(pictures))), []
     count = min(max(round(share * len(pictures)), 1), len(pictures) - 1)
 
-    def lot(index: int) -> bytes:
+    def draw_lot(index: int) -> bytes:
         path = pictures[index].path
         return sha256(os.fsencode(f"{seed}/{path.parent.name}/{path.name}")).digest()
 
-    held_out = set(sorted(range(len(pictures)), key=lot)[:count])
+    held_out = set(sorted(range(len(pictures)), key=draw_lot)[:count])
     return [i for i in range(len(pictures)) if i not in held_out], sorted(held_out)

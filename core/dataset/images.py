@@ -9,16 +9,14 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageColor, ImageFile, UnidentifiedImageError
 
 from core.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "AVIF", "TIFF", "GIF")
-MAX_MEGAPIXELS = 175                        # a bomb beyond; below Pillow's own limit of 179
+MAX_MEGAPIXELS = 175                        # more is a bomb; below Pillow's own limit of 179
 BIG = 24_000_000                            # px; such pictures are decoded one at a time
 
 Look = tuple[tuple[int, int], bool]         # size as seen, whether some pixel is not opaque
@@ -34,7 +32,6 @@ class Decoded:
     animated: bool                          # or with several pages
     turned: bool                            # EXIF says that the stored pixels lie otherwise
     tables: dict[int, list[int]] = field(default_factory=dict)      # of a JPEG's quantisation
-
 
 
 _ORIENTATION = 0x0112                       # EXIF tag
@@ -55,7 +52,7 @@ def prepare() -> None:
 
 
 def look_at(path: Path) -> Look | UserError:
-    """Decodes the whole picture, so that a torn one is found now and not in the training."""
+    """Decodes the whole picture, so that a damaged one is found now and not in the training."""
     try:
         decoded = decode(path, least=1)
         return decoded.size, is_see_through(decoded.image)
@@ -66,29 +63,37 @@ def look_at(path: Path) -> Look | UserError:
 
 
 def open_picture(path: Path, background: str | None = "white") -> Image.Image:
-    """The picture as RGB in sRGB, upright, transparent parts over `background`; None keeps them
-    (RGBA, where some pixel is not opaque).
+    """Returns the picture upright, as RGB in sRGB, with transparent parts over `background`.
 
-    Raises UserError when it can't be decoded or the colour has no meaning.
+    With None as background they stay: then it is RGBA, if some pixel is not opaque. Raises
+    UserError when it can't be decoded or the colour's name has no meaning.
     """
-    colour = None if background is None else _colour(background)
+    colour = None
+    if background is not None:
+        try:
+            red, green, blue, *_ = ImageColor.getrgb(background.strip())
+        except ValueError:
+            raise UserError("dataset.bad_colour", colour=background) from None
+        colour = red, green, blue
     image = decode(path).image
     try:
         image = _to_8_bit(image)
         if colour is not None:
             return _flat(image, colour)
         return _painted(image) if is_see_through(image) else _flat(image, (0, 0, 0))
-    except Exception as error:              # a palette that is too short, for example
+    except Exception as error:
+        # A palette that is too short, for example.
         raise damage(path, error) from None
 
 
 # --- decoding ---------------------------------------------------------------------------------
 
 def decode(path: Path, least: int | None = None) -> Decoded:
-    """The picture upright. With `least`, a JPEG's data is read in full, but its pixels come at
-    1/2, 1/4 or 1/8 size while the shorter side keeps `least` px: several times faster.
+    """Decodes a picture and turns it upright.
 
-    Raises UserError for all that keeps a picture from being decoded in full.
+    With `least`, a JPEG's data is read in full, but its pixels come at 1/2, 1/4 or 1/8 size as long
+    as the shorter side keeps `least` px, which is several times faster. Raises UserError for all
+    that keeps a picture from being decoded in full.
     """
     try:
         if path.stat().st_size == 0:
@@ -101,7 +106,8 @@ def decode(path: Path, least: int | None = None) -> Decoded:
         raise _too_large(path) from None
     except UnidentifiedImageError:
         raise _unknown(path) from None
-    except Exception as error:              # readers raise nearly anything on damaged data
+    except Exception as error:
+        # Readers raise nearly anything on damaged data.
         raise damage(path, error) from None
 
 
@@ -113,40 +119,33 @@ def _upright(image: ImageFile.ImageFile, path: Path, least: int | None) -> Decod
         share = min(1.0, least / min(width, height))
         image.draft(None, (ceil(width * share), ceil(height * share)))
     tables = dict(getattr(image, "quantization", None) or {})
-    animated = _is_animated(image)
+    animated = False
+    # An MPO is a phone's JPEG with a map of depth or brightness as its second frame.
+    if image.format != "MPO":
+        # It fails where later frames are damaged; the first one counts.
+        with suppress(Exception):
+            animated = bool(getattr(image, "is_animated", False))
     with _one_big if image.width * image.height > BIG else nullcontext():
         image.load()
-    orientation = _orientation(image)
-    turn = _TURNS.get(orientation)
+    # After load(): it turns a TIFF by itself and then forgets the tag. Broken EXIF is no reason
+    # to refuse the picture.
+    orientation = None
+    with suppress(Exception):
+        orientation = image.getexif().get(_ORIENTATION)
+    turn = _TURNS.get(orientation) if orientation is not None else None
     size = (height, width) if orientation in (5, 6, 7, 8) else (width, height)
     return Decoded(image if turn is None else image.transpose(turn), size, image.format or "",
                    animated, turn is not None, tables)
 
 
-def _is_animated(image: ImageFile.ImageFile) -> bool:
-    if image.format == "MPO":               # a phone's JPEG with a depth or brightness map
-        return False
-    try:
-        return bool(getattr(image, "is_animated", False))
-    except Exception:                       # later frames are damaged; the first one counts
-        return False
-
-
-def _orientation(image: Image.Image) -> Any:
-    """EXIF orientation, asked after load(): Pillow itself turns a TIFF, and forgets it then."""
-    try:
-        return image.getexif().get(_ORIENTATION)
-    except Exception:                       # broken EXIF; the picture itself is fine
-        return None
-
-
 def _unknown(path: Path) -> UserError:
-    """No reader could begin with the file: a stranger, or a picture whose table is lost."""
+    """The error for a file with which no reader could begin: no picture, or only its beginning."""
     with open(path, "rb") as file:
         head = file.read(16)
     for name in FORMATS:
         accept = Image.OPEN[name][1] if name in Image.OPEN else None
-        with suppress(Exception):           # they fail on the shortest files
+        # Readers fail on the shortest files.
+        with suppress(Exception):
             if not accept or accept(head) is not True:
                 continue
             return UserError("dataset.corrupt", file=path, reason=f"incomplete {name}")
@@ -158,7 +157,7 @@ def _too_large(path: Path) -> UserError:
 
 
 def damage(path: Path, error: Exception) -> UserError:
-    """What an error on the way to a picture's pixels means for its file."""
+    """Turns an error on the way to a picture's pixels into one that says what the file has."""
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if isinstance(error, OSError) and error.errno is not None:
         return UserError("dataset.unreadable", file=path, reason=reason)
@@ -176,13 +175,14 @@ def is_see_through(image: Image.Image) -> bool:
 
 
 def plain(image: Image.Image) -> Image.Image:
-    """8-bit RGB over white for measuring; the colour profile is ignored, which takes no time."""
+    """Returns 8-bit RGB over white, for measuring: the colour profile is ignored, to save time."""
     image = _to_8_bit(image)
     image.info.pop("icc_profile", None)
     return _flat(image, (255, 255, 255))
 
 
 def _flat(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """RGB in sRGB, transparent parts over `colour`."""
     profile = image.info.get("icc_profile")
     if not image.has_transparency_data:
         return _to_srgb(image, profile)
@@ -194,19 +194,12 @@ def _flat(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
 
 def _painted(image: Image.Image) -> Image.Image:
     """RGBA, the colours in sRGB."""
+    # Profiles know nothing of transparency: the colours go through theirs alone.
     profile = image.info.get("icc_profile")
     image = image.convert("RGBA")
     painted = _to_srgb(image.convert("RGB"), profile).convert("RGBA")
     painted.putalpha(image.getchannel("A"))
     return painted
-
-
-def _colour(name: str) -> tuple[int, int, int]:
-    try:
-        red, green, blue, *_ = ImageColor.getrgb(name.strip())
-    except ValueError:
-        raise UserError("dataset.bad_colour", colour=name) from None
-    return red, green, blue
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -215,36 +208,36 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
         return image
     raw = np.asarray(image)
     values = np.nan_to_num(raw.astype(np.float64), nan=0, posinf=0, neginf=0)
-    low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else _range(values, image.mode)
-    grey = Image.fromarray(np.rint((values - low) * (255 / (high - low))).astype(np.uint8))
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):              # the one value that means "nothing here"
-        grey.putalpha(Image.fromarray(np.where(raw == clear, 0, 255).astype(np.uint8)))
+    if image.mode.startswith("I;16"):
+        black, white = 0.0, 65535.0
+    else:
+        # Nothing says what is black and white: the smallest usual range that holds all values.
+        low, high = float(values.min()), float(values.max())
+        usual = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+        top = next((top for top in usual if low >= 0 and high <= top), None)
+        black, white = (0.0, top) if top else (low, max(high, low + 1))
+    grey = Image.fromarray(np.rint((values - black) * (255 / (white - black))).astype(np.uint8))
+    # A PNG may name one value that is transparent.
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey.putalpha(Image.fromarray(np.where(raw == transparent, 0, 255).astype(np.uint8)))
     grey.info = {k: v for k, v in image.info.items() if k == "icc_profile"}
     return grey
-
-
-def _range(values: NDArray[np.float64], mode: str) -> tuple[float, float]:
-    """Which values are black and white: the smallest usual range that holds all of them."""
-    low, high = float(values.min()), float(values.max())
-    usual = (1.0, 255.0, 65535.0) if mode == "F" else (255.0, 65535.0)
-    top = next((top for top in usual if low >= 0 and high <= top), None)
-    return (0.0, top) if top else (low, max(high, low + 1))
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """RGB, through the embedded colour profile if there is one that works."""
     if image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")
-    return (_by_profile(image, profile) if profile else None) or image.convert("RGB")
-
-
-def _by_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if image.mode == "RGB" and "srgb" in ImageCms.getProfileDescription(source).lower():
-            return image                    # most pictures: not one rounding more than needed
-        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"),
-                                         outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):  # damaged, or of another colour space
-        return None
+    # A profile may be damaged, or of another colour space than its picture.
+    with suppress(ImageCms.PyCMSError, OSError):
+        if profile:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            # Most pictures: not one rounding more than needed.
+            if image.mode == "RGB" and "srgb" in ImageCms.getProfileDescription(source).lower():
+                return image
+            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"),
+                                                  outputMode="RGB")
+            if converted is not None:
+                return converted
+    return image.convert("RGB")

@@ -1,7 +1,7 @@
 """`dataset prepare`: copies of a folder's pictures and captions, mended, in a new folder.
 
 Only copies are written; the user's files stay as they are. Every picture is written whole or not
-at all, and has a line in LOG, by which an interrupted run goes on.
+at all, and gets a line in LOG, from which an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,14 @@ from core.jobs.events import Event, Phase
 from core.serialization import from_json
 
 LOG = "darkroom-prepare.jsonl"
-VERSION = 1
+VERSION = 1                     # of the log's first line
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
     """One line of the log: what became of a picture."""
 
-    name: str                               # dataset.relative_name of the original
+    name: str                               # image_folder.relative_name of the original
     stamp: str                              # its size and time of change
     written: str = ""                       # name in the new folder; "": none
     did: tuple[dict[str, Any], ...] = ()    # {"key": "checks.did_...", parameters}
@@ -46,6 +46,8 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
+    """What `prepare` has done; all numbers are pictures."""
+
     folder: Path
     log: Path
     written: int
@@ -58,29 +60,32 @@ class Prepared:
 def prepare(folder: Path, out: Path, options: Options, *, facts: BaseFacts | None = None,
             metadata: Path | None = None, emit: Callable[[Event], None] = lambda event: None,
             control: Control | None = None) -> Prepared:
-    """`facts` are needed for `crop`. Raises UserError where `out` won't do, and where it can't be
-    written; looks.Stopped where the user stops during the first look."""
-    folder, out = Path(os.path.abspath(folder.expanduser())), Path(os.path.abspath(
-        out.expanduser()))
-    _refuse(folder, out)
-    chosen = curation.load(folder)
-    looks = Looks(control)
-    data = image_folder.scan(folder, metadata, _progress(emit, "scan"), left_out=chosen.left_out,
-                             look_all=looks.look_all)
-    log = _Log(out, _asked(folder, options, facts))
-    try:
-        return _write_all(_plan(data, looks.table, options, chosen), out, options, facts, log,
-                          emit, control)
-    finally:
-        log.close()
+    """Writes mended copies of the pictures and captions in `folder` into the folder `out`.
 
-
-def _refuse(folder: Path, out: Path) -> None:
-    real, real_out = Path(os.path.realpath(folder)), Path(os.path.realpath(out))
-    if real_out == real or real_out.is_relative_to(real):
+    `facts` are needed for `options.crop`. Raises UserError where `out` won't do and where it can't
+    be written; image_stats.Stopped where the user stops before the first copy.
+    """
+    folder = Path(os.path.abspath(folder.expanduser()))
+    out = Path(os.path.abspath(out.expanduser()))
+    # Real paths: a copy inside of the original folder would itself be copied the next time.
+    real_out = Path(os.path.realpath(out))
+    if real_out.is_relative_to(os.path.realpath(folder)):
         raise UserError("checks.out_inside", out=out, folder=folder)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / LOG).exists())):
         raise UserError("checks.out_not_empty", out=out)
+    choices = curation.load(folder)
+    looks = Looks(control)
+    data = image_folder.scan(folder, metadata, _progress(emit, "scan"), left_out=choices.left_out,
+                             look_all=looks.look_all)
+    # A run can go on only with the very same settings: they stand in the log's first line.
+    sizes = [facts.area, facts.step, facts.no_upscale] if options.crop and facts else []
+    log = _Log(out, {"darkroom_prepare": VERSION, "folder": os.fspath(folder), "sizes": sizes,
+                     **asdict(options)})
+    try:
+        tasks = _plan(data, looks.table, options, choices)
+        return _write_all(tasks, out, options, facts, log, emit, control)
+    finally:
+        log.close()
 
 
 def _progress(emit: Callable[[Event], None], name: str) -> Callable[[int, int], None]:
@@ -92,41 +97,34 @@ def _progress(emit: Callable[[Event], None], name: str) -> Callable[[int, int], 
 
 # --- the plan ---------------------------------------------------------------------------------
 
-def _plan(data: Dataset, table: Table, options: Options, chosen: Choices) -> list[Task]:
-    names = [relative_name(one.path, data.folder) for one in data.pictures]
-    points = focus_points(data, chosen, table if options.crop_about == "subject" else None)
-    dropped = _dropped(table) if options.dedupe else {}
-    stems = _stems(data)
-    return [Task(one, names[i], stems[i], table[i], points[i],
-                  *((names[dropped[i][0]], dropped[i][1]) if i in dropped else ()))
-            for i, one in enumerate(data.pictures)]
-
-
-def _dropped(table: Table) -> dict[int, tuple[int, int]]:
-    """Index -> (the copy that is kept, distance)."""
-    found: dict[int, tuple[int, int]] = {}
-    for group in near_duplicates.group_copies(table):
-        for other, distance in zip(group.others, group.distances, strict=True):
-            found[other] = group.best, distance
-    for index, (best, distance) in found.items():
-        if best in found:                   # the best of identical files is near another one
-            found[index] = found[best][0], max(distance, found[best][1])
-    return found
-
-
-def _stems(data: Dataset) -> list[str]:
-    """Names in the new folder; 01.png and 01.jpg become 01 and 01-2, as captions go by stem."""
+def _plan(data: Dataset, table: Table, options: Options, choices: Choices) -> list[Task]:
+    names = [relative_name(picture.path, data.folder) for picture in data.pictures]
+    points = focus_points(data, choices, table if options.crop_about == "subject" else None)
+    # Index of a copy -> index of the one that stays, and the distance of their hashes.
+    dropped: dict[int, tuple[int, int]] = {}
+    for group in near_duplicates.group_copies(table) if options.dedupe else ():
+        for copy, distance in zip(group.others, group.distances, strict=True):
+            dropped[copy] = group.best, distance
+    for index, (best, distance) in dropped.items():
+        # The best of identical files may itself be near another picture.
+        if best in dropped:
+            dropped[index] = dropped[best][0], max(distance, dropped[best][1])
     used: set[str] = set()
-    stems = []
-    for one in data.pictures:
-        stem = wanted = one.path.relative_to(data.folder).with_suffix("").as_posix()
+    tasks = []
+    for index, picture in enumerate(data.pictures):
+        # 01.png and 01.jpg become 01 and 01-2: captions go by the stem.
+        stem = free = picture.path.relative_to(data.folder).with_suffix("").as_posix()
         number = 1
-        while wanted.casefold() in used:
+        while free.casefold() in used:
             number += 1
-            wanted = f"{stem}-{number}"
-        used.add(wanted.casefold())
-        stems.append(wanted)
-    return stems
+            free = f"{stem}-{number}"
+        used.add(free.casefold())
+        task = Task(picture, names[index], free, table[index], points[index])
+        if index in dropped:
+            best, distance = dropped[index]
+            task = replace(task, best=names[best], distance=distance)
+        tasks.append(task)
+    return tasks
 
 
 # --- writing ----------------------------------------------------------------------------------
@@ -138,6 +136,7 @@ def _write_all(tasks: list[Task], out: Path, options: Options, facts: BaseFacts 
     first_fault = ""
 
     def work(task: Task) -> tuple[Done, bool]:
+        """Returns the line of the log, and whether it stands there already."""
         try:
             stamp = task.stamp
             old = log.done.get(task.name)
@@ -145,11 +144,13 @@ def _write_all(tasks: list[Task], out: Path, options: Options, facts: BaseFacts 
                 return old, True
             return _write(task, stamp, out, options, facts, old), False
         except UserError as fault:
+            # Where one file can't be written, the next ones can't either.
             if fault.code == "checks.cannot_write":
                 raise
-            shown = {key: str(value) for key, value in fault.params.items()}
-            return Done(task.name, "", fault=fault.code, params=shown), False
-        except OSError as error:            # the original has just gone
+            params = {key: str(value) for key, value in fault.params.items()}
+            return Done(task.name, "", fault=fault.code, params=params), False
+        except OSError as error:
+            # The original has just gone.
             return Done(task.name, "", fault="dataset.unreadable", params={
                 "file": task.name, "reason": error.strerror or str(error)}), False
 
@@ -157,8 +158,8 @@ def _write_all(tasks: list[Task], out: Path, options: Options, facts: BaseFacts 
         for number, (done, known) in enumerate(results, 1):
             counts["before"] += known
             counts["failed" if done.fault else "written" if done.written else "dropped"] += 1
-            first_fault = first_fault or (i18n.tr(done.fault, done.params) if done.fault
-                                          else "")
+            if done.fault and not first_fault:
+                first_fault = i18n.tr(done.fault, done.params)
             if not known:
                 log.add(done)
             progress(number, len(tasks))
@@ -172,6 +173,7 @@ def _write_all(tasks: list[Task], out: Path, options: Options, facts: BaseFacts 
 
 def _write(task: Task, stamp: str, out: Path, options: Options, facts: BaseFacts | None,
            old: Done | None) -> Done:
+    """Writes one picture with its caption. `old` is what an earlier run says about it."""
     if task.best:
         return Done(task.name, stamp, did=({"key": "checks.did_drop", "best": task.best,
                                             "distance": task.distance},))
@@ -179,90 +181,83 @@ def _write(task: Task, stamp: str, out: Path, options: Options, facts: BaseFacts
     written = f"{task.stem}.{suffix}"
     ours = old is not None and old.written == written
     _put(out / written, content, ours)
-    told = caption_of(task.picture)
-    if told is not None:
-        _put(out / f"{task.stem}{told[0]}", told[1].encode("utf-8", "replace"), ours)
+    if caption := caption_of(task.picture):
+        caption_suffix, text = caption
+        _put(out / f"{task.stem}{caption_suffix}", text.encode("utf-8", "replace"), ours)
     return Done(task.name, stamp, serialization.readable_name(written), tuple(did))
 
 
 def _put(path: Path, content: bytes, ours: bool) -> None:
-    """`ours`: our log says that an earlier run wrote it. A file of unknown origin stays, unless
-    it is the same: then a run was killed before its line in the log."""
+    """Writes a file. `ours`: our log says that an earlier run wrote the one that is there."""
     try:
         if path.exists() and not ours:
+            # A file of unknown origin stays. Where it is the same, a run was killed before it
+            # wrote the line of its log.
             if path.read_bytes() != content:
                 raise UserError("checks.target_taken", path=path)
             return
         paths.write_atomic(path, content)
     except OSError as error:
-        raise UserError("checks.cannot_write", path=path, reason=error.strerror or error) from None
+        raise _cannot_write(path, error) from None
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError("checks.cannot_write", path=path, reason=error.strerror or error)
 
 
 class _Log:
-    """The log in the new folder: its first line says what was asked, each other what was done.
-    Raises UserError where the folder holds anything else, or was begun with something else."""
+    """The log in the new folder: its first line has the settings, each other one a picture.
 
-    def __init__(self, out: Path, asked: dict[str, Any]) -> None:
+    Raises UserError where the folder holds anything else, or was begun with other settings.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
         self.path = out / LOG
         self.done: dict[str, Done] = {}
         try:
             out.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
-                self._read(out, asked)
+                self._read(out, settings)
             elif any(out.iterdir()):
                 raise UserError("checks.out_not_empty", out=out)
             else:
-                paths.write_atomic(self.path, _line(asked))
-            self._mend()
+                paths.write_atomic(self.path, _line(settings))
             self._file = open(self.path, "ab")      # noqa: SIM115  closed by close()
+            # A line that a crash cut off must not swallow the next one.
+            if not self.path.read_bytes().endswith(b"\n"):
+                self._file.write(b"\n")
         except OSError as error:
-            raise UserError("checks.cannot_write", path=self.path,
-                            reason=error.strerror or error) from None
+            raise _cannot_write(self.path, error) from None
 
     def add(self, done: Done) -> None:
         try:
             self._file.write(_line(asdict(done)))
             self._file.flush()
         except OSError as error:
-            raise UserError("checks.cannot_write", path=self.path,
-                            reason=error.strerror or error) from None
+            raise _cannot_write(self.path, error) from None
         self.done[done.name] = done
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._file.close()
 
-    def _read(self, out: Path, asked: dict[str, Any]) -> None:
-        entries = [entry for line in self.path.read_bytes().split(b"\n")
-                   if (entry := _parsed(line)) is not None]
-        if not entries or entries[0] != from_json(_line(asked)):
+    def _read(self, out: Path, settings: dict[str, Any]) -> None:
+        entries = []
+        for line in self.path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError):
+                entry = from_json(line)
+                if isinstance(entry, dict):
+                    entries.append(entry)
+        # Compared as JSON: a tuple has become a list there.
+        if not entries or entries[0] != from_json(_line(settings)):
             raise UserError("checks.out_other", out=out)
         for entry in entries[1:]:
+            # Keys of a later version are no reason to stop: that picture is written again.
             with contextlib.suppress(TypeError):
                 done = Done(**{**entry, "did": tuple(entry.get("did", ()))})
                 self.done[done.name] = done
 
-    def _mend(self) -> None:
-        """A line that was torn by a crash must not swallow the next one."""
-        if not self.path.read_bytes().endswith(b"\n"):
-            with open(self.path, "ab") as file:
-                file.write(b"\n")
-
 
 def _line(entry: dict[str, Any]) -> bytes:
-    # names that aren't UTF-8 are left as \udc.. escapes, which JSON knows
+    # Names that aren't UTF-8 are left as \udc.. escapes, which JSON knows.
     return json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        entry = from_json(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) else None
-
-
-def _asked(folder: Path, options: Options, facts: BaseFacts | None) -> dict[str, Any]:
-    sizes = [facts.area, facts.step, facts.no_upscale] if options.crop and facts else []
-    return {"darkroom_prepare": VERSION, "folder": os.fspath(folder), "sizes": sizes,
-            **asdict(options)}

@@ -1,5 +1,6 @@
-"""Picture processors of the user's own: each picture passes through them once, before its latents
-are made. Their names and sources are part of the latents' key in the cache.
+"""Picture processors of the user's own, through which each picture passes before it is encoded.
+
+Their names and sources are part of the latents' key in the cache.
 """
 
 from __future__ import annotations
@@ -13,22 +14,30 @@ from core import plugins
 
 
 class Processors:
-    """Functions of (image, path) that give the image back, changed; called in several threads.
-    Raises UserError where one can't be loaded."""
+    """Functions of (image, path) that return the changed image; called in several threads.
+
+    Raises UserError where one can't be loaded.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         self._loaded = [plugins.load(name, "picture_processors") for name in names]
         self._marks = tuple(plugins.mark(name) for name in names)
 
     def __call__(self, image: Image.Image, path: Path) -> Image.Image:
-        """`image`: RGB, upright, as large as before. Raises UserError for what isn't."""
-        for one in self._loaded:
-            made = one(image.copy(), path)
-            if not isinstance(made, Image.Image) or (made.mode, made.size) != ("RGB", image.size):
-                raise one.wrong(f"RGB {image.width}x{image.height}", made)
-            image = made
+        """Passes an upright RGB image through all processors.
+
+        Raises UserError where one returns anything but RGB of the same size.
+        """
+        for process in self._loaded:
+            # A copy, as a processor may draw on what it gets and then return something else.
+            result = process(image.copy(), path)
+            if not isinstance(result, Image.Image) or (
+                    result.mode, result.size) != ("RGB", image.size):
+                raise process.wrong(f"RGB {image.width}x{image.height}", result)
+            image = result
         return image
 
     def marks(self, path: Path) -> tuple[str, ...]:
-        """What the result depends on besides the picture's content."""
+        """Returns what the result depends on besides the picture's content."""
+        # Processors get the path, so that they may go by the file's name.
         return (*self._marks, path.name) if self._marks else ()

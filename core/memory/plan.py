@@ -127,7 +127,7 @@ def plan_run(config: TrainConfig, base: Base, machine: Machine, data: Data | Non
     data = data or Data()
     numbers = numbers_of(config.precision, machine, base.family)
     facts = _as_kept(config, base, numbers, machine, ask("base", base, numbers))
-    rule = buckets.Rule.of(config, int(facts["native"]), int(facts["step"]))
+    rule = buckets.BucketRule.of(config, facts["native"], facts["step"])
     bucket = data.bucket or rule.largest()
     step = ask("step", base, numbers, **step_settings(config, machine, bucket, data))
     rows = config.cache_batch_size * 2 * max(data.chunks, data.drawn_chunks)

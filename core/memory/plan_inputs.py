@@ -19,7 +19,7 @@ from PIL import Image
 from core import families, i18n, paths, threads
 from core.config import TrainConfig
 from core.dataset import captions, curation, image_folder
-from core.dataset.buckets import Rule, Size
+from core.dataset.buckets import BucketRule, Size
 from core.dataset.crops import TOKENIZER, TokenCounter
 from core.dataset.images import FORMATS, MAX_MEGAPIXELS, Look, prepare
 from core.errors import UserError
@@ -29,7 +29,6 @@ from core.memory import plan
 from core.memory.plan import Data, Machine, Plan
 from core.system import gpu, machine
 
-MOST_SHUFFLES = 8               # caption variants that training keeps of a picture
 _ORIENTATION = 0x0112           # EXIF tag; 5..8: lying on a side
 
 
@@ -118,7 +117,7 @@ def data_of(config: TrainConfig, found: Pictures, facts: Mapping[str, float], fa
             ) -> Data:
     """The bucket whose batch is the largest, and how much there is to keep. `facts`: `native`
     and `step` px of the base (core.memory.plan's "base")."""
-    rule = Rule.of(config, int(facts["native"]), int(facts["step"]))
+    rule = BucketRule.of(config, facts["native"], facts["step"])
     assigned = rule.assign(found.sizes + found.regular)
     repeats = (*found.repeats, *[1] * len(found.regular))
     bucket, batch = heaviest_batch(assigned, repeats, config.batch_size)
@@ -165,7 +164,7 @@ def _captions(config: TrainConfig, found: Pictures, family: str) -> tuple[int, i
     if not config.shuffle_tags:
         return sum(counts) + ("" not in texts), max(counts, default=1)
     free = (max(0, len(captions.split_tags(text)) - config.keep_tokens) for text in texts)
-    kept = [min(MOST_SHUFFLES, factorial(min(count, 4))) for count in free]
+    kept = [min(captions.MOST_SHUFFLES, factorial(min(count, 4))) for count in free]
     return 1 + sum(k * n for k, n in zip(kept, counts, strict=True)), max(counts, default=1)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from core import paths
 from core.cli import plan as plan_commands
 from core.config import TrainConfig, parse_train_config
-from core.dataset import buckets
+from core.dataset import buckets, captions
 from core.dataset.images import decode
 from core.errors import UserError
 from core.importers import load_train_config
@@ -246,8 +246,8 @@ def test_data_is_the_heaviest_batch_of_the_training(pictures: list[tuple[Any, in
     data = plan_inputs.data_of(config, found, {"native": 512, "step": 64})
     width, height = map(int, resolution.split(",")) if resolution else (512, 512)
     side = int((width * height) ** 0.5)
-    assigned = buckets.assign_buckets(found.sizes, (width, height), 64, side // 2, side * 2,
-                                      no_upscale)
+    rule = buckets.BucketRule((width, height), 64, side // 2, side * 2, no_upscale)
+    assigned = rule.assign(found.sizes)
     epoch = buckets.batches(assigned, found.repeats, batch, 1)
     heaviest = max(len(one) * assigned[one[0]][0] * assigned[one[0]][1] for one in epoch)
     assert data.bucket is not None
@@ -262,13 +262,11 @@ def test_data_is_the_heaviest_batch_of_the_training(pictures: list[tuple[Any, in
                 max_size=6), st.integers(0, 3))
 def test_shuffled_captions_are_counted_as_training_makes_them(tags: list[list[str]], keep: int
                                                               ) -> None:
-    from core.dataset import captions, examples, image_folder
-    assert plan_inputs.MOST_SHUFFLES == examples.MOST_SHUFFLES
     texts = tuple(", ".join(one) for one in tags)
     config = TrainConfig(shuffle_tags=True, keep_tokens=keep)
     found = Pictures(((64, 64),) * len(texts), (1,) * len(texts), texts)
-    made = {text for i, caption in enumerate(texts) for text in examples._captions(
-        image_folder.Picture(Path("x"), caption, 1, (64, 64), False), config, i)}
+    made = {text for i, caption in enumerate(texts) for text in captions.variants(
+        caption, config, i)}
     count = plan_inputs.data_of(config, found, {"native": 64, "step": 16}).captions
     assert count >= len(made | {""}) or len(set(texts)) < len(texts)
     assert count <= 1 + captions_most(texts)
@@ -276,7 +274,7 @@ def test_shuffled_captions_are_counted_as_training_makes_them(tags: list[list[st
 
 
 def captions_most(texts: tuple[str, ...]) -> int:
-    return plan_inputs.MOST_SHUFFLES * len(set(texts))
+    return captions.MOST_SHUFFLES * len(set(texts))
 
 
 def test_data_of_a_folder_reads_repeats_and_captions(tmp_path: Path) -> None:

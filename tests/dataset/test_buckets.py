@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from core.dataset.buckets import (
+    BucketRule,
     Crop,
-    assign_buckets,
     batches,
     bucket_sizes,
     choose_bucket,
@@ -143,10 +143,10 @@ def test_no_upscale_refuses_an_area_below_one_step() -> None:
 
 def test_assign_keeps_the_order() -> None:
     sizes = [(100, 100), (400, 100), (100, 400)]
-    assert assign_buckets(sizes, (64, 64), 8, 32, 128) == [(64, 64), (128, 32), (32, 128)]
-    assert assign_buckets(sizes, (64, 64), 8, 32, 128, no_upscale=True) == [
+    assert BucketRule((64, 64), 8, 32, 128).assign(sizes) == [(64, 64), (128, 32), (32, 128)]
+    assert BucketRule((64, 64), 8, 32, 128, no_upscale=True).assign(sizes) == [
         (64, 64), (128, 32), (32, 128)]
-    assert assign_buckets([(50, 40)], (64, 64), 8, 32, 128, no_upscale=True) == [(48, 40)]
+    assert BucketRule((64, 64), 8, 32, 128, True).assign([(50, 40)]) == [(48, 40)]
 
 
 # --- the crop ---------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_assign_keeps_the_order() -> None:
 def test_the_crop_covers_and_squashes_nothing(
         size: tuple[int, int], family: tuple[int, int, int, int], no_upscale: bool) -> None:
     side, step, shortest, longest = family
-    bucket, = assign_buckets([size], (side, side), step, shortest, longest, no_upscale)
+    bucket, = BucketRule((side, side), step, shortest, longest, no_upscale).assign([size])
     crop = crop_to(size, bucket)
     (width, height), (wide, high) = crop.resized, bucket
     assert width >= wide
@@ -220,7 +220,7 @@ def test_fit_without_scaling_changes_no_pixel() -> None:
 
 @pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (1, 1), (3, 2), (9000, 40)])
 def test_fit_of_strange_sizes(size: tuple[int, int]) -> None:
-    bucket, = assign_buckets([size], (512, 512), 64, 256, 1024)
+    bucket, = BucketRule((512, 512), 64, 256, 1024).assign([size])
     pixels = fit_picture(Image.new("RGB", size, (10, 200, 30)), bucket)
     assert pixels.shape == (bucket[1], bucket[0], 3)
     assert (pixels == (10, 200, 30)).all()

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.dataset.captions import (
-    drop_caption,
     one_line,
     read_caption,
     read_metadata,
@@ -182,14 +181,6 @@ def test_shuffling_shuffles() -> None:
     orders = {shuffle_tags(caption, 1, Random(seed)) for seed in range(50)}
     assert len(orders) > 10
     assert all(order.startswith("a, ") for order in orders)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
-def test_captions_are_dropped_by_share(share: float) -> None:
-    rng = Random(4)
-    dropped = sum(drop_caption(rng, share) for _ in range(4000)) / 4000
-    assert dropped == pytest.approx(share, abs=0.025 if 0 < share < 1 else 0)
-
 
 
 # --- metadata.csv -----------------------------------------------------------------------------

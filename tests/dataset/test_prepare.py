@@ -134,8 +134,7 @@ def test_crop_is_what_training_sees(folder: Path, out: Path) -> None:
     curation.set_focus(folder, {"b.png": (0.5, 1)})
     prepare(folder, out, Options(crop=True), facts=FACTS)
     for name, size, focus in (("a.png", (400, 150), None), ("b.png", (150, 400), (0.5, 1))):
-        bucket = buckets.assign_buckets([size], FACTS.area, FACTS.step, FACTS.shortest,
-                                        FACTS.longest)[0]
+        bucket = FACTS.assign([size])[0]
         trained = buckets.fit_picture(Image.open(folder / name), bucket, focus).astype(int)
         again = buckets.fit_picture(Image.open(out / name), bucket).astype(int)
         assert np.abs(trained - again).mean() < 2

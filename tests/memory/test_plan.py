@@ -161,7 +161,7 @@ def test_ram_is_all_of_a_cpu_and_what_waits_for_a_card() -> None:
 def test_the_largest_bucket_is_planned() -> None:
     """Where nothing is known of the pictures: none can hold more pixels."""
     for size, side in (("", 64), ("96,96", 96)):
-        rule = buckets.Rule.of(TrainConfig(max_resolution=size), 64, 8)
+        rule = buckets.BucketRule.of(TrainConfig(max_resolution=size), 64, 8)
         sizes = buckets.bucket_sizes((side, side), 8, side // 2, side * 2)
         width, height = rule.largest()
         assert width * height == max(w * h for w, h in sizes)

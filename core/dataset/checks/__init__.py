@@ -1,1 +1,1 @@
-"""What is wrong with a folder of images before a training, as findings with what mends them."""
+"""Checks of a folder of images before a training: findings, and what mends them."""

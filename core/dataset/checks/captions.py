@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from core import serialization, threads
 from core.dataset.captions import split_tags, with_trigger
@@ -14,94 +15,94 @@ from core.dataset.checks.findings import Finding, Subject, worst_first
 from core.dataset.crops import BaseFacts
 from core.dataset.image_folder import Picture
 
-FEWEST_FOR_TAGS = 4             # captioned pictures; with fewer, a tag on all of them is chance
+FEWEST_FOR_TAGS = 4             # captioned pictures; of fewer, all may share a tag by chance
 SHOWN = 8                       # tags named in a sentence
 TAG_WORDS = 4                   # a longer one is a clause, not a tag
-COUNTED_AT_ONCE = 1000
+COUNTED_AT_ONCE = 1000          # captions; so that the tokenizer needs little memory
 SHORTEST_FUSED = 3              # letters of a trigger; shorter ones lie in many words by chance
+
+Named = Sequence[tuple[str, Picture]]       # image_folder.relative_name of each picture
 
 
 def check_captions(names: Sequence[str], pictures: Sequence[Picture], facts: BaseFacts,
                    trigger: str = "") -> Iterator[Finding]:
-    """`names` are the pictures' own, in their order."""
+    """Yields all findings about captions; `names` are those of the pictures, in their order."""
+    trigger = trigger.strip()
     named = list(zip(names, pictures, strict=True))
-    yield from _missing(named)
-    yield from _same(named)
-    yield from _too_long(named, facts, trigger)
-    yield from _encodings(named)
-    if trigger.strip():
-        yield from _trigger(named, trigger.strip())
-    yield from _tags(named, trigger.strip())
-
-
-Named = Sequence[tuple[str, Picture]]
-
-
-def _finding(code: str, level: str, subjects: Sequence[Subject], **params: object) -> Finding:
-    return Finding(f"checks.{code}", "warning" if level == "warning" else "note",
-                   tuple(subjects), params, ("edit",))
-
-
-def _missing(named: Named) -> Iterator[Finding]:
-    bare = [(name, one.caption_file) for name, one in named if not one.caption]
-    missing = [Subject(name) for name, file in bare if file is None]
-    empty = [Subject(name, {"sidecar": file.name}) for name, file in bare if file is not None]
+    missing = [Subject(name) for name, picture in named
+               if not picture.caption and picture.caption_file is None]
+    empty = [Subject(name, {"sidecar": picture.caption_file.name}) for name, picture in named
+             if not picture.caption and picture.caption_file is not None]
     if missing:
         yield _finding("caption_missing", "warning", missing, total=len(named))
     if empty:
         yield _finding("caption_empty", "warning", empty)
+    yield from check_repeated(named)
+    yield from check_length(named, facts, trigger)
+    yield from check_encodings(named)
+    if trigger:
+        yield from check_trigger(named, trigger)
+    yield from check_tags(named, trigger)
 
 
-def _same(named: Named) -> Iterator[Finding]:
-    """Captions that the user wrote; those that a folder's name gives are the same by intent."""
-    written = [(name, one.caption) for name, one in named if one.caption and one.caption_file]
+def _finding(code: str, level: Literal["warning", "note"], subjects: Sequence[Subject],
+             **params: object) -> Finding:
+    return Finding(f"checks.{code}", level, tuple(subjects), params, ("edit",))
+
+
+def check_repeated(named: Named) -> Iterator[Finding]:
+    # Only what the user wrote: captions that come from a folder's name are the same by intent.
+    written = [(name, picture.caption) for name, picture in named
+               if picture.caption and picture.caption_file]
     counts = Counter(caption.casefold() for _, caption in written)
-    twins = [(name, caption) for name, caption in written if counts[caption.casefold()] > 1]
-    if twins:
-        subjects = worst_first([(counts[caption.casefold()], Subject(name, {"caption": caption}))
-                                for name, caption in twins])
+    repeated = [(counts[caption.casefold()], Subject(name, {"caption": caption}))
+                for name, caption in written if counts[caption.casefold()] > 1]
+    if repeated:
         texts = sum(count > 1 for count in counts.values())
-        yield _finding("caption_same", "warning", subjects, texts=texts)
+        yield _finding("caption_same", "warning", worst_first(repeated), texts=texts)
 
 
-def _too_long(named: Named, facts: BaseFacts, trigger: str) -> Iterator[Finding]:
+def check_length(named: Named, facts: BaseFacts, trigger: str) -> Iterator[Finding]:
+    """Finds captions that have more tokens than the base reads."""
     if facts.count_tokens is None:
         return
-    # a token is at least one byte: most captions needn't be counted
-    long = [(name, text) for name, one in named
-            if len((text := with_trigger(one.caption, trigger)).encode()) > facts.token_limit]
-    found = []
+    # A token is at least one byte: most captions needn't be counted.
+    long = [(name, text) for name, picture in named
+            if len((text := with_trigger(picture.caption, trigger)).encode()) > facts.token_limit]
+    subjects = []
     for start in range(0, len(long), COUNTED_AT_ONCE):
         some = long[start:start + COUNTED_AT_ONCE]
         counts = facts.count_tokens([text for _, text in some])
-        found += [(tokens, Subject(name, {"tokens": tokens, "limit": facts.token_limit}))
-                  for (name, _), tokens in zip(some, counts, strict=True)
-                  if tokens > facts.token_limit]
-    if found:
-        yield _finding("caption_long", "warning", worst_first(found), limit=facts.token_limit)
+        subjects += [(tokens, Subject(name, {"tokens": tokens, "limit": facts.token_limit}))
+                     for (name, _), tokens in zip(some, counts, strict=True)
+                     if tokens > facts.token_limit]
+    if subjects:
+        yield _finding("caption_long", "warning", worst_first(subjects), limit=facts.token_limit)
 
 
 # --- encodings --------------------------------------------------------------------------------
 
-def _encodings(named: Named) -> Iterator[Finding]:
-    files = {one.caption_file: name for name, one in named if one.caption_file is not None}
+def check_encodings(named: Named) -> Iterator[Finding]:
+    files = {picture.caption_file: name for name, picture in named
+             if picture.caption_file is not None}
+    encodings = threads.in_order(odd_encoding, files, "captions")
     odd = [Subject(files[path], {"sidecar": path.name, "encoding": encoding})
-           for path, encoding in zip(files, threads.in_order(_odd_encoding, files, "captions"),
-                                     strict=True) if encoding]
+           for path, encoding in zip(files, encodings, strict=True) if encoding]
     if odd:
         yield _finding("caption_encoding", "note", odd)
-    garbled = [Subject(name, {"caption": one.caption[:80]}) for name, one in named
-               if is_garbled(one.caption)]
+    garbled = [Subject(name, {"caption": picture.caption[:80]}) for name, picture in named
+               if is_garbled(picture.caption)]
     if garbled:
         yield _finding("caption_garbled", "warning", garbled)
 
 
-def _odd_encoding(path: Path) -> str:
-    """The encoding of a file that other programs won't read as UTF-8; "": they will."""
+def odd_encoding(path: Path) -> str:
+    """Returns the encoding of a file that others won't read as UTF-8; "" where they will."""
     try:
         data = path.read_bytes()
     except OSError:
         return ""
+    # UTF-32 first: its mark begins with that of UTF-16.
     for bom, name in ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
                       (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16")):
         if data.startswith(bom):
@@ -109,24 +110,24 @@ def _odd_encoding(path: Path) -> str:
     try:
         read_here = serialization.decode_text(data)
     except ValueError:
-        return ""                           # dataset.caption_unreadable says so
+        # The scan says so: dataset.caption_unreadable.
+        return ""
     try:
         return "" if data.decode("utf-8-sig") == read_here else "GB18030"
     except UnicodeDecodeError:
-        return "GB18030" if _is(data, "gb18030") else "Windows-1252"
-
-
-def _is(data: bytes, encoding: str) -> bool:
+        pass
     try:
-        data.decode(encoding)
+        data.decode("gb18030")
     except UnicodeDecodeError:
-        return False
-    return True
+        return "Windows-1252"
+    return "GB18030"
 
 
 def is_garbled(text: str) -> bool:
-    """A text that was once decoded wrongly: replacement characters, or UTF-8 read as
-    Windows-1252 (such as "cafÃ©")."""
+    """Whether a text was once decoded wrongly.
+
+    Then it has replacement characters, or UTF-8 that was read as Windows-1252, such as "cafÃ©".
+    """
     if "\ufffd" in text:
         return True
     if text.isascii():
@@ -139,60 +140,58 @@ def is_garbled(text: str) -> bool:
 
 # --- trigger word -----------------------------------------------------------------------------
 
-def _trigger(named: Named, trigger: str) -> Iterator[Finding]:
-    lacking = [(name, one.caption) for name, one in named
-               if with_trigger(one.caption, trigger) != one.caption]
-    fused = {name: word for name, caption in lacking if (word := fused_with(caption, trigger))}
+def check_trigger(named: Named, trigger: str) -> Iterator[Finding]:
+    without = [(name, picture.caption) for name, picture in named
+               if with_trigger(picture.caption, trigger) != picture.caption]
+    fused = {name: word for name, caption in without if (word := fused_with(caption, trigger))}
     if fused:
         yield _finding("trigger_fused", "warning",
                        [Subject(name, {"word": word}) for name, word in fused.items()],
                        trigger=trigger)
-    missing = [Subject(name) for name, _ in lacking if name not in fused]
+    missing = [Subject(name) for name, _ in without if name not in fused]
     if missing:
         yield _finding("trigger_missing", "note", missing, trigger=trigger, total=len(named))
 
 
 def fused_with(caption: str, trigger: str) -> str:
-    """The word of a caption that swallowed the trigger ("m1aperson" for "m1a"), or ""."""
+    """Returns the word that swallowed the trigger ("m1aperson" for "m1a"), or ""."""
     parts = list(map(re.escape, trigger.split()))
     if len(trigger.strip()) < SHORTEST_FUSED:
         return ""
     phrase = r"[\s_-]*".join(parts)
-    found = re.search(rf"[^\s,，]*{phrase}[^\s,，]*", caption, re.IGNORECASE)
-    return found[0] if found and with_trigger(caption, trigger) != caption else ""
+    match = re.search(rf"[^\s,，]*{phrase}[^\s,，]*", caption, re.IGNORECASE)
+    return match[0] if match and with_trigger(caption, trigger) != caption else ""
 
 
 # --- tags -------------------------------------------------------------------------------------
 
-def _tags(named: Named, trigger: str) -> Iterator[Finding]:
-    """Only for captions that are tags: most of their parts are short."""
-    where: dict[str, list[str]] = {}
+def check_tags(named: Named, trigger: str) -> Iterator[Finding]:
+    """Finds tags that all captions share, and, if captions are tags at all, those of one alone."""
+    names_of: dict[str, list[str]] = {}
     captioned = 0
-    for name, one in named:
-        tags = dict.fromkeys(tag.casefold() for tag in split_tags(one.caption))
+    for name, picture in named:
+        tags = dict.fromkeys(tag.casefold() for tag in split_tags(picture.caption))
         captioned += bool(tags)
         for tag in tags:
-            where.setdefault(tag, []).append(name)
+            names_of.setdefault(tag, []).append(name)
     if captioned < FEWEST_FOR_TAGS:
         return
-    own = trigger.casefold()
-    everywhere = sorted(tag for tag, names in where.items()
-                        if len(names) == captioned and tag != own)
+    everywhere = sorted(tag for tag, names in names_of.items()
+                        if len(names) == captioned and tag != trigger.casefold())
     if everywhere:
         yield Finding("checks.tag_everywhere", "note", (),
-                      {"tags": _some(everywhere), "count": len(everywhere)}, ("edit",))
-    once = [(tag, names[0]) for tag, names in where.items()
+                      {"tags": _listed(everywhere), "count": len(everywhere)}, ("edit",))
+    once = [(tag, names[0]) for tag, names in names_of.items()
             if len(names) == 1 and tag not in everywhere and len(tag.split()) <= TAG_WORDS]
-    if once and _are_tags(where):
+    # Prose has commas, too: in tags, most parts are short, and some come more than once.
+    short = sum(len(names) for tag, names in names_of.items() if len(tag.split()) <= TAG_WORDS)
+    are_tags = (2 * short > sum(map(len, names_of.values()))
+                and any(len(names) > 1 for names in names_of.values()))
+    if once and are_tags:
         yield Finding("checks.tag_once", "note",
                       tuple(Subject(name, {"tag": tag}) for tag, name in once),
-                      {"tags": _some([tag for tag, _ in once]), "count": len(once)}, ("edit",))
+                      {"tags": _listed([tag for tag, _ in once]), "count": len(once)}, ("edit",))
 
 
-def _are_tags(where: dict[str, list[str]]) -> bool:
-    short = sum(len(names) for tag, names in where.items() if len(tag.split()) <= TAG_WORDS)
-    return 2 * short > sum(map(len, where.values())) and any(len(n) > 1 for n in where.values())
-
-
-def _some(tags: Sequence[str]) -> str:
+def _listed(tags: Sequence[str]) -> str:
     return ", ".join(tags[:SHOWN]) + (" …" if len(tags) > SHOWN else "")

@@ -1,6 +1,6 @@
 """A finding of a dataset check: what is wrong with which pictures, and what mends it.
 
-Keys and parameters only; words.py makes sentences of them. `<code>` is the sentence,
+It holds keys and parameters only; core.i18n makes sentences of them. `<code>` is the sentence,
 `<code>_mend` says what to do, `<code>_one` is the line about a single picture, if it has one.
 """
 
@@ -13,8 +13,8 @@ from typing import Any, Literal
 from core import i18n
 
 Level = Literal["error", "warning", "note"]
-# What one click can do. leave_out: these pictures don't train (choices.leave_out).
-# keep_one_of_group: leave out all but each group's best. focus: crop about the subject found.
+# What one click can do. leave_out: these pictures don't train (curation.leave_out).
+# keep_one_of_group: leave out all but each group's best. focus: crop about the salient subject.
 # convert, remove_borders: `dataset prepare` into a new folder. edit: open the caption.
 Action = Literal["leave_out", "keep_one_of_group", "focus", "convert", "remove_borders", "edit"]
 
@@ -23,13 +23,15 @@ Action = Literal["leave_out", "keep_one_of_group", "focus", "convert", "remove_b
 class Subject:
     """One picture of a finding."""
 
-    name: str                               # dataset.relative_name
+    name: str                               # image_folder.relative_name
     params: Mapping[str, Any] = field(default_factory=dict)
     code: str = ""                          # its own sentence's key; "": `<finding>_one`
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
+    """One kind of problem, with all pictures that have it."""
+
     code: str                               # "checks.blurred"
     level: Level
     subjects: tuple[Subject, ...] = ()      # the worst first
@@ -43,12 +45,12 @@ class Finding:
 
     @property
     def mend(self) -> str:
-        """What to do; "" where the sentence itself says it."""
+        """A sentence that says what to do; "" where `text` says it itself."""
         key = f"{self.code}_mend"
         return i18n.tr(key, self.params) if key in i18n.catalogue("en") else ""
 
     def line(self, subject: Subject) -> str:
-        """What is to be said about one of its pictures."""
+        """Returns the sentence about one of its pictures."""
         key = subject.code or f"{self.code}_one"
         if key not in i18n.catalogue("en"):
             return subject.name
@@ -56,5 +58,6 @@ class Finding:
 
 
 def worst_first(subjects: Sequence[tuple[float, Subject]]) -> tuple[Subject, ...]:
-    """By falling weight, then by name."""
-    return tuple(one for _, one in sorted(subjects, key=lambda pair: (-pair[0], pair[1].name)))
+    """Sorts pairs of weight and subject by falling weight, then by name."""
+    return tuple(subject for _, subject in sorted(
+        subjects, key=lambda pair: (-pair[0], pair[1].name)))

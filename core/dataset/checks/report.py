@@ -1,6 +1,6 @@
-"""`check(folder, facts)`: all that can be said about a folder of pictures before a training.
+"""`check(folder, facts)`: what can be said about a folder of pictures before a training.
 
-Each file is decoded once and then known (image_stats.py); findings come worst level first.
+Each file is decoded once and then known (image_stats.py). Findings of the worst level come first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from core.jobs.events import Event, Phase
 
 LEVELS = ("error", "warning", "note")
 MARKS = {"error": "[ x]", "warning": "[ !]", "note": "[ i]"}
-TOLD_EVERY_S = 0.1              # between two events of progress
+EVENT_EVERY_S = 0.1             # between two events of progress
 MOST_BUCKETS = 12               # named in the text
 
 CropAbout = Literal["center", "subject"]
@@ -33,12 +33,12 @@ CropAbout = Literal["center", "subject"]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `check` found. `names`, `planned` and `repeats` are of the same pictures."""
+    """What `check` found; `names`, `planned` and `repeats` belong to the same pictures."""
 
     folder: Path
     facts: BaseFacts
     findings: tuple[Finding, ...]
-    names: tuple[str, ...]                  # dataset.relative_name of all that can train
+    names: tuple[str, ...]                  # image_folder.relative_name of all that can train
     planned: tuple[Planned, ...]
     repeats: tuple[int, ...]
     captioned: int
@@ -52,7 +52,15 @@ class Report:
         return count_buckets(self.planned, self.repeats)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON and the window: codes and parameters with their sentences."""
+        """Returns all of it for JSON and the window: codes and parameters with their sentences.
+
+        `crop` is the part of a picture that stays, in px of the original: left, top, right, bottom.
+        """
+        plan = [{"name": name, "size": picture.size, "bucket": picture.crop.size,
+                 "crop": [round(edge, 1) for edge in picture.crop.source(picture.size)],
+                 "cut": round(picture.cut, 4), "scale": round(picture.scale, 4),
+                 **({"focus": picture.focus} if picture.focus else {})}
+                for name, picture in zip(self.names, self.planned, strict=True)]
         return {"folder": str(self.folder), "pictures": len(self.names),
                 "captioned": self.captioned, "skipped": self.skipped, "left_out": self.left_out,
                 "measured": self.measured, "seconds": round(self.seconds, 2),
@@ -62,8 +70,7 @@ class Report:
                 "findings": [finding_as_dict(finding) for finding in self.findings],
                 "buckets": [{"size": size, "pictures": count}
                             for size, count in self.buckets.items()],
-                "plan": [_planned_as_dict(name, one)
-                         for name, one in zip(self.names, self.planned, strict=True)]}
+                "plan": plan}
 
 
 def check(folder: Path, facts: BaseFacts, *, metadata: Path | None = None, trigger: str = "",
@@ -72,102 +79,79 @@ def check(folder: Path, facts: BaseFacts, *, metadata: Path | None = None, trigg
           control: Control | None = None) -> Report:
     """Looks at every picture and caption; nothing in the folder is changed.
 
-    Raises UserError as dataset.scan() does, and looks.Stopped where the user stops: what was
-    measured until then is known the next time.
+    Raises UserError as image_folder.scan does, and image_stats.Stopped where the user stops: what
+    was measured until then is known the next time.
     """
     began = time.perf_counter()
-    chosen = curation.load(folder)
-    looks = Looks(control)
-    data = image_folder.scan(folder, metadata, _progress(emit), left_out=chosen.left_out,
-                             look_all=looks.look_all)
-    names = tuple(relative_name(one.path, data.folder) for one in data.pictures)
-    emit(Phase(name="check"))
-    table = looks.table
-    points = focus_points(data, chosen, table if crop_about == "subject" else None)
-    planned = plan_crops([one.size for one in data.pictures], facts, points)
-    findings = [*_problems(data), *check_pictures(Pictures(names, table, planned, purpose)),
-                *check_captions(names, data.pictures, facts, trigger)]
-    return Report(
-        data.folder, facts, tuple(sorted(findings, key=lambda one: LEVELS.index(one.level))),
-        names, tuple(planned), tuple(one.repeats for one in data.pictures), data.captioned,
-        data.skipped, _left_out(data), looks.measured, time.perf_counter() - began)
-
-
-def _progress(emit: Callable[[Event], None]) -> Callable[[int, int], None]:
-    last = 0.0
+    last_event = 0.0
 
     def progress(done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last >= TOLD_EVERY_S:
-            last = time.monotonic()
+        nonlocal last_event
+        if done == total or time.monotonic() - last_event >= EVENT_EVERY_S:
+            last_event = time.monotonic()
             emit(Phase(name="scan", done=done, total=total))
-    return progress
+
+    choices = curation.load(folder)
+    looks = Looks(control)
+    data = image_folder.scan(folder, metadata, progress, left_out=choices.left_out,
+                             look_all=looks.look_all)
+    names = tuple(relative_name(picture.path, data.folder) for picture in data.pictures)
+    emit(Phase(name="check"))
+    table = looks.table
+    points = focus_points(data, choices, table if crop_about == "subject" else None)
+    planned = plan_crops([picture.size for picture in data.pictures], facts, points)
+    findings = [*check_scan(data), *check_pictures(Pictures(names, table, planned, purpose)),
+                *check_captions(names, data.pictures, facts, trigger)]
+    left_out = sum(int(problem.params["count"]) for problem in data.problems
+                   if problem.code == "dataset.left_out")
+    return Report(
+        data.folder, facts,
+        tuple(sorted(findings, key=lambda finding: LEVELS.index(finding.level))),
+        names, tuple(planned), tuple(picture.repeats for picture in data.pictures), data.captioned,
+        data.skipped, left_out, looks.measured, time.perf_counter() - began)
 
 
-def _problems(data: Dataset) -> Iterator[Finding]:
-    """What the scan itself found. Missing captions have a finding of their own."""
-    told = [(problem.skipped, Subject(problem.params["file"], problem.params, problem.code))
-            for problem in data.problems if problem.code != "dataset.captions_missing"]
-    skipped = tuple(subject for is_skipped, subject in told if is_skipped)
-    others = tuple(subject for is_skipped, subject in told if not is_skipped)
+
+def check_scan(data: Dataset) -> Iterator[Finding]:
+    """Makes findings of the problems that the scan met."""
+    skipped, left_out, others = [], [], []
+    for problem in data.problems:
+        subject = Subject(problem.params["file"], problem.params, problem.code)
+        if problem.skipped:
+            skipped.append(subject)
+        elif problem.code == "dataset.left_out":
+            left_out.append(subject)
+        # Missing captions have a finding of their own, with the pictures' names.
+        elif problem.code != "dataset.captions_missing":
+            others.append(subject)
     if skipped:
-        yield Finding("checks.unreadable", "error", skipped, actions=("leave_out",))
-    notes = tuple(one for one in others if one.code == "dataset.left_out")
-    for one in notes:
-        yield Finding(one.code, "note", params=one.params)
-    remarks = tuple(one for one in others if one not in notes)
-    if remarks:
-        yield Finding("checks.remarks", "warning", remarks)
+        yield Finding("checks.unreadable", "error", tuple(skipped), actions=("leave_out",))
+    for subject in left_out:
+        yield Finding(subject.code, "note", params=subject.params)
+    if others:
+        yield Finding("checks.remarks", "warning", tuple(others))
 
-
-def _left_out(data: Dataset) -> int:
-    return sum(int(problem.params["count"]) for problem in data.problems
-               if problem.code == "dataset.left_out")
-
-
-# --- for JSON ---------------------------------------------------------------------------------
 
 def finding_as_dict(finding: Finding) -> dict[str, Any]:
+    """Returns a finding for JSON, with its sentences."""
+    pictures = [{"name": subject.name, "text": finding.line(subject),
+                 **{key: value for key, value in subject.params.items()
+                    if key not in ("name", "text")}}
+                for subject in finding.subjects]
     return {"code": finding.code, "level": finding.level, "text": finding.text,
             "mend": finding.mend, "actions": finding.actions, "params": dict(finding.params),
-            "pictures": [{"name": one.name, "text": finding.line(one), **_own(one)}
-                         for one in finding.subjects],
-            **({"groups": finding.groups} if finding.groups else {})}
-
-
-def _own(subject: Subject) -> dict[str, Any]:
-    return {key: value for key, value in subject.params.items() if key not in ("name", "text")}
-
-
-def _planned_as_dict(name: str, one: Planned) -> dict[str, Any]:
-    """`crop`: what is kept, in px of the original: left, top, right, bottom."""
-    return {"name": name, "size": one.size, "bucket": one.crop.size,
-            "crop": [round(edge, 1) for edge in one.crop.source(one.size)],
-            "cut": round(one.cut, 4), "scale": round(one.scale, 4),
-            **({"focus": one.focus} if one.focus else {})}
+            "pictures": pictures, **({"groups": finding.groups} if finding.groups else {})}
 
 
 def lines(report: Report, most: int = 5) -> list[str]:
-    """The report as text: a line for each finding, then `most` of its pictures, what to do."""
-    told = _summary(report)
-    for finding in report.findings:
-        told.append(f"{MARKS[finding.level]} {finding.text}")
-        told += [f"       {finding.line(one)}" for one in finding.subjects[:most]]
-        if len(finding.subjects) > most:
-            told.append("       " + i18n.tr("checks.more",
-                                            {"count": len(finding.subjects) - most}))
-        if finding.mend:
-            told.append(f"     -> {finding.mend}")
-    if not report.findings:
-        told.append(i18n.tr("checks.all_well"))
-    return told
+    """Returns the report as lines of text.
 
-
-def _summary(report: Report) -> list[str]:
-    found, facts = list(report.buckets.items()), report.facts
-    more = len(found) - MOST_BUCKETS
-    shown = " · ".join(f"{wide}x{high} ×{count}" for (wide, high), count in found[:MOST_BUCKETS])
-    return [
+    Each finding has one, then come `most` of its pictures at most, then what to do.
+    """
+    filled, facts = list(report.buckets.items()), report.facts
+    more = len(filled) - MOST_BUCKETS
+    shown = " · ".join(f"{wide}x{high} ×{count}" for (wide, high), count in filled[:MOST_BUCKETS])
+    text = [
         i18n.tr("checks.summary", {
             "folder": report.folder, "pictures": len(report.names),
             "captioned": report.captioned, "skipped": report.skipped}),
@@ -177,3 +161,14 @@ def _summary(report: Report) -> list[str]:
         i18n.tr("checks.buckets", {
             "list": shown,
             "more": i18n.tr("checks.more_buckets", {"count": more}) if more > 0 else ""})]
+    for finding in report.findings:
+        text.append(f"{MARKS[finding.level]} {finding.text}")
+        text += [f"       {finding.line(subject)}" for subject in finding.subjects[:most]]
+        if len(finding.subjects) > most:
+            others = i18n.tr("checks.more", {"count": len(finding.subjects) - most})
+            text.append(f"       {others}")
+        if finding.mend:
+            text.append(f"     -> {finding.mend}")
+    if not report.findings:
+        text.append(i18n.tr("checks.all_well"))
+    return text
