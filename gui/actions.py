@@ -1,14 +1,13 @@
-"""What the buttons of the Parameters tab do: each deed by the name that its button bears."""
+"""What the buttons of the Parameters tab do: each handler by its button's `data-act`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from core import paths
 from core.base_models import hub
-from core.config import TrainConfig
 from core.errors import UserError
 from core.importers import load_train_config
 from core.jobs import history, journal
@@ -18,15 +17,17 @@ from gui.state.app_state import AppState, Context, Updates
 from gui.state.desktop import open_folder
 from gui.state.run_files import folder_of
 
+# After these the memory is planned anew.
 PLANNED = frozenset({"preset", "advice", "nearest", "demo", "reload", "use_base", "use_repo",
                      "native_file", "native_folder", "native_pictures", "set_pictures",
                      "set_output", "native_output"})
 
 
 def act(ctx: Context, name: str, id: str) -> Updates | None:
-    deed = _DEEDS.get(name)
-    if deed is not None:
-        deed(ctx, id)
+    """Runs the handler of a button; a name that none has does nothing."""
+    handler = _HANDLERS.get(name)
+    if handler is not None:
+        handler(ctx, id)
     if name in PLANNED:
         ctx.app_state.replan(ctx.language)
     return None
@@ -36,23 +37,33 @@ def act(ctx: Context, name: str, id: str) -> Updates | None:
 
 def choose_preset(app_state: AppState, slug: str) -> None:
     """A preset that is chosen decides its fields: own edits of them are taken back."""
-    def chosen(project: Project) -> Project:
+    def choose(project: Project) -> Project:
         fresh = project.model_copy(update={"preset": slug, "advised": {}, "invalid": {}})
         preset = fresh.chosen()
         if preset is None:
             return project
-        hidden = {*preset.set, "epochs", "max_train_steps"}
-        edits = {key: value for key, value in project.edits.items() if key not in hidden}
-        return fresh.model_copy(update={"edits": edits, "purpose": preset.purpose})
-    app_state.projects.update(chosen)
+        return fresh.model_copy(update={"purpose": preset.purpose,
+                                        "edits": _without(project.edits, preset.set)})
+    app_state.projects.update(choose)
 
 
 def take_advice(app_state: AppState) -> None:
+    """The suggestion's values become the project's; own edits of them are taken back."""
     values = (app_state.planning.now.answer.get("suggestion") or {}).get("values", {})
-    hidden = {*values, "epochs", "max_train_steps"}
     app_state.projects.update(lambda project: project.model_copy(update={
-        "advised": dict(values), "invalid": {}, "edits": {
-            key: value for key, value in project.edits.items() if key not in hidden}}))
+        "advised": dict(values), "invalid": {}, "edits": _without(project.edits, values)}))
+
+
+def _without(edits: dict[str, Any], decided: Iterable[str]) -> dict[str, Any]:
+    # Presets and advice decide how long is trained, by one of these two keys.
+    hidden = {*decided, "epochs", "max_train_steps"}
+    return {key: value for key, value in edits.items() if key not in hidden}
+
+
+def replace_edits(app_state: AppState, edits: dict[str, Any]) -> None:
+    """The project's settings become these; its preset and the shown run are put away."""
+    app_state.projects.update(lambda project: project.model_copy(update={
+        "edits": edits, "preset": "", "advised": {}, "invalid": {}, "run": ""}))
 
 
 def load_demo(app_state: AppState) -> None:
@@ -62,27 +73,26 @@ def load_demo(app_state: AppState) -> None:
         "base_model": "demo", "train_data_dir": str(paths.DEMO / "pictures"),
         "trigger_word": "duskprint style", "sample_every": 125, "sample_inference_steps": 16,
         "sample_cfg": 1.5, "sample_prompts": ["a cat, duskprint style", "a house, duskprint style"]}
-    app_state.projects.update(lambda project: project.model_copy(update={
-        "edits": edits, "preset": "", "advised": {}, "invalid": {}, "run": ""}))
+    replace_edits(app_state, edits)
     app_state.settings.change(welcomed=True)
 
 
 def save_preset(ctx: Context, title: str) -> None:
-    """The settings as they stand; what they need is what the plan says."""
+    """Saves the settings as a preset of the user's own, with the memory that the plan says."""
     app_state = ctx.app_state
     snap = app_state.snapshot()
     plan = snap.plan_state.answer.get("plan") or {}
     card = (plan.get("machine") or {}).get("kind") == "cuda"
     family = presets.family_of(snap.config.base_model, family=snap.config.family)
-    made = presets.save_own(
+    preset = presets.save_own(
         title, family, snap.project.purpose, snap.config,
         presets.needs_of(plan.get("needs_mb", 0), card))
-    app_state.projects.change(preset=made.slug)
+    app_state.projects.change(preset=preset.slug)
     ctx.page.tell(ctx.tr("presets.own_saved", title=title))
 
 
 def own(app_state: AppState) -> presets.Preset:
-    """The chosen preset of one's own. Raises UserError."""
+    """The chosen preset. Raises UserError where it isn't one of the user's own."""
     chosen = app_state.projects.now.chosen()
     if chosen is None or not presets.is_own(chosen):
         raise UserError("presets.own_gone")
@@ -97,6 +107,7 @@ def remove_preset(ctx: Context, id: str) -> None:
 
 
 def restore_preset(ctx: Context, id: str) -> None:
+    """Brings back a preset that was deleted, and chooses it. `id`: 'family/slug'."""
     family, _, slug = id.partition("/")
     presets.restore_own(Path(family).name, slug)
     keep(ctx.app_state, "presets", removed="")
@@ -110,13 +121,15 @@ def use_base(app_state: AppState, path: str) -> None:
 
 
 def use_found(ctx: Context, id: str) -> None:
-    found = ctx.app_state.bases.now.found
-    if id.isdigit() and int(id) < len(found):
-        use_base(ctx.app_state, str(found[int(id)].path))
+    """Chooses a model that was found on this machine; `id` is its number."""
+    models = ctx.app_state.bases.now.found
+    if id.isdigit() and int(id) < len(models):
+        use_base(ctx.app_state, str(models[int(id)].path))
 
 
 def fetch(ctx: Context, repo: str) -> None:
-    """On the user's word; the base is chosen when it has come."""
+    """Downloads a base model, and chooses it once it is complete. Raises UserError for a model that
+    the catalogue doesn't have."""
     if repo not in (entry.repo for entry in hub.catalogue()):
         raise UserError("base_model.unknown_model", repo=repo)
     app_state, language = ctx.app_state, ctx.language
@@ -133,11 +146,14 @@ def search_bases(app_state: AppState) -> None:
 
 
 def choose_natively(ctx: Context, what: str) -> None:
-    """`what`: pictures | output | file | folder. The dialog is open meanwhile."""
-    found = ctx.app_state.desktop.choose(what != "file")
-    if found:
-        {"pictures": set_pictures, "output": set_output}.get(
-            what, lambda ctx, path: use_base(ctx.app_state, path))(ctx, found)
+    """Opens the system's dialog and waits for it. `what`: pictures | output | file | folder."""
+    path = ctx.app_state.desktop.choose(folder=what != "file")
+    if path and what == "pictures":
+        set_pictures(ctx, path)
+    elif path and what == "output":
+        set_output(ctx, path)
+    elif path:
+        use_base(ctx.app_state, path)
 
 
 def set_pictures(ctx: Context, text: str) -> None:
@@ -145,7 +161,8 @@ def set_pictures(ctx: Context, text: str) -> None:
 
 
 def set_output(ctx: Context, text: str) -> None:
-    """For all projects: an output folder of this one's own would hide it."""
+    """Sets the output folder of all projects; one of this project's own is removed, since it would
+    come first."""
     folder = absolute(text) if text.strip() else None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -154,12 +171,22 @@ def set_output(ctx: Context, text: str) -> None:
         key: value for key, value in project.edits.items() if key != "output_dir"}}))
 
 
+def set_trigger(ctx: Context, word: str | None) -> None:
+    """Sets the trigger word. Boxes send their text whenever they are left: only a different word is
+    an edit."""
+    word = (word or "").strip()
+    if word != ctx.app_state.snapshot().config.trigger_word:
+        ctx.app_state.projects.edit(trigger_word=word or None)
+        ctx.app_state.replan(ctx.language)
+
+
 def number(id: str) -> int:
     return int(id) if id.isdecimal() else 0
 
 
 def absolute(text: str) -> Path:
-    """Raises UserError: the window's working folder means nothing to anyone."""
+    """The path that was typed. Raises UserError for a relative one: users don't know the working
+    folder of the window."""
     path = Path(text.strip().strip('"')).expanduser()
     if not path.is_absolute():
         raise UserError("gui.not_absolute", folder=text)
@@ -169,18 +196,24 @@ def absolute(text: str) -> Path:
 # --- runs ---
 
 def keep(app_state: AppState, tab: str, **changes: Any) -> None:
-    """What a part of the page keeps in the project, so that every page shows the same."""
+    """Saves values of a tab in the project, so that every page shows the same."""
     app_state.projects.update(lambda project: project.model_copy(update={"tabs": {
         **project.tabs, tab: {**project.tabs.get(tab, {}), **changes}}}))
 
 
+def keep_drawing(app_state: AppState, values: Mapping[str, Any]) -> None:
+    """Saves values of the Inference tab in the project."""
+    app_state.projects.update(lambda project: project.model_copy(update={
+        "inference": {**project.inference, **values}}))
+
+
 def choose_to_compare(ctx: Context, id: str) -> None:
-    """The two that were chosen last; "": none."""
-    before = [str(one) for one in ctx.app_state.projects.now.tabs.get("runs", {}).get("compare",
-                                                                                      [])]
-    chosen = [one for one in before if one != id]
-    keep(ctx.app_state, "runs", compare=([*chosen, id] if id not in before else chosen)[-2:]
-         if id else [])
+    """Adds a run to the two that are compared, or takes it away again; "": no run any more."""
+    before = list(map(str, ctx.app_state.projects.now.tabs.get("runs", {}).get("compare", [])))
+    chosen = [run for run in before if run != id]
+    if id not in before:
+        chosen.append(id)
+    keep(ctx.app_state, "runs", compare=chosen[-2:] if id else [])
 
 
 def remove_run(ctx: Context, id: str) -> None:
@@ -197,17 +230,12 @@ def restore_run(ctx: Context, id: str) -> None:
 
 
 def reload_run(ctx: Context, id: str) -> None:
-    edits = config_of(ctx.app_state, id).model_dump(exclude_defaults=True, exclude={"resume"})
-    ctx.app_state.projects.update(lambda project: project.model_copy(update={
-        "edits": edits, "preset": "", "advised": {}, "invalid": {}, "run": ""}))
+    """A run's settings become the project's."""
+    config = load_train_config(ctx.app_state.jobs.view(id).folder / journal.CONFIG)
+    replace_edits(ctx.app_state, config.model_dump(exclude_defaults=True, exclude={"resume"}))
 
 
-def config_of(app_state: AppState, run_id: str) -> TrainConfig:
-    view = app_state.jobs.view(run_id)
-    return load_train_config(view.folder / journal.CONFIG)
-
-
-_DEEDS: dict[str, Callable[[Context, str], Any]] = {
+_HANDLERS: dict[str, Callable[[Context, str], Any]] = {
     "preset": lambda ctx, id: choose_preset(ctx.app_state, id),
     "save_preset": save_preset,
     "rename_preset": lambda ctx, id: presets.rename_own(own(ctx.app_state), id),

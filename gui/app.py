@@ -1,4 +1,4 @@
-"""The window's pages in all languages over one house, for the server of gui/server.py.
+"""The window's pages in all languages over one AppState, for the server of gui/server.py.
 
 Gradio's analytics must be off before it is imported, which is why nothing else imports it first.
 """
@@ -13,7 +13,6 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import importlib
-import importlib.util
 import threading
 
 import gradio as gr
@@ -22,7 +21,7 @@ from fastapi import FastAPI
 from core import i18n, paths
 from core.dataset import thumbnails
 from core.jobs.manager import JobManager
-from gui.dataset_routes import add_album_routes
+from gui.dataset_routes import add_dataset_routes
 from gui.header import Header
 from gui.routes import add_live_route, add_routes
 from gui.server import Served, listen
@@ -31,8 +30,10 @@ from gui.state.page import Page
 from gui.state.plan_client import Planning
 from gui.theme import HEAD, theme
 
-TABS = ("dataset", "captioning", "parameters", "inference", "settings")     # files in gui/tabs
+# Files in gui/tabs, in their order on the page.
+TABS = ("dataset", "captioning", "parameters", "inference", "settings")
 STYLES = [ASSETS / name for name in ("style.css", "panels.css")]
+# The first page comes first: what is likely to be wanted next begins after so many seconds.
 WARM_AFTER_S = 3.0
 
 
@@ -43,11 +44,9 @@ def build(ctx: Context, page: Page) -> gr.Blocks:
         page.header = Header(ctx)
         with gr.Tabs(elem_id="tabs", selected="parameters") as page.frame:
             for name in TABS:
-                if importlib.util.find_spec(f"gui.tabs.{name}") is None:
-                    continue
                 with gr.Tab(ctx.tr(f"tab_{name}"), id=name, elem_id=f"tab-{name}"):
-                    page.tabs.append((name, importlib.import_module(f"gui.tabs.{name}")
-                                      .build(ctx)))
+                    module = importlib.import_module(f"gui.tabs.{name}")
+                    page.tabs.append((name, module.build(ctx)))
         page.wire(ctx, blocks.load)
     # Our handlers bypass Gradio's queue, whose loops look for work a thousand times a second.
     blocks._queue.sleep_when_free = blocks._queue.progress_update_sleep_when_free = 0.2
@@ -58,7 +57,7 @@ def application(app_state: AppState) -> FastAPI:
     """All pages and routes; every argument to Gradio stands here."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     add_routes(app, app_state)
-    add_album_routes(app, app_state)
+    add_dataset_routes(app, app_state)
     for language in i18n.LANGUAGES:
         page = Page()
         ctx = Context(app_state, language, page)
@@ -79,37 +78,33 @@ def serve(port: int = 0, jobs: JobManager | None = None, planning: Planning | No
           warm: bool = True) -> Served:
     """A server whose pages are there. `port` 0: a free one. Raises OSError where it is taken."""
     served = listen(port)
-    move_in(served, jobs, planning, warm)
+    add_pages(served, jobs, planning, warm)
     return served
 
 
-def move_in(served: Served, jobs: JobManager | None = None, planning: Planning | None = None,
-            warm: bool = True) -> None:
-    """Pages for a server that shows the waiting page. Raises OSError for folders of ours that
-    can't be written."""
-    _settle()
-    app_state = AppState(jobs or JobManager(), planning)
-    served.move_in(application(app_state), app_state)
-    if warm:
-        timer = threading.Timer(WARM_AFTER_S, _warm, [app_state])
-        timer.daemon = True
-        timer.start()
-
-
-def _warm(app_state: AppState) -> None:
-    """What is likely to be wanted next: a worker, and the bases that lie on this machine."""
-    app_state.jobs.warm()
-    thumbnails.prune()
-    app_state.bases.look(tuple(app_state.settings.now.model_folders))
-
-
-def _settle() -> None:
-    """Gradio serves what lies in the working folder and its temporary one: both are our own.
-    Paths that were relative to the old working folder are made absolute before."""
+def add_pages(served: Served, jobs: JobManager | None = None, planning: Planning | None = None,
+              warm: bool = True) -> None:
+    """Pages for a server that shows the waiting page. `warm`: start a worker and look for base
+    models soon, since they are likely to be wanted. Raises OSError for folders of ours that can't
+    be written."""
+    # The working folder changes below: what was relative to it is made absolute before.
     if home := os.environ.get("DARKROOM_HOME"):
         os.environ["DARKROOM_HOME"] = os.path.abspath(home)
+    # Gradio serves what lies in the working folder and in its temporary one: both are our own.
     empty, temporary = paths.cache_dir() / "empty", paths.cache_dir() / "gradio"
     for folder in (empty, temporary, pictures_folder()):
         folder.mkdir(parents=True, exist_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(temporary)
     os.chdir(empty)
+
+    app_state = AppState(jobs or JobManager(), planning)
+    served.attach(application(app_state), app_state)
+
+    def warm_up() -> None:
+        app_state.jobs.warm()
+        thumbnails.prune()
+        app_state.bases.look(tuple(app_state.settings.now.model_folders))
+    if warm:
+        timer = threading.Timer(WARM_AFTER_S, warm_up)
+        timer.daemon = True
+        timer.start()

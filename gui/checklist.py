@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -9,30 +10,35 @@ from typing import Literal, NamedTuple
 from core import i18n
 from core.base_models import search
 from core.errors import UserError
+from core.memory.advisor import gigabytes
 from core.workspace import presets
-from gui.html import esc, gigabytes
+from gui.html import esc
 from gui.state.app_state import Context, Snapshot
-from gui.state.form import problems, said
+from gui.state.form import error_text, problems
 
 Mark = Literal["ok", "wait", "warn", "bad"]
 _SIGNS: dict[Mark, str] = {"ok": "✓", "wait": "…", "warn": "⚠", "bad": "✖"}
 
 
 class Item(NamedTuple):
+    """A line of the list; one that is `bad` keeps the training from starting."""
+
     mark: Mark
     text: str
 
 
 def items(ctx: Context, snap: Snapshot) -> list[Item]:
-    found = [_pictures(ctx, snap), _base(ctx, snap), *_memory(ctx, snap), *_lacking(ctx, snap)]
-    found += [Item("bad", text) for text in problems(ctx, snap)]
+    """In the order in which a user sets things up; the last ones say what Start will do."""
+    checks = [_pictures(ctx, snap), _base(ctx, snap), *_machine(ctx, snap)]
+    checks += [Item("bad", text) for text in problems(ctx, snap)]
     if snap.problem:
-        found.append(Item("bad", said(ctx, snap.problem)))
-    if steps := snap.plan_state.answer.get("updates"):
-        found.append(Item("ok", ctx.tr("will_do_steps", steps=steps)))
-    if length := snap.plan_state.answer.get("length"):
-        found.append(Item("warn", ctx.tr(length["key"], **length["params"])))
-    return found
+        checks.append(Item("bad", error_text(ctx, snap.problem)))
+    answer = snap.plan_state.answer
+    if steps := answer.get("updates"):
+        checks.append(Item("ok", ctx.tr("will_do_steps", steps=steps)))
+    if length := answer.get("length"):
+        checks.append(Item("warn", ctx.tr(length["key"], **length["params"])))
+    return checks
 
 
 def ready(ctx: Context, snap: Snapshot) -> bool:
@@ -52,6 +58,7 @@ def _pictures(ctx: Context, snap: Snapshot) -> Item:
     if not Path(folder).expanduser().is_dir():
         return Item("bad", ctx.tr("folder_missing", folder=folder))
     answer, question = snap.plan_state.answer, snap.plan_state.question.get("config", {})
+    # The planner counts; its answer may still be about another folder.
     if question.get("train_data_dir") != folder:
         return Item("wait", ctx.tr("counting"))
     if fault := answer.get("pictures_fault"):
@@ -68,51 +75,49 @@ def _base(ctx: Context, snap: Snapshot) -> Item:
         return Item("bad", ctx.tr("no_base"))
     try:
         family = presets.family_of(base, family=snap.config.family)
-    except UserError as fault:
-        return Item("bad", ctx.told(fault))
-    if snap.config.family == "auto" and (unfit := _unfit(ctx, base)):
-        return Item("bad", unfit)
+    except UserError as error:
+        return Item("bad", ctx.error_text(error))
+    # A family that the user names may be one of the user's own: then the base is taken as it is.
+    if snap.config.family == "auto" and base != "demo":
+        path = Path(base).expanduser()
+        # The absence of a file is told above already.
+        with contextlib.suppress(OSError):
+            if reason := _unfit(path, path.stat().st_mtime_ns, ctx.language):
+                return Item("bad", reason)
     return Item("ok", ctx.tr("base_is", base=Path(base).name, family=family))
 
 
-def _unfit(ctx: Context, base: str) -> str:
-    """Why a file or folder is no base that can be trained; "": it is one."""
-    path = Path(base).expanduser()
-    try:
-        return "" if base == "demo" else _looked(path, path.stat().st_mtime_ns, ctx.language)
-    except OSError:
-        return ""                       # its absence is told already
-
-
+# Pages are painted once a second, and a look reads the headers of a checkpoint.
 @functools.lru_cache(maxsize=32)
-def _looked(path: Path, mark: int, language: str) -> str:
+def _unfit(path: Path, changed_ns: int, language: str) -> str:
+    """Why a file or folder is no base that can be trained; "": it is one. `changed_ns` is only a
+    key of the cache: a file that changes is looked at anew."""
     try:
-        found = search.look(path)
+        model = search.look(path)
     except UserError:
         return i18n.tr("base_model.damaged", {"base": path.name}, language)
-    if found is None:
+    if model is None:
         return i18n.tr("base_model.no_base", {"base": path.name}, language)
-    return found.why(language) if found.reason else ""
+    return model.why(language) if model.reason else ""
 
 
-def _memory(ctx: Context, snap: Snapshot) -> list[Item]:
+def _machine(ctx: Context, snap: Snapshot) -> list[Item]:
+    """Graphics memory, main memory and disk, by the plan."""
     answer = snap.plan_state.answer
     if not answer:
         return [Item("wait", ctx.tr("planning"))] if snap.plan_state.pending else []
+    checks, plan = [], answer.get("plan") or {}
     if fault := answer.get("fault"):
-        return [Item("warn", ctx.tr(fault["code"], **fault["params"]))]
-    plan = answer["plan"]
-    mark: Mark = {"fits": "ok", "tight": "warn"}.get(answer["verdict"],
-                                                     "warn")  # type: ignore[assignment]
-    return [Item(mark, ctx.tr(f"memory_{answer['verdict']}", needs=gigabytes(plan["needs_mb"]),
-                              free=gigabytes(plan["machine"]["free_mb"])))]
-
-
-def _lacking(ctx: Context, snap: Snapshot) -> list[Item]:
-    answer = snap.plan_state.answer
-    short = [Item("warn", ctx.tr(f"advisor.{what}_short", **params))
-             for what, params in (answer.get("lacking") or {}).items()]
-    disk = (answer.get("plan") or {}).get("machine", {}).get("disk_mb")
-    if disk and "disk" not in (answer.get("lacking") or {}):
-        short.append(Item("ok", ctx.tr("disk_free", free=gigabytes(disk))))
-    return short
+        checks.append(Item("warn", ctx.tr(fault["code"], **fault["params"])))
+    else:
+        # Too big a plan only warns: it may be wrong, and the user may know better.
+        checks.append(Item("ok" if answer["verdict"] == "fits" else "warn", ctx.tr(
+            f"memory_{answer['verdict']}", needs=gigabytes(plan["needs_mb"]),
+            free=gigabytes(plan["machine"]["free_mb"]))))
+    lacking = answer.get("lacking") or {}
+    checks += [Item("warn", ctx.tr(f"advisor.{resource}_short", **params))
+               for resource, params in lacking.items()]
+    disk_mb = plan.get("machine", {}).get("disk_mb")
+    if disk_mb and "disk" not in lacking:
+        checks.append(Item("ok", ctx.tr("disk_free", free=gigabytes(disk_mb))))
+    return checks

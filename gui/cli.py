@@ -24,7 +24,7 @@ def tr(key: str, **params: Any) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Gradio comes in here, so that other commands stay quick."""
+    # Its imports take a while, which other commands needn't wait for.
     from gui import window
     return window.open_window(options.port, show=not options.no_window)
 
@@ -38,7 +38,8 @@ def selftest(options: argparse.Namespace) -> int:
         print(f"{mark} {tr('part_' + part['part'])} ({part['seconds']:.1f} s)", flush=True)
         if not part["ok"]:
             print(part.get("details") or part)
-    file = options.json and options.json.absolute()     # the window changes the working folder
+    # The window changes the working folder.
+    file = options.json and options.json.absolute()
     report = selftest.run(tell)
     if file:
         paths.write_atomic(file, json.dumps(report, indent=1, ensure_ascii=False, default=str))

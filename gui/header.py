@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from core.jobs.runs import JobView
-from gui.html import bar, button, duration, esc, gigabytes
-from gui.state.app_state import Context, Snapshot, Updates
+from core.memory.advisor import gigabytes
+from gui.html import bar, button, duration, esc
+from gui.state.app_state import Context, Gauge, Snapshot, Updates
 from gui.widgets.close_dialog import close_dialog
 from gui.widgets.panel import panel
 
@@ -16,23 +16,25 @@ class Header:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
         self.panel, self.dialog = panel("header"), panel("close-dialog")
-        for one in (self.panel, self.dialog):
-            ctx.page.on_panel(one, self.act, fill=True)
+        for area in (self.panel, self.dialog):
+            ctx.page.on_panel(area, self.act, fill=True)
 
     def paint(self, snap: Snapshot) -> Updates:
         return {self.panel: header(self.ctx, snap), self.dialog: close_dialog(self.ctx, snap)}
 
     def act(self, act: str, id: str) -> Updates | None:
+        """Buttons of the header and of the dialog."""
         app_state = self.ctx.app_state
         if act == "job":
             run = app_state.snapshot().run(id)
             if run and run.job == "train":
                 app_state.projects.change(run=id)
-            places = {"train": "parameters", "caption": "captioning"}
-            return self.ctx.page.select(places.get(run.job if run else "", "inference"))
+            tabs = {"train": "parameters", "caption": "captioning"}
+            return self.ctx.page.select(tabs.get(run.job if run else "", "inference"))
         if act in ("open", "new"):
             base = app_state.projects.now.edits.get("base_model", "demo")
-            if not app_state.projects.open(id).edits:           # a new one starts on the same base
+            # A new project starts on the same base.
+            if not app_state.projects.open(id).edits:
                 app_state.projects.edit(base_model=base)
             app_state.projects.change(run="")
             app_state.settings.change(project=app_state.projects.now.name)
@@ -55,20 +57,29 @@ class Header:
 
 
 def header(ctx: Context, snap: Snapshot) -> str:
-    return (f'<div class="header">{_project(ctx, snap)}{_gauge(ctx, snap)}{_pill(ctx, snap)}'
-            f'<span class="spring"></span>{_language(ctx)}{_theme(ctx, snap)}'
-            f'{button(ctx.tr("close.quit"), "quit", kind="link")}</div>{_broken(ctx)}')
-
-
-def _broken(ctx: Context) -> str:
-    """Files of ours that were damaged and are put aside."""
-    return "".join(
-        f'<section class="card warning" role="alert"><p>{esc(ctx.told(fault))} '
-        f'{button(ctx.tr("close.dismiss"), "dismiss")}</p></section>'
-        for fault in ctx.app_state.broken)
+    """Project, memory, the run, languages, theme, quit; below it, files of ours that broke."""
+    tr = ctx.tr
+    languages = " | ".join(
+        f'<a href="/language/{code}" target="_self" lang="{code}" hreflang="{code}"'
+        f'{" aria-current=true" if code == ctx.language else ""}>{name}</a>'
+        for code, name in (("en", "EN"), ("zh-CN", "中文")))
+    theme = snap.settings.theme
+    theme_name = esc(tr(f"theme_{theme}"))
+    # Damaged files are put aside: the app goes on without them.
+    broken = "".join(
+        f'<section class="card warning" role="alert"><p>{esc(ctx.error_text(error))} '
+        f'{button(tr("close.dismiss"), "dismiss")}</p></section>'
+        for error in ctx.app_state.broken)
+    return (f'<div class="header">{_project(ctx, snap)}{_memory(ctx, snap.gauge)}'
+            f'{_run(ctx, snap)}<span class="spring"></span>'
+            f'<span class="language">{languages}</span>'
+            f'<a class="theme" href="/theme/{NEXT_THEME[theme]}" target="_self" '
+            f'title="{theme_name}" aria-label="{theme_name}">{THEME_SIGN[theme]}</a>'
+            f'{button(tr("close.quit"), "quit", kind="link")}</div>{broken}')
 
 
 def _project(ctx: Context, snap: Snapshot) -> str:
+    """The project's name, which opens a menu of the others."""
     names = [name for name in ctx.app_state.projects.names() if name != snap.project.name]
     others = "".join(button(name, "open", name, kind="link") for name in names[:30])
     label = esc(ctx.tr("new_project"))
@@ -79,48 +90,33 @@ def _project(ctx: Context, snap: Snapshot) -> str:
             f'</div></details>')
 
 
-def _gauge(ctx: Context, snap: Snapshot) -> str:
-    gauge = snap.gauge
+def _memory(ctx: Context, gauge: Gauge) -> str:
     if not gauge.total_mb:
         return ""
-    key = "memory_of_card" if gauge.kind == "cuda" else "memory_of_computer"
-    said = ctx.tr(key, name=gauge.name)
+    card = gauge.kind == "cuda"
+    text = ctx.tr("memory_of_card" if card else "memory_of_computer", name=gauge.name)
+    name = gauge.name if card else ctx.tr(f"device_{gauge.kind}")
     degrees = "" if gauge.temperature_c is None else f" · {gauge.temperature_c} °C"
-    name = gauge.name if gauge.kind == "cuda" else ctx.tr(f"device_{gauge.kind}")
-    return (f'<span class="gauge" title="{esc(said)}"><span>{esc(name)}</span>'
-            f'{bar(gauge.used_mb / gauge.total_mb, said)}<span>{gauge.used_mb / 1024:.1f} / '
+    return (f'<span class="gauge" title="{esc(text)}"><span>{esc(name)}</span>'
+            f'{bar(gauge.used_mb / gauge.total_mb, text)}<span>{gauge.used_mb / 1024:.1f} / '
             f'{gigabytes(gauge.total_mb)}{degrees}</span></span>')
 
 
-def _pill(ctx: Context, snap: Snapshot) -> str:
-    view = snap.active
-    waiting = len(snap.queued)
-    more = f" +{waiting}" if view and waiting else ""
+def _run(ctx: Context, snap: Snapshot) -> str:
+    """What is going on, in one button that leads there."""
+    view, waiting = snap.active, len(snap.queued)
     if view is None:
         text = ctx.tr("queue_waits", count=waiting) if waiting else ctx.tr("idle")
         return f'<span class="pill idle">○ {esc(text)}</span>'
-    text = " ".join(filter(None, (ctx.tr(f"doing_{view.job}") if view.state == "running"
-                                  else ctx.tr(f"state_{view.state}"), _share(view))))
-    left = f" · {duration(ctx, view.eta_s)}" if view.eta_s and view.state == "running" else ""
-    return button(f"● {text}{left}{more}", "job", view.id, kind=f"pill {view.state}",
-                  hint=ctx.tr("go_to_run"))
-
-
-def _share(view: JobView) -> str:
+    running = view.state == "running"
+    text = ctx.tr(f"doing_{view.job}" if running else f"state_{view.state}")
+    # Before the first update there is only the progress of the phase.
     done, total = (view.step, view.total) if view.total else (view.phase_done, view.phase_total)
-    return f"{100 * done // total} %" if total else ""
-
-
-def _language(ctx: Context) -> str:
-    """Each language by its own name."""
-    links = [f'<a href="/language/{code}" target="_self" lang="{code}" hreflang="{code}"'
-             f'{" aria-current=true" if code == ctx.language else ""}>{name}</a>'
-             for code, name in (("en", "EN"), ("zh-CN", "中文"))]
-    return f'<span class="language">{" | ".join(links)}</span>'
-
-
-def _theme(ctx: Context, snap: Snapshot) -> str:
-    theme = snap.settings.theme
-    said = esc(ctx.tr(f"theme_{theme}"))
-    return (f'<a class="theme" href="/theme/{NEXT_THEME[theme]}" target="_self" title="{said}" '
-            f'aria-label="{said}">{THEME_SIGN[theme]}</a>')
+    if total:
+        text += f" {100 * done // total} %"
+    if view.eta_s and running:
+        text += f" · {duration(ctx, view.eta_s)}"
+    if waiting:
+        text += f" +{waiting}"
+    return button(f"● {text}", "job", view.id, kind=f"pill {view.state}",
+                  hint=ctx.tr("go_to_run"))

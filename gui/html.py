@@ -1,8 +1,13 @@
-"""Small pieces of HTML and of text: everything that comes from outside is escaped here."""
+"""Small pieces of HTML and of text.
+
+Arguments called `label`, `title`, `text`, `hint` or `value` are plain text and are escaped here.
+Arguments called `html` are HTML already: whoever builds them escapes what comes from outside.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +16,8 @@ if TYPE_CHECKING:
     from gui.state.app_state import Context
 
 
-ASSETS = Path(__file__).parent / "assets"    # scripts, styles and pictures of the page
+# Scripts, styles and pictures of the page.
+ASSETS = Path(__file__).parent / "assets"
 
 
 def esc(value: object) -> str:
@@ -19,21 +25,31 @@ def esc(value: object) -> str:
 
 
 def button(label: str, act: str, id: str = "", *, kind: str = "", why_not: str = "",
-           hint: str = "", once: bool = False) -> str:
-    """`kind`: primary | danger | link | "". `why_not`: disabled, and why."""
-    title = esc(why_not or hint)
-    name = "" if label.isalnum() or len(label) > 2 else f' aria-label="{esc(hint or label)}"'
-    off = f' disabled aria-disabled="true" title="{title}"' if why_not else (
-        f' title="{title}"' if title else "")
-    again = " data-once" if once else ""
+           hint: str = "", once: bool = False, pressed: bool | None = None) -> str:
+    """A button that reports `act` and `id` to the handler of its panel.
+
+    `kind`: primary | danger | link | "". `why_not`: the reason why it is disabled. `once`: a
+    click disables it. `pressed`: the state of a toggle; None: it is no toggle.
+    """
+    extra = ""
+    # Screen readers skip a lone sign such as "×": it needs a name in words.
+    if len(label) <= 2 and not label.isalnum():
+        extra += f' aria-label="{esc(hint or label)}"'
+    if why_not:
+        extra += ' disabled aria-disabled="true"'
+    if title := why_not or hint:
+        extra += f' title="{esc(title)}"'
+    if pressed is not None:
+        extra += f' aria-pressed="{str(pressed).lower()}"'
+    if once:
+        extra += " data-once"
     return (f'<button type="button" class="act {kind}" data-act="{esc(act)}" '
-            f'data-id="{esc(id)}"{name}{off}{again}>{esc(label)}</button>')
+            f'data-id="{esc(id)}"{extra}>{esc(label)}</button>')
 
 
-def field(act: str, label: str, go: str, value: str = "", *, optional: bool = False) -> str:
-    """One line to type in with its button: the handler gets (act, what was typed)."""
-    needed = "" if optional else " required"
-    return (f'<form class="field" data-act="{esc(act)}"><input{needed} maxlength="400" '
+def field(act: str, label: str, go: str, value: str = "") -> str:
+    """One line to type in with its button `go`: the handler gets (act, what was typed)."""
+    return (f'<form class="field" data-act="{esc(act)}"><input required maxlength="400" '
             f'placeholder="{esc(label)}" aria-label="{esc(label)}" value="{esc(value)}">'
             f'<button class="act">{esc(go)}</button></form>')
 
@@ -46,23 +62,56 @@ def bar(share: float, label: str, kind: str = "") -> str:
             f'<i style="width:{percent:.1f}%"></i></div>')
 
 
-def card(kind: str, title: str, body: str = "", *, raw: str = "") -> str:
-    """`kind`: fault | warning | good | info. `raw` is HTML already."""
+def card(kind: str, title: str, text: str = "", *, html: str = "") -> str:
+    """A coloured box with a sign. `kind`: fault | warning | good | info."""
     sign = {"fault": "✖", "warning": "⚠", "good": "✓", "info": "ⓘ"}[kind]
     role = "alert" if kind == "fault" else "status"
-    text = f"<p>{esc(body)}</p>" if body else ""
+    body = f"<p>{esc(text)}</p>" if text else ""
     return (f'<section class="card {kind}" role="{role}"><h3><span aria-hidden="true">{sign}'
-            f'</span> {esc(title)}</h3>{text}{raw}</section>')
+            f'</span> {esc(title)}</h3>{body}{html}</section>')
+
+
+def box(title: str, html: str, kind: str = "box") -> str:
+    """A section with a title."""
+    return f'<section class="{kind}"><h3>{esc(title)}</h3>{html}</section>'
+
+
+def small(text: str, *, status: bool = False) -> str:
+    """A paragraph in small print, empty without a text. Screen readers announce a `status`."""
+    role = ' role="status"' if status else ""
+    return f'<p class="small"{role}>{esc(text)}</p>' if text else ""
+
+
+def acts(*html: str) -> str:
+    """A row of buttons; empty without any."""
+    row = "".join(html)
+    return f'<p class="acts">{row}</p>' if row else ""
+
+
+def details(title: str, html: str, kind: str = "", key: str = "") -> str:
+    """HTML that is folded away below its title. `kind`: CSS classes. `key`: with another
+    key live.js takes it for another element when the panel is painted anew."""
+    css, mark = f' class="{kind}"' if kind else "", f' data-key="{key}"' if key else ""
+    return f"<details{css}{mark}><summary>{esc(title)}</summary>{html}</details>"
+
+
+def option(value: str, label: str, selected: bool = False, extra: str = "") -> str:
+    """An entry of a <select>. `extra`: more attributes, as HTML."""
+    mark = " selected" if selected else ""
+    return f'<option value="{esc(value)}"{extra}{mark}>{esc(label)}</option>'
+
+
+def fact_table(facts: Iterable[tuple[str, object]]) -> str:
+    """A table of (label, value)."""
+    rows = "".join(f"<tr><th>{esc(label)}</th><td>{esc(value)}</td></tr>"
+                   for label, value in facts)
+    return f'<table class="facts">{rows}</table>'
 
 
 # --- numbers with their units ---
 
-def gigabytes(mb: float) -> str:
-    return f"{mb / 1024:.1f} GB" if mb >= 1000 else f"{mb:.0f} MB"
-
-
 def clock(when: float) -> str:
-    """14:37; with the date if it isn't today."""
+    """The local time of a Unix time: 14:37, with the date if it isn't today."""
     then, today = time.localtime(when), time.localtime()
     same = then[:3] == today[:3]
     return time.strftime("%H:%M" if same else "%m-%d %H:%M", then)

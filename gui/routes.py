@@ -24,16 +24,16 @@ from gui.state.page import Page
 from gui.state.run_files import lora_file
 
 THUMB_PX = 320
-SMALL = 60_000                          # bytes
+# Bytes: a smaller file is sent as it is.
+SMALL = 60_000
 ICON, LIVE = (ASSETS / name for name in ("icon.svg", "live.js"))
 
 
 class Shown(BaseModel):
-    """What a page tells of itself."""
+    """What a page tells of itself: the version that it shows, and a mark for each panel."""
 
     version: str = Field("", max_length=100)
-    marks: dict[str, str] = Field({}, max_length=200)       # by panel
-
+    marks: dict[str, str] = Field({}, max_length=200)
 
 
 def add_routes(app: FastAPI, app_state: AppState) -> None:
@@ -117,8 +117,7 @@ def _file(files: list[str], number: int) -> Path:
 
 
 def thumbnail(path: Path) -> Path:
-    """A small WebP of a run's picture; one that is small already stays as it is, pixel for
-    pixel."""
+    """A small WebP of a run's picture; a small file stays as it is, pixel for pixel."""
     with contextlib.suppress(UserError, OSError):
         return path if path.stat().st_size < SMALL else thumbnails.thumbnail(path, THUMB_PX)
     return path

@@ -42,28 +42,31 @@ class Guard:
         self.cookie = f"darkroom_{port}"
         self.hosts = {f"127.0.0.1:{port}", f"localhost:{port}"}
         self.origins = {f"http://{host}" for host in self.hosts}
-        self.answers: dict[str, Callable[[], bytes]] = {}       # by path, before the app's
+        # Answers to paths that come before the app's own.
+        self.answers: dict[str, Callable[[], bytes]] = {}
         self.pages = 0
-        self.quiet_since = time.monotonic()         # no page since then, if pages == 0
+        # When the last request ended: if `pages` is 0, no page is open since then.
+        self.quiet_since = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] != "http":
+            # 1008: a policy forbids it. Nothing here uses websockets.
             await send({"type": "websocket.close", "code": 1008})
         elif (refusal := self._refusal(_headers(scope))) is not None:
-            await _answer(send, refusal, b"refused")
-        elif self._token_in_query(scope):
+            await answer(send, refusal, b"refused")
+        elif scope["method"] == "GET" and self._is_token(dict(_query(scope)).get("token", "")):
             await self._hand_cookie(scope, send)
         elif not self._has_cookie(_headers(scope)):
-            await _answer(send, 403, _REFUSED.encode(), [(b"content-type", b"text/html")])
-        elif (answer := self.answers.get(scope["path"])) is not None:
-            await _answer(send, 200, await asyncio.to_thread(answer))
+            await answer(send, 403, _REFUSED.encode(), [(b"content-type", b"text/html")])
+        elif (make_body := self.answers.get(scope["path"])) is not None:
+            await answer(send, 200, await asyncio.to_thread(make_body))
         else:
             await self._serve(scope, receive, send)
 
     def _refusal(self, headers: dict[str, str]) -> int | None:
-        """400: not our name; 403: another site asks."""
+        """400 for a foreign host name, 403 for another site's request; None: it may pass."""
         if headers.get("host", "") not in self.hosts:
             return 400
         origin = headers.get("origin")
@@ -73,10 +76,6 @@ class Guard:
             return 403
         return None
 
-    def _token_in_query(self, scope: Scope) -> bool:
-        given = dict(parse_qsl(scope["query_string"].decode("latin-1"))).get("token", "")
-        return scope["method"] == "GET" and self._is_token(given)
-
     def _has_cookie(self, headers: dict[str, str]) -> bool:
         try:
             jar: SimpleCookie = SimpleCookie(headers.get("cookie", ""))
@@ -85,33 +84,38 @@ class Guard:
         return self.cookie in jar and self._is_token(jar[self.cookie].value)
 
     def _is_token(self, given: str) -> bool:
+        # In constant time: the time of a plain comparison tells how much of a guess is right.
         return secrets.compare_digest(given.encode(), self.token.encode())
 
     async def _hand_cookie(self, scope: Scope, send: Send) -> None:
-        """The token leaves the address bar at once."""
-        rest = [(key, value) for key, value in parse_qsl(scope["query_string"].decode("latin-1"))
-                if key != "token"]
-        path = "/" + scope["path"].lstrip("/\\")    # "//host" would lead elsewhere
+        """Redirects to the same address without the token, which leaves the address bar at once."""
+        rest = [(key, value) for key, value in _query(scope) if key != "token"]
+        # "//host" would lead to another site.
+        path = "/" + scope["path"].lstrip("/\\")
         target = path + (f"?{urlencode(rest)}" if rest else "")
         cookie = f"{self.cookie}={self.token}; Path=/; HttpOnly; SameSite=Strict"
-        await _answer(send, 303, b"", [(b"location", target.encode("ascii", "ignore")),
+        await answer(send, 303, b"", [(b"location", target.encode("ascii", "ignore")),
                                        (b"set-cookie", cookie.encode())])
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def sent(message: MutableMapping[str, Any]) -> None:
+        async def send_with_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 ours = {name for name, _ in HEADERS}
-                kept = [pair for pair in message.get("headers", []) if pair[0] not in ours]
-                message["headers"] = kept + HEADERS
+                others = [pair for pair in message.get("headers", []) if pair[0] not in ours]
+                message["headers"] = others + HEADERS
             await send(message)
 
         page = "/gradio_api/heartbeat/" in scope["path"]
         self.pages += page
         try:
-            await self.app(scope, receive, sent)
+            await self.app(scope, receive, send_with_headers)
         finally:
             self.pages -= page
             self.quiet_since = time.monotonic()
+
+
+def _query(scope: Scope) -> list[tuple[str, str]]:
+    return parse_qsl(scope["query_string"].decode("latin-1"))
 
 
 def _headers(scope: Scope) -> dict[str, str]:
@@ -119,8 +123,9 @@ def _headers(scope: Scope) -> dict[str, str]:
             for name, value in scope["headers"]}
 
 
-async def _answer(send: Send, status: int, body: bytes,
-                  headers: list[tuple[bytes, bytes]] | None = None) -> None:
+async def answer(send: Send, status: int, body: bytes,
+                 headers: list[tuple[bytes, bytes]] | None = None) -> None:
+    """Sends a whole answer that no browser stores."""
     await send({"type": "http.response.start", "status": status,
                 "headers": [*HEADERS, (b"cache-control", b"no-store"), *(headers or [])]})
     await send({"type": "http.response.body", "body": body})

@@ -34,14 +34,19 @@ from core.jobs.events import Step
 from core.jobs.manager import JobManager, JobView
 from core.lora_files import export
 from core.system import doctor, gpu, processes
+from gui.state.plan_client import Planning
 
-STEPS = 3                               # updates; as many again after the resume
-PATIENCE_S = 600.0                      # for a job, on a slow disk
+# Updates; as many again after the resume.
+STEPS = 3
+# Seconds for a job, on a slow disk.
+PATIENCE_S = 600.0
 Facts = dict[str, Any]
 
 
 @dataclass(slots=True)
 class Bench:
+    """What the parts share: a data folder, the jobs, and the LoRA that was trained."""
+
     home: Path
     jobs: JobManager
     lora: Path = field(default_factory=Path)
@@ -74,7 +79,7 @@ def _timed(name: str, part: Callable[..., Facts], *arguments: Any) -> Facts:
 
 @contextlib.contextmanager
 def _own_home() -> Iterator[Path]:
-    """A data folder that goes away again, on Windows with what is still held open left."""
+    """A temporary data folder. Windows can't delete files that are still open: they are left."""
     before, where = os.environ.get("DARKROOM_HOME"), os.getcwd()
     with tempfile.TemporaryDirectory(prefix="darkroom-", ignore_cleanup_errors=True) as home:
         os.environ["DARKROOM_HOME"] = home
@@ -91,27 +96,28 @@ def _own_home() -> Iterator[Path]:
 # --- the parts ---
 
 def folders() -> Facts:
-    """The user's own: data, caches, logs."""
-    wanted = [paths.data_dir(), paths.cache_dir(), paths.log_dir()]
-    locked = [finding.text for finding in doctor.folders(wanted) if finding.key == "folder_locked"]
+    """The user's own folders for data, caches and logs can be written."""
+    needed = [paths.data_dir(), paths.cache_dir(), paths.log_dir()]
+    locked = [finding.text for finding in doctor.folders(needed) if finding.key == "folder_locked"]
     if locked:
         raise OSError("; ".join(locked))
-    return {"folders": [str(folder) for folder in wanted]}
+    return {"folders": [str(folder) for folder in needed]}
 
 
 def card(_: Bench) -> Facts:
-    """NVML; no card and no library are fine, and said."""
+    """What NVML tells. No card and no library are fine; the report says so."""
     report = gpu.report()
-    return {"nvml": report.state, "cards": [one.name for one in report.gpus]}
+    return {"nvml": report.state, "cards": [card.name for card in report.gpus]}
 
 
 def torch(_: Bench) -> Facts:
-    """Asked in the process of its own that doctor uses."""
+    """torch can be imported, in a process of its own as doctor does it."""
     facts = doctor.torch_facts()
     return {**facts, "ok": "error" not in facts}
 
 
 def modules(_: Bench) -> Facts:
+    """All families and captioners can be imported."""
     for name in families.SPECS:
         families.get(name)
     for name in captioner.REGISTRY:
@@ -120,8 +126,7 @@ def modules(_: Bench) -> Facts:
 
 
 def plan(bench: Bench) -> Facts:
-    """By the window's child process."""
-    from gui.state.plan_client import Planning
+    """The window's child process answers with a plan."""
     planning = Planning()
     try:
         planning.ask({"config": _config(bench).model_dump(mode="json"), "purpose": "style",
@@ -135,6 +140,7 @@ def plan(bench: Bench) -> Facts:
 
 
 def train(bench: Bench) -> Facts:
+    """A worker trains the demo LoRA, and resumes it."""
     config = _config(bench)
     first = _done(bench, config)
     again = _done(bench, config.with_changes(max_train_steps=2 * STEPS, resume=True))
@@ -149,18 +155,21 @@ def train(bench: Bench) -> Facts:
 
 
 def verify(bench: Bench) -> Facts:
-    prove = importlib.import_module("core.training.verify").verify       # takes torch
-    proof: Facts = prove(bench.lora, paths.DEMO / "base", lambda _: None)
+    """The LoRA changes what the base draws."""
+    # Imported by name, since it takes torch, which the window must not import.
+    module = importlib.import_module("core.training.verify")
+    proof: Facts = module.verify(bench.lora, paths.DEMO / "base", lambda _: None)
     return proof
 
 
 def convert(bench: Bench) -> Facts:
-    """For another program, by a command of our own in a child process."""
-    made = export.convert_to(bench.lora, "diffusers", bench.home / "export", "en")
-    return {"bytes": made.stat().st_size}
+    """The LoRA is converted for another program, by our own command in a child process."""
+    copy = export.convert_to(bench.lora, "diffusers", bench.home / "export", "en")
+    return {"bytes": copy.stat().st_size}
 
 
 def caption(bench: Bench) -> Facts:
+    """The demo's captioner writes a caption."""
     folder = bench.home / "pictures"
     folder.mkdir()
     picture = shutil.copy(sorted((paths.DEMO / "pictures").glob("*.png"))[0], folder)
@@ -169,7 +178,8 @@ def caption(bench: Bench) -> Facts:
 
 
 def window(bench: Bench) -> Facts:
-    """Its page, and the first script that the page asks for."""
+    """The server sends its page, and the first script that the page asks for."""
+    # Gradio takes seconds to import: the parts before this one needn't wait for it.
     from gui.window import pages
     served = pages().serve(0, jobs=bench.jobs, warm=False)
     try:

@@ -22,41 +22,45 @@ import uvicorn
 
 from core import i18n
 from gui.html import ASSETS
-from gui.security import Guard, Receive, Scope, Send
+from gui.security import Guard, Receive, Scope, Send, answer
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from gui.state.app_state import AppState
 
-QUIET_S = 60.0                          # without a page and without a run: the app ends
+# Without a page and without a run for so many seconds the app ends.
+QUIET_S = 60.0
+# Pages ask once a second: they get to show the end.
 FAREWELL_S = 2.0
-WAITING = "x-darkroom"                  # a header of pages that are not the app's
+# A header of pages that are not the app's; its value: waiting | fault.
+WAITING = "x-darkroom"
 _PAGE = ASSETS / "waiting.html"
 
 
 class Front:
-    """What answers until the pages are there, and where none will be: one page at each address."""
+    """Answers every address with the waiting page, or with the reason why there are no pages."""
 
     def __init__(self) -> None:
-        self.fault = ""                 # a sentence; "": it is only a matter of time
-        self.seen = threading.Event()   # the fault was read by someone
+        # Why there will be no pages, in a sentence; "": it is only a matter of time.
+        self.fault = ""
+        # Set once a browser has fetched the fault.
+        self.seen = threading.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = page(self.fault).encode("utf-8", "replace")
-        await send({"type": "http.response.start", "status": 200, "headers": [
-            (b"content-type", b"text/html; charset=utf-8"), (b"cache-control", b"no-store"),
-            (WAITING.encode(), b"fault" if self.fault else b"waiting")]})
-        await send({"type": "http.response.body", "body": body})
+        await answer(send, 200, page(self.fault).encode("utf-8", "replace"), [
+            (b"content-type", b"text/html; charset=utf-8"),
+            (WAITING.encode(), b"fault" if self.fault else b"waiting")])
         if self.fault:
             self.seen.set()
 
 
 def page(fault: str = "") -> str:
-    """The same page as a file of its own where no server can be opened: see window.py."""
-    told = [i18n.tr("window.waiting", lang=lang) for lang in i18n.LANGUAGES]
-    said = fault.split("\n") if fault else told
-    body = "".join(f"<p>{escape(line)}</p>" for line in said)
+    """The waiting page, or the one that tells a fault; complete, with its own styles."""
+    # Nothing is known of the user's language yet: it is said in all of them.
+    lines = fault.split("\n") if fault else [
+        i18n.tr("window.waiting", lang=language) for language in i18n.LANGUAGES]
+    body = "".join(f"<p>{escape(line)}</p>" for line in lines)
     return (_PAGE.read_text("utf-8").replace("{body}", body)
             .replace("{state}", "fault" if fault else "waiting"))
 
@@ -70,9 +74,11 @@ class Served:
     thread: threading.Thread
     port: int
     front: Front
-    rooms: AppState | None = None          # None: the pages are not there yet
+    # None: the pages are not there yet.
+    state: AppState | None = None
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
-    _life: Any = None                   # the pages' own start and end, in the server's thread
+    # The pages' own start and end, in the server's thread.
+    _lifespan: Any = None
 
     @property
     def url(self) -> str:
@@ -80,55 +86,61 @@ class Served:
 
     @property
     def app_state(self) -> AppState:
-        assert self.rooms is not None
-        return self.rooms
+        """The state of the pages, for callers that know that the pages are there."""
+        assert self.state is not None
+        return self.state
 
-    def move_in(self, app: FastAPI, app_state: AppState) -> None:
-        """From now on the pages answer. Raises what their start raises."""
+    def attach(self, app: FastAPI, app_state: AppState) -> None:
+        """Serves the pages from now on. Raises what their start raises."""
         begun = threading.Event()
 
         async def live() -> None:
             async with app.router.lifespan_context(app):
-                self.rooms, self.guard.app = app_state, app
+                self.state, self.guard.app = app_state, app
                 begun.set()
                 await self._ended.wait()
 
+        # uvicorn runs in a thread, and an app that comes later has no lifespan of its own there.
         loop = self.server.loop         # type: ignore[attr-defined]  # see _Server
-        self._life = asyncio.run_coroutine_threadsafe(live(), loop)
-        self._life.add_done_callback(lambda _: begun.set())
+        self._lifespan = asyncio.run_coroutine_threadsafe(live(), loop)
+        self._lifespan.add_done_callback(lambda _: begun.set())
         begun.wait()
-        if self._life.done():
-            self._life.result()
+        if self._lifespan.done():
+            self._lifespan.result()
 
     @property
     def left_alone(self) -> bool:
-        """No page for a while, and nothing that runs or waits."""
+        """Whether no page has been open for QUIET_S, and no run goes on or waits."""
         quiet = self.guard.pages == 0 and time.monotonic() - self.guard.quiet_since > QUIET_S
-        return quiet and all(view.over for view in (self.rooms.jobs.views() if self.rooms else ()))
+        return quiet and all(view.over for view in (self.state.jobs.views() if self.state else ()))
 
     def wait(self) -> None:
-        """Until someone quits, nobody is left, the fault was read, or Ctrl+C."""
+        """Blocks until someone quits, nobody is left, the fault was read, or Ctrl+C is pressed."""
         over = threading.Event()
         while self.thread.is_alive() and not self.left_alone and not over.is_set():
-            over = (self.front.seen if self.front.fault else
-                    self.rooms.desktop.quit if self.rooms else over)
+            # Which of these can end it changes while the pages are made.
+            if self.front.fault:
+                over = self.front.seen
+            elif self.state:
+                over = self.state.desktop.quit
             over.wait(0.5)
         if over.is_set():
-            time.sleep(FAREWELL_S)      # pages ask once a second: they get to show the end
+            time.sleep(FAREWELL_S)
 
     def close(self) -> None:
-        """Runs that go on go on; their worker writes its own journal."""
-        if self._life is not None and not self._life.done():
+        """Ends the server. A run goes on: its worker writes its own journal."""
+        if self._lifespan is not None and not self._lifespan.done():
             self.server.loop.call_soon_threadsafe(self._ended.set)  # type: ignore[attr-defined]
         self.server.should_exit = True
-        self.thread.join(6)             # open pages' heartbeats get 2 s
+        # The heartbeats of open pages get 2 s by timeout_graceful_shutdown.
+        self.thread.join(6)
         self.server.force_exit = True
-        if self.rooms:
-            self.rooms.close()
+        if self.state:
+            self.state.close()
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that tells its loop."""
+    """uvicorn's server, which remembers the event loop that it runs in."""
 
     loop: asyncio.AbstractEventLoop
 
@@ -142,7 +154,8 @@ def listen(port: int = 0, focus: Callable[[], bool] = bool) -> Served:
     the window forward, if there is one. Raises OSError where the port is taken."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
-        if os.name != "nt":             # there it would let two servers share a port
+        # On Windows this option would let two servers share a port.
+        if os.name != "nt":
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", port))
     except BaseException:

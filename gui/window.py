@@ -30,8 +30,10 @@ from core.workspace import settings
 from gui.server import Served, listen
 from gui.state.desktop import WebviewWindow
 
-ADDRESS = "window.json"                 # of the server that runs: address and process
-PATIENCE_S = 10.0                       # with a first start that has no address yet, or is busy
+# The file with address and process of the server that runs.
+ADDRESS = "window.json"
+# Seconds for a first start that has no address yet, or is busy.
+PATIENCE_S = 10.0
 
 _log = logging.getLogger("darkroom")
 
@@ -47,7 +49,10 @@ def open_window(port: int = 0, show: bool = True) -> int:
         paths.data_dir().mkdir(parents=True, exist_ok=True)
     lock = _lock()
     if lock is None:
-        _to_the_first(show)
+        url = _running()
+        print(tr("already", url=url))
+        if show and not _brought_forward(url) and not message_box.browse(url):
+            raise UserError("window.no_browser", url=url)
         return 0
     with lock:
         logs.begin()
@@ -65,7 +70,7 @@ def _language() -> str:
 
 
 def _lock() -> FileLock | None:
-    """None: another start has it. The system frees the lock of a process that died."""
+    """The lock; None: another start has it. The system frees that of a dead process."""
     path = paths.data_dir() / "window.lock"
     lock = FileLock(path)
     try:
@@ -74,7 +79,7 @@ def _lock() -> FileLock | None:
         return None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EROFS) or not path.exists():
-            raise _fault(error, paths.data_dir()) from None
+            raise _error_of(error, paths.data_dir()) from None
         raise UserError("window.lock_broken", file=path, reason=error.strerror) from None
     return lock
 
@@ -84,10 +89,11 @@ def _writable(folder: Path) -> Any:
     try:
         yield
     except OSError as error:
-        raise _fault(error, folder) from None
+        raise _error_of(error, folder) from None
 
 
-def _fault(error: OSError, folder: Path) -> UserError:
+def _error_of(error: OSError, folder: Path) -> UserError:
+    """The reason why a folder of ours can't be used."""
     if error.errno == errno.ENOSPC:
         return UserError("window.disk_full", folder=folder)
     return UserError("window.folder_locked", folder=error.filename or folder,
@@ -95,18 +101,19 @@ def _fault(error: OSError, folder: Path) -> UserError:
 
 
 def _serve(port: int, show: bool) -> int:
-    stage = _Stage(show)
+    start = _Start(show)
     try:
-        stage.served = served = listen(port, stage.focus)
+        start.served = served = listen(port, start.focus)
     except (OSError, OverflowError) as error:
         raise UserError("window.port_taken", port=port, reason=error) from None
     file = paths.data_dir() / ADDRESS
     try:
         with _writable(paths.data_dir()):
             paths.write_atomic(file, json.dumps({"url": served.url, "pid": os.getpid()}))
+        # It holds the token: other users of this computer must not read it.
         with contextlib.suppress(OSError):
-            os.chmod(file, 0o600)       # it holds the token
-        return stage.play()
+            os.chmod(file, 0o600)
+        return start.run()
     except KeyboardInterrupt:
         print(tr("closed"))
         return 0
@@ -115,7 +122,7 @@ def _serve(port: int, show: bool) -> int:
         file.unlink(missing_ok=True)
 
 
-class _Stage:
+class _Start:
     """One start: the pages are made in a thread, while the main one opens what shows them."""
 
     served: Served
@@ -123,44 +130,76 @@ class _Stage:
     def __init__(self, show: bool) -> None:
         self.show = show
         self.window: WebviewWindow | None = None
-        self._making = threading.Thread(target=self._make, name="pages", daemon=True)
+        self._maker = threading.Thread(target=self._make_pages, name="pages", daemon=True)
 
-    def play(self) -> int:
-        self._making.start()
+    def run(self) -> int:
+        """Blocks until the window is closed, or nobody is left. Returns the exit code."""
+        self._maker.start()
         if not self._native():
             if self.show and not message_box.browse(self.served.url):
-                self._no_browser()
+                text = tr("no_browser", url=self.served.url)
+                print(text, flush=True)
+                # Without a terminal nobody sees it.
+                if message_box.unseen():
+                    threading.Thread(target=message_box.show, args=[text], daemon=True).start()
             self.served.wait()
-        self._making.join()             # a closed window may be quicker
+        # A window may be closed before its pages are there.
+        self._maker.join()
         return 1 if self.served.front.fault else 0
 
     def focus(self) -> bool:
+        """Brings the native window forward; False where there is none."""
         if self.window is None:
             return False
         self.window.forward()
         return True
 
-    def _make(self) -> None:
+    def _make_pages(self) -> None:
         """Gradio's import is most of it. What goes wrong becomes the page that is shown."""
         try:
-            pages().move_in(self.served)
+            pages().add_pages(self.served)
             if self.window:
                 self.served.app_state.desktop.window = self.window
             print(tr("open", url=self.served.url), flush=True)
-        except BaseException as error:
+        except BaseException as raised:
             _log.exception("no pages")
-            self.served.front.fault = _why_not(error)
-            print(self.served.front.fault, file=sys.stderr, flush=True)
+            error = _error_of(raised, paths.data_dir()) if isinstance(raised, OSError) else raised
+            if isinstance(error, UserError):
+                text = i18n.tr(error.code, error.params, _language())
+            else:
+                text = tr("broken_app" if processes.frozen() else "broken_packages",
+                          reason=f"{type(error).__name__}: {error}", log=logs.file())
+            self.served.front.fault = text
+            print(text, file=sys.stderr, flush=True)
 
     def _native(self) -> bool:
         """A window of our own, until it is closed; False where none can be opened."""
         if not self.show or importlib.util.find_spec("webview") is None:
             return False
-        # the window's own loop runs no Python in which a handler of ours would be called
+        # The window's own loop runs no Python in which a handler of ours would be called.
         handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
-            return self._in_webview()
-        except Exception as error:      # no display, no GTK: the browser is there
+            # An optional package.
+            import webview
+            # Its complaints go to our log, not as tracebacks to the terminal.
+            logging.getLogger("pywebview").handlers.clear()
+            webview.settings["ALLOW_DOWNLOADS"] = True
+            window = webview.create_window(
+                "LoRA Darkroom", self.served.url, width=1366, height=860, min_size=(800, 600),
+                text_select=True, zoomable=True)
+            # False ends the start: Windows without WebView2 falls back to Internet Explorer,
+            # which can't show the pages.
+            window.events.initialized += lambda renderer: renderer != "mshtml"
+            # False keeps the window open: the page asks.
+            window.events.closing += lambda: (self.served.state is None
+                                              or self.served.state.desktop.may_close())
+            window.events.shown += lambda: self._take(WebviewWindow(window))
+            webview.start(private_mode=False, storage_path=str(paths.data_dir() / "webview"))
+            if not window.events.shown.is_set():
+                raise OSError(tr("no_webview"))
+            return True
+        except Exception as error:
+            # No display, no GTK: the browser is there.
             _log.warning("no window of its own", exc_info=True)
             print(tr("no_native", reason=str(error).rstrip(".")))
             return False
@@ -168,35 +207,10 @@ class _Stage:
             signal.signal(signal.SIGTERM, handler)
             self._take(None)
 
-    def _in_webview(self) -> bool:
-        import webview
-        complaints = logging.getLogger("pywebview")
-        complaints.handlers.clear()     # to our log, not as tracebacks to the terminal
-        webview.settings["ALLOW_DOWNLOADS"] = True
-        window = webview.create_window("LoRA Darkroom", self.served.url, width=1366, height=860,
-                                       min_size=(800, 600), text_select=True, zoomable=True)
-        window.events.initialized += _can_show
-        window.events.closing += self._may_close
-        window.events.shown += lambda: self._take(WebviewWindow(window))
-        webview.start(private_mode=False, storage_path=str(paths.data_dir() / "webview"))
-        if window.events.shown.is_set():
-            return True
-        raise OSError(tr("no_webview"))
-
     def _take(self, window: WebviewWindow | None) -> None:
         self.window = window
-        if self.served.rooms:
-            self.served.rooms.desktop.window = window
-
-    def _may_close(self) -> bool:
-        """False: it stays, and the page asks."""
-        return self.served.rooms is None or self.served.rooms.desktop.may_close()
-
-    def _no_browser(self) -> None:
-        told = tr("no_browser", url=self.served.url)
-        print(told, flush=True)
-        if message_box.unseen():
-            threading.Thread(target=message_box.show, args=[told], daemon=True).start()
+        if self.served.state:
+            self.served.state.desktop.window = window
 
 
 def pages() -> Any:
@@ -207,52 +221,32 @@ def pages() -> Any:
     """
     find = inspect.getfile
 
-    def nowhere(found: Any) -> str:
-        if isinstance(found, type):
+    def nowhere(item: Any) -> str:
+        if isinstance(item, type):
             raise OSError
-        return find(found)
+        return find(item)
     with mock.patch.object(inspect, "getfile", nowhere):
         from gui import app
     return app
 
 
-def _can_show(renderer: str) -> bool:
-    """Windows without WebView2 falls back to Internet Explorer, which can't show the pages."""
-    return renderer != "mshtml"
-
-
-def _why_not(error: BaseException) -> str:
-    if isinstance(error, UserError):
-        return i18n.tr(error.code, error.params, _language())
-    if isinstance(error, OSError):
-        fault = _fault(error, paths.data_dir())
-        return i18n.tr(fault.code, fault.params, _language())
-    reason = f"{type(error).__name__}: {error}"
-    return tr("broken_app" if processes.frozen() else "broken_packages", reason=reason,
-              log=logs.file())
-
-
-def _to_the_first(show: bool) -> None:
-    """What a second start does. Raises UserError where the first one doesn't answer."""
-    url = _running()
-    print(tr("already", url=url))
-    if show and not _brought_forward(url) and not message_box.browse(url):
-        raise UserError("window.no_browser", url=url)
-
-
 def _running() -> str:
-    """The address of the server that holds the lock, which may be starting just now."""
+    """The address of the server that holds the lock, which may be starting just now. Raises
+    UserError where it has none in PATIENCE_S."""
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found = json.loads((paths.data_dir() / ADDRESS).read_text("utf-8"))
-            if psutil.pid_exists(int(found["pid"])):
-                return str(found["url"])
+            server = json.loads((paths.data_dir() / ADDRESS).read_text("utf-8"))
+            # The file of a server that was killed is still there.
+            if psutil.pid_exists(int(server["pid"])):
+                return str(server["url"])
         time.sleep(0.2)
     raise UserError("window.starting")
 
 
 def _brought_forward(url: str) -> bool:
+    """Whether the first start has a native window, which it brings to the front. Raises UserError
+    where it doesn't answer."""
     parts = urlsplit(url)
     token = parse_qs(parts.query)["token"][0]
     connection = http.client.HTTPConnection("127.0.0.1", parts.port, timeout=PATIENCE_S)

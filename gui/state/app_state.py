@@ -1,4 +1,4 @@
-"""What a tab gets: the house that all pages share, a language, and words.
+"""What a tab gets: the state that all pages share, a language, and sentences in it.
 
 A tab is one file in gui/tabs with `build(ctx) -> Tab`, called inside its gr.Tab; its name stands
 in `TABS` of gui/app.py. Nothing lives in the page: handlers act on `ctx.app_state`, and the page is
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import psutil
 from pydantic import ValidationError
@@ -29,11 +29,13 @@ from core.system import gpu
 from core.system.gpu import GpuInfo
 from core.workspace.project import Project, Projects
 from core.workspace.settings import Settings, SettingsFile
-from gui.state.base_models import BaseModels, Known
+from gui.state.base_models import BaseModels, BasesState
 from gui.state.desktop import Closing, Desktop
 from gui.state.plan_client import Planning, PlanState
 
-PULSE_S = 2.0                           # between looks at the card
+# Seconds between two looks at the card.
+PULSE_S = 2.0
+Shared = TypeVar("Shared")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,11 @@ class Gauge:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Everything that is painted, at one moment. `version` is equal where nothing differs."""
+    """All that pages show, at one moment. Two snapshots of one `version` are the same."""
 
     version: tuple[Any, ...] = ()
-    mark: str = ""                      # the same for pages
+    # The version as pages know it: one word, which no other start of the app has used.
+    mark: str = ""
     runs: tuple[JobView, ...] = ()      # newest first
     project: Project = field(default_factory=Project)
     settings: Settings = field(default_factory=Settings)
@@ -61,7 +64,7 @@ class Snapshot:
     gauge: Gauge = field(default_factory=Gauge)
     machine: plan.Machine | None = None
     plan_state: PlanState = field(default_factory=PlanState)
-    bases: Known = field(default_factory=Known)
+    bases: BasesState = field(default_factory=BasesState)
     order: tuple[str, ...] = ()         # ids that wait, the next one first; (): as they came
     native: bool = False                # a window of our own, with the system's dialogs
     closing: Closing = ""
@@ -70,12 +73,12 @@ class Snapshot:
     @property
     def active(self) -> JobView | None:
         """The run that holds the machine; pictures on the CPU only where nothing else does."""
-        going = [view for view in self.runs if not view.over and view.state != "queued"]
-        return min(going, key=lambda view: view.beside, default=None)
+        running = [view for view in self.runs if not view.over and view.state != "queued"]
+        return min(running, key=lambda view: view.beside, default=None)
 
     @property
     def queued(self) -> tuple[JobView, ...]:
-        """The next one first."""
+        """Runs that wait, the next one first."""
         waiting = [view for view in reversed(self.runs) if view.state == "queued"]
         return tuple(sorted(waiting, key=lambda view: self.order.index(view.id)
                             if view.id in self.order else len(self.order)))
@@ -83,9 +86,9 @@ class Snapshot:
     @property
     def shown(self) -> JobView | None:
         """The training that stands in the Parameters tab instead of the form."""
-        chosen = next((view for view in self.runs if view.id == self.project.run), None)
         active = self.active
-        return chosen or (active if active and active.job == "train" else None)
+        return self.run(self.project.run) or (
+            active if active and active.job == "train" else None)
 
     def run(self, run_id: str) -> JobView | None:
         return next((view for view in self.runs if view.id == run_id), None)
@@ -98,23 +101,38 @@ class AppState:
         self.jobs = jobs
         self.settings = SettingsFile()
         self.projects = Projects(self.settings.now.project)
-        if not self.projects.names():   # the first start: a base that is there for sure
+        # The first start: the demo's base is there for sure.
+        if not self.projects.names():
             self.projects.edit(base_model="demo")
         self.planning = planning or Planning()
         self.gauge = Gauge()
         self.machine: plan.Machine | None = None
         self._card: GpuInfo | None = None
-        self.fills = 0                  # differs whenever inputs have to be set anew
+        # Counts how often the inputs of all pages had to be set anew.
+        self.fills = 0
         self._touched = 0
+        self._shared: dict[Any, Any] = {}
+        self._making = threading.Lock()
         self.bases = BaseModels(self.touch)
-        self.desktop = Desktop(self.touch, self._busy)
+        # What waits would start by itself with the next start: only what runs is asked about.
+        self.desktop = Desktop(self.touch, lambda: bool(self.running()))
         self._marks = (f"{time.time_ns():x}-{n}" for n in itertools.count())
         self._snapshot = Snapshot()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._pulse, name="pulse", daemon=True)
         self._thread.start()
 
+    def shared(self, kind: Callable[[Callable[[], None]], Shared]) -> Shared:
+        """The one object of a class that all pages share, made when it is first asked for. Its
+        constructor gets a function to call after each change, so that all pages are painted."""
+        with self._making:
+            if kind not in self._shared:
+                self._shared[kind] = kind(self.touch)
+            shared: Shared = self._shared[kind]
+            return shared
+
     def snapshot(self) -> Snapshot:
+        """The state at this moment; the same object while nothing has changed."""
         settings, project = self.settings.now, self.projects.now
         version = (self.jobs.version, self.settings.version, self.projects.version,
                    self.planning.version, self.gauge, self._touched)
@@ -134,33 +152,34 @@ class AppState:
 
     @property
     def broken(self) -> list[UserError]:
-        """Files of ours that were found damaged."""
-        return [one for one in (self.settings.broken, self.projects.broken) if one]
+        """A message for each of our own files that was found damaged."""
+        return [error for error in (self.settings.broken, self.projects.broken) if error]
 
     def dismiss(self) -> None:
+        """Puts the messages about damaged files away."""
         self.settings.broken = self.projects.broken = None
         self.touch()
 
-    def _busy(self) -> bool:
-        """Something runs; what waits would start by itself with the next start."""
-        return any(not view.over and view.state != "queued" for view in self.jobs.views())
+    def running(self) -> list[str]:
+        """The ids of all runs that have begun and aren't over."""
+        return [view.id for view in self.jobs.views()
+                if not view.over and view.state != "queued"]
 
     def stop_all(self, seconds: float = 120.0) -> None:
         """Stops what runs, with its work saved, and waits for it. What waits stays where it is."""
         self.jobs.hold()
-        running = [view.id for view in self.jobs.views()
-                   if not view.over and view.state != "queued"]
+        running = self.running()
         for run_id in running:
             self.jobs.stop(run_id)
         for run_id in running:
             self.jobs.wait(run_id, seconds)
 
     def touch(self) -> None:
-        """Makes the next snapshot a new one: something beside the house has changed."""
+        """Makes the next snapshot a new one: something without a version has changed."""
         self._touched += 1
 
     def filled(self) -> None:
-        """Inputs of all pages are set from the project."""
+        """Has the inputs of all pages set from the project."""
         self.fills += 1
         self.touch()
 
@@ -173,7 +192,7 @@ class AppState:
                                "purpose": project.purpose, "language": language})
 
     def close(self) -> None:
-        """The run that goes on goes on."""
+        """A run that goes on is left alone: its worker is a process of its own."""
         self._closed.set()
         self.planning.close()
         self.jobs.close()
@@ -181,26 +200,28 @@ class AppState:
     def _pulse(self) -> None:
         with gpu.Reader() as reader:
             while True:
-                with contextlib.suppress(Exception):    # a driver that is being replaced
+                # A driver that is being replaced raises all kinds of errors.
+                with contextlib.suppress(Exception):
                     if self.machine is None or self.machine.kind == "cpu":
                         self.machine = self.machine or plan_inputs.machine_here()
                     if self._card is None and self.machine.kind == "cuda":
                         self._card = gpu.chosen(gpu.report())
-                    self.gauge = self._read(reader)
+                    self.gauge = self._read_memory(reader)
                 if self._closed.wait(PULSE_S):
                     return
 
-    def _read(self, reader: gpu.Reader) -> Gauge:
+    def _read_memory(self, reader: gpu.Reader) -> Gauge:
+        """Memory in use, rounded so that pages aren't painted for a few kilobytes."""
         assert self.machine is not None
         if self._card is None:
             memory = psutil.virtual_memory()
             used = round((memory.total - memory.available) / 2**20, -2)
             return Gauge(self.machine.name, self.machine.kind, int(used),
                          round(memory.total / 2**20))
-        told = reader.poll(self._card.uuid or self._card.index)
-        total = told.total_mb or self._card.total_mb
-        used = 0 if told.free_mb is None else total - told.free_mb
-        degrees = None if told.temperature_c is None else round(told.temperature_c)
+        sample = reader.poll(self._card.uuid or self._card.index)
+        total = sample.total_mb or self._card.total_mb
+        used = 0 if sample.free_mb is None else total - sample.free_mb
+        degrees = None if sample.temperature_c is None else round(sample.temperature_c)
         return Gauge(self._card.name, "cuda", int(round(used, -1)), round(total), degrees)
 
 
@@ -221,7 +242,7 @@ class Registers(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The house, spoken in one language, and the page that the tab stands on.
+    """The state of the app, a language, and the page that the tab stands on.
 
     Handlers are registered with `ctx.page.on` and `ctx.page.on_panel`, never with Gradio's own
     listeners: the page then turns faults into messages and sends what changed at once.
@@ -236,20 +257,17 @@ class Context:
         full = key if "." in key else f"gui.{key}"
         return i18n.tr(full, params, self.language)
 
-    def told(self, fault: UserError) -> str:
-        return i18n.tr(fault.code, fault.params, self.language)
-
-    @property
-    def pictures_folder(self) -> Path:
-        """Where generated pictures go; the one folder that pages may read by path."""
-        return pictures_folder()
+    def error_text(self, error: UserError) -> str:
+        return i18n.tr(error.code, error.params, self.language)
 
 
 def pictures_folder() -> Path:
+    """Where generated pictures go; the one folder that pages may read by path."""
     return paths.data_dir() / "pictures"
 
 
-Updates = dict[Any, Any]                # component -> value or gr.update(...)
+# Component -> value or gr.update(...)
+Updates = dict[Any, Any]
 
 
 class Tab(Protocol):
@@ -267,6 +285,3 @@ class Tab(Protocol):
     def fill(self, snap: Snapshot) -> Updates:
         """Inputs, from the project: on load, and after a project was changed as a whole."""
         ...
-
-
-Build = Callable[[Context], Tab]

@@ -16,12 +16,13 @@ from core.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is to be looked at, and by which measure."""
+    """Which folder is checked, for which base, and with which settings."""
 
     folder: str = ""
     metadata: str = ""
     base: str = ""
-    rule: tuple[tuple[str, Any], ...] = ()  # keys of TrainConfig that decide sizes and lengths
+    # Keys of TrainConfig that decide sizes and lengths, with their values.
+    rule: tuple[tuple[str, Any], ...] = ()
     purpose: str = ""
     trigger: str = ""
     crop_about: str = "center"
@@ -32,50 +33,62 @@ class State:
     """Everything that is known of the folder."""
 
     folder: Path | None = None
-    looked: str = ""                        # differs with each look at the files
-    names: tuple[str, ...] = ()             # all pictures, left-out ones too; relative_name
+    # Differs with each look at the files.
+    looked: str = ""
+    # All pictures, left-out ones too, by their path below the folder.
+    names: tuple[str, ...] = ()
     captions: Mapping[str, str] = field(default_factory=dict)
-    locked: Mapping[str, str] = field(default_factory=dict)     # captions that can't be written
+    # Captions that can't be written, with the reason: a key of captions.yaml.
+    locked: Mapping[str, str] = field(default_factory=dict)
     chosen: Choices = field(default_factory=Choices)
     report: dataset_report.Report | None = None
-    doing: str = ""                         # names | captions | check | copy | "": nothing
+    # names | captions | check | copy | "": nothing
+    doing: str = ""
     done: int = 0
     total: int = 0
     fault: UserError | None = None
-    undo: str = ""                          # what can be undone: a key of captions.yaml
+    # What can be undone and done again: keys of captions.yaml.
+    undo: str = ""
     redo: str = ""
 
     @property
     def training(self) -> tuple[str, ...]:
+        """The pictures that are trained."""
         return tuple(name for name in self.names if name not in self.chosen.left_out)
 
     @property
     def captioned(self) -> int:
+        """How many of them have a caption."""
         return sum(bool(self.captions.get(name)) for name in self.training)
 
     @property
     def troubled(self) -> frozenset[str]:
-        """Pictures that an error or a warning is about."""
-        found = self.report.findings if self.report else ()
-        return frozenset(one.name for finding in found if finding.level != "note"
-                         for one in finding.subjects) & frozenset(self.names)
+        """The pictures that an error or a warning is about."""
+        findings = self.report.findings if self.report else ()
+        return frozenset(subject.name for finding in findings if finding.level != "note"
+                         for subject in finding.subjects) & frozenset(self.names)
 
     def planned(self, name: str) -> Planned | None:
         """How a picture is cut, its point as chosen now; None until the check has seen it."""
         if self.report is None or name not in self.report.names:
             return None
-        one = self.report.planned[self.report.names.index(name)]
-        point = self.chosen.focus.get(name) or one.focus
-        return Planned(crop_to(one.size, one.crop.size, point), one.size, point)
+        planned = self.report.planned[self.report.names.index(name)]
+        point = self.chosen.focus.get(name) or planned.focus
+        return Planned(crop_to(planned.size, planned.crop.size, point), planned.size, point)
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """Where in the folder the pages stand."""
+    """Which part of the folder the pages show."""
 
-    filter: str = "all"         # all | problems | uncaptioned | left_out | finding:<code>
+    # all | problems | uncaptioned | left_out | finding:<code>
+    filter: str = "all"
     page: int = 0
-    open: str = ""              # the picture that is shown large
-    search: str = ""            # of the captions: see captioner/captions/search.py
-    only: tuple[str, ...] = ()  # pictures whose captions are looked at; empty: all
-    rows: int = 0               # page of the captions
+    # The picture that is shown large.
+    open: str = ""
+    # Of the captions: see captioner/captions/search.py.
+    search: str = ""
+    # Pictures whose captions are looked at; empty: all.
+    only: tuple[str, ...] = ()
+    # The page of the captions.
+    rows: int = 0

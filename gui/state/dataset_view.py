@@ -10,7 +10,6 @@ import contextlib
 import subprocess
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -34,13 +33,19 @@ from core.jobs.control import Control
 from core.jobs.events import Event, Phase
 from core.jobs.runs import JobView
 from core.memory.service import sizes_beside
-from gui.state.app_state import AppState, Snapshot
+from gui.state.app_state import Snapshot
 from gui.state.dataset import Question, Shown, State
 
-RECHECK_S = 2.0                 # after an edit, so that several edits cost one check
-REREAD_S = 2.0                  # between looks at captions that a job is writing
+# Seconds after an edit, so that several edits cost one check.
+RECHECK_S = 2.0
+# Seconds between looks at captions that a job is writing.
+REREAD_S = 2.0
+# Keys of TrainConfig that decide sizes and lengths.
 RULE = ("max_resolution", "bucket_no_upscale", "min_bucket_side", "max_bucket_side", "max_tokens",
         "family")
+# A project's purpose -> that of the check, which knows no "concept".
+PURPOSES: dict[str, Any] = {"character": "person", "style": "style", "object": "object"}
+# A look at the folder, in this order; each is a method of DatasetView.
 STEPS = ("names", "captions", "check")
 
 
@@ -51,7 +56,8 @@ class DatasetView:
         self.now = State()
         self.shown = Shown()
         self.version = 0
-        self.count_tokens: Callable[[str], int] | None = None       # once it has been loaded
+        # CLIP's tokenizer, once the thread has loaded it.
+        self.count_tokens: Callable[[str], int] | None = None
         self._changed = changed
         self._lock = threading.RLock()
         self._question = Question()
@@ -61,25 +67,38 @@ class DatasetView:
         self._superseded = threading.Event()
         self._thread: threading.Thread | None = None
         self._keys: dict[str, str] = {}
+        # The captioning job as it was read last: id, pictures that have a caption, ended.
         self._job: tuple[str, int, bool] = ("", 0, False)
         self._reread_at = 0.0
 
     # --- following the project ---
 
     def follow(self, snap: Snapshot) -> None:
-        """Called with each snapshot that is painted; cheap where nothing changed."""
+        """Follows the project. Called with each snapshot; cheap where nothing has changed."""
         with self._lock:
             question = _question(snap)
             if question is not None and question != self._question:
                 self._ask(question)
-            if job := caption_job(snap):
-                self._watch(job)
+            job = caption_job(snap)
+            if job is None or str(job.config.get("folder", "")) != self._question.folder:
+                return
+            # Captions that a job writes come in while it runs, and for certain at its end.
+            mark = (job.id, job.captioned, job.over)
+            if mark != self._job and (job.over or time.monotonic() >= self._reread_at):
+                # A job that was over before it was seen has nothing new to tell.
+                fresh = self._job[0] == job.id or not job.over
+                self._job, self._reread_at = mark, time.monotonic() + REREAD_S
+                if fresh:
+                    self._begin(("captions", "check") if job.over else ("captions",))
 
     def look_again(self) -> None:
+        """Reads the folder anew; returns at once."""
         self._begin(STEPS)
 
     def _ask(self, question: Question) -> None:
         old, self._question = self._question, question
+        # Another folder: nothing of what was known holds. Another base or purpose of the same
+        # folder only changes what the check says.
         if (old.folder, old.metadata) != (question.folder, question.metadata):
             self.now, self.shown, self._store = State(), Shown(), None
             self._keys = {}
@@ -87,21 +106,12 @@ class DatasetView:
         elif question.folder:
             self._begin(("check",))
 
-    def _watch(self, job: JobView) -> None:
-        """Captions that a job writes come in while it runs, and for certain at its end."""
-        mark = (job.id, job.captioned, job.over)
-        if mark == self._job or str(job.config.get("folder", "")) != self._question.folder:
-            return
-        if job.over or time.monotonic() >= self._reread_at:
-            known = self._job[0] == job.id or not job.over
-            self._job, self._reread_at = mark, time.monotonic() + REREAD_S
-            if known:
-                self._begin(("captions", "check") if job.over else ("captions",))
-
     # --- what pages show ---
 
     def show(self, **changes: Any) -> None:
+        """Changes fields of `shown`; another filter or search begins on its first page."""
         with self._lock:
+            # Page 7 of all pictures may be no page of the filtered ones.
             if "filter" in changes:
                 changes.setdefault("page", 0)
             if {"search", "only"} & changes.keys():
@@ -116,7 +126,7 @@ class DatasetView:
         return key
 
     def named(self, key: str) -> str:
-        """Raises UserError where the folder no longer has it."""
+        """The picture of a key. Raises UserError where the folder no longer has it."""
         name = self._keys.get(key, "")
         if not name or name not in self.now.names:
             raise UserError("tab_dataset.gone")
@@ -128,12 +138,14 @@ class DatasetView:
     # --- choices ---
 
     def leave_out(self, names: Iterable[str]) -> None:
+        """Pictures that the training is to skip; their files stay."""
         self._choose(lambda folder: curation.leave_out(folder, names))
 
     def take_in(self, names: Iterable[str]) -> None:
         self._choose(lambda folder: curation.take_in(folder, names))
 
     def set_focus(self, name: str, point: Point | None) -> None:
+        """The point that a crop keeps, as shares of width and height; None: the user chose none."""
         self._choose(lambda folder: curation.set_focus(folder, {name: point}))
 
     def _choose(self, change: Callable[[Path], Choices]) -> None:
@@ -154,7 +166,7 @@ class DatasetView:
             return self._written(outcome)
 
     def step(self, which: str) -> Outcome:
-        """undo | redo. Raises UserError where there is nothing of it."""
+        """`which`: undo | redo. Raises UserError where there is nothing to undo or redo."""
         with self._lock:
             if self._store is None:
                 raise UserError("tab_captioning.not_read")
@@ -167,7 +179,8 @@ class DatasetView:
     def _written(self, outcome: Outcome) -> Outcome:
         assert self._store is not None
         self._store.accept(outcome.done)
-        if outcome.left:                    # somebody else wrote there: read it again
+        if outcome.left:
+            # Another program has changed these files meanwhile: what they hold is read again.
             self._begin(("captions", "check"))
         elif outcome.done:
             self._begin(("check",), RECHECK_S)
@@ -194,7 +207,7 @@ class DatasetView:
     # --- the thread ---
 
     def _begin(self, steps: Iterable[str], after_s: float = 0.0) -> None:
-        """What is under way is given up; what it had still to do is done by the next one."""
+        """Starts the thread anew. Steps that the last one hasn't done are done by this one."""
         with self._lock:
             self._control.ask("stop")
             self._superseded.set()
@@ -205,12 +218,12 @@ class DatasetView:
                 self._mark()
                 return
             self._thread = threading.Thread(
-                target=self._work, name="album", daemon=True,
+                target=self._work, name="dataset", daemon=True,
                 args=(self._question, self._control, self._superseded, after_s))
             self._thread.start()
 
     def wait(self, seconds: float = 60.0) -> State:
-        """Until nothing is to be done; for tests and scripts."""
+        """Blocks until nothing is left to do; for tests and scripts."""
         end = time.monotonic() + seconds
         while (self._todo or self.now.doing) and time.monotonic() < end:
             time.sleep(0.02)
@@ -225,18 +238,19 @@ class DatasetView:
             if step not in self._todo or control.stopping:
                 continue
             self._tell(control, doing=step, done=0, total=0)
-            fault: UserError | None = None
+            error: UserError | None = None
             try:
                 getattr(self, f"_{step}")(question, folder, control)
-            except UserError as found:
-                fault = found
+            except UserError as raised:
+                error = raised
             except image_stats.Stopped:
                 return
             with self._lock:
                 if superseded.is_set():
                     return
-                self._todo -= set(STEPS) if fault and step == "names" else {step}
-                self._put(doing="", fault=fault)
+                # Of a folder that can't be listed nothing else can be read either.
+                self._todo -= set(STEPS) if error and step == "names" else {step}
+                self._put(doing="", fault=error)
 
     def _names(self, question: Question, folder: Path, control: Control) -> None:
         try:
@@ -250,13 +264,14 @@ class DatasetView:
 
     def _captions(self, question: Question, folder: Path, control: Control) -> None:
         store = Store(folder, Path(question.metadata).expanduser() if question.metadata else None)
-        locked = {name: one.locked for name, one in store.entries.items() if one.locked}
+        locked = {name: entry.locked for name, entry in store.entries.items() if entry.locked}
         with self._lock:
             if not control.stopping:
                 self._store = store
                 self._put(captions=store.captions, locked=locked, **_steps(History(folder)))
         if self.count_tokens is None:
-            with contextlib.suppress(Exception):    # words are counted then, and the page says so
+            # Without a tokenizer words are counted, and the page says so.
+            with contextlib.suppress(Exception):
                 count = counter("")
                 count("a")
                 self.count_tokens = count
@@ -268,7 +283,7 @@ class DatasetView:
         report = dataset_report.check(
             folder, facts_of(question), trigger=question.trigger, emit=emit, control=control,
             metadata=Path(question.metadata).expanduser() if question.metadata else None,
-            purpose=_purpose(question.purpose),
+            purpose=PURPOSES.get(question.purpose, ""),
             crop_about="subject" if question.crop_about == "subject" else "center")
         self._tell(control, report=report)
 
@@ -287,27 +302,6 @@ class DatasetView:
         self._changed()
 
 
-# --- of a house ---
-
-_ALBUMS: weakref.WeakKeyDictionary[AppState, DatasetView] = weakref.WeakKeyDictionary()
-_making = threading.Lock()
-
-
-def album_of(app_state: AppState) -> DatasetView:
-    """The one album of all pages."""
-    with _making:
-        if app_state not in _ALBUMS:
-            seen = weakref.ref(app_state)
-            _ALBUMS[app_state] = DatasetView(lambda: _poke(seen()))
-        return _ALBUMS[app_state]
-
-
-def _poke(app_state: AppState | None) -> None:
-    """Makes the next snapshot a new one, so that all pages are painted."""
-    if app_state is not None:
-        app_state.touch()
-
-
 # --- pure ---
 
 def facts_of(question: Question) -> BaseFacts:
@@ -318,8 +312,8 @@ def facts_of(question: Question) -> BaseFacts:
         source = paths.DEMO / "base" if question.base == "demo" else Path(question.base)
         try:
             return crops.base_facts(source.expanduser(), sizes_beside, config)
-        except UserError as fault:
-            return crops.assumed_facts(config, fault)
+        except UserError as error:
+            return crops.assumed_facts(config, error)
         except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
             return crops.assumed_facts(config, UserError(
                 "checks.base_not_read", base=question.base, reason=one_line(error)))
@@ -329,9 +323,9 @@ def facts_of(question: Question) -> BaseFacts:
 def caption_job(snap: Snapshot) -> JobView | None:
     """The newest captioning of the project's folder; one that waits or runs before all others."""
     folder = str(snap.config.train_data_dir)
-    mine = [view for view in snap.runs if view.job == "caption"
+    jobs = [view for view in snap.runs if view.job == "caption"
             and folder and str(view.config.get("folder", "")) == absolute(folder)]
-    return next((view for view in mine if not view.over), mine[0] if mine else None)
+    return next((view for view in jobs if not view.over), jobs[0] if jobs else None)
 
 
 def absolute(folder: str) -> str:
@@ -339,7 +333,8 @@ def absolute(folder: str) -> str:
 
 
 def _question(snap: Snapshot) -> Question | None:
-    if snap.problem:                        # the config can't be read: what was known stays
+    # Of a config that can't be read nothing is known: the pages go on showing the last folder.
+    if snap.problem:
         return None
     config = snap.config
     rule = tuple((key, getattr(config, key)) for key in RULE)
@@ -347,12 +342,8 @@ def _question(snap: Snapshot) -> Question | None:
                     snap.project.purpose, config.trigger_word, config.crop_about)
 
 
-def _purpose(purpose: str) -> Any:
-    return {"character": "person", "style": "style", "object": "object"}.get(purpose, "")
-
-
 def _steps(history: History) -> dict[str, str]:
     actions = history.actions()
-    done = [one for one in actions if not one.undone]
-    undone = [one for one in actions if one.undone]
+    done = [action for action in actions if not action.undone]
+    undone = [action for action in actions if action.undone]
     return {"undo": done[-1].what if done else "", "redo": undone[0].what if undone else ""}

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,12 +26,12 @@ class Window(Protocol):
     def close(self) -> None: ...
 
     def forward(self) -> None:
-        """Before all other windows."""
+        """Brings the window before all others."""
         ...
 
 
 class Desktop:
-    """`state` asked: every page shows the question; `quit`: the server is to end."""
+    """`state` "asked" makes all pages show the question; `quit` is set to end the server."""
 
     def __init__(self, changed: Callable[[], None], busy: Callable[[], bool]) -> None:
         self.window: Window | None = None
@@ -40,23 +40,25 @@ class Desktop:
         self._changed, self._busy = changed, busy
 
     def choose(self, folder: bool, start: str = "") -> str:
-        """Blocks while the dialog is open. Raises UserError where there is no native window."""
+        """Opens a dialog and waits for it. Raises UserError where there is no native window."""
         if self.window is None:
             raise UserError("close.no_dialog")
         return self.window.choose(folder, start)
 
     def may_close(self) -> bool:
-        """True: nothing runs, or all was asked. Else the pages ask."""
+        """True: nothing runs, or the user has decided. Else the pages ask the user."""
         if self.quit.is_set() or not self._busy():
             return True
         self._set("asked")
         return False
 
     def stay(self) -> None:
+        """Calls the closing off."""
         self._set("")
 
     def stop_first(self, stop: Callable[[], None]) -> None:
-        """Ends once `stop` has; the pages show it meanwhile, and `stay` still calls it off."""
+        """Ends the app once `stop` returns; the pages show it meanwhile, and `stay` still calls it
+        off."""
         def work() -> None:
             stop()
             if self.state == "stopping":
@@ -65,10 +67,11 @@ class Desktop:
         threading.Thread(target=work, name="closing", daemon=True).start()
 
     def end(self) -> None:
+        """Closes the native window, and lets the server end."""
         self._set("closed")
         self.quit.set()
         if self.window:
-            # not in the window's own thread, which waits for the event that led here
+            # Not in the window's own thread, which waits for the event that led here.
             threading.Thread(target=self.window.close, name="closing", daemon=True).start()
 
     def _set(self, state: Closing) -> None:
@@ -77,24 +80,19 @@ class Desktop:
 
 
 def open_folder(folder: Path) -> None:
-    """In the system's file manager. Raises UserError where the folder or the manager is missing."""
+    """Opens a folder in the system's file manager. Raises UserError where either is missing."""
     if not folder.is_dir():
         raise UserError("close.folder_gone", folder=folder)
     if sys.platform == "win32":
         os.startfile(folder)
         return
-    command = _manager()
-    if not command:
+    command = "open" if sys.platform == "darwin" else "xdg-open"
+    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    # xdg-open without a display would start a browser in the terminal.
+    if command == "xdg-open" and not (display and shutil.which("xdg-open")):
         raise UserError("close.no_manager", folder=folder)
-    subprocess.Popen([*command, str(folder)], stdin=subprocess.DEVNULL,
+    subprocess.Popen([command, str(folder)], stdin=subprocess.DEVNULL,
                      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-
-
-def _manager() -> Sequence[str]:
-    if sys.platform == "darwin":
-        return ["open"]
-    shown = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    return ["xdg-open"] if shown and shutil.which("xdg-open") else []
 
 
 class WebviewWindow:
@@ -102,7 +100,8 @@ class WebviewWindow:
 
     def __init__(self, window: Any) -> None:
         self._window = window
-        self._minimised = False         # restore() would make a maximised window small
+        # pywebview can't be asked for it, and restore() makes a maximised window small.
+        self._minimised = False
         window.events.minimized += lambda: self._note(True)
         window.events.restored += lambda: self._note(False)
         window.events.maximized += lambda: self._note(False)
@@ -112,11 +111,12 @@ class WebviewWindow:
 
     def choose(self, folder: bool, start: str) -> str:
         import webview
-        kinds = getattr(webview, "FileDialog", None)            # since pywebview 6
+        # pywebview 6 names the kinds otherwise than 5.
+        kinds = getattr(webview, "FileDialog", None)
         kind = ((kinds.FOLDER if folder else kinds.OPEN) if kinds
                 else webview.FOLDER_DIALOG if folder else webview.OPEN_DIALOG)
-        found = self._window.create_file_dialog(kind, directory=start)
-        return str(found[0]) if found else ""
+        chosen = self._window.create_file_dialog(kind, directory=start)
+        return str(chosen[0]) if chosen else ""
 
     def close(self) -> None:
         self._window.destroy()
@@ -125,5 +125,6 @@ class WebviewWindow:
         if self._minimised:
             self._window.restore()
         self._window.show()
-        self._window.on_top = True      # systems keep other programs from taking the front
+        # Systems keep programs from taking the front; a window that is on top for a moment may.
+        self._window.on_top = True
         self._window.on_top = False

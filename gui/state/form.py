@@ -17,12 +17,12 @@ from core.config import OPTIMIZERS, AdapterKind, TrainConfig
 from core.errors import UserError
 from gui.state.app_state import Context, Snapshot, Updates
 
-LEVELS = ("basic", "advanced", "expert")
-ELSEWHERE = frozenset({"base_model", "resume", "task_type"})    # asked for in another place
-WIDE = frozenset({"train_data_dir", "output_dir", "sample_prompts", "metadata_path",
-                  "target_modules", "trigger_word", "base_loras"})
+# Keys that other parts of the window ask for.
+ELSEWHERE = frozenset({"base_model", "resume", "task_type"})
+# Offered, but anything else can be typed as well.
 CHOICES = {"target_modules": ["attention", "attention+ff", "all-linear"],
-           "adapter": list(get_args(AdapterKind)), "optimizer": list(OPTIMIZERS)}   # or typed
+           "adapter": list(get_args(AdapterKind)), "optimizer": list(OPTIMIZERS)}
+# What pydantic calls a limit -> its sentence.
 LIMITS = {"ge": "at_least", "gt": "above", "le": "at_most", "lt": "below"}
 
 
@@ -37,56 +37,62 @@ class Form:
     def add(self, keys: Iterable[str]) -> None:
         """Builds inputs in the layout that is open."""
         for key in keys:
-            made = self.inputs[key] = _input(self.ctx, key)
-            self.ctx.page.on(made.input, functools.partial(self.edited, key), [made])
+            component = self.inputs[key] = _input(self.ctx, key)
+            self.ctx.page.on(component.input, functools.partial(self.edited, key), [component])
 
     def edited(self, key: str, raw: Any) -> Updates | None:
+        """Puts what was typed into the project, or marks it as invalid."""
         app_state = self.ctx.app_state
         try:
-            also = {"max_train_steps": 0} if key == "epochs" else {}    # or it would do nothing
-            app_state.projects.edit(**{key: parsed(key, raw)}, **also)
+            # A number of steps would win over the epochs.
+            more = {"max_train_steps": 0} if key == "epochs" else {}
+            app_state.projects.edit(**{key: parsed(key, raw)}, **more)
         except (ValidationError, ValueError):
             app_state.projects.refuse(key, str(raw))
         app_state.replan(self.ctx.language)
         return None
 
     def paint(self, snap: Snapshot) -> Updates:
-        """Labels tell who decided a value."""
-        sources = snap.project.sources()
-        return {made: gr.update(label=self._label(snap, key, sources.get(key, "")))
-                for key, made in self.inputs.items()}
+        """Labels, which tell who decided a value."""
+        labels = self._labels(snap)
+        return {component: gr.update(label=labels[key])
+                for key, component in self.inputs.items()}
 
     def fill(self, snap: Snapshot) -> Updates:
+        """Labels and values; what can't be used stands in its field as it was typed."""
+        updates, labels = {}, self._labels(snap)
+        for key, component in self.inputs.items():
+            value = shown(key, getattr(snap.config, key))
+            raw = snap.project.invalid.get(key)
+            if raw is not None and not isinstance(component, gr.Number):
+                value = raw
+            elif raw is not None:
+                # A number field shows numbers only.
+                with contextlib.suppress(ValueError):
+                    value = float(raw)
+            updates[component] = gr.update(value=value, label=labels[key])
+        return updates
+
+    def _labels(self, snap: Snapshot) -> dict[str, str]:
         sources = snap.project.sources()
-        return {made: gr.update(value=self._value(snap, key), label=self._label(
-            snap, key, sources.get(key, ""))) for key, made in self.inputs.items()}
-
-    def _value(self, snap: Snapshot, key: str) -> Any:
-        """What can't be used stands in its field as it was typed; a number field takes numbers."""
-        raw = snap.project.invalid.get(key)
-        if raw is not None and isinstance(self.inputs[key], gr.Number):
-            with contextlib.suppress(ValueError):
-                return float(raw)
-        elif raw is not None:
-            return raw
-        return shown(key, getattr(snap.config, key))
-
-    def _label(self, snap: Snapshot, key: str, source: str) -> str:
-        if key == "epochs" and snap.config.max_train_steps:
-            source = "unused"
-        mark = f" · {self.ctx.tr(f'source_{source}')}" if source else ""
-        return label(self.ctx, key) + mark
+        if snap.config.max_train_steps:
+            sources = {**sources, "epochs": "unused"}
+        return {key: label(self.ctx, key) + (
+            f" · {self.ctx.tr(f'source_{sources[key]}')}" if sources.get(key) else "")
+            for key in self.inputs}
 
 
 def keys_of(level: str) -> list[str]:
+    """Config keys of a level: basic | advanced | expert."""
     return [key for key, about in TrainConfig.model_fields.items()
             if _extra(about)["level"] == level and key not in ELSEWHERE]
 
 
 def label(ctx: Context, key: str) -> str:
+    """A setting's name with its unit."""
     unit = _extra(TrainConfig.model_fields[key]).get("unit", "")
-    said = ctx.tr(f"config_help.{key}")
-    return f"{said} ({ctx.tr(f'unit_{unit}')})" if unit else said
+    name = ctx.tr(f"config_help.{key}")
+    return f"{name} ({ctx.tr(f'unit_{unit}')})" if unit else name
 
 
 def problems(ctx: Context, snap: Snapshot) -> list[str]:
@@ -95,10 +101,10 @@ def problems(ctx: Context, snap: Snapshot) -> list[str]:
             for key, raw in snap.project.invalid.items() if key in TrainConfig.model_fields]
 
 
-def said(ctx: Context, error: Exception) -> str:
+def error_text(ctx: Context, error: Exception) -> str:
     """A config that can't be used, in one sentence of the page's language."""
     if isinstance(error, UserError):
-        return ctx.told(error)
+        return ctx.error_text(error)
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors()[0]
@@ -129,8 +135,9 @@ def parsed(key: str, raw: Any) -> Any:
 
 def shown(key: str, value: Any) -> Any:
     """What the config holds -> what the input shows."""
-    if isinstance(value, dict):                     # the config reads it back
-        return "\n".join(f"{name}: {json.dumps(one)}" for name, one in value.items())
+    # "name: value" in lines, which the config reads back.
+    if isinstance(value, dict):
+        return "\n".join(f"{name}: {json.dumps(entry)}" for name, entry in value.items())
     if isinstance(value, list):
         return ("\n" if _kind(key) is list else ", ").join(map(str, value))
     return value
@@ -161,25 +168,29 @@ def _kind(key: str) -> Any:
     if _choice(key) is not None:
         return Literal
     if get_origin(kind) in (Union, types.UnionType):
-        kind = next(one for one in reversed(get_args(kind)) if one is not type(None))
+        kind = next(member for member in reversed(get_args(kind)) if member is not type(None))
     return get_origin(kind) or kind
 
 
 def _choice(key: str) -> Any:
     """The Literal of a key, alone or beside own values; None: it has none."""
     kind = TrainConfig.model_fields[key].annotation
-    return next((one for one in (kind, *get_args(kind)) if get_origin(one) is Literal), None)
+    return next((member for member in (kind, *get_args(kind)) if get_origin(member) is Literal),
+                None)
 
 
 def _range(ctx: Context, key: str) -> str:
-    parts = [ctx.tr(LIMITS[name], value=f"{value:g}")
-             for limit in TrainConfig.model_fields[key].metadata for name in LIMITS
-             if (value := getattr(limit, name, None)) is not None]
-    size = key in ("max_resolution", "sample_size")
-    if choices := get_args(TrainConfig.model_fields[key].annotation):
-        names = [str(one) for one in choices if isinstance(one, str)]
-        parts = [ctx.tr("one_of", names=", ".join(names))] if names else parts
-    return ctx.tr("range_size") if size else ctx.tr("comma").join(parts)
+    """What a setting takes, in words."""
+    if key in ("max_resolution", "sample_size"):
+        return ctx.tr("range_size")
+    names = [name for name in get_args(TrainConfig.model_fields[key].annotation)
+             if isinstance(name, str)]
+    if names:
+        return ctx.tr("one_of", names=", ".join(names))
+    return ctx.tr("comma").join(
+        ctx.tr(LIMITS[name], value=f"{value:g}")
+        for limit in TrainConfig.model_fields[key].metadata for name in LIMITS
+        if (value := getattr(limit, name, None)) is not None)
 
 
 def _extra(about: FieldInfo) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import contextlib
 import subprocess
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,10 @@ from core.jobs.runs import JobView
 from core.lora_files import files as lora_file
 from core.lora_files import library
 from core.lora_files.export import Place, convert_to, copy_to, find_places, fits
-from gui.state.app_state import AppState, Snapshot, pictures_folder
+from gui.state.app_state import Snapshot, pictures_folder
 
-LOOK_S = 10.0                           # between two looks at the folders of LoRAs
+# Seconds between two looks at the folders of LoRAs.
+LOOK_S = 10.0
 MOST_FILES = 500
 PER_PAGE = 24
 
@@ -31,43 +31,50 @@ class InferenceFiles:
     """Every method may be called from any thread."""
 
     def __init__(self, changed: Callable[[], None]) -> None:
-        self.open = ""                  # 'run/number' of the picture that is shown large
-        self.page = 0                   # of the gallery
-        self.dropped: lora_file.Info | None = None      # the LoRA that was dropped last
-        self.said = ""                  # where the last export went
-        self.places: list[Place] | None = None          # other programs; None: not looked yet
-        self.deleted: list[tuple[Path, Path]] = []      # where it is, where it was; newest last
+        # 'run/number' of the picture that is shown large, and the page of the gallery.
+        self.open = ""
+        self.page = 0
+        # The LoRA that was dropped last.
+        self.dropped: lora_file.Info | None = None
+        # What is told of the last export.
+        self.message = ""
+        # Folders of other programs; None: not looked for yet.
+        self.places: list[Place] | None = None
+        # Pictures that were deleted: where they are, where they were; the newest last.
+        self.deleted: list[tuple[Path, Path]] = []
         self._changed = changed
-        self._files: tuple[float, str, tuple[Path, ...]] = (0.0, "", ())
+        # When it was looked for last, in which folder, and what was found.
+        self._loras: tuple[float, str, tuple[Path, ...]] = (0.0, "", ())
+        # By path, time of the last change and size: a file that changes is read anew.
         self._infos: dict[tuple[str, int, int], lora_file.Info | None] = {}
+        # What the list was made of, and the list.
         self._pictures: tuple[Any, list[tuple[JobView, int]]] = ((), [])
         self._lock = threading.Lock()
 
     def show(self, **changes: Any) -> None:
+        """Sets attributes, and has all pages painted."""
         for name, value in changes.items():
             setattr(self, name, value)
         self._changed()
 
     # --- LoRA files ---
 
-    def files(self, output: Path) -> tuple[Path, ...]:
+    def loras(self, output: Path) -> tuple[Path, ...]:
         """Those in the output folder and those that were dropped; looked for now and then."""
-        looked, where, found = self._files
-        if where != str(output) or time.monotonic() - looked > LOOK_S:
+        looked_at, folder, files = self._loras
+        if folder != str(output) or time.monotonic() - looked_at > LOOK_S:
+            # A drive that was pulled out: what was found last stays.
             with contextlib.suppress(OSError):
-                known = library.files_by_name([dropped_folder(), output])
-                found = tuple(known.values())[:MOST_FILES]
-            self._files = (time.monotonic(), str(output), found)
-        return found
-
-    def look_again(self) -> None:
-        self._files = (0.0, "", ())
+                by_name = library.files_by_name([dropped_folder(), output])
+                files = tuple(by_name.values())[:MOST_FILES]
+            self._loras = (time.monotonic(), str(output), files)
+        return files
 
     def info(self, path: Path) -> lora_file.Info | None:
         """What a file is, by its header; None where it is no safetensors file (any more)."""
         try:
-            facts = path.stat()
-            key = (str(path), facts.st_mtime_ns, facts.st_size)
+            stat = path.stat()
+            key = (str(path), stat.st_mtime_ns, stat.st_size)
             if key not in self._infos:
                 self._infos[key] = lora_file.describe(path)
             return self._infos[key]
@@ -83,7 +90,7 @@ class InferenceFiles:
         if clean != file:
             file = file.rename(clean)
         copy = copy_to(file, dropped_folder())
-        self.look_again()
+        self._loras = (0.0, "", ())
         self.dropped = lora_file.describe(copy)
         return self.dropped
 
@@ -94,13 +101,14 @@ class InferenceFiles:
         drawings = [view for view in snap.runs if view.samples and is_of(view, snap)]
         key = (tuple((view.id, len(view.samples)) for view in drawings), len(self.deleted))
         if self._pictures[0] != key:
-            found = [(view, number) for view in drawings
-                     for number in reversed(range(len(view.samples)))
-                     if Path(view.samples[number].path).is_file()]
-            self._pictures = (key, found)
+            pictures = [(view, number) for view in drawings
+                        for number in reversed(range(len(view.samples)))
+                        if Path(view.samples[number].path).is_file()]
+            self._pictures = (key, pictures)
         return self._pictures[1]
 
     def delete(self, file: Path) -> None:
+        """Puts a picture into our own trash, from which `undelete` brings it back."""
         with self._lock:
             self.deleted.append((trash.discard(file), file))
         self._changed()
@@ -120,57 +128,35 @@ class InferenceFiles:
         """Once, in a thread: a network drive may take its time."""
         if self.places is None:
             self.places = []
-            threading.Thread(target=self._find_places, name="places", daemon=True).start()
+            threading.Thread(target=lambda: self.show(places=find_places()), name="places",
+                             daemon=True).start()
 
-    def export(self, file: Path, program: str, folder: Path, told: Callable[..., str],
+    def export(self, file: Path, program: str, folder: Path, tr: Callable[..., str],
                language: str) -> None:
-        """A copy at once, or a conversion in a thread; `said` tells how it went. `told`: makes a
-        sentence of a key, or of a fault's code, with parameters."""
+        """A copy at once, or a conversion in a thread; `message` tells how it went. `tr`: makes a
+        sentence of a key, or of an error's code, with parameters."""
         if fits(file, program):
-            self.show(said=told("tab_inference.exported", file=copy_to(file, folder)))
+            self.show(message=tr("tab_inference.exported", file=copy_to(file, folder)))
             return
 
         def work() -> None:
             try:
                 copy = convert_to(file, program, folder, language)
-                self.show(said=told("tab_inference.exported", file=copy))
-            except (UserError, OSError, subprocess.TimeoutExpired) as error:
-                fault = error if isinstance(error, UserError) else UserError(
-                    "tab_inference.not_converted", file=file.name, reason=error)
-                self.show(said=told(fault.code, **fault.params))
-        self.show(said=told("tab_inference.converting", file=file.name))
+                self.show(message=tr("tab_inference.exported", file=copy))
+            except (UserError, OSError, subprocess.TimeoutExpired) as raised:
+                error = raised if isinstance(raised, UserError) else UserError(
+                    "tab_inference.not_converted", file=file.name, reason=raised)
+                self.show(message=tr(error.code, **error.params))
+        self.show(message=tr("tab_inference.converting", file=file.name))
         threading.Thread(target=work, name="export", daemon=True).start()
-
-    def _find_places(self) -> None:
-        self.places = find_places()
-        self._changed()
 
 
 def dropped_folder() -> Path:
+    """Where LoRAs are copied that were dropped onto a page."""
     return paths.data_dir() / "loras"
 
 
 def is_of(view: JobView, snap: Snapshot) -> bool:
-    """A drawing of this project."""
+    """Whether a run is a drawing of this project."""
     return (view.job == "generate"
             and view.config.get("out") == str(pictures_folder() / snap.project.name))
-
-
-# --- of a house ---
-
-_DESKS: weakref.WeakKeyDictionary[AppState, InferenceFiles] = weakref.WeakKeyDictionary()
-_making = threading.Lock()
-
-
-def desk_of(app_state: AppState) -> InferenceFiles:
-    """The one desk of all pages."""
-    with _making:
-        if app_state not in _DESKS:
-            seen = weakref.ref(app_state)
-            _DESKS[app_state] = InferenceFiles(lambda: _poke(seen()))
-        return _DESKS[app_state]
-
-
-def _poke(app_state: AppState | None) -> None:
-    if app_state is not None:
-        app_state.touch()

@@ -1,10 +1,12 @@
 """What the project asks the Inference tab to draw: LoRAs with their weights, base, prompt, numbers;
-and the job that it makes. Pure: a snapshot in, values out."""
+and the job that it makes. Pure: a snapshot in, values out.
+
+`choices` is everywhere the list that `lora_choices` returns.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,17 +25,24 @@ from gui.state.app_state import Snapshot, pictures_folder
 from gui.state.inference_files import InferenceFiles
 from gui.state.run_files import lora_file, lora_of
 
+# Weights that are drawn side by side.
 SWEEP = (0.0, 0.4, 0.8, 1.0)
-MOST_LORAS = 60                         # of runs, in the list of what can be added
+# LoRAs of runs in the list of what can be added.
+MOST_LORAS = 60
 MOST_ADDED = 8
-LEAST, MOST = -1.0, 2.0                 # of a weight
-TAKEN_FOR = ("family", "prediction_type", "distilled")     # keys that say what a base is
+# Limits of a weight.
+LEAST, MOST = -1.0, 2.0
+# Keys of a config that say what a base is.
+TAKEN_FOR = ("family", "prediction_type", "distilled")
+# What the tab's inputs are called in the project, in their order on the page.
 TYPED = ("prompt", "negative", "seed", "steps", "cfg", "size", "sampler", "clip_skip", "count",
          "same_seed")
 
 
 @dataclass(frozen=True, slots=True)
 class Added:
+    """A LoRA that is drawn with."""
+
     file: str
     weight: float = DEFAULT_WEIGHT
 
@@ -47,9 +56,11 @@ class Choice:
     """A LoRA that can be added."""
 
     file: str
-    run: JobView | None = None          # that made it; None: it lies on the disk
+    # The run that made it; None: a file of another origin.
+    run: JobView | None = None
     step: int = 0
-    kind: str = ""                      # final | best | ""
+    # final | best | ""
+    kind: str = ""
 
     @property
     def name(self) -> str:
@@ -58,24 +69,26 @@ class Choice:
 
 # --- what there is ---
 
-def choices(snap: Snapshot, desk: InferenceFiles) -> list[Choice]:
+def lora_choices(snap: Snapshot, files: InferenceFiles) -> list[Choice]:
     """The newest run's best file first, then its checkpoints, then older; then other files."""
-    made = list(_of_runs(snap))
-    seen = {str(lora_file(point)) for view in snap.runs for point in view.checkpoints}
-    return made + [Choice(str(path)) for path in desk.files(snap.settings.output_folder)
-                   if str(path) not in seen]
+    checkpoints = {str(lora_file(point)) for view in snap.runs for point in view.checkpoints}
+    return list(_of_runs(snap)) + [
+        Choice(str(path)) for path in files.loras(snap.settings.output_folder)
+        if str(path) not in checkpoints]
 
 
 def _of_runs(snap: Snapshot) -> Iterator[Choice]:
     seen: set[str] = set()
-    for view in (view for view in snap.runs if view.job == "train"):
+    for view in snap.runs:
         first = lora_of(view)
+        if view.job != "train" or first is None:
+            continue
         rest = [n for n in reversed(range(len(view.checkpoints))) if n != first]
-        final = view.checkpoints[first].step if first is not None else -1
-        for number in [] if first is None else [first, *rest]:
+        for number in [first, *rest]:
             point = view.checkpoints[number]
             file = lora_file(point)
-            twice = number != first and point.step == final     # the last one is saved as both
+            # The last step is saved twice: as a checkpoint and as the final file.
+            twice = number != first and point.step == view.checkpoints[first].step
             if str(file) not in seen and not twice and file.is_file():
                 seen.add(str(file))
                 yield Choice(str(file), view, point.step,
@@ -84,16 +97,16 @@ def _of_runs(snap: Snapshot) -> Iterator[Choice]:
             return
 
 
-def newest(found: list[Choice]) -> str:
-    """The run whose LoRA is ready; '' where there is none."""
-    return found[0].run.id if found and found[0].run else ""
+def newest(choices: list[Choice]) -> str:
+    """The id of the run whose LoRA stands first; '' where none of a run is there."""
+    return choices[0].run.id if choices and choices[0].run else ""
 
 
-def names(found: list[Choice]) -> dict[str, str]:
+def names(choices: list[Choice]) -> dict[str, str]:
     """What <lora:name> may call, as core/lora_files/library.py reads it: the first of a name
     counts."""
     known: dict[str, str] = {}
-    for choice in found:
+    for choice in choices:
         if not set(choice.name) & set(":<>"):
             known.setdefault(choice.name, choice.file)
     return known
@@ -108,13 +121,15 @@ def used(snap: Snapshot) -> dict[str, str]:
 
 def checkpoints(snap: Snapshot, file: str) -> list[Choice]:
     """All files of the run that made a LoRA, and of those it went on from; by step."""
-    found = list(_of_runs(snap))
-    view = next((one.run for one in found if one.file == file), None)
+    choices = list(_of_runs(snap))
+    view = run_of(file, choices)
     by_step: dict[int, Choice] = {}
+    # A run that went on from another has its steps only; limited, since records may be damaged
+    # and name each other.
     for _ in range(20):
         if view is None:
             break
-        for choice in found:
+        for choice in choices:
             if choice.run is not None and choice.run.id == view.id:
                 by_step.setdefault(choice.step, choice)
         view = snap.run(view.resumed_from) if view.resumed_from else None
@@ -123,93 +138,96 @@ def checkpoints(snap: Snapshot, file: str) -> list[Choice]:
 
 # --- what is wanted ---
 
-def added(snap: Snapshot, found: list[Choice]) -> list[Added]:
+def added(snap: Snapshot, choices: list[Choice]) -> list[Added]:
     """The user's own list, until a newer LoRA is ready: then that one, at 0.8."""
-    kept = snap.project.inference
-    if kept.get("lora") == (newest(found) or "-"):
-        return list(_read(kept.get("loras")))
-    return [Added(found[0].file)] if newest(found) else []
-
-
-def _read(kept: Any) -> Iterator[Added]:
-    for entry in kept if isinstance(kept, list) else ():
+    saved = snap.project.inference
+    if saved.get("lora") != (newest(choices) or "-"):
+        return [Added(choices[0].file)] if newest(choices) else []
+    entries = saved.get("loras")
+    loras: list[Added] = []
+    # The project's file may have been edited by hand.
+    for entry in entries if isinstance(entries, list) else ():
         match entry:
             case {"file": str(file), "weight": float() | int() as weight} if (
                     file and LEAST <= weight <= MOST):
-                yield Added(file, float(weight))
+                loras.append(Added(file, float(weight)))
+    return loras
 
 
-def own_list(loras: list[Added], found: list[Choice]) -> dict[str, Any]:
-    """As the project keeps it."""
-    return {"lora": newest(found) or "-", "loras": [asdict(one) for one in loras]}
+def own_list(loras: list[Added], choices: list[Choice]) -> dict[str, Any]:
+    """The list as the project keeps it, with the run that was the newest then: see `added`."""
+    return {"lora": newest(choices) or "-", "loras": [asdict(lora) for lora in loras]}
 
 
-def run_of(file: str, found: list[Choice]) -> JobView | None:
-    return next((one.run for one in found if one.file == file), None)
+def run_of(file: str, choices: list[Choice]) -> JobView | None:
+    """The run that made a LoRA; None: it is of another origin."""
+    return next((choice.run for choice in choices if choice.file == file), None)
 
 
-def base_of(snap: Snapshot, found: list[Choice]) -> str:
+def _first_run(loras: list[Added], choices: list[Choice]) -> JobView | None:
+    """The run that made the first of the added LoRAs."""
+    return run_of(loras[0].file, choices) if loras else None
+
+
+def base_of(snap: Snapshot, choices: list[Choice]) -> str:
     """The user's choice, else the base that the first LoRA was trained on, else the project's."""
-    loras = added(snap, found)
-    run = run_of(loras[0].file, found) if loras else None
-    own = str(snap.project.inference.get("base") or "")
-    return own or str((run.config if run else {}).get("base_model") or "") or (
-        snap.config.base_model) or "demo"
+    run = _first_run(added(snap, choices), choices)
+    return (str(snap.project.inference.get("base") or "")
+            or str((run.config if run else {}).get("base_model") or "")
+            or snap.config.base_model or "demo")
 
 
-def bases(snap: Snapshot, found: list[Choice]) -> list[str]:
-    used = [base_of(snap, found), snap.config.base_model, "demo",
+def bases(snap: Snapshot, choices: list[Choice]) -> list[str]:
+    """What can be drawn with: the base as it stands, the project's, the demo's, those of runs."""
+    used = [base_of(snap, choices), snap.config.base_model, "demo",
             *(str(view.config.get("base_model", "")) for view in snap.runs)]
-    return [one for one in dict.fromkeys(used) if one]
+    return [path for path in dict.fromkeys(used) if path]
 
 
 def folder_of(base: str) -> Path:
+    """The path of a base as the project names it."""
     return paths.DEMO / "base" if base == "demo" else Path(base).expanduser()
 
 
-def triggers(snap: Snapshot, loras: list[Added], found: list[Choice],
-             desk: InferenceFiles) -> list[str]:
+def triggers(snap: Snapshot, loras: list[Added], choices: list[Choice],
+             files: InferenceFiles) -> list[str]:
     """Words that call the added LoRAs: the runs' own, else what the files tell."""
     words: list[str] = []
-    for one in loras:
-        run = run_of(one.file, found)
-        told = desk.info(Path(one.file)) if run is None else None
-        own = str(run.config.get("trigger_word") or "") if run else ""
-        words += [own] if own else list(told.facts.trigger_words[:4]) if told else []
+    for lora in loras:
+        if run := run_of(lora.file, choices):
+            words.append(str(run.config.get("trigger_word") or ""))
+        elif info := files.info(Path(lora.file)):
+            words += info.facts.trigger_words[:4]
     return list(dict.fromkeys(word for word in words if word))
 
 
-def typed(snap: Snapshot, found: list[Choice]) -> dict[str, Any]:
+def typed(snap: Snapshot, choices: list[Choice]) -> dict[str, Any]:
     """What the inputs show: what was typed, else a prompt that shows the LoRA, and numbers that
     its base likes."""
-    loras = added(snap, found)
-    run = run_of(loras[0].file, found) if loras else None
+    run = _first_run(added(snap, choices), choices)
     config: Mapping[str, Any] = run.config if run else snap.project.edits
     prompts, trigger = config.get("sample_prompts") or [], str(config.get("trigger_word") or "")
-    demo = folder_of(base_of(snap, found)) == paths.DEMO / "base"
-    usual = {"prompt": prompts[0] if prompts else trigger, "negative": "", "seed": 42,
-             "steps": 16 if demo else None, "cfg": 1.5 if demo else None, "size": "",
-             "sampler": "auto", "clip_skip": None, "count": 1, "same_seed": True}
-    return {key: snap.project.inference.get(key, usual[key]) for key in TYPED}
-
-
-def new_seed() -> int:
-    return random.randrange(2**31)
+    demo = folder_of(base_of(snap, choices)) == paths.DEMO / "base"
+    # None: the base's own number. The demo has none of its own.
+    defaults = {"prompt": prompts[0] if prompts else trigger, "negative": "", "seed": 42,
+                "steps": 16 if demo else None, "cfg": 1.5 if demo else None, "size": "",
+                "sampler": "auto", "clip_skip": None, "count": 1, "same_seed": True}
+    return {key: snap.project.inference.get(key, defaults[key]) for key in TYPED}
 
 
 # --- the job ---
 
-def job(snap: Snapshot, desk: InferenceFiles, kind: str, values: Mapping[str, Any],
-        device: str = "auto"
-        ) -> tuple[DrawConfig, str]:
-    """-> the job and its name. `kind`: draw | compare | sweep | checkpoints. Raises UserError."""
-    found = choices(snap, desk)
-    loras, base = added(snap, found), base_of(snap, found)
+def job(snap: Snapshot, files: InferenceFiles, kind: str, values: Mapping[str, Any],
+        device: str = "auto") -> tuple[DrawConfig, str]:
+    """-> the job and its name. `kind`: draw | compare | sweep | checkpoints. Raises UserError
+    where there is no LoRA to compare, a file is gone, or a setting can't be used."""
+    choices = lora_choices(snap, files)
+    loras, base = added(snap, choices), base_of(snap, choices)
     if kind != "draw" and not loras:
         raise UserError("gui.no_lora")
-    for one in loras:
-        if not Path(one.file).is_file():
-            raise UserError("tab_inference.lora_gone", file=one.file)
+    for lora in loras:
+        if not Path(lora.file).is_file():
+            raise UserError("tab_inference.lora_gone", file=lora.file)
     columns: dict[str, Any] = {}
     if kind == "compare":
         columns = {"weights": [0.0, loras[0].weight or DEFAULT_WEIGHT]}
@@ -219,12 +237,12 @@ def job(snap: Snapshot, desk: InferenceFiles, kind: str, values: Mapping[str, An
         points = checkpoints(snap, loras[0].file)
         if len(points) < 2:
             raise UserError("tab_inference.one_checkpoint")
-        columns = {"checkpoints": [one.file for one in points],
-                   "labels": [f"step {one.step}" for one in points]}
+        columns = {"checkpoints": [point.file for point in points],
+                   "labels": [f"step {point.step}" for point in points]}
     prompt = str(values.get("prompt") or "")
     data = {"base": base, "prompt": prompt, "negative": values.get("negative") or "",
-            "loras": [f"{one.file}:{one.weight:g}" for one in loras], **columns,
-            "names": _called(prompt, names(found)), "size": values.get("size") or "",
+            "loras": [f"{lora.file}:{lora.weight:g}" for lora in loras], **columns,
+            "names": _files_of_tags(prompt, names(choices)), "size": values.get("size") or "",
             "sampler": values.get("sampler") or "auto", "device": device,
             "out": str(pictures_folder() / snap.project.name)}
     data |= {key: values[key] for key in ("seed", "steps", "cfg", "count", "clip_skip")
@@ -235,14 +253,17 @@ def job(snap: Snapshot, desk: InferenceFiles, kind: str, values: Mapping[str, An
 def _companions(snap: Snapshot, base: str) -> dict[str, Any]:
     """The files that the project names for this base and what it takes it for, else those of its
     last run."""
-    configs = [snap.config.model_dump(), *(view.config for view in snap.runs)]  # newest first
-    own = next((one for one in configs if base == one.get("base_model", one.get("base"))), {})
-    return {key: own[key] for key in (*COMPANIONS, *TAKEN_FOR) if own.get(key)}
+    # Newest first. A training names its base `base_model`, a drawing `base`.
+    configs = [snap.config.model_dump(), *(view.config for view in snap.runs)]
+    config = next((config for config in configs
+                   if base == config.get("base_model", config.get("base"))), {})
+    return {key: config[key] for key in (*COMPANIONS, *TAKEN_FOR) if config.get(key)}
 
 
-def kind_of(snap: Snapshot, found: list[Choice]) -> str:
-    """The family that LoRAs of the base must be of; empty: one of the user's own takes any."""
-    base = base_of(snap, found)
+def kind_of(snap: Snapshot, choices: list[Choice]) -> str:
+    """The family that LoRAs of the base must be of; empty: a family of the user's own, which takes
+    any."""
+    base = base_of(snap, choices)
     family = str(_companions(snap, base).get("family", "auto"))
     if plugins.is_named(family):
         return ""
@@ -250,16 +271,17 @@ def kind_of(snap: Snapshot, found: list[Choice]) -> str:
 
 
 def again(view: JobView, changes: Mapping[str, Any]) -> DrawConfig:
-    """The same drawing with the changes of a fault's fix."""
+    """The config of a drawing with the changes of a fault's fix. Raises UserError."""
     return _checked(dict(view.config) | dict(changes))
 
 
-def _called(prompt: str, known: Mapping[str, str]) -> dict[str, str]:
-    """The files of the prompt's tags. Raises UserError for a name that nothing has."""
-    tagged = library.split_prompt(prompt)[1]
-    library.refuse_paths(tagged)
-    names = [tag.name for tag in tagged]
+def _files_of_tags(prompt: str, known: Mapping[str, str]) -> dict[str, str]:
+    """The files of the prompt's <lora:name> tags. Raises UserError for a name that nothing has."""
+    tags = library.split_prompt(prompt)[1]
+    library.refuse_paths(tags)
+    names = [tag.name for tag in tags]
     for name in names:
+        # Names that the page doesn't know may still be files of the library.
         with contextlib.suppress(UserError):
             if name in known or library.find_lora(name, DEFAULT_WEIGHT):
                 continue
@@ -287,10 +309,10 @@ def total_of(view: JobView) -> int:
 # --- and back from a picture ---
 
 def loras_of(view: JobView, number: int) -> list[Added]:
-    """Those of one picture; the first as its column has it."""
+    """The LoRAs of one picture; the first as the picture's column has it."""
+    # The step of a drawn picture is its column in the comparison.
     config, column = view.config, view.samples[number].step
-    parsed = [library.parse_lora(text) for text in config.get("loras") or []]
-    loras = [Added(file, weight) for file, weight in parsed]
+    loras = [Added(*library.parse_lora(text)) for text in config.get("loras") or []]
     weights, points = config.get("weights") or [], config.get("checkpoints") or []
     if loras and column != SHEET:
         if column < len(weights):

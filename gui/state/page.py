@@ -25,14 +25,16 @@ if TYPE_CHECKING:
     from gui.state.app_state import Context, Snapshot, Tab, Updates
 
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-# Gradio adds a page's scripts by itself: an area may be there before gui/assets/live.js is.
+# Gradio adds a page's scripts by itself: a panel may be there before gui/assets/live.js is.
 READY = ("const ready = act => window.darkroom ? act()"
          " : addEventListener('darkroom', act, {once: true});")
-_SAY = f"{READY} watch('value', () => {{ const said = JSON.parse(props.value || '[]'); " \
-       "ready(() => window.darkroom.tr(said)); });"
+_SHOW_MESSAGES = (f"{READY} watch('value', () => {{ const news = JSON.parse(props.value || '[]');"
+                  " ready(() => window.darkroom.say(news)); });")
 
 Handler = Callable[..., "Updates | None"]
-Seen = dict[str, str]                   # what a page's components show: their marks by id
+# What a page's components show: their marks by id.
+Seen = dict[str, str]
+# Of the handler that runs: Page.tell is called deep inside it.
 _messages: contextvars.ContextVar[list[dict[str, str]]] = contextvars.ContextVar("messages")
 
 
@@ -50,24 +52,27 @@ class Page:
     """Collects handlers while the tabs are built; `wire` connects them all at the end."""
 
     def __init__(self) -> None:
-        self.tabs: list[tuple[str, Tab]] = []       # by name, and what paints it
-        self.frame: Any = None                      # gr.Tabs: handlers may select one
+        self.tabs: list[tuple[str, Tab]] = []
+        # The gr.Tabs: handlers may select one of them.
+        self.frame: Any = None
         self.header: Any = None
-        self.close = "×"                            # what the button of a message is called
-        self._wishes: list[_Handler] = []
+        # What the button is called that closes a message.
+        self.close = "×"
+        self._handlers: list[_Handler] = []
 
     def on(self, event: Any, handler: Handler, inputs: Sequence[Any] = (), fill: bool = False,
            outputs: Sequence[Any] = ()) -> None:
         """`event`: a component's listener, such as button.click. The handler gets the inputs'
         values and returns updates of `outputs`, or None; with `fill` the inputs of all tabs are
         set from the project afterwards, if it changed."""
-        self._wishes.append(_Handler(event, handler, list(inputs), list(outputs), fill, False))
+        self._handlers.append(_Handler(event, handler, list(inputs), list(outputs), fill, False))
 
     def on_panel(self, panel: gr.HTML, handler: Handler, inputs: Sequence[Any] = (),
                  fill: bool = False, outputs: Sequence[Any] = ()) -> None:
         """Clicks on `data-act` buttons inside a panel (gui/widgets/panel.py): the handler gets
         (act, id, *inputs)."""
-        self._wishes.append(_Handler(panel.click, handler, list(inputs), list(outputs), fill, True))
+        self._handlers.append(
+            _Handler(panel.click, handler, list(inputs), list(outputs), fill, True))
 
     def select(self, tab: str) -> Updates:
         """For handlers: brings a tab to the front."""
@@ -75,8 +80,8 @@ class Page:
 
     def tell(self, text: str, title: str = "", kind: str = "info") -> None:
         """For handlers: a message at the edge of the page; `kind`: info | warning."""
-        told = {"kind": kind, "title": title, "text": text, "close": self.close}
-        _messages.get([]).append(told)
+        _messages.get([]).append(
+            {"kind": kind, "title": title, "text": text, "close": self.close})
 
     # --- what it shows ---
 
@@ -98,19 +103,24 @@ class Page:
         for name, tab in self.tabs:
             panels[f"tab-{name}-button"] = tab.label(snap)
             updates |= tab.paint(snap)
-        rest = {one: value for one, value in updates.items() if not _is_panel(one)}
-        panels |= {str(one.elem_id): value for one, value in updates.items() if _is_panel(one)}
+        rest = {}
+        for component, value in updates.items():
+            if isinstance(component, gr.HTML):
+                panels[str(component.elem_id)] = value
+            else:
+                rest[component] = value
         return panels, rest
 
     def _filled(self, snap: Snapshot) -> Updates:
-        return {one: value for _, tab in self.tabs for one, value in tab.fill(snap).items()}
+        return {component: value for _, tab in self.tabs
+                for component, value in tab.fill(snap).items()}
 
     def wire(self, ctx: Context, load: Any) -> None:
         """Called once, inside gr.Blocks, when everything is built; `load`: the Blocks' own."""
         snap = ctx.app_state.snapshot()
         painted, filled = list(self._painted(snap)[1]), list(self._filled(snap))
         self.close = ctx.tr("close")
-        tr = gr.HTML("", visible="hidden", js_on_load=_SAY)
+        messages = gr.HTML("", visible="hidden", js_on_load=_SHOW_MESSAGES)
         # What a page shows is known by the page alone: an answer may be lost on its way.
         seen, filling = (gr.HTML("", visible="hidden", elem_id=f"{name}-shown")
                          for name in ("repaint", "refill"))
@@ -121,60 +131,73 @@ class Page:
             return _difference(self._painted(ctx.app_state.snapshot())[1], _seen(shown), painted)
 
         def fill() -> Any:
-            fills, found = ctx.app_state.fills, self._filled(ctx.app_state.snapshot())
-            return [_shown(str(fills)), *(found.get(one, gr.skip()) for one in filled)]
+            # Counted before it is read: a change in between is filled in once more.
+            fills, updates = ctx.app_state.fills, self._filled(ctx.app_state.snapshot())
+            return [_shown(str(fills)),
+                    *(updates.get(component, gr.skip()) for component in filled)]
 
         load(lambda: ctx.app_state.replan(ctx.language), [], [], **QUIET)
         # The page (gui/assets/live.js) presses these, one at a time: no answer overtakes another.
         repaint.click(paint, [seen], [seen, *painted], trigger_mode="always_last", **QUIET)
         refill.click(fill, [], [filling, *filled], trigger_mode="always_last", **QUIET)
-        for wish in self._wishes:
-            wish.event(self._handled(ctx, wish), wish.inputs, [tr, self.frame, *wish.outputs],
-                       trigger_mode="multiple" if wish.panel else "always_last", **QUIET)
+        for entry in self._handlers:
+            # Every click counts; of what is typed only the last state does.
+            entry.event(self._handled(ctx, entry), entry.inputs,
+                        [messages, self.frame, *entry.outputs],
+                        trigger_mode="multiple" if entry.panel else "always_last", **QUIET)
 
-    def _handled(self, ctx: Context, wish: _Handler) -> Callable[..., Any]:
-        known = [self.frame, *wish.outputs]
+    def _handled(self, ctx: Context, entry: _Handler) -> Callable[..., Any]:
+        """The function that Gradio calls: an error of the handler becomes a message in the page's
+        language, and the page is painted all the same."""
+        outputs = [self.frame, *entry.outputs]
 
         def act(*values: Any) -> Any:
+            app_state, problem = ctx.app_state, ""
             messages: list[dict[str, str]] = []
             _messages.set(messages)
-            before = (ctx.app_state.projects.now, ctx.app_state.settings.now)
-            extra = _guarded(ctx, wish.handler, values) or {}
-            if wish.fill and before != (ctx.app_state.projects.now, ctx.app_state.settings.now):
-                ctx.app_state.filled()
-            said = json.dumps(messages) if messages else gr.skip()
-            return [said, *(extra.get(one, gr.skip()) for one in known)]
+            before = (app_state.projects.now, app_state.settings.now)
+            updates: Updates = {}
+            try:
+                updates = entry.handler(*values) or {}
+            except UserError as error:
+                problem = ctx.error_text(error)
+            except ValidationError as error:
+                problem = form.error_text(ctx, error)
+            except OSError as error:
+                problem = ctx.tr("no_access", reason=str(error))
+            if problem:
+                ctx.page.tell(problem, ctx.tr("not_done"), "warning")
+            if entry.fill and before != (app_state.projects.now, app_state.settings.now):
+                app_state.filled()
+            return [json.dumps(messages) if messages else gr.skip(),
+                    *(updates.get(component, gr.skip()) for component in outputs)]
 
         def act_panel(event: gr.EventData, *values: Any) -> Any:
             data = event._data or {}
             return act(str(data.get("act", "")), str(data.get("id", "")), *values)
 
-        return act_panel if wish.panel else act
-
-
-def _is_panel(component: Any) -> bool:
-    return isinstance(component, gr.HTML)
+        return act_panel if entry.panel else act
 
 
 def _mark(text: str) -> str:
     return f"{zlib.crc32(text.encode('utf-8', 'replace')):x}{len(text):x}"
 
 
-def _mark_of_all(found: Updates) -> str:
-    return _mark(repr([(one._id, value) for one, value in found.items()]))
+def _mark_of_all(updates: Updates) -> str:
+    return _mark(repr([(component._id, value) for component, value in updates.items()]))
 
 
-def _difference(found: Updates, seen: Seen, known: Sequence[Any]) -> list[Any]:
-    """What the page shows then, for its `repaint-shown`; outputs in the order of `known`, without
-    what it shows already."""
+def _difference(updates: Updates, seen: Seen, outputs: Sequence[Any]) -> list[Any]:
+    """What the page shows then, for its `repaint-shown`; then a value for each of `outputs`, or
+    gr.skip() where the page shows it already."""
     fresh, changed = dict(seen), {}
-    for component, value in found.items():
+    for component, value in updates.items():
         name, mark = str(component._id), _mark(repr(value))
         if fresh.get(name) != mark:
             fresh[name] = mark
             changed[component] = value
-    return [_shown(_mark_of_all(found), json.dumps(fresh)),
-            *(changed.get(one, gr.skip()) for one in known)]
+    return [_shown(_mark_of_all(updates), json.dumps(fresh)),
+            *(changed.get(component, gr.skip()) for component in outputs)]
 
 
 def _seen(shown: str | None) -> Seen:
@@ -183,17 +206,3 @@ def _seen(shown: str | None) -> Seen:
 
 def _shown(mark: str, seen: str = "") -> str:
     return f'<i data-shown="{mark}">{seen}</i>'
-
-
-def _guarded(ctx: Context, handler: Handler, values: Sequence[Any]) -> Updates | None:
-    """A fault becomes a message in the page's language; the page is painted all the same."""
-    try:
-        return handler(*values)
-    except UserError as fault:
-        said = ctx.told(fault)
-    except ValidationError as error:
-        said = form.said(ctx, error)
-    except OSError as error:
-        said = ctx.tr("no_access", reason=str(error))
-    ctx.page.tell(said, ctx.tr("not_done"), "warning")
-    return None

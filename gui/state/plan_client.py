@@ -24,10 +24,12 @@ _log = logging.getLogger(__name__)
 class PlanState:
     """The last answers and what they answer."""
 
-    asked: dict[str, Any] = field(default_factory=dict)     # the question that is under way
-    question: dict[str, Any] = field(default_factory=dict)  # the one that `answer` answers
-    answer: dict[str, Any] = field(default_factory=dict)    # {"plan", "suggestion", "fault", ...}
-    # what would mend a run, by the key that it was asked under; None: not known yet
+    # The newest question, and the one that `answer` answers.
+    asked: dict[str, Any] = field(default_factory=dict)
+    question: dict[str, Any] = field(default_factory=dict)
+    # {"plan", "suggestion", "fault", ...}
+    answer: dict[str, Any] = field(default_factory=dict)
+    # What would mend a run, by the key that it was asked under; None: not known yet.
     remedies: dict[str, list[dict[str, Any]] | None] = field(default_factory=dict)
 
     @property
@@ -43,92 +45,91 @@ class Planning:
         self.version = 0
         self._command = command
         self._child: subprocess.Popen[str] | None = None
-        self._forecast = PlanState()
-        self._mending: list[tuple[str, dict[str, Any]]] = []    # symptoms to be answered
+        self.now = PlanState()
+        # Symptoms that are still to be answered, by key.
+        self._mending: list[tuple[str, dict[str, Any]]] = []
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="planning", daemon=True)
         self._thread.start()
 
-    @property
-    def now(self) -> PlanState:
-        return self._forecast
-
     def ask(self, question: dict[str, Any]) -> None:
+        """Plans for a config; a question that waits is dropped for this one."""
         with self._changed:
-            if question != self._forecast.asked:
-                self._set(question, self._forecast.question, self._forecast.answer)
+            if question != self.now.asked:
+                self._set(asked=question)
 
     def remedy(self, key: str, question: dict[str, Any]) -> None:
-        """Asks once what helps against the question's "symptom"; see Forecast.remedies."""
+        """Asks once what helps against the question's "symptom"; see PlanState.remedies."""
         with self._changed:
-            if key not in self._forecast.remedies:
+            if key not in self.now.remedies:
                 self._mending.append((key, question))
                 self._mended(key, None)
 
     def wait(self, seconds: float) -> PlanState:
-        """The forecast once nothing is pending, or as it stands after `seconds`."""
+        """The state once nothing is pending, or as it stands after `seconds`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or not self._forecast.pending, seconds)
-            return self._forecast
+            self._changed.wait_for(lambda: self._closed or not self.now.pending, seconds)
+            return self.now
 
     def close(self) -> None:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
             child = self._child
+        # The thread waits for an answer of the child: it ends with it.
         if child:
-            child.kill()                # what the thread waits for ends with it
+            child.kill()
         self._thread.join(5)
         self._drop()
 
-    def _set(self, asked: dict[str, Any], question: dict[str, Any], answer: dict[str, Any]
-             ) -> None:
-        self._forecast = PlanState(asked, question, answer, self._forecast.remedies)
+    def _set(self, **changes: Any) -> None:
+        """Only called while `_changed` is held."""
+        self.now = replace(self.now, **changes)
         self.version += 1
         self._changed.notify_all()
 
-    def _mended(self, key: str, found: list[dict[str, Any]] | None) -> None:
-        remedies = {**self._forecast.remedies, key: found}
-        self._forecast = replace(self._forecast, remedies=remedies)
-        self.version += 1
-        self._changed.notify_all()
-
-    def _publish(self, question: dict[str, Any], answer: dict[str, Any]) -> None:
-        with self._changed:
-            self._set(self._forecast.asked, question, answer)
+    def _mended(self, key: str, remedies: list[dict[str, Any]] | None) -> None:
+        self._set(remedies={**self.now.remedies, key: remedies})
 
     def _loop(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._mending
-                                       or self._forecast.pending)
+                self._changed.wait_for(lambda: self._closed or self._mending or self.now.pending)
                 if self._closed:
                     return
-                question = self._forecast.asked
+                question = self.now.asked
                 mending = self._mending.pop(0) if self._mending else None
             if mending:
-                found = self._answer(mending[1]).get("remedies", [])
+                remedies = self._answer(mending[1]).get("remedies", [])
                 with self._changed:
-                    self._mended(mending[0], found)
+                    self._mended(mending[0], remedies)
                 continue
-            answer = self._answer({**question, "suggest": False})
-            self._publish(question, answer)
-            if self._forecast.asked == question and not self._closed and "fault" not in answer:
-                self._publish(question, self._answer({**question, "suggest": True}))
+            # The plan first; the suggestion only if nothing else was asked meanwhile.
+            for suggest in (False, True):
+                answer = self._answer({**question, "suggest": suggest})
+                with self._changed:
+                    self._set(question=question, answer=answer)
+                if self.now.asked != question or self._closed or "fault" in answer:
+                    break
 
     def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
-        for _ in range(2):                      # a child that died is replaced once
+        # A child that died is replaced once.
+        for _ in range(2):
             try:
-                child = self._child = self._child or self._spawn()
+                child = self._child = self._child or subprocess.Popen(
+                    list(self._command or processes.command("plan-service")),
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                    env=processes.environment(), text=True, encoding="utf-8",
+                    start_new_session=True,
+                    creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
                 assert child.stdin is not None
                 assert child.stdout is not None
                 child.stdin.write(json.dumps(question) + "\n")
                 child.stdin.flush()
-                line = child.stdout.readline()
-                if line:
-                    found: dict[str, Any] = json.loads(line)
-                    return found
+                if line := child.stdout.readline():
+                    answer: dict[str, Any] = json.loads(line)
+                    return answer
             except (OSError, ValueError) as error:
                 _log.warning("planning: %s", error)
             self._drop()
@@ -141,13 +142,7 @@ class Planning:
                 child.kill()
             child.wait()
             for pipe in (child.stdin, child.stdout):
-                with contextlib.suppress(OSError):          # what was not sent is lost with it
+                # What was not sent yet would be written into a broken pipe.
+                with contextlib.suppress(OSError):
                     assert pipe is not None
                     pipe.close()
-
-    def _spawn(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            list(self._command or processes.command("plan-service")), stdin=subprocess.PIPE,
-            env=processes.environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True, encoding="utf-8", start_new_session=True,
-            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))

@@ -9,7 +9,7 @@ from core.jobs.runs import JobView
 
 
 def lora_of(view: JobView) -> int | None:
-    """The best of a run's files, else the final one, else the newest; its number."""
+    """The number of a run's final checkpoint, else of its newest; None: it has none."""
     if not view.checkpoints:
         return None
     numbers = range(len(view.checkpoints))
@@ -17,7 +17,7 @@ def lora_of(view: JobView) -> int | None:
 
 
 def folder_of(view: JobView) -> Path:
-    """Where the LoRA is, or is to be; before there is one, the run's own."""
+    """The output folder of a run; before it exists, the folder of the run's record."""
     output = Path(view.output_dir)
     return output if view.output_dir and output.is_dir() else view.folder
 

@@ -15,18 +15,21 @@ from captioner.config import CaptionConfig
 from core.base_models import hub
 from core.errors import UserError
 from core.jobs.runs import JobView
-from gui.html import bar, button, card, duration, esc
+from gui import actions
+from gui.html import acts, bar, button, card, duration, esc, small
 from gui.state.app_state import Context, Snapshot, Updates
-from gui.state.dataset_view import DatasetView, album_of, caption_job
+from gui.state.dataset_view import DatasetView, caption_job
 from gui.widgets import caption_rows
 from gui.widgets.fault_card import fault_card
 from gui.widgets.panel import panel
 from gui.widgets.picture_grid import page_of
 
+# Owner of a repository in core/base_models/models.yaml -> captioner.
 OWNERS = {"florence-community": "florence", "Salesforce": "blip", "SmilingWolf": "wd",
-          "laion": "clip"}      # of core/base_models/models.yaml -> captioner
+          "laion": "clip"}
 SENTENCES, TAGS = ("blip", "florence", "endpoint"), ("wd", "clip")
-TAB = "captioning"              # in Project.tabs
+# The key of this tab in Project.tabs.
+TAB = "captioning"
 
 
 def build(ctx: Context) -> CaptioningTab:
@@ -36,23 +39,35 @@ def build(ctx: Context) -> CaptioningTab:
 class CaptioningTab:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
-        self.album: DatasetView = album_of(ctx.app_state)
+        self.dataset: DatasetView = ctx.app_state.shared(DatasetView)
         self._build_job()
+        tr, page = self._tr, ctx.page
         with gr.Row():
             with gr.Column(scale=7, min_width=440):
                 self.search = gr.Textbox(
-                    label=self._tr("search"), placeholder=self._tr("search_hint"),
+                    label=tr("search"), placeholder=tr("search_hint"),
                     elem_id="caption-search", max_lines=1)
                 self.rows = panel("caption-rows", "caption_editor", dense=True)
                 self.texts = panel("captions-texts", "caption_texts")
             with gr.Column(scale=5, min_width=340):
-                self._build_rules()
+                with gr.Accordion(tr("rules"), open=False, elem_id="caption-rules-box"):
+                    self.rules = gr.Textbox(
+                        label=tr("rules_label"), placeholder=tr("rules_hint"),
+                        info=tr("rules_help"), lines=3, max_lines=8, elem_id="caption-rules")
+                    self.first = gr.Checkbox(label=tr("trigger_first"), elem_id="trigger-first")
+                    with gr.Row():
+                        preview_button = gr.Button(tr("preview"), size="sm",
+                                                   elem_id="rules-preview")
+                        apply_button = gr.Button(tr("apply"), size="sm", elem_id="rules-apply")
+                    self.would = panel("rules-changes")
                 self.stats = panel("caption-stats", dense=True)
-        page = ctx.page
+        page.on(preview_button.click, self.try_rules, [self.rules, self.first])
+        page.on(apply_button.click, self.apply_rules, [self.rules, self.first])
+        page.on(self.rules.blur, self.keep_rules, [self.rules, self.first])
         for event in (self.search.submit, self.search.blur):
             page.on(event, self.look_for, [self.search])
-        for one in (self.rows, self.stats):
-            page.on_panel(one, self.act)
+        for area in (self.rows, self.stats):
+            page.on_panel(area, self.act)
 
     def _tr(self, key: str, **params: Any) -> str:
         return self.ctx.tr(f"tab_captioning.{key}", **params)
@@ -64,7 +79,7 @@ class CaptioningTab:
                                         elem_id="captioner-sentence", scale=3, min_width=220)
             self.tags = gr.Dropdown(offers(self.ctx, "tags"), label=tr("tags"),
                                     elem_id="captioner-tags", scale=3, min_width=220)
-            self.existing = gr.Radio([(tr(f"existing_{one}"), one) for one in (
+            self.existing = gr.Radio([(tr(f"existing_{choice}"), choice) for choice in (
                 "keep", "add", "replace")], label=tr("existing"), elem_id="captions-existing",
                 scale=4, min_width=330)
             self.trigger = gr.Textbox(label=self.ctx.tr("config_help.trigger_word"),
@@ -74,87 +89,67 @@ class CaptioningTab:
         self.endpoint = gr.Textbox(label=tr("endpoint"), elem_id="caption-endpoint",
                                    visible=False)
         self.job = panel("caption-job", dense=True)
-        kept: list[Any] = [self.sentence, self.tags, self.existing]
-        for one in kept:
-            page.on(one.input, self.keep, [*kept, self.endpoint])
-        page.on(self.endpoint.blur, self.keep, [*kept, self.endpoint])
+        choices: list[Any] = [self.sentence, self.tags, self.existing]
+        # An address is kept once it is complete, a choice at once.
+        for event in (*(component.input for component in choices), self.endpoint.blur):
+            page.on(event, self.keep, [*choices, self.endpoint])
         for event in (self.trigger.submit, self.trigger.blur):
             page.on(event, self.name, [self.trigger], fill=True)
         page.on(self.start.click, self.begin)
         page.on_panel(self.job, self.act)
 
-    def _build_rules(self) -> None:
-        tr, page = self._tr, self.ctx.page
-        with gr.Accordion(tr("rules"), open=False, elem_id="caption-rules-box"):
-            self.rules = gr.Textbox(label=tr("rules_label"), placeholder=tr("rules_hint"),
-                                    info=tr("rules_help"), lines=3, max_lines=8,
-                                    elem_id="caption-rules")
-            self.first = gr.Checkbox(label=tr("trigger_first"), elem_id="trigger-first")
-            with gr.Row():
-                look = gr.Button(tr("preview"), size="sm", elem_id="rules-preview")
-                do = gr.Button(tr("apply"), size="sm", elem_id="rules-apply")
-            self.would = panel("rules-changes")
-        page.on(look.click, self.try_rules, [self.rules, self.first])
-        page.on(do.click, self.apply_rules, [self.rules, self.first])
-        page.on(self.rules.blur, self.keep_rules, [self.rules, self.first])
-
     # --- painting ---
 
     def label(self, snap: Snapshot) -> str:
-        state = self.album.now
+        state = self.dataset.now
         count = len(state.training)
         done = f" ✓{state.captioned}/{count}" if count else ""
         return f"2 {self.ctx.tr('tab_captioning')}{done}"
 
     def paint(self, snap: Snapshot) -> Updates:
-        ctx, album = self.ctx, self.album
-        job, kept = caption_job(snap), kept_of(snap)
-        names = self._found(snap)
+        ctx, dataset = self.ctx, self.dataset
+        job, options = caption_job(snap), options_of(snap)
+        names = self._matching(snap)
         running = job is not None and not job.over
-        count = len(album.now.training)
-        return {self.job: status(ctx, snap, job, kept),
+        count = len(dataset.now.training)
+        return {self.job: status(ctx, snap, job, options),
                 self.start: gr.update(interactive=bool(count) and not running, value=self._tr(
                     "start_n", count=count) if count else self._tr("start")),
-                self.endpoint: gr.update(visible=kept["sentence"].startswith("endpoint")),
-                self.rows: caption_rows.rows(ctx, album, names),
-                self.texts: caption_rows.texts(ctx, album, names),
-                self.search: album.shown.search, self.trigger: snap.config.trigger_word,
-                self.stats: caption_rows.statistics(ctx, album.now)}
+                self.endpoint: gr.update(visible=options["sentence"].startswith("endpoint")),
+                self.rows: caption_rows.rows(ctx, dataset, names),
+                self.texts: caption_rows.texts(ctx, dataset, names),
+                self.search: dataset.shown.search, self.trigger: snap.config.trigger_word,
+                self.stats: caption_rows.statistics(ctx, dataset.now)}
 
     def fill(self, snap: Snapshot) -> Updates:
-        kept = kept_of(snap)
-        return {self.sentence: kept["sentence"], self.tags: kept["tags"],
-                self.existing: kept["existing"], self.endpoint: gr.update(
-                    value=kept["endpoint"], visible=kept["sentence"].startswith("endpoint")),
-                self.rules: kept["rules"], self.first: kept["first"], self.would: ""}
+        options = options_of(snap)
+        return {self.sentence: options["sentence"], self.tags: options["tags"],
+                self.existing: options["existing"], self.endpoint: gr.update(
+                    value=options["endpoint"],
+                    visible=options["sentence"].startswith("endpoint")),
+                self.rules: options["rules"], self.first: options["first"], self.would: ""}
 
-    def _found(self, snap: Snapshot) -> tuple[str, ...]:
-        """A search that can't be read finds nothing; look_for has said why."""
+    def _matching(self, snap: Snapshot) -> tuple[str, ...]:
+        """The pictures of the search; none where it can't be read, which look_for has told."""
         try:
-            return caption_rows.found(self.album, snap.config.trigger_word)
+            return caption_rows.matching(self.dataset, snap.config.trigger_word)
         except UserError:
             return ()
 
     # --- the job ---
 
     def keep(self, sentence: str, tagger: str, existing: str, endpoint: str) -> None:
-        self._keep(sentence=sentence, tags=tagger, existing=existing, endpoint=endpoint)
-
-    def _keep(self, **values: Any) -> None:
-        self.ctx.app_state.projects.update(lambda project: project.model_copy(update={
-            "tabs": {**project.tabs, TAB: {**project.tabs.get(TAB, {}), **values}}}))
+        actions.keep(self.ctx.app_state, TAB, sentence=sentence, tags=tagger, existing=existing,
+                     endpoint=endpoint)
 
     def name(self, word: str) -> None:
-        app_state = self.ctx.app_state
-        if (word or "").strip() != app_state.snapshot().config.trigger_word:
-            app_state.projects.edit(trigger_word=(word or "").strip() or None)
-            app_state.replan(self.ctx.language)
+        actions.set_trigger(self.ctx, word)
 
     def begin(self) -> None:
         """Queues the job. Raises UserError where its weights are not here."""
         app_state = self.ctx.app_state
         snap = app_state.snapshot()
-        config = config_of(kept_of(snap), self.album, snap.config.trigger_word,
+        config = config_of(options_of(snap), self.dataset, snap.config.trigger_word,
                            snap.config.metadata_path)
         for model in config.models.values():
             if model not in ("demo", "auto"):
@@ -165,27 +160,35 @@ class CaptioningTab:
 
     def look_for(self, text: str) -> None:
         text = (text or "").strip()
-        if text != self.album.shown.search:
-            search.parse(text)        # a fault names the column
-            self.album.show(search=text, only=())
+        if text != self.dataset.shown.search:
+            # Raises UserError, which names the column.
+            search.parse(text)
+            self.dataset.show(search=text, only=())
 
     def act(self, act: str, id: str) -> Updates | None:
         """Buttons and keys of the panels."""
-        album, app_state = self.album, self.ctx.app_state
+        dataset, app_state = self.dataset, self.ctx.app_state
         match act:
             case "save":
                 key, _, text = id.partition(" ")
-                self._say_left(album.write({album.named(key): " ".join(text.split())}))
+                self._say_left(dataset.write({dataset.named(key): " ".join(text.split())}))
             case "undo" | "redo":
-                outcome = album.step(act)
+                outcome = dataset.step(act)
                 self._say_left(outcome)
-                self.ctx.page.tell(self._tr(f"{act}_done", count=_pictures(outcome)))
+                self.ctx.page.tell(self._tr(f"{act}_done", count=_count(outcome)))
             case "search":
-                album.show(search=id, only=())
+                dataset.show(search=id, only=())
             case "page" if id.lstrip("-").isdigit():
-                album.show(rows=int(id))
+                dataset.show(rows=int(id))
             case "next" | "previous" | "next_empty":
-                self._turn(act)
+                names = self._matching(app_state.snapshot())
+                page, pages = page_of(len(names), dataset.shown.rows, caption_rows.PER_PAGE)
+                target: int | None = min(max(page + (1 if act == "next" else -1), 0), pages - 1)
+                if act == "next_empty":
+                    target = caption_rows.next_empty(names, dataset.now.captions, page)
+                    if target is None:
+                        self.ctx.page.tell(self._tr("all_written"))
+                dataset.show(rows=page if target is None else target)
             case "remove_tags" | "remove_words":
                 rule = {"tags": [id]} if act == "remove_tags" else {"text": id}
                 self._apply(list(parse([{"rule": "remove", **rule}])), [f"remove:{id}"])
@@ -193,18 +196,8 @@ class CaptioningTab:
                 app_state.jobs.stop(id)
         return None
 
-    def _turn(self, act: str) -> None:
-        names = self._found(self.ctx.app_state.snapshot())
-        page, pages = page_of(len(names), self.album.shown.rows, caption_rows.PER_PAGE)
-        if act == "next_empty":
-            found = caption_rows.next_empty(names, self.album.now.captions, page)
-            if found is None:
-                self.ctx.page.tell(self._tr("all_written"))
-            self.album.show(rows=page if found is None else found)
-        else:
-            self.album.show(rows=min(max(page + (1 if act == "next" else -1), 0), pages - 1))
-
     def _say_left(self, outcome: Outcome) -> None:
+        """Names captions that were not written, since another program has changed them."""
         for swap in outcome.left[:3]:
             if swap.picture:
                 self.ctx.page.tell(self.ctx.tr("runner.edited", picture=swap.picture),
@@ -213,7 +206,7 @@ class CaptioningTab:
     # --- rules ---
 
     def keep_rules(self, text: str, first: bool) -> None:
-        self._keep(rules=text or "", first=bool(first))
+        actions.keep(self.ctx.app_state, TAB, rules=text or "", first=bool(first))
 
     def try_rules(self, text: str, first: bool) -> Updates:
         self.keep_rules(text, first)
@@ -226,9 +219,10 @@ class CaptioningTab:
         self.keep_rules(text, first)
         rules, lines = self._rules(text, first)
         count = self._apply(rules, lines)
-        return {self.would: f'<p class="small">{esc(self._tr("applied", count=count))}</p>'}
+        return {self.would: small(self._tr("applied", count=count))}
 
     def _rules(self, text: str, first: bool) -> tuple[list[Rule], list[str]]:
+        """-> the rules, and how the history names them. Raises UserError where there are none."""
         lines = [line.lstrip() for line in (text or "").splitlines() if line.strip()]
         trigger = self.ctx.app_state.snapshot().config.trigger_word if first else ""
         rules = with_trigger_rule(parse([parse_line(line, n) for n, line in enumerate(lines, 1)]),
@@ -238,58 +232,60 @@ class CaptioningTab:
         return list(rules), [*lines, *([f"trigger:{trigger}"] if trigger.strip() else [])]
 
     def _rulable(self) -> dict[str, str]:
-        """The captions that the search leaves; pictures without one stay without."""
-        captions = self.album.now.captions
-        names = self._found(self.ctx.app_state.snapshot())
+        """The captions that rules are applied to: all that the search finds, but empty ones."""
+        captions = self.dataset.now.captions
+        names = self._matching(self.ctx.app_state.snapshot())
         return {name: captions[name] for name in names if captions.get(name)}
 
     def _preview(self, captions: dict[str, str], rules: list[Rule]) -> list[Change]:
         needs = any(isinstance(rule, MaxTokens) for rule in rules)
-        if needs and self.album.count_tokens is None:
+        if needs and self.dataset.count_tokens is None:
             raise UserError("tab_captioning.no_tokenizer")
-        return preview(captions, rules, self.album.count_tokens)
+        return preview(captions, rules, self.dataset.count_tokens)
 
     def _apply(self, rules: list[Rule], lines: list[str]) -> int:
-        found = self._preview(self._rulable(), rules)
-        outcome = self.album.write({one.path: one.after for one in found}, "apply", rules=lines)
+        changes = self._preview(self._rulable(), rules)
+        outcome = self.dataset.write({change.path: change.after for change in changes}, "apply",
+                                     rules=lines)
         self._say_left(outcome)
-        self.ctx.page.tell(self._tr("applied", count=_pictures(outcome)))
-        return _pictures(outcome)
+        self.ctx.page.tell(self._tr("applied", count=_count(outcome)))
+        return _count(outcome)
 
 
 # --- what is asked for ---
 
-def kept_of(snap: Snapshot) -> dict[str, Any]:
+def options_of(snap: Snapshot) -> dict[str, Any]:
     """What the project keeps of this tab, with defaults for what it lacks."""
     default: dict[str, Any] = {"sentence": "blip=demo", "tags": "clip=demo", "existing": "keep",
                                "endpoint": CaptionConfig.model_fields["endpoint"].default,
                                "rules": "", "first": True}
-    kept = snap.project.tabs.get(TAB, {})
-    return default | {key: value for key, value in kept.items()
+    # The project's file may have been edited by hand: values of another type don't count.
+    saved = snap.project.tabs.get(TAB, {})
+    return default | {key: value for key, value in saved.items()
                       if key in default and isinstance(value, type(default[key]))}
 
 
 def offers(ctx: Context, kind: str) -> list[tuple[str, str]]:
-    """(label, captioner=model) of all that make sentences, or tags; what isn't here says so."""
+    """(label, captioner=model) of all that write sentences or tags; labels say what isn't here."""
     ids = SENTENCES if kind == "sentence" else TAGS
-    found = [(ctx.tr("tab_captioning.none"), ""),
-             (ctx.tr(f"tab_captioning.demo_{kind}"),
-              "blip=demo" if kind == "sentence" else "clip=demo")]
+    choices = [(ctx.tr("tab_captioning.none"), ""),
+               (ctx.tr(f"tab_captioning.demo_{kind}"),
+                "blip=demo" if kind == "sentence" else "clip=demo")]
     for entry in hub.catalogue():
         captioner = OWNERS.get(entry.repo.partition("/")[0], "")
         if entry.purpose in ("caption", "tag", "clip") and captioner in ids:
             here = "" if hub.local(entry.repo) else ctx.tr("tab_captioning.not_here", mb=entry.mb)
-            found.append((entry.about[ctx.language] + here, f"{captioner}={entry.repo}"))
+            choices.append((entry.about[ctx.language] + here, f"{captioner}={entry.repo}"))
     if kind == "sentence":
-        found.append((ctx.tr("tab_captioning.server"), "endpoint=auto"))
-    return found
+        choices.append((ctx.tr("tab_captioning.server"), "endpoint=auto"))
+    return choices
 
 
-def config_of(kept: dict[str, Any], album: DatasetView, trigger: str,
+def config_of(options: dict[str, Any], dataset: DatasetView, trigger: str,
               metadata: str) -> CaptionConfig:
     """The job's config. Raises UserError where nothing was chosen."""
-    pairs = [one.partition("=") for one in (kept["sentence"], kept["tags"]) if one]
-    state = album.now
+    pairs = [choice.partition("=") for choice in (options["sentence"], options["tags"]) if choice]
+    state = dataset.now
     if not pairs:
         raise UserError("tab_captioning.nothing_chosen")
     if state.folder is None or not state.training:
@@ -298,63 +294,65 @@ def config_of(kept: dict[str, Any], album: DatasetView, trigger: str,
     return CaptionConfig(
         folder=str(state.folder), captioner="+".join(name for name, _, _ in pairs),
         models={name: model for name, _, model in pairs if name != "endpoint"},
-        existing=kept["existing"], trigger_word=trigger, endpoint=kept["endpoint"],
+        existing=options["existing"], trigger_word=trigger, endpoint=options["endpoint"],
         metadata_path=str(Path(metadata).expanduser().absolute()) if metadata else "",
         only=list(state.training) if some else [])
 
 
 # --- how it goes ---
 
-def status(ctx: Context, snap: Snapshot, job: JobView | None, kept: dict[str, Any]) -> str:
-    """The job while it runs, else what the choice means."""
-    if job is None or job.over:
-        return (_ended(ctx, job) if job else "") + _choice(ctx, kept)
-    stop = button(ctx.tr("stop"), "stop", job.id, once=True,
-                  why_not=ctx.tr("not_while_stopping") if job.state == "stopping" else "")
-    share = job.phase_done / job.phase_total if job.phase_total else 0.0
-    text = progress(ctx, snap, job)
-    return (f'<section class="box">{bar(share, text, job.state)}<p class="acts">'
-            f'<span>{esc(text)}</span>{stop}</p></section>')
+def status(ctx: Context, snap: Snapshot, job: JobView | None, options: dict[str, Any]) -> str:
+    """The job while it runs, else how it ended and what the choice means."""
+    if job is not None and not job.over:
+        stop = button(ctx.tr("stop"), "stop", job.id, once=True,
+                      why_not=ctx.tr("not_while_stopping") if job.state == "stopping" else "")
+        share = job.phase_done / job.phase_total if job.phase_total else 0.0
+        text = progress(ctx, snap, job)
+        row = acts(f"<span>{esc(text)}</span>", stop)
+        return f'<section class="box">{bar(share, text, job.state)}{row}</section>'
+    chosen = [choice.partition("=")[2] for choice in (options["sentence"], options["tags"])
+              if choice]
+    # The built-in captioner says plainly what it is; one that isn't here, how it is fetched.
+    if "demo" in chosen:
+        hints = card("warning", ctx.tr("tab_captioning.demo_title"),
+                     ctx.tr("captioner.demo_only"))
+    else:
+        hints = "".join(card("info", ctx.tr("tab_captioning.to_fetch"),
+                             ctx.tr("hub.missing", name=model))
+                        for model in chosen if model != "auto" and hub.local(model) is None)
+    return (_ended(ctx, job) if job else "") + hints
 
 
 def progress(ctx: Context, snap: Snapshot, job: JobView) -> str:
+    """What a captioning does or waits for, in one sentence."""
     if job.state == "queued":
         active = snap.active
         return ctx.tr("waits_for", name=active.name) if active else ctx.tr("starts_soon")
     if job.phase != "caption" or not job.phase_total:
         return ctx.tr("tab_captioning.loading")
-    said = ctx.tr("tab_captioning.doing", done=job.phase_done, total=job.phase_total)
+    text = ctx.tr("tab_captioning.doing", done=job.phase_done, total=job.phase_total)
     took = job.updated - job.started
+    # One picture tells nothing: the model was loaded before it.
     if job.phase_done < 2 or took <= 0:
-        return said
+        return text
     each = took / job.phase_done
     left = duration(ctx, each * (job.phase_total - job.phase_done))
-    return f"{said} · {ctx.tr('tab_captioning.each', seconds=f'{each:.1f}', left=left)}"
+    return f"{text} · {ctx.tr('tab_captioning.each', seconds=f'{each:.1f}', left=left)}"
 
 
 def _ended(ctx: Context, job: JobView) -> str:
     if job.fault is not None:
         return fault_card(ctx, job)
-    told = job.result
-    parts = [ctx.tr("tab_captioning.ended", count=told.get("captioned", 0),
-                    kept=told.get("kept", 0))]
+    result, done = job.result, job.state == "done"
+    parts = [ctx.tr("tab_captioning.ended", count=result.get("captioned", 0),
+                    kept=result.get("kept", 0))]
     for key in ("skipped", "left"):
-        if told.get(key):
-            parts.append(ctx.tr(f"tab_captioning.ended_{key}", count=len(told[key])))
-    return card("good" if job.state == "done" else "info", ctx.tr(
-        f"tab_captioning.state_{'done' if job.state == 'done' else 'stopped'}"), " ".join(parts))
+        if result.get(key):
+            parts.append(ctx.tr(f"tab_captioning.ended_{key}", count=len(result[key])))
+    return card("good" if done else "info",
+                ctx.tr(f"tab_captioning.state_{'done' if done else 'stopped'}"), " ".join(parts))
 
 
-def _choice(ctx: Context, kept: dict[str, Any]) -> str:
-    """The built-in captioner says plainly what it is; one that isn't here, how it comes."""
-    chosen = [one.partition("=")[2] for one in (kept["sentence"], kept["tags"]) if one]
-    if "demo" in chosen:
-        return card("warning", ctx.tr("tab_captioning.demo_title"),
-                    ctx.tr("captioner.demo_only"))
-    lacking = [model for model in chosen if model != "auto" and hub.local(model) is None]
-    return "".join(card("info", ctx.tr("tab_captioning.to_fetch"),
-                        ctx.tr("hub.missing", name=model)) for model in lacking)
-
-
-def _pictures(outcome: Outcome) -> int:
+def _count(outcome: Outcome) -> int:
+    """Of pictures; the sheet of captions is one swap more."""
     return sum(bool(swap.picture) for swap in outcome.done)

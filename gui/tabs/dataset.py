@@ -8,12 +8,21 @@ import gradio as gr
 
 from core.dataset import image_folder, import_files
 from core.errors import UserError
+from gui import actions
 from gui.state.app_state import Context, Snapshot, Updates
-from gui.state.dataset_view import DatasetView, album_of
+from gui.state.dataset_view import DatasetView
 from gui.widgets import dataset_report
 from gui.widgets.drop_zone import drop_zone, uploaded
 from gui.widgets.panel import panel
-from gui.widgets.picture_grid import PER_PAGE, filtered, grid, large, of_finding, page_of
+from gui.widgets.picture_grid import (
+    PER_PAGE,
+    filtered,
+    grid,
+    large,
+    neighbour,
+    of_finding,
+    page_of,
+)
 
 DROPPED = [*sorted(image_folder.SUFFIXES), *sorted(import_files.CAPTIONS)]
 
@@ -25,7 +34,7 @@ def build(ctx: Context) -> DatasetTab:
 class DatasetTab:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
-        self.album: DatasetView = album_of(ctx.app_state)
+        self.dataset: DatasetView = ctx.app_state.shared(DatasetView)
         tr = ctx.tr
         with gr.Row(equal_height=True, elem_id="dataset-folder-row"):
             self.folder = gr.Textbox(
@@ -52,28 +61,27 @@ class DatasetTab:
         for event in (self.trigger.submit, self.trigger.blur):
             page.on(event, self.name, [self.trigger], fill=True)
         page.on_panel(self.dropped, self.take, fill=True)
-        page.on(self.again.click, self.album.look_again)
+        page.on(self.again.click, self.dataset.look_again)
         page.on(self.next.click, lambda: page.select("captioning"))
-        for one in (self.grid, self.large, self.report):
-            page.on_panel(one, self.act)
+        for area in (self.grid, self.large, self.report):
+            page.on_panel(area, self.act)
 
     # --- painting ---
 
     def label(self, snap: Snapshot) -> str:
-        count = len(self.album.now.training)
+        count = len(self.dataset.now.training)
         return f"1 {self.ctx.tr('tab_dataset')}" + (f" ✓{count}" if count else "")
 
     def paint(self, snap: Snapshot) -> Updates:
-        ctx, album = self.ctx, self.album
-        album.follow(snap)
-        report = (dataset_report.summary(ctx, album) + dataset_report.findings(ctx, album)
-                  + dataset_report.buckets(ctx, album.now))
-        none = not album.now.names
-        # both boxes tell the project when they are left, so that painting can't disturb typing
+        ctx, dataset = self.ctx, self.dataset
+        dataset.follow(snap)
+        report = (dataset_report.summary(ctx, dataset) + dataset_report.findings(ctx, dataset)
+                  + dataset_report.buckets(ctx, dataset.now))
+        # Both boxes tell the project when they are left, so that painting can't disturb typing.
         return {self.folder: snap.config.train_data_dir, self.trigger: snap.config.trigger_word,
-                self.grid: grid(ctx, album), self.large: large(ctx, album), self.report: report,
-                self.next: gr.update(interactive=not none),
-                self.again: gr.update(interactive=album.now.folder is not None)}
+                self.grid: grid(ctx, dataset), self.large: large(ctx, dataset), self.report: report,
+                self.next: gr.update(interactive=bool(dataset.now.names)),
+                self.again: gr.update(interactive=dataset.now.folder is not None)}
 
     def fill(self, snap: Snapshot) -> Updates:
         return {}
@@ -81,7 +89,7 @@ class DatasetTab:
     # --- acting ---
 
     def choose(self, text: str) -> None:
-        """A folder by path. Raises UserError where there is none."""
+        """Chooses a folder by its path. Raises UserError for a relative path."""
         folder = (text or "").strip().strip('"')
         app_state = self.ctx.app_state
         if folder == app_state.snapshot().config.train_data_dir:
@@ -92,85 +100,71 @@ class DatasetTab:
         app_state.replan(self.ctx.language)
 
     def name(self, word: str) -> None:
-        app_state = self.ctx.app_state
-        if (word or "").strip() != app_state.snapshot().config.trigger_word:
-            app_state.projects.edit(trigger_word=(word or "").strip() or None)
-            app_state.replan(self.ctx.language)
+        actions.set_trigger(self.ctx, word)
 
-    def take(self, act: str, told: str) -> None:
+    def take(self, act: str, message: str) -> None:
         """Copies what was dropped into a folder of ours and shows that folder."""
         app_state, language = self.ctx.app_state, self.ctx.language
-        given = uploaded(told)
+        files = uploaded(message)
         folder = import_files.folder_for(app_state.projects.now.name)
 
         def then(taken: import_files.Taken) -> None:
             if taken.copied or taken.same:
                 app_state.projects.edit(train_data_dir=str(folder))
                 app_state.replan(language)
-        if act == "dropped" and given:
-            self.album.receive(given, folder, then)
-            self.ctx.page.tell(self.ctx.tr("tab_dataset.copying", count=len(given),
+        if act == "dropped" and files:
+            self.dataset.receive(files, folder, then)
+            self.ctx.page.tell(self.ctx.tr("tab_dataset.copying", count=len(files),
                                            folder=folder))
 
     def act(self, act: str, id: str) -> Updates | None:
         """Buttons, tiles and keys of the three panels."""
-        album = self.album
+        dataset, app_state = self.dataset, self.ctx.app_state
         match act:
             case "filter":
-                album.show(filter=id)
+                dataset.show(filter=id)
             case "page" if id.lstrip("-").isdigit():
-                album.show(page=int(id))
+                dataset.show(page=int(id))
             case "open":
-                album.show(open=album.named(id))
+                dataset.show(open=dataset.named(id))
             case "close":
-                album.show(open="")
+                dataset.show(open="")
             case "step" if id in ("1", "-1"):
                 self._step(int(id))
             case "leave_out":
-                album.leave_out([album.named(key) for key in id.split(",") if key])
+                dataset.leave_out([dataset.named(key) for key in id.split(",") if key])
             case "take_in":
-                album.take_in([album.named(key) for key in id.split(",") if key])
+                dataset.take_in([dataset.named(key) for key in id.split(",") if key])
             case "focus":
-                self._focus(id)
+                key, x, y = id.split("/")
+                dataset.set_focus(dataset.named(key), (float(x), float(y)))
             case "unfocus":
-                album.set_focus(album.named(id), None)
+                dataset.set_focus(dataset.named(id), None)
             case "edit":
-                return self._captions([album.named(id)])
-            case _:
-                return self._answer(act, id)
-        return None
-
-    def _answer(self, act: str, code: str) -> Updates | None:
-        """What the buttons of a finding do."""
-        album, app_state = self.album, self.ctx.app_state
-        match act:
+                return self._captions([dataset.named(id)])
+            # The buttons of a finding: `id` is its code.
             case "finding":
-                names = of_finding(album.now, code)
-                album.show(filter=f"finding:{code}", open=names[0] if names else "")
+                names = of_finding(dataset.now, id)
+                dataset.show(filter=f"finding:{id}", open=names[0] if names else "")
             case "keep_best":
-                album.leave_out(dataset_report.copies(album.now, code))
+                dataset.leave_out(dataset_report.copies(dataset.now, id))
             case "leave_finding":
-                album.leave_out(of_finding(album.now, code))
+                dataset.leave_out(of_finding(dataset.now, id))
             case "crop_subject":
                 app_state.projects.edit(crop_about="subject")
                 app_state.replan(self.ctx.language)
             case "captions":
-                return self._captions(of_finding(album.now, code))
+                return self._captions(of_finding(dataset.now, id))
         return None
 
     def _captions(self, names: list[str] | tuple[str, ...]) -> Updates:
-        """Shows these in the caption editor."""
-        self.album.show(search="", only=tuple(names))
+        """Shows these pictures in the caption editor."""
+        self.dataset.show(search="", only=tuple(names))
         return self.ctx.page.select("captioning")
 
     def _step(self, by: int) -> None:
-        """The next picture of the filter, and the page that it stands on."""
-        album = self.album
-        names = filtered(album.now, album.shown.filter) or album.now.names
-        at = names.index(album.shown.open) if album.shown.open in names else -by
-        at = min(max(at + by, 0), len(names) - 1)
-        album.show(open=names[at], page=page_of(len(names), at // PER_PAGE)[0])
-
-    def _focus(self, id: str) -> None:
-        key, x, y = id.split("/")
-        self.album.set_focus(self.album.named(key), (float(x), float(y)))
+        """Opens the next picture of the filter, and the page that it stands on."""
+        dataset = self.dataset
+        names = filtered(dataset.now, dataset.shown.filter) or dataset.now.names
+        at = neighbour(names, dataset.shown.open, by)
+        dataset.show(open=names[at], page=page_of(len(names), at // PER_PAGE)[0])

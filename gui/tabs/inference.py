@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import functools
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +16,12 @@ from core.errors import UserError
 from core.families.schedulers import SAMPLERS
 from core.importers import load_train_config
 from core.inference import png_info
-from core.jobs.runs import JobView
 from core.lora_files import export, library
-from gui.state import inference_request as wanted
+from core.serialization import json_of
+from gui import actions
+from gui.state import inference_request as request
 from gui.state.app_state import Context, Snapshot, Updates
-from gui.state.inference_files import PER_PAGE, InferenceFiles, desk_of
+from gui.state.inference_files import PER_PAGE, InferenceFiles
 from gui.state.inference_request import Added, Choice
 from gui.widgets import drawings
 from gui.widgets.drop_zone import drop_zone, uploaded
@@ -27,6 +30,7 @@ from gui.widgets.lora_export import lora_export as export_panel
 from gui.widgets.lora_list import lora_list
 from gui.widgets.lora_list import lora_names as names_panel
 from gui.widgets.panel import panel
+from gui.widgets.picture_grid import neighbour
 
 DROPPED = [".png", ".safetensors"]
 KINDS = ("draw", "compare", "sweep", "checkpoints")
@@ -39,8 +43,9 @@ def build(ctx: Context) -> Inference:
 class Inference:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
-        self.desk: InferenceFiles = desk_of(ctx.app_state)
-        self._ready: str | None = None          # the run whose LoRA was painted last
+        self.files: InferenceFiles = ctx.app_state.shared(InferenceFiles)
+        # The run whose LoRA was painted last.
+        self._ready: str | None = None
         with gr.Row():
             with gr.Column(scale=6, min_width=440):
                 self.loras = panel("loras", "lora_list", dense=True)
@@ -53,7 +58,21 @@ class Inference:
                 self.status = panel("draw-status", dense=True)
                 self.large = panel("draw-large", "drawing_view", dense=True)
         self.gallery = panel("gallery", dense=True)
-        self._wire()
+
+        page = ctx.page
+        for name, component in self.inputs.items():
+            page.on(component.input, functools.partial(self._typed, name), [component])
+        # What a script put in (lora_completion.js) is told when the box is left.
+        for name in ("prompt", "negative"):
+            page.on(self.inputs[name].blur, functools.partial(self._typed, name),
+                    [self.inputs[name]])
+        page.on(self.dice.click, self.roll, outputs=[self.seed])
+        page.on_panel(self.actions, self.start, list(self.inputs.values()), outputs=[self.seed])
+        page.on_panel(self.loras, self.change)
+        page.on_panel(self.drop, self.take, fill=True)
+        page.on_panel(self.export, self.send)
+        for area in (self.status, self.large, self.gallery):
+            page.on_panel(area, self.act, fill=True)
 
     def _build_inputs(self) -> None:
         tr = self.ctx.tr
@@ -65,7 +84,7 @@ class Inference:
             self.seed = gr.Number(label=tr("seed"), precision=0, value=42, min_width=110,
                                   elem_id="seed", minimum=0)
             with gr.Column(min_width=130, elem_id="seed-acts"):
-                dice = gr.Button(tr("new_seed"), size="sm", min_width=90, elem_id="dice")
+                self.dice = gr.Button(tr("new_seed"), size="sm", min_width=90, elem_id="dice")
                 self.same = gr.Checkbox(label=tr("tab_inference.same_seed"), value=True,
                                         container=False, elem_id="same-seed")
             self.count = gr.Number(label=tr("count"), precision=0, value=1, min_width=80,
@@ -86,41 +105,23 @@ class Inference:
             self.skip = gr.Number(label=tr("tab_inference.clip_skip"), precision=0, minimum=1,
                                   maximum=12, placeholder=tr("tab_inference.auto"),
                                   min_width=90, elem_id="draw-clip-skip")
-        self.dice = dice
+        self.inputs = {"prompt": self.prompt, "negative": self.negative, "seed": self.seed,
+                       "steps": self.steps, "cfg": self.cfg, "size": self.size,
+                       "sampler": self.sampler, "clip_skip": self.skip, "count": self.count,
+                       "same_seed": self.same}
 
-    def _wire(self) -> None:
-        page = self.ctx.page
-        self.asked = {"prompt": self.prompt, "negative": self.negative, "seed": self.seed,
-                      "steps": self.steps, "cfg": self.cfg, "size": self.size,
-                      "sampler": self.sampler, "clip_skip": self.skip, "count": self.count,
-                      "same_seed": self.same}
-        for name, made in self.asked.items():
-            page.on(made.input, self._keeper(name), [made])
-        for name in ("prompt", "negative"):     # what a script put in is told when it is left
-            page.on(self.asked[name].blur, self._keeper(name), [self.asked[name]])
-        page.on(self.dice.click, self.roll, outputs=[self.seed])
-        page.on_panel(self.actions, self.start, list(self.asked.values()), outputs=[self.seed])
-        page.on_panel(self.loras, self.change)
-        page.on_panel(self.drop, self.take, fill=True)
-        page.on_panel(self.export, self.send)
-        for one in (self.status, self.large, self.gallery):
-            page.on_panel(one, self.act, fill=True)
-
-    def _keeper(self, name: str) -> Any:
-        def keep(value: Any) -> None:
-            self._keep_typed({name: value})
-        return keep
+    def _typed(self, name: str, value: Any) -> None:
+        self._keep_typed({name: value})
 
     def _keep_typed(self, values: Mapping[str, Any]) -> None:
-        """What differs from what is shown anyhow: a default that nobody touched stays one."""
+        """Saves values that differ from those shown: untouched defaults stay defaults."""
         snap = self.ctx.app_state.snapshot()
-        shown = wanted.typed(snap, wanted.choices(snap, self.desk))
+        shown = request.typed(snap, request.lora_choices(snap, self.files))
         if changed := {name: value for name, value in values.items() if value != shown[name]}:
             self._keep(changed)
 
     def _keep(self, values: Mapping[str, Any]) -> None:
-        self.ctx.app_state.projects.update(lambda project: project.model_copy(update={
-            "inference": {**project.inference, **values}}))
+        actions.keep_drawing(self.ctx.app_state, values)
 
     # --- painting ---
 
@@ -130,45 +131,47 @@ class Inference:
         return f"4 {self.ctx.tr('tab_inference')}" + (" ●" if drawing else "")
 
     def paint(self, snap: Snapshot) -> Updates:
-        ctx, desk = self.ctx, self.desk
-        ready = wanted.newest(wanted.choices(snap, desk))
-        if self._ready not in (None, ready):    # a new LoRA: its prompt and numbers
+        ctx, files = self.ctx, self.files
+        ready = request.newest(request.lora_choices(snap, files))
+        # A training has ended: its LoRA brings its prompt and its numbers.
+        if self._ready not in (None, ready):
             ctx.app_state.filled()
         self._ready = ready
-        return {self.loras: lora_list(ctx, snap, desk), self.names: names_panel(snap, desk),
-                self.actions: drawings.actions(ctx, snap, desk),
-                self.status: drawings.status(ctx, snap, desk),
-                self.large: drawings.large(ctx, snap, desk),
-                self.gallery: drawings.gallery(ctx, snap, desk),
-                self.export: export_panel(ctx, snap, desk)}
+        return {self.loras: lora_list(ctx, snap, files), self.names: names_panel(snap, files),
+                self.actions: drawings.actions(ctx, snap, files),
+                self.status: drawings.status(ctx, snap, files),
+                self.large: drawings.large(ctx, snap, files),
+                self.gallery: drawings.gallery(ctx, snap, files),
+                self.export: export_panel(ctx, snap, files)}
 
     def fill(self, snap: Snapshot) -> Updates:
-        self.desk.look_for_places()
-        values = wanted.typed(snap, wanted.choices(snap, self.desk))
-        return {made: values[name] for name, made in self.asked.items()}
+        self.files.look_for_places()
+        values = request.typed(snap, request.lora_choices(snap, self.files))
+        return {component: values[name] for name, component in self.inputs.items()}
 
     # --- drawing ---
 
-    def start(self, act: str, id: str, *asked: Any) -> Updates | None:
-        """`id`: the device, where it isn't the usual one."""
+    def start(self, act: str, id: str, *inputs: Any) -> Updates | None:
+        """Queues a drawing. `id`: the device where it isn't the usual one; of a preview its run."""
         app_state = self.ctx.app_state
         if act == "preview":
             app_state.jobs.sample(id)
             self.ctx.page.tell(self.ctx.tr("tab_inference.preview_asked"))
         if act not in KINDS:
             return None
-        values = dict(zip(self.asked, asked, strict=True))
+        values = dict(zip(self.inputs, inputs, strict=True))
         updates = None if values["same_seed"] else self.roll()
         if updates:
             values["seed"] = updates[self.seed]
-        config, name = wanted.job(app_state.snapshot(), self.desk, act, values, id or "auto")
+        config, name = request.job(app_state.snapshot(), self.files, act, values, id or "auto")
         app_state.jobs.start(config, name=name, job="generate")
         self._keep_typed(values)
-        self.desk.show(open="", page=0)
+        self.files.show(open="", page=0)
         return updates
 
     def roll(self) -> Updates:
-        seed = wanted.new_seed()
+        """Chooses another seed."""
+        seed = random.randrange(2**31)
         self._keep({"seed": seed})
         return {self.seed: seed}
 
@@ -176,201 +179,172 @@ class Inference:
 
     def change(self, act: str, id: str) -> Updates | None:
         """Buttons, lists and sliders of the LoRA box."""
-        snap = self.ctx.app_state.snapshot()
-        found = wanted.choices(snap, self.desk)
-        loras = wanted.added(snap, found)
+        app_state = self.ctx.app_state
+        snap = app_state.snapshot()
+        choices = request.lora_choices(snap, self.files)
+        loras = request.added(snap, choices)
         match act:
             case "add":
-                loras = self._with(loras, self._path(id), snap, found)
+                loras = self._with(loras, actions.absolute(id), snap, choices)
             case "remove" if id.isdigit() and int(id) < len(loras):
                 del loras[int(id)]
             case "weight":
-                loras = _weighed(loras, id)
+                # '1 0.65': the second LoRA's weight.
+                number, _, text = id.partition(" ")
+                with contextlib.suppress(ValueError):
+                    at, weight = int(number), float(text)
+                    if 0 <= at < len(loras) and request.LEAST <= weight <= request.MOST:
+                        loras[at] = replace(loras[at], weight=weight)
+            case "base":
+                if id in request.bases(snap, choices):
+                    self._keep({"base": id})
+                    app_state.filled()
+                return None
+            case "take_config" if self.files.dropped:
+                # The training settings of the LoRA that was dropped, for the Parameters tab.
+                config = load_train_config(self.files.dropped.path)
+                actions.replace_edits(app_state, config.model_dump(
+                    exclude_defaults=True, exclude={"resume", "output_dir", "output_name"}))
+                app_state.replan(self.ctx.language)
+                app_state.filled()
+                return self.ctx.page.select("parameters")
+            case "close_dropped":
+                self.files.show(dropped=None)
+                return None
             case _:
-                return self._other(act, id, wanted.bases(snap, found))
-        self._keep(wanted.own_list(loras, found))
+                return None
+        self._keep(request.own_list(loras, choices))
+        # The slider shows its weight already; another list brings its own prompt and numbers.
         if act != "weight":
-            self.ctx.app_state.filled()
+            app_state.filled()
         return None
 
-    def _other(self, act: str, id: str, bases: list[str]) -> Updates | None:
-        if act == "base" and id in bases:
-            self._keep({"base": id})
-            self.ctx.app_state.filled()
-        elif act == "take_config":
-            return self._take_config()
-        elif act == "close_dropped":
-            self.desk.show(dropped=None)
-        return None
-
-    def _path(self, text: str) -> Path:
-        path = Path(text.strip().strip('"')).expanduser()
-        if not path.is_absolute():
-            raise UserError("gui.not_absolute", folder=text)
-        return path
-
-    def _with(self, loras: list[Added], path: Path, snap: Snapshot, found: list[Choice]
+    def _with(self, loras: list[Added], path: Path, snap: Snapshot, choices: list[Choice]
               ) -> list[Added]:
-        """With one LoRA more. Raises UserError where the file is none for this base."""
-        if kind := wanted.kind_of(snap, found):
-            library.checked(path, kind)
-        if len(loras) >= wanted.MOST_ADDED:
-            raise UserError("tab_inference.too_many", most=wanted.MOST_ADDED)
-        if any(one.file == str(path) for one in loras):
+        """The list with one LoRA more. Raises UserError where the file is none for this base."""
+        if family := request.kind_of(snap, choices):
+            library.checked(path, family)
+        if len(loras) >= request.MOST_ADDED:
+            raise UserError("tab_inference.too_many", most=request.MOST_ADDED)
+        if any(lora.file == str(path) for lora in loras):
             return loras
         return [*loras, Added(str(path))]
 
-    def _take_config(self) -> Updates | None:
-        """The training settings of the LoRA that was dropped, for the Parameters tab."""
-        info, app_state = self.desk.dropped, self.ctx.app_state
-        if info is None:
-            return None
-        config = load_train_config(info.path)
-        app_state.projects.update(lambda project: project.model_copy(update={
-            "edits": config.model_dump(exclude_defaults=True, exclude={
-                "resume", "output_dir", "output_name"}),
-            "preset": "", "advised": {}, "invalid": {}, "run": ""}))
-        app_state.replan(self.ctx.language)
-        app_state.filled()
-        return self.ctx.page.select("parameters")
-
     # --- what is dropped ---
 
-    def take(self, act: str, told: str) -> None:
-        for file in uploaded(told) if act == "dropped" else []:
-            if file.suffix.lower() == ".safetensors":
-                self._take_lora(file)
-            else:
+    def take(self, act: str, message: str) -> None:
+        """Adds LoRAs that were dropped, and takes prompt and numbers of pictures."""
+        for file in uploaded(message) if act == "dropped" else []:
+            if file.suffix.lower() != ".safetensors":
                 self._take_picture(png_info.read(file), file.name)
+                continue
+            snap = self.ctx.app_state.snapshot()
+            choices = request.lora_choices(snap, self.files)
+            info = self.files.take(file, request.kind_of(snap, choices))
+            loras = self._with(request.added(snap, choices), info.path, snap, choices)
+            self._keep(request.own_list(loras, choices))
+            self.ctx.page.tell(self.ctx.tr("tab_inference.lora_taken", name=info.path.stem))
 
-    def _take_lora(self, file: Path) -> None:
-        snap = self.ctx.app_state.snapshot()
-        found = wanted.choices(snap, self.desk)
-        info = self.desk.take(file, wanted.kind_of(snap, found))
-        loras = self._with(wanted.added(snap, found), info.path, snap, found)
-        self._keep(wanted.own_list(loras, found))
-        self.ctx.page.tell(self.ctx.tr("tab_inference.lora_taken", name=info.path.stem))
-
-    def _take_picture(self, told: png_info.Settings, file: str) -> None:
+    def _take_picture(self, picture: png_info.Settings, file: str) -> None:
         """A picture's prompt and numbers. Its LoRAs go into the list where they are here; others
         stay in the prompt, and are named."""
         tr, snap = self.ctx.tr, self.ctx.app_state.snapshot()
-        found = wanted.choices(snap, self.desk)
-        known = wanted.used(snap) | wanted.names(found)
-        loras = {known[tag.name]: tag.weight for tag in library.split_prompt(told.prompt)[1]
-                 if tag.name in known and wanted.LEAST <= tag.weight <= wanted.MOST
-                 and tag.text is None}      # two weights stay in the prompt
+        choices = request.lora_choices(snap, self.files)
+        known = request.used(snap) | request.names(choices)
+        # A tag with two weights has no place in the list: it stays in the prompt.
+        loras = {known[tag.name]: tag.weight for tag in library.split_prompt(picture.prompt)[1]
+                 if tag.name in known and request.LEAST <= tag.weight <= request.MOST
+                 and tag.text is None}
 
-        def kept(tag: Any) -> str:
+        def without_listed(tag: Any) -> str:
             return "" if known.get(tag[1].strip()) in loras else str(tag[0])
-        prompt = library.TAG.sub(kept, told.prompt).strip()
-        values = {"prompt": prompt, "negative": told.negative, "seed": told.seed,
-                  "steps": told.steps, "cfg": told.cfg, "size": told.size,
-                  "sampler": told.sampler or "auto", "same_seed": True, "count": 1}
+        prompt = library.TAG.sub(without_listed, picture.prompt).strip()
+        values = {"prompt": prompt, "negative": picture.negative, "seed": picture.seed,
+                  "steps": picture.steps, "cfg": picture.cfg, "size": picture.size,
+                  "sampler": picture.sampler or "auto", "same_seed": True, "count": 1}
         added = [Added(name, weight) for name, weight in loras.items()]
+        # Numbers that the picture doesn't tell stay as they are; without a word of CLIP skip it
+        # was drawn with none.
         self._keep({key: value for key, value in values.items() if value is not None}
-                   | {"clip_skip": told.clip_skip} | wanted.own_list(added, found))
+                   | {"clip_skip": picture.clip_skip} | request.own_list(added, choices))
         missing = [tag.name for tag in library.split_prompt(prompt)[1]
-                   if tag.name not in wanted.names(found)]
+                   if tag.name not in request.names(choices)]
         self.ctx.page.tell(tr("tab_inference.picture_taken", file=file))
         if missing:
             self.ctx.page.tell(tr("tab_inference.loras_missing", names=", ".join(missing)),
                                kind="warning")
-        if told.unknown_sampler:
-            self.ctx.page.tell(tr("tab_inference.other_sampler", name=told.unknown_sampler),
+        if picture.unknown_sampler:
+            self.ctx.page.tell(tr("tab_inference.other_sampler", name=picture.unknown_sampler),
                                kind="warning")
 
     # --- pictures ---
 
     def act(self, act: str, id: str) -> Updates | None:
         """Buttons of progress, picture and gallery."""
-        app_state, desk = self.ctx.app_state, self.desk
+        app_state, files = self.ctx.app_state, self.files
         match act:
             case "stop":
                 app_state.jobs.stop(id)
             case "open":
-                desk.show(open=id)
+                files.show(open=id)
             case "close":
-                desk.show(open="")
+                files.show(open="")
             case "page" if id.lstrip("-").isdigit():
-                desk.show(page=int(id))
+                files.show(page=int(id))
             case "undelete":
-                desk.undelete()
+                files.undelete()
             case "step" if id in ("1", "-1"):
-                self._step(int(id))
+                # The next picture, and the page that it stands on.
+                ids = [drawings.id_of(*picture)
+                       for picture in files.pictures(app_state.snapshot())]
+                if ids:
+                    at = neighbour(ids, files.open, int(id))
+                    files.show(open=ids[at], page=at // PER_PAGE)
             case "fix":
-                view, _, number = id.rpartition("/")
-                self._again(app_state.jobs.view(view), number)
+                # 'run/2': the drawing with its fault's third fix, which the project keeps.
+                run_id, _, number = id.rpartition("/")
+                view = app_state.jobs.view(run_id)
+                changes = fix_of(view, number)
+                keep_companions(self.ctx, str(view.config.get("base", "")), changes)
+                app_state.jobs.start(request.again(view, changes), name=view.name,
+                                     job="generate")
             case "again" | "delete" | "as_preview":
                 self._use(act, id)
         return None
 
-    def _again(self, view: JobView, number: str) -> None:
-        """The drawing with its fault's fix of that number, which the project keeps."""
-        changes = fix_of(view, number)
-        keep_companions(self.ctx, str(view.config.get("base", "")), changes)
-        self.ctx.app_state.jobs.start(wanted.again(view, changes), name=view.name, job="generate")
-
-    def _step(self, by: int) -> None:
-        """The next picture, and the page that it stands on."""
-        desk = self.desk
-        pictures = desk.pictures(self.ctx.app_state.snapshot())
-        ids = [drawings.id_of(*one) for one in pictures]
-        if ids:
-            at = ids.index(desk.open) if desk.open in ids else -by
-            at = min(max(at + by, 0), len(ids) - 1)
-            desk.show(open=ids[at], page=at // PER_PAGE)
-
     def _use(self, act: str, id: str) -> None:
-        snap, tr = self.ctx.app_state.snapshot(), self.ctx.tr
-        found = drawings.find(self.desk.pictures(snap), id)
-        if found is None:
+        """Deletes a picture, or takes its settings or its prompt."""
+        snap, tr, app_state = self.ctx.app_state.snapshot(), self.ctx.tr, self.ctx.app_state
+        picture = drawings.find(self.files.pictures(snap), id)
+        if picture is None:
             raise UserError("tab_inference.picture_gone")
-        view, number = found
+        view, number = picture
+        sample = view.samples[number]
         if act == "delete":
-            self.desk.delete(Path(view.samples[number].path))
+            self.files.delete(Path(sample.path))
         elif act == "again":
-            loras = wanted.own_list(wanted.loras_of(view, number),
-                                    wanted.choices(snap, self.desk))
-            self._keep(wanted.settings_of(view, number) | loras)
+            loras = request.own_list(request.loras_of(view, number),
+                                     request.lora_choices(snap, self.files))
+            self._keep(request.settings_of(view, number) | loras)
             self.ctx.page.tell(tr("tab_inference.again_done"))
         else:
-            self._as_preview(view.samples[number].prompt)
-
-    def _as_preview(self, prompt: str) -> None:
-        app_state, tr = self.ctx.app_state, self.ctx.tr
-        config = app_state.snapshot().config
-        app_state.projects.edit(sample_prompts=[*dict.fromkeys([*config.sample_prompts, prompt])])
-        key = "preview_added" if config.sample_every else "preview_never"
-        self.ctx.page.tell(tr(f"tab_inference.{key}", every=config.sample_every))
+            prompts, every = snap.config.sample_prompts, snap.config.sample_every
+            app_state.projects.edit(sample_prompts=[*dict.fromkeys([*prompts, sample.prompt])])
+            key = "preview_added" if every else "preview_never"
+            self.ctx.page.tell(tr(f"tab_inference.{key}", every=every))
 
     # --- other programs ---
 
-    def send(self, act: str, told: str) -> None:
-        """`told`: file, program and folder as JSON. The file must be one that is added."""
-        try:
-            asked = dict(json.loads(told))
-        except (ValueError, TypeError):
-            return
+    def send(self, act: str, message: str) -> None:
+        """`message`: file, program and folder as JSON. The file must be one that is added."""
+        form = json_of(message, dict)
         app_state = self.ctx.app_state
         snap = app_state.snapshot()
-        loras = wanted.added(snap, wanted.choices(snap, self.desk))
-        file, program = str(asked.get("file", "")), str(asked.get("program", ""))
+        loras = request.added(snap, request.lora_choices(snap, self.files))
+        file, program = str(form.get("file", "")), str(form.get("program", ""))
         if act != "export" or program not in export.PROGRAMS or not any(
-                one.file == file for one in loras):
+                lora.file == file for lora in loras):
             return
-        folder = export.target_folder(str(asked.get("folder", "")), program)
-        self.desk.export(Path(file), program, folder, self.ctx.tr, self.ctx.language)
+        folder = export.target_folder(str(form.get("folder", "")), program)
+        self.files.export(Path(file), program, folder, self.ctx.tr, self.ctx.language)
         app_state.settings.change(exports={**snap.settings.exports, program: str(folder)})
-
-
-def _weighed(loras: list[Added], told: str) -> list[Added]:
-    """'1 0.65': the second LoRA's weight."""
-    number, _, text = told.partition(" ")
-    try:
-        at, weight = int(number), float(text)
-    except ValueError:
-        return loras
-    if not 0 <= at < len(loras) or not wanted.LEAST <= weight <= wanted.MOST:
-        return loras
-    return [replace(one, weight=weight) if n == at else one for n, one in enumerate(loras)]

@@ -16,7 +16,7 @@ from core.importers import FOREIGN, load_train_config
 from core.workspace import presets
 from core.workspace.project import known_presets
 from gui import actions, checklist
-from gui.html import button
+from gui.html import acts, button
 from gui.state.app_state import Context, Snapshot, Updates
 from gui.state.form import Form, keys_of
 from gui.tabs.run import RunView
@@ -43,6 +43,12 @@ class Parameters:
         self.form = Form(ctx)
         with gr.Column(elem_id="setup") as self.setup:
             self._build_setup()
+            self._build_more()
+            with gr.Row(equal_height=True, elem_id="start-row"):
+                self.checks = panel("checklist", scale=3)
+                self.start = gr.Button(ctx.tr("start"), variant="primary", elem_id="start",
+                                       scale=1, interactive=False, min_width=220)
+        ctx.page.on(self.start.click, self.begin, fill=True)
         self.run = RunView(ctx)
         self.compare, self.history = panel("run-compare"), panel("history")
         ctx.page.on_panel(self.compare, self.act, fill=True)
@@ -58,7 +64,7 @@ class Parameters:
             self.base = gr.Dropdown([(ctx.tr("base_demo"), "demo")], allow_custom_value=True,
                                     label=ctx.tr("base_model"), info=ctx.tr("base_model_help"),
                                     elem_id="field-base_model", scale=2)
-            self.purpose = gr.Radio([(ctx.tr(f"presets.purpose_{one}"), one) for one in (
+            self.purpose = gr.Radio([(ctx.tr(f"presets.purpose_{name}"), name) for name in (
                 "style", "character", "object", "concept")], label=ctx.tr("purpose"),
                 info=ctx.tr("purpose_help"), elem_id="purpose", scale=2)
         self.bases = panel("bases")
@@ -70,24 +76,13 @@ class Parameters:
             with gr.Column(scale=5, min_width=380):
                 self.memory = panel("memory")
             with gr.Column(scale=6, min_width=420):
-                self._build_basics()
-        self._build_more()
-        with gr.Row(equal_height=True, elem_id="start-row"):
-            self.checks = panel("checklist", scale=3)
-            self.start = gr.Button(ctx.tr("start"), variant="primary", elem_id="start", scale=1,
-                                   interactive=False, min_width=220)
+                for keys in (BASIC[:3], BASIC[3:], ["output_dir"]):
+                    with gr.Row():
+                        self.form.add(keys)
         ctx.page.on(self.base.input, self.choose_base, [self.base], fill=True)
         ctx.page.on(self.purpose.input, self.choose_purpose, [self.purpose], fill=True)
-        for one in (self.bases, self.native, self.presets, self.memory):
-            ctx.page.on_panel(one, self.act, fill=True)
-        ctx.page.on(self.start.click, self.begin, fill=True)
-
-    def _build_basics(self) -> None:
-        for three in (BASIC[:3], BASIC[3:]):
-            with gr.Row():
-                self.form.add(three)
-        with gr.Row():
-            self.form.add(["output_dir"])
+        for area in (self.bases, self.native, self.presets, self.memory):
+            ctx.page.on_panel(area, self.act, fill=True)
 
     def _build_more(self) -> None:
         ctx = self.ctx
@@ -116,18 +111,18 @@ class Parameters:
 
     def paint(self, snap: Snapshot) -> Updates:
         ctx, shown = self.ctx, snap.shown
-        ready, here = checklist.ready(ctx, snap), known(snap)
+        cards = presets_of_base(snap)
         removed = str(snap.project.tabs.get("presets", {}).get("removed", ""))
         return {self.setup: gr.update(visible=shown is None),
-                self.welcome: first_start(ctx, snap, here),
+                self.welcome: first_start(ctx, snap, cards),
                 self.base: gr.update(choices=bases(ctx, snap)),
                 self.bases: base_chooser(ctx, snap), self.native: native(ctx, snap),
-                self.presets: preset_cards(ctx, here, snap.project.preset, snap.project.purpose,
+                self.presets: preset_cards(ctx, cards, snap.project.preset, snap.project.purpose,
                                            snap.machine)
                 + own_presets(ctx, snap.project.chosen(), removed),
                 self.memory: suggestion(ctx, snap),
                 self.checks: checklist.html(ctx, snap),
-                self.start: gr.update(interactive=ready, value=ctx.tr(
+                self.start: gr.update(interactive=checklist.ready(ctx, snap), value=ctx.tr(
                     "start_queued" if snap.active else "start")),
                 self.history: history(ctx, snap), self.compare: compare(ctx, snap),
                 **self.form.paint(snap), **self.run.paint(snap)}
@@ -150,41 +145,40 @@ class Parameters:
         text = str(value or "").strip().strip('"')
         app_state.projects.edit(base_model=text or None)
         family = app_state.projects.now.edits.get("family", "auto")
-        presets.family_of(text, family=family)  # a fault where nothing is there
+        # Raises UserError where nothing is there: the page tells it at once.
+        presets.family_of(text, family=family)
         app_state.replan(self.ctx.language)
 
     def choose_purpose(self, value: str) -> None:
         app_state = self.ctx.app_state
         project = app_state.projects.now
         app_state.projects.change(purpose=value)
-        if chosen := project.chosen():          # the same card for the other purpose
-            same = next((one for one in known_presets(chosen.family)
-                         if one.purpose == value and one.title == chosen.title), None)
+        # A chosen preset is exchanged for the same card of the other purpose.
+        if chosen := project.chosen():
+            same = next((preset for preset in known_presets(chosen.family)
+                         if preset.purpose == value and preset.title == chosen.title), None)
             if same:
                 actions.choose_preset(app_state, same.slug)
         app_state.replan(self.ctx.language)
 
     def take_yaml(self, text: str) -> None:
-        config = parse_train_config(text or "", "YAML")
-        self._replace(config)
+        self._replace(parse_train_config(text or "", "YAML"))
 
-    def take_file(self, act: str, told: str) -> None:
+    def take_file(self, act: str, message: str) -> None:
         """A YAML, TOML, JSON or LoRA file that was dropped."""
-        given = uploaded(told)
-        if act != "dropped" or not given:
+        files = uploaded(message)
+        if act != "dropped" or not files:
             return
-        self._replace(load_train_config(given[0]))
-        self.ctx.page.tell(self.ctx.tr("drop_config.taken", file=given[0].name))
-        if given[0].suffix.lower() in FOREIGN:      # what that config said beyond ours
-            head, *lines = importers.told(importers.read(given[0]), self.ctx.language)
+        self._replace(load_train_config(files[0]))
+        self.ctx.page.tell(self.ctx.tr("drop_config.taken", file=files[0].name))
+        # A config of another trainer may say more than ours can.
+        if files[0].suffix.lower() in FOREIGN:
+            head, *lines = importers.told(importers.read(files[0]), self.ctx.language)
             self.ctx.page.tell("\n".join(lines), head, "warning")
 
     def _replace(self, config: TrainConfig) -> None:
-        app_state = self.ctx.app_state
-        app_state.projects.update(lambda project: project.model_copy(update={
-            "edits": config.model_dump(exclude_unset=True), "preset": "", "advised": {},
-            "invalid": {}}))
-        app_state.replan(self.ctx.language)
+        actions.replace_edits(self.ctx.app_state, config.model_dump(exclude_unset=True))
+        self.ctx.app_state.replan(self.ctx.language)
 
     def begin(self) -> None:
         app_state = self.ctx.app_state
@@ -196,10 +190,12 @@ class Parameters:
 
 # --- what it knows ---
 
-def known(snap: Snapshot) -> list[presets.Preset]:
+def presets_of_base(snap: Snapshot) -> list[presets.Preset]:
+    """The presets of the project's base."""
     base = snap.config.base_model
+    # Without a base and a card all of them would only say that they don't fit.
     if not base and (snap.machine is None or snap.machine.kind != "cuda"):
-        return []                               # all of them would only say that they don't fit
+        return []
     try:
         return known_presets(presets.family_of(base, family=snap.config.family))
     except UserError:
@@ -207,30 +203,29 @@ def known(snap: Snapshot) -> list[presets.Preset]:
 
 
 def bases(ctx: Context, snap: Snapshot) -> list[tuple[str, str]]:
-    """The demo's, those of earlier runs that are still there, those found that can be trained."""
+    """(name, path) of the demo's base, those of earlier runs that are still there, those found."""
     used = dict.fromkeys(str(view.config.get("base_model", "")) for view in snap.runs)
-    here = [one for one in used if one not in ("", "demo") and Path(one).exists()]
-    here += [str(one.path) for one in snap.bases.found if not one.reason]
+    here = [path for path in used if path not in ("", "demo") and Path(path).exists()]
+    here += [str(model.path) for model in snap.bases.found if not model.reason]
     return [(ctx.tr("base_demo"), "demo"),
-            *((Path(one).name, one) for one in dict.fromkeys(here))]
+            *((Path(path).name, path) for path in dict.fromkeys(here))]
 
 
 def native(ctx: Context, snap: Snapshot) -> str:
     """Buttons of the system's own dialogs, where a native window runs."""
     if not snap.native:
         return ""
-    return '<p class="acts">' + "".join(
-        button(f'{ctx.tr(f"first_start.{one}")}: {ctx.tr("close.choose_folder")}',
-               f"native_{one}") for one in ("pictures", "output")) + "</p>"
+    return acts(*(button(f'{ctx.tr(f"first_start.{kind}")}: {ctx.tr("close.choose_folder")}',
+                         f"native_{kind}") for kind in ("pictures", "output")))
 
 
 def startable(config: TrainConfig) -> TrainConfig:
-    """Paths made absolute: the window's working folder means nothing to anyone."""
+    """The config with absolute paths: users don't know the working folder of the window."""
     def full(text: str) -> str:
         return str(Path(text).expanduser().absolute()) if text else ""
     base = config.base_model if config.base_model == "demo" else full(config.base_model)
-    words = config.tokenizer if config.tokenizer == "shipped" else full(config.tokenizer)
+    tokenizer = config.tokenizer if config.tokenizer == "shipped" else full(config.tokenizer)
     return config.with_changes(
         train_data_dir=full(config.train_data_dir), base_model=base, vae=full(config.vae),
-        text_encoders=[full(path) for path in config.text_encoders], tokenizer=words,
+        text_encoders=[full(path) for path in config.text_encoders], tokenizer=tokenizer,
         output_dir=full(config.output_dir), metadata_path=full(config.metadata_path))

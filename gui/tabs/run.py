@@ -14,7 +14,8 @@ from core.importers import load_train_config
 from core.jobs.journal import CONFIG, LOG
 from core.jobs.outcome import said_first
 from core.jobs.runs import JobView, resume_of
-from gui.html import bar, button, card, clock, duration, esc, speed
+from gui import actions
+from gui.html import acts, bar, box, button, card, clock, duration, esc, small, speed
 from gui.state.app_state import Context, Snapshot, Updates
 from gui.state.desktop import open_folder
 from gui.state.run_files import folder_of, lora_file, lora_of
@@ -33,6 +34,7 @@ from gui.widgets.runs.loss_chart import ema, loss_chart
 from gui.widgets.runs.previews import previews
 
 PHASES = ("scan", "load", "cache", "train", "save", "verify")
+# Phases of the engine that a page shows as part of another.
 ALIAS = {"check": "scan", "texts": "cache", "regular": "cache", "draw": "train", "download": "load"}
 MOST_NOTES = 30
 # Notes that decide whether the LoRA will be of use: they stand on top of the run.
@@ -62,11 +64,12 @@ class RunView:
         ctx = self.ctx
         return {self.column: gr.update(visible=True), self.head: head(ctx, view, snap),
                 self.chart: loss_chart(ctx, view.losses, view.validations, view.total),
-                self.previews: _titled(ctx, "previews", previews(ctx, view)),
-                self.memory: _titled(ctx, "memory", memory(ctx, view)),
-                self.notes: _titled(ctx, "notes", notes(ctx, view))}
+                self.previews: box(ctx.tr("previews"), previews(ctx, view)),
+                self.memory: box(ctx.tr("memory"), memory(ctx, view)),
+                self.notes: box(ctx.tr("notes"), notes(ctx, view))}
 
     def act(self, act: str, id: str) -> Updates | None:
+        """Buttons of the run and of its fault card."""
         app_state = self.ctx.app_state
         match act:
             case "pause":
@@ -82,9 +85,21 @@ class RunView:
             case "resume":
                 app_state.projects.change(run=app_state.jobs.resume(id))
             case "fix":
-                app_state.projects.change(run=self._retry(id))
+                # 'run/2': the run's config with the changes of its fault's third fix.
+                run_id, _, number = id.rpartition("/")
+                view = app_state.jobs.view(run_id)
+                changes = fix_of(view, number)
+                keep_companions(self.ctx, str(view.config.get("base_model", "")), changes)
+                self._again(view, changes)
             case "remedy":
-                app_state.projects.change(run=self._mend(id))
+                # 'run/oom_start/advisor.do_batch': the same with that remedy of the symptom.
+                run_id, symptom, key = [*id.split("/"), "", ""][:3]
+                view = app_state.jobs.view(run_id)
+                remedy = next((remedy for remedy in known_remedies(self.ctx, view, symptom)
+                               if remedy["key"] == key), None)
+                if not remedy or not remedy["changes"]:
+                    raise UserError("gui.no_fix")
+                self._again(view, remedy["changes"])
             case "symptom":
                 run_id, _, symptom = id.partition("/")
                 remedies(self.ctx, app_state.jobs.view(run_id), symptom, "")
@@ -93,59 +108,43 @@ class RunView:
             case "back":
                 app_state.projects.change(run="")
             case "try":
-                app_state.projects.update(lambda project: project.model_copy(update={
-                    "inference": {**project.inference, "lora": ""}}))
+                # An empty name makes the Inference tab choose the newest LoRA again.
+                actions.keep_drawing(app_state, {"lora": ""})
                 app_state.filled()
                 return self.ctx.page.select("inference")
         return None
 
-    def _retry(self, id: str) -> str:
-        """'run/2': the run's config with the changes of its fault's third fix."""
-        run_id, _, number = id.rpartition("/")
-        view = self.ctx.app_state.jobs.view(run_id)
-        changes = fix_of(view, number)
-        keep_companions(self.ctx, str(view.config.get("base_model", "")), changes)
-        return self._again(view, changes)
-
-    def _mend(self, id: str) -> str:
-        """'run/oom_start/advisor.do_batch': the same with that remedy against the symptom."""
-        run_id, symptom, key = [*id.split("/"), "", ""][:3]
-        view = self.ctx.app_state.jobs.view(run_id)
-        found = known_remedies(self.ctx, view, symptom)
-        changes = next((one["changes"] for one in found if one["key"] == key), None)
-        if not changes:
-            raise UserError("gui.no_fix")
-        return self._again(view, changes)
-
-    def _again(self, view: JobView, changes: Mapping[str, Any]) -> str:
+    def _again(self, view: JobView, changes: Mapping[str, Any]) -> None:
+        """Starts a run's config anew with changes, and shows that run."""
+        app_state = self.ctx.app_state
         config = load_train_config(view.folder / CONFIG)
+        # A LoRA of another shape can't go on from the checkpoint of the old one.
         other_lora = {"lora_rank", "lora_alpha", "target_modules"} & changes.keys()
-        wanted = changes.get("resume", bool(config.resume) and not other_lora)
-        resume = resume_of(view.folder, config.resume) if wanted else False
-        return self.ctx.app_state.jobs.start(config.with_changes(**{**changes, "resume": resume}))
-
-
-def _titled(ctx: Context, key: str, html: str) -> str:
-    return f'<section class="box"><h3>{esc(ctx.tr(key))}</h3>{html}</section>'
+        goes_on = changes.get("resume", bool(config.resume) and not other_lora)
+        resume = resume_of(view.folder, config.resume) if goes_on else False
+        app_state.projects.change(
+            run=app_state.jobs.start(config.with_changes(**{**changes, "resume": resume})))
 
 
 # --- the top ---
 
 def head(ctx: Context, view: JobView, snap: Snapshot) -> str:
+    """What happens and can be done; below it, what must be known of the run."""
     log = log_end(view) if view.fault and view.over else ""
     return (f'<section class="box run {view.state}">{title(ctx, view)}{progress(ctx, view)}'
             f'{phases(ctx, view)}{buttons(ctx, view, snap)}</section>'
-            f'{fault_card(ctx, view, log)}{said(ctx, view)}{alarms(ctx, view)}'
+            f'{fault_card(ctx, view, log)}{verdicts(ctx, view)}{alarms(ctx, view)}'
             f'{finished(ctx, view)}')
 
 
 def alarms(ctx: Context, view: JobView) -> str:
+    """Notes that decide whether the LoRA will be of use."""
     return "".join(card("warning", ctx.tr("look_at_this"), ctx.tr(note.key, **note.params))
                    for note in view.notes if note.key in ALARMS)
 
 
-def said(ctx: Context, view: JobView) -> str:
-    """What must be known before the LoRA is used: core/jobs/outcome.py."""
+def verdicts(ctx: Context, view: JobView) -> str:
+    """What a user must know before the LoRA is used; see core/jobs/outcome.py."""
     titles = {"engine.proof_failed": "not_proven", "engine.not_proven": "not_proven",
               "engine.nothing_trained": "nothing_trained", "engine.faint": "faint"}
     return "".join(card("fault" if titles[key] == "not_proven" else "warning",
@@ -154,7 +153,7 @@ def said(ctx: Context, view: JobView) -> str:
 
 
 def log_end(view: JobView, most: int = 6000) -> str:
-    """The last bytes of a run's log, as text; a folder that was deleted has none."""
+    """The last bytes of a run's log, as text; "" where its folder was deleted."""
     with contextlib.suppress(OSError), open(view.folder / LOG, "rb") as log:
         log.seek(max(0, log.seek(0, os.SEEK_END) - most))
         return log.read().decode("utf-8", "replace")
@@ -163,32 +162,32 @@ def log_end(view: JobView, most: int = 6000) -> str:
 
 def title(ctx: Context, view: JobView) -> str:
     """mia-v1 · Training · step 612 / 1500 · epoch 26 · 1.52 s per step · 22 min left (14:37)"""
-    facts = [f"<b>{esc(view.name)}</b>", f'<b class="state">{esc(_state(ctx, view))}</b>']
+    tr, running = ctx.tr, view.state == "running"
+    state = tr(f"phase_{ALIAS.get(view.phase, view.phase)}" if running and view.phase
+               else f"state_{view.state}")
+    facts = []
     if view.total:
-        facts.append(esc(ctx.tr("step_of", step=view.step, total=view.total)))
-        facts.append(esc(ctx.tr("epoch_n", epoch=f"{view.epoch:.1f}")))
-    if view.state == "running" and view.phase == "train" and view.steps_per_s:
-        facts.append(esc(speed(ctx, view.steps_per_s)))
+        facts.append(tr("step_of", step=view.step, total=view.total))
+        facts.append(tr("epoch_n", epoch=f"{view.epoch:.1f}"))
+    if running and view.phase == "train" and view.steps_per_s:
+        facts.append(speed(ctx, view.steps_per_s))
         if view.eta_s:
-            facts.append(esc(ctx.tr("left", time=duration(ctx, view.eta_s),
-                                    clock=clock(view.updated + view.eta_s))))
+            facts.append(tr("left", time=duration(ctx, view.eta_s),
+                            clock=clock(view.updated + view.eta_s)))
     if view.losses:
-        smooth = ema(view.losses)[-1][1]
-        facts.append(esc(ctx.tr("loss_n", loss=f"{view.losses[-1][1]:.4f}",
-                                smooth=f"{smooth:.4f}")))
+        facts.append(tr("loss_n", loss=f"{view.losses[-1][1]:.4f}",
+                        smooth=f"{ema(view.losses)[-1][1]:.4f}"))
     if view.over and view.started and view.ended:
-        facts.append(esc(ctx.tr("took", time=duration(ctx, view.ended - view.started),
-                                clock=clock(view.ended))))
-    return f'<p class="title" aria-live="off">{" · ".join(facts)}</p>'
-
-
-def _state(ctx: Context, view: JobView) -> str:
-    if view.state == "running" and view.phase:
-        return ctx.tr(f"phase_{ALIAS.get(view.phase, view.phase)}")
-    return ctx.tr(f"state_{view.state}")
+        facts.append(tr("took", time=duration(ctx, view.ended - view.started),
+                        clock=clock(view.ended)))
+    line = " · ".join([f"<b>{esc(view.name)}</b>", f'<b class="state">{esc(state)}</b>',
+                       *map(esc, facts)])
+    # Screen readers would read a line aloud that changes each second.
+    return f'<p class="title" aria-live="off">{line}</p>'
 
 
 def progress(ctx: Context, view: JobView) -> str:
+    """A bar of the updates; before there are any, of the phase."""
     share = view.step / view.total if view.total else 0.0
     if not view.total and view.phase_total:
         share = view.phase_done / view.phase_total
@@ -213,64 +212,64 @@ def phases(ctx: Context, view: JobView) -> str:
 
 def buttons(ctx: Context, view: JobView, snap: Snapshot) -> str:
     """Every button is there in every state; one that can't be pressed says why."""
+    tr = ctx.tr
     if view.over:
-        again = "" if view.checkpoints else ctx.tr("no_checkpoint")
-        made = [button(ctx.tr("back_to_settings"), "back", kind="")]
+        resume = ""
+        # A fault's card has its own button to resume.
         if view.state != "done" and view.fault is None:
-            made.insert(0, button(ctx.tr("resume"), "resume", view.id, why_not=again,
-                                  kind="" if lora_of(view) is not None else "primary",
-                                  once=True))
-        return f'<p class="acts">{"".join(made)}</p>'
+            resume = button(tr("resume"), "resume", view.id, once=True,
+                            why_not="" if view.checkpoints else tr("no_checkpoint"),
+                            kind="" if lora_of(view) is not None else "primary")
+        return acts(resume, button(tr("back_to_settings"), "back"))
     if view.state == "queued":
-        why = ctx.tr("waits_for", name=snap.active.name) if snap.active else ctx.tr("starts_soon")
-        return (f'<p class="acts">{button(ctx.tr("leave_queue"), "stop", view.id)}'
-                f'<span class="small">{esc(why)}</span></p>')
-    busy = "" if view.state in ("running", "paused") else ctx.tr(f"not_while_{view.state}")
-    early = busy or ("" if view.step or view.phase == "train" else ctx.tr("not_before_training"))
-    stop = ctx.tr("not_while_stopping") if view.state == "stopping" else ""
+        reason = tr("waits_for", name=snap.active.name) if snap.active else tr("starts_soon")
+        return acts(button(tr("leave_queue"), "stop", view.id),
+                    f'<span class="small">{esc(reason)}</span>')
+    why_not = "" if view.step or view.phase == "train" else tr("not_before_training")
+    if view.state not in ("running", "paused"):
+        why_not = tr(f"not_while_{view.state}")
     paused = view.state == "paused"
-    return ('<p class="acts">'
-            + button(ctx.tr("go_on" if paused else "pause"), "go" if paused else "pause",
-                     view.id, why_not=early)
-            + button(ctx.tr("preview_now"), "sample", view.id, why_not=early)
-            + button(ctx.tr("save_now"), "save", view.id, why_not=early)
-            + button(ctx.tr("stop_and_save"), "stop", view.id, kind="primary", why_not=stop)
-            + "</p>")
+    return acts(button(tr("go_on" if paused else "pause"), "go" if paused else "pause", view.id,
+                       why_not=why_not),
+                button(tr("preview_now"), "sample", view.id, why_not=why_not),
+                button(tr("save_now"), "save", view.id, why_not=why_not),
+                button(tr("stop_and_save"), "stop", view.id, kind="primary",
+                       why_not=tr("not_while_stopping") if view.state == "stopping" else ""))
 
 
 def finished(ctx: Context, view: JobView) -> str:
-    """What came out, and the way to the pictures."""
+    """Where the LoRA is, and the way to the pictures."""
     number = lora_of(view)
     if not view.over or number is None:
         return ""
     point = view.checkpoints[number]
     first = said_first(view.result)
     key = "finished" if view.state == "done" and not first else "saved_at"
-    actions = (button(ctx.tr("try_it"), "try", view.id, kind="primary") + folder(ctx, view)
-               + f'<a class="act" href="/lora/{esc(view.id)}/{number}" download>'
-                 f'{esc(ctx.tr("download_lora"))}</a>')
+    buttons = acts(
+        button(ctx.tr("try_it"), "try", view.id, kind="primary"), folder(ctx, view),
+        f'<a class="act" href="/lora/{esc(view.id)}/{number}" download>'
+        f'{esc(ctx.tr("download_lora"))}</a>')
     return card("info" if first else "good", ctx.tr(key, step=point.step),
-                ctx.tr("saved_as", file=lora_file(point)),
-                raw=f'<p class="acts">{actions}</p>{unhappy(ctx, view)}')
+                ctx.tr("saved_as", file=lora_file(point)), html=buttons + unhappy(ctx, view))
 
 
 # --- the sides ---
 
 def memory(ctx: Context, view: JobView) -> str:
+    """The plan's memory, with what the run holds now while it runs."""
     if not view.plan:
-        return f'<p class="small">{esc(ctx.tr("no_plan_yet"))}</p>'
-    live = view.memory_mb if not view.over else None
-    degrees = (f'<p class="small">{view.temperature_c:.0f} °C</p>'
-               if view.temperature_c and not view.over else "")
-    return memory_bar(ctx, view.plan, live) + degrees
+        return small(ctx.tr("no_plan_yet"))
+    if view.over:
+        return memory_bar(ctx, view.plan)
+    degrees = small(f"{view.temperature_c:.0f} °C" if view.temperature_c else "")
+    return memory_bar(ctx, view.plan, view.memory_mb) + degrees
 
 
 def notes(ctx: Context, view: JobView) -> str:
-    """Newest first, in words."""
+    """The run's notes in words, the newest first."""
     lines = [(note.at, ctx.tr(note.key, **note.params)) for note in view.notes]
     lines += [(point.at, ctx.tr("note_saved", step=point.step)) for point in view.checkpoints]
     lines.sort(key=lambda line: line[0], reverse=True)
     items = "".join(f"<li><time>{clock(at)}</time> {esc(text)}</li>"
                     for at, text in lines[:MOST_NOTES])
-    return f'<ul class="notes">{items}</ul>' if items else (
-        f'<p class="small">{esc(ctx.tr("no_notes"))}</p>')
+    return f'<ul class="notes">{items}</ul>' if items else small(ctx.tr("no_notes"))

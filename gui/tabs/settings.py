@@ -7,11 +7,12 @@ import gradio as gr
 from core import __version__, paths
 from core.base_models.catalog import checked_source
 from core.jobs import bug_report
+from core.memory.advisor import gigabytes
 from gui import actions
-from gui.html import button, esc, gigabytes
+from gui.html import acts, box, button, fact_table, small
 from gui.state.app_state import Context, Snapshot, Updates
 from gui.state.desktop import open_folder
-from gui.widgets.fault_card import diagnostics as copy_button
+from gui.widgets.fault_card import diagnostics
 from gui.widgets.panel import panel
 
 
@@ -45,15 +46,11 @@ class SettingsTab:
         rows = [(tr("version"), __version__), (tr("device"), snap.gauge.name),
                 (tr("device_memory"), gigabytes(snap.gauge.total_mb)),
                 (tr("data_folder"), paths.data_dir()), (tr("cache_folder"), paths.cache_dir())]
-        body = "".join(f"<tr><th>{esc(name)}</th><td>{esc(value)}</td></tr>"
-                       for name, value in rows)
-        acts = copy_button(self.ctx) + "".join(
-            button(tr(f"tab_settings.open_{one}"), "open", one) for one in ("logs", "output")
-        ) + button(tr("tab_settings.introduction"), "introduction")
-        return {self.facts: f'<section class="box"><h3>{esc(tr("about"))}</h3>'
-                            f'<table class="facts">{body}</table>'
-                            f'<p class="small">{esc(tr("private"))}</p>'
-                            f'<p class="acts">{acts}</p></section>'}
+        buttons = acts(
+            diagnostics(self.ctx),
+            *(button(tr(f"tab_settings.open_{kind}"), "open", kind) for kind in ("logs", "output")),
+            button(tr("tab_settings.introduction"), "introduction"))
+        return {self.facts: box(tr("about"), fact_table(rows) + small(tr("private")) + buttons)}
 
     def fill(self, snap: Snapshot) -> Updates:
         return {self.output: str(snap.settings.output_folder), self.mirror: snap.settings.mirror,
@@ -72,7 +69,7 @@ class SettingsTab:
         return None
 
     def save(self, folder: str, mirror: str, folders: str) -> None:
-        """All or nothing: what can't be used changes nothing."""
+        """Saves all boxes. Raises UserError, and saves none, where one of them can't be used."""
         app_state = self.ctx.app_state
         mirror = (mirror or "").strip()
         checked_source(mirror)

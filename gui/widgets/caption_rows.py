@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from captioner.captions import search as tags
+from captioner.captions import search as caption_search
 from captioner.captions.rules import Change
 from core.config import TrainConfig
 from core.dataset.captions import split_tags
-from gui.html import button, esc
+from gui.html import box, button, esc, small
 from gui.state.app_state import Context
 from gui.state.dataset import State
 from gui.state.dataset_view import DatasetView
@@ -20,31 +20,33 @@ from gui.widgets.picture_grid import address, page_of, pager
 
 PER_PAGE = 20
 MOST_TAGS = 60
-TAG_WORDS = 4                   # a longer part is a clause, not a tag
+# A longer part between two commas is a clause, not a tag.
+TAG_WORDS = 4
 SHOWN_CHANGES = 3
 
 
 # --- which captions ---
 
-def found(album: DatasetView, trigger: str = "") -> tuple[str, ...]:
+def matching(dataset: DatasetView, trigger: str = "") -> tuple[str, ...]:
     """The pictures whose captions are looked at. Raises UserError for a search that can't be
     read."""
-    state, shown = album.now, album.shown
-    here = frozenset(shown.only) if shown.only else frozenset(state.names)
-    names = tuple(name for name in state.names if name in here)
+    state, shown = dataset.now, dataset.shown
+    scope = frozenset(shown.only or state.names)
+    names = tuple(name for name in state.names if name in scope)
     if not shown.search.strip():
         return names
     captions = {name: state.captions.get(name, "") for name in names}
-    return tuple(tags.find(shown.search, captions, trigger, album.count_tokens or count_words))
+    return tuple(caption_search.find(shown.search, captions, trigger,
+                                     dataset.count_tokens or count_words))
 
 
 def count_words(text: str) -> int:
     return len(text.split())
 
 
-def token_limit(album: DatasetView) -> int:
-    """Of the base that the folder was checked for."""
-    report = album.now.report
+def token_limit(dataset: DatasetView) -> int:
+    """The most tokens of a caption that the base reads; the folder was checked for that base."""
+    report = dataset.now.report
     return report.facts.token_limit if report else TrainConfig().max_tokens
 
 
@@ -52,118 +54,109 @@ def next_empty(names: Sequence[str], captions: Mapping[str, str], page: int) -> 
     """The page after this one that has a picture without caption, from the start again at the
     end; None: all have one."""
     _, pages = page_of(len(names), 0, PER_PAGE)
-    bare = {at // PER_PAGE for at, name in enumerate(names) if not captions.get(name)}
-    return next((one % pages for one in range(page + 1, page + 1 + pages)
-                 if one % pages in bare), None)
+    without = {at // PER_PAGE for at, name in enumerate(names) if not captions.get(name)}
+    following = (number % pages for number in range(page + 1, page + 1 + pages))
+    return next((number for number in following if number in without), None)
 
 
 # --- rows ---
 
-def rows(ctx: Context, album: DatasetView, names: Sequence[str]) -> str:
+def rows(ctx: Context, dataset: DatasetView, names: Sequence[str]) -> str:
     """Boxes without their texts: see caption_editor.js."""
-    state, tr = album.now, ctx.tr
+    state, shown, tr = dataset.now, dataset.shown, ctx.tr
     if not state.names:
         return f'<p class="none">{esc(tr("tab_captioning.no_pictures"))}</p>'
-    page, pages = page_of(len(names), album.shown.rows, PER_PAGE)
-    made = "".join(_row(ctx, album, name)
-                   for name in names[page * PER_PAGE:(page + 1) * PER_PAGE])
-    empty = "" if made else f'<p class="none">{esc(tr("tab_captioning.none_found"))}</p>'
-    return (f'{_head(ctx, album)}{empty}<ul class="rows">{made}</ul>'
-            f'{pager(ctx, page, pages, len(names))}'
-            f'<p class="small">{esc(tr("tab_captioning.keys"))}</p>')
-
-
-def _head(ctx: Context, album: DatasetView) -> str:
-    tr, state, shown = ctx.tr, album.now, album.shown
-    named = {which: tr(f"captions.what_{what}") if what else ""
-             for which, what in (("undo", state.undo), ("redo", state.redo))}
-    steps = "".join(button(tr(f"tab_captioning.{which}"), which, hint=named[which],
-                           why_not="" if named[which] else tr(f"tab_captioning.no_{which}"))
-                    for which in ("undo", "redo"))
-    picks = "".join(
-        f'<button type="button" class="act" data-act="search" data-id="{esc(search)}" '
-        f'aria-pressed="{str(shown.search == search and not shown.only).lower()}">'
-        f'{esc(tr(f"tab_captioning.{key}"))}</button>'
+    filters = "".join(
+        button(tr(f"tab_captioning.{key}"), "search", search,
+               pressed=shown.search == search and not shown.only)
         for search, key in (("", "all"), ("empty", "without")))
     only = f'<span>{esc(tr("tab_captioning.only", count=len(shown.only)))}</span>' \
         if shown.only else ""
-    return f'<div class="tools">{picks}{only}<span class="spring"></span>{steps}</div>'
+    # The buttons tell what would be undone or done again.
+    history = "".join(
+        button(tr(f"tab_captioning.{step}"), step,
+               hint=tr(f"captions.what_{action}") if action else "",
+               why_not="" if action else tr(f"tab_captioning.no_{step}"))
+        for step, action in (("undo", state.undo), ("redo", state.redo)))
+    page, pages = page_of(len(names), shown.rows, PER_PAGE)
+    items = "".join(_row(ctx, dataset, name)
+                    for name in names[page * PER_PAGE:(page + 1) * PER_PAGE])
+    empty = "" if items else f'<p class="none">{esc(tr("tab_captioning.none_found"))}</p>'
+    return (f'<div class="tools">{filters}{only}<span class="spring"></span>{history}</div>'
+            f'{empty}<ul class="rows">{items}</ul>{pager(ctx, page, pages, len(names))}'
+            + small(tr("tab_captioning.keys")))
 
 
-def _row(ctx: Context, album: DatasetView, name: str) -> str:
-    key, state = album.key(name), album.now
-    out = name in state.chosen.left_out
-    kind = ' class="out"' if out else ""
-    said = ctx.tr("tab_captioning.caption_of", name=name)
-    note = f" · {ctx.tr('tab_dataset.is_left_out')}" if out else ""
-    lock = state.locked.get(name, "")
-    why = f'<p class="small">{esc(ctx.tr(f"captions.{lock}", picture=name, file=""))}</p>' \
-        if lock else ""
-    return (f'<li{kind}><img src="{address(album, name)}" alt="" loading="lazy"><div>'
-            f'<span class="name">{esc(name)}{esc(note)}</span>'
-            f'<textarea data-key="{key}" rows="2" spellcheck="true" '
-            f'aria-label="{esc(said)}"></textarea>{why}</div><span class="count"></span></li>')
+def _row(ctx: Context, dataset: DatasetView, name: str) -> str:
+    state = dataset.now
+    left_out = name in state.chosen.left_out
+    css = ' class="out"' if left_out else ""
+    title = f"{name} · {ctx.tr('tab_dataset.is_left_out')}" if left_out else name
+    locked = state.locked.get(name, "")
+    reason = small(ctx.tr(f"captions.{locked}", picture=name, file="")) if locked else ""
+    return (f'<li{css}><img src="{address(dataset, name)}" alt="" loading="lazy"><div>'
+            f'<span class="name">{esc(title)}</span>'
+            f'<textarea data-key="{dataset.key(name)}" rows="2" spellcheck="true" '
+            f'aria-label="{esc(ctx.tr("tab_captioning.caption_of", name=name))}"></textarea>'
+            f'{reason}</div><span class="count"></span></li>')
 
 
-def texts(ctx: Context, album: DatasetView, names: Sequence[str]) -> str:
+def texts(ctx: Context, dataset: DatasetView, names: Sequence[str]) -> str:
     """The captions of the page, by key, as JSON in an attribute."""
-    page, _ = page_of(len(names), album.shown.rows, PER_PAGE)
-    told = {album.key(name): _text(ctx, album, name)
-            for name in names[page * PER_PAGE:(page + 1) * PER_PAGE]}
-    return f'<div hidden data-texts="{esc(json.dumps(told, ensure_ascii=False))}"></div>'
-
-
-def _text(ctx: Context, album: DatasetView, name: str) -> dict[str, Any]:
-    caption, limit = album.now.captions.get(name, ""), token_limit(album)
-    count: Callable[[str], int] = album.count_tokens or count_words
-    exact = album.count_tokens is not None
-    length = count(caption)
-    key = "tokens" if exact else "words"
-    return {"text": caption, "locked": album.now.locked.get(name, ""),
-            "count": f"{length}/{limit}" if exact else ctx.tr("tab_captioning.words_n",
-                                                              count=length),
+    # The tokenizer is loaded in a thread: words are counted until it is there.
+    exact, limit = dataset.count_tokens is not None, token_limit(dataset)
+    count = dataset.count_tokens or count_words
+    page, _ = page_of(len(names), dataset.shown.rows, PER_PAGE)
+    data: dict[str, dict[str, Any]] = {}
+    for name in names[page * PER_PAGE:(page + 1) * PER_PAGE]:
+        caption = dataset.now.captions.get(name, "")
+        length = count(caption)
+        data[dataset.key(name)] = {
+            "text": caption, "locked": dataset.now.locked.get(name, ""),
+            "count": (f"{length}/{limit}" if exact
+                      else ctx.tr("tab_captioning.words_n", count=length)),
             "over": exact and length > limit,
-            "said": ctx.tr(f"tab_captioning.count_{key}", count=length, limit=limit)}
+            "said": ctx.tr(f"tab_captioning.count_{'tokens' if exact else 'words'}",
+                           count=length, limit=limit)}
+    return f'<div hidden data-texts="{esc(json.dumps(data, ensure_ascii=False))}"></div>'
 
 
 # --- statistics ---
 
+# A page is painted once a second, and the captions seldom change.
 @functools.lru_cache(maxsize=4)
-def _counted(captions: tuple[str, ...]) -> tuple[str, tuple[tuple[str, int], ...]]:
-    kind = "tags" if are_tags(captions) else "words"
-    counted = tags.count(captions) if kind == "tags" else tags.count_words(captions)
-    return kind, tuple(counted)
+def _most_used(captions: tuple[str, ...]) -> tuple[str, tuple[tuple[str, int], ...]]:
+    if are_tags(captions):
+        return "tags", tuple(caption_search.count(captions))
+    return "words", tuple(caption_search.count_words(captions))
 
 
 def are_tags(captions: Sequence[str]) -> bool:
-    """Most parts between commas are short; else words are counted."""
+    """Whether most parts between commas are short; else words are counted."""
     parts = [part for caption in captions[:500] for part in split_tags(caption)]
     return 2 * sum(len(part.split()) <= TAG_WORDS for part in parts) > len(parts)
 
 
 def statistics(ctx: Context, state: State) -> str:
+    """The tags or words that are used most, each with buttons to show and to remove it."""
     tr = ctx.tr
     captions = tuple(text for name in state.training if (text := state.captions.get(name)))
     if not captions:
-        return (f'<section class="box"><h3>{esc(tr("tab_captioning.most_used"))}</h3>'
-                f'<p class="small">{esc(tr("tab_captioning.no_words"))}</p></section>')
-    kind, counted = _counted(captions)
-    made = "".join(_tag(ctx, kind, word, count) for word, count in counted[:MOST_TAGS])
-    more = len(counted) - MOST_TAGS
-    rest = f'<p class="small">{esc(tr("tab_captioning.more_words", count=more))}</p>' \
-        if more > 0 else ""
-    return (f'<section class="box"><h3>{esc(tr(f"tab_captioning.most_{kind}"))}</h3>'
-            f'<ul class="tags">{made}</ul>{rest}'
-            f'<p class="small">{esc(tr("tab_captioning.stats_help"))}</p></section>')
-
-
-def _tag(ctx: Context, kind: str, word: str, count: int) -> str:
-    show = ctx.tr("tab_captioning.show_with", word=word, count=count)
-    drop = ctx.tr("tab_captioning.remove_all", word=word, count=count)
-    return (f'<li><button type="button" data-act="search" data-id="{esc(search_of(kind, word))}" '
-            f'title="{esc(show)}">{esc(word)} <small>{count}</small></button>'
-            f'<button type="button" data-act="remove_{kind}" data-id="{esc(word)}" '
-            f'title="{esc(drop)}" aria-label="{esc(drop)}">×</button></li>')
+        return box(tr("tab_captioning.most_used"), small(tr("tab_captioning.no_words")))
+    kind, counts = _most_used(captions)
+    items = ""
+    for word, count in counts[:MOST_TAGS]:
+        show = esc(tr("tab_captioning.show_with", word=word, count=count))
+        remove = esc(tr("tab_captioning.remove_all", word=word, count=count))
+        items += (f'<li><button type="button" data-act="search" '
+                  f'data-id="{esc(search_of(kind, word))}" title="{show}">{esc(word)} '
+                  f'<small>{count}</small></button>'
+                  f'<button type="button" data-act="remove_{kind}" data-id="{esc(word)}" '
+                  f'title="{remove}" aria-label="{remove}">×</button></li>')
+    more = len(counts) - MOST_TAGS
+    rest = small(tr("tab_captioning.more_words", count=more)) if more > 0 else ""
+    return box(tr(f"tab_captioning.most_{kind}"), f'<ul class="tags">{items}</ul>{rest}'
+               + small(tr("tab_captioning.stats_help")))
 
 
 def search_of(kind: str, word: str) -> str:
@@ -174,26 +167,27 @@ def search_of(kind: str, word: str) -> str:
 
 # --- what rules would do ---
 
-def changes(ctx: Context, found: Sequence[Change], total: int) -> str:
-    tr = ctx.tr
-    if not found:
-        return f'<p class="small">{esc(tr("tab_captioning.no_changes", total=total))}</p>'
-    items = "".join(f'<li><span class="name small">{esc(one.path)}</span><br>'
-                    f'{difference(one.before, one.after)}</li>' for one in found[:SHOWN_CHANGES])
-    said = tr("tab_captioning.would_change", count=len(found), total=total)
-    return f'<p><b>{esc(said)}</b></p><ul class="changes">{items}</ul>'
+def changes(ctx: Context, changed: Sequence[Change], total: int) -> str:
+    """How many of `total` captions rules would change, and the first of them in full."""
+    if not changed:
+        return small(ctx.tr("tab_captioning.no_changes", total=total))
+    items = "".join(f'<li><span class="name small">{esc(change.path)}</span><br>'
+                    f'{difference(change.before, change.after)}</li>'
+                    for change in changed[:SHOWN_CHANGES])
+    title = ctx.tr("tab_captioning.would_change", count=len(changed), total=total)
+    return f'<p><b>{esc(title)}</b></p><ul class="changes">{items}</ul>'
 
 
 def difference(before: str, after: str) -> str:
     """Both texts in one, by words: what goes is struck out, what comes is bold."""
     old, new = before.split(" "), after.split(" ")
-    made: list[str] = []
+    parts: list[str] = []
     for kind, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
         if kind == "equal":
-            made.append(esc(" ".join(old[a:b])))
+            parts.append(esc(" ".join(old[a:b])))
             continue
         if a < b:
-            made.append(f"<del>{esc(' '.join(old[a:b]))}</del>")
+            parts.append(f"<del>{esc(' '.join(old[a:b]))}</del>")
         if c < d:
-            made.append(f"<ins>{esc(' '.join(new[c:d]))}</ins>")
-    return " ".join(made)
+            parts.append(f"<ins>{esc(' '.join(new[c:d]))}</ins>")
+    return " ".join(parts)

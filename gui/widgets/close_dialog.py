@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gui.html import bar, button, esc
+from gui.html import acts, bar, button, esc, small
 from gui.state.app_state import Context, Snapshot
 
 
@@ -14,19 +14,18 @@ def close_dialog(ctx: Context, snap: Snapshot) -> str:
     if snap.closing == "closed":
         return _dialog("info", tr("close.closed"), f'<p>{esc(tr("close.closed_about"))}</p>')
     name = active.name if active else ""
-    stay = button(tr("close.stay"), "stay").replace("<button", "<button data-cancel", 1)
+    stay = acts(button(tr("close.stay"), "stay").replace("<button", "<button data-cancel", 1))
     if snap.closing == "stopping":
-        said = tr("close.stopping", name=name)
-        return _dialog("stopping", said, f'{bar(1.0, said, "busy")}<p class="acts">{stay}</p>')
-    waits = tr("close.waits", count=len(snap.queued)) if snap.queued else ""
+        text = tr("close.stopping", name=name)
+        return _dialog("stopping", text, bar(1.0, text, "busy") + stay)
     choices = "".join(
-        f'<p>{button(tr(f"close.{one}"), f"{one}_run", kind=kind)}'
-        f'<br><small>{esc(tr(f"close.{one}_about", name=name))}</small></p>'
-        for one, kind in (("keep", "primary"), ("stop", "")))
-    more = f'<p class="small">{esc(waits)}</p>' if waits else ""
-    return _dialog("asked", tr("close.question"), f'{choices}{more}<p class="acts">{stay}</p>')
+        f'<p>{button(tr(f"close.{choice}"), f"{choice}_run", kind=kind)}'
+        f'<br><small>{esc(tr(f"close.{choice}_about", name=name))}</small></p>'
+        for choice, kind in (("keep", "primary"), ("stop", "")))
+    waits = small(tr("close.waits", count=len(snap.queued)) if snap.queued else "")
+    return _dialog("asked", tr("close.question"), choices + waits + stay)
 
 
-def _dialog(key: str, title: str, body: str) -> str:
+def _dialog(key: str, title: str, html: str) -> str:
     return (f'<dialog data-key="{key}" aria-labelledby="close-title"><h3 id="close-title">'
-            f"{esc(title)}</h3>{body}</dialog>")
+            f"{esc(title)}</h3>{html}</dialog>")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -10,44 +9,37 @@ from pathlib import Path
 
 import gradio as gr
 
-from gui.html import ASSETS, button, esc
+from core.serialization import json_of
+from gui.html import ASSETS, acts, button, esc
 from gui.state.app_state import Context
 
 
 def drop_zone(ctx: Context, name: str, suffixes: Iterable[str],
               subject: str = "tab_dataset", choose: Iterable[str] = ("files", "folder")) -> gr.HTML:
-    """Its clicks tell ("dropped", paths as JSON): see `uploaded`. `subject`: whose words for what
-    fits."""
-    script = (ASSETS / "drop_zone.js").read_text("utf-8")
-    return gr.HTML(html(ctx, suffixes, subject, choose), elem_id=name, js_on_load=script,
-                   elem_classes=["panel", "dense"])
-
-
-def html(ctx: Context, suffixes: Iterable[str], subject: str = "tab_dataset",
-         choose: Iterable[str] = ("files", "folder")) -> str:
+    """Its clicks tell ("dropped", paths as JSON): see `uploaded`. `subject`: whose sentences tell
+    which files fit. `choose`: the buttons, files | folder."""
     tr = ctx.tr
     known = list(suffixes)
-    fits = "(" + "|".join(re.escape(one) for one in known) + ")$"
-    buttons = "".join(button(tr(f"tab_dataset.choose_{one}"), "").replace(
-        'data-act=""', f'data-choose="{one}"') for one in choose)
-    doing = tr("tab_dataset.uploading", done="DONE", total="TOTAL")
-    return (f'<div class="drop" data-suffixes="{esc(fits)}" data-doing="{esc(doing)}" '
+    pattern = "(" + "|".join(re.escape(suffix) for suffix in known) + ")$"
+    # These buttons open a dialog in the page (drop_zone.js) and report nothing by themselves.
+    buttons = acts(*(button(tr(f"tab_dataset.choose_{kind}"), "").replace(
+        'data-act=""', f'data-choose="{kind}"') for kind in choose))
+    progress = tr("tab_dataset.uploading", done="DONE", total="TOTAL")
+    html = (f'<div class="drop" data-suffixes="{esc(pattern)}" data-doing="{esc(progress)}" '
             f'data-none="{esc(tr(f"{subject}.none_fits"))}" '
             f'data-failed="{esc(tr("tab_dataset.upload_failed"))}"><p>'
-            f'{esc(tr(f"{subject}.drop"))}</p><p class="acts">{buttons}</p>'
-            f'<p class="said" role="status"></p>'
+            f'{esc(tr(f"{subject}.drop"))}</p>{buttons}<p class="said" role="status"></p>'
             f'<input type="file" name="files" multiple hidden accept="{",".join(known)}">'
             f'<input type="file" name="folder" webkitdirectory hidden></div>')
+    return gr.HTML(html, elem_id=name, elem_classes=["panel", "dense"],
+                   js_on_load=(ASSETS / "drop_zone.js").read_text("utf-8"))
 
 
-def uploaded(told: str) -> list[Path]:
+def uploaded(message: str) -> list[Path]:
     """The files that a page names, if they are uploads of Gradio's: nothing else is read."""
-    try:
-        found = json.loads(told)
-    except ValueError:
-        return []
     root = Path(os.environ.get("GRADIO_TEMP_DIR", "")).resolve()
-    paths = [Path(one).resolve() for one in found if isinstance(one, str)] \
-        if isinstance(found, list) else []
-    return [path for path in paths if root != Path.cwd().resolve()
-            and path.is_relative_to(root) and path.is_file()]
+    # Without a folder of uploads the root would be the working folder.
+    if root == Path.cwd().resolve():
+        return []
+    paths = [Path(name).resolve() for name in json_of(message, list) if isinstance(name, str)]
+    return [path for path in paths if path.is_relative_to(root) and path.is_file()]

@@ -10,35 +10,40 @@ from core.errors import UserError
 from core.jobs.runs import JobView
 from core.memory import relief
 from core.memory import troubleshooting as core_remedies
-from gui.html import button, card, esc, gigabytes
+from core.memory.advisor import gigabytes
+from gui.html import acts, button, card, details, esc, small
 from gui.state.app_state import Context
 
-MOST = 5                                # remedies
-SYMPTOMS = ("weak", "overtrained", "loss_swings")   # of a run that went through
+MOST_REMEDIES = 5
+# What can be wrong with the pictures of a run that went through.
+SYMPTOMS = ("weak", "overtrained", "loss_swings")
 
 
 def fault_card(ctx: Context, view: JobView, log: str = "") -> str:
     """Empty where nothing went wrong. `log`: the end of the run's log, for the details."""
-    fault = view.fault
+    tr, fault = ctx.tr, view.fault
     if fault is None:
         return ""
-    title = ctx.tr("fault_interrupted" if view.state == "interrupted" else "fault_failed",
-                   name=view.name)
-    where = ctx.tr("fault_at_step", step=view.step) if view.step else ""
-    fixes = [button(ctx.tr(f"fixes.{fix['key']}") if "." not in fix["key"]
-                    else ctx.tr(fix["key"], **fix.get("params", {})),
+    fixes = [button(tr(f"fixes.{fix['key']}") if "." not in fix["key"]
+                    else tr(fix["key"], **fix.get("params", {})),
                     "fix", f"{view.id}/{number}", kind="primary" if number == 0 else "", once=True)
              for number, fix in enumerate(fault.fixes)]
     if view.checkpoints and view.job == "train":
-        fixes.append(button(ctx.tr("resume"), "resume", view.id, once=True,
+        fixes.append(button(tr("resume"), "resume", view.id, once=True,
                             kind="" if fixes else "primary"))
-    details = "\n".join(filter(None, (fault.code, fault.details.strip(), log.strip())))
-    more = (f'<details><summary>{esc(ctx.tr("details"))}</summary><pre>{esc(details)}</pre>'
-            f'</details>') if details else ""
-    text = " ".join(filter(None, (where, ctx.tr(fault.code, **_shown(fault.params)))))
-    return card("fault", title, text, raw=(
-        f'<p class="acts">{"".join(fixes)}{diagnostics(ctx, view.id)}{folder(ctx, view)}</p>'
-        f'{_memory(ctx, view)}{more}'))
+    symptom = symptom_of(view)
+    answers = remedies(ctx, view, symptom, tr("remedies.memory")) if symptom else ""
+    trace = "\n".join(filter(None, (fault.code, fault.details.strip(), log.strip())))
+    more = details(tr("details"), f"<pre>{esc(trace)}</pre>") if trace else ""
+    # Sentences format numbers by themselves; a path or an error comes as its text.
+    params = {key: value if isinstance(value, (int, float)) else str(value)
+              for key, value in fault.params.items()}
+    where = tr("fault_at_step", step=view.step) if view.step else ""
+    return card(
+        "fault", tr("fault_interrupted" if view.state == "interrupted" else "fault_failed",
+                    name=view.name),
+        " ".join(filter(None, (where, tr(fault.code, **params)))),
+        html=acts(*fixes, diagnostics(ctx, view.id), folder(ctx, view)) + answers + more)
 
 
 def fix_of(view: JobView, number: str) -> dict[str, Any]:
@@ -50,39 +55,32 @@ def fix_of(view: JobView, number: str) -> dict[str, Any]:
 
 
 def keep_companions(ctx: Context, base: str, changes: Mapping[str, Any]) -> None:
-    """Which file belongs to the project's base is said once, not for each run."""
-    kept = {key: value for key, value in changes.items() if key in COMPANIONS}
-    if kept and base == ctx.app_state.projects.now.edits.get("base_model", "demo"):
-        ctx.app_state.projects.edit(**kept)
+    """Saves in the project which files belong to its base, so that it is asked once only."""
+    companions = {key: value for key, value in changes.items() if key in COMPANIONS}
+    if companions and base == ctx.app_state.projects.now.edits.get("base_model", "demo"):
+        ctx.app_state.projects.edit(**companions)
         ctx.app_state.filled()
 
 
 def diagnostics(ctx: Context, run_id: str = "") -> str:
-    """The button that copies them; see live.js."""
+    """The button that copies the diagnostics; see live.js, which shows the three sentences."""
     address = f"/diagnostics/{run_id}" if run_id else "/diagnostics"
-    said = {one: ctx.tr(f"close.{one}", lines="LINES") for one in (
-        "copying", "copied", "copy_failed")}
-    return (f'<button type="button" class="act" data-copy="{esc(address)}" '
-            + " ".join(f'data-{name.replace("_", "-")}="{esc(text)}"'
-                       for name, text in said.items())
-            + f'>{esc(ctx.tr("close.copy"))}</button>')
+    sentences = "".join(
+        f' data-{key.replace("_", "-")}="{esc(ctx.tr(f"close.{key}", lines="LINES"))}"'
+        for key in ("copying", "copied", "copy_failed"))
+    return (f'<button type="button" class="act" data-copy="{esc(address)}"{sentences}>'
+            f'{esc(ctx.tr("close.copy"))}</button>')
 
 
 def folder(ctx: Context, view: JobView) -> str:
+    """The button that opens the folder of a run."""
     return button(ctx.tr("close.open_folder"), "folder", view.id, hint=view.output_dir)
 
 
 # --- what to change ---
 
-def _memory(ctx: Context, view: JobView) -> str:
-    """Answers of core/memory/troubleshooting.py, with what each saves by the plan."""
-    if (symptom := symptom_of(view)) is None:
-        return ""
-    return remedies(ctx, view, symptom, ctx.tr("remedies.memory"))
-
-
 def symptom_of(view: JobView) -> str | None:
-    """Out of memory, before the first update or after."""
+    """The kind of a memory fault: before the first update or after; None: it is no memory fault."""
     if view.fault is None or view.job != "train" or view.fault.code not in (
             "jobs.out_of_gpu_memory", "jobs.out_of_memory", "jobs.killed"):
         return None
@@ -90,39 +88,40 @@ def symptom_of(view: JobView) -> str | None:
 
 
 def remedies(ctx: Context, view: JobView, symptom: str, title: str) -> str:
+    """Answers of core/memory/troubleshooting.py, with what each saves by the plan."""
     key = f"{view.id}/{symptom}"
     ctx.app_state.planning.remedy(key, _question(ctx, view, symptom))
     planned = ctx.app_state.planning.now.remedies.get(key)
-    waits = "" if planned is not None else (
-        f'<p class="small" role="status">{esc(ctx.tr("remedies.looking"))}</p>')
-    rows = "".join(_remedy(ctx, key, one) for one in known_remedies(ctx, view, symptom)[:MOST])
-    return f'<h4>{esc(title)}</h4><ul class="fixes">{rows}</ul>{waits}' if rows else waits or (
-        f'<p class="small">{esc(ctx.tr("remedies.none"))}</p>')
+    waits = small(ctx.tr("remedies.looking"), status=True) if planned is None else ""
+    items = ""
+    for remedy in known_remedies(ctx, view, symptom)[:MOST_REMEDIES]:
+        saves = remedy.get("saves_mb") or 0
+        gain = f' <small>{esc(ctx.tr("remedies.saves", mb=gigabytes(saves)))}</small>' \
+            if saves > 0 else ""
+        action = button(ctx.tr("remedies.retry"), "remedy", f"{key}/{remedy['key']}", once=True) \
+            if remedy["changes"] else '<span aria-hidden="true">•</span>'
+        items += (f'<li>{action}<span>{esc(ctx.tr(remedy["key"], **remedy["params"]))}{gain}'
+                  f'</span></li>')
+    if items:
+        return f'<h4>{esc(title)}</h4><ul class="fixes">{items}</ul>{waits}'
+    return waits or small(ctx.tr("remedies.none"))
 
 
 def known_remedies(ctx: Context, view: JobView, symptom: str) -> list[dict[str, Any]]:
-    """Weighed by the planner; until it has answered, all that may help."""
+    """What may help, as the planner has weighed it; until it has answered, all that may help."""
     planned = ctx.app_state.planning.now.remedies.get(f"{view.id}/{symptom}")
     if planned is not None:
         return planned
     question = _question(ctx, view, symptom)
     machine = ctx.app_state.machine
-    able = relief.capabilities(machine) if machine else relief.Capabilities()
-    facts = core_remedies.Facts(capabilities=able, updates=question["updates"],
+    capabilities = relief.capabilities(machine) if machine else relief.Capabilities()
+    facts = core_remedies.Facts(capabilities=capabilities, updates=question["updates"],
                                 best_step=question["best_step"])
     config = TrainConfig.model_validate(question["config"])
-    return [{"key": one.key, "params": dict(one.params), "changes": dict(one.changes)}
-            for one in core_remedies.answer(symptom, config, None, facts)
-            if "max_resolution" not in one.changes]     # that needs the base's own size
-
-
-def _remedy(ctx: Context, key: str, one: dict[str, Any]) -> str:
-    saves = one.get("saves_mb") or 0
-    gain = f' <small>{esc(ctx.tr("remedies.saves", mb=gigabytes(saves)))}</small>' \
-        if saves > 0 else ""
-    act = button(ctx.tr("remedies.retry"), "remedy", f"{key}/{one['key']}", once=True) \
-        if one["changes"] else '<span aria-hidden="true">•</span>'
-    return f'<li>{act}<span>{esc(ctx.tr(one["key"], **one["params"]))}{gain}</span></li>'
+    # A smaller resolution needs the base's own size, which the planner alone reads.
+    return [{"key": remedy.key, "params": dict(remedy.params), "changes": dict(remedy.changes)}
+            for remedy in core_remedies.answer(symptom, config, None, facts)
+            if "max_resolution" not in remedy.changes]
 
 
 def _question(ctx: Context, view: JobView, symptom: str) -> dict[str, Any]:
@@ -134,14 +133,9 @@ def _question(ctx: Context, view: JobView, symptom: str) -> dict[str, Any]:
 
 def unhappy(ctx: Context, view: JobView) -> str:
     """For a run that went through: what to change when the pictures disappoint."""
-    asked = [one for one in SYMPTOMS if f"{view.id}/{one}" in ctx.app_state.planning.now.remedies]
-    acts = "".join(button(ctx.tr(f"remedies.{one}"), "symptom", f"{view.id}/{one}",
-                          kind="primary" if one in asked[-1:] else "") for one in SYMPTOMS)
+    answered = ctx.app_state.planning.now.remedies
+    asked = [symptom for symptom in SYMPTOMS if f"{view.id}/{symptom}" in answered]
+    buttons = [button(ctx.tr(f"remedies.{symptom}"), "symptom", f"{view.id}/{symptom}",
+                      kind="primary" if symptom in asked[-1:] else "") for symptom in SYMPTOMS]
     shown = remedies(ctx, view, asked[-1], "") if asked else ""
-    return (f'<details><summary>{esc(ctx.tr("remedies.unhappy"))}</summary>'
-            f'<p class="acts">{acts}</p>{shown}</details>')
-
-
-def _shown(params: dict[str, object]) -> dict[str, object]:
-    return {key: value if isinstance(value, (int, float)) else str(value)
-            for key, value in params.items()}
+    return details(ctx.tr("remedies.unhappy"), acts(*buttons) + shown)

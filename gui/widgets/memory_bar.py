@@ -5,56 +5,55 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from core.memory.advisor import gigabytes
 from core.memory.plan import MARGIN
-from gui.html import esc, gigabytes
+from gui.html import esc, small
 from gui.state.app_state import Context
 
-_GROUPS = {                             # parts of the plan, as few as an eye can tell apart
+# Parts of the plan, in as few groups as an eye can tell apart.
+_GROUPS = {
     "base": ("denoiser", "text_encoder", "vae"), "activations": ("activations",),
     "lora": ("adapter", "optimizer", "gradients", "average", "base_loras"),
     "system": ("context", "workspace", "fragments", "allocator", "process", "dataset", "offload")}
+SIGNS = {"fits": "✓", "tight": "⚠", "too_big": "✖"}
 
 
 def grouped(plan: Mapping[str, Any]) -> dict[str, float]:
-    """MiB at the peak, by group; parts that nobody foresaw count as the system's."""
+    """MiB at the peak, by group; parts that no group names count as the system's."""
     parts = {**plan["phases"].get(plan["peak"], {}), **plan["outside"]}
-    known = {part: group for group, members in _GROUPS.items() for part in members}
-    found = dict.fromkeys(_GROUPS, 0.0)
+    group_of = {part: group for group, members in _GROUPS.items() for part in members}
+    groups = dict.fromkeys(_GROUPS, 0.0)
     for part, mb in parts.items():
-        found[known.get(part, "system")] += mb
-    return found
+        groups[group_of.get(part, "system")] += mb
+    return groups
 
 
 def memory_bar(ctx: Context, plan: Mapping[str, Any], live_mb: float | None = None,
                pending: bool = False) -> str:
-    """`plan`: core.memory.plan.as_dict's. `live_mb`: what the run holds now."""
+    """`plan`: core.memory.plan.as_dict's. `live_mb`: what the run holds now, MiB."""
     machine = plan["machine"]
     needs, free, total = plan["needs_mb"], machine["free_mb"], machine["total_mb"]
     scale = max(needs, total) or 1.0
-    over = (live_mb or 0.0) > needs * (1 + MARGIN)         # the verdict follows what is so
-    verdict = ("too_big" if live_mb and live_mb > free else "tight") if over else plan["verdict"]
-    shares = grouped(plan)
-    said = ctx.tr("memory_over" if over else f"memory_{verdict}", needs=gigabytes(needs),
-                  free=gigabytes(free), held=gigabytes(live_mb or 0.0))
-    parts = "".join(f'<i class="part {name}" style="width:{100 * mb / scale:.2f}%" '
-                    f'title="{esc(ctx.tr(f"part_{name}"))} {gigabytes(mb)}"></i>'
-                    for name, mb in shares.items())
-    legend = "".join(f'<span><i class="part {name}"></i>{esc(ctx.tr(f"part_{name}"))} '
-                     f'<b>{gigabytes(mb)}</b></span>' for name, mb in shares.items())
+    held = live_mb or 0.0
+    # What is measured counts for more than what was planned.
+    over = held > needs * (1 + MARGIN)
+    verdict = ("too_big" if held > free else "tight") if over else plan["verdict"]
+    text = ctx.tr("memory_over" if over else f"memory_{verdict}", needs=gigabytes(needs),
+                  free=gigabytes(free), held=gigabytes(held))
+    parts = legend = ""
+    for group, mb in grouped(plan).items():
+        name, amount = esc(ctx.tr(f"part_{group}")), gigabytes(mb)
+        parts += (f'<i class="part {group}" style="width:{100 * mb / scale:.2f}%" '
+                  f'title="{name} {amount}"></i>')
+        legend += f'<span><i class="part {group}"></i>{name} <b>{amount}</b></span>'
     mark = (f'<u class="free" style="left:{100 * free / scale:.2f}%" '
             f'title="{esc(ctx.tr("free_now", free=gigabytes(free)))}"></u>')
+    live = ""
+    if held:
+        now = ctx.tr("held_now", held=gigabytes(held))
+        live = (f'<div class="track live" role="img" aria-label="{esc(now)}">'
+                f'<i style="width:{min(100, 100 * held / scale):.2f}%"></i></div>{small(now)}')
     return (f'<div class="memory {verdict}{" pending" if pending else ""}"><p class="verdict">'
-            f'{_SIGNS[verdict]} {esc(said)}</p><div class="track" role="img" '
-            f'aria-label="{esc(said)}">{parts}{mark}</div>{_live(ctx, live_mb, scale)}'
+            f'{SIGNS[verdict]} {esc(text)}</p><div class="track" role="img" '
+            f'aria-label="{esc(text)}">{parts}{mark}</div>{live}'
             f'<p class="legend">{legend}</p></div>')
-
-
-_SIGNS = {"fits": "✓", "tight": "⚠", "too_big": "✖"}
-
-
-def _live(ctx: Context, live_mb: float | None, scale: float) -> str:
-    if not live_mb:
-        return ""
-    said = ctx.tr("held_now", held=gigabytes(live_mb))
-    return (f'<div class="track live" role="img" aria-label="{esc(said)}"><i style="width:'
-            f'{min(100, 100 * live_mb / scale):.2f}%"></i></div><p class="small">{esc(said)}</p>')

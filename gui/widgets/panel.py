@@ -28,9 +28,10 @@ element.addEventListener('submit', event => {
 
 
 def panel(name: str, js: str = "", dense: bool = False, **more: Any) -> gr.HTML:
-    """`name`: its id on the page. Its HTML comes through `Tab.paint` and gui/assets/live.js; clicks
-    come through Page.on_panel. `js`: a script of ASSETS with a `fresh()` that is called
-    after each painting, instead of the plain one. `dense`: small buttons and rows."""
+    """An area of the page. `name`: its id. Its HTML comes through `Tab.paint` and
+    gui/assets/live.js; clicks come through Page.on_panel. `js`: a script of ASSETS with a
+    function `fresh()` that is called after each painting; it takes the place of the plain script.
+    `dense`: small buttons and rows."""
     body = (ASSETS / f"{js}.js").read_text("utf-8") if js else _DELEGATE
     after = ", fresh" if js else ""
     script = f"{body}\n{READY}\nready(() => window.darkroom.mount(element, {name!r}{after}));"

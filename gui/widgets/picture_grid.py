@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gui.html import button, esc
+from gui.html import acts, button, esc, small
 from gui.state.app_state import Context
-from gui.state.dataset import Shown, State
+from gui.state.dataset import State
 from gui.state.dataset_view import DatasetView
 
 PER_PAGE = 60
@@ -30,77 +30,78 @@ def filtered(state: State, filter: str) -> tuple[str, ...]:
 
 
 def of_finding(state: State, code: str) -> tuple[str, ...]:
-    found = [one for one in (state.report.findings if state.report else ()) if one.code == code]
-    names = [name for one in found for group in one.groups for name in group]
-    names = names or [subject.name for one in found for subject in one.subjects]
+    """The pictures that findings of a code are about; copies of a group stand together."""
+    every = state.report.findings if state.report else ()
+    findings = [finding for finding in every if finding.code == code]
+    names = [name for finding in findings for group in finding.groups for name in group]
+    names = names or [subject.name for finding in findings for subject in finding.subjects]
+    # A finding may be about a file that is no picture, or that was deleted since.
     here = frozenset(state.names)
     return tuple(name for name in dict.fromkeys(names) if name in here)
 
 
 def page_of(count: int, page: int, size: int = PER_PAGE) -> tuple[int, int]:
-    """-> the page that is there, how many there are."""
+    """-> the nearest page that exists, and how many pages there are."""
     pages = max(1, -(-count // size))
     return min(max(page, 0), pages - 1), pages
 
 
+def neighbour(names: Sequence[str], current: str, by: int) -> int:
+    """The place after (by 1) or before (by -1) the current name, which stays at the ends; the
+    first where none is current."""
+    at = names.index(current) if current in names else -by
+    return min(max(at + by, 0), len(names) - 1)
+
+
 # --- the page ---
 
-def grid(ctx: Context, album: DatasetView) -> str:
-    state, shown = album.now, album.shown
+def grid(ctx: Context, dataset: DatasetView) -> str:
+    """Filters, the tiles of a page, and the way to the other pages."""
+    tr, state, shown = ctx.tr, dataset.now, dataset.shown
     if not state.names:
         return ""
+    filters = [(tr(f"tab_dataset.filter_{key}"), key) for key in FILTERS]
+    if shown.filter.startswith("finding:"):
+        filters.append((tr("tab_dataset.filter_finding"), shown.filter))
+    toggles = "".join(button(label, "filter", key, pressed=key == shown.filter)
+                      for label, key in filters)
+    # picture_grid.js enables these while tiles are selected, and writes how many into <b>.
+    why_not = esc(tr("tab_dataset.select_first"))
+    selected = "".join(
+        f'<button type="button" class="act" data-act="{act}" data-selected disabled '
+        f'data-whynot="{why_not}" title="{why_not}">{esc(tr(f"tab_dataset.{act}"))}<b></b>'
+        f'</button>' for act in ("leave_out", "take_in"))
     names = filtered(state, shown.filter)
     page, pages = page_of(len(names), shown.page)
     troubled = state.troubled
-    tiles = "".join(_tile(ctx, album, name, name in troubled)
+    tiles = "".join(_tile(ctx, dataset, name, name in troubled)
                     for name in names[page * PER_PAGE:(page + 1) * PER_PAGE])
-    empty = "" if tiles else f'<p class="none">{esc(ctx.tr("tab_dataset.none_here"))}</p>'
-    help_ = f'<p class="small">{esc(ctx.tr("tab_dataset.keys"))}</p>'
-    return (f'{_tools(ctx, state, shown)}{empty}<ul class="grid">{tiles}</ul>'
-            f'{pager(ctx, page, pages, len(names))}{help_}')
+    empty = "" if tiles else f'<p class="none">{esc(tr("tab_dataset.none_here"))}</p>'
+    return (f'<div class="tools">{toggles}<span class="spring"></span>{selected}</div>{empty}'
+            f'<ul class="grid">{tiles}</ul>{pager(ctx, page, pages, len(names))}'
+            + small(tr("tab_dataset.keys")))
 
 
-def _tools(ctx: Context, state: State, shown: Shown) -> str:
-    tr = ctx.tr
-    made = [_filter(tr(f"tab_dataset.filter_{one}"), one, shown.filter) for one in FILTERS]
-    if shown.filter.startswith("finding:"):
-        made.append(_filter(tr("tab_dataset.filter_finding"), shown.filter, shown.filter))
-    picked = [_of_selected(ctx, act) for act in ("leave_out", "take_in")]
-    return f'<div class="tools">{"".join(made)}<span class="spring"></span>{"".join(picked)}</div>'
-
-
-def _filter(label: str, name: str, now: str) -> str:
-    return (f'<button type="button" class="act" data-act="filter" data-id="{esc(name)}" '
-            f'aria-pressed="{str(name == now).lower()}">{esc(label)}</button>')
-
-
-def _of_selected(ctx: Context, act: str) -> str:
-    why = esc(ctx.tr("tab_dataset.select_first"))
-    return (f'<button type="button" class="act" data-act="{act}" data-selected disabled '
-            f'data-whynot="{why}" title="{why}">{esc(ctx.tr(f"tab_dataset.{act}"))}<b></b>'
-            f'</button>')
-
-
-def _tile(ctx: Context, album: DatasetView, name: str, troubled: bool) -> str:
-    state, key = album.now, album.key(name)
-    out = name in state.chosen.left_out
-    bare = not out and not state.captions.get(name)
-    marks = [(troubled, "⚠", "has_finding"), (bare, "✎", "no_caption"), (out, "∅", "is_left_out"),
-             (name in state.chosen.focus, "◎", "has_focus")]
-    shown = "".join(f'<i title="{esc(ctx.tr(f"tab_dataset.{why}"))}">{sign}</i>'
-                    for on, sign, why in marks if on)
-    told = ", ".join([name, *(ctx.tr(f"tab_dataset.{why}") for on, _, why in marks if on)])
-    kind = " ".join(["tile", *(["out"] if out else []),
-                     *(["open"] if album.shown.open == name else [])])
-    return (f'<li class="{kind}" data-key="{key}"><button type="button" data-act="open" '
-            f'data-id="{key}" title="{esc(name)}" aria-label="{esc(told)}">'
-            f'<img src="{address(album, name)}" alt="" loading="lazy">'
+def _tile(ctx: Context, dataset: DatasetView, name: str, troubled: bool) -> str:
+    state, key = dataset.now, dataset.key(name)
+    left_out = name in state.chosen.left_out
+    uncaptioned = not left_out and not state.captions.get(name)
+    marks = [(sign, ctx.tr(f"tab_dataset.{why}")) for shown, sign, why in (
+        (troubled, "⚠", "has_finding"), (uncaptioned, "✎", "no_caption"),
+        (left_out, "∅", "is_left_out"), (name in state.chosen.focus, "◎", "has_focus")) if shown]
+    signs = "".join(f'<i title="{esc(text)}">{sign}</i>' for sign, text in marks)
+    label = ", ".join([name, *(text for _, text in marks)])
+    css = "tile" + " out" * left_out + " open" * (dataset.shown.open == name)
+    return (f'<li class="{css}" data-key="{key}"><button type="button" data-act="open" '
+            f'data-id="{key}" title="{esc(name)}" aria-label="{esc(label)}">'
+            f'<img src="{address(dataset, name)}" alt="" loading="lazy">'
             f'<span>{esc(name)}</span></button>'
             f'<input type="checkbox" aria-label="{esc(ctx.tr("tab_dataset.select", name=name))}">'
-            f'<span class="marks">{shown}</span></li>')
+            f'<span class="marks">{signs}</span></li>')
 
 
 def pager(ctx: Context, page: int, pages: int, count: int) -> str:
+    """Buttons to other pages of `count` things; `page` is the one that is shown, from 0."""
     tr = ctx.tr
     first = "" if page else tr("tab_dataset.first_page")
     last = "" if page + 1 < pages else tr("tab_dataset.last_page")
@@ -113,66 +114,56 @@ def pager(ctx: Context, page: int, pages: int, count: int) -> str:
     return f'<div class="tools">{"".join([*turns[:half], where, *turns[half:]])}</div>'
 
 
-def address(album: DatasetView, name: str, view: bool = False) -> str:
+def address(dataset: DatasetView, name: str, view: bool = False) -> str:
     """Changes with each look at the folder, so that browsers may keep what they got; no file is
     asked here, which would wait for the threads that read them all."""
-    return f"/dataset/{album.key(name)}?v={album.now.looked}" + ("&view=1" if view else "")
+    return f"/dataset/{dataset.key(name)}?v={dataset.now.looked}" + ("&view=1" if view else "")
 
 
 # --- one picture ---
 
-def large(ctx: Context, album: DatasetView) -> str:
-    """Empty where none is open."""
-    state, name = album.now, album.shown.open
+def large(ctx: Context, dataset: DatasetView) -> str:
+    """The opened picture with its crop, caption and buttons; empty where none is open."""
+    state, name = dataset.now, dataset.shown.open
     if name not in state.names:
         return ""
-    tr, key = ctx.tr, album.key(name)
-    out = name in state.chosen.left_out
+    tr, key = ctx.tr, dataset.key(name)
+    toggle = "take_in" if name in state.chosen.left_out else "leave_out"
+    buttons = acts(
+        button(tr("tab_dataset.previous_picture"), "step", "-1"),
+        button(tr("tab_dataset.next_picture"), "step", "1"),
+        button(tr(f"tab_dataset.{toggle}"), toggle, key),
+        button(tr("tab_dataset.clear_focus"), "unfocus", key)
+        if name in state.chosen.focus else "",
+        button(tr("tab_dataset.edit_caption"), "edit", key),
+        button(tr("tab_dataset.close"), "close"))
+    planned, frame, facts = state.planned(name), "", tr("tab_dataset.not_planned")
+    point = state.chosen.focus.get(name) or (planned.focus if planned else None)
+    if planned is not None:
+        (width, height), (wide, high) = planned.size, planned.crop.size
+        facts = tr("tab_dataset.cut_none" if planned.cut == 0 else "tab_dataset.cut_some",
+                   width=width, height=height, wide=wide, high=high,
+                   cut=f"{100 * planned.cut:.0f}", scale=f"{planned.scale:.2f}")
+        if planned.cut > 0:
+            left, top, wide_share, high_share = frame_of(planned.crop.source(planned.size),
+                                                         planned.size)
+            frame = (f'<i class="kept" style="left:{left:.2f}%;top:{top:.2f}%;'
+                     f'width:{wide_share:.2f}%;height:{high_share:.2f}%"></i>')
+    dot = at = ""
+    if point:
+        dot = f'<i class="dot" style="left:{100 * point[0]:.2f}%;top:{100 * point[1]:.2f}%"></i>'
+        at = f' data-x="{point[0]}" data-y="{point[1]}"'
     caption = state.captions.get(name) or tr("tab_dataset.no_caption")
-    acts = [button(tr("tab_dataset.previous_picture"), "step", "-1"),
-            button(tr("tab_dataset.next_picture"), "step", "1"),
-            button(tr("tab_dataset.take_in" if out else "tab_dataset.leave_out"),
-                   "take_in" if out else "leave_out", key)]
-    if name in state.chosen.focus:
-        acts.append(button(tr("tab_dataset.clear_focus"), "unfocus", key))
-    acts += [button(tr("tab_dataset.edit_caption"), "edit", key),
-             button(tr("tab_dataset.close"), "close")]
-    return (f'<section class="box"><h3>{esc(name)}</h3>{_aim(ctx, album, name)}'
-            f'<p class="small">{esc(_facts(ctx, state, name))}</p>'
-            f'<p class="caption-of">{esc(caption)}</p><p class="acts">{"".join(acts)}</p>'
-            f'<p class="small">{esc(tr("tab_dataset.aim_help"))}</p></section>')
-
-
-def _aim(ctx: Context, album: DatasetView, name: str) -> str:
-    state = album.now
-    one, point = state.planned(name), state.chosen.focus.get(name)
-    if point is None and one is not None:
-        point = one.focus
-    frame = ""
-    if one is not None and one.cut > 0:
-        left, top, wide, high = frame_of(one.crop.source(one.size), one.size)
-        frame = (f'<i class="kept" style="left:{left:.2f}%;top:{top:.2f}%;width:{wide:.2f}%;'
-                 f'height:{high:.2f}%"></i>')
-    dot = (f'<i class="dot" style="left:{100 * point[0]:.2f}%;top:{100 * point[1]:.2f}%"></i>'
-           if point else "")
-    at = f' data-x="{point[0]}" data-y="{point[1]}"' if point else ""
-    return (f'<div class="large aim" role="application" tabindex="0" '
-            f'data-key="{album.key(name)}"{at} aria-label="{esc(ctx.tr("tab_dataset.aim"))}">'
-            f'<img alt="{esc(name)}" src="{address(album, name, view=True)}">{frame}{dot}</div>')
+    return (f'<section class="box"><h3>{esc(name)}</h3>'
+            f'<div class="large aim" role="application" tabindex="0" data-key="{key}"{at} '
+            f'aria-label="{esc(tr("tab_dataset.aim"))}"><img alt="{esc(name)}" '
+            f'src="{address(dataset, name, view=True)}">{frame}{dot}</div>{small(facts)}'
+            f'<p class="caption-of">{esc(caption)}</p>{buttons}'
+            f'{small(tr("tab_dataset.aim_help"))}</section>')
 
 
 def frame_of(source: Sequence[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """What a crop keeps, in % of the picture: left, top, width, height."""
+    """The part that a crop keeps, in % of the picture: left, top, width, height."""
     left, top, right, bottom = source
     return (100 * left / size[0], 100 * top / size[1], 100 * (right - left) / size[0],
             100 * (bottom - top) / size[1])
-
-
-def _facts(ctx: Context, state: State, name: str) -> str:
-    one = state.planned(name)
-    if one is None:
-        return ctx.tr("tab_dataset.not_planned")
-    (width, height), (wide, high) = one.size, one.crop.size
-    key = "cut_none" if one.cut == 0 else "cut_some"
-    return ctx.tr(f"tab_dataset.{key}", width=width, height=height, wide=wide, high=high,
-                  cut=f"{100 * one.cut:.0f}", scale=f"{one.scale:.2f}")

@@ -29,7 +29,7 @@ from gui.state.app_state import Context, Snapshot
 from gui.state.dataset_view import DatasetView
 from gui.state.page import Page
 from gui.tabs import captioning
-from gui.tabs.captioning import CaptioningTab, config_of, kept_of, offers, progress, status
+from gui.tabs.captioning import CaptioningTab, config_of, offers, options_of, progress, status
 from gui.widgets import caption_rows
 from gui.widgets.caption_rows import are_tags, difference, next_empty, search_of
 
@@ -69,7 +69,7 @@ def album(folder: Path) -> Iterator[DatasetView]:
 
 
 def texts_of(album: DatasetView) -> dict[str, Any]:
-    html = caption_rows.texts(ENGLISH, album, caption_rows.found(album))
+    html = caption_rows.texts(ENGLISH, album, caption_rows.matching(album))
     found = re.search(r'data-texts="([^"]*)"', html)
     assert found
     told: dict[str, Any] = json.loads(unescape(found[1]))
@@ -111,7 +111,7 @@ def test_an_edit_of_another_program_is_not_overwritten(album: DatasetView, folde
 
 
 def test_rows_and_texts_are_apart(album: DatasetView) -> None:
-    names = caption_rows.found(album)
+    names = caption_rows.matching(album)
     rows = caption_rows.rows(ENGLISH, album, names)
     told = texts_of(album)
     key = album.key("01-banana.png")
@@ -137,14 +137,14 @@ def test_tokens_are_clips_own_and_words_until_then(album: DatasetView) -> None:
 
 def test_searching(album: DatasetView) -> None:
     album.show(search="empty")
-    assert caption_rows.found(album) == ("04-mushroom.png",)
+    assert caption_rows.matching(album) == ("04-mushroom.png",)
     album.show(search=search_of("tags", "duskprint style"))
-    assert len(caption_rows.found(album)) == 3
+    assert len(caption_rows.matching(album)) == 3
     album.show(search="", only=("02-cherries.png",))
-    assert caption_rows.found(album) == ("02-cherries.png",)
+    assert caption_rows.matching(album) == ("02-cherries.png",)
     album.show(search="tokens >")
     with pytest.raises(UserError):
-        caption_rows.found(album)
+        caption_rows.matching(album)
 
 
 @given(st.text(st.characters(blacklist_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1))
@@ -196,7 +196,7 @@ def tab(album: DatasetView, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     made = object.__new__(CaptioningTab)
     app_state = SimpleNamespace(snapshot=lambda: snapshot(folder),
                                 projects=SimpleNamespace(update=lambda how: None))
-    made.ctx, made.album = Context(app_state, "en", Page()), album
+    made.ctx, made.dataset = Context(app_state, "en", Page()), album
     made.would = "would"                    # type: ignore[assignment]
     return made
 
@@ -243,7 +243,7 @@ def test_every_captioner_can_be_chosen() -> None:
 
 
 def test_the_config_that_a_job_gets(album: DatasetView, folder: Path) -> None:
-    kept = kept_of(snapshot(folder))
+    kept = options_of(snapshot(folder))
     config = config_of(kept, album, "m1a", "")
     assert (config.captioner, config.trigger_word, config.only) == ("blip+clip", "m1a", [])
     assert config.models == {"blip": "demo", "clip": "demo"}
@@ -260,9 +260,9 @@ def test_the_config_that_a_job_gets(album: DatasetView, folder: Path) -> None:
 
 def test_what_the_project_keeps_may_be_anything(folder: Path) -> None:
     odd = snapshot(folder, tabs={"captioning": {"sentence": 7, "tags": "", "more": 1}})
-    assert kept_of(odd)["sentence"] == "blip=demo"
-    assert kept_of(odd)["tags"] == ""
-    assert "more" not in kept_of(odd)
+    assert options_of(odd)["sentence"] == "blip=demo"
+    assert options_of(odd)["tags"] == ""
+    assert "more" not in options_of(odd)
 
 
 @pytest.mark.parametrize("ctx", [ENGLISH, CHINESE], ids=["en", "zh-CN"])
@@ -273,9 +273,9 @@ def test_the_job_is_told(ctx: Context, folder: Path) -> None:
     snap = snapshot(folder, view)
     assert "2.0" in progress(ctx, snap, view)
     assert "12" in progress(ctx, snap, view)            # seconds left
-    assert 'aria-valuenow="25"' in status(ctx, snap, view, kept_of(snap))
+    assert 'aria-valuenow="25"' in status(ctx, snap, view, options_of(snap))
     done = replace(view, state="done", result={"captioned": 8, "kept": 1, "left": ["a"]})
-    html = status(ctx, snap, done, kept_of(snap)) + status(ctx, snap, None, kept_of(snap))
+    html = status(ctx, snap, done, options_of(snap)) + status(ctx, snap, None, options_of(snap))
     assert "8" in html
     assert "68" in html                                 # the demo captioner says what it knows
     assert "tab_captioning" not in html

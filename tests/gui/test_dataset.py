@@ -268,7 +268,7 @@ def test_only_uploads_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_handlers_refuse_strange_input(album: DatasetView) -> None:
     from gui.tabs.dataset import DatasetTab
     tab = object.__new__(DatasetTab)
-    tab.album, tab.ctx = album, SimpleNamespace(app_state=None)     # type: ignore[assignment]
+    tab.dataset, tab.ctx = album, SimpleNamespace(app_state=None)     # type: ignore[assignment]
     for act, id in (("page", "x"), ("step", "7"), ("nonsense", "")):
         page = album.shown.page
         DatasetTab.act(tab, act, id)

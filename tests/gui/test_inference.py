@@ -25,7 +25,7 @@ from core.jobs.runs import JobView, fold
 from core.lora_files import export, library
 from gui.state import inference_request as wanted
 from gui.state.app_state import AppState, Context, Snapshot
-from gui.state.inference_files import InferenceFiles, desk_of, pictures_folder
+from gui.state.inference_files import InferenceFiles, pictures_folder
 from gui.state.inference_request import Added
 from gui.state.page import Page
 from gui.state.plan_client import Planning
@@ -56,7 +56,8 @@ def ctx(app_state: AppState, request: pytest.FixtureRequest) -> Context:
 def tab(app_state: AppState) -> Any:
     """The tab's handlers, without Gradio's components."""
     made = object.__new__(inference.Inference)
-    made.ctx, made.desk, made._ready = Context(app_state, "en", Page()), desk_of(app_state), None
+    made.ctx, made._ready = Context(app_state, "en", Page()), None
+    made.files = app_state.shared(InferenceFiles)
     return made
 
 
@@ -98,7 +99,7 @@ def refused(code: str) -> Iterator[None]:
 def test_the_last_lora_is_ready_at_its_trigger(ctx: Context, tmp_path: Path) -> None:
     old, new = trained(tmp_path, "a", 1.0), trained(tmp_path, "b", 2.0)
     snap = Snapshot(runs=(new, old))
-    found = wanted.choices(snap, desk())
+    found = wanted.lora_choices(snap, desk())
     assert [Path(one.file).stem for one in found] == [
         "b-001500", "b-000500", "a-001500", "a-000500"]
     assert wanted.added(snap, found) == [Added(found[0].file, 0.8)]
@@ -115,13 +116,13 @@ def test_the_last_lora_is_ready_at_its_trigger(ctx: Context, tmp_path: Path) -> 
 def test_an_own_list_stays_until_a_newer_lora_is_ready(tmp_path: Path) -> None:
     old, new = trained(tmp_path, "a", 1.0), trained(tmp_path, "b", 2.0)
     before = Snapshot(runs=(old,))
-    found = wanted.choices(before, desk())
+    found = wanted.lora_choices(before, desk())
     own = [Added(found[1].file, 0.35), Added(found[0].file, -0.5)]
     project = before.project.model_copy(update={"inference": wanted.own_list(own, found)})
     before = replace(before, project=project)
     assert wanted.added(before, found) == own
     after = replace(before, runs=(new, old))
-    found = wanted.choices(after, desk())
+    found = wanted.lora_choices(after, desk())
     assert wanted.added(after, found) == [Added(found[0].file, 0.8)]
     for foreign in ("x", [1], [{"file": "x", "weight": 9}], [{"file": 1}], None):
         project = project.model_copy(update={"inference": {"lora": "b", "loras": foreign}})
@@ -132,7 +133,7 @@ def test_files_on_the_disk_are_offered_too(own_home: Path) -> None:
     snap = Snapshot()
     file = tiny_lora(snap.settings.output_folder / "x" / "ink.safetensors")
     tiny_lora(snap.settings.output_folder / "x" / "state.safetensors")
-    found = wanted.choices(snap, desk())
+    found = wanted.lora_choices(snap, desk())
     assert [one.file for one in found] == [str(file)]
     assert wanted.added(snap, found) == []          # no run made it
     assert wanted.names(found) == {"ink": str(file)}
@@ -185,7 +186,7 @@ def test_jobs(tmp_path: Path, own_home: Path) -> None:
     with refused("tab_inference.one_checkpoint"):
         wanted.job(one, desk(), "checkpoints", values)
     Path(final).unlink()
-    kept = wanted.own_list([Added(final)], wanted.choices(snap, desk()))
+    kept = wanted.own_list([Added(final)], wanted.lora_choices(snap, desk()))
     gone = replace(snap, project=snap.project.model_copy(update={"inference": kept}))
     with refused("tab_inference.lora_gone"):
         wanted.job(gone, desk(), "draw", values)
@@ -302,7 +303,7 @@ def test_loras_are_added_weighed_removed_and_refused(tab: Any, app_state: AppSta
                                                      ) -> None:
     def now() -> list[Added]:
         snap = app_state.snapshot()
-        return wanted.added(snap, wanted.choices(snap, tab.desk))
+        return wanted.added(snap, wanted.lora_choices(snap, tab.files))
     ink, mia = (tiny_lora(tmp_path / f"{name}.safetensors") for name in ("ink", "mia"))
     tab.change("add", str(ink))
     tab.change("add", f'"{mia}"')
@@ -338,10 +339,10 @@ def test_what_is_dropped_is_taken(tab: Any, app_state: AppState, own_home: Path,
     tab.take("dropped", json.dumps([str(file)]))
     kept = own_home / "loras" / "ink.safetensors"
     snap = app_state.snapshot()
-    found = wanted.choices(snap, tab.desk)
+    found = wanted.lora_choices(snap, tab.files)
     assert wanted.added(snap, found) == [Added(str(kept))]
-    assert wanted.triggers(snap, wanted.added(snap, found), found, tab.desk) == ["inky"]
-    assert "inky" in lora_list(tab.ctx, snap, tab.desk)
+    assert wanted.triggers(snap, wanted.added(snap, found), found, tab.files) == ["inky"]
+    assert "inky" in lora_list(tab.ctx, snap, tab.files)
 
     from tests.inference.test_png_info import png
     picture = png(uploads / "2.png", parameters=(
@@ -349,8 +350,8 @@ def test_what_is_dropped_is_taken(tab: Any, app_state: AppState, own_home: Path,
         "Steps: 9, Sampler: Euler a, CFG scale: 3.5, Seed: 77, Size: 64x32"))
     tab.take("dropped", json.dumps([str(picture)]))
     snap = app_state.snapshot()
-    assert wanted.added(snap, wanted.choices(snap, tab.desk)) == [Added(str(kept), 0.35)]
-    told = wanted.typed(snap, wanted.choices(snap, tab.desk))
+    assert wanted.added(snap, wanted.lora_choices(snap, tab.files)) == [Added(str(kept), 0.35)]
+    told = wanted.typed(snap, wanted.lora_choices(snap, tab.files))
     assert told == {"prompt": "a house  <lora:nobody:1>", "negative": "rain", "seed": 77,
                     "steps": 9, "cfg": 3.5, "size": "64,32", "sampler": "euler_a", "count": 1,
                     "same_seed": True, "clip_skip": None}
@@ -358,7 +359,7 @@ def test_what_is_dropped_is_taken(tab: Any, app_state: AppState, own_home: Path,
         "a house\nSteps: 9, Sampler: Euler a, Seed: 77, Size: 64x32, Clip skip: 2"))
     tab.take("dropped", json.dumps([str(picture)]))
     snap = app_state.snapshot()
-    assert wanted.typed(snap, wanted.choices(snap, tab.desk))["clip_skip"] == 2
+    assert wanted.typed(snap, wanted.lora_choices(snap, tab.files))["clip_skip"] == 2
     with refused("tab_inference.no_settings"):
         tab.take("dropped", json.dumps([str(png(uploads / "3.png"))]))
     before = app_state.projects.now
@@ -374,10 +375,10 @@ def test_pictures_are_deleted_and_brought_back(tab: Any, app_state: AppState) ->
     snap = replace(app_state.snapshot(), runs=(view,))
     app_state.snapshot = lambda: snap                   # type: ignore[method-assign]
     tab.act("delete", "d/1")
-    assert [n for _, n in tab.desk.pictures(snap)] == [2, 0]
+    assert [n for _, n in tab.files.pictures(snap)] == [2, 0]
     assert (folder / "_deleted" / "00001.png").is_file()
     tab.act("undelete", "")
-    assert [n for _, n in tab.desk.pictures(snap)] == [2, 1, 0]
+    assert [n for _, n in tab.files.pictures(snap)] == [2, 1, 0]
     for wrong in ("d/9", "x/0", "", "../d/0"):
         with refused("tab_inference.picture_gone"):
             tab.act("delete", wrong)
@@ -386,10 +387,10 @@ def test_pictures_are_deleted_and_brought_back(tab: Any, app_state: AppState) ->
     assert app_state.projects.now.edits["sample_prompts"] == ["a cat"]
     tab.act("open", "d/2")
     tab.act("step", "1")
-    assert tab.desk.open == "d/1"
+    assert tab.files.open == "d/1"
     tab.act("step", "-1")
     tab.act("step", "-1")
-    assert tab.desk.open == "d/2"
+    assert tab.files.open == "d/2"
 
 
 def test_exports_replace_nothing(tab: Any, app_state: AppState, tmp_path: Path) -> None:
@@ -452,7 +453,7 @@ def test_names_mean_what_the_worker_makes_of_them(tmp_path: Path, own_home: Path
             journal.append(Checkpoint(step=3, path=str(file), final=True))
             journal.append(JobEnded(state="done"))
     snap = Snapshot(runs=tuple(runs.list_runs()))
-    named = wanted.names(wanted.choices(snap, desk()))
+    named = wanted.names(wanted.lora_choices(snap, desk()))
     assert named == {"same": str(library.find_lora("same", 1.0).path)}
     assert "20260102" in named["same"]
 

@@ -121,7 +121,8 @@ def test_offline_a_download_says_so_in_one_sentence(ctx: Context) -> None:
     fetch = until(lambda: ctx.app_state.bases.now.fetch and ctx.app_state.bases.now.fetch.over
                   and ctx.app_state.bases.now.fetch)
     assert fetch.fault is not None
-    assert ctx.told(fetch.fault) in i18n.tr(fetch.fault.code, fetch.fault.params, ctx.language)
+    fault = fetch.fault
+    assert ctx.error_text(fault) in i18n.tr(fault.code, fault.params, ctx.language)
     assert fetch.fault.code in ("hub.offline", "hub.unreachable")
     whole(base_chooser(ctx, ctx.app_state.snapshot()))
 
@@ -299,7 +300,7 @@ def test_what_a_config_cannot_be_is_said_in_the_pages_language(ctx: Context,
                                                                values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError) as caught:
         TrainConfig.model_validate(values)
-    said = form.said(ctx, caught.value)
+    said = form.error_text(ctx, caught.value)
     assert "Input should" not in said
     assert "gui." not in said
     assert str(next(iter(values.values()))) in said

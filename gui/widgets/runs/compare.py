@@ -7,59 +7,56 @@ from collections.abc import Sequence
 
 from core.config import TrainConfig
 from core.jobs.runs import JobView
-from gui.html import button, esc
+from gui.html import acts, button, esc, small
 from gui.state.app_state import Context, Snapshot
 from gui.state.form import label
 from gui.widgets.runs.loss_chart import Curve, curves, ema
 from gui.widgets.runs.previews import cell, picked
 from gui.widgets.suggestion import value_text
 
-NAMES = ("A", "B")                      # as the chart's legend and the table call them
+# As the chart's legend and the table call the two runs.
+NAMES = ("A", "B")
 
 
 def compare(ctx: Context, snap: Snapshot) -> str:
     """Empty until two runs are chosen that are still there."""
-    chosen = [snap.run(str(one)) for one in snap.project.tabs.get("runs", {}).get("compare", [])]
+    tr = ctx.tr
+    chosen = [snap.run(str(id)) for id in snap.project.tabs.get("runs", {}).get("compare", [])]
     views = [view for view in chosen if view is not None]
     if len(views) < 2:
-        return (f'<p class="small" role="status">{esc(ctx.tr("run_history.one_more"))}</p>'
-                if views else "")
-    shown = " · ".join(f"{name}: {view.name}" for name, view in zip(NAMES, views, strict=False))
-    stop = button(ctx.tr("run_history.stop_comparing"), "compare", "")
-    return (f'<section class="box" id="compared"><h3>{esc(ctx.tr("run_history.compared"))} '
-            f'{esc(shown)}</h3>{_losses(ctx, views)}{_differences(ctx, views)}'
-            f'{_previews(ctx, views)}<p class="acts">{stop}</p></section>')
-
-
-def _losses(ctx: Context, views: Sequence[JobView]) -> str:
-    """Smoothed: two raw curves hide each other."""
+        return small(tr("run_history.one_more") if views else "", status=True)
+    names = " · ".join(f"{name}: {view.name}" for name, view in zip(NAMES, views, strict=False))
+    # Smoothed alone: two raw curves hide each other.
     lines = [Curve(kind, f"{name} {view.name}", tuple(ema(view.losses)))
              for name, kind, view in zip(NAMES, ("smooth", "other"), views, strict=False)
              if len(view.losses) > 1]
-    return curves(ctx, lines, max((view.total for view in views), default=0)) if lines else (
-        f'<p class="small">{esc(ctx.tr("no_loss_yet"))}</p>')
+    losses = curves(ctx, lines, max(view.total for view in views)) if lines else small(
+        tr("no_loss_yet"))
+    stop = acts(button(tr("run_history.stop_comparing"), "compare", ""))
+    return (f'<section class="box" id="compared"><h3>{esc(tr("run_history.compared"))} '
+            f'{esc(names)}</h3>{losses}{_settings(ctx, views)}{_previews(ctx, views)}{stop}'
+            f'</section>')
 
 
-def differences(one: JobView, two: JobView) -> list[tuple[str, object, object]]:
+def differences(first: JobView, second: JobView) -> list[tuple[str, object, object]]:
     """(key, value, value) of each setting that differs; what is not named has its default."""
     usual = TrainConfig().model_dump()
-    mine, other = usual | one.config, usual | two.config
-    return [(key, mine[key], other[key]) for key in usual
-            if key not in ("resume", "output_name", "output_dir") and mine[key] != other[key]]
+    left, right = usual | first.config, usual | second.config
+    return [(key, left[key], right[key]) for key in usual
+            if key not in ("resume", "output_name", "output_dir") and left[key] != right[key]]
 
 
-def _differences(ctx: Context, views: Sequence[JobView]) -> str:
-    found = differences(views[0], views[1])
-    if not found:
-        return f'<p class="small">{esc(ctx.tr("run_history.same_settings"))}</p>'
-    rows = "".join(f"<tr><th>{esc(label(ctx, key))}</th><td>{esc(_text(ctx, one))}</td>"
-                   f"<td>{esc(_text(ctx, two))}</td></tr>" for key, one, two in found)
+def _settings(ctx: Context, views: Sequence[JobView]) -> str:
+    rows = ""
+    for key, *values in differences(views[0], views[1]):
+        cells = "".join(
+            f'<td>{esc("–" if value in ("", None, []) else value_text(ctx, value))}</td>'
+            for value in values)
+        rows += f"<tr><th>{esc(label(ctx, key))}</th>{cells}</tr>"
+    if not rows:
+        return small(ctx.tr("run_history.same_settings"))
     return (f'<table class="differs"><tr><th>{esc(ctx.tr("run_history.differs"))}</th>'
             f"<th>{NAMES[0]}</th><th>{NAMES[1]}</th></tr>{rows}</table>")
-
-
-def _text(ctx: Context, value: object) -> str:
-    return "–" if value in ("", None, []) else value_text(ctx, value)
 
 
 def _previews(ctx: Context, views: Sequence[JobView]) -> str:
@@ -67,12 +64,13 @@ def _previews(ctx: Context, views: Sequence[JobView]) -> str:
     steps = picked(sorted({sample.step for view in views for sample in view.samples}))
     prompts = dict.fromkeys(sample.prompt for view in views for sample in view.samples)
     if not steps:
-        return f'<p class="small">{esc(ctx.tr("run_history.no_previews"))}</p>'
+        return small(ctx.tr("run_history.no_previews"))
     head = "".join(f"<th>{esc(ctx.tr('step_n', step=step))}</th>" for step in steps)
     body = ""
     for prompt in prompts:
         for name, view in zip(NAMES, views, strict=False):
-            numbers = {one.step: n for n, one in enumerate(view.samples) if one.prompt == prompt}
+            numbers = {sample.step: number for number, sample in enumerate(view.samples)
+                       if sample.prompt == prompt}
             cells = "".join(cell(ctx, view, numbers.get(step), step) for step in steps)
             body += f"<tr><th>{name}</th>{cells}</tr>"
         body += f'<tr><td></td><td class="prompt" colspan="{len(steps)}">{esc(prompt)}</td></tr>'

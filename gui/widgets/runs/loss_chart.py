@@ -13,7 +13,8 @@ from gui.state.app_state import Context
 
 WIDTH, HEIGHT = 640, 200
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 26
-SMOOTHING = 0.06                        # weight of the newest of 100 points, about
+# The weight of the newest point; shorter curves give it more.
+SMOOTHING = 0.06
 
 
 def ema(points: Sequence[Point]) -> list[Point]:
@@ -29,7 +30,8 @@ def ema(points: Sequence[Point]) -> list[Point]:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    kind: str                           # its colour: a class of style.css
+    # Its colour: a class of style.css.
+    kind: str
     label: str
     points: tuple[Point, ...]
     dots: bool = False
@@ -47,9 +49,14 @@ def loss_chart(ctx: Context, losses: Sequence[Point], validations: Sequence[Poin
 
 
 def curves(ctx: Context, lines: Sequence[Curve], total: int) -> str:
-    """All on one scale; `total`: steps of the whole run, as far as known."""
-    last = max(total, *(int(one.points[-1][0]) for one in lines), 1)
-    low, high = _range([value for one in lines for _, value in one.points])
+    """All curves on one scale. `total`: steps of the whole run, 0 where they aren't known."""
+    last = max(total, *(int(curve.points[-1][0]) for curve in lines), 1)
+    # Without the one in fifty highest: a single spike must not flatten the curve.
+    values = sorted(value for curve in lines for _, value in curve.points)
+    low, high = values[0], values[min(len(values) - 1, ceil(0.98 * len(values)))]
+    # A flat curve gets a range around it, or `y` would divide by zero.
+    if high - low <= 1e-12:
+        low, high = low - 0.5 * abs(low) - 1e-6, high + 0.5 * abs(high) + 1e-6
     ticks = _ticks(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
 
@@ -60,11 +67,11 @@ def curves(ctx: Context, lines: Sequence[Curve], total: int) -> str:
         clipped = min(high, max(low, value))
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (clipped - low) / (high - low)
 
-    def line(one: Curve) -> str:
-        path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in one.points)
-        dots = "".join(f'<circle class="{one.kind}" cx="{x(s):.1f}" cy="{y(v):.1f}" r="3"/>'
-                       for s, v in one.points if one.dots)
-        return f'<polyline class="{one.kind}" points="{path}"/>{dots}'
+    def line(curve: Curve) -> str:
+        path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve.points)
+        dots = "".join(f'<circle class="{curve.kind}" cx="{x(step):.1f}" cy="{y(value):.1f}" '
+                       f'r="3"/>' for step, value in curve.points if curve.dots)
+        return f'<polyline class="{curve.kind}" points="{path}"/>{dots}'
 
     grid = "".join(
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
@@ -73,28 +80,18 @@ def curves(ctx: Context, lines: Sequence[Curve], total: int) -> str:
         f'<text x="{x(last * i / 4):.1f}" y="{HEIGHT - 8}" text-anchor="'
         f'{"start" if i == 0 else "end" if i == 4 else "middle"}">{round(last * i / 4)}</text>'
         for i in range(5))
-    said = ctx.tr("comma").join(f"{one.label} {one.points[-1][1]:.4f}" for one in lines)
+    text = ctx.tr("comma").join(f"{curve.label} {curve.points[-1][1]:.4f}" for curve in lines)
+    legend = "".join(
+        f'<span><i class="{curve.kind}"></i>{esc(curve.label)} '
+        f'<b>{curve.points[-1][1]:.4f}</b></span>' for curve in lines)
     return (f'<div class="chart"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-            f'aria-label="{esc(said)}" preserveAspectRatio="none">{grid}{steps}'
-            f'{"".join(map(line, lines))}</svg>{_legend(ctx, lines)}</div>')
-
-
-def _legend(ctx: Context, lines: Sequence[Curve]) -> str:
-    return '<p class="legend">' + "".join(
-        f'<span><i class="{one.kind}"></i>{esc(one.label)} <b>{one.points[-1][1]:.4f}</b></span>'
-        for one in lines) + f'<span>{esc(ctx.tr("axis_steps"))}</span></p>'
-
-
-def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Without the one in fifty highest: a single spike must not flatten the curve."""
-    ordered = sorted(values)
-    low, high = ordered[0], ordered[min(len(ordered) - 1, ceil(0.98 * len(ordered)))]
-    return (low, high) if high - low > 1e-12 else (low - 0.5 * abs(low) - 1e-6,
-                                                   high + 0.5 * abs(high) + 1e-6)
+            f'aria-label="{esc(text)}" preserveAspectRatio="none">{grid}{steps}'
+            f'{"".join(map(line, lines))}</svg><p class="legend">{legend}'
+            f'<span>{esc(ctx.tr("axis_steps"))}</span></p></div>')
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Four or so round numbers that hold the range."""
+    """About four round numbers, which enclose the range."""
     rough = (high - low) / 4
     power = 10 ** floor(log10(rough))
     step = next(n * power for n in (1, 2, 2.5, 5, 10) if n * power >= rough)

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from core.jobs.runs import JobView
-from gui.html import esc
+from gui.html import esc, small
 from gui.state.app_state import Context
 
-MOST_STEPS = 8                          # columns: first, last, and evenly between
+# Columns: the first step, the last, and some evenly between.
+MOST_STEPS = 8
 
 
 def previews(ctx: Context, view: JobView) -> str:
     if not view.samples:
-        return f'<p class="small">{esc(ctx.tr("no_previews"))}</p>'
-    steps = sorted({sample.step for sample in view.samples})
-    steps = picked(steps)
-    rows = list(dict.fromkeys((sample.prompt, sample.seed) for sample in view.samples))
-    numbers = {(s.step, s.prompt, s.seed): n for n, s in enumerate(view.samples)}
+        return small(ctx.tr("no_previews"))
+    steps = picked(sorted({sample.step for sample in view.samples}))
+    rows = dict.fromkeys((sample.prompt, sample.seed) for sample in view.samples)
+    numbers = {(sample.step, sample.prompt, sample.seed): number
+               for number, sample in enumerate(view.samples)}
     head = "".join(f"<th>{esc(ctx.tr('step_n', step=step))}</th>" for step in steps)
     body = "".join(
-        f"<tr>{''.join(cell(ctx, view, numbers.get((step, *row)), step) for step in steps)}</tr>"
-        f'<tr><td class="prompt" colspan="{len(steps)}">{esc(row[0])} '
-        f'<small>{esc(ctx.tr("seed"))} {row[1]}</small></td></tr>' for row in rows)
+        "<tr>" + "".join(cell(ctx, view, numbers.get((step, prompt, seed)), step)
+                         for step in steps)
+        + f'</tr><tr><td class="prompt" colspan="{len(steps)}">{esc(prompt)} '
+        f'<small>{esc(ctx.tr("seed"))} {seed}</small></td></tr>' for prompt, seed in rows)
     return f'<div class="previews"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def picked(steps: list[int]) -> list[int]:
+    """At most MOST_STEPS of them."""
     if len(steps) <= MOST_STEPS:
         return steps
     last = len(steps) - 1
@@ -32,6 +35,7 @@ def picked(steps: list[int]) -> list[int]:
 
 
 def cell(ctx: Context, view: JobView, number: int | None, step: int) -> str:
+    """A preview in its column; `number` None: there is none of that step."""
     if number is None:
         return "<td></td>"
     address = f"/picture/{esc(view.id)}/{number}"
