@@ -32,12 +32,13 @@ SMOOTH = (1, 2, 3, 2, 1)                    # weights of neighbouring bins
 # Label, rule, colour, and where the label stands: noise level, density.
 CURVES: tuple[tuple[str, TimestepSampling, str, tuple[float, float]], ...] = (
     ("Flux.1 dev, Flux.2 klein, Lumina 2, SD 3, Sana", flux.DEV, "#c2410c", (0.26, 2.42)),
-    ("Krea 2", krea2.LEARNS, "#7c3aed", (0.6, 2.05)),
-    ("Z-Image, Qwen-Image", zimage.LEARNS, "#1d4ed8", (0.29, 1.78)),
+    ("Krea 2", krea2.Krea2.sampling, "#7c3aed", (0.6, 2.05)),
+    ("Z-Image, Qwen-Image", zimage.ZImage.sampling, "#1d4ed8", (0.29, 1.78)),
     ("Flux.1 schnell", flux.SCHNELL, "#15803d", (0.16, 1.4)),
-    ("Chroma", chroma.LEARNS, "#525252", (0.03, 0.86)))
+    ("Chroma", chroma.Chroma.sampling, "#525252", (0.03, 0.86)))
 # Nearly the same: drawn as one.
-TWINS = ((flux.DEV, flux2.LEARNS), (flux.DEV, sd3.LEARNS), (zimage.LEARNS, qwen.LEARNS))
+TWINS = ((flux.DEV, flux2.Flux2.sampling), (flux.DEV, sd3.StableDiffusion3.sampling),
+         (zimage.ZImage.sampling, qwen.QwenImage.sampling))
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 640, 330, 44, 14, 14, 44      # px
 HIGHEST = 2.6                               # density
 

@@ -205,7 +205,7 @@ class Encoder:
         Large encoders are loaded as the memory plan has it for this device.
         """
         cache = self._cache("text")
-        quantized = self.encoders.get("kept")
+        quantized = self.encoders.get("quantization")
         marks = (*self.marks, *self.text_marks, *([quantized] if quantized else ()))
         names = {t: key("text", t, str(self.precision.compute), *marks) for t in texts}
         known = {t: entry for t in texts if (entry := cache.get(names[t])) is not None}

@@ -1,8 +1,8 @@
-"""The names of weights in single files -> those of diffusers' and transformers' models.
+"""Renames the weights of single files to the names of diffusers' and transformers' models.
 
-Every table takes both spellings: the original code's, and the model's own, as finetunes saved by
-diffusers have them in one file. A name that a table doesn't know stays as it is; whoever loads
-tells what is lacking then. All get names without the prefix of their part.
+Every converter takes both spellings: the original code's, and the model's own, which finetunes
+saved by diffusers have in one file. A name that a converter doesn't know stays as it is; the loader
+says then what is lacking. All names come without the prefix of their component.
 """
 
 from __future__ import annotations
@@ -25,27 +25,29 @@ OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.",
                  ".proj_attn.": ".to_out.0."}
 
 
-def own(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+def unchanged(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """For components whose files have the model's own names."""
     return tensors
 
 
 def by_table(part: layer_names.Part) -> Convert:
-    """A denoiser, by the names of LoRA files: the layers are called the same there. Norms have a
-    `scale` in the original code, a `weight` in diffusers and in some single files."""
+    """The converter of a denoiser, from the table that LoRA files are named by, too."""
     def convert(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-        found: Tensors = {}
+        converted: Tensors = {}
         for name, value in tensors.items():
             path, _, leaf = name.rpartition(".")
-            ours, rename = layer_names.from_native(part, path)
+            layers, rename = layer_names.from_native(part, path)
             rows = rename.rows if rename else (1,)
-            if rename and rename.swapped:       # shift and scale
+            # Shift and scale, one half of the rows each, stand the other way round.
+            if rename and rename.swapped:
                 value = value.roll(len(value) // 2, 0)
-            pieces = [value] if len(ours) == 1 or len(value) % sum(rows) else torch.split(
+            values = [value] if len(layers) == 1 or len(value) % sum(rows) else torch.split(
                 value, [len(value) // sum(rows) * share for share in rows])
+            # Norms have a `scale` in the original code, a `weight` in diffusers and in some files.
             leaf = "weight" if leaf == "scale" else leaf
-            found |= {f"{one}.{leaf}" if one else leaf: piece
-                      for one, piece in zip(ours, pieces, strict=False)}
-        return found
+            converted |= {f"{layer}.{leaf}" if layer else leaf: value
+                          for layer, value in zip(layers, values, strict=False)}
+        return converted
     return convert
 
 
@@ -59,7 +61,7 @@ def vae(tensors: Tensors, config: dict[str, Any]) -> Tensors:
 
 
 def batch_normed_vae(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    """Flux.2's."""
+    """Flux.2's VAE, which normalises its latents by a batch norm."""
     if not any(name.startswith("encoder.down_blocks.") for name in tensors):
         norm = {name: value for name, value in tensors.items() if name.startswith("bn.")}
         tensors = vae({name.replace("encoder.quant_conv", "quant_conv")
@@ -69,13 +71,13 @@ def batch_normed_vae(tensors: Tensors, config: dict[str, Any]) -> Tensors:
 
 
 def film_vae(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    """Of Qwen-Image and Krea 2: as Wan's code calls its weights, or diffusers."""
+    """The VAE of Qwen-Image and Krea 2, in the names of Wan's code or of diffusers."""
     return (_known(single_file_utils.convert_wan_vae_to_diffusers, tensors)
             if "encoder.conv1.weight" in tensors else tensors)
 
 
 def deep_vae(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    """DC-AE, Sana's."""
+    """DC-AE, Sana's VAE."""
     if any(name.startswith("encoder.down_blocks.") for name in tensors):
         return tensors
     return _known(single_file_utils.convert_autoencoder_dc_checkpoint_to_diffusers, tensors)
@@ -85,13 +87,14 @@ def open_clip(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     """OpenCLIP's text model, its fused matrices split."""
     if not any(name.startswith("transformer.resblocks.") for name in tensors):
         return tensors
-    like = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
-    found: Tensors = single_file_utils.convert_open_clip_checkpoint(like, tensors, "")
-    return found
+    # All that diffusers asks of the model is its width.
+    model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
+    converted: Tensors = single_file_utils.convert_open_clip_checkpoint(model, tensors, "")
+    return converted
 
 
 def projected_clip(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    """CLIP whose file may lack the projection, which is the identity then."""
+    """CLIP with a projection. A file may lack it: it is the identity then."""
     return {"text_projection.weight": torch.eye(config["hidden_size"])} | open_clip(
         tensors, config)
 
@@ -105,15 +108,16 @@ _DECODER = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?"
 
 
 def decoder(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    """The layers of a language model without what stands before their names, and without the parts
-    that no text is read with: a vision tower, the head."""
+    """The layers of a language model, whatever stands before their names. Vision tower and head,
+    which read no text, are left out."""
     return {match[1]: value for name, value in tensors.items()
             if (match := _DECODER.fullmatch(name))}
 
 
-def _known(table: Callable[..., Tensors], tensors: Tensors, *more: Any) -> Tensors:
-    """diffusers' tables want certain weights to be there, and fail in any way without them."""
+def _known(convert: Callable[..., Tensors], tensors: Tensors, *more: Any) -> Tensors:
+    """Calls one of diffusers' converters. Where weights are missing, these fail in any way: the
+    names stay as they are then."""
     try:
-        return table(dict(tensors), *more)
+        return convert(dict(tensors), *more)
     except (LookupError, ValueError, TypeError):
         return tensors

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from core import paths, plugins
 from core.errors import Fix, UserError
@@ -21,19 +20,13 @@ from core.families import unet
 from core.families.lora_signs import detect_format
 from core.families.registry import SPECS
 from core.families.spec import Found, Shapes, side, starts
-from core.safetensors_header import (
-    PICKLES,
-    Header,
-    TensorInfo,
-    is_pickle,
-    opened,
-    read_header,
-)
+from core.safetensors_header import PICKLES, TensorInfo, is_pickle, opened, read_header
 from core.serialization import json_object
 from core.weights.scaled_weights import scaling_of
 
 Tensors = Mapping[str, TensorInfo]
 
+# Before the names of a denoiser's tensors; the longest of those that begin alike comes first.
 PREFIXES = ("model.diffusion_model.net.", "model.diffusion_model.", "diffusion_model.",
             "transformer.", "net.", "unet.")
 # Marks that merging programs leave in checkpoints that predict v; ztsnr: with zero terminal SNR.
@@ -43,36 +36,34 @@ QUANTISED = (".scale_weight", ".weight_scale", ".absmax", ".weight.scb", ".weigh
              "scaled_fp8")
 
 
-
 def identify(path: Path) -> Found:
-    """Raises UserError where nothing is there, or the file is torn."""
+    """What a file or folder is. Raises UserError where nothing is there, where the file is torn,
+    and where the folder holds no model."""
     if not path.exists():
         raise UserError("families.missing", path=path, folder=path.parent)
-    if path.is_dir():
-        return _folder(path)
-    return _file(path, paths.stamp(path))
+    return _identify_folder(path) if path.is_dir() else _identify_file(path, paths.stamp(path))
 
 
 def detect(source: Path) -> str:
-    """The family of a base, told from what it is. Raises UserError, with what it is instead, where
-    no LoRA can be trained on it, and where nothing is there."""
+    """The id of a base's family. Raises UserError where no LoRA can be trained on it, which says
+    what it is instead, and where nothing is there."""
     found = identify(source)
-    if found.plain and found.plain.family in SPECS:
+    if found.by_shapes and found.by_shapes.family in SPECS:
         raise UserError("families.by_name", path=source, found=found.said(),
-                        plain=found.plain.said(), family=found.plain.family,
-                        fixes=[Fix("fixes.family_anyway", {"family": found.plain.family})])
+                        plain=found.by_shapes.said(), family=found.by_shapes.family,
+                        fixes=[Fix("fixes.family_anyway", {"family": found.by_shapes.family})])
     if found.family not in SPECS:
         raise UserError("families.not_a_base", path=source, found=found.said(),
-                        known=", ".join(one.title for one in SPECS.values()))
+                        known=", ".join(spec.title for spec in SPECS.values()))
     return found.family
 
 
 def expect(path: Path, family: str) -> Found:
-    """What `path` is, by its shapes where its name says otherwise: the user has named the family.
-    Raises UserError where it is no base of it."""
+    """What a base is, once the user has named its family: its shapes count, whatever its name says.
+    Raises UserError where it is no base of that family."""
     found = identify(path)
-    if found.plain and found.plain.family == family:
-        return found.plain
+    if found.by_shapes and found.by_shapes.family == family:
+        return found.by_shapes
     if found.family != family:
         raise UserError("families.other_model", path=path, found=found.said(),
                         wanted=SPECS[family].title)
@@ -91,40 +82,45 @@ class Base:
     def of(source: Path, family: str = "auto") -> Base:
         """Raises UserError where nothing is there, or it can't be read."""
         family = detect(source) if family == "auto" else family
-        own = plugins.mark(family) if plugins.is_named(family) else ""
-        return Base(source, family, _digest(source) + own)
-
-
-def _digest(source: Path) -> str:
-    """Of what decides a model's shapes: the configs of a folder, the header of a file."""
-    digest = hashlib.sha256()
-    if source.is_dir():
-        for path in sorted(source.glob("*/*config.json")):
-            digest.update(path.relative_to(source).as_posix().encode() + path.read_bytes())
-        return digest.hexdigest()[:20]
-    header = read_header(source)
-    for name, tensor in sorted(header.tensors.items()):
-        digest.update(f"{name}{tensor.dtype}{tensor.shape}".encode())
-    digest.update(repr(sorted(header.metadata.items())).encode())   # of SD 2 it tells the size
-    return digest.hexdigest()[:20]
+        plugin = plugins.mark(family) if plugins.is_named(family) else ""
+        digest = hashlib.sha256()
+        # Configs decide the shapes of a folder's models, the header those of a file's.
+        if source.is_dir():
+            for path in sorted(source.glob("*/*config.json")):
+                digest.update(path.relative_to(source).as_posix().encode() + path.read_bytes())
+        else:
+            header = read_header(source)
+            for name, tensor in sorted(header.tensors.items()):
+                digest.update(f"{name}{tensor.dtype}{tensor.shape}".encode())
+            # The metadata of SD 2 tells the native size.
+            digest.update(repr(sorted(header.metadata.items())).encode())
+        return Base(source, family, digest.hexdigest()[:20] + plugin)
 
 
 # --- folders ---
 
 # _class_name of model_index.json -> what it is, and its family.
-PIPELINES = {name: (what, family) for one in SPECS.values() for table, family in (
-    (one.pipelines, one.id), (one.relatives, "")) for name, what in table.items()}
-OF_UNETS = ("", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
+PIPELINES = {name: (what, family) for spec in SPECS.values() for table, family in (
+    (spec.pipelines, spec.id), (spec.relatives, "")) for name, what in table.items()}
+UNET_PIPELINES = ("", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
-def _folder(path: Path) -> Found:
-    index = json_object(path / "model_index.json")
-    name = str(index.get("_class_name", ""))
-    unet = json_object(path / "unet" / "config.json")
-    if unet and name in OF_UNETS:
-        return _unet_folder(unet, path)
+def _identify_folder(path: Path) -> Found:
+    name = str(json_object(path / "model_index.json").get("_class_name", ""))
+    config = json_object(path / "unet" / "config.json")
+    # SD 1, SD 2 and XL share their pipelines with other models: the UNet's config tells them apart.
+    if config and name in UNET_PIPELINES:
+        if config.get("in_channels") == 9:
+            return Found("inpainting")
+        if config.get("in_channels") not in (4, None):
+            return Found("editing")
+        for spec in SPECS.values():
+            if spec.unet is not None and spec.unet(config):
+                return _with_scheduler(spec.unet_what, spec.id, path)
+        is_refiner = config.get("addition_embed_type") == "text_time"
+        return Found("sdxl_refiner" if is_refiner else "other_pipeline")
     if name in PIPELINES:
-        return _named(*PIPELINES[name], path)
+        return _with_scheduler(*PIPELINES[name], path)
     if name:
         return Found("other_pipeline")
     if (path / "adapter_config.json").is_file():
@@ -135,19 +131,7 @@ def _folder(path: Path) -> Found:
     raise UserError("families.not_a_folder", path=path, missing=missing)
 
 
-def _unet_folder(unet: Mapping[str, Any], path: Path) -> Found:
-    if unet.get("in_channels") == 9:
-        return Found("inpainting")
-    if unet.get("in_channels") not in (4, None):
-        return Found("editing")
-    for one in SPECS.values():
-        if one.unet is not None and one.unet(unet):
-            return _named(one.unet_what, one.id, path)
-    refiner = unet.get("addition_embed_type") == "text_time"
-    return Found("sdxl_refiner" if refiner else "other_pipeline")
-
-
-def _named(what: str, family: str, path: Path) -> Found:
+def _with_scheduler(what: str, family: str, path: Path) -> Found:
     scheduler = json_object(path / "scheduler" / "scheduler_config.json")
     if family and (variant := SPECS[family].variant):
         what = variant(path)
@@ -157,10 +141,14 @@ def _named(what: str, family: str, path: Path) -> Found:
 
 # --- files ---
 
+# (what it is by its shapes, a word in its name) -> what it is.
+NAMESAKES = {pair: what for spec in SPECS.values() for pair, what in spec.namesakes.items()}
+
+
+# Every file beside a base is asked for, component by component, and a header of thousands of names
+# takes 15 ms. `stamp` makes the answer forgotten when the file changes.
 @functools.lru_cache(maxsize=1024)
-def _file(path: Path, stamp: tuple[int, int, int]) -> Found:
-    """Kept: every file beside a base is asked for, part by part, and a header of thousands of
-    names takes 15 ms."""
+def _identify_file(path: Path, stamp: tuple[int, int, int]) -> Found:
     with opened(path) as file:
         head = file.read(64)
     if head[:4] == b"GGUF" or path.suffix.lower() == ".gguf":
@@ -173,44 +161,31 @@ def _file(path: Path, stamp: tuple[int, int, int]) -> Found:
         raise UserError("families.pickle", path=path)
     try:
         header = read_header(path)
-    except UserError as fault:
-        raise UserError("families.unreadable", path=path, reason=str(fault)) from fault
-    found = of_tensors(header.tensors)
-    if found.family and _says_v(header.metadata):
-        found = replace(found, v_prediction=True)
-    if kind := _unread(path, header, found):
-        return replace(found, family="", numbers=kind)
-    return _by_name(path, header.metadata, found)
-
-
-def _says_v(metadata: Mapping[str, str]) -> bool:
-    """modelspec's own words for it, and ComfyUI's."""
-    return (metadata.get("modelspec.prediction_type") in ("v", "v_prediction")
+    except UserError as error:
+        raise UserError("families.unreadable", path=path, reason=str(error)) from error
+    found, metadata = of_tensors(header.tensors), header.metadata
+    # modelspec's own words for a base that predicts v, and ComfyUI's.
+    if found.family and (
+            metadata.get("modelspec.prediction_type") in ("v", "v_prediction")
             or metadata.get("modelspec.predict_key") == "v"
-            or metadata.get("modelspec.architecture", "").endswith("-v"))
-
-
-def _unread(path: Path, header: Header, found: Found) -> str:
-    """The kind of numbers that the file's own part is in, where it isn't read: of a base the
-    denoiser, whatever text encoders beside it are in."""
-    unread = scaling_of(path, header).unread
+            or metadata.get("modelspec.architecture", "").endswith("-v")):
+        found = replace(found, v_prediction=True)
+    # Of a base only the denoiser counts, whatever formats the text encoders beside it are in.
     prefix = denoiser_prefix(header.tensors) if found.family else ""
-    return next((kind for name, kind in unread.items() if name.startswith(prefix)), "")
-
-
-NAMESAKES = {pair: what for one in SPECS.values() for pair, what in one.namesakes.items()}
-
-
-def _by_name(path: Path, metadata: Mapping[str, str], found: Found) -> Found:
-    told = " ".join([path.stem, *(metadata.get(f"modelspec.{key}", "") for key in (
-        "architecture", "title"))]).lower()
-    what = next((what for (plain, word), what in NAMESAKES.items() if plain == found.what
-                 and re.search(rf"(?<![a-z]){word}(?![a-z])", told)), "")
-    return Found(what, plain=found) if what else found
+    for name, unread_format in scaling_of(path, header).unread.items():
+        if name.startswith(prefix):
+            return replace(found, family="", unread_format=unread_format)
+    names = " ".join([path.stem, metadata.get("modelspec.architecture", ""),
+                      metadata.get("modelspec.title", "")]).lower()
+    for (what, word), namesake in NAMESAKES.items():
+        if what == found.what and re.search(rf"(?<![a-z]){word}(?![a-z])", names):
+            return Found(namesake, by_shapes=found)
+    return found
 
 
 def of_tensors(tensors: Tensors) -> Found:
-    """What tensors of these names and shapes make up; LoRAs first: they carry any model's names."""
+    """What tensors of these names and shapes make up."""
+    # LoRAs come first: they carry any model's names.
     if any("lora" in k or k.endswith((".alpha", "hada_w1_a", ".lokr_w1", ".oft_blocks"))
            for k in tensors) and detect_format(tensors) not in ("checkpoint", "unknown", "vae"):
         return Found("lora")
@@ -230,23 +205,26 @@ def of_tensors(tensors: Tensors) -> Found:
 
 
 def denoiser_prefix(names: Iterable[str]) -> str:
+    """What stands before the denoiser's names in a whole checkpoint; empty where nothing does."""
     return next((p for p in PREFIXES if any(name.startswith(p) for name in names)), "")
 
 
 def denoiser_shapes(tensors: Tensors) -> Shapes:
-    """The denoiser's tensors without the prefix that whole checkpoints put before them."""
+    """The shapes of the denoiser's tensors, by their names without the prefix."""
     prefix = denoiser_prefix(tensors)
     return {name.removeprefix(prefix): info.shape for name, info in tensors.items()
             if name.startswith(prefix)}
 
 
-def _other_unet(shapes: Shapes) -> Found | None:
+def other_unet(shapes: Shapes) -> Found | None:
+    """A UNet that no family knows."""
     if not (channels := unet.channels(shapes)):
         return None
     return Found({4: "other_pipeline", 9: "inpainting"}.get(channels, "editing"))
 
 
-def _others(shapes: Shapes) -> Found | None:
+def other_transformer(shapes: Shapes) -> Found | None:
+    """A transformer that isn't trained here, by the names of OTHERS and PixArt's combinations."""
     if {"t_block.1.weight", "blocks.0.mlp.fc1.weight"} <= shapes.keys() or {
             "adaln_single.linear.weight", "caption_projection.linear_1.weight",
             "pos_embed.proj.weight"} <= shapes.keys():
@@ -268,12 +246,11 @@ OTHERS = (
 )
 # The newest family first: some have the marks of an older one, too.
 RULES: tuple[Callable[[Shapes], Found | None], ...] = (
-    *(one.recognize for one in reversed(SPECS.values())), _other_unet, _others)
+    *(spec.recognize for spec in reversed(SPECS.values())), other_unet, other_transformer)
 
 
-FILM = ("decoder.conv1", "decoder.conv_in")     # of a VAE of videos, whose kernels have five sides
-
-
+# Convolutions of a VAE of videos, whose kernels have five sides.
+FILM = ("decoder.conv1", "decoder.conv_in")
 T5_WORDS = ("shared.weight", "encoder.embed_tokens.weight")
 MOST_T5_WORDS = 100_000                         # T5 has 32128, UMT5 256384, mT5 250112
 DECODERS = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
@@ -289,20 +266,21 @@ PARTS: tuple[tuple[str, Callable[[Shapes], bool]], ...] = (
     ("controlnet", starts("control_model.", "controlnet_", "input_hint_block.")),
     ("umt5", lambda s: max(side(s, name, 0) for name in T5_WORDS) > MOST_T5_WORDS),
     ("t5", starts("encoder.block.0.layer.0.SelfAttention", "shared.weight")),
-    ("clip_g", lambda s: _width(s) == 1280), ("clip_l", lambda s: _width(s) == 768),
-    ("clip_h", lambda s: _width(s) == 1024),
+    ("clip_g", lambda s: _clip_width(s) == 1280), ("clip_l", lambda s: _clip_width(s) == 768),
+    ("clip_h", lambda s: _clip_width(s) == 1024),
     ("clip", starts("text_model.", "cond_stage_model.", "conditioner.", "transformer.resblocks.",
                      "transformer.text_model.")),
     ("vae_dc", starts("encoder.stages.", "decoder.stages.", "encoder.down_blocks.0.0.")),
     ("vae_film", lambda s: any(len(s.get(f"{x}.weight", ())) == 5 for x in FILM)),
-    ("vae_32", lambda s: _latents(s) == 32 or "bn.running_mean" in s),
-    ("vae_16", lambda s: _latents(s) == 16),
+    ("vae_32", lambda s: _latent_channels(s) == 32 or "bn.running_mean" in s),
+    ("vae_16", lambda s: _latent_channels(s) == 16),
     ("vae", starts("first_stage_model.", "encoder.conv_in", "decoder.conv_in", "encoder.down",
                     "decoder.conv1", "taesd_")),
     ("qwen3_vl", lambda s: _layer(s, "self_attn.q_norm.weight")
      and starts("visual.", "model.visual.")(s)),
+    # Gemma 3 has Qwen3's norms, and one more.
     ("qwen3", lambda s: _layer(s, "self_attn.q_norm.weight")
-     and not _layer(s, "pre_feedforward_layernorm.weight")),    # which Gemma 3 has
+     and not _layer(s, "pre_feedforward_layernorm.weight")),
     ("qwen25_vl", lambda s: _layer(s, "self_attn.q_proj.bias")),
     ("gemma_2", lambda s: _layer(s, "pre_feedforward_layernorm.weight")
      and not _layer(s, "self_attn.q_norm.weight")),
@@ -313,13 +291,13 @@ PARTS: tuple[tuple[str, Callable[[Shapes], bool]], ...] = (
 )
 
 
-def _width(shapes: Shapes) -> int:
-    """Of a CLIP text encoder, whatever stands before its names."""
+def _clip_width(shapes: Shapes) -> int:
+    """The width of a CLIP text encoder, whatever stands before its names; 0: it is none."""
     return next((shape[-1] for name, shape in shapes.items()
                  if name.endswith("text_model.embeddings.token_embedding.weight") and shape), 0)
 
 
-def _latents(shapes: Shapes) -> int:
-    """Channels that a VAE decodes from."""
+def _latent_channels(shapes: Shapes) -> int:
+    """How many channels a VAE decodes from; 0: it is none."""
     return max(side(shapes, f"{prefix}decoder.conv_in.weight", 1)
                for prefix in ("", "first_stage_model.", "vae."))

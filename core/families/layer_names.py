@@ -1,6 +1,6 @@
 """How a family's layers are called: by diffusers, by kohya's files, by the original code.
 
-One `Naming` table a family, in its spec.py. Needs no torch: names are pure text. Sources:
+Each family has one `Naming` table, in its spec.py. Needs no torch: names are pure text. Sources:
 diffusers' module paths; the UNet of CompVis (input_blocks ...), the Flux of Black Forest Labs
 (double_blocks ...), the others' single files; the prefixes of kohya and ComfyUI.
 """
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Rename:
-    """One layer, or all below it, in the original code's words; `{}` stands for a number."""
+    """The names of one layer, and of all below it; `{}` stands for a number."""
 
-    ours: tuple[str, ...]                  # several: rows of one fused matrix, in this order
-    theirs: str
+    ours: tuple[str, ...]                  # diffusers'; several: rows of one matrix, in this order
+    theirs: str                            # the original code's
     shares: tuple[int, ...] = ()           # rows of each of `ours`, relative; empty: equal ones
     swapped: bool = False                  # shift and scale stand the other way round
 
@@ -31,19 +31,20 @@ class Rename:
 class Part:
     """How one part of a pipeline is called in a LoRA file."""
 
-    name: str                              # diffusers: unet, transformer, text_encoder ...
-    kohya: str                             # prefix of the kohya key
-    root: str = ""                         # outer module that files name and the model may lack
+    name: str                              # diffusers': unet, transformer, text_encoder ...
+    kohya: str                             # prefix of kohya's keys
+    root: str = ""                         # outer module that files have and the model may lack
     native: str = ""                       # ComfyUI's prefix, before the original code's names
     renames: tuple[Rename, ...] = ()       # empty: the original code is diffusers' own
     kohya_native: bool = False             # kohya's names are the original code's, too
 
     def rooted(self, inner: str) -> str:
-        """A layer below the outer module, as files have it."""
+        """The name of a layer as files have it, below the outer module."""
         inside = inner.startswith(("encoder.", "embeddings.", "final_layer_norm"))
         return f"{self.root}.{inner}" if self.root and inside else inner
 
     def unrooted(self, inner: str) -> str:
+        """The name without the outer module."""
         return inner.removeprefix(f"{self.root}.") if self.root else inner
 
 
@@ -52,11 +53,11 @@ Naming = tuple[Part, ...]                  # a family's parts, the denoiser firs
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a layer lies in the original code: alone, or in rows of a fused matrix."""
+    """Where a layer lies in the original code: alone, or in some rows of a fused matrix."""
 
     name: str
-    number: int = 0                        # of the slice
-    of: Rename | None = None               # None: the original code calls it the same
+    number: int = 0                        # of the slice of rows
+    of: Rename | None = None               # None: the original code has the same name
 
     @property
     def fused(self) -> bool:
@@ -64,8 +65,26 @@ class Place:
 
 
 def clip_part(name: str, kohya: str, native: str) -> Part:
-    """transformers 5 has no text_model; files have."""
+    """A CLIP text encoder. Files name its `text_model`, which transformers 5 no longer has."""
     return Part(name, kohya, "text_model", f"text_encoders.{native}.transformer")
+
+
+def dit_part(renames: tuple[Rename, ...]) -> Part:
+    """A transformer whose layers kohya calls as the original code does."""
+    return Part("transformer", "lora_unet", native="diffusion_model", renames=renames,
+                kohya_native=True)
+
+
+def renames(pairs: Iterable[tuple[str, str]], ours: str = "", theirs: str = ""
+            ) -> tuple[Rename, ...]:
+    """One `Rename` for each pair of names; `ours` and `theirs` are put before them."""
+    return tuple(Rename((ours + a,), theirs + b) for a, b in pairs)
+
+
+def fused(ours: str, theirs: str, letters: str = "qkv", shares: tuple[int, ...] = ()) -> Rename:
+    """Matrices of attention that are one in the original code. `*` in `ours` stands for each
+    letter."""
+    return Rename(tuple(ours.replace("*", letter) for letter in letters), theirs, shares)
 
 
 # --- diffusers <-> original code ---------------------------------------------------------------
@@ -73,28 +92,29 @@ def clip_part(name: str, kohya: str, native: str) -> Part:
 def to_native(part: Part, inner: str) -> Place:
     """`down_blocks.1.attentions.0.proj_in` -> `input_blocks.4.1.proj_in`. A layer that the table
     lacks keeps its name."""
-    found = _find(_forward(part.renames), inner)
-    if found is None:
+    match = _find(_tables(part.renames)[0], inner)
+    if match is None:
         return Place(inner)
-    rename, number, numbers, rest = found
+    rename, number, numbers, rest = match
     return Place(".".join([rename.theirs.format(*numbers), *rest]), number, rename)
 
 
 def from_native(part: Part, name: str) -> tuple[list[str], Rename | None]:
-    """The layers that the original code calls so: several where it fuses them."""
-    found = _find(_backward(part.renames), name)
-    if found is None:
+    """The layers that lie in a layer of the original code: several where it fuses them."""
+    match = _find(_tables(part.renames)[1], name)
+    if match is None:
         return [name], None
-    rename, _, numbers, rest = found
-    return [".".join([one.format(*numbers), *rest]) for one in rename.ours], rename
+    rename, _, numbers, rest = match
+    return [".".join([ours.format(*numbers), *rest]) for ours in rename.ours], rename
 
 
-_Entry = tuple[re.Pattern[str], Rename, int]
+# Shape of a path -> patterns of such paths, each with its `Rename` and the number of the slice.
+_Table = dict[str, list[tuple[re.Pattern[str], Rename, int]]]
 
 
-def _find(table: dict[str, list[_Entry]], path: str
-          ) -> tuple[Rename, int, list[str], list[str]] | None:
-    """The entry of the longest beginning of `path` that the table has."""
+def _find(table: _Table, path: str) -> tuple[Rename, int, list[str], list[str]] | None:
+    """Looks up the longest beginning of `path` that the table has. Returns its rename, its slice,
+    the numbers in it and the words behind it."""
     words = path.split(".")
     for end in range(len(words), 0, -1):
         prefix = ".".join(words[:end])
@@ -105,33 +125,31 @@ def _find(table: dict[str, list[_Entry]], path: str
 
 
 def _shape(path: str) -> str:
+    """A path with `#` for each number: few patterns share one, so that few are tried."""
     return re.sub(r"(?<![^.])(\d+|\{\})(?![^.])", "#", path)
 
 
-@functools.cache
-def _forward(renames: tuple[Rename, ...]) -> dict[str, list[_Entry]]:
-    return _index((one, rename, number) for rename in renames
-                  for number, one in enumerate(rename.ours))
-
-
-@functools.cache
-def _backward(renames: tuple[Rename, ...]) -> dict[str, list[_Entry]]:
-    index = _index((rename.theirs, rename, 0) for rename in renames)
-    for rename in renames:                 # both places of an upsampler are read
-        if (other := _UPSAMPLER.sub(r"\1.1.conv", rename.theirs)) != rename.theirs:
-            index[_shape(other)].append((re.compile(re.escape(other)), rename, 0))
-    return index
-
-
+# `output_blocks.8.2.conv`, an upsampler behind attention, is read as `output_blocks.8.1.conv`, too.
 _UPSAMPLER = re.compile(r"^(output_blocks\.\d+)\.2\.conv$")
 
 
-def _index(entries: Iterable[tuple[str, Rename, int]]) -> dict[str, list[_Entry]]:
-    table: dict[str, list[_Entry]] = {}
-    for text, rename, number in entries:
-        pattern = re.compile(re.escape(text).replace(r"\{\}", r"(\d+)"))
-        table.setdefault(_shape(text), []).append((pattern, rename, number))
-    return table
+@functools.cache
+def _tables(renames: tuple[Rename, ...]) -> tuple[_Table, _Table]:
+    """The tables by diffusers' names and by the original code's."""
+    ours, theirs = _Table(), _Table()
+
+    def add(table: _Table, path: str, rename: Rename, number: int) -> None:
+        pattern = re.compile(re.escape(path).replace(r"\{\}", r"(\d+)"))
+        table.setdefault(_shape(path), []).append((pattern, rename, number))
+
+    for rename in renames:
+        for number, path in enumerate(rename.ours):
+            add(ours, path, rename, number)
+        add(theirs, rename.theirs, rename, 0)
+    for rename in renames:
+        if (other := _UPSAMPLER.sub(r"\1.1.conv", rename.theirs)) != rename.theirs:
+            add(theirs, other, rename, 0)
+    return ours, theirs
 
 
 # --- kohya's underscores -----------------------------------------------------------------------
@@ -156,21 +174,23 @@ _WORDS = frozenset((
 
 @functools.cache
 def _words(part: Part) -> tuple[frozenset[str], int]:
-    named = {word for rename in part.renames for path in (*rename.ours, rename.theirs)
-             for word in path.split(".") if "_" in word}
-    words = _WORDS | named
-    return frozenset(words), max(word.count("_") for word in words) + 1
+    """The words of a part that hold underscores, and of how many pieces the longest is made."""
+    words = _WORDS | {word for rename in part.renames for path in (*rename.ours, rename.theirs)
+                      for word in path.split(".") if "_" in word}
+    return words, max(word.count("_") for word in words) + 1
 
 
 def dotted(part: Part, name: str) -> str:
-    """`mid_block_attentions_0_proj_in` -> `mid_block.attentions.0.proj_in`: the words that hold
-    underscores are known, all other underscores were dots."""
+    """`mid_block_attentions_0_proj_in` -> `mid_block.attentions.0.proj_in`.
+
+    The words that hold underscores are known; all other underscores were dots.
+    """
     words, longest = _words(part)
-    tokens, path = name.split("_"), []
+    pieces, path = name.split("_"), []
     at = 0
-    while at < len(tokens):
+    while at < len(pieces):
         size = next((n for n in range(longest, 1, -1)
-                     if "_".join(tokens[at:at + n]) in words and at + n <= len(tokens)), 1)
-        path.append("_".join(tokens[at:at + size]))
+                     if "_".join(pieces[at:at + n]) in words and at + n <= len(pieces)), 1)
+        path.append("_".join(pieces[at:at + size]))
         at += size
     return ".".join(path)

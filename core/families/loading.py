@@ -22,9 +22,9 @@ from core import paths
 from core.config import schema
 from core.errors import UserError
 from core.families.base import Family
-from core.families.checkpoint_keys import Convert, Tensors, own
+from core.families.checkpoint_keys import Convert, Tensors, unchanged
 from core.families.components import lookup
-from core.families.components.lookup import Chosen
+from core.families.components.lookup import ComponentFiles
 from core.families.detection import denoiser_prefix
 from core.families.registry import SPECS, outgrows_fp16
 from core.families.spec import Found, Part
@@ -34,268 +34,298 @@ from core.serialization import from_json
 from core.weights import precision_rules
 from core.weights.lazy import File, Weights, files_in, shapes_of
 from core.weights.offload import offload_
-from core.weights.precision import Precision, keep_
+from core.weights.precision import Precision, quantize_and_offload_
 from core.weights.quantization import fill_, quantize_
 
-TOKENIZER = paths.DEMO / "base" / "tokenizer"       # CLIP's own, shipped once
-LARGE_ENCODER = 1e9                                 # parameters; smaller ones stay as they are
+# CLIP's own tokenizer, which all CLIP encoders read with: it ships once, with the demo base.
+TOKENIZER = paths.DEMO / "base" / "tokenizer"
+# Parameters from which a text encoder is quantised. CLIP's encoders (0.1 to 0.7 billion) are
+# smaller and stay as they are, T5 and the language models are larger.
+LARGE_ENCODER = 1e9
 
 
 @dataclass(frozen=True, slots=True)
 class ComponentSpec:
-    """One model of a base."""
+    """One model of a base, and how its weights are found in files."""
 
     name: str                               # its folder, and the pipeline's argument
     cls: Any
     part: Part
     prefixes: tuple[str, ...] = ()          # of its tensors in a whole checkpoint
-    convert: Convert = own                  # names in files -> the model's
-    alone: str = ""                         # what a file is that holds only this; detection's word
+    convert: Convert = unchanged                  # names in files -> the model's
+    # `Found.what` of a file that holds this component alone; empty: there are no such files.
+    file_kind: str = ""
     optional: bool = False
-    # A text encoder that is a part of what its folder holds: config.json -> the part's own.
+    # For a text encoder that is only a part of what its folder holds: makes the encoder's own
+    # config from the folder's config.json.
     config: Callable[[dict[str, Any]], Any] | None = None
-    wide: bool = False                      # its numbers outgrow fp16: bf16 then
+    outgrows_fp16: bool = False             # its activations do; it is read in bf16 then
 
     @property
     def transformers(self) -> bool:
+        """Whether its class is one of transformers; the others are diffusers'."""
         return self.part == "text"
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointLayout:
-    """Where the models of a base lie, and what they are made like."""
+    """Where the models of a base lie, and their configs."""
 
     source: Path
     found: Found
-    configs: dict[str, dict[str, Any]]      # by piece
+    configs: dict[str, dict[str, Any]]      # by component
     scheduler: dict[str, Any]
-    files: dict[str, tuple[Path, str]] = field(default_factory=dict)   # of single files; prefix
-    chosen: Chosen = lookup.NONE        # companions that the user named
-
-    @property
-    def folder(self) -> bool:
-        return self.source.is_dir()
+    # What a single file holds itself: component -> the file, and the prefix of its tensors.
+    files: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    component_files: ComponentFiles = lookup.NO_FILES   # that the user named
 
 
 def read_json(path: Path, folder: Path) -> dict[str, Any]:
+    """A config of the base in `folder`. Raises UserError where it is missing or unreadable."""
     try:
-        found: dict[str, Any] = from_json(path.read_text("utf-8"))
+        config: dict[str, Any] = from_json(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError("families.not_a_folder", path=folder,
                         missing=path.relative_to(folder).as_posix()) from None
     except (OSError, ValueError) as error:
         raise UserError("families.unreadable", path=path, reason=first_line(error)) from error
-    return found
+    return config
 
 
-def configs_in(folder: Path, pieces: tuple[ComponentSpec, ...]) -> dict[str, dict[str, Any]]:
-    return {piece.name: read_json(folder / piece.name / "config.json", folder)
-            for piece in pieces
-            if not piece.optional or (folder / piece.name / "config.json").is_file()}
+def configs_in(folder: Path, components: tuple[ComponentSpec, ...]) -> dict[str, dict[str, Any]]:
+    """The config.json of each component. An optional component without one is left out."""
+    return {component.name: read_json(folder / component.name / "config.json", folder)
+            for component in components
+            if not component.optional or (folder / component.name / "config.json").is_file()}
 
 
-def files_of(source: Path, pieces: tuple[ComponentSpec, ...]) -> dict[str, tuple[Path, str]]:
-    """The pieces that a single file holds itself, each with its prefix: ComfyUI's and the original
-    code's, or the piece's name, as some programs put it before diffusers' names."""
+def files_of(source: Path, components: tuple[ComponentSpec, ...]) -> dict[str, tuple[Path, str]]:
+    """The components that a single file holds itself, each with the prefix of its tensors."""
     names = read_header(source).tensors
-    found: dict[str, tuple[Path, str]] = {}
-    for piece in pieces:
-        if piece.part == "denoiser":        # without a prefix: a file that is nothing else
-            found[piece.name] = source, denoiser_prefix(names)
+    files: dict[str, tuple[Path, str]] = {}
+    for component in components:
+        # The denoiser's prefix may be empty: then the file holds nothing else.
+        if component.part == "denoiser":
+            files[component.name] = source, denoiser_prefix(names)
             continue
-        for prefix in (*piece.prefixes, f"{piece.name}."):
+        # Some programs write diffusers' names behind the component's name.
+        for prefix in (*component.prefixes, f"{component.name}."):
             if any(name.startswith(prefix) for name in names):
-                found[piece.name] = source, prefix
+                files[component.name] = source, prefix
                 break
-    return found
+    return files
 
 
 class Shapes(dict[str, tuple[int, ...]]):
-    """The shapes of a file's denoiser, by the model's names."""
+    """The shapes of the tensors of a file's denoiser, by the model's names."""
 
-    def __init__(self, layout: CheckpointLayout, piece: ComponentSpec) -> None:
-        self.path, prefix = layout.files[piece.name]
-        self.model = piece.cls.__name__
-        with told(self.path):
-            shapes = shapes_of([(self.path, prefix)], lambda tensors: piece.convert(tensors, {}))
-        super().__init__((name, tuple(one.shape)) for name, one in shapes.items())
+    def __init__(self, layout: CheckpointLayout, component: ComponentSpec) -> None:
+        self.path, prefix = layout.files[component.name]
+        self.model = component.cls.__name__
+        with as_user_error(self.path):
+            tensors = shapes_of([(self.path, prefix)],
+                                lambda tensors: component.convert(tensors, {}))
+        super().__init__((name, tuple(tensor.shape)) for name, tensor in tensors.items())
 
     def __missing__(self, name: str) -> tuple[int, ...]:
         raise UserError("families.names_unknown", path=self.path, model=self.model, count=1,
                         example=name, names=", ".join(list(self)[:3]))
 
 
-def file_of(layout: CheckpointLayout, piece: ComponentSpec) -> tuple[Path, str] | None:
-    """The file of one piece: one that the user named, the base itself, else one beside it; of a
-    base's folder the piece's own. Raises UserError where none is there; None for one that needn't
-    be.
+def file_of(layout: CheckpointLayout, component: ComponentSpec) -> tuple[Path, str] | None:
+    """Where one component is read from: a file or folder, and the prefix of its tensors.
+
+    A file that the user named comes first, then the base itself, then a file beside the base.
+    Returns None where an optional component is missing. Raises UserError for any other.
     """
-    if named := lookup.named(layout.chosen, piece.part, piece.alone):
+    if named := lookup.named(layout.component_files, component.part, component.file_kind):
         return named, ""
-    if layout.folder:
-        return layout.source / piece.name, ""
-    if piece.name in layout.files:
-        return layout.files[piece.name]
-    if not piece.alone:
-        raise UserError("families.part_missing", path=layout.source, part=piece.name)
-    path = lookup.find_file(layout.source, piece.alone, layout.configs[piece.name],
-                                layout.chosen)
-    if path is None and not piece.optional:
-        raise lookup.missing(layout.source, piece.alone)
+    if layout.source.is_dir():
+        return layout.source / component.name, ""
+    if component.name in layout.files:
+        return layout.files[component.name]
+    if not component.file_kind:
+        raise UserError("families.part_missing", path=layout.source, part=component.name)
+    path = lookup.find_file(layout.source, component.file_kind, layout.configs[component.name],
+                            layout.component_files)
+    if path is None and not component.optional:
+        raise lookup.missing(layout.source, component.file_kind)
     return (path, "") if path else None
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
-    """The libraries fail in any way on configs and weights that make no sense."""
+def as_user_error(path: Path) -> Iterator[None]:
+    """Turns what the libraries raise about the files at `path` into a UserError.
+
+    On configs and weights that make no sense they fail in any way, so every exception counts.
+    Running out of memory says nothing about the files and passes.
+    """
     try:
         yield
     except Exception as error:
         if isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)):
             raise
         pickles = [p for p in path.glob("*/*") if p.suffix in PICKLES] if path.is_dir() else []
-        if pickles and "safetensors" in str(error):             # it looked for them in vain
+        # The library looked for .safetensors in vain: the folder has pickles in their place.
+        if pickles and "safetensors" in str(error):
             raise UserError("families.pickle", path=pickles[0]) from None
         torn = isinstance(error, (OSError, SafetensorError))
         raise UserError("families.unreadable" if torn else "families.not_understood", path=path,
                         reason=first_line(error)) from error
 
 
-def load(layout: CheckpointLayout, piece: ComponentSpec, precision: Precision) -> Any:
-    """One model as `precision` has it; None: an optional one that isn't there. What of the files is
-    no weight of the model is never read. Raises UserError."""
-    if (where := file_of(layout, piece)) is None:
+def load(layout: CheckpointLayout, component: ComponentSpec, precision: Precision) -> Any:
+    """Reads one model, in the dtype, quantisation and place that `precision` says.
+
+    Tensors that the model does not have are skipped. Returns None for an optional component that
+    is missing. Raises UserError.
+    """
+    if (location := file_of(layout, component)) is None:
         return None
-    own = where[0].is_dir()
-    plain = own and piece.config is None                # by the model's own names, or nearly
-    files: list[File] = [(path, "") for path in files_in(where[0])] if own else [where]
-    path = layout.source if own else where[0]
-    config = layout.configs[piece.name]
-    with told(path):
-        if not files and not plain:
-            raise OSError(f"{piece.name} holds no .safetensors")
+    path, config = location[0], layout.configs[component.name]
+    is_folder = path.is_dir()
+    # A folder's weights have the model's names already, unless the model is a part of what is
+    # in the folder.
+    has_own_names = is_folder and component.config is None
+    files: list[File] = [(file, "") for file in files_in(path)] if is_folder else [location]
+    path = layout.source if is_folder else path
+    with as_user_error(path):
+        if not files and not has_own_names:
+            raise OSError(f"{component.name} holds no .safetensors")
         with init_empty_weights():
-            model = create(piece, config)
-        weights = Weights(files, lambda tensors: _named(
-            model, tensors if plain else piece.convert(tensors, config)))
-        if plain and (_lacking(model, weights) or _misshapen(model, weights)):
-            return settle(_by_library(layout, piece, precision), piece, precision)
-        _refuse_others(model, weights, path)
-        return _filled(model, piece, weights, precision)
+            model = create(component, config)
+
+        def convert(tensors: Tensors) -> Tensors:
+            tensors = tensors if has_own_names else component.convert(tensors, config)
+            # CLIP's text model lies under `text_model` in files, no longer so in transformers 5.
+            if hasattr(model, "text_model"):
+                return tensors
+            return {name.removeprefix("text_model."): value for name, value in tensors.items()}
+
+        weights = Weights(files, convert)
+        if (error := mismatch(model, weights, path)) is None:
+            return _fill(model, component, weights, precision)
+        if not has_own_names:
+            raise error
+        # Older diffusers wrote other names, which the libraries know how to read; they need the
+        # whole model in RAM.
+        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+        dtype = dtype_of(component, precision)
+        if component.transformers:
+            model = component.cls.from_pretrained(layout.source / component.name, dtype=dtype,
+                                                  **options)
+        else:
+            model = component.cls.from_pretrained(layout.source, subfolder=component.name,
+                                                  torch_dtype=dtype, **options)
+        return _settle(model, component, precision)
 
 
-def _refuse_others(model: nn.Module, weights: Weights, path: Path) -> None:
-    """Raises UserError where the files are not this model's."""
+def skeleton(layout: CheckpointLayout, component: ComponentSpec, precision: Precision) -> Any:
+    """The same model as `load` gives, without weights: on the meta device, for plans."""
+    with as_user_error(layout.source), torch.device("meta"):
+        model = create(component, layout.configs[component.name])
+    dtype = dtype_of(component, precision)
+    _cast(model.to(dtype=dtype), dtype)
+    return _settle(model, component, precision)
+
+
+def mismatch(model: nn.Module, weights: Weights, path: Path) -> UserError | None:
+    """Why the weights at `path` are not this model's: names or shapes differ. None: they are."""
     about: dict[str, Any] = {"path": path, "model": type(model).__name__}
-    if lacking := _lacking(model, weights):
-        about |= {"count": len(lacking), "example": lacking[0]}
-        known = model.state_dict()
-        if unknown := [name for name in weights.shapes if name not in known]:
-            raise UserError("families.names_unknown", **about, names=", ".join(unknown[:3]))
-        raise UserError("families.weights_missing", **about)
-    if wrong := _misshapen(model, weights):
-        raise UserError("families.other_sizes", **about, what=wrong)
-
-
-def _named(model: nn.Module, tensors: Tensors) -> Tensors:
-    """transformers 5 has no `text_model`, files have."""
-    if hasattr(model, "text_model"):
-        return tensors
-    return {name.removeprefix("text_model."): value for name, value in tensors.items()}
-
-
-def _lacking(model: nn.Module, weights: Weights) -> list[str]:
+    state = model.state_dict()
     tied = getattr(model, "_tied_weights_keys", None) or ()
-    return sorted(model.state_dict().keys() - weights.shapes.keys() - {*tied})
+    if lacking := sorted(state.keys() - weights.shapes.keys() - {*tied}):
+        about |= {"count": len(lacking), "example": lacking[0]}
+        if unknown := [name for name in weights.shapes if name not in state]:
+            return UserError("families.names_unknown", **about, names=", ".join(unknown[:3]))
+        return UserError("families.weights_missing", **about)
+    for name in (name for name in state if name in weights.shapes):
+        expected, actual = state[name].shape, weights.shapes[name].shape
+        if expected != actual:
+            return UserError("families.other_sizes", **about,
+                             what=f"{name} is {[*actual]}, not {[*expected]}")
+    return None
 
 
-def _misshapen(model: nn.Module, weights: Weights) -> str:
-    """The first weight of another shape, with both."""
-    pairs = ((name, value.shape, weights.shapes[name].shape)
-             for name, value in model.state_dict().items() if name in weights.shapes)
-    return next((f"{name} is {[*there]}, not {[*here]}" for name, here, there in pairs
-                 if here != there), "")
-
-
-def _by_library(layout: CheckpointLayout, piece: ComponentSpec, precision: Precision) -> Any:
-    """Folders with older names in their files, which the libraries know; whole, in RAM."""
-    dtype = dtype_of(piece, precision)
-    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
-    if piece.transformers:
-        return piece.cls.from_pretrained(layout.source / piece.name, dtype=dtype, **options)
-    return piece.cls.from_pretrained(layout.source, subfolder=piece.name, torch_dtype=dtype,
-                                     **options)
-
-
-def _filled(model: Any, piece: ComponentSpec, weights: Weights, precision: Precision) -> Any:
-    """Weight after weight goes to where it stays, in the bits that it keeps."""
+def _fill(model: Any, component: ComponentSpec, weights: Weights, precision: Precision) -> Any:
+    """Reads weight after weight to the place and into the bits in which it stays: the whole model
+    never has to fit the GPU."""
+    dtype, device = dtype_of(component, precision), precision.device
+    # Before layers are frozen: those have codes and scales in place of their weight.
     names = [name for name in model.state_dict() if name in weights.shapes]
-    dtype, device = dtype_of(piece, precision), precision.device
-    cast(model, dtype)
-    share = quantised(model, piece, precision)
-    there = torch.device("cpu") if share else device
-    fill_(model, ((name, weights[name]) for name in names), dtype, there, device)
+    _cast(model, dtype)
+    offload = _freeze(model, component, precision)
+    fill_(model, ((name, weights[name]) for name in names), dtype,
+          torch.device("cpu") if offload else device, quantize_on=device)
     if getattr(model, "_tied_weights_keys", None):
         model.tie_weights()
-    offload_(model, share, device)
+    offload_(model, offload, device)
     return model.to(device)
 
 
-def settle(model: Any, piece: ComponentSpec, precision: Precision) -> Any:
-    """The same of a model that is there already, or has no weights at all."""
-    share = quantised(model, piece, precision)
-    offload_(model, share, precision.device)
+def _settle(model: Any, component: ComponentSpec, precision: Precision) -> Any:
+    """Quantises and offloads a model that has all its weights already, or none at all."""
+    offload_(model, _freeze(model, component, precision), precision.device)
     return model if precision.device.type == "meta" else model.to(precision.device)
 
 
-def quantised(model: Any, piece: ComponentSpec, precision: Precision) -> float:
-    """Frozen, in eval mode, its blocks in few bits; convolutions are 1.1x to 1.4x faster
-    channels_last. -> share of the blocks that is to wait in RAM"""
+def _freeze(model: Any, component: ComponentSpec, precision: Precision) -> float:
+    """Freezes the model, puts it into eval mode and quantises its blocks.
+
+    Returns the share of the blocks (0 to 1) that is to wait in RAM.
+    """
     model.requires_grad_(False).eval()
-    if {p.ndim for p in model.parameters()} & {4, 5} == {4}:    # a video VAE's layout is its own
+    # Convolutions are 1.1x to 1.4x faster channels_last. A video VAE has kernels of five sides,
+    # too, whose layout is another one.
+    if {p.ndim for p in model.parameters()} & {4, 5} == {4}:
         model.to(memory_format=torch.channels_last)
-    if piece.part == "denoiser":
-        quantize_(model, precision.kept, precision.device)
+    if component.part == "denoiser":
+        quantize_(model, precision.quantization, precision.device)
         return precision.offload
-    if piece.part == "vae" or sum(p.numel() for p in model.parameters()) < LARGE_ENCODER:
+    if component.part == "vae" or sum(p.numel() for p in model.parameters()) < LARGE_ENCODER:
         return 0.0
-    quantize_(model, precision.kept, precision.device)
-    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    return 1.0 if precision.room is not None and held > precision.room else 0.0
+    quantize_(model, precision.quantization, precision.device)
+    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    return 1.0 if precision.vram_budget is not None and size > precision.vram_budget else 0.0
 
 
-def dtype_of(piece: ComponentSpec, precision: Precision) -> torch.dtype:
-    if piece.part == "vae":
+def dtype_of(component: ComponentSpec, precision: Precision) -> torch.dtype:
+    """The dtype in which a component's weights are kept."""
+    if component.part == "vae":
         return precision.vae
-    wide = piece.wide and precision.weights == torch.float16
-    return torch.bfloat16 if wide else precision.weights
+    needs_bf16 = component.outgrows_fp16 and precision.weights == torch.float16
+    return torch.bfloat16 if needs_bf16 else precision.weights
 
 
-def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Weights to what each is kept in: the libraries name some that must stay in fp32,
-    transformers' for fp16 alone."""
-    exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts all parameters to `dtype`, except those that the library says must stay in fp32."""
+    fp32_modules = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    # transformers means its list for fp16 alone, diffusers for every dtype.
     if not isinstance(model, ModelMixin) and dtype != torch.float16:
-        exact = set()
+        fp32_modules = set()
     for name, weight in model.named_parameters():
-        weight.data = weight.data.to(torch.float32 if exact & set(name.split(".")) else dtype)
+        is_fp32 = fp32_modules & set(name.split("."))
+        weight.data = weight.data.to(torch.float32 if is_fp32 else dtype)
 
 
-def create(piece: ComponentSpec, config: Mapping[str, Any]) -> Any:
-    """A model of the config, where torch's default device says."""
-    if piece.transformers:
-        return piece.cls((piece.config or piece.cls.config_class.from_dict)(dict(config)))
-    return piece.cls.from_config(dict(config))
+def create(component: ComponentSpec, config: Mapping[str, Any]) -> Any:
+    """Makes the model of a config, on torch's default device."""
+    if component.transformers:
+        make_config = component.config or component.cls.config_class.from_dict
+        return component.cls(make_config(dict(config)))
+    return component.cls.from_config(dict(config))
 
 
 def weights_in(folder: Path) -> list[tuple[Path, str]]:
-    """The files of a model's folder that decide what it computes."""
+    """The files of a model's folder that decide what it computes, with empty prefixes."""
     return [(path, "") for path in sorted(folder.iterdir())
             if path.suffix in (".safetensors", ".json")] if folder.is_dir() else []
 
 
 def first_line(error: Exception) -> str:
-    if "meta tensor" in str(error):         # what a missing weight looks like to torch
+    """What a library says is wrong, in at most 300 characters."""
+    # That is how torch says that a weight was missing: it is still on the meta device.
+    if "meta tensor" in str(error):
         return "some of its weights are missing"
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
@@ -304,8 +334,8 @@ def first_line(error: Exception) -> str:
 
 def tell_numbers(wanted: schema.Precision, family: str, precision: Precision,
                  emit: Callable[[Event], None]) -> None:
-    """Where a family's numbers outgrow fp16: that fp16 was asked for all the same, or that fp32
-    takes its place on a GPU without bf16."""
+    """For a family whose activations outgrow fp16, notes that fp16 was asked for all the same, or
+    that fp32 takes its place on a GPU without bf16."""
     if not outgrows_fp16(family):
         return
     title = SPECS[family].title
@@ -318,16 +348,16 @@ def tell_numbers(wanted: schema.Precision, family: str, precision: Precision,
 
 def load_denoiser(config: schema.TrainConfig, family: Family, source: Path, precision: Precision,
                   emit: Callable[[Event], None] | None = None) -> Any:
-    """The base's denoiser as the run keeps it: quantised, part of it in RAM; frozen.
+    """Loads the base's denoiser for a run: frozen, quantised, a part of it in RAM.
 
-    Weights come one after the other, in the bits that they keep: the whole never has to fit the
-    GPU. Raises UserError as the family's `load` does.
+    Raises UserError as the family's `load` does.
     """
-    kept = precision_rules.kept_settings(config, precision.device.type)
-    if config.offload and "offload" not in kept and emit:
+    settings = precision_rules.base_settings(config, precision.device.type)
+    if config.offload and "offload" not in settings and emit:
         emit(Note(key="precision.offload_useless", params={"device": precision.device.type}))
-    model = family.load(source, replace(precision, **kept), frozenset({"denoiser"})).denoiser
-    done = keep_(model, precision.device, **kept)   # families of one's own may have left it
+    model = family.load(source, replace(precision, **settings), frozenset({"denoiser"})).denoiser
+    # Done again for plugins' families, whose `load` may take no notice of it.
+    done = quantize_and_offload_(model, precision.device, **settings)
     if done.blocks and not done.pinned and emit:
         emit(Note(key="precision.not_pinned"))
     return model

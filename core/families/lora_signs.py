@@ -1,6 +1,6 @@
-"""Which program's names a LoRA file has, and whose layers they are, told from keys and shapes.
+"""Which program wrote a LoRA file, and for which family, told from its keys and shapes.
 
-Without torch.
+Needs no torch.
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ FORMATS = tuple((name, re.compile(pattern)) for name, pattern in (
 ))
 NOT_LORA = {"controlnet", "checkpoint", "vae", "unet", "text-encoder", "embedding", "unknown"}
 
-# (family, pattern of a key, its tensor's last side; None: any), the first that fits: the newest
-# family first, as some have the marks of an older one, too.
-FAMILY_SIGNS = tuple((one.id, re.compile(pattern), width) for one in reversed(SPECS.values())
-                     for pattern, width in one.lora_signs)
-TWINS = {one.id: one.names_of for one in SPECS.values() if one.names_of}   # -> whose names they are
+# (family, pattern of a key, last side of its tensor; None: any). The first that fits counts: newer
+# families come first, as some have the marks of an older one, too.
+FAMILY_SIGNS = tuple((spec.id, re.compile(pattern), width) for spec in reversed(SPECS.values())
+                     for pattern, width in spec.lora_signs)
+# Family -> the family whose layers have the same names.
+TWINS = {spec.id: spec.names_of for spec in SPECS.values() if spec.names_of}
 
 
 def detect_format(keys: Iterable[str]) -> str:
+    """A name of FORMATS, or "unknown"."""
     names = list(keys)
     for format_, pattern in FORMATS:
         if any(pattern.search(name) for name in names):
@@ -50,6 +52,7 @@ def detect_format(keys: Iterable[str]) -> str:
 
 
 def family_of(tensors: Mapping[str, TensorInfo]) -> str:
+    """The id of the family that a LoRA is for; empty where no sign tells."""
     for family, pattern, side in FAMILY_SIGNS:
         if any((side is None or info.shape[-1:] == (side,)) and pattern.search(key)
                for key, info in tensors.items()):

@@ -1,6 +1,6 @@
 """Samplers by the names that users know from A1111 and ComfyUI, as diffusers schedulers.
 
-The table is for the window too: diffusers comes in only where one is made.
+The window shows the table too, so that diffusers is imported only where a scheduler is made.
 """
 
 from __future__ import annotations
@@ -28,46 +28,45 @@ SAMPLERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "unipc": ("UniPC", "UniPCMultistepScheduler", {}),
     "pndm": ("PLMS", "PNDMScheduler", {"skip_prk_steps": True}),
 }
+# Where a base's own sampler is unknown, or PNDM.
 FALLBACK = "dpm++2m"
-# Of bases that learn a flow; all but the first only where it is the base's own.
+# For bases that learn a flow; all but the first only where it is the base's own.
 FLOW = {"euler": "FlowMatchEulerDiscreteScheduler", "dpm++2m": "DPMSolverMultistepScheduler"}
 
 
 def create(name: str, parts: Parts) -> Any:
-    """A scheduler with the base's noise schedule. auto: the base's own sampler, except that
-    PNDM, the old default, gives way to DPM++ 2M. Raises UserError for a name that is unknown, or
-    of no use to this base."""
+    """Makes a scheduler with the base's noise schedule.
+
+    "auto" is the base's own sampler, except that DPM++ 2M takes the place of PNDM, the old default.
+    Raises UserError for a name that is unknown, or of no use to this base.
+    """
+    own_class = parts.scheduler.get("_class_name", "")
+    config = {k: v for k, v in parts.scheduler.items() if not k.startswith("_")}
     if parts.flow is not None:
-        return _flow(name, parts)
-    if name == "auto":
-        own = parts.scheduler.get("_class_name", "")
-        name = next((n for n, (_, cls, _) in SAMPLERS.items()
-                     if cls == own and n != "pndm"), FALLBACK)
-    if name not in SAMPLERS:
-        close = i18n.nearest(name, SAMPLERS, 1)
-        raise UserError("generate.unknown_sampler", name=name, known=", ".join(SAMPLERS),
-                        nearest=close[0] if close else FALLBACK)
+        known = {n: cls for n, cls in FLOW.items() if n == "euler" or cls == own_class}
+        name = [*known][-1] if name == "auto" else name
+        if name not in known:
+            code = "generate.not_for_flow" if name in SAMPLERS else "generate.unknown_sampler"
+            raise UserError(code, name=name, known=", ".join(known), nearest="euler")
+        class_name, options = FLOW[name], dict[str, Any]()
+        # diffusers asks scipy for these steps; without it they are evenly spaced.
+        if config.get("use_beta_sigmas") and not find_spec("scipy"):
+            config["use_beta_sigmas"] = False
+    else:
+        if name == "auto":
+            name = next((n for n, (_, cls, _) in SAMPLERS.items()
+                         if cls == own_class and n != "pndm"), FALLBACK)
+        if name not in SAMPLERS:
+            close = i18n.nearest(name, SAMPLERS, 1)
+            raise UserError("generate.unknown_sampler", name=name, known=", ".join(SAMPLERS),
+                            nearest=close[0] if close else FALLBACK)
+        _, class_name, options = SAMPLERS[name]
+        config["prediction_type"] = parts.objective
+        # Few steps must begin at pure noise.
+        if parts.distilled:
+            config["timestep_spacing"] = "trailing"
     import diffusers
-    _, cls, options = SAMPLERS[name]
-    config = {k: v for k, v in parts.scheduler.items() if not k.startswith("_")}
-    config |= {"prediction_type": parts.objective}
-    if parts.distilled:                     # few steps must begin at noise alone
-        config["timestep_spacing"] = "trailing"
-    return getattr(diffusers, cls).from_config(config, **options)
-
-
-def _flow(name: str, parts: Parts) -> Any:
-    own = parts.scheduler.get("_class_name", "")
-    known = {n: cls for n, cls in FLOW.items() if n == "euler" or cls == own}
-    name = [*known][-1] if name == "auto" else name
-    if name not in known:
-        code = "generate.not_for_flow" if name in SAMPLERS else "generate.unknown_sampler"
-        raise UserError(code, name=name, known=", ".join(known), nearest="euler")
-    import diffusers
-    config = {k: v for k, v in parts.scheduler.items() if not k.startswith("_")}
-    if config.get("use_beta_sigmas") and not find_spec("scipy"):
-        config["use_beta_sigmas"] = False   # evenly spaced steps then
-    return getattr(diffusers, FLOW[name]).from_config(config)
+    return getattr(diffusers, class_name).from_config(config, **options)
 
 
 def label(scheduler: Any) -> str:
@@ -76,7 +75,8 @@ def label(scheduler: Any) -> str:
     if cls == FLOW["euler"]:
         return "Euler"
     matches = [(text, options) for text, name, options in SAMPLERS.values() if name == cls]
-    for text, options in reversed(matches):     # the most particular options stand last
+    # Of one class's samplers those with the most particular options stand last.
+    for text, options in reversed(matches):
         if all(scheduler.config.get(k) == v for k, v in options.items()):
             return str(text)
     return matches[0][0] if matches else cls

@@ -1,4 +1,4 @@
-"""How often a family that learns a flow is taught each noise level, and which time its network
+"""How often each noise level is drawn when a family learns a flow, and which timestep its network
 reads there.
 
 Curves and the shift towards noise for large pictures: Esser et al. 2024 (arXiv 2403.03206),
@@ -22,24 +22,26 @@ FLUX_LINE: Line = ((256, 0.5), (4096, 1.15))        # Flux.1's (tokens, mu), and
 
 
 def exactly(t: Tensor, numbers: torch.dtype) -> Tensor:
-    """Of networks that read the time in fp32."""
+    """For networks that read the timestep in fp32."""
     return t
 
 
 def by_share(t: Tensor, numbers: torch.dtype) -> Tensor:
-    """Of networks that take t / 1000 over into the numbers in which they compute."""
+    """For networks that round t / 1000 to the dtype in which they compute."""
     return (t / STEPS).to(numbers).to(t.dtype) * STEPS
 
 
 def by_share_and_step(t: Tensor, numbers: torch.dtype) -> Tensor:
-    """Of networks that take t / 1000 over and multiply it again in these numbers."""
+    """For networks that round t / 1000 to that dtype and multiply it by 1000 in it."""
     return ((t / STEPS).to(numbers) * STEPS).to(t.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class TimestepSampling:
-    """How often a family learns each noise level. A rule of its own: what is drawn for learning
-    is seldom what the base's sampler draws pictures with."""
+    """How often a family learns each noise level.
+
+    This is a rule of its own: the sampler that draws pictures mostly has other levels.
+    """
 
     curve: Curve = "logit_normal"
     logit_mean: float = 0.0                 # "logit_normal": logit(s) ~ N(mean, std^2)
@@ -47,14 +49,14 @@ class TimestepSampling:
     mode_scale: float = 1.29                # "mode": weight of the middle; -1 to 1.75 (eq. 20)
     bend: float = 7.7                       # "parabola": density 2 - bend (s - 1/2)^2
     shift: float = 1.0                      # towards noise; 1: none
-    # With a size-dependent shift: e^mu, mu on the line through these (tokens, mu).
+    # For a shift that grows with the picture: it is e^mu, mu on the line through two (tokens, mu).
     line: Line | None = None
-    patch: int = 2                          # latent pixels of a token, a side
-    # The time (0 to 1000) that the network reads where it is told t and computes in these numbers.
+    patch: int = 2                          # side of a token in latent pixels
+    # (t of 0 to 1000, the network's dtype) -> the timestep that the network reads in fact.
     told: Callable[[Tensor, torch.dtype], Tensor] = exactly
 
     def shift_at(self, height: int, width: int) -> float:
-        """For latents of this size."""
+        """The shift for latents of this size."""
         if self.line is None:
             return self.shift
         (low, base), (high, top) = self.line
@@ -62,12 +64,13 @@ class TimestepSampling:
         return math.exp(base + (top - base) * (tokens - low) / (high - low))
 
     def draw(self, generator: torch.Generator) -> float:
-        """s in (0, 1), before the shift."""
+        """Draws a noise level s in (0, 1), before the shift."""
         if self.curve == "logit_normal":
             normal = float(torch.randn((), generator=generator))
             return 1 / (1 + math.exp(-(self.logit_mean + self.logit_std * normal)))
         u = float(torch.rand((), generator=generator))
-        while self.curve == "parabola" and (        # by rejection
+        # By rejection: 2 is the density's maximum.
+        while self.curve == "parabola" and (
                 2 * float(torch.rand((), generator=generator)) > 2 - self.bend * (u - 0.5) ** 2):
             u = float(torch.rand((), generator=generator))
         if self.curve == "mode":
@@ -76,5 +79,6 @@ class TimestepSampling:
 
 
 def shifted(s: float, shift: float) -> float:
-    """When a picture of `shift`^2 times the pixels is as noisy (2403.03206, eq. 23)."""
+    """The level at which a picture of `shift`^2 times the pixels is as noisy as this one at `s`
+    (2403.03206, eq. 23)."""
     return shift * s / (1 + (shift - 1) * s)

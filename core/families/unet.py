@@ -1,12 +1,12 @@
-"""What UNets have in common (SD 1, SD 2, SDXL): their layers' names in CompVis' code, and what
-tells them apart. Needs no torch."""
+"""What the UNets of SD 1, SD 2 and SDXL have in common: their layers' names in CompVis' code, and
+how they are told apart. Needs no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from core.families.layer_names import Part, Rename
+from core.families.layer_names import Part, Rename, renames
 from core.families.spec import Shapes, side, starts
 
 _RESNET = (("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"),
@@ -20,8 +20,8 @@ _UNET_ENDS = (("time_embedding.linear_1", "time_embed.0"),
 
 
 def unet_renames(levels: int, layers: int, attention: Iterable[int]) -> tuple[Rename, ...]:
-    """UNet2DConditionModel -> CompVis' UNetModel. `attention`: the levels (0 is the finest) that
-    have any, by which an upsampler's place is counted."""
+    """UNet2DConditionModel -> CompVis' UNetModel, of so many levels of so many layers. `attention`
+    are the levels that have any; 0 is the finest."""
     pairs = [*_UNET_ENDS, ("mid_block.attentions.0", "middle_block.1"),
              *_resnet("mid_block.resnets.0", "middle_block.0"),
              *_resnet("mid_block.resnets.1", "middle_block.2")]
@@ -30,11 +30,13 @@ def unet_renames(levels: int, layers: int, attention: Iterable[int]) -> tuple[Re
         pairs += _blocks(f"down_blocks.{level}", "input_blocks", first, layers)
         pairs.append((f"down_blocks.{level}.downsamplers.0.conv",
                       f"input_blocks.{first + layers}.0.op"))
-        first, behind = level * (layers + 1), 2 if levels - 1 - level in set(attention) else 1
+        # Up blocks begin at the coarsest level. An upsampler stands behind its block's resnet, and
+        # behind its attention where there is one.
+        first, place = level * (layers + 1), 2 if levels - 1 - level in set(attention) else 1
         pairs += _blocks(f"up_blocks.{level}", "output_blocks", first, layers + 1)
         pairs.append((f"up_blocks.{level}.upsamplers.0.conv",
-                      f"output_blocks.{first + layers}.{behind}.conv"))
-    return tuple(Rename((ours,), theirs) for ours, theirs in pairs)
+                      f"output_blocks.{first + layers}.{place}.conv"))
+    return renames(pairs)
 
 
 def _blocks(ours: str, theirs: str, first: int, count: int) -> Iterator[tuple[str, str]]:
@@ -47,24 +49,25 @@ def _resnet(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
     return ((f"{ours}.{a}", f"{theirs}.{b}") for a, b in _RESNET)
 
 
-# SD 1's and SD 2's: four levels of two layers, attention in all but the coarsest.
+# That of SD 1 and SD 2: four levels of two layers, attention in all but the coarsest.
 UNET = Part("unet", "lora_unet", native="diffusion_model", renames=unet_renames(4, 2, (0, 1, 2)))
 
 
 def channels(shapes: Shapes) -> int:
-    """Of the latents that a file's UNet takes; 0: it is no UNet."""
+    """The input channels of a file's UNet; 0: it is no UNet."""
     names = ("conv_in.weight",) if starts("down_blocks.")(shapes) else ("input_blocks.0.0.weight",)
     return max(side(shapes, name, 1) for name in names)
 
 
 def added_width(shapes: Shapes) -> int:
-    """Width of what is told beside the text, as SDXL is: its gist and the picture's sizes."""
+    """The width of what a UNet reads beside the text's states, as SDXL reads the pooled text and
+    the picture's sizes; 0: nothing."""
     return max(side(shapes, name, 1) for name in (
         "add_embedding.linear_1.weight", "label_emb.0.0.weight"))
 
 
 def text_width(shapes: Shapes) -> int:
-    """Of the embeddings that the first attention reads; 0: there is none."""
+    """The width of the embeddings that the first cross attention reads; 0: there is none."""
     places = [*(f"down_blocks.{n}.attentions.0" for n in range(3)),
               *(f"input_blocks.{n}.1" for n in (1, 2, 4))]
     return next(filter(None, (side(
@@ -72,11 +75,11 @@ def text_width(shapes: Shapes) -> int:
 
 
 def is_plain(shapes: Shapes, width: int) -> bool:
-    """Whether a file's UNet reads text of this width and nothing else."""
+    """Whether a file's UNet draws from noise and text of this width alone."""
     return channels(shapes) == 4 and not added_width(shapes) and text_width(shapes) == width
 
 
 def is_plain_config(config: Mapping[str, Any]) -> bool:
-    """The same of a folder's unet/config.json, whatever the width: small bases have any."""
+    """The same of a folder's unet/config.json. Any width of text will do, as small bases have."""
     return (config.get("addition_embed_type") != "text_time"
             and isinstance(config.get("cross_attention_dim"), int))

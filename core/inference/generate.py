@@ -57,7 +57,7 @@ class PipelineSession:
                  emit: Callable[[Event], None]) -> None:
         self.source, self.emit, self.distilled = source, emit, config.distilled
         kind = families.detect(source) if config.family == "auto" else config.family
-        self.family: Family = families.get(kind, lookup.chosen(config))
+        self.family: Family = families.get(kind, lookup.files_from_config(config))
         self.precision = choose(config.precision, config.device,
                                 families.outgrows_fp16(kind))
         tell_numbers(config.precision, kind, self.precision, emit)

@@ -29,9 +29,9 @@ from core.memory.trace_keys import adapter_settings, rule_settings, text_setting
 from core.serialization import from_json
 from core.system.machine import MB
 from core.weights.precision_rules import (
+    base_settings,
     eight_bit,
     encoder_settings,
-    kept_settings,
     numbers_for,
 )
 
@@ -166,7 +166,7 @@ def step_settings(config: TrainConfig, machine: Machine, bucket: tuple[int, int]
             "targets": targets if isinstance(targets, str) else sorted(targets),
             "checkpointing": config.gradient_checkpointing,
             "accumulating": config.gradient_accumulation_steps > 1,
-            **adapter_settings(config), **kept_settings(config, machine.kind),
+            **adapter_settings(config), **base_settings(config, machine.kind),
             **_longer(data.chunks if data else 1),
             **({"eight_bit": True} if eight_bit(config, machine.kind) else rule_settings(config)),
             **({"text": text_settings(config)} if config.trains_text else {})}
@@ -180,15 +180,15 @@ def _encoders(config: TrainConfig, machine: Machine, facts: Mapping[str, float]
               ) -> dict[str, Any]:
     """The same for a trace, in as few ways as there are."""
     found = encoder_settings(config, machine.kind, machine.total_mb)
-    held = facts["encoder_int8" if "kept" in found else "encoder"]
-    room = found.pop("room", None)
-    return found | ({} if room is None or held <= room else {"room": 0.0})
+    held = facts["encoder_int8" if "quantization" in found else "encoder"]
+    budget = found.pop("vram_budget", None)
+    return found | ({} if budget is None or held <= budget else {"vram_budget": 0.0})
 
 
 def _as_kept(config: TrainConfig, base: Base, numbers: dict[str, str], machine: Machine,
              facts: Mapping[str, float]) -> dict[str, float]:
     """`denoiser`: bytes on the device; `waiting`: in RAM."""
-    kept = kept_settings(config, machine.kind)
+    kept = base_settings(config, machine.kind)
     held = ask("kept", base, numbers, **kept) if kept else {}
     return {**facts, "waiting": 0.0, **held,
             "base_loras": base_loras.held(config, 4 if numbers["compute"] == "fp32" else 2)}
@@ -222,7 +222,7 @@ def _drawing(config: TrainConfig, base: Base, numbers: dict[str, str], machine: 
         size = size_of(config.sample_size) or (native, native)
         wanted["preview"] = (size, 1 if _unguided(config, base) else 2)
     targets = step_settings(config, machine, (0, 0))["targets"]
-    kept = kept_settings(config, machine.kind)
+    kept = base_settings(config, machine.kind)
     phases = []
     for name, (size, batch) in wanted.items():
         drawn = ask("draw", base, numbers, kind=machine.kind, width=size[0], height=size[1],
@@ -242,7 +242,7 @@ def _regular(config: TrainConfig, base: Base, numbers: dict[str, str], machine: 
     settings = step_settings(config, machine, bucket)
     drawn = ask("draw", base, numbers, kind=machine.kind, width=bucket[0], height=bucket[1],
                 batch=1 if _unguided(config, base) else 2, rank=config.lora_rank,
-                targets=settings["targets"], **kept_settings(config, machine.kind))
+                targets=settings["targets"], **base_settings(config, machine.kind))
     return [_phase("regular", denoiser=facts["denoiser"], vae=facts["vae"],
                    activations=drawn["peak"])]
 

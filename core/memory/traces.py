@@ -27,9 +27,8 @@ from core.objectives import diffusion as objective
 from core.objectives.noise import Draw
 from core.optim import optimizers
 from core.weights.offload import stage_of, waiting
-from core.weights.precision import DTYPES, Precision, keep_
-from core.weights.quantization import Frozen
-from core.weights.quantization import Kind as QuantKind
+from core.weights.precision import DTYPES, Precision, quantize_and_offload_
+from core.weights.quantization import Frozen, Quantization
 
 Figures = dict[str, float]
 SIZES_ONLY = {"weights": "fp32", "compute": "fp32", "vae": "fp32"}
@@ -39,7 +38,7 @@ ADAM_STATES = 2                             # fp32 numbers per weight: first and
 def base(base: Base, numbers: dict[str, str]) -> Figures:
     """Weights of each part, and the base's own sizes."""
     family, parts = _skeleton(base, numbers)
-    small = family.skeleton(base.source, replace(_precision(numbers), kept="int8"),
+    small = family.skeleton(base.source, replace(_precision(numbers), quantization="int8"),
                             frozenset({"text"}))
     encoders, eight = ([size_of(m) for m in found.text.values() if isinstance(m, torch.nn.Module)]
                        for found in (parts, small))
@@ -56,21 +55,21 @@ def sizes(base: Base, numbers: dict[str, str]) -> Figures:
     return {"native": parts.native_size, "step": parts.bucket_step}
 
 
-def kept(base: Base, numbers: dict[str, str], kept: QuantKind = "same", offload: float = 0.0
-         ) -> Figures:
+def kept(base: Base, numbers: dict[str, str], quantization: Quantization = "same",
+         offload: float = 0.0) -> Figures:
     """`denoiser`: what of it lies on the device, quantised; `waiting`: in RAM."""
     _, parts = _skeleton(base, numbers, "denoiser")
-    keep_(parts.denoiser, META, kept, offload)
+    quantize_and_offload_(parts.denoiser, META, quantization, offload)
     return {"denoiser": size_of(parts.denoiser), "waiting": waiting(parts.denoiser)}
 
 
 def texts(base: Base, numbers: dict[str, str], kind: Kind, batch: int,
-          kept: QuantKind = "same", room: float | None = None) -> Figures:
+          quantization: Quantization = "same", vram_budget: float | None = None) -> Figures:
     """Encoding `batch` captions. `weights`, `peak`: of the encoder that takes the most;
     `waiting`: in RAM, the most; `embedding`: what one caption takes in the cache."""
     family = families.get(base.family)
     compute, most, away, row = DTYPES[numbers["compute"]], (0, 0), 0, 0
-    precision = replace(_precision(numbers), kept=kept, room=room)
+    precision = replace(_precision(numbers), quantization=quantization, vram_budget=vram_budget)
     for encoder in family.spec.encoders:            # one after the other, as the engine loads them
         parts = family.skeleton(base.source, precision, frozenset({encoder}))
         known = [m for m in parts.text.values() if isinstance(m, torch.nn.Module)]
@@ -103,7 +102,7 @@ def cache(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: i
 
 def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: int, batch: int,
          rank: int, dropout: bool, targets: str | list[str], checkpointing: bool,
-         accumulating: bool, kept: QuantKind = "same", offload: float = 0.0,
+         accumulating: bool, quantization: Quantization = "same", offload: float = 0.0,
          eight_bit: bool = False, text: Mapping[str, float] | None = None,
          adapter: dict[str, Any] | None = None, variant_source: str = "",
          rule: dict[str, Any] | None = None, rule_source: str = "", chunks: int = 1) -> Figures:
@@ -118,7 +117,7 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
     family, parts = _skeleton(base, numbers, "denoiser", "vae", *(["text"] if text else ()))
     latents, cond = _inputs(base, family, parts, numbers, width, height, batch, chunks)
     parts.reading = Reading(CHUNK * chunks)
-    _keep(parts, kind, kept, offload)
+    _keep(parts, kind, quantization, offload)
     config = TrainConfig(lora_rank=rank, lora_dropout=0.1 if dropout else 0.0,
                          target_modules=targets, **(adapter or {}), **(rule or {}))
     parameters = lora.attach(parts.denoiser, config, family.spec)
@@ -157,13 +156,13 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
 
 
 def draw(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: int, batch: int,
-         rank: int, targets: str | list[str], kept: QuantKind = "same", offload: float = 0.0,
-         adapter: dict[str, Any] | None = None, variant_source: str = "", chunks: int = 1
-         ) -> Figures:
+         rank: int, targets: str | list[str], quantization: Quantization = "same",
+         offload: float = 0.0, adapter: dict[str, Any] | None = None, variant_source: str = "",
+         chunks: int = 1) -> Figures:
     """A preview: denoising with the adapter, `batch` 2 with guidance; then decoding one picture."""
     family, parts = _skeleton(base, numbers, "denoiser", "vae")
     latents, cond = _inputs(base, family, parts, numbers, width, height, batch, chunks)
-    _keep(parts, kind, kept, offload)
+    _keep(parts, kind, quantization, offload)
     config = TrainConfig(lora_rank=rank, target_modules=targets, **(adapter or {}))
     lora.attach(parts.denoiser, config, family.spec)
     lora.set_training(parts.denoiser, False)
@@ -194,8 +193,8 @@ def _precision(numbers: dict[str, str]) -> Precision:
                      compute=DTYPES[numbers["compute"]], vae=DTYPES[numbers["vae"]])
 
 
-def _keep(parts: Parts, kind: Kind, kept: QuantKind, offload: float) -> None:
-    keep_(parts.denoiser, META, kept, offload)
+def _keep(parts: Parts, kind: Kind, quantization: Quantization, offload: float) -> None:
+    quantize_and_offload_(parts.denoiser, META, quantization, offload)
     _as_on(parts.denoiser, kind)
 
 

@@ -65,7 +65,7 @@ def _train(output: Output, config: TrainConfig, emit: Callbacks, control: Contro
     rng.seed(config.seed)
     source = _source(config, beside)
     kind = families.detect(source) if config.family == "auto" else config.family
-    family = families.get(kind, lookup.chosen(config, beside))
+    family = families.get(kind, lookup.files_from_config(config, beside))
     base_loras.check(config, kind)
     precision = choose(config.precision, config.device, families.outgrows_fp16(kind))
     tell_numbers(config.precision, kind, precision, emit)

@@ -1,4 +1,4 @@
-"""LoRAs that lie on a frozen model while a run learns: added to outputs, never to weights."""
+"""LoRAs on a frozen model while a run learns: they are added to outputs, never to weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Attached:
-    """What a run's denoiser has on it besides the adapter in training."""
+    """The LoRAs that a run's denoiser has besides the adapter in training."""
 
     on: bool = True
     told: list[str] = field(default_factory=list)       # "name:weight:hash" of each file
 
     @contextmanager
     def switched(self, on: bool) -> Iterator[None]:
+        """Switches them on or off for a while."""
         before, self.on = self.on, on
         try:
             yield
@@ -28,7 +29,8 @@ class Attached:
             self.on = before
 
     def add(self, layer: Any, down: Tensor, up: Tensor) -> None:
-        """`up` with the scale in it. The layer keeps it, whatever is laid around the layer."""
+        """Adds one LoRA to a layer; `up` has the scale in it. As a hook it stays on the layer when
+        peft wraps that in an adapter's layer."""
         layer.register_forward_hook(partial(self._plus, down, up))
 
     def _plus(self, down: Tensor, up: Tensor, layer: Any, given: tuple[Any, ...], out: Tensor

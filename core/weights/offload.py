@@ -1,14 +1,13 @@
 """Block offload: a share of the frozen base waits in RAM and comes to the GPU block by block.
 
-Only the large weights travel, and only towards the GPU: a frozen base never comes back. A block
-is fetched when its first layer is used, forward or backward, and the one that came next the last
-time is fetched beside the computation. At most two are there at once. Layers read their weight
+Only the large weights travel, and only towards the GPU: a frozen base needn't be copied back. A
+block is fetched when its first layer is used, forward or backward, and the block that came next the
+last time is fetched during the computation. At most two are there at once. Layers read their weight
 anew in the backward pass (core/weights/quantization.py), so that nothing else keeps a block alive.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,17 +17,18 @@ from torch import Tensor, nn
 
 from core.weights.quantization import Frozen, freeze_, heavy_layers, repeated_blocks
 
-CHUNK = 2**28                               # bytes; torch rounds pinned memory up to powers of two
+# Bytes of pinned memory that are asked for at once; torch rounds them up to a power of two.
+CHUNK = 2**28
 
 
 @dataclass(frozen=True, slots=True)
 class Offloaded:
     """What `offload_` did."""
 
-    blocks: int
+    blocks: int                             # in RAM
     total: int                              # blocks of the model
     bytes: int                              # in RAM
-    pinned: bool                            # else copies wait for the processor: slower
+    pinned: bool                            # all of it; copies from other memory are slower
 
 
 @dataclass(slots=True)
@@ -40,11 +40,11 @@ class _Visit:
 
 
 class BlockPrefetcher:
-    """The place on the device where one block works and the next gets ready.
+    """Holds the block on the device that is in use, and the next one.
 
-    What comes next is learnt: after (before, now) comes what came the last time, and a way there
-    is a way back. So it holds for UNets, whose order of use isn't the order of their modules, for
-    the backward pass, with activation checkpointing and for previews.
+    Which block is next is learnt: after (before, now) comes what came the last time, and the way
+    there is also the way back. This works for UNets, whose order of use isn't the order of their
+    modules, for the backward pass, with activation checkpointing and for previews.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -54,18 +54,18 @@ class BlockPrefetcher:
         self._here: dict[int, _Visit] = {}
         self._before = self._now = -1
         self._next: dict[tuple[int, int], int] = {}
-        self._beside: torch.cuda.Stream | None = None
+        self._copy_stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self._beside = torch.cuda.Stream(device)    # type: ignore[no-untyped-call]
+            self._copy_stream = torch.cuda.Stream(device)   # type: ignore[no-untyped-call]
 
     def use(self, block: int, layer: int) -> Tensor:
-        """One layer's weight on the device, good until another block is used."""
+        """Returns one layer's weight on the device, valid until another block is used."""
         if block != self._now:
             self._turn_to(block)
         return self._here[block].tensors[layer]
 
     def clear(self) -> None:
-        """Leaves the device; what was learnt stays."""
+        """Frees the memory on the device; what was learnt stays."""
         for block in list(self._here):
             self._drop(block)
         self._before = self._now = -1
@@ -84,21 +84,21 @@ class BlockPrefetcher:
             self._fetch(ahead)
 
     def _fetch(self, block: int) -> None:
-        """Memory belongs to the computing stream, which the copy waits for first: what was there
-        before is done with. The computation waits for the copy in turn (`_wait`)."""
         if block in self._here:
             return
         self.fetched += 1
         waiting = self.blocks[block]
         tensors = [torch.empty_like(t, device=self.device) for t in waiting]
-        if self._beside is None:
+        if self._copy_stream is None:
             _copy(tensors, waiting)
             self._here[block] = _Visit(tensors, None)
             return
-        self._beside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._beside):
+        # The memory belongs to the computing stream, which may still use what was there before: the
+        # copy waits for it. The computation waits for the copy in turn (`_wait`).
+        self._copy_stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._copy_stream):
             _copy(tensors, waiting)
-        self._here[block] = _Visit(tensors, self._beside.record_event())
+        self._here[block] = _Visit(tensors, self._copy_stream.record_event())
 
     def _wait(self, visit: _Visit) -> None:
         if visit.arrived is not None:
@@ -106,7 +106,7 @@ class BlockPrefetcher:
             visit.arrived = None
 
     def _drop(self, block: int) -> None:
-        """Also one that was fetched in vain: its copy must be over before its memory is reused."""
+        # If it was fetched in vain, its copy must be over before its memory is used again.
         self._wait(self._here.pop(block))
 
 
@@ -119,47 +119,42 @@ def offload_(model: nn.Module, share: float, device: torch.device) -> Offloaded:
     """Moves `share` (0 to 1, by bytes) of the blocks' weights to RAM, evenly over the model, so
     that resident blocks compute while others travel. The rest of the model is left where it is.
 
-    After `quantize_`, so that fewer bytes travel; again with a larger share, adapters attached or
-    not, for a run that must hold less from now on. Works on meta tensors and, for tests, with the
-    CPU as `device`.
+    It must be called after `quantize_`, so that fewer bytes travel. It may be called again with a
+    larger share, with adapters attached or not, for a run that must take less memory from now on.
+    Works on meta tensors and, for tests, with the CPU as `device`.
     """
-    found = [layers for block in blocks(model) if (layers := list(heavy_layers(block)))]
-    before = stage_of(model)
-    chosen, total, gone, going = [], 0, 0, 0
-    for layers in found:
+    candidates = [layers for block in blocks(model) if (layers := list(heavy_layers(block)))]
+    chosen, total, in_ram, to_move = [], 0, 0, 0
+    for layers in candidates:
         size = sum(map(_size, layers))
         total += size
-        if _waits(layers[0]):
-            gone += size
-        elif share and gone + size / 2 <= share * total:
-            gone, going = gone + size, going + size
+        if isinstance(layers[0], Frozen) and layers[0].fetch is not None:
+            in_ram += size
+        # Where the share of the blocks so far comes nearer to the wanted one with this block.
+        elif share and in_ram + size / 2 <= share * total:
+            in_ram, to_move = in_ram + size, to_move + size
             chosen.append(layers)
-    stage, ram = before or BlockPrefetcher(device), _Ram(device, going)
+    stage, ram = stage_of(model) or BlockPrefetcher(device), _Ram(device, to_move)
     for layers in chosen:
-        stage.blocks.append([_away(layer, stage, n, ram) for n, layer in enumerate(layers)])
+        waiting: list[Tensor] = []
+        for n, layer in enumerate(layers):
+            frozen = layer if isinstance(layer, Frozen) else freeze_(layer, "same", stage.device)
+            assert frozen.codes is not None
+            waiting.append(ram.take(frozen.codes))
+            frozen.codes, frozen.fetch = None, partial(stage.use, len(stage.blocks), n)
+        stage.blocks.append(waiting)
     pinned = device.type == "cuda" and all(t.is_pinned() for b in stage.blocks for t in b)
-    return Offloaded(len(stage.blocks), len(found), gone, pinned)
-
-
-def _away(layer: nn.Linear | nn.Conv2d, stage: BlockPrefetcher, place: int, ram: _Ram) -> Tensor:
-    frozen = layer if isinstance(layer, Frozen) else freeze_(layer, "same", stage.device)
-    assert frozen.codes is not None
-    waiting = ram.take(frozen.codes)
-    frozen.codes, frozen.away = None, partial(stage.use, len(stage.blocks), place)
-    return waiting
-
-
-def _waits(layer: nn.Linear | nn.Conv2d) -> bool:
-    return isinstance(layer, Frozen) and layer.away is not None
+    return Offloaded(len(stage.blocks), len(candidates), in_ram, pinned)
 
 
 def _size(layer: nn.Linear | nn.Conv2d) -> int:
-    held: Tensor | None = layer.codes if isinstance(layer, Frozen) else layer.weight
-    if isinstance(layer, Frozen) and isinstance(layer.away, partial):
-        block, place = layer.away.args
-        held = layer.away.func.__self__.blocks[block][place]    # type: ignore[attr-defined]
-    assert held is not None
-    return held.numel() * held.element_size()
+    """Bytes of a layer's weight, wherever it is."""
+    stored: Tensor | None = layer.codes if isinstance(layer, Frozen) else layer.weight
+    if isinstance(layer, Frozen) and isinstance(layer.fetch, partial):
+        block, n = layer.fetch.args
+        stored = layer.fetch.func.__self__.blocks[block][n]     # type: ignore[attr-defined]
+    assert stored is not None
+    return stored.numel() * stored.element_size()
 
 
 def waiting(model: nn.Module) -> int:
@@ -169,63 +164,64 @@ def waiting(model: nn.Module) -> int:
 
 
 def stage_of(model: nn.Module) -> BlockPrefetcher | None:
-    """None: nothing of the model is away."""
-    ways = (m.away for m in model.modules() if isinstance(m, Frozen))
-    return next((way.func.__self__ for way in ways      # type: ignore[attr-defined]
-                 if isinstance(way, partial)), None)
+    """The prefetcher of a model's blocks; None where all of the model is on the device."""
+    fetches = (m.fetch for m in model.modules() if isinstance(m, Frozen))
+    return next((fetch.func.__self__ for fetch in fetches       # type: ignore[attr-defined]
+                 if isinstance(fetch, partial)), None)
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The units that travel: elements of its ModuleLists; an element that is made of such
-    lists itself (a UNet's levels, its transformers) is taken apart."""
+    """The units that travel: the elements of a model's ModuleLists. An element that is made of
+    such lists itself, as a UNet's levels and its transformers are, is taken apart."""
     for part in repeated_blocks(model):
         elements = part.children() if isinstance(part, nn.ModuleList) else _elements(part)
         for element in elements:
-            yield from _parts(element)
+            yield from _smallest(element)
 
 
-def _parts(element: nn.Module) -> Iterator[nn.Module]:
+def _smallest(element: nn.Module) -> Iterator[nn.Module]:
     inner = list(_elements(element))
     if not inner:
         yield element
-    for one in inner:
-        yield from _parts(one)
+    for child in inner:
+        yield from _smallest(child)
 
 
 def _elements(module: nn.Module) -> Iterator[nn.Module]:
+    """The elements of the ModuleLists right below a module."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from child.children()
 
 
 class _Ram:
-    """Memory for what waits: pinned where the device is a GPU, so that copies run beside the
-    computation; in chunks of a power of two, since torch would round each tensor up to one."""
+    """Memory for what waits. For a GPU it is pinned, so that copies run during the computation.
+    It is taken in chunks of a power of two, since torch would round each tensor up to one."""
 
     def __init__(self, device: torch.device, total: int) -> None:
-        self._gpu = self.pinned = device.type == "cuda"
+        self._is_gpu = self._can_pin = device.type == "cuda"
         self._left = total                              # bytes still to come
         self._chunk = torch.empty(0, dtype=torch.uint8)
         self._used = 0
 
     def take(self, tensor: Tensor) -> Tensor:
-        if not self._gpu:
+        """Copies a tensor to this memory and returns the copy."""
+        if not self._is_gpu:
             return tensor
         size = tensor.numel() * tensor.element_size()
-        if not self.pinned or (self._used + size > self._chunk.numel() and not self._more(size)):
+        if self._can_pin and self._used + size > self._chunk.numel():
+            chunk = max(size, min(CHUNK, self._left))
+            # Systems limit pinned memory; what exceeds it waits in ordinary RAM.
+            try:
+                self._chunk = torch.empty(2 ** (chunk - 1).bit_length(), dtype=torch.uint8,
+                                          pin_memory=True)
+                self._used = 0
+            except RuntimeError:
+                self._can_pin = False
+        if not self._can_pin:
             return tensor.cpu()
         part = self._chunk[self._used:self._used + size].view(tensor.dtype)
+        # The next tensor's dtype may be wider: it begins at a multiple of 64 bytes.
         self._used += -(-size // 64) * 64
         self._left -= size
         return torch.as_strided(part, tensor.shape, tensor.stride()).copy_(tensor)
-
-    def _more(self, size: int) -> bool:
-        """Systems limit pinned memory; what exceeds it waits in ordinary RAM."""
-        wanted = max(size, min(CHUNK, self._left))
-        with contextlib.suppress(RuntimeError):
-            self._chunk = torch.empty(2 ** (wanted - 1).bit_length(), dtype=torch.uint8,
-                                      pin_memory=True)
-            self._used = 0
-            return True
-        self.pinned = False
-        return False

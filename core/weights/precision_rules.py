@@ -1,6 +1,6 @@
-"""Number formats of a run, and how its frozen parts are kept, from its config and the card alone.
+"""The dtypes of a run and the quantisation of its frozen models, from its config and the card.
 
-Plans and runs ask the same functions, so that a plan counts what the run will do. Without torch.
+Plans and runs ask the same functions, so that a plan counts what the run will do. Needs no torch.
 """
 
 from __future__ import annotations
@@ -11,41 +11,48 @@ from typing import Any
 from core.config import TrainConfig
 from core.system.machine import MB
 
-ENCODER_SHARE = 0.25                    # of a card: a large text encoder that takes more travels
+# A large text encoder that takes more than this share of a card waits in RAM.
+ENCODER_SHARE = 0.25
 
 
-def numbers_for(precision: str, kind: str, capability: tuple[int, int],
+def numbers_for(precision: str, device: str, capability: tuple[int, int],
                 outgrows_fp16: bool = False) -> dict[str, str]:
-    """Number formats by use. auto: bf16 where the GPU computes it, fp16 on older GPUs unless the
-    model's numbers outgrow it, else fp32. The VAE stays out of fp16: SDXL's overflows there."""
+    """The dtypes of weights, computation and VAE (fp32, fp16, bf16), on a device of type `device`.
+
+    "auto" is bf16 where the GPU computes in it, fp16 on older GPUs unless the model's activations
+    outgrow it, else fp32.
+    """
     if precision == "auto":
-        older = (0, 0) < capability < (8, 0)
-        half = "bf16" if not older else "fp32" if outgrows_fp16 else "fp16"
-        precision = half if kind == "cuda" else "fp32"
+        is_older = (0, 0) < capability < (8, 0)
+        half = "bf16" if not is_older else "fp32" if outgrows_fp16 else "fp16"
+        precision = half if device == "cuda" else "fp32"
+    # SDXL's VAE overflows in fp16.
     return {"weights": precision, "compute": precision,
             "vae": "fp32" if precision == "fp16" else precision}
 
 
-def kept_settings(config: TrainConfig, kind: str) -> dict[str, Any]:
-    """How the frozen base is kept; empty: in full. Offload only helps a card with memory of its
-    own: elsewhere the base would wait in the memory that it works in."""
-    found: dict[str, Any] = {}
+def base_settings(config: TrainConfig, device: str) -> dict[str, Any]:
+    """Fields of `Precision` for the frozen denoiser; empty: it is on the device in full."""
+    settings: dict[str, Any] = {}
     if config.base_precision != "same":
-        found["kept"] = config.base_precision
-    if config.offload and kind == "cuda":
-        found["offload"] = config.offload
-    return found
+        settings["quantization"] = config.base_precision
+    # Only a card has memory of its own: elsewhere the base would wait in the memory that it works
+    # in.
+    if config.offload and device == "cuda":
+        settings["offload"] = config.offload
+    return settings
 
 
-def encoder_settings(config: TrainConfig, kind: str, total_mb: float) -> dict[str, Any]:
-    """How frozen text encoders of a billion parameters and more are kept while captions are
-    encoded: in int8 where the base is in few bits (4 bits would cost what they say, and they stay
-    for minutes), in RAM but for two blocks where they'd take much of a card."""
-    found: dict[str, Any] = {} if config.base_precision == "same" else {"kept": "int8"}
-    return found | ({"room": total_mb * MB * ENCODER_SHARE} if kind == "cuda" else {})
+def encoder_settings(config: TrainConfig, device: str, total_mb: float) -> dict[str, Any]:
+    """Fields of `Precision` for frozen text encoders of a billion parameters and more, while
+    captions are encoded. On a card of `total_mb` MiB those that would take much of it wait in RAM,
+    but for two blocks."""
+    # Never 4 bits: the captions would lose by it, and encoders are there for minutes only.
+    settings: dict[str, Any] = {} if config.base_precision == "same" else {"quantization": "int8"}
+    return settings | ({"vram_budget": total_mb * MB * ENCODER_SHARE} if device == "cuda" else {})
 
 
-def eight_bit(config: TrainConfig, kind: str) -> bool:
-    """Whether the 8-bit optimizer is wanted and can be had: bitsandbytes on CUDA."""
-    return (config.optimizer == "adamw8bit" and kind == "cuda"
+def eight_bit(config: TrainConfig, device: str) -> bool:
+    """Whether the 8-bit optimizer is wanted and available: bitsandbytes on CUDA."""
+    return (config.optimizer == "adamw8bit" and device == "cuda"
             and importlib.util.find_spec("bitsandbytes") is not None)

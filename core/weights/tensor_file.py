@@ -1,8 +1,8 @@
-"""The tensors of a .safetensors file, one at a time, of files larger than memory, too.
+"""The tensors of a .safetensors file, one at a time, also of files larger than memory.
 
-Each is read through a mapping of its own bytes, for reading alone: systems count a mapping that
-could be written to, as safetensors' own reader for torch makes one of the whole file, as memory
-that may be needed, and refuse it where the file is larger than RAM and swap.
+Each is read through a read-only mapping of its own bytes. safetensors' own reader for torch makes
+one mapping of the whole file that could be written to: systems count it as memory that may be
+needed, and refuse it where the file is larger than RAM and swap.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DTYPES = {
 
 
 class TensorFile:
-    """By name; weights with a scale beside them are what both stand for, in fp32."""
+    """The tensors of a file by name. Weights with a scale beside them come multiplied, in fp32."""
 
     def __init__(self, path: Path) -> None:
         """Reads the header alone. Raises UserError where the file is no whole .safetensors file."""
@@ -39,28 +39,28 @@ class TensorFile:
         self.scaling = scaling_of(path, self.header)
 
     def names(self, prefix: str = "") -> list[str]:
-        """Of the weights that begin with `prefix`, in the file's order."""
+        """The names of weights that begin with `prefix`, in the file's order."""
         return [name for name in self.header.tensors
                 if name.startswith(prefix) and name not in self.scaling.helpers]
 
     def shape(self, name: str) -> Tensor:
-        """A tensor on the meta device. Raises UserError where its numbers are of a kind that isn't
-        read here."""
-        info, scaled = self._read(name), name in self.scaling.scales
+        """A tensor on the meta device. Raises UserError where its format can't be read here."""
+        info, scaled = self._readable(name), name in self.scaling.scales
         return torch.empty(info.shape, device="meta",
                            dtype=torch.float32 if scaled else DTYPES[info.dtype])
 
     def __getitem__(self, name: str) -> Tensor:
-        """Not to be written into: of the file's own bytes, unless it is scaled. Raises UserError as
-        `shape` does."""
-        found = self._mapped(self._read(name))
+        """Reads a tensor. It must not be written into: unless it is scaled, it is mapped from the
+        file. Raises UserError as `shape` does."""
+        stored = self._mapped(self._readable(name))
         if (scale := self.scaling.scales.get(name)) is None:
-            return found
+            return stored
+        # One scale for all, or one for each row.
         factor = self._mapped(self.header.tensors[scale]).float()
-        sides = (1,) * found.ndim if factor.numel() == 1 else (-1, *(1,) * (found.ndim - 1))
-        return found.to(torch.float32, copy=True).mul_(factor.reshape(sides))
+        sides = (1,) * stored.ndim if factor.numel() == 1 else (-1, *(1,) * (stored.ndim - 1))
+        return stored.to(torch.float32, copy=True).mul_(factor.reshape(sides))
 
-    def _read(self, name: str) -> TensorInfo:
+    def _readable(self, name: str) -> TensorInfo:
         info = self.header.tensors[name]
         kind = self.scaling.unread.get(name, "" if info.dtype in DTYPES else info.dtype)
         if kind:
@@ -71,17 +71,21 @@ class TensorFile:
         dtype = DTYPES[info.dtype]
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=dtype)
+        # A mapping must start at a multiple of the granularity.
         begin = self.header.data_start + info.begin
         start = begin - begin % mmap.ALLOCATIONGRANULARITY
         with open(self.path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), begin - start + info.nbytes,
                                access=mmap.ACCESS_READ, offset=start)
-        if sys.platform != "win32":             # in one go from the disk, not page by page
+        # Read from the disk at once, not page by page. Windows has no madvise.
+        if sys.platform != "win32":
             mapped.madvise(mmap.MADV_WILLNEED)
-        if begin % dtype.itemsize:              # some programs' headers are of odd lengths
+        # Some programs write headers of odd lengths, behind which tensors are not aligned.
+        if begin % dtype.itemsize:
             copied = bytearray(mapped[begin - start:])
             return torch.frombuffer(copied, dtype=dtype).reshape(info.shape)
-        with warnings.catch_warnings():         # torch can't tell that a buffer is for reading
+        # torch knows no read-only tensors and warns of the buffer.
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")
             return torch.frombuffer(mapped, dtype=dtype, count=info.nbytes // dtype.itemsize,
                                     offset=begin - start).reshape(info.shape)

@@ -202,14 +202,14 @@ MORE = {"sd3": {"dual_attention_layers": (0,)},    # as 3.5 medium has them
 @cache
 def network(family: str, name: str) -> nn.Module:
     """The real class by the config that we ship, with few layers and without weights."""
-    piece = next(one for one in families.get(family).pieces if one.name == name)
+    component = next(one for one in families.get(family).components if one.name == name)
     folder = paths.family_configs(family) / name
     config = json.loads((folder / "config.json").read_text("utf-8"))
     with torch.device("meta"):
-        if piece.transformers:
-            return piece.cls(piece.cls.config_class(**config | {"num_hidden_layers": 2}))
+        if component.transformers:
+            return component.cls(component.cls.config_class(**config | {"num_hidden_layers": 2}))
         config |= {key: few for key, few in FEWER.items() if key in config}
-        return piece.cls.from_config(config | MORE.get(family, {}))
+        return component.cls.from_config(config | MORE.get(family, {}))
 
 
 def trained(family: str, targets: str | list[str], name: str) -> dict[str, Layer]:

@@ -72,7 +72,7 @@ def touch(models: dict[str, Any]) -> None:
 
 def _ours(family: str, file: Path, way: Any) -> Callable[[], Any]:
     cpu = torch.device("cpu")
-    own = Precision(cpu, torch.float16, torch.float32, torch.float16, kept=way)
+    own = Precision(cpu, torch.float16, torch.float32, torch.float16, quantization=way)
     one = families.get(family)
     return lambda: one.load(file, own, ALL_PARTS)
 

@@ -34,7 +34,7 @@ from core.families.sd15.model import CONFIGS, TOKENIZER
 from core.memory import plan
 from core.training.trainer import Trainer
 from core.weights import precision_rules
-from core.weights.precision import choose, keep_
+from core.weights.precision import choose, quantize_and_offload_
 
 MB = 2**20
 
@@ -87,7 +87,8 @@ def trainer_of(config: TrainConfig, source: Path, random: bool) -> Trainer:
         unet.requires_grad_(False).to(dtype=precision.weights, memory_format=torch.channels_last)
         parts = family.skeleton(source, precision, frozenset())
         parts.denoiser = unet
-        keep_(unet, precision.device, **precision_rules.kept_settings(config, "cpu"))
+        quantize_and_offload_(unet, precision.device,
+                              **precision_rules.base_settings(config, "cpu"))
     else:
         parts = family.load(source, precision, frozenset())
         parts.denoiser = load_denoiser(config, family, source, precision)

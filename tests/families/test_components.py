@@ -28,8 +28,8 @@ from core.errors import UserError
 from core.families import text
 from core.families.base import Parts
 from core.families.components import lookup, precision_copies, tokenizer_kinds, vae_hashes
-from core.families.components.lookup import NONE, Chosen
-from core.families.components.tokenizer_kinds import KINDS, Kind
+from core.families.components.lookup import NO_FILES, ComponentFiles
+from core.families.components.tokenizer_kinds import KINDS, TokenizerKind
 from core.jobs.events import Event, Note
 from core.weights.precision import Precision, choose
 from tests import tiny_families
@@ -106,7 +106,7 @@ def gemma_words(turn: int, end: int, more: Mapping[str, int] = {}) -> dict[str, 
 GEMMA_2, GEMMA_3 = gemma_words(106, 255_999), gemma_words(105, 262_144)
 
 
-def find(source: Path, kind: Kind, rows: int, known: Chosen = NONE) -> Path:
+def find(source: Path, kind: TokenizerKind, rows: int, known: ComponentFiles = NO_FILES) -> Path:
     return lookup.find_tokenizer(source, "tokenizer", kind, rows, known)
 
 
@@ -180,7 +180,7 @@ def test_text_is_read_as_the_pipeline_reads_it(name: str, tmp_path: Path) -> Non
     index.write_text('{"text_encoder_select_layers": [1, 2]}')
     source = sparse(tmp_path / "base.safetensors", BASES[name]) if name != "krea2" else tmp_path
     tokenizer = copy.deepcopy(qwen("qwen25" if name == "qwen" else "qwen3"))
-    tokenizer.chat_template = family.vocabularies["text_encoder"].chat or None
+    tokenizer.chat_template = family.tokenizers["text_encoder"].chat or None
     encoder = getattr(pipeline.text_encoder, "model", pipeline.text_encoder)
     encoder = getattr(encoder, "language_model", encoder)
     parts = Parts(source, {}, "flow", 32, 8,
@@ -204,7 +204,7 @@ def test_umt5_is_no_t5(names: tuple[str, str], tmp_path: Path) -> None:
     words_folder(kept / names[0], words | {"last": 256_299}, "T5Tokenizer")
     shutil.copytree(T5.folder or Path(), kept / names[1])
     assert find(source, T5, 32_128) == T5.folder
-    other = Kind("T5", T5.marks)            # as if the app had none: the folder beside is found
+    other = TokenizerKind("T5", T5.marks)       # as if the app had none: the folder beside is found
     assert find(source, other, 32_128) == kept / names[1]
 
 
@@ -234,14 +234,14 @@ def test_two_tokenizers_that_fit_and_differ_are_a_question(tmp_path: Path) -> No
     assert all(str(folder) in str(caught.value) for folder in both)
     for fix, folder in zip(caught.value.fixes, both, strict=True):
         config = TrainConfig().with_changes(**fix.changes)
-        assert find(source, GEMMA, 256_000, lookup.chosen(config)) == folder
+        assert find(source, GEMMA, 256_000, lookup.files_from_config(config)) == folder
     mine = qwen_folder(kept / "mine", "qwen3")
     told = json.loads((mine / "tokenizer.json").read_text("utf-8"))
     told["added_tokens"].append(told["added_tokens"][-1] | {"id": 151_669, "content": "<ink>"})
     (mine / "tokenizer.json").write_text(json.dumps(told), "utf-8")
     with pytest.raises(UserError) as caught:    # the app's own, or the user's with one word more
         find(source, QWEN, 151_936)
-    chosen = [lookup.chosen(TrainConfig().with_changes(**fix.changes))
+    chosen = [lookup.files_from_config(TrainConfig().with_changes(**fix.changes))
               for fix in caught.value.fixes]
     assert [find(source, QWEN, 151_936, known) for known in chosen] == [QWEN.folder, mine]
 
@@ -252,7 +252,8 @@ def test_an_encoder_must_know_all_words(tmp_path: Path) -> None:
     assert caught.value.code == "families.tokenizer_too_large"
     assert caught.value.params["words"] == 151_669
     with pytest.raises(UserError, match="shipped"):
-        find(tmp_path / "base.safetensors", GEMMA, 256_000, Chosen(tokenizer=Path("shipped")))
+        find(tmp_path / "base.safetensors", GEMMA, 256_000,
+             ComponentFiles(tokenizer=Path("shipped")))
 
 
 # --- sentencepiece ---
@@ -373,10 +374,10 @@ def test_encoders_are_told_by_their_words_and_widths(names: tuple[str, str], tmp
     t5_file(tmp_path / "clip" / f"{one}.safetensors", 256_384)
     wanted = t5_file(tmp_path / "clip" / f"{other}.safetensors")
     t5_config = config_of("flux", "text_encoder_2")
-    assert lookup.find_file(source, "t5", t5_config, NONE) == wanted
+    assert lookup.find_file(source, "t5", t5_config, NO_FILES) == wanted
     qwen_file(tmp_path / f"{one}_8b.safetensors", 4096)
     small = qwen_file(tmp_path / f"{other}_4b.safetensors", 2560)
-    assert lookup.find_file(source, "qwen3", config_of("zimage", "text_encoder"), NONE) == small
+    assert lookup.find_file(source, "qwen3", config_of("zimage", "text_encoder"), NO_FILES) == small
 
 
 def test_two_files_that_fit_and_differ_are_a_question(tmp_path: Path) -> None:
@@ -384,13 +385,13 @@ def test_two_files_that_fit_and_differ_are_a_question(tmp_path: Path) -> None:
     both = [qwen_file(tmp_path / f"{name}.safetensors", 2560, name.encode()) for name in "xy"]
     os.link(both[0], tmp_path / "copy of x.safetensors")       # is no third
     with pytest.raises(UserError) as caught:
-        lookup.find_file(source, "qwen3", config, NONE)
+        lookup.find_file(source, "qwen3", config, NO_FILES)
     fault = caught.value
     assert (fault.code, fault.params["count"], len(fault.fixes)) == (
         "families.companion_unclear", 2, 2)
     for fix, path in zip(fault.fixes, (tmp_path / "copy of x.safetensors", both[1]), strict=True):
         assert fix.params["file"] == path.name
-        known = lookup.chosen(TrainConfig().with_changes(**fix.changes))
+        known = lookup.files_from_config(TrainConfig().with_changes(**fix.changes))
         assert lookup.named(known, "text", "qwen3") == path
         assert lookup.named(known, "text", "t5") is None
 
@@ -406,16 +407,16 @@ def test_vaes_of_the_same_shapes_are_told_by_their_content(
         vae_hashes.sha256(path): model for model, path in made.items()})
     vae_file(tmp_path / "vae" / "video.safetensors", b"", 48)
     for model, family in (("flux", "flux"), ("flux", "zimage"), ("sd3", "sd3")):
-        found = lookup.find_file(source, "vae_16", config_of(family, "vae"), NONE)
+        found = lookup.find_file(source, "vae_16", config_of(family, "vae"), NO_FILES)
         assert found == made[model]
     made["flux"].unlink()
     with pytest.raises(UserError, match="Stable Diffusion 3") as caught:
-        lookup.find_file(source, "vae_16", config_of("flux", "vae"), NONE)
+        lookup.find_file(source, "vae_16", config_of("flux", "vae"), NO_FILES)
     assert caught.value.code == "families.companion_foreign"
     assert caught.value.fixes[0].changes == {"vae": str(made["sd3"])}
     own = [vae_file(tmp_path / f"own_{n}.safetensors", bytes([n])) for n in (1, 2)]
     with pytest.raises(UserError) as caught:    # neither is known
-        lookup.find_file(source, "vae_16", config_of("flux", "vae"), NONE)
+        lookup.find_file(source, "vae_16", config_of("flux", "vae"), NO_FILES)
     assert [fix.changes for fix in caught.value.fixes] == [{"vae": str(path)} for path in own]
 
 
@@ -432,7 +433,7 @@ def test_the_published_vaes_belong_to_known_models() -> None:
 
 def test_a_tokenizer_of_the_bases_own_may_be_named(tmp_path: Path) -> None:
     folder = tiny_families.base("flux", tmp_path / "flux")
-    named = Chosen(tokenizer=folder / "tokenizer_2")
+    named = ComponentFiles(tokenizer=folder / "tokenizer_2")
     found = {one.part: one.path for one in families.get("flux", named).beside(folder)}
     assert found["tokenizer_2"] == folder / "tokenizer_2"
 
@@ -466,7 +467,7 @@ def test_a_base_tells_what_it_is_used_with(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:     # as if it were the published one of SD 3
         patch.setattr(vae_hashes, "FILES", {vae_hashes.sha256(tmp_path / "vae" / "ae.safetensors"):
                                             "sd3"})
-        known = Chosen(vae=tmp_path / "vae" / "ae.safetensors")
+        known = ComponentFiles(vae=tmp_path / "vae" / "ae.safetensors")
         lookup.announce(families.get("zimage", known), source, events.append)
     assert [note.key for note in events if isinstance(note, Note)] == [
         "families.companions_taken", "families.companions_taken", "families.companion_odd"]
@@ -479,7 +480,7 @@ def test_latents_of_another_scale_are_told(size: float, told: int) -> None:
     """SD 3's VAE beside Flux: 0.653 * 0.3611; Flux's beside SD 3: 2.77 * 1.5305."""
     generator = torch.Generator().manual_seed(1)
     latents = [size * torch.randn(16, 32, 24, generator=generator) for _ in range(4)]
-    vae = lookup.Taken("vae", Path("ae.safetensors"), "1", "2")
+    vae = lookup.UsedComponent("vae", Path("ae.safetensors"), "1", "2")
     for beside in ([vae], []):
         notes: list[Any] = []
         lookup.tell_scale(beside, latents, False, notes.append)
@@ -495,17 +496,17 @@ def test_a_named_file_without_use_is_refused(tmp_path: Path) -> None:
     vae = vae_file(tmp_path / "vae" / "ae.safetensors", b"1")
     reader = qwen_file(tmp_path / "clip" / "qwen_3_4b.safetensors", 2560)
     t5 = t5_file(tmp_path / "elsewhere" / "t5.safetensors")
-    for known in (Chosen(vae=reader), Chosen(text_encoders=(reader, t5)),
-                  Chosen(text_encoders=(vae,))):
+    for known in (ComponentFiles(vae=reader), ComponentFiles(text_encoders=(reader, t5)),
+                  ComponentFiles(text_encoders=(vae,))):
         with pytest.raises(UserError) as caught:
             families.get("zimage", known).beside(source)        # type: ignore[attr-defined]
         assert caught.value.code == "families.companion_unused"
     with pytest.raises(UserError) as caught:
-        families.get("sd15", Chosen(tokenizer=QWEN.folder)).beside(     # type: ignore[attr-defined]
+        families.get("sd15", ComponentFiles(tokenizer=QWEN.folder)).beside(     # type: ignore[attr-defined]
             paths.DEMO / "base")
     assert caught.value.code == "families.tokenizer_unused"
     with pytest.raises(UserError) as caught:
-        lookup.chosen(GenerateConfig(base="x", vae=str(tmp_path / "no.safetensors")))
+        lookup.files_from_config(GenerateConfig(base="x", vae=str(tmp_path / "no.safetensors")))
     assert caught.value.code == "families.companion_not_there"
     assert choose("fp32", "cpu").vae == torch.float32
 
@@ -559,7 +560,7 @@ def test_the_same_weights_in_other_numbers_are_no_question(tmp_path: Path) -> No
     assert precision_copies.finest(reversed(found)) == [tmp_path / "fp16.safetensors"]
     config = {"vocab_size": 1, "d_model": 1}        # files without a table of words fit any
     save_file(tensorwise(half, "nvfp4"), tmp_path / "nvfp4.safetensors")
-    assert lookup.find_file(tmp_path / "base", "t5", config, NONE) == found[1]
+    assert lookup.find_file(tmp_path / "base", "t5", config, NO_FILES) == found[1]
     # What is left after a direction is taken out of each weight, as for "abliterated" models.
     along = torch.nn.functional.normalize(torch.randn(1024, 1), dim=0)
     bent = {name: value.float() - along @ (along.T @ value.float())

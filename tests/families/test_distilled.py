@@ -18,7 +18,7 @@ from core import families, i18n
 from core.config import GenerateConfig, TrainConfig, parse_train_config
 from core.config.draw import DrawConfig
 from core.families import detection, distilled, schedulers
-from core.families.distilled import Distilled, drawing, told
+from core.families.distilled import Distilled, drawing
 from core.families.spec import Found
 from core.inference import generate
 from core.inference.draw import draw
@@ -58,7 +58,7 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("qwen_image_distill_full_bf16", "qwen", 8), ("flux-dev-de-distill", "flux", 0)])
 def test_names_tell(name: str, family: str, steps: int) -> None:
     """By whole words; the steps that a name says are taken."""
-    found = told(Path("models") / name, Found(family, family))
+    found = distilled.of(Path("models") / name, found=Found(family, family))
     assert (found.steps if found else 0) == steps
     assert found is None or found.sign == name
 
@@ -66,20 +66,21 @@ def test_names_tell(name: str, family: str, steps: int) -> None:
 def test_a_name_in_a_hubs_cache_and_a_title_tell(tmp_path: Path) -> None:
     cached = tmp_path / "models--Tongyi-MAI--Z-Image-Turbo" / "snapshots" / "0a1b2c"
     cached.mkdir(parents=True)
-    assert told(cached, Found("zimage", "zimage")) is not None
+    assert distilled.of(cached, found=Found("zimage", "zimage")) is not None
     for title, steps in (("SDXL Lightning 4step", 4), ("SDXL", 0)):
         save_file({"a": torch.ones(1)}, path := tmp_path / "x.safetensors",
                   {"modelspec.title": title})
-        found = told(path, Found("sdxl", "sdxl"))
+        found = distilled.of(path, found=Found("sdxl", "sdxl"))
         assert (found.steps if found else 0) == steps
 
 
 def test_schnell_and_dev(tmp_path: Path) -> None:
     """Schnell by its shapes, unless somebody undid it; dev's own guidance is no CFG and stays."""
-    assert told(Path("x"), Found("flux_schnell", "flux")) == Distilled("Flux.1 schnell", 4)
-    assert told(Path("OpenFlux1"), Found("flux_schnell", "flux")) is None
-    assert told(Path("flux1-dev"), Found("flux_dev", "flux")) is None
-    dev = told(Path("flux1-dev-hyper-8step"), Found("flux_dev", "flux"))
+    assert distilled.of(Path("x"), found=Found("flux_schnell", "flux")) == Distilled(
+        "Flux.1 schnell", 4)
+    assert distilled.of(Path("OpenFlux1"), found=Found("flux_schnell", "flux")) is None
+    assert distilled.of(Path("flux1-dev"), found=Found("flux_dev", "flux")) is None
+    dev = distilled.of(Path("flux1-dev-hyper-8step"), found=Found("flux_dev", "flux"))
     assert dev == Distilled("flux1-dev-hyper-8step", 8, guided=True)
     assert drawing(None, None, 3.5, 25, dev) == (3.5, 8)
 

@@ -28,7 +28,7 @@ from core.objectives import diffusion
 from core.training import memory_guard, verify
 from core.training.run import train
 from core.weights import quantization
-from core.weights.precision import choose, keep_
+from core.weights.precision import choose, quantize_and_offload_
 from tests import tiny, tiny_families
 
 FP32 = choose("fp32", "cpu")
@@ -272,7 +272,7 @@ def test_a_lora_loads_into_a_base_that_is_kept_in_int8(
     monkeypatch.setattr(quantization, "SMALLEST", 64)       # some tiny bases have no larger layers
     family = families.get(name)
     parts = family.load(base, FP32)
-    keep_(parts.denoiser, FP32.device, "int8")
+    quantize_and_offload_(parts.denoiser, FP32.device, "int8")
     targets = lora.resolve_targets("all-linear", family.spec, parts.denoiser)
     weights = {}
     for path, layer in parts.denoiser.named_modules():

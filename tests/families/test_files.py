@@ -25,7 +25,7 @@ from core.adapters import lora
 from core.config import TrainConfig
 from core.errors import UserError
 from core.families import loading
-from core.families.components.lookup import Chosen
+from core.families.components.lookup import ComponentFiles
 from core.families.lumina2.model import GEMMA
 from core.families.registry import SPECS
 from core.inference import generate
@@ -142,7 +142,7 @@ def test_sd3_beside_its_text_encoders(made: tuple[str, Path, Any], tmp_path: Pat
     kept = models / "tokenizers" / "t5"
     T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581red", -1.0),
                        ("\u2581disc", -1.0)], extra_ids=0).save_pretrained(kept)
-    family = families.get(name, Chosen(tokenizer=kept))
+    family = families.get(name, ComponentFiles(tokenizer=kept))
     found = family.load(path, FP32, frozenset({"denoiser", "vae", "text_encoder_3"}))
     assert len(found.text["tokenizer_3"](["red disc"]).input_ids[0]) == 3
     ours = parts.text["text_encoder_3"].state_dict()
@@ -170,7 +170,7 @@ def test_a_denoiser_with_vae_and_text_encoder_beside_it(made: tuple[str, Path, A
     reader = folder / "text_encoder" / "model.safetensors"
     assert any("visual." in key or key.startswith("lm_head.") for key in load_file(reader))
     shutil.copyfile(reader, models / "text_encoders" / "reader.safetensors")
-    family = families.get(name, Chosen(tokenizer=folder / "tokenizer"))
+    family = families.get(name, ComponentFiles(tokenizer=folder / "tokenizer"))
     found = family.load(path, FP32)
     compare(name, parts, found)
     weights = found.text["text_encoder"].state_dict()
@@ -251,15 +251,15 @@ def _products(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_full_size_names_and_shapes(name: str) -> None:
     """Of the shipped configs: the published shapes' names go there and back, without weights."""
     family: Any = families.get(name)
-    piece = next(p for p in family.pieces if p.part == "denoiser")
-    config = loading.configs_in(paths.family_configs(name), family.pieces)[piece.name]
+    component = next(p for p in family.components if p.part == "denoiser")
+    config = loading.configs_in(paths.family_configs(name), family.components)[component.name]
     with torch.device("meta"):
-        model = loading.create(piece, config)
+        model = loading.create(component, config)
     state = model.state_dict()
     grid = state.pop("pos_embed.pos_embed", None)
     native = original(SPECS[name].naming[0], state)
     native |= {} if grid is None else {"pos_embed": grid}
-    found = piece.convert(native, config)
+    found = component.convert(native, config)
     expected = model.state_dict()
     assert expected.keys() <= found.keys()
     assert all(found[key].shape == value.shape for key, value in expected.items())
@@ -276,10 +276,10 @@ def test_our_tables_of_single_files_are_those_of_diffusers(name: str) -> None:
     """Of the published sizes, which theirs know alone; ours take diffusers' own names, too. Every
     row of every weight has a number of its own."""
     family: Any = families.get(name)
-    piece = family.pieces[0]
-    config = loading.configs_in(paths.family_configs(name), family.pieces)[piece.name]
+    component = family.components[0]
+    config = loading.configs_in(paths.family_configs(name), family.components)[component.name]
     with torch.device("meta"):
-        state = loading.create(piece, config).state_dict()
+        state = loading.create(component, config).state_dict()
     rows: dict[str, Tensor] = {}
     for number, (key, value) in enumerate(state.items()):
         rows[key] = torch.arange(value.shape[0]) + 100_000 * number
@@ -293,11 +293,11 @@ def test_our_tables_of_single_files_are_those_of_diffusers(name: str) -> None:
                    for key in (f"{last}.weight", f"{last}.bias")}
         rows["pos_embed.pos_embed"] = native["pos_embed"]
     unused = {"pos_embed": torch.zeros(1), "y_embedder.y_embedding": torch.zeros(1)}
-    theirs = SINGLE_FILE_LOADABLE_CLASSES[piece.cls.__name__]["checkpoint_mapping_fn"](
-        checkpoint=behind(UNET if "unet" in piece.name else "", native)
+    theirs = SINGLE_FILE_LOADABLE_CLASSES[component.cls.__name__]["checkpoint_mapping_fn"](
+        checkpoint=behind(UNET if "unet" in component.name else "", native)
         | (unused if name == "sana" else {}), config=config)
     for tensors in (native, rows):
-        ours = piece.convert(dict(tensors), config)
+        ours = component.convert(dict(tensors), config)
         assert ours.keys() == theirs.keys() == rows.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in rows)
         assert all(torch.equal(ours[key], value) for key, value in rows.items())
@@ -364,7 +364,7 @@ def test_a_text_encoder_in_the_same_file_as_comfyui_writes_it(made: tuple[str, P
     save_file(behind("model.diffusion_model.", parts.denoiser.state_dict())
               | behind("text_encoders.qwen3_4b.transformer.model.",
                        parts.text["text_encoder"].state_dict()), path)
-    family = families.get(name, Chosen(tokenizer=folder / "tokenizer"))
+    family = families.get(name, ComponentFiles(tokenizer=folder / "tokenizer"))
     found = family.load(path, FP32, frozenset({"text"})).text["text_encoder"].state_dict()
     assert all(torch.equal(value, found[key])
                for key, value in parts.text["text_encoder"].state_dict().items())
@@ -523,7 +523,7 @@ def test_gemma_reads_for_a_single_file(made: tuple[str, Path, Any], tmp_path: Pa
                        match=re.escape(str(kept))) as caught:     # too few words for Gemma 2
         family.load(path, FP32, frozenset({"text"}))
     assert caught.value.code == "families.tokenizer_other"
-    family = families.get(name, Chosen(tokenizer=kept))
+    family = families.get(name, ComponentFiles(tokenizer=kept))
     only = {"denoiser", "text"} | ({"vae"} if name == "lumina2" else set())
     found = family.load(path, FP32, frozenset(only))
     found.vae = found.vae or parts.vae

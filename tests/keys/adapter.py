@@ -224,7 +224,7 @@ def _(lab: Lab) -> None:
     held = {}
     for kind in ("same", "int8", "nf4"):
         model = load_denoiser(lab.config(base_precision=kind), family, lab.base, precision)
-        kinds = {layer.kind for layer in model.modules() if isinstance(layer, Frozen)}
+        kinds = {layer.quantization for layer in model.modules() if isinstance(layer, Frozen)}
         assert kinds == (set() if kind == "same" else {kind})
         held[kind] = lab.plan(base_precision=kind).phase("train").parts["denoiser"]
     assert held["nf4"] < held["int8"] < held["same"]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from core import families
 from core.families.base import Parts
 from core.families.components import lookup
-from core.families.components.lookup import Chosen
+from core.families.components.lookup import ComponentFiles
 from core.hashes import fingerprint
 from core.weights.precision import choose
 from tests import ldm_layout, tiny_families
@@ -26,7 +26,7 @@ def flux(folder: Path) -> Path:
 
 def read(lab: Lab, **changes: object) -> Parts:
     """T5 and its tokenizer, as a run with that config reads them."""
-    family = families.get("flux", lookup.chosen(lab.config(**changes)))
+    family = families.get("flux", lookup.files_from_config(lab.config(**changes)))
     return family.load(flux(lab.folder), choose("fp32", "cpu"), frozenset({"text_encoder_2"}))
 
 
@@ -45,7 +45,7 @@ def _(lab: Lab) -> None:
     assert path.name in run.notes("families.companions_taken")[0].params["files"]
     assert run.notes("families.latents_scale")      # no scale that a base has learned with
     assert not lab.plain_run.notes("families.latents_scale")
-    family = families.get("sd15", lookup.chosen(run.config))
+    family = families.get("sd15", lookup.files_from_config(run.config))
     loaded = family.load(lab.base, choose("fp32", "cpu"), frozenset({"vae"}))
     pixels = torch.rand(1, 3, 32, 32)
     (mine, bases) = (family.encode_image(one, pixels) for one in (loaded, parts))
@@ -76,6 +76,6 @@ def _(lab: Lab) -> None:
            for folder in ("", str(path))]
     assert ids[0][1:] == ids[1][1:]
     assert ids[0][0] != ids[1][0]
-    caches = {fingerprint(families.get("flux", Chosen(tokenizer=folder)).weight_files(
+    caches = {fingerprint(families.get("flux", ComponentFiles(tokenizer=folder)).weight_files(
         flux(lab.folder), "text")) for folder in (None, path)}
     assert len(caches) == 2                 # texts that were read by the other don't count

@@ -202,8 +202,8 @@ MUTANTS = [
            'family.curve if config.timestep_sampling == "auto" else config.timestep_sampling',
            "family.curve", key("timestep_sampling")),
     Mutant("z-image-learns-unshifted", "core/families/zimage/model.py",
-           "LEARNS = TimestepSampling(shift=2.0)",
-           "LEARNS = TimestepSampling(shift=1.0)", ("objectives/test_flow.py",)),
+           "sampling = TimestepSampling(shift=2.0)",
+           "sampling = TimestepSampling(shift=1.0)", ("objectives/test_flow.py",)),
     Mutant("times-that-bf16-lacks", _FLOW, "            times = read\n        return times",
            "            break\n        return times",
            ("objectives/test_flow.py"

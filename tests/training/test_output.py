@@ -138,7 +138,7 @@ def test_a_pickle_is_called_one_whatever_its_name(tmp_path: Path) -> None:
 def test_encoders_that_outgrow_fp16_are_kept_in_bf16(
         weights: torch.dtype, vae: torch.dtype, wide: bool, wanted: torch.dtype) -> None:
     numbers = Precision(torch.device("cpu"), weights, weights, vae)
-    encoder = ComponentSpec("text_encoder", CLIPTextModel, "text", wide=wide)
+    encoder = ComponentSpec("text_encoder", CLIPTextModel, "text", outgrows_fp16=wide)
     assert dtype_of(encoder, numbers) == wanted
     assert dtype_of(ComponentSpec("vae", AutoencoderKL, "vae"), numbers) == vae
 

@@ -90,8 +90,9 @@ def test_converters_that_write_into_weights_are_told() -> None:
         Weights([(path, "")], lambda found: {"w": found["w"].mul_(2)})
 
 
-@pytest.mark.parametrize("changes", [{}, {"kept": "nf4"}, {"kept": "int8", "offload": 0.5},
-                                     {"weights": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize("changes", [
+    {}, {"quantization": "nf4"}, {"quantization": "int8", "offload": 0.5},
+    {"weights": torch.bfloat16}], ids=str)
 def test_never_are_more_weights_of_a_file_in_memory(sd3: Path, changes: dict[str, Any],
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     """While one is read only the one before may still be there; in the end nothing is mapped."""
@@ -117,12 +118,12 @@ def test_never_are_more_weights_of_a_file_in_memory(sd3: Path, changes: dict[str
 def test_what_the_library_would_give(sd3: Path) -> None:
     """A folder's models, read weight by weight, against from_pretrained."""
     parts = families.get("sd3").load(sd3, replace(FP32, weights=torch.bfloat16))
-    for piece in loading_pieces():
+    for component in loading_pieces():
         ours = {"denoiser": parts.denoiser, "vae": parts.vae}.get(
-            piece.part, parts.text.get(piece.name))
-        dtype = torch.float32 if piece.part == "vae" else torch.bfloat16
-        theirs = piece.cls.from_pretrained(
-            sd3 / piece.name, **{"dtype" if piece.transformers else "torch_dtype": dtype})
+            component.part, parts.text.get(component.name))
+        dtype = torch.float32 if component.part == "vae" else torch.bfloat16
+        theirs = component.cls.from_pretrained(
+            sd3 / component.name, **{"dtype" if component.transformers else "torch_dtype": dtype})
         mine, other = ours.state_dict(), theirs.state_dict()
         assert mine.keys() == other.keys()
         assert all(torch.equal(mine[k], other[k]) for k in mine)
@@ -132,7 +133,7 @@ def test_what_the_library_would_give(sd3: Path) -> None:
 
 def loading_pieces() -> Any:
     from core.families.sd3.model import StableDiffusion3
-    return StableDiffusion3.pieces
+    return StableDiffusion3.components
 
 
 def test_folders_with_names_of_old_go_by_the_library(sd3: Path, tmp_path: Path) -> None:
@@ -193,28 +194,28 @@ def embedding(base: Path, **changes: Any) -> tuple[Any, Tensor]:
 
 
 @pytest.mark.usefixtures("large")
-@pytest.mark.parametrize("kept", ["same", "int8"])
-def test_an_encoder_whose_blocks_travel_gives_the_same_bits(sd3: Path, kept: Any) -> None:
-    resident, expected = embedding(sd3, kept=kept)
-    travelling, found = embedding(sd3, kept=kept, room=0.0)
+@pytest.mark.parametrize("quantization", ["same", "int8"])
+def test_an_encoder_whose_blocks_travel_gives_the_same_bits(sd3: Path, quantization: Any) -> None:
+    resident, expected = embedding(sd3, quantization=quantization)
+    travelling, found = embedding(sd3, quantization=quantization, vram_budget=0.0)
     assert stage_of(resident) is None
     assert stage_of(travelling) is not None
     assert torch.equal(found, expected)
-    fitting, _ = embedding(sd3, kept=kept, room=1e9)
+    fitting, _ = embedding(sd3, quantization=quantization, vram_budget=1e9)
     assert stage_of(fitting) is None
 
 
 @pytest.mark.usefixtures("large")
 def test_an_encoder_in_eight_bits_is_off_by_a_hundredth(sd3: Path) -> None:
     _, expected = embedding(sd3)
-    model, found = embedding(sd3, kept="int8")
+    model, found = embedding(sd3, quantization="int8")
     assert any(isinstance(m, Frozen) for m in model.modules())
     off = (found - expected).norm() / expected.norm()
     assert 0 < off < 0.015
 
 
 def test_small_encoders_stay_as_they_are(sd3: Path) -> None:
-    model, _ = embedding(sd3, kept="int8", room=0.0)
+    model, _ = embedding(sd3, quantization="int8", vram_budget=0.0)
     assert not any(isinstance(m, Frozen) for m in model.modules())
 
 
@@ -225,7 +226,7 @@ def test_the_engine_keeps_them_as_the_plan_has_it(sd3: Path) -> None:
     config = TrainConfig(base_model=str(sd3), base_precision="nf4")
     encoder = Encoder(families.get("sd3"), sd3, FP32, config, lambda event: None, Control())
     found = encoder.embeddings(["red disc, flat"])["red disc, flat"]["text_3"]
-    assert torch.equal(found, embedding(sd3, kept="int8")[1][:1])
+    assert torch.equal(found, embedding(sd3, quantization="int8")[1][:1])
     assert not torch.equal(found, embedding(sd3)[1][:1])
     plain = Encoder(families.get("sd3"), sd3, FP32, TrainConfig(base_model=str(sd3)),
                     lambda event: None, Control())

@@ -11,13 +11,13 @@ from core.config import TrainConfig
 from core.families.sd15.model import StableDiffusion1
 from core.memory.meta_tensors import DeviceEmulation, StorageTracker, size_of, traced
 from core.weights.offload import BlockPrefetcher, Offloaded, blocks, offload_, stage_of, waiting
-from core.weights.quantization import Frozen, Kind, heavy_layers, quantize_
+from core.weights.quantization import Frozen, Quantization, heavy_layers, quantize_
 from tests import tiny
 
 CPU = torch.device("cpu")
 
 
-def model_of(kind: Kind = "same", share: float = 0.0, device: torch.device = CPU,
+def model_of(kind: Quantization = "same", share: float = 0.0, device: torch.device = CPU,
              checkpointing: bool = False) -> tuple[Any, Offloaded]:
     torch.manual_seed(5)
     model = tiny.tiny_unet().requires_grad_(False).eval().to(memory_format=torch.channels_last)
@@ -63,7 +63,7 @@ class Chain(nn.Module):
 
 @pytest.mark.parametrize("kind", ["same", "nf4"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_offloaded_equals_resident_to_the_bit(kind: Kind, checkpointing: bool) -> None:
+def test_offloaded_equals_resident_to_the_bit(kind: Quantization, checkpointing: bool) -> None:
     resident, _ = model_of(kind, 0.0, CPU, checkpointing)
     for share in (0.4, 1.0):
         away, done = model_of(kind, share, CPU, checkpointing)
@@ -200,7 +200,7 @@ def test_more_blocks_leave_in_mid_run() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["same", "int8", "nf4"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gpu_offload_equals_resident(kind: Kind, checkpointing: bool) -> None:
+def test_gpu_offload_equals_resident(kind: Quantization, checkpointing: bool) -> None:
     """Weights are exact copies, so that only the order of sums in the kernels may differ."""
     cuda = torch.device("cuda:0")
     resident, _ = model_of(kind, 0.0, cuda, checkpointing)

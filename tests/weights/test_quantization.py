@@ -24,12 +24,12 @@ from core.memory import plan
 from core.memory.meta_tensors import DeviceEmulation, traced
 from core.training.run import train
 from core.training.trainer import Trainer
-from core.weights.precision import choose, keep_
+from core.weights.precision import choose, quantize_and_offload_
 from core.weights.quantization import (
     BLOCK,
     NF4,
     Frozen,
-    Kind,
+    Quantization,
     fill_,
     freeze_,
     quantize_,
@@ -38,7 +38,7 @@ from core.weights.quantization import (
 from tests import tiny
 from tests.bench import plan as bench
 
-KINDS: tuple[Kind, ...] = ("int8", "fp8", "nf4")
+KINDS: tuple[Quantization, ...] = ("int8", "fp8", "nf4")
 CPU = torch.device("cpu")
 DEMO = paths.DEMO / "base"
 # Of float16, the table of the paper's appendix E.
@@ -56,7 +56,7 @@ def layer_of(conv: bool, spread: float = 1.0) -> Any:
     return layer.to(memory_format=torch.channels_last) if conv else layer
 
 
-def frozen(layer: Any, kind: Kind) -> Any:
+def frozen(layer: Any, kind: Quantization) -> Any:
     return freeze_(copy.deepcopy(layer), kind, CPU)
 
 
@@ -71,7 +71,7 @@ def test_nf4_levels_are_the_papers() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("conv", [False, True])
-def test_error_is_within_the_stated_bound(kind: Kind, conv: bool) -> None:
+def test_error_is_within_the_stated_bound(kind: Quantization, conv: bool) -> None:
     layer = layer_of(conv)
     kept = frozen(layer, kind).weight
     assert kept.shape == layer.weight.shape
@@ -88,7 +88,7 @@ def test_error_is_within_the_stated_bound(kind: Kind, conv: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_odd_weights_survive(kind: Kind) -> None:
+def test_odd_weights_survive(kind: Quantization) -> None:
     """All zero, tiny, huge and one outlier: no division by zero, no NaN."""
     weight = torch.zeros(64, 64)
     weight[1], weight[2], weight[3, 5] = 1e-12, 3e4, 7.0
@@ -121,7 +121,7 @@ def test_nf4_reads_alike_by_both_look_ups() -> None:
 @pytest.mark.parametrize("kind", [*KINDS, "same"])
 @pytest.mark.parametrize("conv", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_computes_what_a_plain_layer_of_its_weight_does(kind: Kind, conv: bool,
+def test_computes_what_a_plain_layer_of_its_weight_does(kind: Quantization, conv: bool,
                                                         dtype: torch.dtype) -> None:
     layer = layer_of(conv, 0.3)
     ours = frozen(layer, kind)
@@ -196,7 +196,7 @@ class Unlike(nn.Linear):
     (nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(67, 67)])}), "multiple of 64"),
     (nn.ModuleDict({"blocks": nn.ModuleList([Unlike(64, 64)])}), "Unlike")])
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_to_quantise_is_said(model: nn.Module, why: str, kind: Kind) -> None:
+def test_nothing_to_quantise_is_said(model: nn.Module, why: str, kind: Quantization) -> None:
     """It would go on in full, in memory that isn't there."""
     with pytest.raises(UserError, match=why) as caught:
         quantize_(model.requires_grad_(False), kind)
@@ -206,7 +206,7 @@ def test_nothing_to_quantise_is_said(model: nn.Module, why: str, kind: Kind) -> 
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("fp8", 8), ("nf4", 4.25)])
-def test_weights_take_their_bits(kind: Kind, bits: float) -> None:
+def test_weights_take_their_bits(kind: Quantization, bits: float) -> None:
     model = families.get("sd15").load(DEMO, choose("fp32", "cpu"), frozenset({"denoiser"})).denoiser
     weights = sum(layer.weight.numel() for layer in repeated_layers(model))
     assert weights > 0.95 * sum(p.numel() for p in model.parameters())
@@ -229,7 +229,7 @@ def test_meta_tensors_give_the_real_shapes() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_filling_an_empty_model_is_quantising_a_full_one(kind: Kind) -> None:
+def test_filling_an_empty_model_is_quantising_a_full_one(kind: Quantization) -> None:
     real = unet().to(memory_format=torch.channels_last)
     weights = {k: v.clone() for k, v in real.state_dict().items()}
     with torch.device("meta"):
@@ -262,7 +262,7 @@ def test_adapters_fit_every_kind_of_frozen_layer() -> None:
 
 # --- runs ---
 
-def demo_losses(kind: Kind, updates: int = 12) -> tuple[list[float], Trainer]:
+def demo_losses(kind: Quantization, updates: int = 12) -> tuple[list[float], Trainer]:
     """Loss of one fixed batch, each time an update has been made on it."""
     config = TrainConfig.model_validate({
         "base_model": str(DEMO), "train_data_dir": str(paths.DEMO / "pictures"), "device": "cpu",
@@ -353,7 +353,7 @@ def test_a_card_holds_less_of_a_base_that_waits_in_ram() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-def test_gpu_reads_what_the_cpu_reads(kind: Kind) -> None:
+def test_gpu_reads_what_the_cpu_reads(kind: Quantization) -> None:
     layer = layer_of(False)
     here, there = frozen(layer, kind), frozen(layer, kind).cuda()
     there.native = True
@@ -366,5 +366,5 @@ def test_gpu_reads_what_the_cpu_reads(kind: Kind) -> None:
 @pytest.mark.gpu
 def test_gpu_gets_only_the_codes() -> None:
     model = unet()
-    keep_(model, torch.device("cuda:0"), "nf4")
+    quantize_and_offload_(model, torch.device("cuda:0"), "nf4")
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"cuda"}

@@ -20,7 +20,7 @@ from transformers import T5Tokenizer
 from core import families, paths
 from core.errors import UserError
 from core.families import loading
-from core.families.components.lookup import Chosen
+from core.families.components.lookup import ComponentFiles
 from core.families.detection import identify
 from core.families.flux.spec import NAMING as FLUX
 from core.families.registry import SPECS
@@ -103,21 +103,21 @@ def test_published_sizes_are_opened_and_fit(name: str, size: float, tmp_path: Pa
     assert path.stat().st_size > size
     assert families.detect(path) == name
     family: Any = families.get(name)
-    layout, piece = family.layout(path), family.pieces[0]
+    layout, component = family.layout(path), family.components[0]
     with torch.device("meta"):
-        model = loading.create(piece, layout.configs[piece.name])
-    weights = Weights([layout.files[piece.name]],
-                      lambda tensors: piece.convert(tensors, layout.configs[piece.name]))
-    loading._refuse_others(model, weights, path)
+        model = loading.create(component, layout.configs[component.name])
+    weights = Weights([layout.files[component.name]],
+                      lambda tensors: component.convert(tensors, layout.configs[component.name]))
+    assert loading.mismatch(model, weights, path) is None
     last = [*model.state_dict()][-1]
     assert not weights[last].any()
 
 
 def full_size(name: str, folder: Path) -> Path:
     family: Any = families.get(name)
-    configs = loading.configs_in(paths.family_configs(name), family.pieces)
+    configs = loading.configs_in(paths.family_configs(name), family.components)
     with torch.device("meta"):
-        state = loading.create(family.pieces[0], configs["transformer"]).state_dict()
+        state = loading.create(family.components[0], configs["transformer"]).state_dict()
     native = original(SPECS[name].naming[0], state)
     return write(folder / f"{name}.safetensors", {
         f"model.diffusion_model.{key}": list(value.shape) for key, value in native.items()})
@@ -171,7 +171,7 @@ def test_a_scaled_denoiser_is_what_it_stands_for(
     save_file(tensors, path, metadata)
     family: Any = families.get(families.detect(path))
     found = family.load(path, FP32, frozenset({"denoiser"})).denoiser.state_dict()
-    wanted = family.pieces[0].convert(meant, {})
+    wanted = family.components[0].convert(meant, {})
     assert wanted.keys() == found.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in found)
     off = [float((found[key] - value).norm() / value.norm())
@@ -201,7 +201,7 @@ def test_everything_in_one_file_with_a_scaled_t5(made: tuple[str, Path, Any],   
     T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581red", -1.0)],
                 extra_ids=0).save_pretrained(words)
     assert families.detect(path) == "sd3"
-    found = families.get("sd3", Chosen(tokenizer=words)).load(path, FP32)
+    found = families.get("sd3", ComponentFiles(tokenizer=words)).load(path, FP32)
     weights = found.text["text_encoder_3"].state_dict()
     assert all(torch.equal(weights[key], value) for key, value in meant.items()
                if key in weights)
@@ -224,7 +224,7 @@ def test_a_scaled_text_encoder_beside_the_base(made: tuple[str, Path, Any],     
     save_file(tensors, reader)
     assert identify(reader).what == "qwen25_vl"
     family: Any = families.get(name)
-    text_encoder = next(piece for piece in family.pieces if piece.part == "text")
+    text_encoder = next(component for component in family.components if component.part == "text")
     found = loading.load(family.layout(path), text_encoder, FP32).state_dict()
     wanted = text_encoder.convert(meant, {})
     assert all(torch.equal(value, wanted[key]) for key, value in found.items())
@@ -262,12 +262,12 @@ def test_of_two_encoders_the_one_that_is_read(made: tuple[str, Path, Any],      
     mark = {"encoder.block.0.layer.0.SelfAttention.q.weight_scale_2": torch.ones(())}
     save_file(behind("", state) | mark, models / "t5xxl_a_nvfp4.safetensors")
     family = families.get(name)
-    piece = next(one for one in family.pieces if one.name == "text_encoder_2")
+    component = next(one for one in family.components if one.name == "text_encoder_2")
     with pytest.raises(UserError, match="nvfp4") as caught:
-        loading.load(family.layout(path), piece, FP32)
+        loading.load(family.layout(path), component, FP32)
     assert caught.value.code == "families.numbers_unread"
     save_file(behind("", state), models / "t5xxl_fp16.safetensors")
-    found = loading.load(family.layout(path), piece, FP32).state_dict()
+    found = loading.load(family.layout(path), component, FP32).state_dict()
     assert all(torch.equal(found[key], value) for key, value in state.items())
 
 

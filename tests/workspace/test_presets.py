@@ -132,8 +132,8 @@ def test_t5_travels_on_small_cards_only() -> None:
         base, config = plan_inputs.base_of(family), TrainConfig(base_precision=kept)
         facts = plan.ask("base", base, numbers)
         ways = plan._encoders(config, advisor.card_of(12), facts)
-        assert ways["room"] == 0.0
-        assert "room" not in plan._encoders(config, advisor.card_of(48), facts)
+        assert ways["vram_budget"] == 0.0
+        assert "vram_budget" not in plan._encoders(config, advisor.card_of(48), facts)
         found[family] = plan.ask("texts", base, numbers, kind="cuda", batch=2, **ways)
     assert (found["flux"]["weights"] + found["flux"]["peak"]) / MB < 1000
     assert found["sd3"]["waiting"] / MB > 8800 > 4500 > found["flux"]["waiting"] / MB

@@ -20,25 +20,24 @@ from core.families import checkpoint_keys, text
 from core.families.base import Cond, Parts
 from core.families.chroma.spec import SPEC
 from core.families.common import (
-    ComponentFamily,
+    FlowFamily,
     TokenizerSpec,
-    dit_sizes,
+    denoiser_spec,
     layer_count,
-    pack,
-    unpack,
+    positions,
+    predict_packed,
 )
-from core.families.flux.model import Kept, positions
+from core.families.flux.model import LorasAsTheyAre
 from core.families.loading import CheckpointLayout, ComponentSpec
 from core.families.sd3.model import T5XXL
-from core.families.timestep_sampling import STEPS, TimestepSampling, by_share_and_step
+from core.families.timestep_sampling import TimestepSampling, by_share_and_step
 
 LENGTH = 512                                # tokens
-LEARNS = TimestepSampling("parabola", bend=7.7, told=by_share_and_step)
 
 
-class Masked(Kept, ChromaPipeline):  # type: ignore[misc]
-    """diffusers 0.42 hands its mask on as numbers, which attention adds to its scores instead of
-    hiding what they stand for (its issues 12116 and 13619)."""
+class MaskedChromaPipeline(LorasAsTheyAre, ChromaPipeline):  # type: ignore[misc]
+    """Hands the mask on as booleans. diffusers 0.42 hands it on as numbers, which attention adds to
+    its scores, so that nothing is hidden (its issues 12116 and 13619)."""
 
     def _prepare_attention_mask(self, *args: Any, attention_mask: Tensor | None = None,
                                 **rest: Any) -> Any:
@@ -46,18 +45,17 @@ class Masked(Kept, ChromaPipeline):  # type: ignore[misc]
             *args, **rest, attention_mask=None if attention_mask is None else attention_mask.bool())
 
 
-class Chroma(ComponentFamily):
+class Chroma(FlowFamily):
     kind = SPEC.id
     spec = SPEC
-    pieces = (
-        ComponentSpec("transformer", ChromaTransformer2DModel, "denoiser",
-                      convert=checkpoint_keys.by_table(SPEC.naming[0])),
+    components = (
+        denoiser_spec(ChromaTransformer2DModel, SPEC),
         ComponentSpec("vae", AutoencoderKL, "vae", ("vae.", "first_stage_model."),
-                      checkpoint_keys.vae,
-                      alone="vae_16"),
-        ComponentSpec("text_encoder", T5EncoderModel, "text", (T5XXL,), alone="t5"))
-    vocabularies: ClassVar = {"text_encoder": TokenizerSpec("t5", LENGTH)}
-    pipe = Masked
+                      checkpoint_keys.vae, file_kind="vae_16"),
+        ComponentSpec("text_encoder", T5EncoderModel, "text", (T5XXL,), file_kind="t5"))
+    tokenizers: ClassVar = {"text_encoder": TokenizerSpec("t5", LENGTH)}
+    pipe = MaskedChromaPipeline
+    sampling = TimestepSampling("parabola", bend=7.7, told=by_share_and_step)
 
     def adapt(self, layout: CheckpointLayout) -> None:
         shapes = self.shapes(layout)
@@ -65,14 +63,8 @@ class Chroma(ComponentFamily):
             "num_layers": layer_count(shapes, "transformer_blocks."),
             "num_single_layers": layer_count(shapes, "single_transformer_blocks.")}
 
-    def empty(self, layout: CheckpointLayout) -> Parts:
-        native, step = dit_sizes(layout)
-        return Parts(layout.source, layout.scheduler, "flow", native, step,
-                     flow=LEARNS)
-
     def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
-        found = text.padded(parts.text["tokenizer"], prompts, LENGTH)
-        return {"text_encoder": found.input_ids, "text_encoder.mask": found.attention_mask}
+        return text.masked_tokens(parts.text["tokenizer"], prompts, LENGTH)
 
     def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
         encoder = parts.text["text_encoder"]
@@ -80,19 +72,17 @@ class Chroma(ComponentFamily):
         out = encoder(tokens["text_encoder"].to(encoder.device),
                       attention_mask=None if mask.is_meta else mask)
         places = torch.arange(mask.shape[1], device=mask.device)
+        # One token of padding is seen, as the transformer has learned.
         return {"text": out.last_hidden_state, "mask": places <= mask.sum(1, keepdim=True)}
 
     def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        height, width = noisy.shape[2] // 2, noisy.shape[3] // 2
-        picture = torch.ones(len(noisy), height * width, dtype=torch.bool, device=noisy.device)
+        places = positions(noisy)
+        picture = torch.ones(len(noisy), len(places), dtype=torch.bool, device=noisy.device)
         mask = torch.cat([cond["mask"].bool(), picture], 1)
         with masked(denoiser, mask):
-            found = denoiser(
-                hidden_states=pack(noisy), timestep=t / STEPS, encoder_hidden_states=cond["text"],
-                txt_ids=noisy.new_zeros(cond["text"].shape[1], 3),
-                img_ids=positions(height, width, noisy), attention_mask=mask,
-                return_dict=False)[0]
-        return unpack(found, height, width)
+            return predict_packed(
+                denoiser, noisy, t, cond["text"], img_ids=places, attention_mask=mask,
+                txt_ids=noisy.new_zeros(cond["text"].shape[1], 3))
 
     def prompt_arguments(self, cond: Cond, negative: Cond) -> dict[str, Tensor]:
         return text.masked_arguments(cond, negative)
@@ -100,16 +90,17 @@ class Chroma(ComponentFamily):
 
 @contextmanager
 def masked(denoiser: Any, mask: Tensor) -> Iterator[None]:
-    """Under activation checkpointing diffusers 0.42 forgets the single blocks' mask."""
-    own = getattr(denoiser, "_gradient_checkpointing_func", None)
-    if own is None:
+    """Gives the single blocks their mask, which diffusers 0.42 forgets under activation
+    checkpointing."""
+    checkpoint = getattr(denoiser, "_gradient_checkpointing_func", None)
+    if checkpoint is None:
         yield
         return
 
-    def checkpoint(block: Any, *inputs: Any) -> Any:
-        return own(block, *inputs, *(() if len(inputs) > 3 else (mask,)))
-    denoiser._gradient_checkpointing_func = checkpoint
+    def with_mask(block: Any, *inputs: Any) -> Any:
+        return checkpoint(block, *inputs, *(() if len(inputs) > 3 else (mask,)))
+    denoiser._gradient_checkpointing_func = with_mask
     try:
         yield
     finally:
-        denoiser._gradient_checkpointing_func = own
+        denoiser._gradient_checkpointing_func = checkpoint

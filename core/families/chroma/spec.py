@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from core.families.flux.spec import NAMING as FLUX
-from core.families.layer_names import Naming, Part, Rename
+from core.families.layer_names import Naming, Part, dit_part, renames
 from core.families.spec import DistilledSigns, FamilySpec, Found, Shapes, starts
 from core.families.targets import ALIASES, JOINT, JOINT_FF
 
-
-def _renames() -> tuple[Rename, ...]:
-    """Flux with one network for all modulations."""
-    return (*FLUX[0].renames,
-            *(Rename((f"distilled_guidance_layer.layers.{{}}.linear_{n}",),
-                     f"distilled_guidance_layer.layers.{{}}.{name}_layer")
-              for n, name in ((1, "in"), (2, "out"))))
-
-
-RENAMES = _renames()
+# Flux with one network for all modulations.
+RENAMES = (
+    *FLUX[0].renames,
+    *renames((("linear_1", "in_layer"), ("linear_2", "out_layer")),
+             "distilled_guidance_layer.layers.{}.", "distilled_guidance_layer.layers.{}."))
 NAMING: Naming = (
-    Part("transformer", "lora_unet", native="diffusion_model", renames=RENAMES,
-         kohya_native=True),
+    dit_part(RENAMES),
     Part("text_encoder", "lora_te3", native="text_encoders.t5xxl.transformer"),
 )
 
@@ -35,7 +29,7 @@ SPEC = FamilySpec(
     id="chroma", title="Chroma", native_size=1024, bucket_step=64,
     lora_presets={"attention": JOINT, "attention+ff": (*JOINT, *JOINT_FF, "proj_mlp"),
                   "all-linear": (*JOINT, *JOINT_FF, "proj_mlp", "proj_out")},
-    lora_aliases=ALIASES, kohya_prefix="lora_unet", base_version="chroma",
+    lora_aliases=ALIASES, base_version="chroma",
     architecture="chroma", implementation="https://github.com/lodestone-rock/flow", cfg=4.0,
     model="Chroma", short_title="Chroma", file="denoiser", tokens=511,
     naming=NAMING, recognize=recognize,

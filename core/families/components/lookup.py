@@ -2,13 +2,13 @@
 
 They are looked for where people and ComfyUI put them: in the base's folder, in one named like the
 base, and in `vae`, `text_encoders`, `clip` and `tokenizers` in or beside the base's folder. Files
-are told apart by what they hold. Where two fit and differ, the user is asked; `Chosen` is the
-answer.
+are told apart by what they hold. Where two fit and differ, the user is asked; `ComponentFiles`
+holds the answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,130 +20,141 @@ from core import i18n, paths
 from core.config import GenerateConfig, TrainConfig, resolve
 from core.errors import Fix, UserError
 from core.families.components import precision_copies, tokenizer_kinds, vae_hashes
-from core.families.components.tokenizer_kinds import FILES, Kind
+from core.families.components.tokenizer_kinds import FILES, TokenizerKind
 from core.families.detection import identify
 from core.hashes import fingerprint, short_hash
 from core.jobs.events import Event, Note
 from core.safetensors_header import read_header
 
 FOLDERS = ("vae", "text_encoders", "clip", "tokenizers", "tokenizer")
-LEAST_SIZE, MOST_SIZE = 0.35, 2.5           # of latents; half and twice what flat pictures have
-LOOKED_AT = 32                              # pictures
+# Size (root mean square) of scaled latents: half of what flat pictures have, and twice it.
+LEAST_SIZE, MOST_SIZE = 0.35, 2.5
+MEASURED_PICTURES = 32
 SHIPPED = "shipped"                         # the value of `tokenizer` that means the app's own
-WORDS = ("embed_tokens.weight", "shared.weight")        # (words, width) of a text encoder
+# Tensors (vocabulary size, width) of a text encoder.
+EMBEDDINGS = ("embed_tokens.weight", "shared.weight")
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
-    """What the user named; everything else is looked for."""
+class ComponentFiles:
+    """The files that the user named in the config. Everything else is looked for."""
 
     vae: Path | None = None
     text_encoders: tuple[Path, ...] = ()
     tokenizer: Path | None = None           # its folder
 
 
-NONE = Chosen()
+NO_FILES = ComponentFiles()
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """A companion that a base is used with. No path: the base does without."""
+class UsedComponent:
+    """A VAE, text encoder or tokenizer from another place that a base is used with."""
 
     part: str                               # vae, text_encoder, tokenizer ...
-    path: Path | None
+    path: Path | None                       # None: the base does without
     digest: str = ""
-    short: str = ""                         # of VAEs: what kohya's trainer calls ss_vae_hash
-    odd: str = ""                           # the model that it was made for, where it is another
+    short_hash: str = ""                    # of VAEs: what kohya's trainer calls ss_vae_hash
+    other_model: str = ""                   # title of the model that it was made for, if another
 
 
-def chosen(config: TrainConfig | GenerateConfig, beside: Path | None = None) -> Chosen:
-    """What a config names. Raises UserError where it isn't there."""
-    vae = _named("vae", config.vae, beside)
-    encoders = [_named("text_encoders", path, beside) for path in config.text_encoders]
+def files_from_config(config: TrainConfig | GenerateConfig, beside: Path | None = None
+                      ) -> ComponentFiles:
+    """The files that a config names; relative paths begin beside the config file. Raises UserError
+    where one isn't there."""
+    def existing(key: str, value: str) -> Path | None:
+        if not value:
+            return None
+        path = resolve(value, beside)
+        if not path.exists() or (path.is_dir() and key != "tokenizer"):
+            raise UserError("families.companion_not_there", key=key, path=path)
+        return path
+
+    vae = existing("vae", config.vae)
+    encoders = [existing("text_encoders", path) for path in config.text_encoders]
     tokenizer = (Path(SHIPPED) if config.tokenizer == SHIPPED
-                 else _named("tokenizer", config.tokenizer, beside))
+                 else existing("tokenizer", config.tokenizer))
     if tokenizer is not None and tokenizer.is_file():
         tokenizer = tokenizer.parent
-    return Chosen(vae, tuple(path for path in encoders if path), tokenizer)
-
-
-def _named(key: str, value: str, beside: Path | None) -> Path | None:
-    if not value:
-        return None
-    path = resolve(value, beside)
-    if not path.exists() or (path.is_dir() and key != "tokenizer"):
-        raise UserError("families.companion_not_there", key=key, path=path)
-    return path
+    return ComponentFiles(vae, tuple(path for path in encoders if path), tokenizer)
 
 
 def folders(source: Path) -> list[Path]:
-    """Those that exist, the nearest first."""
+    """The existing folders in which a base's components are looked for, the nearest first."""
     near = [source.parent / source.stem, source.parent]
-    wanted = [*near, *(folder / name for folder in (*near, source.parent.parent)
-                       for name in FOLDERS), paths.data_dir() / "tokenizers"]
-    return [folder for folder in dict.fromkeys(wanted) if folder.is_dir()]
+    candidates = [*near, *(folder / name for folder in (*near, source.parent.parent)
+                           for name in FOLDERS), paths.data_dir() / "tokenizers"]
+    return [folder for folder in dict.fromkeys(candidates) if folder.is_dir()]
 
 
 # --- weights ---
 
-def find_file(source: Path, what: str, config: Mapping[str, Any], known: Chosen) -> Path | None:
-    """The .safetensors file that is `what` (a word of core/families/detection.py) and has the
-    sizes of the model's config. Raises UserError where several could be it, or none but another
-    model's."""
-    vae = what.startswith("vae")
+def find_file(source: Path, what: str, config: Mapping[str, Any], named_files: ComponentFiles
+              ) -> Path | None:
+    """The .safetensors file beside a base that is a `what` (`Found.what`) and has the sizes of the
+    model's config.
+
+    Raises UserError where several different files fit, and where the only VAE was made for another
+    model.
+    """
+    is_vae = what.startswith("vae")
     fitting = [path for folder in folders(source) for path in sorted(folder.glob("*.safetensors"))
                if path != source and _is(path, what) and _has_sizes(path, config)]
-    found = _different([path for path in fitting if not identify(path).numbers] or fitting)
-    wanted = vae_hashes.model_of(config) if vae else ""
-    if wanted and found:
-        models = {path: vae_hashes.model_in(path) for path in found}
-        if own := [path for path, model in models.items() if model == wanted]:
-            return own[0]
-        if not (found := [path for path, model in models.items() if not model]):
-            path, model = next(iter(models.items()))
+    readable = [path for path in fitting if not identify(path).unread_format] or fitting
+    # One of each content, the nearest: people have copies of a file in several folders.
+    by_content = {fingerprint([(path, "")]): path for path in reversed([*dict.fromkeys(readable)])}
+    files = list(by_content.values())[::-1]
+    # Some models' VAEs have the same sizes. Published files are known by their hash: the model's
+    # own comes first, then unknown files; another model's is never taken.
+    model = vae_hashes.model_of(config) if is_vae else ""
+    if model and files:
+        models = {path: vae_hashes.model_in(path) for path in files}
+        if known := [path for path in files if models[path] == model]:
+            return known[0]
+        if not (files := [path for path in files if not models[path]]):
+            path, other = next(iter(models.items()))
             raise UserError("families.companion_foreign", path=source, file=path,
-                            made_for=vae_hashes.TITLES[model], wanted=vae_hashes.TITLES[wanted],
-                            fixes=[_taking("vae", path, str(path))])
-    found = precision_copies.finest(found) if len(found) > 1 else found
-    if len(found) > 1:
-        key = "vae" if vae else "text_encoders"
-        raise UserError("families.companion_unclear", path=source, key=key, count=len(found),
-                        part=i18n.tr(f"families.is_{what}"), files=", ".join(map(str, found)),
-                        fixes=[_taking(key, path, str(path) if vae else [
-                        *map(str, known.text_encoders), str(path)]) for path in found])
-    return found[0] if found else None
+                            made_for=vae_hashes.TITLES[other], wanted=vae_hashes.TITLES[model],
+                            fixes=[_fix_naming("vae", path, str(path))])
+    if len(files) > 1:
+        files = precision_copies.finest(files)
+    if len(files) > 1:
+        key = "vae" if is_vae else "text_encoders"
+        raise UserError("families.companion_unclear", path=source, key=key, count=len(files),
+                        part=i18n.tr(f"families.is_{what}"), files=", ".join(map(str, files)),
+                        fixes=[_fix_naming(key, path, str(path) if is_vae else [
+                        *map(str, named_files.text_encoders), str(path)]) for path in files])
+    return files[0] if files else None
 
 
-def named(known: Chosen, part: str, what: str) -> Path | None:
-    """The file that the user named for a part."""
+def named(named_files: ComponentFiles, part: str, what: str) -> Path | None:
+    """The file that the user named for a part; of the text encoders the one that is a `what`."""
     if part == "vae":
-        return known.vae
-    return next((path for path in known.text_encoders if what and _is(path, what)), None)
+        return named_files.vae
+    return next((path for path in named_files.text_encoders if what and _is(path, what)), None)
 
 
-def check_used(known: Chosen, taken: Iterable[Taken], title: str) -> None:
-    """Raises UserError for a named file that a base has no use for."""
-    used = {one.path: one.part for one in taken}
-    if known.tokenizer is not None and not any(
-            part.startswith("tokenizer") for part in used.values()):
+def check_used(named_files: ComponentFiles, used: Iterable[UsedComponent], title: str) -> None:
+    """Raises UserError for a named file that a base has no use for. `title` is the family's."""
+    parts = {component.path: component.part for component in used}
+    if named_files.tokenizer is not None and not any(
+            part.startswith("tokenizer") for part in parts.values()):
         raise UserError("families.tokenizer_unused", title=title)
-    if known.vae is not None and not identify(known.vae).what.startswith("vae"):
-        used.pop(known.vae, None)
-    for path in (known.vae, *known.text_encoders):
-        if path is not None and (path not in used or (
-                path != known.vae and not used[path].startswith("text"))):
+    # `used` has the named VAE whatever it is.
+    if named_files.vae is not None and not identify(named_files.vae).what.startswith("vae"):
+        parts.pop(named_files.vae, None)
+    for path in (named_files.vae, *named_files.text_encoders):
+        if path is None:
+            continue
+        is_wrong_part = path != named_files.vae and not parts.get(path, "text").startswith("text")
+        if path not in parts or is_wrong_part:
             raise UserError("families.companion_unused", path=path, found=identify(path).said(),
                             title=title)
 
 
-def _taking(key: str, path: Path, value: str | list[str]) -> Fix:
+def _fix_naming(key: str, path: Path, value: str | list[str]) -> Fix:
+    """A button that names `path` in the config."""
     return Fix("fixes.take_file", {key: value}, {"file": path.name, "folder": path.parent.name})
-
-
-def _different(found: Iterable[Path]) -> list[Path]:
-    """One of each content."""
-    return list({fingerprint([(path, "")]): path
-                 for path in reversed([*dict.fromkeys(found)])}.values())[::-1]
 
 
 def _is(path: Path, what: str) -> bool:
@@ -154,58 +165,71 @@ def _is(path: Path, what: str) -> bool:
 
 
 def _has_sizes(path: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a text encoder knows as many words in the same width, and a VAE has as many
-    channels; files tell no more of what their names don't."""
-    told = config.get("text_config", config)
-    rows, width = told.get("vocab_size"), told.get("hidden_size", told.get("d_model"))
+    """Whether a text encoder's vocabulary and width, or a VAE's channels, are those of a config.
+    The names of the tensors tell all other sizes."""
+    text_config = config.get("text_config", config)
+    rows = text_config.get("vocab_size")
+    width = text_config.get("hidden_size", text_config.get("d_model"))
     channels = config.get("latent_channels", config.get("z_dim"))
     shapes = {name: info.shape for name, info in read_header(path).tensors.items()}
-    tables = [shape for name, shape in shapes.items() if name.endswith(WORDS)]
+    embeddings = [shape for name, shape in shapes.items() if name.endswith(EMBEDDINGS)]
     latents = [shapes[name][1] for name in ("decoder.conv_in.weight", "decoder.conv1.weight")
                if len(shapes.get(name, ())) > 1]
-    return (all(shape == (rows, width) for shape in tables if rows)
+    return (all(shape == (rows, width) for shape in embeddings if rows)
             and all(count == channels for count in latents if channels))
 
 
 def missing(source: Path, what: str) -> UserError:
+    """The error where no file beside a base is a `what`."""
     return UserError("families.companion_missing", path=source, folder=source.parent,
                      part=i18n.tr(f"families.is_{what}"))
 
 
 # --- tokenizers ---
 
-def find_tokenizer(source: Path, name: str, kind: Kind, rows: int, known: Chosen) -> Path:
-    """The folder of the tokenizer of such a kind whose numbers an encoder of so many rows holds:
-    the one that the user named, that of a base's own folder (`name`), else the app's own where no
-    other lies beside the base. Raises UserError where none is there, and where several differ."""
-    own = source / name if known.tokenizer is None else known.tokenizer
-    if own != Path(SHIPPED) and own.is_dir():
-        return _checked(own, _read(own), rows)
-    if known.tokenizer is not None and kind.folder is None:
+def find_tokenizer(source: Path, name: str, kind: TokenizerKind, rows: int,
+                   named_files: ComponentFiles) -> Path:
+    """The folder of a tokenizer of this kind, for an encoder with so many `rows` of embeddings.
+
+    The one that the user named comes first, then the base's own folder (`name`). Otherwise all
+    that lie beside the base are compared with the app's own, which is taken where no other fits.
+    Raises UserError where none fits, and where several fit and differ.
+    """
+    first = source / name if named_files.tokenizer is None else named_files.tokenizer
+    if first != Path(SHIPPED) and first.is_dir():
+        return _checked(first, _read(first), rows)
+    if named_files.tokenizer is not None and kind.folder is None:
         raise UserError("families.tokenizer_not_shipped", title=kind.title)
-    found, others = list[tuple[Path, dict[str, int]]](), list[Path]()
+    fitting, others = list[tuple[Path, dict[str, int]]](), list[Path]()
     unreadable: UserError | None = None
+    # The app's files of a kind may be those of its nearest relative: its own tokens are added.
     if kind.folder is not None:
-        known_words = dict(_read(kind.folder))
-        found.append((kind.folder, known_words | {
-            word: len(known_words) + n for n, word in enumerate(kind.more)}))
-    for folder in () if known.tokenizer is not None else _tokenizers(source):
+        words = dict(_read(kind.folder))
+        added = {word: len(words) + n for n, word in enumerate(kind.more)}
+        fitting.append((kind.folder, words | added))
+    # "shipped" is the only name that comes here: then nothing else is looked at.
+    searched = folders(source) if named_files.tokenizer is None else []
+    candidates = [folder for parent in searched
+                  for folder in (parent, *sorted(p for p in parent.iterdir() if p.is_dir()))
+                  if any((folder / file).is_file() for file in FILES)]
+    for folder in candidates:
+        # What can't be read may be another base's: it only counts where nothing else is there.
         try:
-            read = _read(folder)
-        except UserError as fault:              # another model's may be, of those beside this base
-            unreadable = unreadable or fault
+            words = _read(folder)
+        except UserError as error:
+            unreadable = unreadable or error
             continue
-        if not kind.fits(read, rows):
+        if not kind.fits(words, rows):
             others.append(folder)
-        elif not any(read == one for _, one in found):
-            found.append((folder, read))
-    if len(found) > 1:
+        elif not any(words == known for _, known in fitting):
+            fitting.append((folder, words))
+    if len(fitting) > 1:
         raise UserError("families.tokenizer_unclear", path=source, title=kind.title,
-                        files=", ".join(str(folder) for folder, _ in found), fixes=[
-                        _taking("tokenizer", folder, SHIPPED if folder == kind.folder
-                                else str(folder)) for folder, _ in found])
-    if found:
-        return _checked(*found[0], rows)
+                        files=", ".join(str(folder) for folder, _ in fitting), fixes=[
+                        _fix_naming("tokenizer", folder, SHIPPED if folder == kind.folder
+                                    else str(folder)) for folder, _ in fitting])
+    if fitting:
+        return _checked(*fitting[0], rows)
     if unreadable is not None and not others:
         raise unreadable
     raise UserError("families.tokenizer_other" if others else "families.tokenizer_missing",
@@ -220,82 +244,87 @@ def _read(folder: Path) -> dict[str, int]:
         raise UserError("families.tokenizer_unreadable", path=folder, reason=error) from error
 
 
-def _checked(folder: Path, read: Mapping[str, int], rows: int) -> Path:
-    """Raises UserError for numbers that the encoder has no row for."""
-    highest = max(read.values(), default=0)
+def _checked(folder: Path, words: Mapping[str, int], rows: int) -> Path:
+    """Raises UserError for a token that the encoder has no row for."""
+    highest = max(words.values(), default=0)
     if highest >= rows:
         raise UserError("families.tokenizer_too_large", path=folder, words=highest + 1, rows=rows)
     return folder
 
 
-def _tokenizers(source: Path) -> Iterator[Path]:
-    for folder in folders(source):
-        for one in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
-            if any((one / name).is_file() for name in FILES):
-                yield one
+# --- notes and metadata ---
+
+def used_file(part: str, path: Path, config: Mapping[str, Any]) -> UsedComponent:
+    """The record of a VAE or text encoder; `config` is that of the base's model."""
+    if part != "vae":
+        return UsedComponent(part, path, fingerprint([(path, "")]))
+    model, expected = vae_hashes.model_in(path), vae_hashes.model_of(config)
+    other = vae_hashes.TITLES[model] if model and expected not in ("", model) else ""
+    return UsedComponent(part, path, vae_hashes.sha256(path), short_hash(path), other)
 
 
-# --- what is told of them ---
-
-def taken_file(part: str, path: Path, config: Mapping[str, Any]) -> Taken:
-    if part == "vae":
-        made, wanted = vae_hashes.model_in(path), vae_hashes.model_of(config)
-        odd = vae_hashes.TITLES[made] if made and wanted not in ("", made) else ""
-        return Taken(part, path, vae_hashes.sha256(path), short_hash(path), odd)
-    return Taken(part, path, fingerprint([(path, "")]))
+def used_tokenizer(part: str, folder: Path) -> UsedComponent:
+    return UsedComponent(part, folder, tokenizer_kinds.digest(tokenizer_kinds.words_in(folder)))
 
 
-def taken_tokenizer(part: str, folder: Path) -> Taken:
-    return Taken(part, folder, tokenizer_kinds.digest(tokenizer_kinds.words_in(folder)))
+def announce(family: Any, source: Path, emit: Callable[[Event], None]) -> list[UsedComponent]:
+    """Notes which files a base is used with, and returns them.
 
-
-def announce(family: Any, source: Path, emit: Callable[[Event], None]) -> list[Taken]:
-    """Tells which files a base is used with; families of one's own needn't know. Raises UserError
-    as loading them would, before anything is computed."""
-    found: list[Taken] = family.beside(source) if hasattr(family, "beside") else []
-    if files := [f"{one.path.name} ({one.part}, {one.digest[:10]})" for one in found if one.path]:
+    A plugin's family needn't have `beside`. Raises UserError as loading the base would, before
+    anything is computed.
+    """
+    used: list[UsedComponent] = family.beside(source) if hasattr(family, "beside") else []
+    if files := [f"{component.path.name} ({component.part}, {component.digest[:10]})"
+                 for component in used if component.path]:
         emit(Note(key="families.companions_taken", params={
             "base": source.name, "files": ", ".join(files)}))
-    for one in found:
-        if one.path and one.odd:
+    for component in used:
+        if component.path and component.other_model:
             emit(Note(key="families.companion_odd", params={
-                "base": source.name, "file": one.path.name, "made_for": one.odd}))
-        elif one.path is None:
+                "base": source.name, "file": component.path.name,
+                "made_for": component.other_model}))
+        elif component.path is None:
             emit(Note(key="families.companion_without", params={
-                "base": source.name, "part": one.part}))
-    return found
+                "base": source.name, "part": component.part}))
+    return used
 
 
-def tell_scale(found: Iterable[Taken], latents: Sequence[Tensor], masked: bool,
+def tell_scale(used: Iterable[UsedComponent], latents: Sequence[Tensor], masked: bool,
                emit: Callable[[Event], None]) -> None:
-    """Says where pictures' latents (..., C, h, w) are far smaller or larger than 1, the size that
-    bases learn with: the VAE's scale is then another model's. SD 3's VAE in Flux gives 0.24, Flux's
-    in SD 3 gives 4. `masked`: the last channel is a mask."""
-    vae = next((one.path for one in found if one.part == "vae" and one.path), None)
+    """Notes where pictures' latents (..., C, h, w) are far from 1, the size that bases learn with:
+    the VAE's scale is then another model's. `masked`: the last channel is a mask.
+
+    SD 3's VAE in Flux gives 0.24, Flux's in SD 3 gives 4.
+    """
+    vae = next((component.path for component in used
+                if component.part == "vae" and component.path), None)
     if vae is None or not latents:
         return
-    looked_at = [one[..., :-1, :, :] if masked else one for one in latents[:LOOKED_AT]]
-    squares = torch.stack([one.float().square().mean() for one in looked_at])
+    measured = [picture[..., :-1, :, :] if masked else picture
+                for picture in latents[:MEASURED_PICTURES]]
+    squares = torch.stack([picture.float().square().mean() for picture in measured])
     size = squares.mean().sqrt().item()
     if not LEAST_SIZE <= size <= MOST_SIZE:
         emit(Note(key="families.latents_scale", params={"size": f"{size:.2f}", "file": vae.name}))
 
 
-def summary(found: Iterable[Taken]) -> dict[str, dict[str, str]]:
+def summary(used: Iterable[UsedComponent]) -> dict[str, dict[str, str]]:
     """For a run's summary: part -> path and digest."""
-    return {one.part: {"path": str(one.path), "digest": one.digest} for one in found if one.path}
+    return {component.part: {"path": str(component.path), "digest": component.digest}
+            for component in used if component.path}
 
 
-def metadata(found: Iterable[Taken]) -> dict[str, str]:
-    """For a LoRA file: kohya's keys of the VAE, ours of the others."""
-    told: dict[str, str] = {}
-    for one in found:
-        if one.path is None:
+def metadata(used: Iterable[UsedComponent]) -> dict[str, str]:
+    """For a LoRA file: kohya's keys for the VAE, our own for the other components."""
+    entries: dict[str, str] = {}
+    for component in used:
+        if component.path is None:
             continue
-        if one.part == "vae":
-            told |= {"ss_vae_name": one.path.name, "ss_vae_hash": one.short,
-                     "ss_new_vae_hash": one.digest}
+        name, digest = component.path.name, component.digest
+        if component.part == "vae":
+            entries |= {"ss_vae_name": name, "ss_vae_hash": component.short_hash,
+                        "ss_new_vae_hash": digest}
         else:
-            told |= {f"darkroom.{one.part}_name": one.path.name,
-                     f"darkroom.{one.part}_hash": one.digest}
-    return told
+            entries |= {f"darkroom.{component.part}_name": name,
+                        f"darkroom.{component.part}_hash": digest}
+    return entries

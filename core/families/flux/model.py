@@ -17,50 +17,52 @@ from transformers import CLIPTextModel, T5EncoderModel
 from core.families import checkpoint_keys
 from core.families.base import Cond, Parts
 from core.families.common import (
-    ComponentFamily,
+    FlowFamily,
     TokenizerSpec,
-    dit_sizes,
+    denoiser_spec,
     layer_count,
-    pack,
-    unpack,
+    positions,
+    predict_packed,
 )
 from core.families.flux.spec import SPEC
 from core.families.loading import CheckpointLayout, ComponentSpec
 from core.families.sd3.model import CLIP_L, T5XXL
-from core.families.timestep_sampling import FLUX_LINE, STEPS, TimestepSampling, by_share_and_step
+from core.families.timestep_sampling import FLUX_LINE, TimestepSampling, by_share_and_step
 
-GUIDANCE = 1.0                              # told to dev while it learns
+GUIDANCE = 1.0                              # dev's input while it learns
 DEV = TimestepSampling(line=FLUX_LINE, told=by_share_and_step)
 SCHNELL = TimestepSampling(told=by_share_and_step)
 
 
-class Kept:
-    """For pipelines of diffusers 0.42 that look for a layer's weight before they load a LoRA file:
-    a base in int8 or nf4 has none. No file of ours needs the wider layers that it looks for."""
+class LorasAsTheyAre:
+    """Loads LoRA files into a quantised base.
+
+    diffusers 0.42 looks at the weight of each layer, to see whether a LoRA is for a layer of
+    another width, and a base in int8 or nf4 has none. No file of ours needs that.
+    """
 
     @classmethod
     def _maybe_expand_lora_state_dict(cls, transformer: Any, lora_state_dict: Any) -> Any:
         return lora_state_dict
 
 
-class Drawing(Kept, FluxPipeline):  # type: ignore[misc]
+class Flux1Pipeline(LorasAsTheyAre, FluxPipeline):  # type: ignore[misc]
     pass
 
 
-class Flux1(ComponentFamily):
+class Flux1(FlowFamily):
     kind = SPEC.id
     spec = SPEC
-    pieces = (
-        ComponentSpec("transformer", FluxTransformer2DModel, "denoiser",
-                      convert=checkpoint_keys.by_table(SPEC.naming[0])),
+    components = (
+        denoiser_spec(FluxTransformer2DModel, SPEC),
         ComponentSpec("vae", AutoencoderKL, "vae", ("vae.", "first_stage_model."),
-                      checkpoint_keys.vae,
-                      alone="vae_16"),
-        ComponentSpec("text_encoder", CLIPTextModel, "text", (CLIP_L,), alone="clip_l"),
-        ComponentSpec("text_encoder_2", T5EncoderModel, "text", (T5XXL,), alone="t5"))
-    vocabularies: ClassVar = {"text_encoder": TokenizerSpec(),
+                      checkpoint_keys.vae, file_kind="vae_16"),
+        ComponentSpec("text_encoder", CLIPTextModel, "text", (CLIP_L,), file_kind="clip_l"),
+        ComponentSpec("text_encoder_2", T5EncoderModel, "text", (T5XXL,), file_kind="t5"))
+    tokenizers: ClassVar = {"text_encoder": TokenizerSpec(),
                               "text_encoder_2": TokenizerSpec("t5", 512)}
-    pipe = Drawing
+    pipe = Flux1Pipeline
+    sampling = DEV
 
     def adapt(self, layout: CheckpointLayout) -> None:
         shapes = self.shapes(layout)
@@ -73,10 +75,10 @@ class Flux1(ComponentFamily):
             layout.scheduler.update(use_dynamic_shifting=False, shift=1.0)
 
     def empty(self, layout: CheckpointLayout) -> Parts:
-        native, step = dit_sizes(layout)
-        dev = layout.found.what == "flux_dev"
-        return Parts(layout.source, layout.scheduler, "flow", native, step,
-                     flow=DEV if dev else SCHNELL, architecture="" if dev else "flux-1-schnell")
+        parts = super().empty(layout)
+        if layout.found.what != "flux_dev":
+            parts.flow, parts.architecture = SCHNELL, "flux-1-schnell"
+        return parts
 
     def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
         cond: Cond = {}
@@ -90,24 +92,12 @@ class Flux1(ComponentFamily):
         return cond
 
     def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        height, width = noisy.shape[2] // 2, noisy.shape[3] // 2
-        guidance = (torch.full_like(t, GUIDANCE) if denoiser.config.guidance_embeds else None)
-        found = denoiser(
-            hidden_states=pack(noisy), timestep=t / STEPS, guidance=guidance,
-            encoder_hidden_states=cond["text"], pooled_projections=cond["pooled"],
-            txt_ids=noisy.new_zeros(cond["text"].shape[1], 3),
-            img_ids=positions(height, width, noisy), return_dict=False)[0]
-        return unpack(found, height, width)
+        guidance = torch.full_like(t, GUIDANCE) if denoiser.config.guidance_embeds else None
+        return predict_packed(
+            denoiser, noisy, t, cond["text"], guidance=guidance,
+            pooled_projections=cond["pooled"], img_ids=positions(noisy),
+            txt_ids=noisy.new_zeros(cond["text"].shape[1], 3))
 
     def prompt_arguments(self, cond: Cond, negative: Cond) -> dict[str, Tensor]:
-        """Without the negative: dev's guidance is an input, schnell has none."""
+        """The negative prompt is left out: dev's guidance is an input, schnell has none."""
         return {"prompt_embeds": cond["text"], "pooled_prompt_embeds": cond["pooled"]}
-
-
-def positions(height: int, width: int, like: Tensor) -> Tensor:
-    """(height * width, 3): 0, row and column of each token."""
-    rows = torch.arange(height, device=like.device, dtype=like.dtype)
-    columns = torch.arange(width, device=like.device, dtype=like.dtype)
-    grid = torch.stack([like.new_zeros(height, width), rows[:, None].expand(height, width),
-                        columns[None].expand(height, width)], -1)
-    return grid.flatten(0, 1)

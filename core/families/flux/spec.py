@@ -4,68 +4,66 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from core.families.layer_names import Naming, Part, Rename, clip_part
+from core.families.layer_names import Naming, Part, Rename, clip_part, dit_part, fused, renames
 from core.families.spec import DistilledSigns, FamilySpec, Found, Shapes, VaeSigns, side, starts
 from core.families.targets import ALIASES, JOINT, JOINT_FF
 from core.serialization import json_object
 
-
-def _renames() -> tuple[Rename, ...]:
-    double, single, block = "double_blocks.{}", "single_blocks.{}", "transformer_blocks.{}"
-    alone = "single_transformer_blocks.{}"
-    own = (("attn.to_out.0", "img_attn.proj"), ("attn.to_add_out", "txt_attn.proj"),
-           ("attn.norm_q", "img_attn.norm.query_norm"), ("attn.norm_k", "img_attn.norm.key_norm"),
-           ("attn.norm_added_q", "txt_attn.norm.query_norm"),
-           ("attn.norm_added_k", "txt_attn.norm.key_norm"),
-           ("ff.net.0.proj", "img_mlp.0"), ("ff.net.2", "img_mlp.2"),
-           ("ff_context.net.0.proj", "txt_mlp.0"), ("ff_context.net.2", "txt_mlp.2"),
-           ("norm1.linear", "img_mod.lin"), ("norm1_context.linear", "txt_mod.lin"))
-    ends = (("x_embedder", "img_in"), ("context_embedder", "txt_in"),
-            ("time_text_embed.timestep_embedder.linear_1", "time_in.in_layer"),
-            ("time_text_embed.timestep_embedder.linear_2", "time_in.out_layer"),
-            ("time_text_embed.text_embedder.linear_1", "vector_in.in_layer"),
-            ("time_text_embed.text_embedder.linear_2", "vector_in.out_layer"),
-            ("time_text_embed.guidance_embedder.linear_1", "guidance_in.in_layer"),
-            ("time_text_embed.guidance_embedder.linear_2", "guidance_in.out_layer"),
-            (f"{alone}.proj_out", f"{single}.linear2"),
-            (f"{alone}.norm.linear", f"{single}.modulation.lin"),
-            (f"{alone}.attn.norm_q", f"{single}.norm.query_norm"),
-            (f"{alone}.attn.norm_k", f"{single}.norm.key_norm"),
-            ("proj_out", "final_layer.linear"))
-    fused = (
-        Rename(tuple(f"{block}.attn.to_{x}" for x in "qkv"), f"{double}.img_attn.qkv"),
-        Rename(tuple(f"{block}.attn.add_{x}_proj" for x in "qkv"), f"{double}.txt_attn.qkv"),
-        Rename((*(f"{alone}.attn.to_{x}" for x in "qkv"), f"{alone}.proj_mlp"),
-               f"{single}.linear1", (1, 1, 1, 4)))
-    return (*fused, *(Rename((f"{block}.{a}",), f"{double}.{b}") for a, b in own),
-            *(Rename((a,), b) for a, b in ends),
-            Rename(("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped=True))
-
-
-RENAMES = _renames()
+BLOCK, DOUBLE = "transformer_blocks.{}.", "double_blocks.{}."
+SINGLE_BLOCK, SINGLE = "single_transformer_blocks.{}.", "single_blocks.{}."
+RENAMES = (
+    fused(f"{BLOCK}attn.to_*", f"{DOUBLE}img_attn.qkv"),
+    fused(f"{BLOCK}attn.add_*_proj", f"{DOUBLE}txt_attn.qkv"),
+    # One matrix for attention and the first feed-forward layer, which is four times as wide.
+    Rename((*(f"{SINGLE_BLOCK}attn.to_{x}" for x in "qkv"), f"{SINGLE_BLOCK}proj_mlp"),
+           f"{SINGLE}linear1", (1, 1, 1, 4)),
+    *renames((
+        ("attn.to_out.0", "img_attn.proj"), ("attn.to_add_out", "txt_attn.proj"),
+        ("attn.norm_q", "img_attn.norm.query_norm"), ("attn.norm_k", "img_attn.norm.key_norm"),
+        ("attn.norm_added_q", "txt_attn.norm.query_norm"),
+        ("attn.norm_added_k", "txt_attn.norm.key_norm"),
+        ("ff.net.0.proj", "img_mlp.0"), ("ff.net.2", "img_mlp.2"),
+        ("ff_context.net.0.proj", "txt_mlp.0"), ("ff_context.net.2", "txt_mlp.2"),
+        ("norm1.linear", "img_mod.lin"), ("norm1_context.linear", "txt_mod.lin")),
+        BLOCK, DOUBLE),
+    *renames((
+        ("x_embedder", "img_in"), ("context_embedder", "txt_in"),
+        ("time_text_embed.timestep_embedder.linear_1", "time_in.in_layer"),
+        ("time_text_embed.timestep_embedder.linear_2", "time_in.out_layer"),
+        ("time_text_embed.text_embedder.linear_1", "vector_in.in_layer"),
+        ("time_text_embed.text_embedder.linear_2", "vector_in.out_layer"),
+        ("time_text_embed.guidance_embedder.linear_1", "guidance_in.in_layer"),
+        ("time_text_embed.guidance_embedder.linear_2", "guidance_in.out_layer"))),
+    *renames((
+        ("proj_out", "linear2"), ("norm.linear", "modulation.lin"),
+        ("attn.norm_q", "norm.query_norm"), ("attn.norm_k", "norm.key_norm")),
+        SINGLE_BLOCK, SINGLE),
+    *renames((("proj_out", "final_layer.linear"),)),
+    Rename(("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped=True))
 NAMING: Naming = (
-    Part("transformer", "lora_unet", native="diffusion_model", renames=RENAMES,
-         kohya_native=True),
+    dit_part(RENAMES),
     clip_part("text_encoder", "lora_te1", "clip_l"),
     Part("text_encoder_2", "lora_te3", native="text_encoders.t5xxl.transformer"),
 )
 
 
+# The parameter of a norm, in the original code and in newer files.
+SCALES = ("scale", "weight")
+
+
 def recognize(shapes: Shapes) -> Found | None:
     if starts(*(f"double_blocks.0.img_attn.norm.key_norm.{leaf}" for leaf in SCALES))(shapes):
-        wide = side(shapes, "img_in.weight", 1)
+        channels = side(shapes, "img_in.weight", 1)
     elif {"single_transformer_blocks.0.proj_mlp.weight",
           "time_text_embed.text_embedder.linear_1.weight"} <= shapes.keys():
-        wide = side(shapes, "x_embedder.weight", 1)
+        channels = side(shapes, "x_embedder.weight", 1)
     else:
         return None
-    if wide in (0, 128, 384):
-        return Found({0: "video", 128: "flux_control", 384: "flux_fill"}[wide])
+    # Relatives read more than the 64 channels of packed latents.
+    if channels in (0, 128, 384):
+        return Found({0: "video", 128: "flux_control", 384: "flux_fill"}[channels])
     guided = starts("guidance_in.", "time_text_embed.guidance_embedder.")(shapes)
     return Found("flux_dev" if guided else "flux_schnell", "flux")
-
-
-SCALES = ("scale", "weight")               # of norms: by the original code, by newer files
 
 
 def variant(folder: Path) -> str:
@@ -78,7 +76,7 @@ SPEC = FamilySpec(
     id="flux", title="Flux.1", native_size=1024, bucket_step=64,
     lora_presets={"attention": JOINT, "attention+ff": (*JOINT, *JOINT_FF, "proj_mlp"),
                   "all-linear": (*JOINT, *JOINT_FF, "proj_mlp", "proj_out")},
-    lora_aliases=ALIASES, kohya_prefix="lora_unet", base_version="flux1",
+    lora_aliases=ALIASES, base_version="flux1",
     architecture="flux-1-dev", implementation="https://github.com/black-forest-labs/flux",
     encoders=("text_encoder", "text_encoder_2"), cfg=3.5,
     model="Flux1", short_title="Flux", file="denoiser", tokens=511,

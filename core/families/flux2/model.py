@@ -21,28 +21,29 @@ from transformers import Qwen3Config, Qwen3Model
 from core.families import checkpoint_keys, text
 from core.families.base import Cond, Parts
 from core.families.common import (
-    ComponentFamily,
+    FlowFamily,
     TokenizerSpec,
-    dit_sizes,
+    denoiser_spec,
     layer_count,
     pack,
+    predict_packed,
     unpack,
 )
 from core.families.flux2.spec import SPEC
 from core.families.loading import CheckpointLayout, ComponentSpec
-from core.families.timestep_sampling import FLUX_LINE, STEPS, TimestepSampling
+from core.families.timestep_sampling import FLUX_LINE, TimestepSampling
 
 LENGTH = 512                                # tokens
 LAYERS = (9, 18, 27)                        # of the text encoder, by their outputs
-LEARNS = TimestepSampling(line=FLUX_LINE)
 QWEN3_8B = {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
 QWEN3 = tuple(f"text_encoders.{size}.transformer." for size in ("qwen3_4b", "qwen3_8b"))
 
 
 def read_layers(config: dict[str, Any]) -> Any:
-    """Qwen3 up to the last layer that is read, and one: the very last is normalised."""
-    wanted = min(config["num_hidden_layers"], LAYERS[-1] + 1)
-    return Qwen3Config.from_dict(config | {"num_hidden_layers": wanted, "layer_types": None})
+    """The config of Qwen3 up to one layer beyond the last that is read: the output of the very last
+    layer is normalised."""
+    layers = min(config["num_hidden_layers"], LAYERS[-1] + 1)
+    return Qwen3Config.from_dict(config | {"num_hidden_layers": layers, "layer_types": None})
 
 
 class Klein(Flux2KleinPipeline):            # type: ignore[misc]
@@ -54,23 +55,23 @@ class Klein(Flux2KleinPipeline):            # type: ignore[misc]
         return super().__call__(**options)
 
 
-class Flux2(ComponentFamily):
+class Flux2(FlowFamily):
     kind = SPEC.id
     spec = SPEC
-    pieces = (
-        ComponentSpec("transformer", Flux2Transformer2DModel, "denoiser",
-                      convert=checkpoint_keys.by_table(SPEC.naming[0])),
-        ComponentSpec("vae", AutoencoderKLFlux2, "vae", ("vae.",), checkpoint_keys.batch_normed_vae,
-                      alone="vae_32"),
+    components = (
+        denoiser_spec(Flux2Transformer2DModel, SPEC),
+        ComponentSpec("vae", AutoencoderKLFlux2, "vae", ("vae.",),
+                      checkpoint_keys.batch_normed_vae, file_kind="vae_32"),
         ComponentSpec("text_encoder", Qwen3Model, "text", QWEN3, checkpoint_keys.decoder,
-                      alone="qwen3",
-                      wide=True, config=read_layers))
-    vocabularies: ClassVar = {      # eleven of its tokens are the template's
+                      file_kind="qwen3", outgrows_fp16=True, config=read_layers))
+    # Eleven of its tokens are the chat template's.
+    tokenizers: ClassVar = {
         "text_encoder": TokenizerSpec("qwen3", LENGTH - 11, chat=text.QWEN3_CHAT)}
     pipe = Klein
+    sampling = TimestepSampling(line=FLUX_LINE)
 
     def adapt(self, layout: CheckpointLayout) -> None:
-        """4B and 9B differ in sizes that the shapes tell."""
+        # 4B and 9B differ in sizes that the shapes tell.
         shapes = self.shapes(layout)
         config = layout.configs["transformer"]
         config |= {"num_layers": layer_count(shapes, "transformer_blocks."),
@@ -81,22 +82,16 @@ class Flux2(ComponentFamily):
         if config["joint_attention_dim"] == len(LAYERS) * QWEN3_8B["hidden_size"]:
             layout.configs["text_encoder"] |= QWEN3_8B
 
-    def empty(self, layout: CheckpointLayout) -> Parts:
-        native, step = dit_sizes(layout)
-        return Parts(layout.source, layout.scheduler, "flow", native, step,
-                     flow=LEARNS)
-
     def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
         tokenizer = parts.text["tokenizer"]
-        found = text.padded(tokenizer, text.chat(tokenizer, prompts, thinking=False), LENGTH)
-        return {"text_encoder": found.input_ids, "text_encoder.mask": found.attention_mask}
+        return text.masked_tokens(tokenizer, text.chat(tokenizer, prompts, thinking=False), LENGTH)
 
     def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
         out, _ = text.read(parts.text["text_encoder"], tokens, output_hidden_states=True)
         return {"text": torch.cat([out.hidden_states[layer] for layer in LAYERS], -1)}
 
     def encode_image(self, parts: Parts, pixels: Tensor) -> Tensor:
-        """(B, 32, h, w), whose tokens of 2 x 2 are what the batch norm normalises."""
+        # The VAE's batch norm normalises tokens of 2 x 2 latent pixels.
         with torch.no_grad():
             vae = parts.vae
             latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
@@ -107,23 +102,22 @@ class Flux2(ComponentFamily):
 
     def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = noisy.shape[2] // 2, noisy.shape[3] // 2
-        found = denoiser(
-            hidden_states=pack(noisy), timestep=t / STEPS, encoder_hidden_states=cond["text"],
-            txt_ids=places(noisy, (cond["text"].shape[1],), 3),
-            img_ids=places(noisy, (height, width), 1), return_dict=False)[0]
-        return unpack(found, height, width)
+        return predict_packed(
+            denoiser, noisy, t, cond["text"], img_ids=places(noisy, (height, width), 1),
+            txt_ids=places(noisy, (cond["text"].shape[1],), 3))
 
     def prompt_arguments(self, cond: Cond, negative: Cond) -> dict[str, Tensor]:
         return {"prompt_embeds": cond["text"], "negative_prompt_embeds": negative["text"]}
 
     def pipe_options(self, parts: Parts) -> dict[str, Any]:
-        """A distilled one takes cfg 1 where the user says nothing; the pipeline would ignore
-        what the user says."""
+        # Of a distilled base the pipeline would ignore the user's cfg. Where the user says nothing
+        # it is 1 all the same (core.families.distilled).
         return {"is_distilled": False}
 
 
 def places(like: Tensor, sides: tuple[int, ...], axis: int) -> Tensor:
-    """(tokens, 4): time, row, column and word of each token, counted from `axis` on."""
+    """(tokens, 4): time, row, column and word of each token. `sides` are those of the grid of
+    tokens, whose first side is counted in the column `axis`."""
     ids = like.new_zeros(*sides, 4)
     for n, side in enumerate(sides):
         count = torch.arange(side, device=like.device, dtype=like.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from core.families.layer_names import Naming, Part, Rename
+from core.families.layer_names import Naming, Rename, dit_part, fused, renames
 from core.families.spec import DistilledSigns, FamilySpec, Found, Shapes, starts
 from core.families.targets import ATTENTION_ALIASES, JOINT
 
@@ -11,37 +11,32 @@ FF = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linea
 ENDS = ("x_embedder", "context_embedder", "proj_out")
 
 
-def _renames() -> tuple[Rename, ...]:
-    double, single, block = "double_blocks.{}", "single_blocks.{}", "transformer_blocks.{}"
-    alone = "single_transformer_blocks.{}"
-    fused = (Rename(tuple(f"{block}.attn.to_{x}" for x in "qkv"), f"{double}.img_attn.qkv"),
-             Rename(tuple(f"{block}.attn.add_{x}_proj" for x in "qkv"), f"{double}.txt_attn.qkv"))
-    own = (("attn.to_out.0", "img_attn.proj"), ("attn.to_add_out", "txt_attn.proj"),
-           ("attn.norm_q", "img_attn.norm.query_norm"), ("attn.norm_k", "img_attn.norm.key_norm"),
-           ("attn.norm_added_q", "txt_attn.norm.query_norm"),
-           ("attn.norm_added_k", "txt_attn.norm.key_norm"),
-           ("ff.linear_in", "img_mlp.0"), ("ff.linear_out", "img_mlp.2"),
-           ("ff_context.linear_in", "txt_mlp.0"), ("ff_context.linear_out", "txt_mlp.2"))
-    lone = (("attn.to_qkv_mlp_proj", "linear1"), ("attn.to_out", "linear2"),
-            ("attn.norm_q", "norm.query_norm"), ("attn.norm_k", "norm.key_norm"))
-    ends = (("x_embedder", "img_in"), ("context_embedder", "txt_in"),
-            ("proj_out", "final_layer.linear"),
-            ("time_guidance_embed.timestep_embedder.linear_1", "time_in.in_layer"),
-            ("time_guidance_embed.timestep_embedder.linear_2", "time_in.out_layer"),
-            *((f"{name}.linear", f"{name}.lin") for name in (
-                "double_stream_modulation_img", "double_stream_modulation_txt",
-                "single_stream_modulation")))
-    return (*fused, *(Rename((f"{block}.{a}",), f"{double}.{b}") for a, b in own),
-            *(Rename((f"{alone}.{a}",), f"{single}.{b}") for a, b in lone),
-            *(Rename((a,), b) for a, b in ends),
-            Rename(("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped=True))
-
-
-RENAMES = _renames()
-NAMING: Naming = (
-    Part("transformer", "lora_unet", native="diffusion_model", renames=RENAMES,
-         kohya_native=True),
-)
+BLOCK, DOUBLE = "transformer_blocks.{}.", "double_blocks.{}."
+RENAMES = (
+    fused(f"{BLOCK}attn.to_*", f"{DOUBLE}img_attn.qkv"),
+    fused(f"{BLOCK}attn.add_*_proj", f"{DOUBLE}txt_attn.qkv"),
+    *renames((
+        ("attn.to_out.0", "img_attn.proj"), ("attn.to_add_out", "txt_attn.proj"),
+        ("attn.norm_q", "img_attn.norm.query_norm"), ("attn.norm_k", "img_attn.norm.key_norm"),
+        ("attn.norm_added_q", "txt_attn.norm.query_norm"),
+        ("attn.norm_added_k", "txt_attn.norm.key_norm"),
+        ("ff.linear_in", "img_mlp.0"), ("ff.linear_out", "img_mlp.2"),
+        ("ff_context.linear_in", "txt_mlp.0"), ("ff_context.linear_out", "txt_mlp.2")),
+        BLOCK, DOUBLE),
+    *renames((
+        ("attn.to_qkv_mlp_proj", "linear1"), ("attn.to_out", "linear2"),
+        ("attn.norm_q", "norm.query_norm"), ("attn.norm_k", "norm.key_norm")),
+        "single_transformer_blocks.{}.", "single_blocks.{}."),
+    *renames((
+        ("x_embedder", "img_in"), ("context_embedder", "txt_in"),
+        ("proj_out", "final_layer.linear"),
+        ("time_guidance_embed.timestep_embedder.linear_1", "time_in.in_layer"),
+        ("time_guidance_embed.timestep_embedder.linear_2", "time_in.out_layer"),
+        ("double_stream_modulation_img.linear", "double_stream_modulation_img.lin"),
+        ("double_stream_modulation_txt.linear", "double_stream_modulation_txt.lin"),
+        ("single_stream_modulation.linear", "single_stream_modulation.lin"))),
+    Rename(("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped=True))
+NAMING: Naming = (dit_part(RENAMES),)
 
 
 def recognize(shapes: Shapes) -> Found | None:
@@ -56,7 +51,7 @@ SPEC = FamilySpec(
     lora_presets={"attention": JOINT + SINGLE, "attention+ff": JOINT + SINGLE + FF,
                   "all-linear": (*JOINT, *SINGLE, *FF, *ENDS)},
     lora_aliases=ATTENTION_ALIASES | {"fc1": "ff.linear_in", "fc2": "ff.linear_out"},
-    kohya_prefix="lora_unet", base_version="flux2", architecture="flux-2-klein",
+    base_version="flux2", architecture="flux-2-klein",
     implementation="https://github.com/black-forest-labs/flux2", cfg=4.0,
     model="Flux2", short_title="Flux.2", file="denoiser", tokens=500,
     naming=NAMING, recognize=recognize,

@@ -19,18 +19,12 @@ from transformers import Gemma2Model
 
 from core.families import checkpoint_keys, text
 from core.families.base import Cond, Parts
-from core.families.common import (
-    ComponentFamily,
-    TokenizerSpec,
-    dit_sizes,
-    layer_count,
-)
+from core.families.common import FlowFamily, TokenizerSpec, denoiser_spec, layer_count
 from core.families.loading import CheckpointLayout, ComponentSpec
 from core.families.lumina2.spec import SPEC
 from core.families.timestep_sampling import FLUX_LINE, STEPS, TimestepSampling
 
 GEMMA = "text_encoders.gemma2_2b.transformer."
-LEARNS = TimestepSampling(line=FLUX_LINE)
 LENGTH = 256                                # tokens, the instruction's among them
 # The model's own words, part of every prompt that it has seen.
 INSTRUCTION = ("You are an assistant designed to generate superior images with the superior degree "
@@ -39,30 +33,29 @@ INSTRUCTION = ("You are an assistant designed to generate superior images with t
 
 
 def gemma_states(parts: Parts, tokens: dict[str, Tensor], layer: int) -> tuple[Tensor, Tensor]:
-    """What a layer of Gemma makes of tokens (B, L, C), and their mask (B, L). Its numbers outgrow
-    fp16: it stays in its own."""
+    """Returns the output of one of Gemma's layers (B, L, C) and the mask of the tokens (B, L)."""
     encoder = parts.text["text_encoder"]
     mask = tokens["text_encoder.mask"].to(encoder.device)
-    plain = nullcontext() if mask.is_meta else torch.autocast(mask.device.type, enabled=False)
-    with plain:
+    # Its activations outgrow fp16: no autocast.
+    exact = nullcontext() if mask.is_meta else torch.autocast(mask.device.type, enabled=False)
+    with exact:
         out = encoder(input_ids=tokens["text_encoder"].to(encoder.device),
                       attention_mask=None if mask.is_meta else mask, output_hidden_states=True)
     return out.hidden_states[layer], mask
 
 
-class Lumina2(ComponentFamily):
+class Lumina2(FlowFamily):
     kind = SPEC.id
     spec = SPEC
-    pieces = (
-        ComponentSpec("transformer", Lumina2Transformer2DModel, "denoiser",
-                      convert=checkpoint_keys.by_table(SPEC.naming[0])),
-        ComponentSpec("vae", AutoencoderKL, "vae", ("vae.",), checkpoint_keys.vae, alone="vae_16"),
+    components = (
+        denoiser_spec(Lumina2Transformer2DModel, SPEC),
+        ComponentSpec("vae", AutoencoderKL, "vae", ("vae.",), checkpoint_keys.vae,
+                      file_kind="vae_16"),
         ComponentSpec("text_encoder", Gemma2Model, "text", (GEMMA,), checkpoint_keys.gemma,
-                      alone="gemma_2",
-                      wide=True))
-    vocabularies: ClassVar = {
-        "text_encoder": TokenizerSpec("gemma2", LENGTH)}
+                      file_kind="gemma_2", outgrows_fp16=True))
+    tokenizers: ClassVar = {"text_encoder": TokenizerSpec("gemma2", LENGTH)}
     pipe = Lumina2Pipeline
+    sampling = TimestepSampling(line=FLUX_LINE)
 
     def adapt(self, layout: CheckpointLayout) -> None:
         shapes = self.shapes(layout)
@@ -71,16 +64,11 @@ class Lumina2(ComponentFamily):
             "num_refiner_layers": layer_count(shapes, "noise_refiner."),
             "cap_feat_dim": shapes["time_caption_embed.caption_embedder.0.weight"][0]}
 
-    def empty(self, layout: CheckpointLayout) -> Parts:
-        native, step = dit_sizes(layout)
-        return Parts(layout.source, layout.scheduler, "flow", native, step,
-                     flow=LEARNS)
-
     def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
         tokenizer = parts.text["tokenizer"]
-        tokenizer.padding_side = "right"    # Gemma's own is left; this model has learned so
-        found = text.padded(tokenizer, [p and INSTRUCTION + p for p in prompts], LENGTH)
-        return {"text_encoder": found.input_ids, "text_encoder.mask": found.attention_mask}
+        # Gemma's own is left, but this model has learned so.
+        tokenizer.padding_side = "right"
+        return text.masked_tokens(tokenizer, [p and INSTRUCTION + p for p in prompts], LENGTH)
 
     def token_limit(self, parts: Parts) -> int:
         return LENGTH - 1 - text.count(parts.text["tokenizer"], [INSTRUCTION])[0]
@@ -91,19 +79,20 @@ class Lumina2(ComponentFamily):
 
     def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
         mask = cond["mask"]
-        found: Tensor = denoiser(
+        predicted: Tensor = denoiser(
             hidden_states=noisy, timestep=1 - t / STEPS, encoder_hidden_states=cond["text"],
-            encoder_attention_mask=Unknown(mask) if mask.is_meta else mask.int(),
+            encoder_attention_mask=MetaMask(mask) if mask.is_meta else mask.int(),
             return_dict=False)[0]
-        return -found
+        return -predicted
 
     def prompt_arguments(self, cond: Cond, negative: Cond) -> dict[str, Tensor]:
         return text.masked_arguments(cond | {"mask": cond["mask"].int()},
                                      negative | {"mask": negative["mask"].int()})
 
 
-class Unknown:
-    """A mask in a plan, whose numbers the transformer asks for: texts are as long as can be."""
+class MetaMask:
+    """Stands for a mask in a plan. The transformer asks for the lengths of the texts, which a mask
+    on the meta device cannot tell: all are as long as can be."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask, self.shape = mask, mask.shape
@@ -111,7 +100,7 @@ class Unknown:
     def bool(self) -> Tensor:
         return self.mask.bool()
 
-    def sum(self, dim: int) -> Unknown:
+    def sum(self, dim: int) -> MetaMask:
         return self
 
     def tolist(self) -> list[int]:

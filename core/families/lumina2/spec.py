@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-from core.families.layer_names import Naming, Part, Rename
+from core.families.layer_names import Naming, Part, Rename, dit_part, fused, renames
 from core.families.spec import FamilySpec, Found, Shapes
 from core.families.targets import ATTENTION, ATTENTION_ALIASES
 
 FEED_FORWARD = ("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
 
 
-def _renames() -> tuple[Rename, ...]:
-    """Three heads of queries share one of keys and values."""
-    found: list[Rename] = []
-    for block in ("layers.{}", "noise_refiner.{}", "context_refiner.{}"):
-        ours, theirs = f"{block}.attn", f"{block}.attention"
-        norms = ((("norm1", "attention_norm1"),) if block.startswith("context") else
-                 (("norm1.norm", "attention_norm1"), ("norm1.linear", "adaLN_modulation.1")))
-        inner = (*norms, ("norm2", "attention_norm2"),
-                 *((f"feed_forward.linear_{n}", f"feed_forward.w{n}") for n in (1, 2, 3)))
-        found += [Rename(tuple(f"{ours}.to_{x}" for x in "qkv"), f"{theirs}.qkv", (3, 1, 1)),
-                  Rename((f"{ours}.to_out.0",), f"{theirs}.out"),
-                  Rename((f"{ours}.norm_q",), f"{theirs}.q_norm"),
-                  Rename((f"{ours}.norm_k",), f"{theirs}.k_norm"),
-                  *(Rename((f"{block}.{a}",), f"{block}.{b}") for a, b in inner)]
-    ends = (("time_caption_embed.caption_embedder", "cap_embedder"),
-            ("time_caption_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
-            ("time_caption_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
-            ("norm_out.linear_1", "final_layer.adaLN_modulation.1"),
-            ("norm_out.linear_2", "final_layer.linear"))
-    return (*found, *(Rename((a,), b) for a, b in ends))
+def block_renames(block: str, norms: tuple[tuple[str, str], ...]) -> tuple[Rename, ...]:
+    """The layers of one kind of block; `norms` are its norms before attention."""
+    return (
+        # Three heads of queries share one of keys and values.
+        fused(f"{block}attn.to_*", f"{block}attention.qkv", shares=(3, 1, 1)),
+        *renames((
+            ("attn.to_out.0", "attention.out"), ("attn.norm_q", "attention.q_norm"),
+            ("attn.norm_k", "attention.k_norm"), *norms, ("norm2", "attention_norm2"),
+            ("feed_forward.linear_1", "feed_forward.w1"),
+            ("feed_forward.linear_2", "feed_forward.w2"),
+            ("feed_forward.linear_3", "feed_forward.w3")), block, block))
 
 
-RENAMES = _renames()
+MODULATED = (("norm1.norm", "attention_norm1"), ("norm1.linear", "adaLN_modulation.1"))
+RENAMES = (
+    *block_renames("layers.{}.", MODULATED),
+    *block_renames("noise_refiner.{}.", MODULATED),
+    *block_renames("context_refiner.{}.", (("norm1", "attention_norm1"),)),
+    *renames((
+        ("time_caption_embed.caption_embedder", "cap_embedder"),
+        ("time_caption_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
+        ("time_caption_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+        ("norm_out.linear_1", "final_layer.adaLN_modulation.1"),
+        ("norm_out.linear_2", "final_layer.linear"))))
 NAMING: Naming = (
-    Part("transformer", "lora_unet", native="diffusion_model", renames=RENAMES,
-         kohya_native=True),
+    dit_part(RENAMES),
     Part("text_encoder", "lora_te", native="text_encoders.gemma2_2b.transformer.model"),
 )
 
@@ -49,8 +49,7 @@ SPEC = FamilySpec(
     id="lumina2", title="Lumina 2", native_size=1024, bucket_step=64,
     lora_presets={"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD,
                   "all-linear": (*ATTENTION, *FEED_FORWARD, "norm1.linear")},
-    lora_aliases=ATTENTION_ALIASES,
-    kohya_prefix="lora_unet", base_version="lumina2", architecture="lumina-2",
+    lora_aliases=ATTENTION_ALIASES, base_version="lumina2", architecture="lumina-2",
     implementation="https://github.com/Alpha-VLLM/Lumina-Image-2.0", cfg=4.0,
     model="Lumina2", short_title="Lumina 2", file="denoiser", tokens=220, fp16=False,
     naming=NAMING, recognize=recognize,

@@ -6,7 +6,7 @@ from core.families.layer_names import Naming, Part
 from core.families.spec import FamilySpec, Found, Shapes, VaeSigns
 from core.families.targets import ALIASES, JOINT
 
-SIDE = 1024                                 # px; the pipeline's, the VAE's config tells none
+SIDE = 1024                                 # px; the pipeline's, as the VAE's config has none
 FF = tuple(f"{stream}_mlp.net.{layer}" for stream in ("img", "txt") for layer in ("0.proj", "2"))
 
 NAMING: Naming = (Part("transformer", "lora_unet", native="diffusion_model"),)
@@ -28,7 +28,7 @@ SPEC = FamilySpec(
     lora_presets={"attention": JOINT, "attention+ff": JOINT + FF,
                   "all-linear": (*JOINT, *FF, "img_mod.1", "txt_mod.1")},
     lora_aliases=ALIASES | {"fc1": FF[0], "fc2": FF[1]},
-    kohya_prefix="lora_unet", base_version="qwen_image", architecture="qwen-image",
+    base_version="qwen_image", architecture="qwen-image",
     implementation="https://github.com/QwenLM/Qwen-Image", cfg=4.0, lora_format="diffusers",
     model="QwenImage", short_title="Qwen-Image", file="denoiser", tokens=507, fp16=False,
     naming=NAMING, recognize=recognize,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from transformers import Gemma2Model
 from core.families import checkpoint_keys, text
 from core.families.base import Cond, Parts
 from core.families.checkpoint_keys import Tensors
-from core.families.common import ComponentFamily, TokenizerSpec, layer_count
+from core.families.common import LARGEST_SIDE, FlowFamily, TokenizerSpec, layer_count
 from core.families.loading import CheckpointLayout, ComponentSpec
 from core.families.lumina2.model import GEMMA, gemma_states
 from core.families.sana.spec import SPEC
@@ -32,9 +33,10 @@ HEAD = {2240: 112, 1152: 72}                # px of a cross-attention head, by t
 
 
 def _diffusers_names(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    found = checkpoint_keys.by_table(SPEC.naming[0])(tensors, config)
-    return {name.removeprefix("final_layer.") if name == "final_layer.scale_shift_table" else name:
-            value for name, value in found.items()}
+    """The table, and a parameter that belongs to no layer."""
+    tensors = checkpoint_keys.by_table(SPEC.naming[0])(tensors, config)
+    table = tensors.pop("final_layer.scale_shift_table", None)
+    return tensors if table is None else tensors | {"scale_shift_table": table}
 
 
 class Unbinned(SanaPipeline):  # type: ignore[misc]
@@ -44,19 +46,18 @@ class Unbinned(SanaPipeline):  # type: ignore[misc]
         return super().__call__(*args, **{"use_resolution_binning": False, **options})
 
 
-class Sana(ComponentFamily):
+class Sana(FlowFamily):
     kind = SPEC.id
     spec = SPEC
-    pieces = (
+    components = (
         ComponentSpec("transformer", SanaTransformer2DModel, "denoiser", convert=_diffusers_names),
         ComponentSpec("vae", AutoencoderDC, "vae", ("vae.",), checkpoint_keys.deep_vae,
-                      alone="vae_dc"),
+                      file_kind="vae_dc"),
         ComponentSpec("text_encoder", Gemma2Model, "text", (GEMMA,), checkpoint_keys.gemma,
-                      alone="gemma_2",
-                      wide=True))
-    vocabularies: ClassVar = {
-        "text_encoder": TokenizerSpec("gemma2", LENGTH)}
+                      file_kind="gemma_2", outgrows_fp16=True))
+    tokenizers: ClassVar = {"text_encoder": TokenizerSpec("gemma2", LENGTH)}
     pipe = Unbinned
+    sampling = TimestepSampling("logit_normal")     # its shift is the scheduler's
 
     def adapt(self, layout: CheckpointLayout) -> None:
         shapes = self.shapes(layout)
@@ -69,28 +70,37 @@ class Sana(ComponentFamily):
             "qk_norm": ("rms_norm_across_heads"
                         if "transformer_blocks.0.attn1.norm_q.weight" in shapes else None)}
 
-    def empty(self, layout: CheckpointLayout) -> Parts:
+    def sizes(self, layout: CheckpointLayout) -> tuple[int, int]:
         config, vae = layout.configs["transformer"], layout.configs["vae"]
         step = config["patch_size"] * 2 ** (len(vae["encoder_block_out_channels"]) - 1)
         native = config["sample_size"] * step
-        if not 1 <= native <= 8192:
+        if not 1 <= native <= LARGEST_SIDE:
             raise ValueError(f"sample_size: {config['sample_size']}")
+        return native, step
+
+    def empty(self, layout: CheckpointLayout) -> Parts:
+        # One number by two names: a config has either, each of diffusers' schedulers reads its own.
         shift = float(layout.scheduler.get("flow_shift", layout.scheduler.get("shift", 1.0)))
-        return Parts(layout.source, layout.scheduler | {"flow_shift": shift, "shift": shift},
-                     "flow", native, step, flow=TimestepSampling("logit_normal", shift=shift))
+        parts = super().empty(layout)
+        parts.scheduler = layout.scheduler | {"flow_shift": shift, "shift": shift}
+        parts.flow = replace(self.sampling, shift=shift)
+        return parts
 
     def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
         tokenizer = parts.text["tokenizer"]
-        tokenizer.padding_side = "right"    # Gemma's own is left; this model has learned so
-        plan = isinstance(tokenizer, text.Blank)
-        most = LENGTH + (LENGTH if plan else len(tokenizer(INSTRUCTION).input_ids) - 2)
-        prompts = [one and INSTRUCTION + one for one in (p.lower().strip() for p in prompts)]
-        found = text.padded(tokenizer, prompts, most)
-        return {"text_encoder": found.input_ids, "text_encoder.mask": found.attention_mask}
+        # Gemma's own is left, but this model has learned so.
+        tokenizer.padding_side = "right"
+        # The instruction's own tokens come on top; in a plan they are not known: as many again.
+        is_plan = isinstance(tokenizer, text.Blank)
+        extra = LENGTH if is_plan else len(tokenizer(INSTRUCTION).input_ids) - 2
+        prompts = [prompt.lower().strip() for prompt in prompts]
+        return text.masked_tokens(
+            tokenizer, [p and INSTRUCTION + p for p in prompts], LENGTH + extra)
 
     def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
         states, mask = gemma_states(parts, tokens, -1)
-        seen = [0, *range(1 - LENGTH, 0)]   # the start and what stands behind the instruction
+        # The start mark, and what stands behind the instruction.
+        seen = [0, *range(1 - LENGTH, 0)]
         return {"text": states[:, seen], "mask": mask[:, seen]}
 
     def encode_image(self, parts: Parts, pixels: Tensor) -> Tensor:
@@ -103,6 +113,7 @@ class Sana(ComponentFamily):
         predicted: Tensor = denoiser(
             noisy, encoder_hidden_states=cond["text"], encoder_attention_mask=cond["mask"],
             timestep=t * denoiser.config.timestep_scale, return_dict=False)[0]
+        # Some bases predict a variance, too.
         return predicted[:, :noisy.shape[1]]
 
     def prompt_arguments(self, cond: Cond, negative: Cond) -> dict[str, Any]:

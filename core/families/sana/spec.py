@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-from core.families.layer_names import Naming, Part, Rename
+from core.families.layer_names import Naming, Part, dit_part, fused, renames
 from core.families.spec import FamilySpec, Found, Shapes
 from core.families.targets import ALIASES, ATTENTION
 
 FEED_FORWARD = ("ff.conv_inverted", "ff.conv_point")
 
 
-def _renames() -> tuple[Rename, ...]:
-    ours, theirs = "transformer_blocks.{}", "blocks.{}"
-    own = (("attn1.to_out.0", "attn.proj"), ("attn1.norm_q", "attn.q_norm"),
-           ("attn1.norm_k", "attn.k_norm"), ("attn2.to_q", "cross_attn.q_linear"),
-           ("attn2.to_out.0", "cross_attn.proj"), ("attn2.norm_q", "cross_attn.q_norm"),
-           ("attn2.norm_k", "cross_attn.k_norm"), ("ff.conv_inverted", "mlp.inverted_conv.conv"),
-           ("ff.conv_depth", "mlp.depth_conv.conv"), ("ff.conv_point", "mlp.point_conv.conv"))
-    ends = ((ours, theirs), ("patch_embed.proj", "x_embedder.proj"),
-            ("time_embed.emb.timestep_embedder.linear_1", "t_embedder.mlp.0"),
-            ("time_embed.emb.timestep_embedder.linear_2", "t_embedder.mlp.2"),
-            ("time_embed.linear", "t_block.1"),
-            ("caption_projection.linear_1", "y_embedder.y_proj.fc1"),
-            ("caption_projection.linear_2", "y_embedder.y_proj.fc2"),
-            ("caption_norm", "attention_y_norm"), ("proj_out", "final_layer.linear"))
-    return (Rename(tuple(f"{ours}.attn1.to_{x}" for x in "qkv"), f"{theirs}.attn.qkv"),
-            Rename(tuple(f"{ours}.attn2.to_{x}" for x in "kv"), f"{theirs}.cross_attn.kv_linear"),
-            *(Rename((f"{ours}.{a}",), f"{theirs}.{b}") for a, b in own),
-            *(Rename((a,), b) for a, b in ends))
-
-
-RENAMES = _renames()
+BLOCK, THEIR_BLOCK = "transformer_blocks.{}", "blocks.{}"
+RENAMES = (
+    fused(f"{BLOCK}.attn1.to_*", f"{THEIR_BLOCK}.attn.qkv"),
+    fused(f"{BLOCK}.attn2.to_*", f"{THEIR_BLOCK}.cross_attn.kv_linear", "kv"),
+    *renames((
+        (".attn1.to_out.0", ".attn.proj"), (".attn1.norm_q", ".attn.q_norm"),
+        (".attn1.norm_k", ".attn.k_norm"), (".attn2.to_q", ".cross_attn.q_linear"),
+        (".attn2.to_out.0", ".cross_attn.proj"), (".attn2.norm_q", ".cross_attn.q_norm"),
+        (".attn2.norm_k", ".cross_attn.k_norm"),
+        (".ff.conv_inverted", ".mlp.inverted_conv.conv"),
+        (".ff.conv_depth", ".mlp.depth_conv.conv"), (".ff.conv_point", ".mlp.point_conv.conv"),
+        ("", "")), BLOCK, THEIR_BLOCK),
+    *renames((
+        ("patch_embed.proj", "x_embedder.proj"),
+        ("time_embed.emb.timestep_embedder.linear_1", "t_embedder.mlp.0"),
+        ("time_embed.emb.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+        ("time_embed.linear", "t_block.1"),
+        ("caption_projection.linear_1", "y_embedder.y_proj.fc1"),
+        ("caption_projection.linear_2", "y_embedder.y_proj.fc2"),
+        ("caption_norm", "attention_y_norm"), ("proj_out", "final_layer.linear"))))
 NAMING: Naming = (
-    Part("transformer", "lora_unet", native="diffusion_model", renames=RENAMES,
-         kohya_native=True),
+    dit_part(RENAMES),
     Part("text_encoder", "lora_te", native="text_encoders.gemma2_2b.transformer.model"),
 )
 
@@ -48,7 +46,7 @@ SPEC = FamilySpec(
     lora_presets={"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD,
                   "all-linear": (*ATTENTION, *FEED_FORWARD, "proj_out")},
     lora_aliases=ALIASES | {"fc1": "ff.conv_inverted", "fc2": "ff.conv_point"},
-    kohya_prefix="lora_unet", base_version="sana", architecture="sana",
+    base_version="sana", architecture="sana",
     implementation="https://github.com/NVlabs/Sana", cfg=4.5, lora_format="diffusers",
     model="Sana", short_title="Sana", file="denoiser", tokens=299,
     naming=NAMING, recognize=recognize,

@@ -15,10 +15,7 @@ from core import paths
 from core.errors import UserError
 from core.families import checkpoint_keys, clip
 from core.families.base import Cond, Parts
-from core.families.common import (
-    TokenizerSpec,
-    UNetFamily,
-)
+from core.families.common import TokenizerSpec, UNetFamily, denoiser_spec
 from core.families.loading import TOKENIZER, ComponentSpec
 from core.families.sd15.spec import SPEC
 
@@ -30,22 +27,21 @@ CLIP = "cond_stage_model.transformer."
 class StableDiffusion1(UNetFamily):
     kind = SPEC.id
     spec = SPEC
-    pieces = (
-        ComponentSpec("unet", UNet2DConditionModel, "denoiser",
-                      convert=checkpoint_keys.by_table(SPEC.naming[0])),
+    components = (
+        denoiser_spec(UNet2DConditionModel, SPEC),
         ComponentSpec("vae", AutoencoderKL, "vae", ("first_stage_model.",), checkpoint_keys.vae,
-                      alone="vae"),
-        ComponentSpec("text_encoder", CLIPTextModel, "text", (CLIP,), alone="clip_l"))
-    vocabularies: ClassVar = {"text_encoder": TokenizerSpec()}
+                      file_kind="vae"),
+        ComponentSpec("text_encoder", CLIPTextModel, "text", (CLIP,), file_kind="clip_l"))
+    tokenizers: ClassVar = {"text_encoder": TokenizerSpec()}
     pipe = StableDiffusionPipeline
 
     def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
-        """clip_skip takes an earlier layer through the norm of the last one, as A1111 does."""
         encoder, skip = parts.text["text_encoder"], parts.reading.clip_skip
         if not self.spec.skips or skip == 1:
             return {"text": clip.read(encoder, tokens["text_encoder"])[0]}
         if skip > (layers := encoder.config.num_hidden_layers):
             raise UserError("families.clip_skip", given=skip, layers=layers)
+        # The earlier layer goes through the norm of the last one, as in A1111.
         states = clip.read(encoder, tokens["text_encoder"], skip)[0]
         return {"text": encoder.final_layer_norm(states)}
 

@@ -23,11 +23,10 @@ def is_its_unet(config: Mapping[str, Any]) -> bool:
 
 
 SPEC = FamilySpec(
-    id="sd15", title="Stable Diffusion 1.x",
-    native_size=512, bucket_step=64, lora_presets=UNET_PRESETS, lora_aliases=ALIASES,
-    kohya_prefix="lora_unet", base_version="sd_v1", architecture="stable-diffusion-v1",
-    implementation="diffusers",
-    text_targets=TEXT_TARGETS, chunked=True, skips=True,
+    id="sd15", title="Stable Diffusion 1.x", native_size=512, bucket_step=64,
+    lora_presets=UNET_PRESETS, lora_aliases=ALIASES, base_version="sd_v1",
+    architecture="stable-diffusion-v1", implementation="diffusers", text_targets=TEXT_TARGETS,
+    chunked=True, skips=True,
     model="StableDiffusion1", short_title="SD 1.x", file="whole",
     naming=NAMING, recognize=recognize,
     relatives={"StableDiffusionInpaintPipeline": "inpainting"},

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from core.families import checkpoint_keys
@@ -22,21 +21,17 @@ OPEN_CLIP = "cond_stage_model.model."
 class StableDiffusion2(StableDiffusion1):
     kind = SPEC.id
     spec = SPEC
-    pieces = (
-        ComponentSpec("unet", UNet2DConditionModel, "denoiser",
-                      convert=checkpoint_keys.by_table(SPEC.naming[0])),
-        ComponentSpec("vae", AutoencoderKL, "vae", ("first_stage_model.",), checkpoint_keys.vae,
-                      alone="vae"),
+    components = (
+        *StableDiffusion1.components[:2],   # UNet and VAE
         ComponentSpec("text_encoder", CLIPTextModel, "text", (OPEN_CLIP,),
-                      checkpoint_keys.open_clip,
-                      alone="clip_h"))
-    vocabularies: ClassVar = {"text_encoder": TokenizerSpec(pad="!")}
+                      checkpoint_keys.open_clip, file_kind="clip_h"))
+    tokenizers: ClassVar = {"text_encoder": TokenizerSpec(pad="!")}
 
     def adapt(self, layout: CheckpointLayout) -> None:
-        """Nothing in a file's shapes tells 512-base, which predicts noise, from 768-v, which most
-        bases are made of; its metadata may, and the key `prediction_type` always can."""
-        said = read_header(layout.source).metadata
-        if (said.get("modelspec.prediction_type") == "epsilon"
-                or said.get("modelspec.architecture") == "stable-diffusion-v2-512"):
+        # 512-base, which predicts noise, has the shapes of 768-v, which most bases are made of. The
+        # file's metadata may tell them apart, and the config key `prediction_type` always can.
+        metadata = read_header(layout.source).metadata
+        if (metadata.get("modelspec.prediction_type") == "epsilon"
+                or metadata.get("modelspec.architecture") == "stable-diffusion-v2-512"):
             layout.scheduler["prediction_type"] = "epsilon"
             layout.configs["unet"]["sample_size"] = 64

@@ -24,10 +24,9 @@ def is_its_unet(config: Mapping[str, Any]) -> bool:
 
 SPEC = FamilySpec(
     id="sd2", title="Stable Diffusion 2.x", native_size=768, bucket_step=64,
-    lora_presets=UNET_PRESETS, lora_aliases=ALIASES, kohya_prefix="lora_unet",
-    base_version="sd_v2", architecture="stable-diffusion-v2-768-v",
-    implementation="diffusers",
-    text_targets=TEXT_TARGETS, chunked=True,
+    lora_presets=UNET_PRESETS, lora_aliases=ALIASES, base_version="sd_v2",
+    architecture="stable-diffusion-v2-768-v", implementation="diffusers", text_targets=TEXT_TARGETS,
+    chunked=True,
     model="StableDiffusion2", short_title="SD 2.x", file="whole",
     naming=NAMING, recognize=recognize,
     unet=is_its_unet, unet_what="sd2",

@@ -6,7 +6,6 @@ Noise levels are learned logit-normally, shifted by 3 (section 5.3.2, at 1024 px
 
 from __future__ import annotations
 
-import re
 from math import isqrt
 from typing import Any, ClassVar
 
@@ -18,56 +17,52 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from core.families import checkpoint_keys
 from core.families.base import Cond, Parts
 from core.families.checkpoint_keys import Tensors
-from core.families.common import (
-    ComponentFamily,
-    TokenizerSpec,
-    dit_sizes,
-    layer_count,
-)
+from core.families.common import FlowFamily, TokenizerSpec, dit_sizes, layer_count
 from core.families.loading import CheckpointLayout, ComponentSpec
 from core.families.sd3.spec import SPEC
 from core.families.timestep_sampling import TimestepSampling
 
 T5_LENGTH = 256                             # tokens
-LEARNS = TimestepSampling(shift=3.0)
 CLIP_L, CLIP_G, T5XXL = (f"text_encoders.{name}.transformer."
                          for name in ("clip_l", "clip_g", "t5xxl"))
 
 
 def _diffusers_names(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    found = checkpoint_keys.by_table(SPEC.naming[0])(tensors, config)
-    if "pos_embed" not in found:            # diffusers' spelling
-        return found
-    found["pos_embed.pos_embed"] = found.pop("pos_embed")
-    blocks = [int(match[1]) for name in found
-              if (match := re.match(r"transformer_blocks\.(\d+)\.", name))]
-    for leaf in ("weight", "bias"):         # the last block's text ends there: shift and scale
-        name = f"transformer_blocks.{max(blocks, default=0)}.norm1_context.linear.{leaf}"
-        if name in found:
-            found[name] = found[name].roll(len(found[name]) // 2, 0)
-    return found
+    tensors = checkpoint_keys.by_table(SPEC.naming[0])(tensors, config)
+    # Only the original spelling has this name, the file is diffusers' own otherwise.
+    if "pos_embed" not in tensors:
+        return tensors
+    tensors["pos_embed.pos_embed"] = tensors.pop("pos_embed")
+    # The text's stream ends at the last block, whose norm has shift and scale the other way round.
+    last = max(layer_count(tensors, "transformer_blocks.") - 1, 0)
+    for leaf in ("weight", "bias"):
+        name = f"transformer_blocks.{last}.norm1_context.linear.{leaf}"
+        if name in tensors:
+            tensors[name] = tensors[name].roll(len(tensors[name]) // 2, 0)
+    return tensors
 
 
-class StableDiffusion3(ComponentFamily):
+class StableDiffusion3(FlowFamily):
     kind = SPEC.id
     spec = SPEC
-    pieces = (
+    components = (
         ComponentSpec("transformer", SD3Transformer2DModel, "denoiser", convert=_diffusers_names),
         ComponentSpec("vae", AutoencoderKL, "vae", ("first_stage_model.",), checkpoint_keys.vae,
-                      alone="vae_16"),
+                      file_kind="vae_16"),
         ComponentSpec("text_encoder", CLIPTextModelWithProjection, "text", (CLIP_L,),
-                      checkpoint_keys.projected_clip, alone="clip_l"),
+                      checkpoint_keys.projected_clip, file_kind="clip_l"),
         ComponentSpec("text_encoder_2", CLIPTextModelWithProjection, "text", (CLIP_G,),
-                      checkpoint_keys.projected_clip, alone="clip_g"),
-        ComponentSpec("text_encoder_3", T5EncoderModel, "text", (T5XXL,), alone="t5",
+                      checkpoint_keys.projected_clip, file_kind="clip_g"),
+        ComponentSpec("text_encoder_3", T5EncoderModel, "text", (T5XXL,), file_kind="t5",
                       optional=True))
-    vocabularies: ClassVar = {
+    tokenizers: ClassVar = {
         "text_encoder": TokenizerSpec(), "text_encoder_2": TokenizerSpec(pad="!"),
         "text_encoder_3": TokenizerSpec("t5", T5_LENGTH)}
     pipe = StableDiffusion3Pipeline
+    sampling = TimestepSampling(shift=3.0)
 
     def adapt(self, layout: CheckpointLayout) -> None:
-        """Medium, 3.5 medium and 3.5 large differ in sizes that the shapes tell."""
+        # Medium, 3.5 medium and 3.5 large differ in sizes that the shapes tell.
         shapes = self.shapes(layout)
         width, block = shapes["pos_embed.proj.weight"][0], "transformer_blocks.{}."
         count = layer_count(shapes, "transformer_blocks.")
@@ -80,13 +75,14 @@ class StableDiffusion3(ComponentFamily):
                 i for i in range(count) if f"{block.format(i)}attn2.to_q.weight" in shapes],
             "qk_norm": "rms_norm" if f"{block.format(0)}attn.norm_q.weight" in shapes else None}
 
+    def sizes(self, layout: CheckpointLayout) -> tuple[int, int]:
+        return dit_sizes(layout, layout.configs["transformer"]["patch_size"])
+
     def empty(self, layout: CheckpointLayout) -> Parts:
-        config = layout.configs["transformer"]
-        native, step = dit_sizes(layout, config["patch_size"])
-        return Parts(layout.source, layout.scheduler, "flow", native, step,
-                     flow=LEARNS,
-                     text_width=config["joint_attention_dim"]
-                     - layout.configs["text_encoder"]["hidden_size"])
+        parts = super().empty(layout)
+        parts.text_width = (layout.configs["transformer"]["joint_attention_dim"]
+                            - layout.configs["text_encoder"]["hidden_size"])
+        return parts
 
     def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
         cond: Cond = {}
@@ -98,7 +94,8 @@ class StableDiffusion3(ComponentFamily):
             out = encoder(ids.to(encoder.device), output_hidden_states=True)
             cond[f"text{number}"] = out.hidden_states[-2]
             cond[f"pooled{number}"] = out.text_embeds
-        if "text_2" in cond:                # the two CLIPs side by side are as wide as T5
+        # The two CLIPs side by side must be as wide as T5.
+        if "text_2" in cond:
             rest = parts.text_width - cond["text_2"].shape[2]
             cond["text_2"] = torch.nn.functional.pad(cond["text_2"], (0, rest))
         return cond

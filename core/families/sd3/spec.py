@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-from core.families.layer_names import Naming, Part, Rename, clip_part
+from core.families.layer_names import Naming, Part, Rename, clip_part, dit_part, fused, renames
 from core.families.spec import DistilledSigns, FamilySpec, Found, Shapes, VaeSigns, starts
 from core.families.targets import ALIASES, JOINT, JOINT_FF
 
-
-def _renames() -> tuple[Rename, ...]:
-    joint, block = "joint_blocks.{}", "transformer_blocks.{}"
-    fused = tuple(
-        Rename(tuple(f"{block}.{name.format(x)}" for x in "qkv"), f"{joint}.{theirs}.qkv")
-        for name, theirs in (("attn.to_{}", "x_block.attn"), ("attn2.to_{}", "x_block.attn2"),
-                             ("attn.add_{}_proj", "context_block.attn")))
-    own = (("attn.to_out.0", "x_block.attn.proj"), ("attn2.to_out.0", "x_block.attn2.proj"),
-           ("attn.to_add_out", "context_block.attn.proj"),
-           ("attn.norm_q", "x_block.attn.ln_q"), ("attn.norm_k", "x_block.attn.ln_k"),
-           ("attn2.norm_q", "x_block.attn2.ln_q"), ("attn2.norm_k", "x_block.attn2.ln_k"),
-           ("attn.norm_added_q", "context_block.attn.ln_q"),
-           ("attn.norm_added_k", "context_block.attn.ln_k"),
-           ("ff.net.0.proj", "x_block.mlp.fc1"), ("ff.net.2", "x_block.mlp.fc2"),
-           ("ff_context.net.0.proj", "context_block.mlp.fc1"),
-           ("ff_context.net.2", "context_block.mlp.fc2"),
-           ("norm1.linear", "x_block.adaLN_modulation.1"),
-           ("norm1_context.linear", "context_block.adaLN_modulation.1"))
-    ends = (("time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
-            ("time_text_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
-            ("time_text_embed.text_embedder.linear_1", "y_embedder.mlp.0"),
-            ("time_text_embed.text_embedder.linear_2", "y_embedder.mlp.2"),
-            ("pos_embed.proj", "x_embedder.proj"), ("proj_out", "final_layer.linear"))
-    return (*fused, *(Rename((f"{block}.{a}",), f"{joint}.{b}") for a, b in own),
-            *(Rename((a,), b) for a, b in ends),
-            Rename(("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped=True))
-
-
-RENAMES = _renames()
+BLOCK, THEIR_BLOCK = "transformer_blocks.{}.", "joint_blocks.{}."
+RENAMES = (
+    fused(f"{BLOCK}attn.to_*", f"{THEIR_BLOCK}x_block.attn.qkv"),
+    fused(f"{BLOCK}attn2.to_*", f"{THEIR_BLOCK}x_block.attn2.qkv"),
+    fused(f"{BLOCK}attn.add_*_proj", f"{THEIR_BLOCK}context_block.attn.qkv"),
+    *renames((
+        ("attn.to_out.0", "x_block.attn.proj"), ("attn2.to_out.0", "x_block.attn2.proj"),
+        ("attn.to_add_out", "context_block.attn.proj"),
+        ("attn.norm_q", "x_block.attn.ln_q"), ("attn.norm_k", "x_block.attn.ln_k"),
+        ("attn2.norm_q", "x_block.attn2.ln_q"), ("attn2.norm_k", "x_block.attn2.ln_k"),
+        ("attn.norm_added_q", "context_block.attn.ln_q"),
+        ("attn.norm_added_k", "context_block.attn.ln_k"),
+        ("ff.net.0.proj", "x_block.mlp.fc1"), ("ff.net.2", "x_block.mlp.fc2"),
+        ("ff_context.net.0.proj", "context_block.mlp.fc1"),
+        ("ff_context.net.2", "context_block.mlp.fc2"),
+        ("norm1.linear", "x_block.adaLN_modulation.1"),
+        ("norm1_context.linear", "context_block.adaLN_modulation.1")), BLOCK, THEIR_BLOCK),
+    *renames((
+        ("time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
+        ("time_text_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+        ("time_text_embed.text_embedder.linear_1", "y_embedder.mlp.0"),
+        ("time_text_embed.text_embedder.linear_2", "y_embedder.mlp.2"),
+        ("pos_embed.proj", "x_embedder.proj"), ("proj_out", "final_layer.linear"))),
+    Rename(("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped=True))
 NAMING: Naming = (
-    Part("transformer", "lora_unet", native="diffusion_model", renames=RENAMES,
-         kohya_native=True),
+    dit_part(RENAMES),
     clip_part("text_encoder", "lora_te1", "clip_l"),
     clip_part("text_encoder_2", "lora_te2", "clip_g"),
     Part("text_encoder_3", "lora_te3", native="text_encoders.t5xxl.transformer"),
@@ -54,11 +48,9 @@ SPEC = FamilySpec(
     id="sd3", title="Stable Diffusion 3 / 3.5", native_size=1024, bucket_step=64,
     lora_presets={"attention": JOINT, "attention+ff": JOINT + JOINT_FF,
                   "all-linear": (*JOINT, *JOINT_FF, "context_embedder")},
-    lora_aliases=ALIASES, kohya_prefix="lora_unet", base_version="sd3",
-    architecture="stable-diffusion-3-medium",
+    lora_aliases=ALIASES, base_version="sd3", architecture="stable-diffusion-3-medium",
     implementation="https://github.com/Stability-AI/sd3-ref",
-    encoders=("text_encoder", "text_encoder_2", "text_encoder_3"), cfg=4.5,
-    lora_format="diffusers",
+    encoders=("text_encoder", "text_encoder_2", "text_encoder_3"), cfg=4.5, lora_format="diffusers",
     model="StableDiffusion3", short_title="SD 3", file="denoiser", tokens=255,
     naming=NAMING, recognize=recognize,
     pipelines={"StableDiffusion3Pipeline": "sd3"},

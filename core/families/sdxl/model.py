@@ -17,10 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from core.families import checkpoint_keys, clip
 from core.families.base import Cond, CropInfo, Parts
-from core.families.common import (
-    TokenizerSpec,
-    UNetFamily,
-)
+from core.families.common import TokenizerSpec, UNetFamily, denoiser_spec
 from core.families.loading import ComponentSpec
 from core.families.sdxl.spec import SPEC
 
@@ -30,15 +27,14 @@ CLIP_L, CLIP_G = "conditioner.embedders.0.transformer.", "conditioner.embedders.
 class StableDiffusionXL(UNetFamily):
     kind = SPEC.id
     spec = SPEC
-    pieces = (
-        ComponentSpec("unet", UNet2DConditionModel, "denoiser",
-                      convert=checkpoint_keys.by_table(SPEC.naming[0])),
+    components = (
+        denoiser_spec(UNet2DConditionModel, SPEC),
         ComponentSpec("vae", AutoencoderKL, "vae", ("first_stage_model.",), checkpoint_keys.vae,
-                      alone="vae"),
-        ComponentSpec("text_encoder", CLIPTextModel, "text", (CLIP_L,), alone="clip_l"),
+                      file_kind="vae"),
+        ComponentSpec("text_encoder", CLIPTextModel, "text", (CLIP_L,), file_kind="clip_l"),
         ComponentSpec("text_encoder_2", CLIPTextModelWithProjection, "text", (CLIP_G,),
-                      checkpoint_keys.open_clip, alone="clip_g"))
-    vocabularies: ClassVar = {"text_encoder": TokenizerSpec(),
+                      checkpoint_keys.open_clip, file_kind="clip_g"))
+    tokenizers: ClassVar = {"text_encoder": TokenizerSpec(),
                               "text_encoder_2": TokenizerSpec(pad="!")}
     pipe = StableDiffusionXLPipeline
     step_multiple = 2                       # 64 px, as its makers' buckets (appendix I)
@@ -48,7 +44,8 @@ class StableDiffusionXL(UNetFamily):
         for name, ids in tokens.items():
             states, out = clip.read(parts.text[name], ids, 2)
             cond[name.replace("text_encoder", "text")] = states
-            if name == "text_encoder_2":    # of the first chunk, as kohya and A1111 take it
+            # The first chunk's, as kohya and A1111 take it.
+            if name == "text_encoder_2":
                 cond["pooled"] = out.text_embeds[::states.shape[1] // clip.WHOLE]
         return cond
 

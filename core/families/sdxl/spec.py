@@ -34,12 +34,10 @@ def is_its_unet(config: Mapping[str, Any]) -> bool:
 
 SPEC = FamilySpec(
     id="sdxl", title="Stable Diffusion XL", native_size=1024, bucket_step=64,
-    lora_presets=UNET_PRESETS, lora_aliases=ALIASES,
-    kohya_prefix="lora_unet", base_version="sdxl_base_v1-0",
+    lora_presets=UNET_PRESETS, lora_aliases=ALIASES, base_version="sdxl_base_v1-0",
     architecture="stable-diffusion-xl-v1-base",
     implementation="https://github.com/Stability-AI/generative-models",
-    encoders=("text_encoder", "text_encoder_2"),
-    text_targets=TEXT_TARGETS, chunked=True,
+    encoders=("text_encoder", "text_encoder_2"), text_targets=TEXT_TARGETS, chunked=True,
     model="StableDiffusionXL", short_title="SDXL", file="whole",
     naming=NAMING, recognize=recognize,
     pipelines={"StableDiffusionXLPipeline": "sdxl"},

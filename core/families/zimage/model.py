@@ -20,62 +20,57 @@ from transformers import Qwen3Model
 
 from core.families import checkpoint_keys, text
 from core.families.base import Cond, Parts
-from core.families.common import (
-    ComponentFamily,
-    TokenizerSpec,
-    dit_sizes,
-)
+from core.families.common import FlowFamily, TokenizerSpec, denoiser_spec
 from core.families.loading import CheckpointLayout, ComponentSpec
 from core.families.timestep_sampling import STEPS, TimestepSampling
 from core.families.zimage.spec import SHIFT, SPEC, TURBO_SHIFT
 
 LENGTH = 512                                # tokens
-LEARNS = TimestepSampling(shift=2.0)
 QWEN3 = ("text_encoders.qwen3_4b.transformer.",)        # in files with everything, by ComfyUI
 
 
-class ZImage(ComponentFamily):
+class ZImage(FlowFamily):
     kind = SPEC.id
     spec = SPEC
-    pieces = (
-        ComponentSpec("transformer", ZImageTransformer2DModel, "denoiser",
-                      convert=checkpoint_keys.by_table(SPEC.naming[0])),
-        ComponentSpec("vae", AutoencoderKL, "vae", ("vae.",), checkpoint_keys.vae, alone="vae_16"),
+    components = (
+        denoiser_spec(ZImageTransformer2DModel, SPEC),
+        ComponentSpec("vae", AutoencoderKL, "vae", ("vae.",), checkpoint_keys.vae,
+                      file_kind="vae_16"),
         ComponentSpec("text_encoder", Qwen3Model, "text", QWEN3, checkpoint_keys.decoder,
-                      alone="qwen3",
-                      wide=True))
-    vocabularies: ClassVar = {
+                      file_kind="qwen3", outgrows_fp16=True))
+    tokenizers: ClassVar = {
         "text_encoder": TokenizerSpec("qwen3", LENGTH, chat=text.QWEN3_CHAT)}
     pipe = ZImagePipeline
+    sampling = TimestepSampling(shift=2.0)
 
     def empty(self, layout: CheckpointLayout) -> Parts:
-        """Turbo draws with another shift; the scheduler's config is shipped for both."""
-        native, step = dit_sizes(layout)
-        shipped = not layout.source.is_dir()
-        return Parts(layout.source, layout.scheduler, "flow", native, step, no_guidance_value=0.0,
-                     flow=LEARNS, shifts=(SHIFT, TURBO_SHIFT)
-                     if shipped else None)
+        parts = super().empty(layout)
+        parts.no_guidance_value = 0.0
+        # Turbo draws with another shift, and one scheduler config is shipped for both.
+        if not layout.source.is_dir():
+            parts.shifts = (SHIFT, TURBO_SHIFT)
+        return parts
 
     def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
         tokenizer = parts.text["tokenizer"]
-        found = text.padded(tokenizer, text.chat(tokenizer, prompts, thinking=True), LENGTH)
-        return {"text_encoder": found.input_ids, "text_encoder.mask": found.attention_mask}
+        return text.masked_tokens(tokenizer, text.chat(tokenizer, prompts, thinking=True), LENGTH)
 
     def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
         out, mask = text.read(parts.text["text_encoder"], tokens, output_hidden_states=True)
         return {"text": out.hidden_states[-2], "mask": mask}
 
     def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        found = denoiser(list(noisy.unsqueeze(2).unbind(0)), 1 - t / STEPS, _texts(cond),
-                         return_dict=False)[0]
-        return -torch.stack(list(found)).squeeze(2)
+        predicted = denoiser(list(noisy.unsqueeze(2).unbind(0)), 1 - t / STEPS, _texts(cond),
+                             return_dict=False)[0]
+        return -torch.stack(list(predicted)).squeeze(2)
 
     def prompt_arguments(self, cond: Cond, negative: Cond) -> dict[str, Any]:
         return {"prompt_embeds": _texts(cond), "negative_prompt_embeds": _texts(negative)}
 
 
 def _texts(cond: Cond) -> list[Tensor]:
-    """Each sample's (L, C) without padding; in plans nothing is known of that."""
+    """The embeddings (L, C) of each sample without padding; in plans with it, as a mask on the meta
+    device has no values."""
     if cond["mask"].is_meta:
         return list(cond["text"].unbind(0))
-    return [one[kept.bool()] for one, kept in zip(cond["text"], cond["mask"], strict=True)]
+    return [text[mask.bool()] for text, mask in zip(cond["text"], cond["mask"], strict=True)]

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from core.families.layer_names import Naming, Part, Rename
+from core.families.layer_names import Naming, dit_part, fused, renames
 from core.families.spec import DistilledSigns, FamilySpec, Found, Shapes
 from core.families.targets import ATTENTION, ATTENTION_ALIASES
 
 FEED_FORWARD = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
 
-def _renames() -> tuple[Rename, ...]:
-    found: list[Rename] = []
-    for block in ("layers.{}", "noise_refiner.{}", "context_refiner.{}"):
-        inner = f"{block}.attention"
-        found += [Rename(tuple(f"{inner}.to_{x}" for x in "qkv"), f"{inner}.qkv"),
-                  Rename((f"{inner}.to_out.0",), f"{inner}.out"),
-                  Rename((f"{inner}.norm_q",), f"{inner}.q_norm"),
-                  Rename((f"{inner}.norm_k",), f"{inner}.k_norm")]
-    return (*found, Rename(("all_x_embedder.2-1",), "x_embedder"),
-            Rename(("all_final_layer.2-1",), "final_layer"))
-
-
-RENAMES = _renames()
-NAMING: Naming = (
-    Part("transformer", "lora_unet", native="diffusion_model", renames=RENAMES,
-         kohya_native=True),
-)
-
+BLOCKS = ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
+RENAMES = (
+    *(rename for block in (f"{name}.attention." for name in BLOCKS) for rename in (
+        fused(f"{block}to_*", f"{block}qkv"),
+        *renames((("to_out.0", "out"), ("norm_q", "q_norm"), ("norm_k", "k_norm")),
+                 block, block))),
+    *renames((("all_x_embedder.2-1", "x_embedder"), ("all_final_layer.2-1", "final_layer"))))
+NAMING: Naming = (dit_part(RENAMES),)
 
 SHIFT, TURBO_SHIFT = 6.0, 3.0               # of the schedulers
 
@@ -40,8 +30,7 @@ SPEC = FamilySpec(
     id="zimage", title="Z-Image", native_size=1024, bucket_step=64,
     lora_presets={"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD,
                   "all-linear": (*ATTENTION, *FEED_FORWARD, "adaLN_modulation.0")},
-    lora_aliases=ATTENTION_ALIASES,
-    kohya_prefix="lora_unet", base_version="zimage", architecture="z-image",
+    lora_aliases=ATTENTION_ALIASES, base_version="zimage", architecture="z-image",
     implementation="https://github.com/Tongyi-MAI/Z-Image", cfg=5.0, lora_format="diffusers",
     model="ZImage", short_title="Z-Image", file="denoiser", tokens=500, fp16=False,
     naming=NAMING, recognize=recognize,
