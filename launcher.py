@@ -23,7 +23,7 @@ ROOMS = ("core.cli.commands", "core.cli.config", "core.cli.plan",
          "core.cli.dataset", "core.cli.models", "core.cli.families",
          "captioner.cli", "gui.cli")              # each has add_commands(subparsers)
 
-RESTARTED = "DARKROOM_RESTARTED"        # as build/bootstrap.py has it
+RESTARTED = "DARKROOM_RESTARTED"        # the same name is in build/bootstrap.py
 # OpenMP threads that spin while they wait make a run several times slower beside another program.
 QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
@@ -32,16 +32,26 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 fine, 1 a run failed, 2 bad input,
     130 Ctrl+C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    nested = RESTARTED in os.environ    # our own first half waits for us
+    # bootstrap started us in the right environment, and the first process waits for us
+    nested = RESTARTED in os.environ
     for name, value in QUIET_THREADS.items():
         os.environ.setdefault(name, value)
-    _forgiving_streams()
+    # A terminal that lacks a character shows its code instead of failing; pipes get UTF-8.
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None and stream.isatty():
+            reconfigure(errors="backslashreplace")
+        elif reconfigure is not None:
+            reconfigure(encoding="utf-8", errors="backslashreplace")
     with _sigterm_interrupts():
         code = _prepared(arguments)
         if code is None:
             code = run(arguments)
-    if not nested:
-        _hold_window(code, arguments)
+    # On Windows a double-clicked program's window closes before its words are read.
+    if (os.name == "nt" and code and not arguments and not nested
+            and sys.stdin is not None and sys.stdin.isatty()):
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
+            input("Enter ⏎ ")
     return code
 
 
@@ -52,6 +62,7 @@ def _sigterm_interrupts() -> Iterator[None]:
     def interrupt(number: int, _: Any) -> None:
         raise KeyboardInterrupt(number)
 
+    # Only the main thread may set handlers; one that someone set (nohup) stays.
     if (threading.current_thread() is not threading.main_thread()
             or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL):
         yield
@@ -64,11 +75,18 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 
 def _prepared(argv: list[str]) -> int | None:
-    """None where the packages are here; else the exit code of what was done about it."""
+    """Sees to the packages. Returns None where they are here, else the exit code of the program
+    that was started with them, or of the attempt to get them."""
+    # a built app and a wheel bring their packages
     if getattr(sys, "frozen", False) or not (ROOT / "build" / "bootstrap.py").exists():
-        return None                     # a built app and a wheel bring their packages
-    bootstrap = _bootstrap()
-    extra, versions = _wanted(argv)
+        return None
+    # build/ is no package, and a package named `build` exists: import from the folder itself.
+    sys.path.insert(0, str(ROOT / "build"))
+    try:
+        bootstrap: Any = importlib.import_module("bootstrap")
+    finally:
+        sys.path.remove(str(ROOT / "build"))
+    extra, versions = _packages_for(argv)
     try:
         if _wants_help(argv) and not (ROOT / ".venv").exists() and bootstrap.missing(ROOT):
             print(f"LoRA Darkroom {_version()}\n\n{bootstrap.tr('help')}")
@@ -85,39 +103,45 @@ def _prepared(argv: list[str]) -> int | None:
         return 130
 
 
-def _wanted(argv: list[str]) -> tuple[str, str]:
-    """The packages' extra and versions, as build/bootstrap.py has them. Of a `setup` that argparse
-    will refuse nothing: it is to judge before gigabytes come or go."""
-    given = argv[_index_of_command(argv) + 1:]
-    extras = [word[2:] for word in given if word in ("--test", "--app")]
+def _packages_for(argv: list[str]) -> tuple[str, str]:
+    """The extra ("test", "app") and the versions ("newest", "locked") that build/bootstrap.py is to
+    install; "" changes nothing."""
+    options = argv[_index_of_command(argv) + 1:]
+    extras = [word[2:] for word in options if word in ("--test", "--app")]
     if _command(argv) == "test":
         return "test", ""
+    # A `setup` that argparse will refuse: nothing, before gigabytes come or go in vain.
     if _command(argv) != "setup" or len(set(extras)) > 1 or not {
-            "--test", "--app", "--newest"}.issuperset(given):
+            "--test", "--app", "--newest"}.issuperset(options):
         return "", ""
-    return "".join(extras[:1]), "newest" if "--newest" in given else "locked"
+    return "".join(extras[:1]), "newest" if "--newest" in options else "locked"
 
 
 def run(argv: list[str]) -> int:
-    """A command, or one of those that the program starts itself with; the packages are here."""
+    """Runs a command of the user, or one by which the program starts a process of its own. The
+    packages are here."""
     from core.system.processes import run_inner
     if (code := run_inner(argv)) is not None:
         return code
     from core.cli.console import guarded
-    at = _index_of_command(argv)
-    own, rest = (argv[:at + 1], argv[at + 1:]) if _command(argv) == "test" else (argv, [])
-    if rest[:1] in (["-h"], ["--help"]):
-        own, rest = [*own, "--help"], []
-    return guarded(lambda: _dispatch(own, rest), own, lambda sentence: _alert(sentence, argv))
+    # What follows `test` is pytest's, apart from --help.
+    end = _index_of_command(argv) + 1 if _command(argv) == "test" else len(argv)
+    ours, pytest_arguments = argv[:end], argv[end:]
+    if pytest_arguments[:1] in (["-h"], ["--help"]):
+        ours, pytest_arguments = [*ours, "--help"], []
+    return guarded(lambda: _dispatch(ours, pytest_arguments), ours,
+                   lambda sentence: _alert(sentence, argv))
 
 
 def _dispatch(argv: list[str], pytest_arguments: list[str]) -> int:
     options = _parser().parse_args(argv)
     if options.command is None:
-        return _window()
+        from gui.window import open_window
+        return open_window()
     if options.command == "test":
         return _test(pytest_arguments)
-    if options.command == "repair":     # from source it was done before the packages were needed
+    # From source `repair` and `setup` were done by _prepared, which needs no packages.
+    if options.command == "repair":
         print(_tr("commands.repair_app"))
         return 1
     if options.command == "setup":
@@ -136,7 +160,8 @@ def _parser() -> Any:
                 usage=_tr("commands.usage_test"))
     add_command(commands, "repair", line="repair")
     setup = add_command(commands, "setup", line="setup --test")
-    setup.allow_abbrev = False          # what it means is read before argparse is there
+    # _packages_for reads the options by their whole names, before argparse is there
+    setup.allow_abbrev = False
     extras = setup.add_mutually_exclusive_group()
     extras.add_argument("--test", action="store_true", help=_tr("commands.arg_setup_test"))
     extras.add_argument("--app", action="store_true", help=_tr("commands.arg_setup_app"))
@@ -153,15 +178,12 @@ def _test(arguments: list[str]) -> int:
     while True:
         try:
             code = child.wait()
-            return 128 - code if code < 0 else code     # as a shell tells a signal
+            # a signal's exit code as shells have it: 128 + its number
+            return 128 - code if code < 0 else code
         except KeyboardInterrupt as interrupt:
-            if interrupt.args:          # a SIGTERM; Ctrl+C pytest gets too, and ends in its own way
+            # Arguments: a SIGTERM. Ctrl+C reaches pytest by itself, which ends in its own way.
+            if interrupt.args:
                 child.terminate()
-
-
-def _window() -> int:
-    from gui.window import open_window
-    return open_window()
 
 
 def _tr(key: str, params: dict[str, Any] | None = None) -> str:
@@ -184,42 +206,17 @@ def _wants_help(argv: list[str]) -> bool:
 def _version() -> str:
     """Read, not imported: this must also work before the packages are there."""
     text = (ROOT / "core" / "__init__.py").read_text("utf-8")
-    found = re.search(r'__version__ = "([^"]+)"', text)
-    return found.group(1) if found else "?"
-
-
-def _bootstrap() -> Any:
-    """build/ is no package, and a package named `build` exists: import from the folder itself."""
-    sys.path.insert(0, str(ROOT / "build"))
-    try:
-        return importlib.import_module("bootstrap")
-    finally:
-        sys.path.remove(str(ROOT / "build"))
+    match = re.search(r'__version__ = "([^"]+)"', text)
+    return match.group(1) if match else "?"
 
 
 def _alert(sentence: str, argv: list[str]) -> None:
-    """A double click has no arguments, and often no console."""
+    """Shows a sentence in a message box after a double click, which gives no arguments and often
+    no console."""
     if not argv:
-        from core.system import message_box  # standard library only
+        from core.system import message_box
         if message_box.unseen():
             message_box.show(sentence)
-
-
-def _forgiving_streams() -> None:
-    """A terminal that lacks a character shows its code instead of failing; pipes get UTF-8."""
-    for stream in (sys.stdout, sys.stderr):
-        change = getattr(stream, "reconfigure", None)
-        if change is not None and stream.isatty():
-            change(errors="backslashreplace")
-        elif change is not None:
-            change(encoding="utf-8", errors="backslashreplace")
-
-
-def _hold_window(code: int, argv: list[str]) -> None:
-    """On Windows a double-clicked program's window closes before its words are read."""
-    if os.name == "nt" and code and not argv and sys.stdin is not None and sys.stdin.isatty():
-        with contextlib.suppress(EOFError, KeyboardInterrupt):
-            input("Enter ⏎ ")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from core.memory import advisor, plan, plan_inputs, relief  # noqa: E402
 from core.memory.advisor import Shape, Suggestion  # noqa: E402
 from core.memory.plan import Machine, Phase, Plan  # noqa: E402
 from core.memory.relief import Capabilities  # noqa: E402
+from core.units import gigabytes  # noqa: E402
 
 PURPOSES = ("style", "character", "object")
 RAM_GB = (2, 4, 8, 16, 32, 64)
@@ -150,7 +151,7 @@ def content(family: str, size: Size, purpose: str, suggested: Suggestion) -> dic
             base=base_name(family, lang), side=relief.side_of(suggested.config(), 0),
             batch=values["batch_size"], times=values["gradient_accumulation_steps"],
             rank=values["lora_rank"], more=more,
-            needs=advisor.gigabytes(suggested.plan.needs_mb))
+            needs=gigabytes(suggested.plan.needs_mb))
 
     return {"title": size.title, "about": {lang: about(lang) for lang in i18n.LANGUAGES},
             "family": family, "purpose": purpose,
@@ -206,7 +207,7 @@ def main(names: list[str]) -> None:
         for path, data in made(family):
             paths.write_atomic(path, text_of(data))
             traces |= traces_of(data)
-            print(path.relative_to(ROOT), advisor.gigabytes(planned(data).needs_mb), flush=True)
+            print(path.relative_to(ROOT), gigabytes(planned(data).needs_mb), flush=True)
         # After each family, as one takes minutes.
         others = json.loads(TRACES.read_text("utf-8")) if TRACES.exists() else {}
         paths.write_atomic(TRACES, json.dumps(others | {family: traces}, indent=0, sort_keys=True))

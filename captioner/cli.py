@@ -126,8 +126,9 @@ def _listener() -> Terminal:
     class Listener(Terminal):
         def __call__(self, event: Event) -> None:
             if isinstance(event, Captioned):
+                # From here on an error is no bad input.
                 self.stepped = True
-                self.screen.tr(f"{Path(event.path).name}  {event.caption}")
+                self.screen.write_line(f"{Path(event.path).name}  {event.caption}")
             super().__call__(event)
 
     return Listener()

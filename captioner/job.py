@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from PIL import Image
-from pydantic import ValidationError
 
 import captioner as captioners
 from captioner.base import Captioner, CaptionerSpec, Description
@@ -40,7 +39,7 @@ from captioner.models.interrogate import combine
 from captioner.pipeline import describe_all
 from captioner.progress import Progress
 from core import i18n
-from core.config.flat_yaml import read_flat_yaml, refuse_unknown, validation_fault
+from core.config.flat_yaml import read_flat_yaml, refuse_unknown, validated
 from core.dataset.captions import one_line
 from core.errors import UserError
 from core.jobs.control import Control
@@ -68,10 +67,7 @@ def load(path: Path) -> CaptionConfig:
 
 def checked(data: dict[str, Any], source: str, lines: dict[str, int]) -> CaptionConfig:
     refuse_unknown(data, CaptionConfig.model_fields, lines, source)
-    try:
-        return CaptionConfig.model_validate(data)
-    except ValidationError as error:
-        raise validation_fault(error, data, source, lines, "--set") from None
+    return validated(CaptionConfig, data, lines, source)
 
 
 def rules_of(config: CaptionConfig) -> tuple[Rule, ...]:

@@ -1,4 +1,4 @@
-"""What an exception means: memory, a full disk. Without torch, which may not be loaded."""
+"""What an exception means: memory ran out, a disk is full. Never loads torch."""
 
 from __future__ import annotations
 
@@ -13,24 +13,30 @@ def ran_out(error: BaseException) -> bool:
 
 
 def gpu_memory(error: BaseException) -> bool:
-    known = getattr(sys.modules.get("torch"), "OutOfMemoryError", ())
-    return isinstance(error, known) or (isinstance(error, RuntimeError) and _says(
+    """Whether this error says that the GPU's memory ran out."""
+    # Where torch is not loaded, none of its errors can be there: () matches nothing.
+    torch_error = getattr(sys.modules.get("torch"), "OutOfMemoryError", ())
+    return isinstance(error, torch_error) or (isinstance(error, RuntimeError) and _says(
         error, "CUDA out of memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))
 
 
 def memory(error: BaseException) -> bool:
-    code, windows = getattr(error, "errno", 0), getattr(error, "winerror", 0)
-    return (isinstance(error, MemoryError) or code == errno.ENOMEM
-            or windows == 1455                            # the paging file is too small
+    """Whether this error says that the computer's memory ran out."""
+    # winerror 1455: the paging file is too small
+    return (isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM
+            or getattr(error, "winerror", 0) == 1455
             or _says(error, "DefaultCPUAllocator", "can't allocate memory", "not enough memory"))
 
 
 def disk_full(error: BaseException) -> bool:
+    """Whether a disk, a quota or a file system's largest file size is exhausted."""
+    # safetensors, written in Rust, gives the number in its text only: 28 on Linux, 112 on Windows
     return (getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            or _says(error, "(os error 28)", "(os error 112)"))      # as safetensors tells it
+            or _says(error, "(os error 28)", "(os error 112)"))
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what caused it, as a traceback shows them; a cycle ends the walk."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -39,6 +45,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def one_line(error: BaseException) -> str:
+    """'ValueError: its text', at most 300 characters of it."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 

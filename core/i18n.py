@@ -7,7 +7,7 @@ import functools
 import locale
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ import yaml
 
 STRINGS = Path(__file__).parent / "strings"
 LANGUAGES = ("en", "zh-CN")
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")    # ESC, bidi
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)     # C's takes a tenth of the time
+# Control characters: ESC starts terminal commands, bidi overrides reverse what is read.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# The C loader takes a tenth of the time; some builds of PyYAML lack it.
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @functools.cache
 def catalogue(language: str) -> dict[str, str]:
-    """All sentences of a language; key `subject.what`, placeholders in braces."""
+    """All sentences of a language, by their key `subject.what`; placeholders are in braces."""
     sentences: dict[str, str] = {}
     for path in sorted((STRINGS / language).glob("*.yaml")):
         entries = yaml.load(path.read_text("utf-8"), _Loader) or {}
@@ -31,28 +33,38 @@ def catalogue(language: str) -> dict[str, str]:
 
 @functools.cache
 def language() -> str:
-    """DARKROOM_LANG, else the system's language where we have it, else English."""
-    wanted = os.environ.get("DARKROOM_LANG") or locale.getlocale()[0] or ""
-    return "zh-CN" if wanted.lower().startswith(("zh", "chinese")) else "en"
+    """The language of the user: DARKROOM_LANG, else the system's if we have it, else English."""
+    setting = os.environ.get("DARKROOM_LANG") or locale.getlocale()[0] or ""
+    # Windows names its locale "Chinese (Simplified)_China"
+    return "zh-CN" if setting.lower().startswith(("zh", "chinese")) else "en"
 
 
 def tr(key: str, params: Mapping[str, Any] | None = None, lang: str | None = None) -> str:
-    """The sentence for a key, its placeholders filled; the bare key where no sentence exists. A
-    parameter `{"tr": key, ...}` is a part of a sentence, told in the same language."""
+    """The sentence for a key, its placeholders filled; the bare key where no sentence exists.
+
+    A parameter `{"say": key, ...}` is a sentence of its own, translated into the same language.
+    """
     text = catalogue(lang or language()).get(key) or catalogue("en").get(key)
     if text is None:
         return f"{key} {dict(params)}" if params else key
-    return text.format_map(_Kept(params or {}, lang))
+    return text.format_map(_Params(params or {}, lang))
+
+
+def translator(subject: str) -> Callable[..., str]:
+    """`tr` for the sentences of one file: translator("plan")("saved", path=x) says plan.saved."""
+    def tr_of_subject(key: str, **params: Any) -> str:
+        return tr(f"{subject}.{key}", params)
+    return tr_of_subject
 
 
 def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """Known words that look like `word`, best first: for "did you mean"."""
+    """The known words that look most like `word`, best first: for "did you mean"."""
     return difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
 
 
-class _Kept(dict[str, Any]):
-    """A missing parameter stays visible as its placeholder: a fault must not fail. Text of others'
-    files can't steer the terminal that shows it."""
+class _Params(dict[str, Any]):
+    """The parameters of one sentence. A missing one stays visible as its {placeholder}: telling of
+    a fault must not fail. Control characters of other people's files don't reach the terminal."""
 
     def __init__(self, params: Mapping[str, Any], lang: str | None) -> None:
         super().__init__(params)

@@ -1,4 +1,4 @@
-"""Where things live, in a source checkout and in a frozen app alike; atomic writes; free names."""
+"""Where files lie, in a source checkout and in a frozen app alike; atomic writes; free names."""
 
 from __future__ import annotations
 
@@ -10,44 +10,48 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 
 import platformdirs
 
 APP = "LoRA Darkroom"
+# PyInstaller unpacks a frozen app to sys._MEIPASS.
 ROOT = Path(getattr(sys, "_MEIPASS", Path(__file__).resolve().parent.parent))
 PRESETS = ROOT / "presets"
 DEMO = PRESETS / "demo"
-_SUFFIXES = frozenset((".safetensors", ".yaml", ".yml", ".png", ".jpg", ".jpeg", ".webp"))
-_NO_NAME = re.compile(r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]')
-_DEVICE = re.compile(r"con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]", re.IGNORECASE)
 FAMILIES = ROOT / "core" / "families"
-TOKENIZERS = ROOT / "core" / "families" / "tokenizers"   # that families share
+TOKENIZERS = FAMILIES / "tokenizers"        # those that several families use
+
+_SUFFIXES = frozenset((".safetensors", ".yaml", ".yml", ".png", ".jpg", ".jpeg", ".webp"))
+# what Windows refuses in a file name, and halves of surrogate pairs, which are no text
+_BAD_CHARACTERS = re.compile(r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]')
+# names of devices on Windows, in any folder and with any suffix
+_DEVICE = re.compile(r"con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]", re.IGNORECASE)
 
 
 def family_configs(family: str) -> Path:
-    """The configs of a family that single files need, as its diffusers folder has them."""
+    """The configs of a family, in the layout of its diffusers folder: single files bring none."""
     return FAMILIES / family / "configs"
 
 
 def data_dir() -> Path:
     """Runs and settings. DARKROOM_HOME moves everything (tests, portable installs)."""
-    home = os.environ.get("DARKROOM_HOME")
-    return Path(home) if home else Path(platformdirs.user_data_dir(APP, appauthor=False))
+    return _home("") or Path(platformdirs.user_data_dir(APP, appauthor=False))
 
 
 def cache_dir() -> Path:
-    home = os.environ.get("DARKROOM_HOME")
-    return (Path(home) / "cache" if home
-            else Path(platformdirs.user_cache_dir(APP, appauthor=False)))
+    return _home("cache") or Path(platformdirs.user_cache_dir(APP, appauthor=False))
 
 
 def log_dir() -> Path:
-    """Of the program itself; each run's log lies in its own folder."""
+    """The program's own logs; each run's log lies in the run's folder."""
+    return _home("logs") or Path(platformdirs.user_log_dir(APP, appauthor=False))
+
+
+def _home(folder: str) -> Path | None:
     home = os.environ.get("DARKROOM_HOME")
-    return (Path(home) / "logs" if home
-            else Path(platformdirs.user_log_dir(APP, appauthor=False)))
+    return Path(home) / folder if home else None
 
 
 def runs_dir() -> Path:
@@ -55,10 +59,12 @@ def runs_dir() -> Path:
 
 
 def is_file_name(name: str) -> bool:
-    """A name that every system takes for a file of the folder it is put in: no path, no device of
-    Windows (CON, NUL, COM1 ...), nothing that gets lost at the end."""
+    """Whether every system can have a file of this name: no path, no device of Windows (CON, NUL,
+    COM1 ...), no space or dot at the end, which Windows drops."""
+    # 200 bytes: file systems take 255, and suffixes such as -2.safetensors.broken are added
     return bool(name) and len(name.encode("utf-8", "replace")) <= 200 and not (
-        _NO_NAME.search(name) or name[-1] in " ." or _DEVICE.fullmatch(name.split(".")[0].strip()))
+        _BAD_CHARACTERS.search(name) or name[-1] in " ."
+        or _DEVICE.fullmatch(name.split(".")[0].strip()))
 
 
 @contextlib.contextmanager
@@ -76,8 +82,10 @@ def atomic(path: Path, put: Callable[[Path, Path], object] | None = None) -> Ite
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        # mkstemp makes a file that only its owner can read; others may read what users write
         os.chmod(temporary, 0o666 & ~umask())
         (put or os.replace)(temporary, path)
+        # without it a power cut may lose the new name, though the content is on the disk
         sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -89,43 +97,53 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
-# --- names that are free: taken in one step, so that of two programs each gets one of its own ---
+# --- free names ---
+# A name is taken in one step, so that of two programs each gets one of its own.
 
-def create(wanted: Path, write: Callable[[Path], object], once: bool = False) -> Path:
-    """`write` fills a temporary file, which gets the wanted name or the next free one; nothing
-    that is there is replaced. -> where it is, whole. `once`: see `place`."""
+def create(path: Path, write: Callable[[Path], object], once: bool = False) -> Path:
+    """Makes a file: `write` fills a temporary one, which gets the name `path` or the next free
+    one. Nothing that is there is replaced. Returns the file's path. `once`: see `place`."""
     placed: list[Path] = []
-    with atomic(wanted, lambda fresh, path: placed.append(place(fresh, path, once))) as temporary:
+    with atomic(path, lambda fresh, path: placed.append(place(fresh, path, once))) as temporary:
         write(temporary)
     return placed[0]
 
 
-def place(fresh: Path, wanted: Path, once: bool = False) -> Path:
-    """Moves a file or folder to the wanted name or the next free one of its own file system.
-    -> where it is. `once`: a file of the same bytes that has one of these names is enough."""
-    for path in numbered(wanted):
-        if once and path.is_file() and filecmp.cmp(fresh, path, shallow=False):
+def place(fresh: Path, path: Path, once: bool = False) -> Path:
+    """Moves a file or folder to `path` or the next free name on the same file system. Returns its
+    new path. `once`: a file of the same bytes that has one of these names already is enough."""
+    for candidate in numbered(path):
+        if once and candidate.is_file() and filecmp.cmp(fresh, candidate, shallow=False):
             fresh.unlink()
             break
         with contextlib.suppress(FileExistsError):
-            move(fresh, path)
+            move(fresh, candidate)
             break
-    return path
+    return candidate
 
 
 def numbered(path: Path) -> Iterator[Path]:
-    """`path`, then a-2.safetensors, a-3.safetensors ... A folder's dots are no suffix."""
+    """`path`, then a-2.safetensors, a-3.safetensors ... Dots in a folder's name are no suffix."""
     has_suffix = path.suffix.lower() in _SUFFIXES
     stem, suffix = (path.stem, path.suffix) if has_suffix else (path.name, "")
     yield path
     yield from (path.with_name(f"{stem}-{number}{suffix}") for number in itertools.count(2))
 
 
+def free_name(name: str, taken: Container[str]) -> str:
+    """`name`, or the first of name-2, name-3 ... that is not taken. `taken`: names in case-folded
+    letters, as Windows and macOS know no difference."""
+    return next(path.as_posix() for path in numbered(Path(name))
+                if path.as_posix().casefold() not in taken)
+
+
 def move(fresh: Path, path: Path) -> None:
-    """Raises FileExistsError where anything has that name, also if it came this very moment."""
+    """Renames; raises FileExistsError where anything has that name, even if another program made
+    it this very moment."""
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-    if os.name == "nt" or fresh.is_dir():   # Windows' rename, and one of folders, replaces nothing
+    # Renaming replaces nothing on Windows, nor does renaming a folder elsewhere.
+    if os.name == "nt" or fresh.is_dir():
         try:
             os.rename(fresh, path)
         except OSError as error:
@@ -133,11 +151,13 @@ def move(fresh: Path, path: Path) -> None:
                 raise FileExistsError(errno.EEXIST, error.strerror, str(path)) from None
             raise
         return
+    # A POSIX rename would replace a file that has just come; making a hard link never does.
     try:
         os.link(fresh, path)
     except FileExistsError:
         raise
-    except OSError:                     # exFAT and some network drives know no links
+    except OSError:
+        # exFAT and some network drives know no links: an empty file takes the name first
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         try:
             os.replace(fresh, path)
@@ -149,7 +169,8 @@ def move(fresh: Path, path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """A file of ours that can't be read gets out of the way, never lost: x.yaml.broken."""
+    """Renames a file of ours that can't be read to x.yaml.broken, so that it is not lost when a
+    new one is written. Returns the new path, also where renaming failed."""
     aside = path.with_name(path.name + ".broken")
     with contextlib.suppress(OSError):
         return place(path, aside)
@@ -157,6 +178,7 @@ def set_aside(path: Path) -> Path:
 
 
 def umask() -> int:
+    # the system tells it only to those who set it
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -173,6 +195,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def stamp(path: Path) -> tuple[int, int, int]:
-    """Changes with the file: what is known of one may be kept under it. Raises OSError."""
-    found = path.stat()
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    """A key for caches that changes when the file does. Raises OSError."""
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino

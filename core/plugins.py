@@ -1,13 +1,12 @@
-"""Code of the user's own, named in the YAML as `module:object`: looked for beside the YAML, then
-among the installed modules. Whatever fails in it is a fault that names it, its file and line.
+"""The user's own code, named in the YAML as `module:object`. It is looked for beside the YAML, then
+among the installed modules. Whatever fails in it becomes a UserError with its file and line.
 
-Without torch. An extension is one file (or an installed module); it runs with the user's rights,
-so that configs inside LoRA files, which travel, may not name any.
+Without torch. An extension is one file or an installed module. It runs with the user's rights, so
+configs inside LoRA files, which people pass on, may not name any.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib
 import importlib.util
@@ -25,20 +24,20 @@ from core.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Extension:
-    key: str                                # of the config: callbacks, optimizer ...
+    key: str                                # the config key that names it: callbacks, optimizer
     name: str                               # "module:object", as located
-    file: Path                              # of its source
-    found: Any
+    file: Path                              # its source
+    found: Any                              # the object
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return self.run(self.found, *args, **options)
 
     def run(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Raises UserError for whatever the extension raises; memory that runs out passes, as the
-        run knows what to do then."""
+        """Calls a function of the extension. Raises UserError for whatever the function raises."""
         try:
             return function(*args, **options)
         except (Exception, SystemExit) as error:
+            # The run itself knows what to do when memory runs out. By name, without torch.
             if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
                 raise
             raise self.failed(error) from error
@@ -48,39 +47,43 @@ class Extension:
                          where=_where(error, self.file), reason=_reason(error))
 
     def wrong(self, expected: str, found: Any) -> UserError:
-        """What it gave back can't be used."""
-        shape = getattr(found, "size", None) if hasattr(found, "mode") else None
-        told = f"{found.mode} {shape[0]}x{shape[1]}" if shape else type(found).__name__
+        """The fault that `found`, which the extension returned, can't be used."""
+        # pictures by mode and size, all else by type
+        size = getattr(found, "size", None) if hasattr(found, "mode") else None
+        text = f"{found.mode} {size[0]}x{size[1]}" if size else type(found).__name__
         return UserError("extensions.wrong_answer", key=self.key, name=self.name, expected=expected,
-                         found=told)
+                         found=text)
 
 
 class Guarded:
-    """An extension's object whose methods fail as its extension does; Faults pass, since a
-    family's loader says itself what is wrong with a file."""
+    """An object that an extension made; its methods fail as the extension does. A UserError that
+    they raise passes: a family's loader says itself what is wrong with a file."""
 
     def __init__(self, extension: Extension, inner: Any) -> None:
         self._extension, self._inner = extension, inner
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._inner, name)
-        return functools.partial(self._call, found) if callable(found) else found
+        value = getattr(self._inner, name)
+        if not callable(value):
+            return value
 
-    def _call(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        try:
-            return self._extension.run(method, *args, **options)
-        except UserError as fault:
-            if isinstance(fault.__cause__, UserError):
-                raise fault.__cause__ from None
-            raise
+        def guarded(*args: Any, **options: Any) -> Any:
+            try:
+                return self._extension.run(value, *args, **options)
+            except UserError as fault:
+                if isinstance(fault.__cause__, UserError):
+                    raise fault.__cause__ from None
+                raise
+        return guarded
 
 
 def is_named(value: str) -> bool:
+    """Whether a config's value names an extension."""
     return ":" in value
 
 
 def mark(name: str) -> str:
-    """Changes with the extension's name and source: part of the key of whatever it makes."""
+    """A key for caches that changes with the extension's name and source."""
     module, _, item = name.rpartition(":")
     file = _source(module)
     digest = hashlib.sha256(file.read_bytes()).hexdigest() if file else ""
@@ -88,8 +91,8 @@ def mark(name: str) -> str:
 
 
 def load(name: str, key: str) -> Extension:
-    """Raises UserError where the module or the object isn't there, or the module fails by
-    itself."""
+    """Loads the extension "module:object" that the config's `key` names. Raises UserError where the
+    module or the object isn't there, or importing the module fails."""
     module, colon, item = name.rpartition(":")
     if not colon or not module or not item.isidentifier():
         raise UserError("extensions.bad_name", key=key, name=name)
@@ -101,16 +104,17 @@ def load(name: str, key: str) -> Extension:
     except (Exception, SystemExit) as error:
         raise UserError("extensions.broken", key=key, name=name, where=_where(error, file),
                         reason=_reason(error)) from error
-    if not callable(found := getattr(loaded, item, None)):
+    if not callable(extension := getattr(loaded, item, None)):
         known = [word for word, value in vars(loaded).items()
                  if callable(value) and not word.startswith("_")]
         close = i18n.nearest(item, known, 1) or known[:1]
         raise UserError("extensions.no_object", key=key, name=name, item=item, file=file,
                         nearest=close[0] if close else "-")
-    return Extension(key, name, file, found)
+    return Extension(key, name, file, extension)
 
 
 def _source(module: str) -> Path | None:
+    """The file of a module, or of a path that ends in .py; None: there is none."""
     if module.endswith(".py"):
         path = Path(module).absolute()
         return path if path.is_file() else None
@@ -122,7 +126,7 @@ def _source(module: str) -> Path | None:
 
 
 def _from_file(file: Path) -> ModuleType:
-    """Once for each content: a file that was edited is another module."""
+    """The module of a file, loaded once for each content: an edited file is another module."""
     content = file.read_bytes()
     name = "darkroom_" + hashlib.sha256(str(file).encode() + content).hexdigest()[:16]
     if name in sys.modules:
@@ -130,7 +134,8 @@ def _from_file(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module              # dataclasses look themselves up there
+    # dataclasses look their module up there
+    sys.modules[name] = module
     try:
         exec(compile(content, file, "exec"), vars(module))
     except BaseException:
@@ -140,13 +145,12 @@ def _from_file(file: Path) -> ModuleType:
 
 
 def _where(error: BaseException, file: Path) -> str:
-    """file.py:12, the extension's own last line on the way to the error."""
+    """'file.py:12': the last line of the extension itself in the error's traceback."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{Path(error.filename).name}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename) == file]
-    last = (own or frames)[-1:]
-    return f"{Path(last[0].filename).name}:{last[0].lineno}" if own else file.name
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == file]
+    return f"{file.name}:{lines[-1]}" if lines else file.name
 
 
 def _reason(error: BaseException) -> str:

@@ -15,23 +15,25 @@ from typing import Any, TypeVar
 import yaml
 
 Kind = TypeVar("Kind", dict[str, Any], list[Any])
-MOST_DEEP = 30                              # brackets
-MOST_YAML = 2**18                           # characters; PyYAML reads some 100 kB a second
+MOST_DEEP = 30                              # nested brackets
+# characters; PyYAML reads some 100 kB a second, so that a larger file would hang the window
+MOST_YAML = 2**18
 
-
+# UTF-32's mark begins as UTF-16's does, and is looked for first.
 _BOMS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
          (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"),
          (codecs.BOM_UTF16_BE, "utf-16"))
 _HAN = re.compile(r"[\0-\x7f\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]+")
-_ONE_SCRIPT = re.compile("|".join(          # Latin with plain letters, Greek, Cyrillic, ...
+# text in one script: Greek, Cyrillic, Armenian, Hebrew, Arabic, or Latin with plain letters
+_ONE_SCRIPT = re.compile("|".join(
     rf"[\0-\x7f\xa0-\xbf{script}]*" for script in (
         r"\u0370-\u03ff", r"\u0400-\u045f\u0490\u0491", r"\u0531-\u058a", r"\u05be-\u05ea",
         r"\u0600-\u06ff")) + r"|(?=.*[A-Za-z])[\0-\x7f\xa0-\u024f\u0300-\u036f]*", re.DOTALL)
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader that reads 2e-4 as a number (YAML 1.2) and refuses aliases, and brackets whose
-    depth costs its scanner time by the square."""
+    """SafeLoader that reads 2e-4 as a number (YAML 1.2). It refuses aliases (YAML bombs) and deep
+    brackets: PyYAML's scanner takes time by the square of their depth."""
 
     def fetch_flow_collection_start(self, token: Any) -> None:
         if self.flow_level >= MOST_DEEP:
@@ -52,7 +54,7 @@ Loader.add_implicit_resolver(
 
 
 class BadYaml(ValueError):
-    """What is wrong, and the line (from 1) where it is known."""
+    """A text is no YAML, or more than we read. `line` counts from 1."""
 
     def __init__(self, reason: object, line: int = 1) -> None:
         super().__init__(f"line {line}: {reason}")
@@ -60,6 +62,7 @@ class BadYaml(ValueError):
 
 
 def from_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -67,7 +70,7 @@ def from_json(text: str | bytes) -> Any:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; an empty one where it holds none, or can't be read."""
+    """The object in a JSON file; an empty one where there is none, or the file can't be read."""
     try:
         text = path.read_text("utf-8")
     except (OSError, ValueError):
@@ -76,22 +79,27 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def json_of(text: str, kind: type[Kind]) -> Kind:
-    """The value of that kind that a text holds; an empty one where it holds none."""
+    """The dict or list in a JSON text; an empty one where there is none."""
     try:
-        found = from_json(text)
+        value = from_json(text)
     except ValueError:
         return kind()
-    return found if isinstance(found, kind) else kind()
+    return value if isinstance(value, kind) else kind()
 
 
 def from_yaml(text: str) -> Any:
-    """Raises BadYaml."""
+    """The value of a YAML text. Raises BadYaml."""
     node = compose(text)
     return None if node is None else construct(node)
 
 
+def to_yaml(data: Any) -> str:
+    """Plain data as YAML, in its own order and readable in every language."""
+    return yaml.safe_dump(data, allow_unicode=True, sort_keys=False)
+
+
 def compose(text: str) -> yaml.Node | None:
-    """The tree with its line numbers, not yet values. Raises BadYaml."""
+    """The tree of a YAML text, with line numbers, before values are made. Raises BadYaml."""
     if len(text) > MOST_YAML:
         raise BadYaml(f"longer than {MOST_YAML} characters")
     try:
@@ -109,7 +117,7 @@ def compose(text: str) -> yaml.Node | None:
 
 
 def construct(node: yaml.Node) -> Any:
-    """Raises BadYaml for a date that is none, a key that is a list, a number without end."""
+    """The value of a tree. Raises BadYaml for a wrong date, a list as a key, an endless number."""
     try:
         return Loader("").construct_document(node)
     except yaml.YAMLError as error:
@@ -125,10 +133,8 @@ def construct(node: yaml.Node) -> Any:
 # --- text ---
 
 def decode_text(data: bytes) -> str:
-    """UTF-8 with or without BOM, UTF-16 and UTF-32 with BOM, else GB18030, else Windows-1252.
-
-    Raises ValueError for what is no text.
-    """
+    """Text from bytes: UTF-8 with or without BOM, UTF-16 or UTF-32 with BOM, else GB18030, else
+    Windows-1252. Raises ValueError for binary data."""
     text = _decoded(data)
     if "\0" in text:
         raise ValueError("it holds binary data")
@@ -136,6 +142,7 @@ def decode_text(data: bytes) -> str:
 
 
 def _decoded(data: bytes) -> str:
+    # cp1252, the last, takes nearly any bytes, so that the order decides
     for bom, encoding in _BOMS:
         if data.startswith(bom):
             return data.decode(encoding)
@@ -150,8 +157,9 @@ def _decoded(data: bytes) -> str:
 
 
 def _is_chinese_misread(text: str, data: bytes) -> bool:
-    """Short Chinese text in GB18030 can be valid UTF-8 by chance: the bytes of "one cat" read
-    as a Cyrillic, a Hebrew and a French letter. No language writes so."""
+    """Whether `text`, decoded as UTF-8, is short Chinese text in GB18030 that is valid UTF-8 by
+    chance: the bytes of "one cat" read as a Cyrillic, a Hebrew and a French letter. No language
+    mixes scripts so."""
     if text.isascii() or max(text) > "\u07ff" or _ONE_SCRIPT.fullmatch(text):
         return False
     try:

@@ -18,16 +18,17 @@ AHEAD = 8                       # items per thread
 
 def in_order(call: Callable[[In], Out], items: Iterable[In], name: str,
              known: Callable[[In], Out | None] = lambda item: None) -> Generator[Out, None, None]:
-    """call(item) of each item, computed in threads (Pillow and numpy leave the interpreter's
-    lock); `known` is asked first, in the caller's thread. Closing the generator drops what
-    hasn't begun."""
+    """Yields call(item) for each item in order, computed in threads (Pillow and numpy release the
+    GIL). `known` is asked first, in the caller's thread, for a result that is at hand. Closing the
+    generator drops calls that have not begun."""
     threads = min(os.cpu_count() or 1, MOST_THREADS)
     pool = ThreadPoolExecutor(threads, name)
     waiting: deque[Future[Out] | _Known[Out]] = deque()
     try:
         for item in items:
-            found = known(item)
-            waiting.append(_Known(found) if found is not None else pool.submit(call, item))
+            result = known(item)
+            waiting.append(_Known(result) if result is not None else pool.submit(call, item))
+            # results that nobody has taken fill memory
             if len(waiting) >= threads * AHEAD:
                 yield waiting.popleft().result()
         while waiting:
@@ -38,7 +39,7 @@ def in_order(call: Callable[[In], Out], items: Iterable[In], name: str,
 
 @dataclass(slots=True)
 class _Known(Generic[Out]):
-    """A result that needs no thread; far cheaper than a Future."""
+    """A finished result in place of a Future, which would cost far more."""
 
     value: Out
 

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from core import i18n
 from core.base_models import search
 from core.errors import UserError
-from core.memory.advisor import gigabytes
+from core.units import gigabytes
 from core.workspace import presets
 from gui.html import esc
 from gui.state.app_state import Context, Snapshot

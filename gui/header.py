@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from core.memory.advisor import gigabytes
+from core.units import gigabytes
 from gui.html import bar, button, duration, esc
 from gui.state.app_state import Context, Gauge, Snapshot, Updates
 from gui.widgets.close_dialog import close_dialog

@@ -1,6 +1,7 @@
-"""What can be fetched: our catalogue, and what the hub or a mirror of it says of a repository.
+"""Models that can be downloaded: our catalogue, and what the hub or a mirror says of a repository.
 
-Fetched are weights as safetensors or ONNX and plain data files; pickles (.bin, .pt, .ckpt) never.
+Only weights as safetensors or ONNX and plain data files are fetched, never pickles (.bin, .pt,
+.ckpt), which can run code.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -33,14 +34,14 @@ class Entry:
 
     repo: str
     purpose: str                        # caption | tag | clip | base
-    mb: int                             # about, 10^6 bytes
+    mb: int                             # about, in 10^6 bytes
     licence: str
-    files: tuple[str, ...]              # patterns
+    files: tuple[str, ...]              # patterns of the files to fetch
     about: dict[str, str]               # language -> one line
     revision: str = "main"
     use: str = ""                       # the file that a config names; "": the folder
-    sha256: dict[str, str] = field(default_factory=dict)
-    family: str = ""                    # of a base
+    sha256: dict[str, str] = field(default_factory=dict)    # file -> hash
+    family: str = ""                    # of a base model
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +89,39 @@ def describe(repo: str, mirror: str = "", revision: str = "") -> Offer:
     Raises UserError: `hub.bad_name`, `hub.not_found`, `hub.gated`, `hub.offline`,
     `hub.unreachable`, `hub.only_pickles` ... The user's token never goes to a mirror.
     """
+    from huggingface_hub import HfApi
     if not REPOSITORY.fullmatch(repo):
         raise UserError("hub.bad_name", name=repo)
     entry = known(repo)
     source = checked_source(mirror)
-    info = _asked(repo, source, revision or (entry.revision if entry else "main"), bool(mirror))
+    host = urlsplit(source).netloc
+    asked_revision = revision or (entry.revision if entry else "main")
+    # False: never, None: the one that the user has stored
+    token = False if mirror else None
+    try:
+        info: Any = HfApi(endpoint=source, token=token).model_info(
+            repo, revision=asked_revision, files_metadata=True, timeout=TIMEOUT_S)
+    except network_errors() as error:
+        raise _network_fault(error, repo, source, asked_revision) from None
+    except (ValueError, KeyError, TypeError):
+        # a web page, or other JSON than the hub's
+        raise UserError("hub.not_a_hub", host=host) from None
     if not info.sha or not info.siblings:
-        raise UserError("hub.not_a_hub", host=urlsplit(source).netloc)
-    names = chosen([one.rfilename for one in info.siblings], entry.files if entry else ())
+        raise UserError("hub.not_a_hub", host=host)
+    names = chosen([sibling.rfilename for sibling in info.siblings], entry.files if entry else ())
     if not any(name.endswith(WEIGHTS) for name in names):
         raise UserError("hub.only_pickles", repo=repo, revision=revision or "main")
-    files = tuple(_file(repo, source, info.sha, one, bool(mirror))
-                  for one in info.siblings if one.rfilename in names)
-    return Offer(repo, info.sha, _licence(info) or (entry.licence if entry else ""), source,
-                 _pinned(files, entry), models_dir() / repo)
+    # Hashes that we published ourselves go before those that a mirror states.
+    pinned = entry.sha256 if entry else {}
+    files = [_file(repo, source, info.sha, sibling, token)
+             for sibling in info.siblings if sibling.rfilename in names]
+    files = [replace(file, digest=pinned.get(file.name, file.digest)) for file in files]
+    card = info.card_data.to_dict() if info.card_data else {}
+    licences = [card.get("license_name"), card.get("license"), *(
+        tag.partition(":")[2] for tag in info.tags or () if tag.startswith("license:"))]
+    licence = next((str(name) for name in licences if name and name != "other"), "")
+    return Offer(repo, info.sha, licence or (entry.licence if entry else ""), source,
+                 tuple(files), models_dir() / repo)
 
 
 def chosen(names: Iterable[str], patterns: Sequence[str] = ()) -> list[str]:
@@ -109,56 +129,49 @@ def chosen(names: Iterable[str], patterns: Sequence[str] = ()) -> list[str]:
 
     Names that would leave the folder, pickles and code are never among them.
     """
-    names = [name for name in names if _safe(name) and name.endswith((*WEIGHTS, *DATA))]
+    names = [name for name in names if _is_safe(name) and name.endswith((*WEIGHTS, *DATA))]
     if patterns:
-        return [name for name in names if any(_fits(name, one) for one in patterns)]
-    if "model_index.json" in names:             # the diffusers layout: parts in folders
-        names = [n for n in names if "/" in n or not n.endswith(WEIGHTS)]
-    names = [n for n in names if not re.search(r"\.(fp16|bf16|non_ema|int8)\.|(^|/)openvino", n)
-             or not n.endswith((*WEIGHTS, ".json"))]
+        # fnmatch's * crosses folders; the same depth keeps it within one
+        return [name for name in names if any(
+            name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
+            for pattern in patterns)]
+    # diffusers' layout has its parts in folders; weights beside them are a copy of all
+    if "model_index.json" in names:
+        names = [name for name in names if "/" in name or not name.endswith(WEIGHTS)]
+    # the same weights in other numbers or for other runtimes
+    names = [name for name in names
+             if not re.search(r"\.(fp16|bf16|non_ema|int8)\.|(^|/)openvino", name)
+             or not name.endswith((*WEIGHTS, ".json"))]
     if any(name.endswith(".safetensors") for name in names):
         names = [name for name in names if not name.endswith(".onnx")]
     return names
 
 
-def _fits(name: str, pattern: str) -> bool:
-    """`*` stays within its folder."""
-    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
-
-
-def _safe(name: str) -> bool:
+def _is_safe(name: str) -> bool:
+    """Whether a name of the hub's list stays in our folder, on Windows too."""
     parts = PurePosixPath(name).parts
     return (bool(parts) and not name.startswith(("/", ".")) and ".." not in parts
             and not re.search(r'[\\:*?"<>|\x00-\x1f]', name) and parts[-1] != MANIFEST)
 
 
 def checked_source(mirror: str) -> str:
-    """The address to ask; a mirror as `hf-mirror.com` or with its https://."""
+    """The address of the hub or of a mirror, written `hf-mirror.com` or with its https://.
+    Raises UserError for what is no such address."""
     if not mirror:
         from huggingface_hub.constants import ENDPOINT
         return str(ENDPOINT)
     address = mirror if "://" in mirror else f"https://{mirror}"
     parts = urlsplit(address)
-    here = parts.hostname in ("127.0.0.1", "localhost", "::1")
+    # http without TLS only on this machine: what comes is loaded as a model
+    is_local = parts.hostname in ("127.0.0.1", "localhost", "::1")
     if (not re.fullmatch(r"[\w.:\[\]-]+", parts.netloc)
-            or not (parts.scheme == "https" or (here and parts.scheme == "http"))):
+            or not (parts.scheme == "https" or (is_local and parts.scheme == "http"))):
         raise UserError("hub.bad_mirror", mirror=mirror)
     return address.rstrip("/")
 
 
-def _asked(repo: str, source: str, revision: str, mirrored: bool) -> Any:
-    from huggingface_hub import HfApi
-    api = HfApi(endpoint=source, token=False if mirrored else None)
-    try:
-        return api.model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
-    except network_errors() as error:
-        raise _told(error, repo, source, revision) from None
-    except (ValueError, KeyError, TypeError):           # a web page or other JSON than the hub's
-        raise UserError("hub.not_a_hub", host=urlsplit(source).netloc) from None
-
-
-def _told(error: Exception, repo: str, source: str, revision: str) -> UserError:
-    """One clear fault for each way in which a hub refuses."""
+def _network_fault(error: Exception, repo: str, source: str, revision: str) -> UserError:
+    """The UserError for an error of huggingface_hub, one for each way in which a hub refuses."""
     from huggingface_hub import errors
     host = urlsplit(source).netloc
     match error:
@@ -172,38 +185,24 @@ def _told(error: Exception, repo: str, source: str, revision: str) -> UserError:
             return UserError("hub.not_found", repo=repo, host=host)
         case errors.HfHubHTTPError():
             status = error.response.status_code
-            return UserError("hub.not_found" if status == 404 else "hub.gated" if status in (401,
-                                                                                             403)
-                             else "hub.status", repo=repo, host=host, status=status,
+            code = {404: "hub.not_found", 401: "hub.gated", 403: "hub.gated"}.get(
+                status, "hub.status")
+            return UserError(code, repo=repo, host=host, status=status,
                              page=f"https://huggingface.co/{repo}")
     return UserError("hub.unreachable", host=host, reason=str(error) or type(error).__name__)
 
 
-def _file(repo: str, source: str, commit: str, sibling: Any, mirrored: bool) -> File:
-    """Size and hash as the hub's list has them, else from the headers of the file itself."""
+def _file(repo: str, source: str, commit: str, sibling: Any, token: bool | None) -> File:
+    """Size and hash of a file, from the hub's list, else from the headers of the file itself."""
     size, digest = sibling.size, sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
     if size is None or not HASH.fullmatch(digest or ""):
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         url = hf_hub_url(repo, sibling.rfilename, revision=commit, endpoint=source)
         try:
-            facts = get_hf_file_metadata(url, token=False if mirrored else None,
-                                         timeout=TIMEOUT_S)
+            facts = get_hf_file_metadata(url, token=token, timeout=TIMEOUT_S)
         except network_errors() as error:
-            raise _told(error, repo, source, commit) from None
+            raise _network_fault(error, repo, source, commit) from None
         size, digest = facts.size, facts.etag
     if size is None or not HASH.fullmatch(digest or ""):
         raise UserError("hub.no_hash", file=sibling.rfilename, host=urlsplit(source).netloc)
     return File(sibling.rfilename, int(size), str(digest))
-
-
-def _pinned(files: tuple[File, ...], entry: Entry | None) -> tuple[File, ...]:
-    """Published hashes go before those that a mirror states."""
-    known_hashes = entry.sha256 if entry else {}
-    return tuple(File(one.name, one.size, known_hashes.get(one.name, one.digest)) for one in files)
-
-
-def _licence(info: Any) -> str:
-    card = info.card_data.to_dict() if info.card_data else {}
-    named = [card.get("license_name"), card.get("license")]
-    named += [tag.partition(":")[2] for tag in info.tags or () if tag.startswith("license:")]
-    return next((str(one) for one in named if one and one != "other"), "")

@@ -1,7 +1,7 @@
-"""One file from a server: continues where it broke off, checked by its hash, renamed when whole.
+"""Downloads one file: goes on where it broke off, checks the hash, renames the file when whole.
 
-huggingface_hub 2 throws a partial file away with the process that began it and compares sizes
-only; on a slow line a 5 GB file would never arrive. Its session (proxies, certificates) is used.
+huggingface_hub 2 drops a partial file with the process that began it and compares sizes only; on a
+slow line a 5 GB file would never arrive. Its session (proxies, certificates) is used.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ CHUNK = 1024 * 1024                     # bytes read at once
 TIMEOUT_S = 10.0                        # without a byte; a stop is heard within it
 TRIES = 5                               # in a row without progress
 BACKOFF_S = 0.5                         # doubles with each of them
-BUSY = {408, 425, 429, 500, 502, 503, 504}
+BUSY = {408, 425, 429, 500, 502, 503, 504}      # HTTP: try again later
+LONGEST_WAIT_S = 60.0                   # that a server may ask for
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class RemoteFile:
     name: str                           # path inside the repository, with "/"
     url: str
     size: int                           # bytes
@@ -35,40 +36,41 @@ class Wanted:
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """Those of httpx or httpx2, whichever the installed huggingface_hub uses."""
+    """The errors of the HTTP library, httpx or another, that the installed huggingface_hub uses."""
     from huggingface_hub import errors
     return (getattr(errors, "HTTPError", OSError), OSError)
 
 
-def download(wanted: Wanted, target: Path, headers: Mapping[str, str],
-             told: Callable[[int], None], control: Control) -> bool:
-    """True once `target` holds the checked file, False where a stop was asked for; what has come
-    by then stays in `<target>.part` for the next call. `told` gets the bytes that are there.
+def download(file: RemoteFile, target: Path, headers: Mapping[str, str],
+             progress: Callable[[int], None], control: Control) -> bool:
+    """Returns True once `target` holds the checked file, False where a stop was asked for; what
+    has come by then stays in `<target>.part` for the next call. `progress` gets the bytes so far.
 
-    Raises UserError `hub.checksum`, `hub.broken_off`, `hub.disk_full` or one for the server's
+    Raises UserError `hub.checksum`, `hub.broken_off`, `hub.disk_full_now` or one for the server's
     answer.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     path = target.with_name(f"{target.name}.part")
     while True:
-        with Part(path, wanted) as part:
+        with Part(path, file) as part:
             continued = part.size > 0
-            if not _filled(part, headers, told, control):
+            if not _fill(part, headers, progress, control):
                 return False
             whole = part.matches()
         if whole:
             os.replace(path, target)
             return True
         path.unlink()
-        if not continued:               # a damaged rest of an earlier try gets a second chance
-            raise UserError("hub.checksum", file=wanted.name)
+        # The rest of an earlier try may be what is damaged: once more, from the start.
+        if not continued:
+            raise UserError("hub.checksum", file=file.name)
 
 
 class Part:
-    """The file so far and the hash of it."""
+    """The file so far and its hash."""
 
-    def __init__(self, path: Path, wanted: Wanted) -> None:
-        self.path, self.wanted, self.size = path, wanted, 0
+    def __init__(self, path: Path, remote: RemoteFile) -> None:
+        self.path, self.remote, self.size = path, remote, 0
         self._hash = self._new_hash()
 
     def __enter__(self) -> Self:
@@ -77,7 +79,7 @@ class Part:
         while chunk := self._file.read(CHUNK):
             self._hash.update(chunk)
             self.size += len(chunk)
-        if self.size > self.wanted.size:
+        if self.size > self.remote.size:
             self.restart()
         return self
 
@@ -93,7 +95,8 @@ class Part:
     def write(self, chunk: bytes) -> None:
         try:
             self._file.write(chunk)
-            self._file.flush()          # what was told is in the file, should this process die
+            # whatever `progress` was given is in the file, should this process die
+            self._file.flush()
         except OSError as error:
             raise disk_fault(error, self.path.parent) from None
         self._hash.update(chunk)
@@ -104,12 +107,13 @@ class Part:
         self.size, self._hash = 0, self._new_hash()
 
     def matches(self) -> bool:
-        return self.size == self.wanted.size and self._hash.hexdigest() == self.wanted.digest
+        return self.size == self.remote.size and self._hash.hexdigest() == self.remote.digest
 
     def _new_hash(self) -> Any:
-        if len(self.wanted.digest) == 64:
+        if len(self.remote.digest) == 64:
             return hashlib.sha256()
-        header = f"blob {self.wanted.size}\0".encode()      # as git hashes a blob
+        # as git hashes a blob: its length goes before its bytes
+        header = f"blob {self.remote.size}\0".encode()
         return hashlib.sha1(header, usedforsecurity=False)
 
 
@@ -121,80 +125,74 @@ def disk_fault(error: OSError, folder: Path) -> UserError:
 
 # --- the server's side ---
 
-class _Broken(Exception):
-    """Worth another try, after `wait_s` where the server named a time."""
+class _Interrupted(Exception):
+    """The transfer broke off and is worth another try, after `wait_s` where the server said so."""
 
     def __init__(self, reason: str, wait_s: float = 0.0) -> None:
         super().__init__(reason)
         self.wait_s = wait_s
 
 
-def _filled(part: Part, headers: Mapping[str, str], told: Callable[[int], None],
-            control: Control) -> bool:
+def _fill(part: Part, headers: Mapping[str, str], progress: Callable[[int], None],
+          control: Control) -> bool:
+    """Fetches what is missing, in as many tries as it takes. Returns False after a stop."""
     failed = 0
-    told(part.size)
-    while part.size < part.wanted.size:
+    progress(part.size)
+    while part.size < part.remote.size:
         before = part.size
         try:
-            _append(part, headers, told, control)
-        except _Broken as error:
+            _append(part, headers, progress, control)
+        except _Interrupted as error:
             failed = failed + 1 if part.size <= before else 0
             if failed >= TRIES:
-                raise UserError("hub.broken_off", file=part.wanted.name, reason=error) from None
-            if not _waited(max(BACKOFF_S * 2 ** failed, error.wait_s), control):
-                return False
+                raise UserError("hub.broken_off", file=part.remote.name, reason=error) from None
+            until = time.monotonic() + max(BACKOFF_S * 2 ** failed, error.wait_s)
+            while time.monotonic() < until and not control.stopping:
+                time.sleep(0.05)
         if control.stopping:
             return False
     return True
 
 
-def _append(part: Part, headers: Mapping[str, str], told: Callable[[int], None],
+def _append(part: Part, headers: Mapping[str, str], progress: Callable[[int], None],
             control: Control) -> None:
-    """Reads until the end, a stop or a break; a break is raised as _Broken."""
+    """Reads until the end or a stop. Raises _Interrupted where the transfer broke off."""
     from huggingface_hub import get_session
     from huggingface_hub.errors import OfflineModeIsEnabled
-    asked = {**headers, "Accept-Encoding": "identity"}
+    # identity: a compressed body would have other lengths than the ranges we ask for
+    request_headers = {**headers, "Accept-Encoding": "identity"}
     if part.size:
-        asked["Range"] = f"bytes={part.size}-"
+        request_headers["Range"] = f"bytes={part.size}-"
     try:
-        with get_session().stream("GET", part.wanted.url, headers=asked, timeout=TIMEOUT_S,
-                                  follow_redirects=True) as response:
-            _judge(response, part)
-            for chunk in response.iter_raw():     # as it comes in
+        with get_session().stream("GET", part.remote.url, headers=request_headers,
+                                  timeout=TIMEOUT_S, follow_redirects=True) as response:
+            _check_status(response, part)
+            for chunk in response.iter_raw():
                 part.write(chunk)
-                told(part.size)
+                progress(part.size)
                 control.wait_while_paused()
-                if control.stopping or part.size >= part.wanted.size:
+                if control.stopping or part.size >= part.remote.size:
                     return
     except OfflineModeIsEnabled:
         raise UserError("hub.offline") from None
     except network_errors() as error:
-        raise _Broken(str(error) or type(error).__name__) from None
+        raise _Interrupted(str(error) or type(error).__name__) from None
 
 
-def _judge(response: Any, part: Part) -> None:
+def _check_status(response: Any, part: Part) -> None:
     status = response.status_code
     if status in BUSY:
-        raise _Broken(f"HTTP {status}", _seconds(response.headers.get("Retry-After")))
-    if status == 416:                   # it has less than we already hold
+        wait = response.headers.get("Retry-After", "").strip()
+        raise _Interrupted(f"HTTP {status}",
+                           min(float(wait), LONGEST_WAIT_S) if wait.isdigit() else 0.0)
+    # range not satisfiable: the server has less than we already hold
+    if status == 416:
         part.restart()
-        raise _Broken("HTTP 416")
+        raise _Interrupted("HTTP 416")
     if status in (401, 403):
-        raise UserError("hub.file_refused", file=part.wanted.name, status=status)
+        raise UserError("hub.file_refused", file=part.remote.name, status=status)
     if status not in (200, 206):
         raise UserError("hub.status", status=status, host=response.url.host)
-    if status == 200 and part.size:     # the server knows no ranges
+    # the server knows no ranges and sends the whole file
+    if status == 200 and part.size:
         part.restart()
-
-
-def _seconds(text: str | None) -> float:
-    """Of a Retry-After header; at most a minute."""
-    return min(float(text), 60.0) if text and text.strip().isdigit() else 0.0
-
-
-def _waited(seconds: float, control: Control) -> bool:
-    """False where a stop came meanwhile."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and not control.stopping:
-        time.sleep(0.05)
-    return not control.stopping

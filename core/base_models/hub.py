@@ -1,6 +1,6 @@
-"""Weights: found on this machine, or fetched from the hub on the user's word; never by themselves.
+"""Models found on this machine, or fetched from the hub when the user says so, never else.
 
-Looked for as a path, under our own models/OWNER/NAME, in the cache of huggingface_hub.
+They are looked for as a path, in our own models/OWNER/NAME, in the cache of huggingface_hub.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -29,7 +28,7 @@ from core.base_models.catalog import (
     known,
     models_dir,
 )
-from core.base_models.download import Wanted, disk_fault, download
+from core.base_models.download import RemoteFile, disk_fault, download
 from core.errors import UserError
 from core.jobs.control import Control
 from core.jobs.events import Event, Note, Phase
@@ -46,55 +45,59 @@ TELL_S = 0.5                            # between two Phase events
 # --- on this machine ---
 
 def local(name: str, needs: Sequence[str] = ()) -> Path | None:
-    """The file or folder of a path or repository that is on this machine; asks no network.
+    """The file or folder of a path or repository on this machine; None where it is not here. Never
+    asks the network.
 
     A folder of ours or of the hub's cache counts only with a match for every pattern in `needs`;
     a path that the user wrote counts as it is.
     """
     if not name:
         return None
-    written = Path(name).expanduser()
-    if written.exists():
-        return written.absolute()
+    path = Path(name).expanduser()
+    if path.exists():
+        return path.absolute()
     return next((_usable(folder, name) for folder in _folders(name, needs)
                  if all(any(folder.glob(pattern)) for pattern in needs)), None)
 
 
 def find(name: str, needs: Sequence[str] = ()) -> Path:
-    """As `local`. Raises UserError `hub.missing` (with the command that fetches it) or
-    `hub.no_path`."""
-    found = local(name, needs)
-    if found is None:
+    """As `local`, but raises UserError `hub.missing` (with the command that fetches it) or
+    `hub.no_path` where nothing is here."""
+    path = local(name, needs)
+    if path is None:
         if REPOSITORY.fullmatch(name):
             raise UserError("hub.missing", name=name)
         raise UserError("hub.no_path", path=name)
-    return found
+    return path
 
 
 def stamp(name: str) -> str:
-    """What stands for the weights of a path or repository in an identity: files, sizes, times."""
-    place = local(name)
-    files = [place] if place and place.is_file() else sorted(place.rglob("*")) if place else []
-    found = [(file.name, file.stat()) for file in files if file.name.endswith(WEIGHTS)]
-    return "|".join([name, *(f"{n}:{s.st_size}:{s.st_mtime_ns}" for n, s in found)])
+    """A key for caches that changes with the weights of a path or repository."""
+    path = local(name)
+    files = [path] if path and path.is_file() else sorted(path.rglob("*")) if path else []
+    stats = [(file.name, file.stat()) for file in files if file.name.endswith(WEIGHTS)]
+    return "|".join([name, *(f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats)])
 
 
 def _folders(name: str, needs: Sequence[str]) -> Iterator[Path]:
+    """The folders where a repository may be: our own, then snapshots in the hub's cache."""
     if not REPOSITORY.fullmatch(name):
         return
-    if (own := models_dir() / name).is_dir():
-        yield own
+    if (downloaded := models_dir() / name).is_dir():
+        yield downloaded
     from huggingface_hub import try_to_load_from_cache
     entry = known(name)
+    # the cache is asked for a file; any that most models have
     markers = [need for need in needs if "*" not in need] or list(MARKERS)
     for revision in dict.fromkeys([entry.revision if entry else "main", "main"]):
         for marker in [*([entry.use] if entry and entry.use else []), *markers]:
-            found = try_to_load_from_cache(name, marker, revision=revision)
-            if isinstance(found, str):
-                yield Path(found).parents[marker.count("/")]
+            file = try_to_load_from_cache(name, marker, revision=revision)
+            if isinstance(file, str):
+                yield Path(file).parents[marker.count("/")]
 
 
 def _usable(folder: Path, name: str) -> Path:
+    """What a config names of a model's folder: mostly the folder, at times one file in it."""
     entry = known(name)
     return folder / entry.use if entry and (folder / entry.use).is_file() else folder
 
@@ -103,10 +106,10 @@ def _usable(folder: Path, name: str) -> Path:
 
 def fetch(repo: str, emit: Callable[[Event], None], control: Control, mirror: str = "",
           revision: str = "", offer: Offer | None = None) -> Path | None:
-    """Downloads a model into our models folder; call it only on the user's word.
+    """Downloads a model into our models folder; to be called only when the user said so.
 
-    Returns the folder (or the one file that configs name); None where a stop was asked for: what
-    has come stays, and the next call goes on from there, also after a crash. Phase "download"
+    Returns the folder (or the one file that configs name), or None where a stop was asked for:
+    what has come stays, and the next call goes on from there, also after a crash. Phase "download"
     counts in MB (10^6 bytes). The folder appears at the end, whole and checked, or not at all.
     """
     offer = offer or describe(repo, mirror, revision)
@@ -114,78 +117,77 @@ def fetch(repo: str, emit: Callable[[Event], None], control: Control, mirror: st
     lock = FileLock(offer.folder.parent / f".{offer.folder.name}.lock")
     try:
         with lock.acquire(timeout=0):
-            done = _fetched(offer, emit, control)
+            done = _fetch(offer, emit, control)
     except Timeout:
         raise UserError("hub.busy", repo=offer.repo) from None
     return _usable(offer.folder, offer.repo) if done else None
 
 
-def _fetched(offer: Offer, emit: Callable[[Event], None], control: Control) -> bool:
+def _fetch(offer: Offer, emit: Callable[[Event], None], control: Control) -> bool:
+    """Fills the stage, then renames it. Returns False after a stop. The caller holds the lock."""
     stage = _stage(offer)
-    if _complete(offer):
-        return True
+    if offer.folder.exists():
+        manifest = _manifest(offer.folder)
+        if not manifest:
+            # a folder of the user's own stands in the way
+            raise UserError("hub.folder_taken", folder=offer.folder)
+        if all(manifest.get(file.name) == file.digest
+               and _size(offer.folder / file.name) == file.size for file in offer.files):
+            return True
     try:
         stage.mkdir(exist_ok=True)
         have = _reuse(offer, stage)
-        _check_room(offer, have)
+        free, needed = shutil.disk_usage(stage.parent).free, offer.size - have + RESERVE
     except OSError as error:
         raise disk_fault(error, stage) from None
+    if free < needed:
+        raise UserError("hub.no_room", repo=offer.repo, needed=_mb(needed), free=_mb(free),
+                        folder=stage.parent)
     emit(Note(key="hub.resumes" if have else "hub.fetching", params={
         "repo": offer.repo, "mb": _mb(offer.size), "have": _mb(have),
         "licence": offer.licence or "?", "source": offer.source}))
+    from huggingface_hub import get_token, hf_hub_url
+    from huggingface_hub.constants import ENDPOINT
+    # a mirror must not see the user's token
+    token = get_token() if offer.source == ENDPOINT else None
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     progress = _Progress(emit, offer.size)
     for file in offer.files:
-        if not (stage / file.name).exists() and not _one(offer, file, stage, progress, control):
+        url = hf_hub_url(offer.repo, file.name, revision=offer.commit, endpoint=offer.source)
+        remote = RemoteFile(file.name, url, file.size, file.digest)
+        if not (stage / file.name).exists() and not download(
+                remote, stage / file.name, headers, progress.within_file, control):
             return False
-        progress.finished(file.size)
-    _settle(offer, stage)
+        progress.file_finished(file.size)
+    _publish(offer, stage)
     emit(Note(key="hub.fetched", params={"repo": offer.repo, "folder": str(offer.folder)}))
     return True
 
 
-def _one(offer: Offer, file: File, stage: Path, progress: _Progress, control: Control) -> bool:
-    from huggingface_hub import get_token, hf_hub_url
-    from huggingface_hub.constants import ENDPOINT
-    url = hf_hub_url(offer.repo, file.name, revision=offer.commit, endpoint=offer.source)
-    token = get_token() if offer.source == ENDPOINT else None
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return download(Wanted(file.name, url, file.size, file.digest), stage / file.name, headers,
-                    progress.within, control)
-
-
 class _Progress:
+    """Phase events over all files, at most one every TELL_S, and one at the end."""
+
     def __init__(self, emit: Callable[[Event], None], total: int) -> None:
-        self.emit, self.total, self.before, self.told_at = emit, total, 0, 0.0
+        self.emit, self.total, self.before, self.emitted_at = emit, total, 0, 0.0
 
-    def within(self, done: int) -> None:
+    def within_file(self, done: int) -> None:
         now = time.monotonic()
-        if now - self.told_at >= TELL_S:
-            self.told_at = now
-            self._tell(self.before + done)
+        if now - self.emitted_at >= TELL_S:
+            self.emitted_at = now
+            self._emit(self.before + done)
 
-    def finished(self, size: int) -> None:
+    def file_finished(self, size: int) -> None:
         self.before += size
         if self.before == self.total:
-            self._tell(self.total)
+            self._emit(self.total)
 
-    def _tell(self, done: int) -> None:
+    def _emit(self, done: int) -> None:
         self.emit(Phase(name="download", done=min(_mb(done), _mb(self.total)),
                         total=_mb(self.total)))
 
 
-def _complete(offer: Offer) -> bool:
-    """Raises UserError where a folder of the user's own stands in the way."""
-    if not offer.folder.exists():
-        return False
-    manifest = _manifest(offer.folder)
-    if not manifest:
-        raise UserError("hub.folder_taken", folder=offer.folder)
-    return all(manifest.get(file.name) == file.digest
-               and _size(offer.folder / file.name) == file.size for file in offer.files)
-
-
 def _manifest(folder: Path) -> dict[str, str]:
-    """File name -> hash, of a folder that we fetched."""
+    """File name -> hash; empty where we did not fetch the folder."""
     try:
         files = from_json((folder / MANIFEST).read_text("utf-8"))["files"]
         return {str(file["name"]): str(file["digest"]) for file in files}
@@ -194,61 +196,53 @@ def _manifest(folder: Path) -> dict[str, str]:
 
 
 def _stage(offer: Offer) -> Path:
-    """The hidden folder that fills up. Those of other versions are dropped; a swap that a crash
-    cut in two is undone."""
+    """The hidden folder that is filled. Tidies up: stages of other versions are removed, and a swap
+    of folders that a crash cut in two is undone."""
     stage = offer.folder.with_name(f".{offer.folder.name}.{offer.commit[:12]}.partial")
     for other in offer.folder.parent.glob(f".{offer.folder.name}.*.partial"):
         if other != stage:
             shutil.rmtree(other, ignore_errors=True)
-    before = _before(offer)
-    if before.exists() and not offer.folder.exists():
-        os.replace(before, offer.folder)
-    shutil.rmtree(before, ignore_errors=True)
+    old = _old_folder(offer)
+    if old.exists() and not offer.folder.exists():
+        os.replace(old, offer.folder)
+    shutil.rmtree(old, ignore_errors=True)
     return stage
 
 
-def _before(offer: Offer) -> Path:
+def _old_folder(offer: Offer) -> Path:
+    """Where the old version is while the new one takes its place."""
     return offer.folder.with_name(f".{offer.folder.name}.before")
 
 
 def _reuse(offer: Offer, stage: Path) -> int:
-    """Links unchanged files of the version that is there. Returns the bytes we needn't fetch."""
-    there, have = _manifest(offer.folder), 0
+    """Links unchanged files of the old version. Returns how many bytes need not be fetched."""
+    digests, have = _manifest(offer.folder), 0
     for file in offer.files:
         target, old = stage / file.name, offer.folder / file.name
-        if (not target.exists() and there.get(file.name) == file.digest
+        if (not target.exists() and digests.get(file.name) == file.digest
                 and _size(old) == file.size):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(old, target)
-            except OSError:                     # a file system without hard links
+            except OSError:
+                # a file system without hard links
                 shutil.copy2(old, target)
         have += _size(target) or _size(target.with_name(f"{target.name}.part"))
     return have
 
 
-def _check_room(offer: Offer, have: int) -> None:
-    free, needed = shutil.disk_usage(offer.folder.parent).free, offer.size - have + RESERVE
-    if free < needed:
-        raise UserError("hub.no_room", repo=offer.repo, needed=_mb(needed), free=_mb(free),
-                        folder=offer.folder.parent)
-
-
-def _settle(offer: Offer, stage: Path) -> None:
-    """The stage becomes the folder, by renames only."""
-    paths.write_atomic(stage / MANIFEST, json.dumps(_plain(offer), indent=1))
+def _publish(offer: Offer, stage: Path) -> None:
+    """Makes the stage the model's folder, by renames only, so that it is never half there."""
+    manifest = {"repo": offer.repo, "commit": offer.commit, "licence": offer.licence,
+                "source": offer.source, "files": [asdict(file) for file in offer.files]}
+    paths.write_atomic(stage / MANIFEST, json.dumps(manifest, indent=1))
     try:
         if offer.folder.exists():
-            os.replace(offer.folder, _before(offer))
+            os.replace(offer.folder, _old_folder(offer))
         os.replace(stage, offer.folder)
     except OSError as error:
         raise disk_fault(error, offer.folder) from None
-    shutil.rmtree(_before(offer), ignore_errors=True)
-
-
-def _plain(offer: Offer) -> Mapping[str, Any]:
-    return {"repo": offer.repo, "commit": offer.commit, "licence": offer.licence,
-            "source": offer.source, "files": [asdict(file) for file in offer.files]}
+    shutil.rmtree(_old_folder(offer), ignore_errors=True)
 
 
 def _size(path: Path) -> int:
@@ -259,4 +253,5 @@ def _size(path: Path) -> int:
 
 
 def _mb(size: int) -> int:
+    """Bytes in 10^6, rounded up."""
     return -(-size // 1_000_000)

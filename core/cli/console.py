@@ -13,35 +13,45 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core import i18n
+from core import i18n, paths
 from core.errors import UserError
 
 if TYPE_CHECKING:
+    from core.cli.progress import Terminal
     from core.jobs.control import Control
 
 FINE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+Run = Callable[[argparse.Namespace], int]           # a command: its options -> the exit code
+
+tr = i18n.translator("commands")
 
 
 # --- parsers ---
 
 def new_parser(version: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="darkroom", description=tr("about"),
-                                     epilog=example("demo"), formatter_class=_Plain)
+                                     epilog=example("demo"),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"LoRA Darkroom {version}")
     _add_debug(parser)
     return parser
 
 
-def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], int] | None = None,
-                *, line: str, answers: bool = False, **more: Any) -> argparse.ArgumentParser:
-    """A command with its help, its example, --debug and, if it `answers`, --json."""
-    key = f"help_{more.pop('key', name)}"
+def add_command(commands: Any, name: str, run: Run | None = None, *, line: str,
+                answers: bool = False, **more: Any) -> argparse.ArgumentParser:
+    """Adds a command with its help, its example `line`, --debug and, if it `answers`, --json.
+
+    `key` names its help sentence where that is not `help_<name>`.
+    """
+    help_ = tr(f"help_{more.pop('key', name)}")
     parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=tr(key), description=tr(key), epilog=example(line),
-        formatter_class=_Plain, **more)
+        name, help=help_, description=help_, epilog=example(line),
+        formatter_class=argparse.RawDescriptionHelpFormatter, **more)
     _add_debug(parser)
     if answers:
         parser.add_argument("--json", action="store_true", help=tr("arg_json"))
@@ -50,60 +60,101 @@ def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], in
     return parser
 
 
+def add_group(commands: Any, group: str, line: str
+              ) -> Callable[[str, Run, str], argparse.ArgumentParser]:
+    """Adds a command that has actions, as `darkroom lora` has `info` and `merge`.
+
+    Returns the function that adds an action: its name, its command, its example line.
+    """
+    actions = add_command(commands, group, line=line).add_subparsers(
+        dest="action", metavar="ACTION", required=True)
+
+    def add_action(name: str, run: Run, line: str) -> argparse.ArgumentParser:
+        return add_command(actions, name, run, key=f"{group}_{name}", answers=True, line=line)
+    return add_action
+
+
 def example(line: str) -> str:
     return tr("example", line=line)
 
 
 def _add_debug(parser: argparse.ArgumentParser) -> None:
+    # SUPPRESS: the parser of an action would else reset what its group's parser read
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
                         help=tr("arg_debug"))
 
 
-class _Plain(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of our texts."""
+def model_path(name: str) -> Path:
+    """The path of a base model as --base takes it; `demo` is the built-in one."""
+    return paths.DEMO / "base" if name == "demo" else Path(name).expanduser()
 
 
 # --- one sentence instead of a traceback ---
 
 def guarded(call: Callable[[], int], argv: Sequence[str],
             tell: Callable[[str], object] = bool) -> int:
-    """Runs a command and returns its exit code; what goes wrong becomes one sentence on stderr,
-    which `tell` gets too."""
+    """Runs a command and returns its exit code. An error becomes one sentence on stderr, which
+    `tell` gets too."""
     try:
         return call()
-    except SystemExit as ended:         # argparse: 0 after --help, 2 after a wrong argument
+    except SystemExit as ended:
+        # argparse: 0 after --help, 2 after a wrong argument
         return ended.code if isinstance(ended.code, int) else FINE
     except KeyboardInterrupt:
         print(tr("aborted"), file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:             # `darkroom runs list | head`: the reader has enough
+    except BrokenPipeError:
+        # `darkroom runs list | head`: the reader has enough. Python would complain once more when
+        # it flushes stdout at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FINE
-    except UserError as fault:
-        tell(str(fault))
-        return _told(fault.code, str(fault), BAD_INPUT, argv)
     except Exception as error:
-        sentence = tr("unexpected", reason=f"{type(error).__name__}: {error}")
+        if isinstance(error, UserError):
+            code, sentence, exit_code = error.code, str(error), BAD_INPUT
+        else:
+            code, exit_code = "commands.unexpected", FAILED
+            sentence = tr("unexpected", reason=f"{type(error).__name__}: {error}")
         tell(sentence)
-        return _told("commands.unexpected", sentence, FAILED, argv)
-
-
-def _told(code: str, sentence: str, exit_code: int, argv: Sequence[str]) -> int:
-    if "--debug" in argv or os.environ.get("DARKROOM_DEBUG") == "1":
-        traceback.print_exc()
-    print(sentence, file=sys.stderr)
-    if "--json" in argv:
-        print_json({"ok": False, "fault": code, "message": sentence})
-    return exit_code
+        if "--debug" in argv or os.environ.get("DARKROOM_DEBUG") == "1":
+            traceback.print_exc()
+        print(sentence, file=sys.stderr)
+        if "--json" in argv:
+            print_json({"ok": False, "fault": code, "message": sentence})
+        return exit_code
 
 
 def debugging(options: argparse.Namespace) -> bool:
     return "debug" in options or os.environ.get("DARKROOM_DEBUG") == "1"
 
 
+def job_failed(result: Mapping[str, Any], terminal: Terminal, options: argparse.Namespace) -> int:
+    """Says why a job failed and returns the exit code. What a user can mend before the first step
+    is bad input; all else is a run that failed."""
+    fault = terminal.fault
+    code, params = (fault.code, fault.params) if fault else ("commands.unexpected", {})
+    if fault and debugging(options):
+        print(fault.details, file=sys.stderr)
+    sentence = i18n.tr(code, params)
+    print(sentence, file=sys.stderr)
+    if options.json:
+        print_json({"ok": False, **result, "fault": code, "message": sentence})
+    return FAILED if terminal.stepped or code.startswith(("jobs.", "commands.")) else BAD_INPUT
+
+
 # --- Ctrl+C ---
 
-_HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []     # none on Windows
+# the terminal closed; Windows has no such signal
+_HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
+
+
+@contextlib.contextmanager
+def job_terminal() -> Iterator[tuple[Terminal, Control]]:
+    """A job's progress in the terminal, and the Control by which Ctrl+C asks it to stop."""
+    from core.cli.progress import Terminal
+    from core.jobs.control import Control
+    control = Control()
+    with Terminal() as terminal, stop_on_ctrl_c(control, terminal.stopping):
+        yield terminal, control
 
 
 @contextlib.contextmanager
@@ -113,6 +164,7 @@ def stop_on_ctrl_c(control: Control, tell: Callable[[str], None]) -> Iterator[No
 
     Where Ctrl+C is ignored (under nohup, behind a shell's `&`) it stays so, and SIGTERM stops.
     """
+    # Python lets only the main thread set signal handlers.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -136,35 +188,38 @@ def stop_on_ctrl_c(control: Control, tell: Callable[[str], None]) -> Iterator[No
 
 # --- answers ---
 
-def tr(key: str, **params: Any) -> str:
-    return i18n.tr(f"commands.{key}", params)
+def answer(options: argparse.Namespace, facts: Mapping[str, Any], lines: Iterable[str]) -> None:
+    """The answer of a command: with --json `facts` as one JSON object, else the lines."""
+    if options.json:
+        print_json(facts)
+    else:
+        print("\n".join(lines))
 
 
-def print_json(answer: Mapping[str, Any]) -> None:
-    print(json.dumps(answer, ensure_ascii=False, default=_plain), flush=True)
+def print_json(facts: Mapping[str, Any]) -> None:
+    def plain(value: Any) -> Any:
+        """The value of what JSON can't hold: numbers of numpy and torch, sets, paths."""
+        if hasattr(value, "item"):
+            return value.item()
+        return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+    print(json.dumps(facts, ensure_ascii=False, default=plain), flush=True)
 
 
-def _plain(value: Any) -> Any:
-    """What JSON can't hold: paths, dataclasses, numbers of other libraries."""
-    if hasattr(value, "item"):
-        return value.item()
-    return sorted(value) if isinstance(value, set | frozenset) else str(value)
-
-
-def print_rows(facts: Mapping[str, Any], group: str) -> None:
-    """A line for every fact that has a label, in their order; empty ones are left out."""
+def fact_lines(facts: Mapping[str, Any], group: str) -> list[str]:
+    """A line for each fact that has a label `commands.<group>_<key>`; empty facts are left out."""
     from core.cli import progress
-    known = i18n.catalogue("en")
-    rows = [(tr(f"{group}_{key}"), _text(value)) for key, value in facts.items()
-            if f"commands.{group}_{key}" in known and value not in ("", None, [], (), {})]
-    print("\n".join(progress.table(rows)))
+    labels = i18n.catalogue("en")
+    return progress.table([
+        (tr(f"{group}_{key}"), _text(value)) for key, value in facts.items()
+        if f"commands.{group}_{key}" in labels and value not in ("", None, [], (), {})])
 
 
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return tr("yes" if value else "no")
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_text(one)}" for key, one in value.items())
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)

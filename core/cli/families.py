@@ -7,42 +7,33 @@ from pathlib import Path
 from typing import Any
 
 from core import families, i18n
-from core.cli.console import BAD_INPUT, FINE, add_command, print_json, tr
+from core.cli.console import BAD_INPUT, FINE, add_command, answer, tr
 
 
 def add_commands(commands: Any) -> None:
-    parser = add_command(commands, "families", _families, answers=True,
+    parser = add_command(commands, "families", families_command, answers=True,
                          line="families model.safetensors")
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE",
                         help=tr("arg_families_file"))
 
 
-def _families(options: argparse.Namespace) -> int:
-    if options.file is not None:
-        return _identify(options.file, options.json)
-    listed = [{"id": name, "title": one.title, "size": one.native_size,
-               "files": i18n.tr(f"families.files_{one.file}")}
-              for name, one in families.SPECS.items()]
-    if options.json:
-        print_json({"ok": True, "families": listed})
+def families_command(options: argparse.Namespace) -> int:
+    if options.file is None:
+        from core.cli.progress import table
+        rows = [{"id": name, "title": spec.title, "size": spec.native_size,
+                 "files": i18n.tr(f"families.files_{spec.file}")}
+                for name, spec in families.SPECS.items()]
+        answer(options, {"ok": True, "families": rows}, table(
+            [(f"{row['id']}  ({row['title']}, {row['size']} px)", str(row["files"]))
+             for row in rows]))
         return FINE
-    from core.cli.progress import table
-    print("\n".join(table([(f"{one['id']}  ({one['title']}, {one['size']} px)",
-                            str(one["files"])) for one in listed])))
-    return FINE
-
-
-def _identify(path: Path, as_json: bool) -> int:
     from core.families.detection import identify
-    found = identify(path.expanduser())
-    trains = found.family in families.SPECS
-    if as_json:
-        print_json({"ok": trains, "what": found.what, "family": found.family if trains else "",
-                    "said": found.said(), "v_prediction": found.v_prediction,
-                    "zero_snr": found.zero_snr})
-    else:
-        lines = [i18n.tr("families.told", {"path": path, "found": found.said()})]
-        if trains:
-            lines.append(i18n.tr("families.trains_as", {"family": found.family}))
-        print("\n".join(lines))
+    base = identify(options.file.expanduser())
+    trains = base.family in families.SPECS
+    lines = [i18n.tr("families.told", {"path": options.file, "found": base.said()})]
+    if trains:
+        lines.append(i18n.tr("families.trains_as", {"family": base.family}))
+    answer(options, {"ok": trains, "what": base.what, "family": base.family if trains else "",
+                     "said": base.said(), "v_prediction": base.v_prediction,
+                     "zero_snr": base.zero_snr}, lines)
     return FINE if trains else BAD_INPUT

@@ -7,55 +7,54 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core import i18n
-from core.cli.console import FINE, add_command, print_json
+from core.cli.console import FINE, Run, answer
 from core.errors import UserError
 from core.safetensors_header import PICKLES
 
 if TYPE_CHECKING:
-    import torch
-
     from core.lora_files.layers import Lora
 
 FORMATS = ("kohya", "peft", "diffusers", "comfyui")
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}     # names in torch
+
+tr = i18n.translator("lora_convert")
 
 
-def add_to(inner: Any) -> None:
+def add_actions(add: Callable[[str, Run, str], argparse.ArgumentParser]) -> None:
     """The actions that `darkroom lora` has besides info and verify."""
-    convert = _action(inner, "convert", _convert, "convert style.safetensors --to comfyui")
-    convert.add_argument("file", type=Path, metavar="IN", help=_tr("arg_in"))
-    convert.add_argument("--to", choices=FORMATS, help=_tr("arg_to"))
-    convert.add_argument("--family", default="", metavar="NAME", help=_tr("arg_family"))
-    merge = _action(inner, "merge", _merge, "merge a.safetensors:0.8 b.safetensors:0.5 --out ab")
-    merge.add_argument("files", nargs="+", metavar="FILE[:WEIGHT]", help=_tr("arg_files"))
-    merge.add_argument("--rank", type=_count, default=0, metavar="N", help=_tr("arg_merge_rank"))
-    resize = _action(inner, "resize", _resize, "resize style.safetensors --rank 8")
-    resize.add_argument("file", type=Path, metavar="IN", help=_tr("arg_in"))
-    resize.add_argument("--rank", type=_count, default=0, metavar="N", help=_tr("arg_rank"))
+    convert = add("convert", convert_command, "lora convert style.safetensors --to comfyui")
+    convert.add_argument("file", type=Path, metavar="IN", help=tr("arg_in"))
+    convert.add_argument("--to", choices=FORMATS, help=tr("arg_to"))
+    convert.add_argument("--family", default="", metavar="NAME", help=tr("arg_family"))
+    merge = add("merge", merge_command,
+                "lora merge a.safetensors:0.8 b.safetensors:0.5 --out ab")
+    merge.add_argument("files", nargs="+", metavar="FILE[:WEIGHT]", help=tr("arg_files"))
+    merge.add_argument("--rank", type=_rank, default=0, metavar="N", help=tr("arg_merge_rank"))
+    resize = add("resize", resize_command, "lora resize style.safetensors --rank 8")
+    resize.add_argument("file", type=Path, metavar="IN", help=tr("arg_in"))
+    resize.add_argument("--rank", type=_rank, default=0, metavar="N", help=tr("arg_rank"))
     resize.add_argument("--energy", type=_share, default=1.0, metavar="SHARE",
-                        help=_tr("arg_energy"))
-    extract = _action(inner, "extract", _extract,
-                      "extract tuned.safetensors base.safetensors --rank 32 --out style")
-    extract.add_argument("tuned", type=Path, metavar="TUNED", help=_tr("arg_tuned"))
-    extract.add_argument("base", type=Path, metavar="BASE", help=_tr("arg_base"))
-    extract.add_argument("--rank", type=_count, required=True, metavar="N", help=_tr("arg_rank"))
+                        help=tr("arg_energy"))
+    extract = add("extract", extract_command,
+                  "lora extract tuned.safetensors base.safetensors --rank 32 --out style")
+    extract.add_argument("tuned", type=Path, metavar="TUNED", help=tr("arg_tuned"))
+    extract.add_argument("base", type=Path, metavar="BASE", help=tr("arg_base"))
+    extract.add_argument("--rank", type=_rank, required=True, metavar="N", help=tr("arg_rank"))
     extract.add_argument("--conv-rank", type=int, default=None, metavar="N",
-                         help=_tr("arg_conv_rank"))
+                         help=tr("arg_conv_rank"))
+    for parser in (convert, merge, resize, extract):
+        parser.add_argument("--out", type=Path, default=None, metavar="FILE", help=tr("arg_out"))
+        parser.add_argument("--precision", choices=tuple(PRECISIONS), default=None,
+                            help=tr("arg_precision"))
 
 
-def _action(inner: Any, name: str, run: Any, line: str) -> argparse.ArgumentParser:
-    parser = add_command(inner, name, run, key=f"lora_{name}", answers=True, line=f"lora {line}")
-    parser.add_argument("--out", type=Path, default=None, metavar="FILE", help=_tr("arg_out"))
-    parser.add_argument("--precision", choices=PRECISIONS, default=None,
-                        help=_tr("arg_precision"))
-    return parser
-
-
-def _count(text: str) -> int:
+# argparse makes its own sentence of a ValueError
+def _rank(text: str) -> int:
     if (number := int(text)) < 1:
         raise ValueError
     return number
@@ -69,44 +68,50 @@ def _share(text: str) -> float:
 
 # --- actions ---
 
-def _convert(options: argparse.Namespace) -> int:
+def convert_command(options: argparse.Namespace) -> int:
     from core.lora_files import formats, pickles
     source = options.file
     if source.suffix.lower() in PICKLES:
         written = pickles.convert(source, options.out or source.with_suffix(".safetensors"))
         if not options.to:
-            return _told(options, "unpickled", written)
+            return _report(options, "unpickled", written)
         source = written
     if not options.to:
         raise UserError("lora_convert.no_target", formats=", ".join(FORMATS))
     lora = formats.read(source, options.family)
     path = _save(lora, options, options.to, source, options.to)
-    return _told(options, "converted", path, to=options.to, layers=len(lora.layers),
-                 left_out=lora.unknown)
+    return _report(options, "converted", path, to=options.to, layers=len(lora.layers),
+                   left_out=lora.unknown)
 
 
-def _merge(options: argparse.Namespace) -> int:
+def merge_command(options: argparse.Namespace) -> int:
     from core.lora_files import formats
     from core.lora_files import merge as lora_algebra
+    from core.lora_files.files import describe
     from core.lora_files.library import parse_lora
-    given = [_weighed(text, parse_lora(text)) for text in options.files]
-    loras = [formats.read(path) for path, _ in given]
-    _same_family([path for path, _ in given], loras)
-    merged = lora_algebra.merge([(lora, weight) for lora, (_, weight)
-                                 in zip(loras, given, strict=True)])
-    kept = 1.0
+    files, weights = [], []
+    for text in options.files:
+        name, weight = parse_lora(text)
+        files.append(Path(name).expanduser())
+        # without a weight: 1, as a sum is meant, not the library's weight for drawing
+        weights.append(1.0 if name == text else weight)
+    loras = [formats.read(path) for path in files]
+    families = {describe(path).family for path in files if path.is_file()} - {"unknown"}
+    if len(families) > 1 or len({lora.naming for lora in loras}) > 1:
+        raise UserError("lora_convert.other_families", families=", ".join(sorted(families)))
+    merged = lora_algebra.merge(list(zip(loras, weights, strict=True)))
+    kept_energy = 1.0
     if options.rank:
         resized = lora_algebra.resize(merged, lora_algebra.Cut(options.rank))
-        merged, kept = resized.lora, resized.kept
+        merged, kept_energy = resized.lora, resized.kept
     options.precision = options.precision or "fp32"
-    merged.metadata = _merged_metadata([lora.metadata for lora in loras],
-                                       [path for path, _ in given], merged)
-    path = _save(merged, options, "kohya", given[0][0], "merged")
-    return _told(options, "merged", path, layers=len(merged.layers), kept=kept,
-                 left_out=merged.unknown)
+    merged.metadata = _merged_metadata([lora.metadata for lora in loras], files, merged)
+    path = _save(merged, options, "kohya", files[0], "merged")
+    return _report(options, "merged", path, layers=len(merged.layers), kept=kept_energy,
+                   left_out=merged.unknown)
 
 
-def _resize(options: argparse.Namespace) -> int:
+def resize_command(options: argparse.Namespace) -> int:
     from core.lora_files import files as lora_file
     from core.lora_files import formats
     from core.lora_files import merge as lora_algebra
@@ -115,59 +120,47 @@ def _resize(options: argparse.Namespace) -> int:
     lora = formats.read(options.file)
     resized = lora_algebra.resize(lora, lora_algebra.Cut(options.rank, options.energy))
     low, high = resized.ranks
-    resized.lora.metadata = lora.metadata | _network(resized.lora)
+    resized.lora.metadata = lora.metadata | _size_metadata(resized.lora)
     to = "peft" if options.file.is_dir() else lora_file.describe(options.file).format
     path = _save(resized.lora, options, to if to in FORMATS else "kohya", options.file, f"r{high}")
-    return _told(options, "resized", path, low=low, high=high, kept=resized.kept,
-                 left_out=lora.unknown)
+    return _report(options, "resized", path, low=low, high=high, kept=resized.kept,
+                   left_out=lora.unknown)
 
 
-def _extract(options: argparse.Namespace) -> int:
+def extract_command(options: argparse.Namespace) -> int:
     from core.cli.progress import Terminal
     from core.lora_files.extract import extract
     with Terminal() as terminal:
-        found = extract(options.tuned, options.base, options.rank, options.conv_rank, terminal)
+        extracted = extract(options.tuned, options.base, options.rank, options.conv_rank, terminal)
+    lora = extracted.lora
     options.precision = options.precision or "fp16"
-    found.lora.metadata = _network(found.lora) | {"ss_output_name": options.tuned.stem}
-    path = _save(found.lora, options, "kohya", options.tuned, "lora")
-    return _told(options, "extracted", path, layers=len(found.lora.layers), kept=found.kept,
-                 compared=found.compared, rest=found.rest)
+    lora.metadata = _size_metadata(lora) | {"ss_output_name": options.tuned.stem}
+    path = _save(lora, options, "kohya", options.tuned, "lora")
+    return _report(options, "extracted", path, layers=len(lora.layers), kept=extracted.kept,
+                   compared=extracted.compared, rest=extracted.rest)
 
 
 # --- what they share ---
 
 def _save(lora: Lora, options: argparse.Namespace, to: str, source: Path, mark: str) -> Path:
+    """Writes to --out, else beside the source as `<source>-<mark>`."""
+    import torch
+
     from core.lora_files import formats
     out = options.out or source.with_name(f"{source.stem}-{mark}.safetensors")
     out = out.expanduser()
     suffix = out.suffix.lower() == ".safetensors"
+    # peft's format is a folder, the others are files
     if to == "peft":
         out = out.with_suffix("") if suffix else out
     elif not suffix:
         out = out.with_name(f"{out.name}.safetensors")
-    return formats.save(lora, to, out, _dtype(options.precision))
+    dtype = getattr(torch, PRECISIONS[options.precision]) if options.precision else None
+    return formats.save(lora, to, out, dtype)
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
-    import torch
-    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}[name]
-
-
-def _weighed(text: str, parsed: tuple[str, float]) -> tuple[Path, float]:
-    """`a.safetensors:0.5`; without a weight 1, as a sum is meant."""
-    name, weight = parsed
-    return Path(name).expanduser(), 1.0 if name == text else weight
-
-
-def _same_family(files: list[Path], loras: list[Lora]) -> None:
-    from core.lora_files.files import describe
-    families = {describe(path).family for path in files if path.is_file()} - {"unknown"}
-    if len(families) > 1 or len({lora.naming for lora in loras}) > 1:
-        raise UserError("lora_convert.other_families", families=", ".join(sorted(families)))
-
-
-def _network(lora: Lora) -> dict[str, str]:
-    """kohya's own words for the size; one number only where there is one."""
+def _size_metadata(lora: Lora) -> dict[str, str]:
+    """Rank and alpha in kohya's metadata; "Dynamic" where layers differ."""
     from core.lora_files.layers import alpha_of, rank_of
     ranks = {rank_of(layer) for layer in lora.layers.values()} - {0}
     alphas = {alpha_of(layer) for layer in lora.layers.values()} - {0.0}
@@ -176,34 +169,30 @@ def _network(lora: Lora) -> dict[str, str]:
             "ss_network_alpha": str(*alphas) if len(alphas) == 1 else "Dynamic"}
 
 
-def _merged_metadata(all_: list[dict[str, str]], files: list[Path], lora: Lora
+def _merged_metadata(sources: list[dict[str, str]], files: list[Path], merged: Lora
                      ) -> dict[str, str]:
-    """What is true of the sum: what all of them say alike, what it was made from, and the LoRAs
-    that any of them was trained upon."""
+    """Metadata that is true of the sum: what all sources agree on, what it was made from, and the
+    LoRAs that any of them was trained upon."""
     from core.adapters import base_loras
     from core.lora_files.metadata import facts_of
-    shared = {key: value for key, value in all_[0].items()
-              if key.startswith(("ss_", "modelspec.")) and all(one.get(key) == value
-                                                               for one in all_)}
-    words_ = [one["modelspec.trigger_phrase"] for one in all_ if "modelspec.trigger_phrase" in one]
-    phrase = {"modelspec.trigger_phrase": ", ".join(dict.fromkeys(words_))} if words_ else {}
-    upon = dict.fromkeys(one for told in all_ for one in facts_of(told).base_loras)
-    return shared | phrase | base_loras.metadata(list(upon)) | _network(lora) | {
+    shared = {key: value for key, value in sources[0].items()
+              if key.startswith(("ss_", "modelspec."))
+              and all(source.get(key) == value for source in sources)}
+    triggers = dict.fromkeys(source["modelspec.trigger_phrase"] for source in sources
+                             if "modelspec.trigger_phrase" in source)
+    phrase = {"modelspec.trigger_phrase": ", ".join(triggers)} if triggers else {}
+    trained_upon = dict.fromkeys(name for source in sources
+                                 for name in facts_of(source).base_loras)
+    return shared | phrase | base_loras.metadata(list(trained_upon)) | _size_metadata(merged) | {
         "modelspec.merged_from": ", ".join(path.name for path in files)}
 
 
-def _told(options: argparse.Namespace, what: str, path: Path, **facts: Any) -> int:
+def _report(options: argparse.Namespace, key: str, path: Path, **facts: Any) -> int:
     left_out = facts.pop("left_out", ())
     if left_out:
-        print(_tr("left_out", count=len(left_out), keys=", ".join(left_out[:3])),
+        print(tr("left_out", count=len(left_out), keys=", ".join(left_out[:3])),
               file=sys.stderr)
-    if options.json:
-        print_json({"ok": True, "file": path, **facts, "left_out": left_out})
-    else:
-        said = {**facts, "kept": f"{100 * facts['kept']:.4g}"} if "kept" in facts else facts
-        print(_tr(what, file=path, **said))
+    params = {**facts, "kept": f"{100 * facts['kept']:.4g}"} if "kept" in facts else facts
+    answer(options, {"ok": True, "file": path, **facts, "left_out": left_out},
+           [tr(key, file=path, **params)])
     return FINE
-
-
-def _tr(key: str, **params: Any) -> str:
-    return i18n.tr(f"lora_convert.{key}", params)

@@ -4,89 +4,61 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from core import i18n
-from core.cli.console import FINE, INTERRUPTED, add_command, print_json, stop_on_ctrl_c
+from core.cli.console import FINE, INTERRUPTED, add_group, answer, job_terminal
 from core.errors import UserError
+from core.units import file_size
 
-if TYPE_CHECKING:
-    from core.base_models.catalog import Entry, Offer
+tr = i18n.translator("hub")
 
 
 def add_commands(commands: Any) -> None:
-    models = add_command(commands, "models", line="models list")
-    inner = models.add_subparsers(dest="action", metavar="ACTION", required=True)
-    add_command(inner, "list", _list, key="models_list", answers=True, line="models list")
-    get = add_command(inner, "get", _get, key="models_get", answers=True,
-                      line="models get SmilingWolf/wd-vit-tagger-v3")
-    get.add_argument("repo", metavar="REPO", help=_tr("arg_repo"))
-    get.add_argument("--mirror", default="", metavar="URL", help=_tr("arg_mirror"))
-    get.add_argument("--revision", default="", metavar="NAME", help=_tr("arg_revision"))
-    get.add_argument("--yes", action="store_true", help=_tr("arg_yes"))
+    add = add_group(commands, "models", "models list")
+    add("list", list_command, "models list")
+    get = add("get", get_command, "models get SmilingWolf/wd-vit-tagger-v3")
+    get.add_argument("repo", metavar="REPO", help=tr("arg_repo"))
+    get.add_argument("--mirror", default="", metavar="URL", help=tr("arg_mirror"))
+    get.add_argument("--revision", default="", metavar="NAME", help=tr("arg_revision"))
+    get.add_argument("--yes", action="store_true", help=tr("arg_yes"))
 
 
-def _list(options: argparse.Namespace) -> int:
+def list_command(options: argparse.Namespace) -> int:
     from core.base_models import hub
-    rows = [(entry, hub.local(entry.repo, entry.files[:1])) for entry in hub.catalogue()]
-    if options.json:
-        print_json({"ok": True, "models": [_facts(entry, place) for entry, place in rows]})
-        return FINE
-    for purpose in dict.fromkeys(entry.purpose for entry, _ in rows):
-        print(_tr(f"purpose_{purpose}"))
-        for entry, place in rows:
+    language = i18n.language()
+    models = [(entry, hub.local(entry.repo, entry.files[:1])) for entry in hub.catalogue()]
+    lines = []
+    for purpose in dict.fromkeys(entry.purpose for entry, _ in models):
+        lines.append(tr(f"purpose_{purpose}"))
+        for entry, path in models:
             if entry.purpose == purpose:
-                print("\n".join(_lines(entry, place)))
+                state = tr("here", path=path) if path else tr("not_here")
+                lines += [f"  {entry.repo}  ({file_size(entry.mb)}, {entry.licence})  {state}",
+                          f"      {entry.about[language]}"]
+    answer(options, {"ok": True, "models": [
+        {"repo": entry.repo, "purpose": entry.purpose, "mb": entry.mb, "licence": entry.licence,
+         "about": entry.about[language], "path": path} for entry, path in models]}, lines)
     return FINE
 
 
-def _lines(entry: Entry, place: Any) -> list[str]:
-    state = _tr("here", path=place) if place else _tr("not_here")
-    return [f"  {entry.repo}  ({_size(entry.mb)}, {entry.licence})  {state}",
-            f"      {entry.about[i18n.language()]}"]
-
-
-def _facts(entry: Entry, place: Any) -> dict[str, Any]:
-    return {"repo": entry.repo, "purpose": entry.purpose, "mb": entry.mb,
-            "licence": entry.licence, "about": entry.about[i18n.language()], "path": place}
-
-
-def _get(options: argparse.Namespace) -> int:
+def get_command(options: argparse.Namespace) -> int:
+    """Shows size and licence first; nothing is fetched before the user says yes."""
     from core.base_models import hub
-    from core.cli.progress import Terminal
-    from core.jobs.control import Control
     offer = hub.describe(options.repo, options.mirror, options.revision)
-    _show(offer)
-    if not (options.yes or _agreed(options)):
-        print(_tr("declined"), file=sys.stderr)
-        return FINE
-    control = Control()
-    with Terminal() as terminal, stop_on_ctrl_c(control, terminal.stopping):
+    # on stderr, as stdout is for answers
+    print(tr("offer", repo=offer.repo, size=file_size(-(-offer.size // 1_000_000)),
+             count=len(offer.files), licence=offer.licence or tr("no_licence"),
+             source=offer.source, folder=offer.folder), file=sys.stderr)
+    if not options.yes:
+        if options.json or not sys.stdin.isatty():
+            raise UserError("hub.needs_yes", repo=options.repo)
+        print(tr("question"), end=" ", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes", "j", "是", "好"):
+            print(tr("declined"), file=sys.stderr)
+            return FINE
+    with job_terminal() as (terminal, control):
         path = hub.fetch(offer.repo, terminal, control, options.mirror, offer=offer)
-    if options.json:
-        print_json({"ok": path is not None, "repo": offer.repo, "path": path})
-    else:
-        print(path or _tr("stopped", repo=offer.repo))
+    answer(options, {"ok": path is not None, "repo": offer.repo, "path": path},
+           [str(path) if path else tr("stopped", repo=offer.repo)])
     return INTERRUPTED if path is None else FINE
-
-
-def _show(offer: Offer) -> None:
-    """Size and licence, before anything is fetched; on stderr, as stdout is for answers."""
-    print(_tr("offer", repo=offer.repo, size=_size(-(-offer.size // 1_000_000)),
-              count=len(offer.files), licence=offer.licence or _tr("no_licence"),
-              source=offer.source, folder=offer.folder), file=sys.stderr)
-
-
-def _agreed(options: argparse.Namespace) -> bool:
-    if options.json or not sys.stdin.isatty():
-        raise UserError("hub.needs_yes", repo=options.repo)
-    print(_tr("question"), end=" ", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes", "j", "是", "好")
-
-
-def _size(mb: int) -> str:
-    return f"{mb / 1000:.1f} GB" if mb >= 1000 else f"{mb} MB"
-
-
-def _tr(key: str, **params: Any) -> str:
-    return i18n.tr(f"hub.{key}", params)

@@ -29,14 +29,17 @@ from core.jobs.events import (
     Step,
 )
 from core.jobs.outcome import said_first
+from core.units import MovingAverage, duration, gigabytes, speed
 
 EVERY_S = 5.0                           # between plain lines
-SMOOTHING = 0.1                         # share of the newest loss in the shown one
+SMOOTHING = 0.1                         # weight of the newest loss in the shown one
 
 
 class Screen(Protocol):
+    """Where progress appears: Bars on a terminal, Lines elsewhere."""
+
     def show(self, name: str, done: int, total: int, facts: str) -> None: ...
-    def tr(self, text: str) -> None: ...
+    def write_line(self, text: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -44,12 +47,16 @@ class Terminal:
     """Listens to events: `with Terminal() as terminal: run_job(..., listen=terminal)`."""
 
     def __init__(self, file: TextIO | None = None, every_s: float = EVERY_S) -> None:
+        # rich asks for a TextIO; Steady passes on what it lacks itself
         steady: Any = Steady(file or sys.stderr)
         console = Console(file=steady, highlight=False, soft_wrap=True)
         self.screen: Screen = Bars(console) if console.is_terminal else Lines(console, every_s)
-        self.loss = Smooth()
-        self.fault: Faulted | None = None               # told by the caller, as the last line
+        self.loss = MovingAverage(SMOOTHING)
+        # The caller prints the fault, as the last line.
+        self.fault: Faulted | None = None
+        # Once a step was made, a fault is no longer bad input.
         self.stepped = False
+        # keys of notes that are not printed
         self.hushed: set[str] = set()
 
     def __enter__(self) -> Self:
@@ -67,36 +74,34 @@ class Terminal:
                 facts = step_facts(event, self.loss.add(event.loss))
                 self.screen.show(phase_name("train"), event.step, event.total, facts)
             case Planned():
-                self.screen.tr(planned(event.plan))
+                self.screen.write_line(planned(event.plan))
             case Note() if event.key not in self.hushed:
-                self.screen.tr(i18n.tr(event.key, event.params))
+                self.screen.write_line(i18n.tr(event.key, event.params))
             case Faulted():
                 self.fault = event
             case Checkpoint():
-                self.screen.tr(i18n.tr("terminal.saved", {"path": event.path}))
+                self.screen.write_line(i18n.tr("terminal.saved", {"path": event.path}))
             case Sample():
-                self.screen.tr(i18n.tr("terminal.picture", {"path": event.path}))
+                self.screen.write_line(i18n.tr("terminal.picture", {"path": event.path}))
             case JobEnded():
                 self.screen.close()
 
-    def tr(self, text: str) -> None:
-        self.screen.tr(text)
-
     def stopping(self, text: str) -> None:
-        """Ctrl+C was heard, and the journal's own note of it needn't be told again."""
+        """Says that Ctrl+C was heard; the journal's own note of it is then not printed again."""
         self.hushed.add("jobs.stopping")
-        self.screen.tr(text)
+        self.screen.write_line(text)
 
 
 class Steady:
-    """A file that may go away: a pipe that nobody reads any more, a terminal that closed, a log
-    on a full disk. What can't be written is lost, the run is not."""
+    """A text file whose errors are ignored: a pipe that nobody reads any more, a terminal that
+    closed, a log on a full disk must not end the run."""
 
     def __init__(self, file: TextIO) -> None:
         self.file = file
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):      # ValueError: closed
+        # ValueError: the file is closed
+        with contextlib.suppress(OSError, ValueError):
             self.file.write(text)
         return len(text)
 
@@ -109,7 +114,7 @@ class Steady:
 
 
 class Bars:
-    """One live bar a phase; finished ones stay above."""
+    """One live bar for each phase; finished bars stay above."""
 
     def __init__(self, console: Console) -> None:
         self.progress = Progress(
@@ -129,7 +134,7 @@ class Bars:
         self.progress.update(self.task, completed=done, total=total or None,
                              count=counted(done, total), facts=facts)
 
-    def tr(self, text: str) -> None:
+    def write_line(self, text: str) -> None:
         self.progress.console.print(Text(text))
 
     def close(self) -> None:
@@ -137,7 +142,7 @@ class Bars:
         self.progress.stop()
 
     def _finish(self) -> None:
-        """A phase of unknown length stands still when the next one begins."""
+        """Stops the animation of a phase of unknown length when the next one begins."""
         if self.task is not None and self.progress.tasks[-1].total is None:
             self.progress.update(self.task, total=1, completed=1)
 
@@ -153,40 +158,21 @@ class Lines:
         line = "  ".join(filter(None, (name, counted(done, total), facts)))
         now = time.monotonic()
         if name != self.name:
-            self._flush()
+            self.close()
         elif now - self.shown_at < self.every_s and not 0 < total <= done:
             self.waiting = line
             return
         self.name, self.shown_at, self.waiting = name, now, ""
-        self._print(line)
-
-    def tr(self, text: str) -> None:
-        self._print(text)
+        self.write_line(line)
 
     def close(self) -> None:
-        self._flush()
-
-    def _flush(self) -> None:
+        """Writes the line that waits, so that the last state of a phase is never lost."""
         if self.waiting:
-            self._print(self.waiting)
+            self.write_line(self.waiting)
         self.waiting = ""
 
-    def _print(self, text: str) -> None:
+    def write_line(self, text: str) -> None:
         self.console.print(Text(f"{time.strftime('%H:%M:%S')}  {text}"))
-
-
-class Smooth:
-    """Exponential mean that is right from the first value on; a loss that is no number is
-    skipped."""
-
-    def __init__(self, share: float = SMOOTHING) -> None:
-        self.share, self.sum, self.weight = share, 0.0, 0.0
-
-    def add(self, value: float | None) -> float | None:
-        if value is not None:
-            self.sum = (1 - self.share) * self.sum + self.share * value
-            self.weight = (1 - self.share) * self.weight + self.share
-        return self.sum / self.weight if self.weight else None
 
 
 def step_facts(step: Step, loss: float | None) -> str:
@@ -203,22 +189,9 @@ def step_facts(step: Step, loss: float | None) -> str:
     return " · ".join(facts)
 
 
-def speed(steps_per_s: float) -> str:
-    """Slow runs read better the other way round."""
-    if steps_per_s >= 1:
-        return i18n.tr("terminal.steps_per_s", {"speed": f"{steps_per_s:.1f}"})
-    return i18n.tr("terminal.s_per_step", {"speed": f"{1 / steps_per_s:.1f}"})
-
-
-def duration(seconds: float) -> str:
-    """75 -> '1:15'; 3675 -> '1:01:15'"""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def megabytes(mb: float) -> str:
-    return f"{mb / 1024:.1f} GB" if mb >= 10_000 else f"{mb:.0f} MB"
+    """Memory for a line of progress: MB below 10 000, as a tenth of a GB would hide changes."""
+    return gigabytes(mb, least_mb=10_000)
 
 
 def counted(done: int, total: int) -> str:
@@ -226,6 +199,7 @@ def counted(done: int, total: int) -> str:
 
 
 def phase_name(name: str) -> str:
+    """The phase in the user's language; a family's own phase has no sentence and keeps its name."""
     key = f"terminal.phase_{name}"
     text = i18n.tr(key)
     return name if text == key else text
@@ -240,47 +214,39 @@ def planned(plan: Mapping[str, Any]) -> str:
 
 # --- the end ---
 
-def _share(value: Any) -> str:
+def _percent(value: Any) -> str:
     return f"{100 * value:.0f} %"
 
 
-# a result's key -> how its value reads
-def _best(value: Mapping[str, Any]) -> str:
-    key = "terminal.best" if value["lora"] else "terminal.best_not_saved"
-    return i18n.tr(key, {"path": value["lora"], "step": value["step"],
-                         "loss": f"{value['validation']:.4f}"})
-
-
-def _proof(value: Mapping[str, Any]) -> str:
-    return i18n.tr("terminal.proven" if value["ok"] else "terminal.not_proven", value)
-
-
-def _base(value: Mapping[str, Any]) -> str:
-    return i18n.tr(f"terminal.base_{value['verdict']}", {"error": f"{value['error']:.2f}"})
-
-
-def _memory(value: Mapping[str, Any]) -> str:
-    key = "terminal.memory_more" if value.get("more_than_planned") else "terminal.memory"
-    return i18n.tr(key, {
-        "planned": megabytes(value["planned_mb"]), "real": megabytes(value["real_mb"])})
-
-
+# A result's key -> how its value reads, in the order in which they are printed.
 SHOWN: dict[str, Callable[[Any], str]] = {
-    "lora": str, "best": _best, "proof": _proof, "base": _base, "base_loras": ", ".join,
+    "lora": str,
+    "best": lambda best: i18n.tr(
+        "terminal.best" if best["lora"] else "terminal.best_not_saved",
+        {"path": best["lora"], "step": best["step"], "loss": f"{best['validation']:.4f}"}),
+    "proof": lambda proof: i18n.tr(
+        "terminal.proven" if proof["ok"] else "terminal.not_proven", proof),
+    "base": lambda base: i18n.tr(
+        f"terminal.base_{base['verdict']}", {"error": f"{base['error']:.2f}"}),
+    "base_loras": ", ".join,
     "sheet": str, "checkpoint": str,
     "steps": str, "seconds": duration, "steps_per_second": "{:.2f}".format,
-    "style_covered": _share, "content_kept": _share, "memory": _memory,
+    "style_covered": _percent, "content_kept": _percent,
+    "memory": lambda memory: i18n.tr(
+        "terminal.memory_more" if memory.get("more_than_planned") else "terminal.memory",
+        {"planned": megabytes(memory["planned_mb"]), "real": megabytes(memory["real_mb"])}),
 }
 
 
 def summary(result: Mapping[str, Any]) -> list[str]:
-    """What a run made, a line each, in a fixed order, below what must be said first; unknown keys
-    are for programs."""
+    """The result of a run: warnings first, then a line for each known key, in a fixed order.
+    Other keys are for programs."""
     first = [i18n.tr(key, params) for key, params in said_first(result)]
     rows = []
     for key, show in SHOWN.items():
         if result.get(key) is not None:
-            with contextlib.suppress(TypeError, ValueError, KeyError):      # a damaged record
+            # the record of a run may be damaged, or an older version's
+            with contextlib.suppress(TypeError, ValueError, KeyError):
                 rows.append((key, show(result[key])))
     if pictures := result.get("samples"):
         folder = Path(pictures[-1]).parent
@@ -290,6 +256,11 @@ def summary(result: Mapping[str, Any]) -> list[str]:
 
 
 def table(rows: list[tuple[str, str]]) -> list[str]:
-    """Labels in one column, by their width on screen (a Chinese character takes two)."""
-    widest = max((Text(label).cell_len for label, _ in rows), default=0)
-    return [f"{label}{' ' * (widest - Text(label).cell_len)}  {text}" for label, text in rows]
+    """Labels in one column, texts in the next."""
+    widest = max((width(label) for label, _ in rows), default=0)
+    return [f"{label}{' ' * (widest - width(label))}  {text}" for label, text in rows]
+
+
+def width(text: str) -> int:
+    """Columns on the screen: a Chinese character takes two."""
+    return Text(text).cell_len

@@ -1,12 +1,12 @@
-"""A config as flat YAML: read with line numbers, checked, written. Whatever is wrong is one
-UserError.
+"""A config as flat YAML: read with line numbers, checked, written. Whatever is wrong becomes a
+UserError that names the file, the line and the key.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,7 +14,16 @@ from pydantic import BaseModel, ValidationError
 from core import i18n
 from core.config.schema import TrainConfig
 from core.errors import UserError
-from core.serialization import BadYaml, compose, construct, decode_text, from_yaml
+from core.serialization import (
+    BadYaml,
+    compose,
+    construct,
+    decode_text,
+    from_yaml,
+    to_yaml,
+)
+
+Config = TypeVar("Config", bound=BaseModel)
 
 
 def read_train_config(path: Path, overrides: Mapping[str, str] | None = None) -> TrainConfig:
@@ -33,54 +42,47 @@ def read_train_config(path: Path, overrides: Mapping[str, str] | None = None) ->
 
 def parse_train_config(text: str, source: str, overrides: Mapping[str, str] | None = None,
                        below: Mapping[str, Any] | None = None) -> TrainConfig:
-    """`below`: values that the text and the overrides win over."""
+    """A config from text. `overrides` (from --set) win over the text, the text over `below`."""
     data, lines = read_flat_yaml(text, source)
     data = {**(below or {}), **data}
     for key, value in (overrides or {}).items():
         data[key] = scalar(value)
         lines.pop(key, None)
     refuse_unknown(data, TrainConfig.model_fields, lines, source)
-    try:
-        return TrainConfig.model_validate(data)
-    except ValidationError as error:
-        raise validation_fault(error, data, source, lines, "--set") from None
+    return validated(TrainConfig, data, lines, source)
 
 
 def dump_yaml(config: BaseModel) -> str:
     """The config as YAML: only what differs from the defaults, so that it stays readable."""
-    return yaml.safe_dump(config.model_dump(exclude_defaults=True), allow_unicode=True,
-                          sort_keys=False)
+    return to_yaml(config.model_dump(exclude_defaults=True))
 
 
 def resolve(path: str, beside: Path | None) -> Path:
-    """A user's path: absolute as it is; relative from the config's folder if something is
-    there, else from the working folder."""
-    plain = Path(path).expanduser()
-    if plain.is_absolute() or beside is None:
-        return plain.absolute()
-    near = beside / plain
-    return (near if near.exists() else plain).absolute()
+    """The absolute path that a user means. A relative one starts in the config's folder `beside`
+    if something is there, else in the working folder."""
+    given = Path(path).expanduser()
+    if given.is_absolute() or beside is None:
+        return given.absolute()
+    near = beside / given
+    return (near if near.exists() else given).absolute()
 
 
 def read_flat_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """-> values and line numbers by key. Aliases are refused, numbers such as 2e-4 are numbers."""
+    """The values and the line numbers by key. Keys without a value are left out, as if they were
+    not there. Raises UserError."""
+    lines: dict[str, int] = {}
     try:
         node = compose(text)
-    except BadYaml as error:
-        raise UserError("config.bad_yaml", file=source, line=error.line, reason=error.reason
-                        ) from None
-    if node is None:
-        return {}, {}
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError("config.not_a_mapping", file=source)
-    lines: dict[str, int] = {}
-    for key_node, _ in node.value:
-        key = str(key_node.value)
-        if key in lines:
-            raise UserError("config.twice", file=source, line=key_node.start_mark.line + 1, key=key,
-                            first=lines[key])
-        lines[key] = key_node.start_mark.line + 1
-    try:
+        if node is None:
+            return {}, {}
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError("config.not_a_mapping", file=source)
+        for key_node, _ in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            # YAML forbids it, but PyYAML would take the last one in silence
+            if key in lines:
+                raise UserError("config.twice", file=source, line=line, key=key, first=lines[key])
+            lines[key] = line
         data = construct(node)
     except BadYaml as error:
         raise UserError("config.bad_yaml", file=source, line=error.line, reason=error.reason
@@ -88,17 +90,18 @@ def read_flat_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, in
     return {str(k): v for k, v in data.items() if v is not None}, lines
 
 
-def told(value: Any) -> str:
-    """A wrong value as a sentence can hold it; 0xfff... may be too long for a decimal."""
+def shortened(value: Any) -> str:
+    """A wrong value on one line, at most 200 characters of it."""
     try:
         text = " ".join(str(value).split())
     except ValueError:
+        # Python refuses to write an integer of more than 4300 digits, such as a long 0xfff...
         return "..."
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def scalar(text: str) -> Any:
-    """A --set value, read as YAML: 4, 2e-4, true, [a, b], plain text."""
+    """The value of --set KEY=VALUE, read as YAML: 4, 2e-4, true, [a, b], plain text."""
     try:
         return from_yaml(text)
     except ValueError:
@@ -107,6 +110,7 @@ def scalar(text: str) -> Any:
 
 def refuse_unknown(data: Mapping[str, Any], known: Collection[str], lines: Mapping[str, int],
                    source: str) -> None:
+    """Raises UserError, with the nearest known key, for the first key that is not known."""
     for key in data:
         if key not in known:
             close = i18n.nearest(key, known, 1)
@@ -115,30 +119,46 @@ def refuse_unknown(data: Mapping[str, Any], known: Collection[str], lines: Mappi
                             nearest=close[0] if close else "")
 
 
-def validation_fault(error: ValidationError, data: Mapping[str, Any], source: object,
-                     lines: Mapping[str, int], elsewhere: str) -> UserError:
-    """The first thing that pydantic found wrong; `elsewhere` stands for the line of a value that
-    stands on none."""
-    key, problem = first_problem(error)
-    return UserError("config.bad_value", file=source, line=lines.get(key, elsewhere), key=key,
-                     value=told(data.get(key)), problem=problem)
+# --- what pydantic found wrong ---
 
-
-_SAME = {"int_parsing": "int", "int_type": "int", "int_from_float": "int",
-         "float_parsing": "float", "float_type": "float", "bool_parsing": "bool",
-         "bool_type": "bool"}          # pydantic's kinds of error -> ours
+def validated(model: type[Config], data: Mapping[str, Any], lines: Mapping[str, int],
+              source: object, no_line: str = "--set") -> Config:
+    """The config that the data makes. Raises UserError with the line of the first wrong value;
+    `no_line` stands in the sentence for a value that came from no line of the file."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        key, problem = first_problem(error)
+        raise UserError("config.bad_value", file=source, line=lines.get(key, no_line), key=key,
+                        value=shortened(data.get(key)), problem=problem) from None
 
 
 def first_problem(error: ValidationError) -> tuple[str, Any]:
-    """The key that pydantic complains of first, and its problem."""
-    first = error.errors()[0]
-    return str(first["loc"][0]) if first["loc"] else "", problem_of(first)
+    """The key of the first wrong value, and its problem for a sentence."""
+    details = error.errors()[0]
+    return str(details["loc"][0]) if details["loc"] else "", problem_of(details)
 
 
-def problem_of(error: Any) -> Any:
-    """What pydantic found wrong, in our words; its own where we have none."""
-    code = f"config.must_{_SAME.get(error['type'], error['type'])}"
+def first_message(error: ValidationError) -> str:
+    """The same in pydantic's own English: 'needs.vram_gb: Input should be a valid number'."""
+    details = error.errors()[0]
+    return f"{'.'.join(map(str, details['loc']))}: {_message(details)}"
+
+
+# pydantic's kinds of error that have the same sentence here
+_KINDS = {"int_parsing": "int", "int_type": "int", "int_from_float": "int",
+          "float_parsing": "float", "float_type": "float", "bool_parsing": "bool",
+          "bool_type": "bool"}
+
+
+def problem_of(details: Any) -> Any:
+    """One of `ValidationError.errors()` in our words, in pydantic's where we have none."""
+    code = f"config.must_{_KINDS.get(details['type'], details['type'])}"
     if code not in i18n.catalogue("en"):
-        return error["msg"].removeprefix("Value error, ")
+        return _message(details)
     return {"say": code, **{name: str(value).replace(" or ", ", ")
-                            for name, value in error.get("ctx", {}).items()}}
+                            for name, value in details.get("ctx", {}).items()}}
+
+
+def _message(details: Any) -> str:
+    return str(details["msg"]).removeprefix("Value error, ")

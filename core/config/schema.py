@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from core import i18n, paths, serialization
@@ -19,11 +19,29 @@ BasePrecision = Literal["same", "int8", "fp8", "nf4"]
 Schedule = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial",
                    "warmup_stable_decay"]
 AdapterKind = Literal["lora", "rslora", "dora", "pissa", "loha", "lokr", "oft"]
-PRODUCTS = ("lora", "rslora", "dora", "pissa")          # kinds that have an A and a B
+PRODUCTS = ("lora", "rslora", "dora", "pissa")          # adapters whose update is B times A
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy", "lion", "schedulefree", "came")
 Extension = Annotated[str, Field(pattern=r"^.+:[A-Za-z_]\w*$")]     # "module:object"
 LossType = Literal["l2", "huber", "smooth_l1"]
 HuberSchedule = Literal["snr", "exponential", "constant"]
+
+
+def _plain_size(value: Any) -> Any:
+    """512, [512, 768], "512,768", "512x768" -> "512,768"."""
+    # bool is an int to Python
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
+    if not isinstance(value, str) or not value.strip():
+        return value or ""
+    numbers = re.fullmatch(r"\s*(\d+)\s*(?:[,x×*]\s*(\d+)\s*)?", value)
+    if not numbers or not all(8 <= int(n) <= 16384 for n in numbers.groups() if n):
+        raise PydanticCustomError("size", "expected 'width,height' in pixels")
+    return f"{int(numbers[1])},{int(numbers[2] or numbers[1])}"
+
+
+Size = Annotated[str, BeforeValidator(_plain_size)]                 # "width,height" or ""
 
 
 def _field(default: Any, level: str, help_: str, unit: str = "", **limits: Any) -> Any:
@@ -47,7 +65,7 @@ class TrainConfig(BaseModel):
     batch_size: int = _field(1, "basic", "pictures at once", "pictures", ge=1, le=256)
     epochs: int = _field(10, "basic", "rounds over all pictures", ge=1, le=100_000)
     learning_rate: float = _field(1e-4, "basic", "size of the update", gt=0, le=10)
-    max_resolution: str = _field("", "basic", "area cap 'W,H'; empty: the base's own", "px")
+    max_resolution: Size = _field("", "basic", "area cap 'W,H'; empty: the base's own", "px")
 
     # advanced
     family: str = _field(
@@ -187,7 +205,7 @@ class TrainConfig(BaseModel):
         "auto", "expert", "names of the layers in the LoRA file")
     init_lora_resize: bool = _field(
         False, "expert", "change the rank of init_lora_weights by SVD where it differs")
-    sample_size: str = _field("", "expert", "'W,H' of previews; empty: the base's own", "px")
+    sample_size: Size = _field("", "expert", "'W,H' of previews; empty: the base's own", "px")
     sample_cfg: float | None = _field(
         None, "expert", "guidance of previews; empty: the family's, 1 of a distilled base",
         ge=0, le=50)
@@ -212,7 +230,7 @@ class TrainConfig(BaseModel):
     @field_validator("distilled", mode="before")
     @classmethod
     def _as_text(cls, value: Any) -> Any:
-        """YAML's true and false."""
+        """YAML reads true and false as booleans."""
         return str(value).lower() if isinstance(value, bool) else value
 
     @field_validator("base_loras")
@@ -227,10 +245,11 @@ class TrainConfig(BaseModel):
     @field_validator("resume", mode="before")
     @classmethod
     def _true_or_a_folder(cls, value: Any) -> Any:
-        """A session's number is one to YAML, too; its words for true and false may be quoted."""
-        said = {"": False, "0": False, "no": False, "off": False, "false": False,
-                "1": True, "yes": True, "on": True, "true": True}
-        return said.get(str(value).casefold(), str(value) if isinstance(value, int) else value)
+        """The number of a session, which YAML reads as an integer, stays text; the words for true
+        and false may be quoted."""
+        words = {"": False, "0": False, "no": False, "off": False, "false": False,
+                 "1": True, "yes": True, "on": True, "true": True}
+        return words.get(str(value).casefold(), str(value) if isinstance(value, int) else value)
 
     @field_validator("output_name")
     @classmethod
@@ -242,15 +261,15 @@ class TrainConfig(BaseModel):
     @field_validator("block_ranks", "block_rates", "optimizer_args", mode="before")
     @classmethod
     def _one_map(cls, value: Any) -> Any:
-        """'mid_block: 16, attn2: 4', on one line or several -> a mapping."""
+        """Text 'mid_block: 16, attn2: 4', on one line or several, becomes a mapping."""
         if not isinstance(value, str):
             return value
         lines = ", ".join(part for part in re.split(r"[\n,]+", value) if part.strip())
         try:
-            found = serialization.from_yaml("{" + lines + "}")
+            pairs = serialization.from_yaml("{" + lines + "}")
         except serialization.BadYaml:
             raise PydanticCustomError("pairs", "expected 'name: value, name: value'") from None
-        return {str(k): v for k, v in found.items()} if isinstance(found, dict) else value
+        return {str(k): v for k, v in pairs.items()} if isinstance(pairs, dict) else value
 
     @field_validator("block_ranks", "block_rates")
     @classmethod
@@ -268,21 +287,6 @@ class TrainConfig(BaseModel):
             raise PydanticCustomError("optimizer", "expected {known}; did you mean {nearest}?",
                                       {"known": ", ".join(OPTIMIZERS), "nearest": nearest})
         return value
-
-    @field_validator("max_resolution", "sample_size", mode="before")
-    @classmethod
-    def _plain_size(cls, value: Any) -> Any:
-        """512, [512, 768], "512,768", "512x768" -> "512,768"."""
-        if isinstance(value, int) and not isinstance(value, bool):
-            value = str(value)
-        if isinstance(value, list):
-            value = ",".join(map(str, value))
-        if not isinstance(value, str) or not value.strip():
-            return value or ""
-        numbers = re.fullmatch(r"\s*(\d+)\s*(?:[,x×*]\s*(\d+)\s*)?", value)
-        if not numbers or not all(8 <= int(n) <= 16384 for n in numbers.groups() if n):
-            raise PydanticCustomError("size", "expected 'width,height' in pixels")
-        return f"{int(numbers[1])},{int(numbers[2] or numbers[1])}"
 
     @property
     def name(self) -> str:
@@ -303,6 +307,7 @@ class TrainConfig(BaseModel):
         return bool(self.reg_data_dir) or self.reg_from_base > 0
 
     def with_changes(self, **changes: Any) -> Self:
+        """A copy with changes, checked as a new config is. Raises ValidationError."""
         return type(self).model_validate(self.model_dump() | changes)
 
 
@@ -310,7 +315,7 @@ COMPANIONS = ("vae", "text_encoders", "tokenizer")      # keys that name files o
 
 
 class GenerateConfig(BaseModel):
-    """One `generate` call."""
+    """One `generate` call: a base, LoRAs, a prompt."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -321,7 +326,7 @@ class GenerateConfig(BaseModel):
     seed: int = Field(default=42, ge=0, lt=2**63)
     steps: int | None = Field(default=None, ge=1, le=1000)  # None: 25, of a distilled base 4 to 8
     cfg: float | None = Field(default=None, ge=0, le=50)    # None: the family's, or 1
-    size: str = ""                         # "W,H"; empty: the base's own
+    size: Size = ""                        # "W,H"; empty: the base's own
     sampler: str = "auto"
     max_tokens: int = Field(default=225, ge=75, le=750, multiple_of=75)
     clip_skip: int | None = Field(default=None, ge=1, le=12)    # None: as the LoRAs were trained
@@ -333,14 +338,10 @@ class GenerateConfig(BaseModel):
     precision: Precision = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     family: str = "auto"
-    vae: str = ""                          # these three as in TrainConfig
+    # as in TrainConfig
+    vae: str = ""
     text_encoders: list[str] = []
     tokenizer: str = ""
-
-    @field_validator("size", mode="before")
-    @classmethod
-    def _plain_size(cls, value: Any) -> Any:
-        return TrainConfig._plain_size(value)
 
 
 def size_of(text: str) -> tuple[int, int] | None:

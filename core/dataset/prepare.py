@@ -113,11 +113,8 @@ def _plan(data: Dataset, table: Table, options: Options, choices: Choices) -> li
     tasks = []
     for index, picture in enumerate(data.pictures):
         # 01.png and 01.jpg become 01 and 01-2: captions go by the stem.
-        stem = free = picture.path.relative_to(data.folder).with_suffix("").as_posix()
-        number = 1
-        while free.casefold() in used:
-            number += 1
-            free = f"{stem}-{number}"
+        free = paths.free_name(
+            picture.path.relative_to(data.folder).with_suffix("").as_posix(), used)
         used.add(free.casefold())
         task = Task(picture, names[index], free, table[index], points[index])
         if index in dropped:

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-WIDTHS = (24, 48, 96, 96)
+WIDTHS = (24, 48, 96, 96)               # channels of the convolutions
+# the first ones: later layers know subjects more than style
 STYLE_LAYERS = 2
 
 
@@ -34,20 +35,20 @@ class JudgeNet(nn.Module):
         self.head = nn.Linear(WIDTHS[-1] * 16, classes)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, 64, 64) in [-1, 1] -> the channels before each normalisation."""
-        found = []
+        """(B, 3, 64, 64) in [-1, 1] -> the output of each convolution, and of the last layer."""
+        layers = []
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = conv(x)
-            found.append(x)
+            layers.append(x)
             x = F.relu(norm(x))
-        return [*found, x]
+        return [*layers, x]
 
     def forward(self, x: Tensor) -> Tensor:
         last = F.adaptive_avg_pool2d(self.features(x)[-1], 4)
         return self.head(last.flatten(1))      # type: ignore[no-any-return]
 
     def style(self, x: Tensor) -> Tensor:
-        """(B, 2 * channels): mean and standard deviation of each early channel."""
+        """(B, 3, 64, 64) -> (B, 2 * channels): mean and standard deviation of early channels."""
         layers = self.features(x)[:STYLE_LAYERS]
         return torch.cat([s for f in layers for s in (f.mean((2, 3)), f.std((2, 3)))], 1)
 
@@ -66,11 +67,13 @@ class Judge:
 
     @torch.no_grad()
     def name(self, images: Sequence[Image.Image]) -> list[str]:
+        """The subject of each picture."""
         return [self.subjects[i] for i in self.net(_tensor(images)).argmax(1).tolist()]
 
     @torch.no_grad()
     def style_distance(self, images: Sequence[Image.Image]) -> float:
-        """Of a set of pictures to the style of the demo LoRA's set, in spreads of a channel."""
+        """How far the pictures' mean style is from the demo LoRA's pictures, in standard
+        deviations of a channel."""
         mean = self.net.style(_tensor(images)).mean(0)
         return float(((mean - self.target.float()) / self.scale.float()).square().mean().sqrt())
 

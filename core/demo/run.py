@@ -26,9 +26,10 @@ from core.jobs.events import Event, Phase
 from core.lora_files.library import DEFAULT_WEIGHT, Lora
 from core.training.run import train
 
+# none of them is among the LoRA's 20 pictures
 SUBJECTS = ("apple", "house", "cat", "car", "heart", "frog", "rocket", "penguin", "star",
-            "strawberry", "tree", "butterfly")      # none is among the LoRA's 20 pictures
-SHOWN = 8                                           # rows of the sheet
+            "strawberry", "tree", "butterfly")
+SHOWN = 8                                           # columns of the sheet
 WEIGHTS = (0.0, DEFAULT_WEIGHT, 1.0)
 TRIGGER = "duskprint style"
 STEPS, CFG = 16, 1.5
@@ -42,7 +43,8 @@ def demo_config(out: Path) -> TrainConfig:
 
 
 def run_demo(out: Path, emit: Emit, control: Control) -> dict[str, Any]:
-    """-> the summary: files, speed, and the two measures. Stopped early: only what is known."""
+    """Trains, draws and measures. Returns the summary: files, speed, and the two measures; after a
+    stop only that of the training."""
     began = time.time()
     config = demo_config(out)
     trained = train(config, emit, control)
@@ -63,7 +65,7 @@ def run_demo(out: Path, emit: Emit, control: Control) -> dict[str, Any]:
 
 
 def draw_subjects(file: Path, seed: int, emit: Emit) -> dict[float, list[Image.Image]]:
-    """Every subject at every weight, the same seed across a row."""
+    """A picture of every subject at every weight; a subject has the same seed at all weights."""
     studio = PipelineSession(paths.DEMO / "base", GenerateConfig(base=str(paths.DEMO / "base")),
                              emit)
     studio.load()
@@ -84,16 +86,18 @@ def prompt(subject: str) -> str:
 
 
 def compare_sheet(drawn: dict[float, list[Image.Image]]) -> Image.Image:
-    """Subjects across, weights down: the eye runs along one weight."""
+    """The sheet: a row for each weight, along which the eye runs, a column for each subject."""
     rows: list[tuple[str, Sequence[Image.Image]]] = [
         (f"weight {weight:g}", images[:SHOWN]) for weight, images in drawn.items()]
     return draw_sheet(SUBJECTS[:SHOWN], rows, caption=f'"a ..., {TRIGGER}", one seed a column')
 
 
 def measure(drawn: dict[float, list[Image.Image]]) -> dict[str, float]:
+    """The two measures of the module's docstring, and the share that the base draws right."""
     judge = Judge(paths.DEMO / "judge.safetensors")
     before, after = drawn[0.0], drawn[DEFAULT_WEIGHT]
     covered = 1 - judge.style_distance(after) / judge.style_distance(before)
+    # What the base alone draws wrong can't show whether the LoRA keeps content.
     right = [i for i, name in enumerate(judge.name(before)) if name == SUBJECTS[i]]
     names = judge.name(after)
     kept = sum(names[i] == SUBJECTS[i] for i in right) / max(1, len(right))

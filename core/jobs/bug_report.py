@@ -21,41 +21,41 @@ LINES = 60                              # of each log
 
 
 def text(view: JobView | None = None) -> str:
-    """Takes seconds: torch is asked in a process of its own. Never raises."""
+    """The whole report. Takes seconds: torch is asked in a process of its own. Never raises."""
     parts = [f"LoRA Darkroom {__version__}\n{platform.platform()}", "\n".join(
         line for finding in doctor.examine() for line in doctor.lines(finding))]
     if view is not None:
-        parts += _run(view)
+        parts.append(f"run {view.id}: {view.state}, step {view.step} / {view.total}, "
+                     f"phase {view.phase}")
+        if fault := view.fault:
+            parts.append("\n".join(filter(None, (f"{fault.code} {fault.params}", fault.details))))
+        with contextlib.suppress(OSError):
+            config = (view.folder / CONFIG).read_text("utf-8", "replace")
+            parts.append(f"--- {CONFIG} ---\n{config}")
+        # the run may be deleted at this very moment
+        with contextlib.suppress(Exception):
+            parts.append(f"--- log ---\n{log_tail(view.id, LINES)}")
     if log := logs.tail(LINES):
         parts.append(f"--- {logs.NAME} ---\n{log}")
     return without_names("\n\n".join(parts)) + "\n"
 
 
-def _run(view: JobView) -> list[str]:
-    facts = f"run {view.id}: {view.state}, step {view.step} / {view.total}, phase {view.phase}"
-    fault = view.fault
-    parts = [facts]
-    if fault:
-        parts.append("\n".join(filter(None, (f"{fault.code} {fault.params}", fault.details))))
-    with contextlib.suppress(OSError):
-        parts.append(f"--- {CONFIG} ---\n{(view.folder / CONFIG).read_text('utf-8', 'replace')}")
-    with contextlib.suppress(Exception):
-        parts.append(f"--- log ---\n{log_tail(view.id, LINES)}")
-    return parts
-
-
 def without_names(text: str) -> str:
-    """Home and data folders by short names; the user's name nowhere."""
+    """The text with short names for the home and data folders, and the user's name nowhere."""
     for folder, short in ((str(paths.data_dir()), "<data>"), (str(paths.ROOT), "<app>"),
                           (str(Path.home()), "~")):
-        for spelled in {folder, folder.replace("\\", "/"), folder.replace("\\", "\\\\")}:
-            if len(spelled) > 3:                        # never "/" or "C:\"
-                text = text.replace(spelled, short)
+        # as Windows, URLs and JSON write it
+        for spelling in {folder, folder.replace("\\", "/"), folder.replace("\\", "\\\\")}:
+            # never "/" or "C:\", which would take every path apart
+            if len(spelling) > 3:
+                text = text.replace(spelling, short)
+    # home folders of others, such as in a config that came from another machine
     text = re.sub(r"(?i)((?:/home|/Users|[a-z]:\\+Users|[a-z]:/Users)[\\/]+)"
                   r"(?:[^\\/'\":\n]{1,60}(?=[\\/])|[^\\/\s'\":]+)", r"\1<user>", text)
     name = ""
     with contextlib.suppress(Exception):
         name = getpass.getuser()
+    # short and common names would damage other words, and tell nothing
     for word, short in ((name, "<user>"), (platform.node(), "<host>")):
         if len(word) > 2 and word not in ("root", "user", "localhost"):
             text = re.sub(rf"(?<![\w-]){re.escape(word)}(?![\w-])", short, text)
@@ -63,5 +63,5 @@ def without_names(text: str) -> str:
 
 
 def log_folder() -> Path:
-    """Where the logs of runs lie."""
+    """Where the logs of runs lie, as file managers show it."""
     return Path(os.path.realpath(paths.runs_dir()))

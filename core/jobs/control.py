@@ -10,10 +10,12 @@ Request = Literal["stop", "pause", "go", "sample", "save"]
 
 
 class Control:
-    """The job polls; a window, a signal handler or a pipe asks. `stop` stays, and wakes a pause."""
+    """Requests of a window, a signal handler or a file, which the job polls. A stop can't
+    be taken back, and ends a pause."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()      # a signal handler may ask while ask() runs
+        # reentrant: a signal handler may ask while ask() runs
+        self._lock = threading.RLock()
         self._once: set[Request] = set()
         self._stopping = False
         self._paused = False
@@ -41,9 +43,9 @@ class Control:
     def take(self, request: Request) -> bool:
         """True once for each `sample` or `save` that was asked for."""
         with self._lock:
-            found = request in self._once
+            requested = request in self._once
             self._once.discard(request)
-            return found
+            return requested
 
     def wait_while_paused(self, poll_s: float = 0.1) -> None:
         while self._paused:

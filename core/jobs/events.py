@@ -1,4 +1,4 @@
-"""What a job tells the world: frozen dataclasses, one JSON line each.
+"""The events of a job: frozen dataclasses, one JSON line each.
 
 The worker emits them, events.jsonl keeps them, the command line and the window read them.
 Unknown kinds and unknown fields in a line are ignored, so that an older app reads a newer run.
@@ -90,7 +90,7 @@ class Captioned(Event):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Note(Event):
     kind = "note"
-    key: str                                          # a sentence's key (words.py)
+    key: str                                          # of its sentence, see core/i18n.py
     params: dict[str, Any] = field(default_factory=dict)
 
 
@@ -113,7 +113,7 @@ class JobEnded(Event):
 KINDS: dict[str, type[Event]] = {c.kind: c for c in (
     JobStarted, Phase, Planned, Step, Sample, Checkpoint, Captioned, Note, Faulted, JobEnded)}
 
-_SHAPES = {kind: (cls, frozenset(f.name for f in fields(cls))) for kind, cls in KINDS.items()}
+_FIELDS = {kind: frozenset(f.name for f in fields(cls)) for kind, cls in KINDS.items()}
 
 
 def to_line(event: Event) -> str:
@@ -122,18 +122,19 @@ def to_line(event: Event) -> str:
 
 
 def from_line(line: str) -> Event | None:
-    """The event of a line; None for a torn line, values of other types than an event's, or a kind
-    this version doesn't know."""
+    """The event of a line. None for a torn line, for values of other types than the event's, and
+    for a kind that this version doesn't know."""
     try:
         data = from_json(line)
         kind = data.pop("kind")
-        _, known = _SHAPES[kind]
-        event: Event = _checks(kind).validate_python({k: v for k, v in data.items() if k in known})
+        known = _FIELDS[kind]
+        event: Event = _adapter(kind).validate_python({k: v for k, v in data.items() if k in known})
         return event
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
 
 
+# building one takes milliseconds, and a journal has thousands of lines
 @functools.cache
-def _checks(kind: str) -> TypeAdapter[Any]:
+def _adapter(kind: str) -> TypeAdapter[Any]:
     return TypeAdapter(KINDS[kind])

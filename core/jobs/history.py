@@ -1,7 +1,7 @@
-"""Runs' records put away and brought back, and the order of those that wait.
+"""Removing and restoring the records of runs, and the order of the queue.
 
-A record is the folder runs/<id>; LoRAs, checkpoints and previews in the output folder are never
-touched. What is put away lies in removed/, the newest ones are kept.
+A record is the folder runs/<id>. LoRAs, checkpoints and previews in the output folder are never
+touched. Removed records lie in removed/, where the newest ones stay.
 """
 
 from __future__ import annotations
@@ -17,24 +17,28 @@ from core import paths
 from core.errors import UserError
 from core.jobs.runs import JobView
 
-KEPT = 20                               # removed records
+KEPT = 20                               # removed records that can be restored
 ORDER = ".order.json"                   # in runs/: ids that wait, the next one first
 
 
 def remove(view: JobView) -> None:
-    """Raises UserError for a run that isn't over, or whose folder can't be moved."""
+    """Moves a run's record to removed/. Raises UserError for a run that isn't over, or whose folder
+    can't be moved."""
     if not view.over:
         raise UserError("jobs.still_running", id=view.id, state=view.state)
     removed = _removed()
     removed.mkdir(parents=True, exist_ok=True)
     _move(view.folder, removed / view.id)
-    for old in sorted(removed.iterdir(), key=lambda one: one.stat().st_ctime)[:-KEPT]:
+    # ctime changes when a folder is moved: the order of removal
+    for old in sorted(removed.iterdir(), key=lambda folder: folder.stat().st_ctime)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def restore(run_id: str) -> None:
-    """Raises UserError where it is no longer kept."""
-    if run_id not in _names(_removed()):
+    """Brings a removed record back. Raises UserError where it is no longer there."""
+    # by the folder's list, so that an id from outside can't lead anywhere else
+    removed = os.listdir(_removed()) if _removed().is_dir() else []
+    if run_id not in removed:
         raise UserError("run_history.not_kept", id=run_id)
     _move(_removed() / run_id, paths.runs_dir() / run_id)
 
@@ -46,15 +50,10 @@ def can_restore(run_id: str) -> bool:
 def _move(source: Path, target: Path) -> None:
     try:
         os.replace(source, target)
-    except OSError as error:            # Windows: a file in it is open in another program
+    except OSError as error:
+        # on Windows: a file in it is open in another program
         raise UserError("run_history.not_moved", folder=source,
                         reason=error.strerror or error) from None
-
-
-def _names(folder: Path) -> list[str]:
-    with contextlib.suppress(OSError):
-        return os.listdir(folder)
-    return []
 
 
 def _removed() -> Path:
@@ -64,22 +63,21 @@ def _removed() -> Path:
 # --- the queue ---
 
 def in_order(waiting: Sequence[JobView]) -> list[JobView]:
-    """The next one first: as they were arranged, then as they came."""
-    order = {run_id: place for place, run_id in enumerate(_order())} if len(waiting) > 1 else {}
+    """The waiting runs, the next one first: as the user arranged them, then as they came."""
+    order: dict[str, int] = {}
+    # the file is read ten times a second: only where it matters
+    if len(waiting) > 1:
+        with contextlib.suppress(OSError, ValueError):
+            ids = json.loads((paths.runs_dir() / ORDER).read_text("utf-8"))
+            if isinstance(ids, list):
+                order = {str(run_id): place for place, run_id in enumerate(ids)}
     return sorted(waiting, key=lambda view: (order.get(view.id, len(order)), view.created, view.id))
 
 
 def move_up(waiting: Sequence[JobView], run_id: str) -> None:
-    """Before the one that is before it. The caller holds the queue's lock."""
+    """Moves a run one place forward. The caller holds the queue's lock."""
     ids = [view.id for view in in_order(waiting)]
     place = ids.index(run_id) if run_id in ids else 0
     if place:
         ids[place - 1], ids[place] = ids[place], ids[place - 1]
         paths.write_atomic(paths.runs_dir() / ORDER, json.dumps(ids))
-
-
-def _order() -> list[str]:
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads((paths.runs_dir() / ORDER).read_text("utf-8"))
-        return [str(one) for one in found] if isinstance(found, list) else []
-    return []

@@ -23,7 +23,8 @@ CONFIG = "config.yaml"
 LOG = "log.txt"
 
 Point = tuple[float, float]                       # step, value
-_SYNCED = (Checkpoint, Faulted, JobEnded)         # what must survive a power cut
+# What must survive a power cut. Syncing every step would cost more than some steps take.
+_SYNCED = (Checkpoint, Faulted, JobEnded)
 
 
 def new_run_id(name: str) -> str:
@@ -37,7 +38,7 @@ def new_run_id(name: str) -> str:
 
 
 class Journal:
-    """The writing end of a run's events. Safe to share between threads of the one writer."""
+    """Writes a run's events. Threads of the one writing process may share it."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,8 @@ class Journal:
 
     def append(self, event: Event) -> None:
         with self._lock:
-            torn, self._torn = self._torn, True           # stays so if the disk is full
+            # If writing fails on a full disk, half a line may be there.
+            torn, self._torn = self._torn, True
             _write_line(self._file.fileno(), to_line(event), torn)
             self._torn = False
             if isinstance(event, _SYNCED):
@@ -68,24 +70,26 @@ def read(folder: Path) -> list[Event]:
 
 
 def tail(folder: Path, offset: int) -> tuple[list[Event], int]:
-    """Events since `offset`, and the offset for the next call."""
+    """Events from byte `offset` on, and the offset for the next call."""
     lines, offset = tail_lines(folder / EVENTS, offset)
     return [event for line in lines if (event := from_line(line)) is not None], offset
 
 
 def append_line(path: Path, line: str) -> None:
-    """One line to a file that several processes may append to."""
+    """Appends a line to a file to which several processes may write."""
     with open(path, "ab+", buffering=0) as file:
         _write_line(file.fileno(), line, _ends_torn(file.fileno()))
 
 
 def tail_lines(path: Path, offset: int) -> tuple[list[str], int]:
-    """Whole lines since `offset`; what follows the last line break waits for the next call."""
+    """Whole lines from byte `offset` on, and the next offset. What follows the last line break
+    waits for the next call."""
     try:
         with open(path, "rb") as file:
             file.seek(offset)
             data = file.read()
-    except OSError:                     # not there yet, or no file at all
+    except OSError:
+        # not there yet, or no file at all
         return [], offset
     whole = data[:data.rfind(b"\n") + 1]
     return whole.decode("utf-8", "replace").split("\n")[:-1], offset + len(whole)
@@ -112,7 +116,7 @@ def thinned(series: Sequence[Point], most: int = 400) -> tuple[Point, ...]:
 
 
 def _ends_torn(handle: int) -> bool:
-    """True if a writer died in mid-line: the next line must not be glued onto its rest."""
+    """Whether a writer died in mid-line: the next line must not be glued onto its rest."""
     size = os.lseek(handle, 0, os.SEEK_END)
     if size == 0:
         return False
@@ -123,5 +127,6 @@ def _ends_torn(handle: int) -> bool:
 def _write_line(handle: int, line: str, torn: bool) -> None:
     # backslashreplace: a file name that is no valid text becomes a JSON escape and comes back
     data = (b"\n" if torn else b"") + line.encode("utf-8", "backslashreplace") + b"\n"
+    # the system may take only a part at once
     while data:
         data = data[os.write(handle, data):]

@@ -1,5 +1,5 @@
-"""JobManager: a background thread that starts, stops and watches workers, one run at a time (and
-pictures on the CPU beside it).
+"""JobManager: a background thread that starts, stops and watches workers. One run at a time has
+the GPU; pictures may be drawn on the CPU beside it.
 
 The folders under runs/ are the only truth. A manager can die at any time: its worker goes on, and
 the next manager, or any reader, sees the same picture. This file must stay free of torch.
@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Self
 
 import psutil
@@ -38,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Stop:
-    """When a stop gets harder; times of time.monotonic()."""
+    """When a run that was asked to stop is terminated and killed, in time.monotonic()."""
 
     terminate_at: float
     kill_at: float
@@ -52,21 +51,27 @@ class _Run(runs.Seen):
 
 
 class JobManager:
-    """Starts, stops and watches runs. Every method may be called from any thread; readers get
-    snapshots and never wait for the disk."""
+    """Starts, stops and watches runs.
+
+    Every method may be called from any thread. Readers get snapshots and never wait for the disk.
+    """
 
     def __init__(self, *, command: Sequence[str] | None = None, dispatch: bool = True,
                  poll_s: float = 0.15, grace_s: float = 10.0, term_s: float = 5.0) -> None:
-        """`command`: another than children.command("worker"). `dispatch` False: watch and stop,
-        but start nothing. A stop waits `grace_s` before it terminates, `term_s` until it kills."""
+        """`command`: how a worker is started, by default processes.command("worker"). `dispatch`
+        False: watch and stop runs, but start none. A stop waits `grace_s` seconds before it
+        terminates the worker, and `term_s` more before it kills it."""
         self.version = 0                  # differs whenever any view does
         self._command = command
         self._dispatch = dispatch
         self._poll_s, self._grace_s, self._term_s = poll_s, grace_s, term_s
-        self._acting = threading.RLock()          # guards what follows; taken before _changed
+        # Guards _runs and _spare; held while files are read and workers are started. Where both
+        # locks are needed, this one is taken first.
+        self._acting = threading.RLock()
         self._runs: dict[str, _Run] = {}
         self._spare: subprocess.Popen[bytes] | None = None
-        self._changed = threading.Condition()     # guards _views and version; never held for long
+        # Guards _views and version; never held for long, as readers wait for it.
+        self._changed = threading.Condition()
         self._views: dict[str, JobView] = {}
         self._wake = threading.Event()
         self._closed = False
@@ -88,11 +93,11 @@ class JobManager:
             return self._views[run_id]
 
     def queue(self) -> list[JobView]:
-        """The runs that wait, the next one first."""
+        """The queued runs, the next one first."""
         return history.in_order([view for view in self.views() if view.state == "queued"])
 
     def wait(self, run_id: str, timeout: float | None = None) -> JobView:
-        """The view once the run is over, or after `timeout` seconds as it then stands."""
+        """Waits until the run is over, at most `timeout` seconds. Returns its view."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self.view(run_id).over, timeout)
             return self.view(run_id)
@@ -110,25 +115,30 @@ class JobManager:
             raise UserError("jobs.still_running", id=run_id, state=old.state)
         config = (old.folder / CONFIG).read_text("utf-8")
         if old.job == "train":
-            own = read_train_config(old.folder / CONFIG)
-            config = dump_yaml(own.with_changes(resume=runs.resume_of(old.folder, own.resume)))
+            before = read_train_config(old.folder / CONFIG)
+            resume = runs.resume_of(old.folder, before.resume)
+            config = dump_yaml(before.with_changes(resume=resume))
         return self._enqueue(old.job, config, old.name, run_id, old.cwd)
 
     def stop(self, run_id: str) -> None:
-        """Asks the run to save and end, harder and harder; returns at once. One that waits in the
-        queue leaves it, one that is over stays as it is."""
+        """Asks the run to save and end, and returns at once; one that doesn't is terminated, then
+        killed. A queued run leaves the queue."""
         with self._acting:
             run = self._runs[self.view(run_id).id]
             view = self._look(run)
             if view.state == "queued":
-                view = self._withdraw(run)
+                # under the lock, as another manager may be starting it
+                with self._queue_lock():
+                    if self._look(run).state == "queued":
+                        self._end_here(run, JobEnded(state="stopped"))
+                    view = self._look(run)
             if not view.over:
                 runs.send(view, "stop")
-                run.stop = run.stop or self._plan()
+                run.stop = run.stop or self._stop_from_now()
                 self._look(run)
 
     def move_up(self, run_id: str) -> None:
-        """Before the run that waits before it."""
+        """Moves a waiting run one place forward in the queue."""
         with self._acting, self._queue_lock():
             history.move_up(self.queue(), run_id)
             with self._changed:
@@ -138,7 +148,7 @@ class JobManager:
         self._ask(run_id, "pause")
 
     def go(self, run_id: str) -> None:
-        """Ends a pause."""
+        """Ends a pause of the run."""
         self._ask(run_id, "go")
 
     def sample(self, run_id: str) -> None:
@@ -154,19 +164,20 @@ class JobManager:
                 self._spare = worker.spawn_worker(self._command, preload=[job])
 
     def hold(self, held: bool = True) -> None:
-        """Held, nothing that waits is started."""
+        """While held, no waiting run is started."""
         self._dispatch = not held
 
     def close(self) -> None:
-        """Ends the thread and the spare worker. A run that goes on goes on without us, and what
-        is queued stays queued."""
+        """Ends the thread and the spare worker. A running worker goes on without us, and queued
+        runs stay queued."""
         with self._acting, self._changed:
             self._closed = True
             self._changed.notify_all()
         self._wake.set()
         self._thread.join()
         if self._spare:
-            self._spare.kill()            # without a run; it may be importing for seconds yet
+            # it has no run, and may be importing torch for seconds yet
+            self._spare.kill()
             worker.dismiss(self._spare)
         for run in self._runs.values():
             if run.child:
@@ -185,20 +196,18 @@ class JobManager:
             pause = self._poll_s
             try:
                 with self._acting:
-                    self._tick()
-            except Exception:             # a full disk, a folder deleted: it may pass
+                    self._refresh()
+                    for run in self._runs.values():
+                        if run.stop:
+                            self._escalate(run, run.stop)
+                    if self._dispatch:
+                        self._start_next()
+            except Exception:
+                # a full disk, a folder deleted by hand: it may pass
                 _log.exception("the job thread goes on after an error")
                 pause = 2.0
             self._wake.wait(pause)
             self._wake.clear()
-
-    def _tick(self) -> None:
-        self._refresh()
-        for run in self._runs.values():
-            if run.stop:
-                self._escalate(run, run.stop)
-        if self._dispatch:
-            self._start_next()
 
     def _refresh(self) -> None:
         """Looks at every run that may have changed, other processes' runs too."""
@@ -209,16 +218,24 @@ class JobManager:
                 run = self._runs[run_id] = _Run(runs.blank(paths.runs_dir() / run_id))
             if not run.settled:
                 self._look(run)
-        for run_id in self._runs.keys() - set(ids):       # deleted by hand
+        # folders that a user deleted
+        for run_id in self._runs.keys() - set(ids):
             del self._runs[run_id]
             with self._changed:
                 del self._views[run_id]
                 self._mark_change()
 
     def _look(self, run: _Run) -> JobView:
+        """Reads on in a run and publishes its view."""
         view = runs.observe(run)
         if view.over:
-            self._settle(run)
+            # A run that is over holds its GPU memory until its process has gone; one that hangs in
+            # its exit is helped out.
+            lingers = self._process(run) is not None
+            if lingers and run.stop is None and self._dispatch:
+                run.stop = self._stop_from_now()
+            if not lingers:
+                run.stop, run.child, run.settled = None, None, True
         elif run.stop:
             view = replace(view, state="stopping")
         with self._changed:
@@ -232,29 +249,21 @@ class JobManager:
         self._changed.notify_all()
         return self.version
 
-    def _settle(self, run: _Run) -> None:
-        """A run that is over holds its GPU memory until its process has gone; one that hangs in
-        its exit is helped out."""
-        lingers = self._process(run) is not None
-        if lingers and run.stop is None and self._dispatch:
-            run.stop = self._plan()
-        if not lingers:
-            run.stop, run.child, run.settled = None, None, True
-
     def _process(self, run: _Run) -> psutil.Process | None:
-        """The worker, as far as it still runs. A process that does other things too counts until
-        its job is over."""
+        """The process that runs a job; None where it has ended. A process that does other things
+        too, as the command line's, counts only until its job is over."""
         if run.child and run.child.poll() is not None:
             return None
         owner = runs.owner_of(run.folded.folder)
-        mine = owner is not None and (owner.dedicated or not run.folded.over)
-        return runs.process_of(owner) if mine else None
+        busy = owner is not None and (owner.dedicated or not run.folded.over)
+        return runs.process_of(owner) if busy else None
 
-    def _plan(self) -> _Stop:
+    def _stop_from_now(self) -> _Stop:
         now = time.monotonic()
         return _Stop(now + self._grace_s, now + self._grace_s + self._term_s)
 
     def _escalate(self, run: _Run, stop: _Stop) -> None:
+        """Terminates, later kills, the worker of a run that was asked to stop and goes on."""
         process, now = self._process(run), time.monotonic()
         if process is None or process.pid == os.getpid():
             return
@@ -276,13 +285,14 @@ class JobManager:
         if self._next() is None:
             return
         with contextlib.suppress(Timeout), self._queue_lock().acquire(blocking=False):
-            self._refresh()               # another process may have been quicker
+            # another process may have been quicker
+            self._refresh()
             if run := self._next():
                 self._launch(run)
 
     def _next(self) -> _Run | None:
-        """The first in the queue of those whose place is free: one holds the card, and one at a
-        time draws beside it on the CPU."""
+        """The run to start now: the first in the queue whose place is free. There are two places,
+        the GPU and, for pictures drawn beside it, the CPU."""
         waiting, taken = [], set()
         for run in self._runs.values():
             if self._views[run.folded.id].state == "queued":
@@ -295,12 +305,17 @@ class JobManager:
 
     def _launch(self, run: _Run) -> None:
         folder = run.folded.folder
-        child = self._take_spare(folder)
+        # the warm worker, if there is one and it takes the run
+        child, self._spare = self._spare, None
+        if child and not (child.poll() is None and worker.hand_over(child, folder)):
+            worker.dismiss(child)
+            child = None
         try:
             if child is None:
                 child = worker.spawn_worker(self._command, folder / LOG)
                 if not worker.hand_over(child, folder):
-                    worker.dismiss(child)             # run.child's exit code tells why
+                    # the exit code of run.child tells readers why
+                    worker.dismiss(child)
             run.child = child
         except (OSError, psutil.Error) as error:
             if child:
@@ -308,21 +323,6 @@ class JobManager:
             self._end_here(run, Faulted(code="jobs.no_worker", params={"reason": str(error)}),
                            JobEnded(state="failed"))
         self._look(run)
-
-    def _take_spare(self, folder: Path) -> subprocess.Popen[bytes] | None:
-        """The warm worker, if it took the run."""
-        spare, self._spare = self._spare, None
-        if spare and spare.poll() is None and worker.hand_over(spare, folder):
-            return spare
-        if spare:
-            worker.dismiss(spare)
-        return None
-
-    def _withdraw(self, run: _Run) -> JobView:
-        with self._queue_lock():
-            if self._look(run).state == "queued":
-                self._end_here(run, JobEnded(state="stopped"))
-            return self._look(run)
 
     def _end_here(self, run: _Run, *events: Event) -> None:
         """Ends a run that never had a worker, so that this process is its only writer."""

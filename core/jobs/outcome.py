@@ -7,13 +7,15 @@ from typing import Any
 
 
 def said_first(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """A sentence's key and its values for each; none where all went well."""
-    found: list[tuple[str, Mapping[str, Any]]] = []
+    """The warnings about a result: each is the key of a sentence and its parameters. Empty where
+    all went well."""
+    warnings: list[tuple[str, Mapping[str, Any]]] = []
     proof, nothing = result.get("proof"), result.get("nothing")
     if isinstance(proof, Mapping) and proof.get("ok") is False:
-        found.append(("engine.not_proven" if "reason" in proof else "engine.proof_failed", proof))
+        key = "engine.not_proven" if "reason" in proof else "engine.proof_failed"
+        warnings.append((key, proof))
     if isinstance(nothing, Mapping):
-        found.append(("engine.nothing_trained", nothing))
+        warnings.append(("engine.nothing_trained", nothing))
     if isinstance(proof, Mapping) and proof.get("faint"):
-        found.append(("engine.faint", proof))
-    return found
+        warnings.append(("engine.faint", proof))
+    return warnings

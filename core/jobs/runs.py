@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -42,6 +42,7 @@ from core.jobs.events import (
 )
 from core.jobs.journal import CONFIG, LOG, Point, append_line, new_run_id, tail, thinned
 from core.serialization import from_json, json_object
+from core.system import logs
 
 RUN = "run.json"                          # name, job, created, ...: written once, never changed
 OWNER = "worker.json"                     # which process runs it
@@ -51,7 +52,11 @@ State = Literal["queued", "starting", "running", "paused", "stopping",
                 "done", "unproven", "stopped", "failed", "interrupted"]
 ENDED: frozenset[str] = frozenset({"done", "unproven", "stopped", "failed", "interrupted"})
 POINTS = 400                              # of a chart; thinned when twice as many have come
-NOTES = 200                               # newest kept
+NOTES = 200                               # the newest ones stay
+# fields that a view takes from the last Step as they are
+STEP_FIELDS = ("step", "total", "epoch", "loss", "lr", "steps_per_s", "eta_s", "memory_mb",
+               "free_mb", "temperature_c")
+# notes that tell a change of state
 MOODS: dict[str, State] = {"jobs.paused": "paused", "jobs.going": "running",
                             "jobs.stopping": "stopping"}
 
@@ -105,7 +110,7 @@ class JobView:
 
     @property
     def beside(self) -> bool:
-        """Pictures on the CPU: they leave the card alone and run beside what holds it."""
+        """Whether this run draws pictures on the CPU, and so runs beside one that uses the GPU."""
         return self.job == "generate" and self.config.get("device") == "cpu"
 
 
@@ -117,26 +122,25 @@ def fold(view: JobView, event: Event) -> JobView:
 
 
 def fold_all(view: JobView, events: Iterable[Event]) -> JobView:
-    """The same for many events; quicker, as of Steps in a row only the last makes a view."""
-    for steps, group in itertools.groupby(events, lambda event: isinstance(event, Step)):
+    """The view after many events. Of Steps in a row, which fill a journal, only the last one makes
+    a view; the others only add their points to the charts."""
+    for are_steps, group in itertools.groupby(events, lambda event: isinstance(event, Step)):
         batch = list(group)
-        if steps and not view.over:
-            view, batch = _with_points(view, batch[:-1]), batch[-1:]
+        if are_steps and not view.over:
+            losses, validations = view.losses, view.validations
+            for step in batch[:-1]:
+                if isinstance(step, Step):
+                    losses = _longer(losses, step.step, step.loss)
+                    validations = _longer(validations, step.step, step.validation)
+            view = replace(view, version=view.version + len(batch) - 1, losses=losses,
+                           validations=validations)
+            batch = batch[-1:]
         view = reduce(fold, batch, view)
     return view
 
 
-def _with_points(view: JobView, steps: Sequence[Event]) -> JobView:
-    losses, validations = view.losses, view.validations
-    for step in steps:
-        if isinstance(step, Step):
-            losses = _longer(losses, step.step, step.loss)
-            validations = _longer(validations, step.step, step.validation)
-    return replace(view, version=view.version + len(steps), losses=losses,
-                   validations=validations)
-
-
 def _changes(view: JobView, event: Event) -> dict[str, Any]:
+    """The fields of the view that an event changes."""
     working = {"state": "running"} if view.state in ("queued", "starting") else {}
     match event:
         case JobStarted():
@@ -150,7 +154,9 @@ def _changes(view: JobView, event: Event) -> dict[str, Any]:
         case Planned():
             return working | {"plan": event.plan}
         case Step():
-            return working | _step(view, event)
+            return working | {key: getattr(event, key) for key in STEP_FIELDS} | {
+                "losses": _longer(view.losses, event.step, event.loss),
+                "validations": _longer(view.validations, event.step, event.validation)}
         case Sample():
             return working | {"samples": (*view.samples, event)}
         case Checkpoint():
@@ -168,16 +174,8 @@ def _changes(view: JobView, event: Event) -> dict[str, Any]:
     return {}
 
 
-def _step(view: JobView, step: Step) -> dict[str, Any]:
-    return {"step": step.step, "total": step.total, "epoch": step.epoch, "loss": step.loss,
-            "lr": step.lr, "steps_per_s": step.steps_per_s, "eta_s": step.eta_s,
-            "memory_mb": step.memory_mb, "free_mb": step.free_mb,
-            "temperature_c": step.temperature_c,
-            "losses": _longer(view.losses, step.step, step.loss),
-            "validations": _longer(view.validations, step.step, step.validation)}
-
-
 def _longer(series: tuple[Point, ...], step: int, value: float | None) -> tuple[Point, ...]:
+    """The series with one more point; a value that is no number is left out."""
     if value is None or not math.isfinite(value):
         return series
     longer = (*series, (step, value))
@@ -193,7 +191,8 @@ def _output_dir(cwd: str, config: dict[str, Any]) -> str:
 
 def create_run(job: str, config: str, name: str, *, resumed_from: str = "", cwd: str = "",
                queued: bool = True) -> Path:
-    """A new run's folder. Not queued: this process is about to run it itself (worker.run_job)."""
+    """Makes a run's folder and returns it. `queued` False: this process is about to run it itself
+    (worker.run_job). `config` is YAML, `cwd` where its relative paths start."""
     folder = paths.runs_dir() / new_run_id(name)
     folder.mkdir(parents=True)
     paths.write_atomic(folder / CONFIG, config)
@@ -201,7 +200,8 @@ def create_run(job: str, config: str, name: str, *, resumed_from: str = "", cwd:
         claim(folder)
     facts = {"job": job, "name": name, "created": time.time(), "resumed_from": resumed_from,
              "cwd": cwd or os.getcwd()}
-    paths.write_atomic(folder / RUN, json.dumps(facts, ensure_ascii=False))   # now others see it
+    # last, as from now on others see the run
+    paths.write_atomic(folder / RUN, json.dumps(facts, ensure_ascii=False))
     return folder
 
 
@@ -218,7 +218,7 @@ def load_run(run_id: str) -> JobView:
 
 
 def ask(run_id: str, request: Request) -> None:
-    """Asks a run that goes on anywhere, without a manager: for the command line."""
+    """Sends a request to a run of any process, without a manager: for the command line."""
     send(load_run(run_id), request)
 
 
@@ -228,29 +228,28 @@ def send(view: JobView, request: Request) -> None:
     append_line(view.folder / REQUESTS, json.dumps({"ask": request, "at": time.time()}))
 
 
-def resume_of(folder: Path, own: bool | str) -> bool | str:
-    """What `resume` must be to go on with this run and no other of its name: the number of its
-    session; True where it told none. Where its `own` resume is one checkpoint's folder and it has
-    saved none since, that one."""
+def resume_of(folder: Path, resume: bool | str) -> bool | str:
+    """The value of the key `resume` that goes on with this run and no other of its name.
+
+    That is the number of its session, or True where its journal names none. `resume` is the run's
+    own value: if that is the folder of one checkpoint, and none was saved since, it stays.
+    """
     events = tail(folder, 0)[0]
-    if isinstance(own, str) and not own.isdigit() and not any(
+    if isinstance(resume, str) and not resume.isdigit() and not any(
             isinstance(event, Checkpoint) for event in events):
-        return own
-    told = [event.params["session"] for event in events
-            if isinstance(event, Note) and "session" in event.params]
-    return str(told[-1]) if told else True
+        return resume
+    sessions = [event.params["session"] for event in events
+                if isinstance(event, Note) and "session" in event.params]
+    return str(sessions[-1]) if sessions else True
 
 
 def log_tail(run_id: str, lines: int = 200) -> str:
     """The last lines of a run's log.txt, for "copy diagnostics"."""
-    with contextlib.suppress(FileNotFoundError), open(load_run(run_id).folder / LOG, "rb") as log:
-        log.seek(max(0, log.seek(0, os.SEEK_END) - 400 * lines))
-        return "\n".join(log.read().decode("utf-8", "replace").splitlines()[-lines:])
-    return ""
+    return logs.tail(lines, load_run(run_id).folder / LOG)
 
 
 def run_ids(known: Container[str] = ()) -> list[str]:
-    """The ids on disk, oldest first; folders in `known` are runs without another look."""
+    """The ids on disk, oldest first. Folders in `known` are taken for runs without a look."""
     root = paths.runs_dir()
     try:
         names = os.listdir(root)
@@ -264,6 +263,7 @@ def newest_first(views: Iterable[JobView]) -> list[JobView]:
 
 
 def unknown(run_id: str, known: Iterable[str]) -> UserError:
+    """The fault that there is no such run, with those that it may have meant."""
     close = i18n.nearest(run_id, known)
     return UserError("jobs.unknown" if close else "jobs.unknown_plain", id=run_id,
                      nearest=", ".join(close))
@@ -271,7 +271,7 @@ def unknown(run_id: str, known: Iterable[str]) -> UserError:
 
 @dataclass(slots=True)
 class Seen:
-    """How far one reader has come with a run."""
+    """What one reader knows of a run: its view up to `offset` of the journal."""
 
     folded: JobView                       # by its journal alone
     offset: int = 0
@@ -279,7 +279,7 @@ class Seen:
 
 
 def blank(folder: Path) -> JobView:
-    """The view before the first event."""
+    """The view of a run before its first event, from run.json and config.yaml."""
     facts: dict[str, Any] = {key: value for key, value in json_object(folder / RUN).items()
                              if isinstance(value, (int, float) if key == "created" else str)}
     config: dict[str, Any] = {}
@@ -293,9 +293,10 @@ def blank(folder: Path) -> JobView:
 
 
 def observe(seen: Seen) -> JobView:
-    """Reads on in the journal. The process is looked at first, so that an end that comes in
-    between is not taken for a death."""
+    """Reads on in a run's journal and looks at its process. Returns the view as it now stands."""
     folder = seen.folded.folder
+    # The process is looked at before the journal, so that a run that ends in between is not taken
+    # for one that died.
     owner = owner_of(folder)
     alive = seen.child.poll() is None if seen.child else process_of(owner) is not None
     events, seen.offset = tail(folder, seen.offset)
@@ -305,9 +306,10 @@ def observe(seen: Seen) -> JobView:
     if alive and owner:
         return replace(view, state="starting", pid=owner.pid) if view.state == "queued" else view
     if owner and seen.child and owner.exit_code is None:
+        # only its parent can ask for the exit code; others read it from the file
         owner = replace(owner, exit_code=seen.child.returncode)
         with contextlib.suppress(OSError):
-            write_owner(folder, owner)    # for those who are not its parent
+            write_owner(folder, owner)
     return replace(view, state="interrupted", exit_code=owner.exit_code if owner else None,
                    ended=view.updated or view.created, fault=view.fault or _death(owner, view))
 
@@ -315,29 +317,28 @@ def observe(seen: Seen) -> JobView:
 def _death(owner: Owner | None, view: JobView) -> Faulted:
     """Why a run broke off, as far as one can tell from outside."""
     code = owner.exit_code if owner else None
+    how = ""
     if owner and owner.forced:
-        key, how = "jobs.forced", ""
+        key = "jobs.forced"
     elif code is None:
-        key, how = "jobs.lost", ""
+        key = "jobs.lost"
     elif code == -9:
+        # mostly Linux' OOM killer, which has a sentence of its own
         key, how = "jobs.killed", "SIGKILL"
+    elif code < 0:
+        key, how = "jobs.died", f"signal {-code}"
+        with contextlib.suppress(ValueError):
+            how = signal.Signals(-code).name
     else:
-        key, how = "jobs.died", _signal_name(-code) if code < 0 else f"exit code {code}"
+        key, how = "jobs.died", f"exit code {code}"
     return Faulted(at=view.updated, code=key, params={"how": how, "log": str(view.folder / LOG)})
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 # --- which process runs it ---
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A pid alone could be a later process's; its creation time tells."""
+    """The process that runs a job. Systems use a pid again: the creation time tells them apart."""
 
     pid: int
     create_time: float                # Unix time, s
@@ -347,6 +348,7 @@ class Owner:
 
 
 def claim(folder: Path, pid: int | None = None, dedicated: bool = False) -> None:
+    """Makes a process (None: this one) the owner of a run."""
     process = psutil.Process(pid)
     write_owner(folder, Owner(process.pid, process.create_time(), dedicated))
 
@@ -363,12 +365,14 @@ def owner_of(folder: Path) -> Owner | None:
 
 
 def process_of(owner: Owner | None) -> psutil.Process | None:
-    """The owner if it still runs; a zombie doesn't."""
+    """The owner's process, or None where it has ended. A zombie has ended."""
     if owner is None or owner.exit_code is not None:
         return None
     try:
         process = psutil.Process(owner.pid)
-        same = abs(process.create_time() - owner.create_time) < 2      # s; clocks get corrected
+        # seconds: the clock may have been corrected since
+        same = abs(process.create_time() - owner.create_time) < 2
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except (psutil.Error, ValueError, OverflowError):       # no number that a process can have
+    except (psutil.Error, ValueError, OverflowError):
+        # gone, or a damaged file's number that no process can have
         return None

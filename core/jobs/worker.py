@@ -1,7 +1,8 @@
-"""The worker: runs one job to its end and turns exceptions into faults; in its own process, which
+"""The worker runs one job to its end and turns exceptions into faults, in its own process, which
 owns torch and CUDA, or in the caller's.
 
-Torch comes with the job's own module, loaded by name: this file stays light for jobs.py.
+Torch comes with the job's own module, which is loaded by name: manager.py imports this file and
+must stay free of torch.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ from core.jobs.runs import REQUESTS, RUN, claim, owner_of
 from core.serialization import from_json
 from core.system import processes
 
-POLL_S = 0.1
-MOST_WAITING = 1000                   # events that a full disk didn't take
+POLL_S = 0.1                          # between looks for requests
+MOST_WAITING = 1000                   # events that a full disk didn't take, the newest ones
 
 
 class Job(NamedTuple):
+    """A kind of job, by names, as importing it would load torch."""
+
     load: str                         # "module:function": path of config.yaml -> config
     run: str                          # "module:function": config, emit, control -> result
 
@@ -62,14 +65,15 @@ def run_job(job: str, config: Any, folder: Path, control: Control,
         def emit(event: Event) -> None:
             with lock:
                 waiting.append(event)
-                with contextlib.suppress(OSError):    # a full disk: they wait, the job goes on
+                # On a full disk events wait, and the job goes on.
+                with contextlib.suppress(OSError):
                     while waiting:
                         journal.append(waiting[0])
                         waiting.popleft()
                 if listen:
                     listen(event)
 
-        with _desk(folder, control, emit):
+        with _requests_served(folder, control, emit):
             end = _attempt(job, config, folder, control, emit)
         emit(end)
         return end
@@ -81,11 +85,13 @@ def _attempt(job: str, config: Any, folder: Path, control: Control,
         entry = _entry(job)
         config = config if config is not None else load_config(job, folder / CONFIG)
         emit(JobStarted(job=job, pid=os.getpid(), config=config.model_dump(mode="json")))
-        run = _named(entry.run)                       # torch comes in here
+        # torch is imported here, which takes seconds: a stop may have come meanwhile
+        run = _load_function(entry.run)
         result = {"state": "stopped"} if control.stopping else run(config, emit, control) or {}
-        told = result.get("state")
-        return JobEnded(state=told if told in ("stopped", "unproven") else "done", result=result)
+        state = result.get("state")
+        return JobEnded(state=state if state in ("stopped", "unproven") else "done", result=result)
     except KeyboardInterrupt:
+        # the second Ctrl+C: nothing is saved, but readers learn that the run is over
         with contextlib.suppress(OSError):
             emit(JobEnded(state="stopped"))
         raise
@@ -96,7 +102,8 @@ def _attempt(job: str, config: Any, folder: Path, control: Control,
 
 
 def load_config(job: str, path: Path) -> Any:
-    return _named(_entry(job).load)(path)
+    """The config of a run, read as its kind of job reads it."""
+    return _load_function(_entry(job).load)(path)
 
 
 def _entry(job: str) -> Job:
@@ -105,16 +112,18 @@ def _entry(job: str) -> Job:
     return JOBS[job]
 
 
-def _named(name: str) -> Callable[..., Any]:
+def _load_function(name: str) -> Callable[..., Any]:
+    """The function that "module:function" names."""
     module, _, function = name.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return found
+    loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return loaded
 
 
 @contextlib.contextmanager
-def _desk(folder: Path, control: Control, emit: Callable[[Event], None]) -> Iterator[None]:
-    """While open: requests go from the folder to the job, and the journal hears what they changed,
-    whoever asked."""
+def _requests_served(folder: Path, control: Control, emit: Callable[[Event], None]
+                     ) -> Iterator[None]:
+    """While open, a thread passes requests from the run's folder to the job. A change of state is
+    written to the journal, whoever asked for it (a request, Ctrl+C)."""
     closed = threading.Event()
 
     def serve() -> None:
@@ -123,8 +132,11 @@ def _desk(folder: Path, control: Control, emit: Callable[[Event], None]) -> Iter
             with contextlib.suppress(OSError):
                 lines, offset = tail_lines(folder / REQUESTS, offset)
                 for line in lines:
-                    if request := _request(line):
-                        control.ask(request)
+                    # a line of a newer version, or a torn one, asks for nothing
+                    with contextlib.suppress(ValueError, KeyError, TypeError):
+                        request = from_json(line)["ask"]
+                        if request in get_args(Request):
+                            control.ask(request)
                 now = "stopping" if control.stopping else "paused" if control.paused else "going"
                 if now != mood:
                     mood = now
@@ -132,7 +144,7 @@ def _desk(folder: Path, control: Control, emit: Callable[[Event], None]) -> Iter
             if closed.wait(POLL_S):
                 return
 
-    thread = threading.Thread(target=serve, name="desk", daemon=True)
+    thread = threading.Thread(target=serve, name="requests", daemon=True)
     thread.start()
     try:
         yield
@@ -141,34 +153,27 @@ def _desk(folder: Path, control: Control, emit: Callable[[Event], None]) -> Iter
         thread.join()
 
 
-def _request(line: str) -> Request | None:
-    try:
-        word = from_json(line)["ask"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return word if word in get_args(Request) else None
-
-
 # --- starting one ---
 
 def spawn_worker(command: Sequence[str] | None = None, log: Path | None = None,
                  preload: Sequence[str] = ()) -> subprocess.Popen[bytes]:
-    """A worker that waits for `hand_over`, having imported the jobs in `preload`. It outlives
-    this process once it has a run, and ends with it before."""
+    """Starts a worker that imports the jobs in `preload` and then waits for `hand_over`. It ends
+    with this process as long as it has no run, and outlives it once it has one."""
     with open(log or os.devnull, "ab") as output:
         return subprocess.Popen(
             [*(command or processes.command("worker")), *preload], stdin=subprocess.PIPE,
             env=processes.environment(PYTHONUNBUFFERED="1"),
             stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True,                       # the terminal's Ctrl-C is not for it
+            # the terminal's Ctrl-C is not for it
+            start_new_session=True,
             creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0)
             | getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0))
 
 
 def hand_over(child: subprocess.Popen[bytes], folder: Path) -> bool:
-    """Gives a waiting worker its run; False: it is dead. The run is claimed first, so that it
-    can't be started twice if this process dies in between."""
+    """Gives a waiting worker its run. Returns False where the worker is dead."""
     assert child.stdin is not None
+    # first, so that the run can't be started twice if this process dies in between
     claim(folder, child.pid, dedicated=True)
     try:
         child.stdin.write(json.dumps(str(folder)).encode() + b"\n")
@@ -187,20 +192,30 @@ def dismiss(child: subprocess.Popen[bytes]) -> None:
 
 
 def reap(child: subprocess.Popen[bytes]) -> None:
-    """Leaves no zombie when a child that nobody watches any longer ends."""
+    """Waits for a child in the background, so that its end leaves no zombie."""
     threading.Thread(target=child.wait, daemon=True).start()
 
 
 def main(preload: Sequence[str] = ()) -> int:
     """The child: imports what it may need, waits for a run's folder on stdin, runs it."""
     for job in preload:
-        _named(_entry(job).run)
-    with open(0, "rb", closefd=False) as orders:          # sys.stdin is None in a windowed app
+        _load_function(_entry(job).run)
+    # by its number, as sys.stdin is None in a windowed app
+    with open(0, "rb", closefd=False) as orders:
         line = orders.readline()
+    # the app has gone before it gave us a run
     if not line.endswith(b"\n"):
-        return 0                                          # the app has gone and nothing was asked
+        return 0
     folder = Path(from_json(line))
-    _write_log(folder / LOG)
+    # stdout and stderr, C libraries' and crash reports included, go to the run's log.
+    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for handle in (1, 2):
+        os.dup2(log, handle)
+    os.close(log)
+    sys.stdout, sys.stderr = (
+        open(handle, "w", buffering=1, encoding="utf-8", errors="backslashreplace",  # noqa: SIM115
+             closefd=False) for handle in (1, 2))
+    faulthandler.enable(sys.stderr)
     claim(folder, dedicated=True)
     control = Control()
 
@@ -210,25 +225,15 @@ def main(preload: Sequence[str] = ()) -> int:
 
     signal.signal(signal.SIGTERM, on_terminate)
     facts = from_json((folder / RUN).read_text("utf-8"))
+    # relative paths mean what they meant where the run was started
     with contextlib.suppress(OSError):
-        os.chdir(facts["cwd"])                            # relative paths mean what they meant
+        os.chdir(facts["cwd"])
     end = run_job(facts["job"], None, folder, control, _log)
     return 1 if end.state in ("failed", "unproven") else 0
 
 
-def _write_log(path: Path) -> None:
-    """stdout and stderr, C libraries' and crash reports included, go to the run's log."""
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    for handle in (1, 2):
-        os.dup2(log, handle)
-    os.close(log)
-    sys.stdout, sys.stderr = (
-        open(handle, "w", buffering=1, encoding="utf-8", errors="backslashreplace",  # noqa: SIM115
-             closefd=False) for handle in (1, 2))
-    faulthandler.enable(sys.stderr)
-
-
 def _log(event: Event) -> None:
+    """Prints an event, steps excepted: they are many, and in the journal."""
     if not isinstance(event, Step):
         values = {k: v for k, v in asdict(event).items() if k not in ("at", "details")}
         print(time.strftime("%H:%M:%S", time.localtime(event.at)), event.kind, values)
@@ -237,6 +242,7 @@ def _log(event: Event) -> None:
 
 
 def kill_tree(process: psutil.Process) -> None:
+    """Kills a process and its descendants, such as data loaders."""
     tree = [process]
     with contextlib.suppress(psutil.Error):
         tree += process.children(recursive=True)
@@ -248,35 +254,31 @@ def kill_tree(process: psutil.Process) -> None:
 # --- what went wrong ---
 
 def faulted(error: BaseException, config: Any = None) -> Faulted:
-    details = "".join(traceback.format_exception(error))
-    code, params, fixes = _recognise(error, config)
-    return Faulted(code=code, params=params, fixes=[asdict(fix) for fix in fixes], details=details)
-
-
-def _recognise(error: BaseException, config: Any) -> tuple[str, dict[str, Any], tuple[Fix, ...]]:
+    """The event for an exception that ended a job."""
     if isinstance(error, UserError):
-        return error.code, error.params, error.fixes
-    reason = one_line(error)
-    for cause in causes(error):
-        if gpu_memory(cause):
-            return "jobs.out_of_gpu_memory", {"reason": reason}, _lighter(config)
-        if memory(cause):
-            return "jobs.out_of_memory", {"reason": reason}, _lighter(config)
-        if disk_full(cause):
-            return "jobs.disk_full", {"file": _file(cause, config)}, ()
-        if isinstance(cause, PermissionError):
-            return "jobs.no_permission", {"file": _file(cause, config)}, ()
-    return "jobs.crash", {"reason": reason}, ()
-
-
-def _file(error: BaseException, config: Any) -> str:
-    return str(getattr(error, "filename", None) or getattr(config, "output_dir", None) or "?")
+        code, params, fixes = error.code, error.params, error.fixes
+    else:
+        code, params, fixes = "jobs.crash", {"reason": one_line(error)}, ()
+        # The first cause that is known decides: libraries wrap the errors of others.
+        for cause in causes(error):
+            if gpu_memory(cause) or memory(cause):
+                code = "jobs.out_of_gpu_memory" if gpu_memory(cause) else "jobs.out_of_memory"
+                fixes = _lighter(config)
+                break
+            if disk_full(cause) or isinstance(cause, PermissionError):
+                code = "jobs.disk_full" if disk_full(cause) else "jobs.no_permission"
+                params = {"file": str(getattr(cause, "filename", None)
+                                      or getattr(config, "output_dir", None) or "?")}
+                break
+    return Faulted(code=code, params=params, fixes=[asdict(fix) for fix in fixes],
+                   details="".join(traceback.format_exception(error)))
 
 
 def _lighter(config: Any) -> tuple[Fix, ...]:
-    """Changes that need less memory and give the same LoRA."""
+    """Changes of the config that need less memory and give the same LoRA."""
     fixes = []
     if (batch := getattr(config, "batch_size", 1)) > 1:
+        # half the batch, twice as often: the update sees as many pictures as before
         parts = 2 if batch % 2 == 0 else batch
         changes = {"batch_size": batch // parts}
         if hasattr(config, "gradient_accumulation_steps"):

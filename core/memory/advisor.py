@@ -19,6 +19,7 @@ from core.memory import plan, relief
 from core.memory.plan import Data, Machine, Plan
 from core.memory.relief import Planner
 from core.system.machine import MB
+from core.units import gigabytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,10 +356,6 @@ def card_of(vram_gb: float, capability: tuple[int, int] = (8, 6)) -> Machine:
 
 def _limit(machine: Machine) -> float:
     return relief.room(machine) * (1 - plan.MARGIN)
-
-
-def gigabytes(mb: float) -> str:
-    return f"{mb / 1024:.1f} GB" if mb >= 1000 else f"{mb:.0f} MB"
 
 
 def as_dict(found: Suggestion) -> dict[str, Any]:

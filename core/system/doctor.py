@@ -1,6 +1,6 @@
-"""What stands between this machine and a training: findings, each with what mends it.
+"""What may keep this machine from training: findings, each with what mends it.
 
-Torch is asked in a process of its own: a broken build may take its process down. Nothing here
+Torch is loaded in a process of its own: a broken build may take its process down. Nothing here
 raises; what can't be found out is a finding too.
 """
 
@@ -29,11 +29,14 @@ OLDEST_PYTHON = (3, 11)
 TORCH_INDEX = "https://download.pytorch.org/whl/cu130"           # Turing and later
 TORCH_INDEX_OLD = "https://download.pytorch.org/whl/cu126"       # Maxwell, Pascal, Volta
 LEAST = {"ram": 4, "disk": 10, "disk_now": 1}                    # GB free
-LONGEST_PATH = 100                       # chars; Windows stops at 260 and packages nest deep
+# characters; Windows stops at 260, and packages nest deep
+LONGEST_PATH = 100
 BUSY_MB = 500                            # of a card, held by another program
-FULL = 0.7                               # a share of a card; less is free and nobody says why
-HOT_C = 87                               # laptops lower their clocks from about here on
-# the first driver of a CUDA generation (NVIDIA, CUDA Compatibility: minor versions)
+# share of a card that should be free where no program is known to hold it
+FULL = 0.7
+# laptops lower their clocks from about here on
+HOT_C = 87
+# the first driver of each generation of CUDA (NVIDIA, CUDA Compatibility: minor versions)
 DRIVERS = {11: "450.80 (Windows: 452.39)", 12: "525.60 (Windows: 528.33)", 13: "580"}
 TORCH_PATIENCE_S = 180
 
@@ -43,8 +46,8 @@ MARKS: dict[Level, str] = {"ok": "[ok]", "warning": "[ !]", "error": "[ x]"}
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`<subject>.<key>` is its sentence; `<subject>.<key>_mend` says what to do, unless all is
-    well."""
+    """One fact about this machine. Its sentence is `<subject>.<key>`; unless the level is ok,
+    `<subject>.<key>_mend` says what to do."""
 
     key: str
     level: Level = "ok"
@@ -60,12 +63,13 @@ class Finding:
         if self.level == "ok":
             return ""
         text = i18n.tr(f"{self.subject}.{self.key}_mend", self.params)
-        inside = processes.frozen() and "pip install" in text    # no pip there, and no way to mend
-        return i18n.tr("doctor.in_app_mend") if inside else text
+        # a frozen app has no pip: another download mends it
+        needs_pip = processes.frozen() and "pip install" in text
+        return i18n.tr("doctor.in_app_mend") if needs_pip else text
 
 
 def examine(base: Path | None = None) -> list[Finding]:
-    """All findings; with `base`, a model folder or file, also whether this machine can load it.
+    """All findings. With `base`, a model folder or file: also whether this machine can load it.
 
     Never raises: a check that fails itself is a finding, and the others still run.
     """
@@ -84,8 +88,9 @@ def examine(base: Path | None = None) -> list[Finding]:
 
 
 def lines(finding: Finding) -> list[str]:
-    shown = [f"{MARKS[finding.level]} {finding.text}"]
-    return [*shown, f"     -> {finding.mend}"] if finding.mend else shown
+    """The finding as text for a terminal."""
+    line = f"{MARKS[finding.level]} {finding.text}"
+    return [line, f"     -> {finding.mend}"] if finding.mend else [line]
 
 
 def as_dict(finding: Finding) -> dict[str, Any]:
@@ -104,32 +109,33 @@ def python() -> Iterator[Finding]:
 
 
 def packages() -> Iterator[Finding]:
-    """Every requirement with its version; those that are missing or outside their bounds."""
+    """The version of every requirement, and those that are missing or outside their bounds."""
     from importlib.metadata import PackageNotFoundError, version
 
     from packaging.requirements import Requirement
-    found, unfit = [], []
+    installed, unfit = [], []
     for requirement in map(Requirement, requirements()):
+        # such as those for another system
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
-            has = version(requirement.name)
+            number = version(requirement.name)
         except PackageNotFoundError:
             unfit.append(str(requirement))
             continue
-        found.append(f"{requirement.name} {has}")
-        if not requirement.specifier.contains(has, prereleases=True):
+        installed.append(f"{requirement.name} {number}")
+        if not requirement.specifier.contains(number, prereleases=True):
             unfit.append(str(requirement))
-    if found:
-        yield Finding("packages", params={"list": ", ".join(found)})
+    if installed:
+        yield Finding("packages", params={"list": ", ".join(installed)})
     if unfit:
         yield Finding("packages_unfit", "error",
                       {"list": ", ".join(unfit), "python": sys.executable,
-                       "wanted": " ".join(f'"{one}"' for one in unfit)})
+                       "wanted": " ".join(f'"{requirement}"' for requirement in unfit)})
 
 
 def requirements() -> list[str]:
-    """From pyproject.toml in a checkout, else from what was installed."""
+    """The packages that we need: from pyproject.toml in a checkout, else from our installed one."""
     import tomllib
     from importlib.metadata import PackageNotFoundError, requires
     pyproject = paths.ROOT / "pyproject.toml"
@@ -139,17 +145,35 @@ def requirements() -> list[str]:
     try:
         return requires("lora-darkroom") or []
     except PackageNotFoundError:
-        return []                       # a built app carries its packages inside
+        # a built app carries its packages inside
+        return []
 
 
 # --- cards and torch ---
 
 def cards(report: GpuReport) -> Iterator[Finding]:
     if (state := report.state) != "ok":
-        yield Finding(state, _level_of(state), {"reason": report.problem}, subject="gpu")
+        level: Level = ("error" if state in ("mismatch", "no_permission", "broken") else "warning")
+        # That there is no NVIDIA card is no fault, unless one is built in.
+        if state == "no_library" and not any(
+                chip.vendor == "nvidia" for chip in machine.accelerators()):
+            level = "ok"
+        yield Finding(state, level, {"reason": report.problem}, subject="gpu")
     for card in report.gpus:
-        yield Finding("card_mig" if card.mig else "card", params=_facts(card))
-        yield from _strain(card)
+        facts = _facts(card)
+        yield Finding("card_mig" if card.mig else "card", params=facts)
+        held = [user for user in card.users
+                if user.pid != os.getpid() and (user.used_mb or 0) > BUSY_MB]
+        if held:
+            yield Finding("card_busy", "warning", facts | {"programs": ", ".join(
+                f"{_program(user.pid)} ({user.used_mb:.0f} MB)" for user in held)})
+        elif card.free_mb < FULL * card.total_mb:
+            yield Finding("card_full", "warning", facts)
+        if (card.temperature_c or 0) >= HOT_C:
+            yield Finding("card_hot", "warning", facts)
+        # not for the power cap, which is usual at work
+        elif {"thermal", "hw_slowdown"} & set(card.throttled):
+            yield Finding("card_throttled", "warning", facts)
     if report.gpus and report.lost:
         yield Finding("card_lost", "error", {"numbers": ", ".join(map(str, report.lost))})
     if report.wsl:
@@ -158,103 +182,81 @@ def cards(report: GpuReport) -> Iterator[Finding]:
         yield Finding("order_assumed", "warning", _facts(first))
 
 
-def _level_of(state: gpu.State) -> Level:
-    """No card is no fault, unless one is built in."""
-    if state == "no_library":
-        built_in = any(one.vendor == "nvidia" for one in machine.accelerators())
-        return "warning" if built_in else "ok"
-    return "error" if state in ("mismatch", "no_permission", "broken") else "warning"
-
-
-def _strain(card: GpuInfo) -> Iterator[Finding]:
-    """What takes memory or speed from a card now."""
-    facts = _facts(card)
-    held = [user for user in card.users
-            if user.pid != os.getpid() and (user.used_mb or 0) > BUSY_MB]
-    if held:
-        yield Finding("card_busy", "warning", facts | {
-            "programs": ", ".join(f"{_program(u.pid)} ({u.used_mb:.0f} MB)" for u in held)})
-    elif card.free_mb < FULL * card.total_mb:
-        yield Finding("card_full", "warning", facts)
-    if (card.temperature_c or 0) >= HOT_C:
-        yield Finding("card_hot", "warning", facts)
-    elif {"thermal", "hw_slowdown"} & set(card.throttled):      # the power cap is usual at work
-        yield Finding("card_throttled", "warning", facts)
-
-
 def graphics(report: GpuReport) -> Iterator[Finding]:
-    """Other makers' chips, named as what they are."""
-    for one in machine.accelerators():
-        if one.vendor != "nvidia":
-            yield Finding(f"support_{one.support}", params={"name": one.name}, subject="gpu")
+    """Other makers' chips, and whether torch can train on them."""
+    for chip in machine.accelerators():
+        if chip.vendor != "nvidia":
+            yield Finding(f"support_{chip.support}", params={"name": chip.name}, subject="gpu")
 
 
 def torch(facts: dict[str, Any], report: GpuReport) -> Iterator[Finding]:
-    """Does this torch fit the cards that it sees? `facts` as torch_facts() tells them."""
+    """Whether this torch fits the cards that it sees. `facts` are those of torch_facts()."""
     if "error" in facts:
         yield Finding("torch_broken", "error", facts | {"python": sys.executable})
         return
     facts = facts | {"python": sys.executable, "index": TORCH_INDEX, "old": TORCH_INDEX_OLD}
-    seen = gpu.visible(report)
-    unfit = [card for card in seen
+    visible = gpu.visible(report)
+    unfit = [card for card in visible
              if any(card.capability) and not runs_on(card.capability, facts["archs"])]
-    if not seen:
+    if not visible:
         yield Finding("torch_mps" if facts["mps"] else "torch_cpu", params=facts)
     elif not facts["cuda"] and not facts["hip"]:
         yield Finding("torch_without_cuda", "error",
-                      facts | _facts(seen[0]) | {"index": index_for(seen)})
+                      facts | _facts(visible[0]) | {"index": index_for(visible)})
     elif not facts["available"]:
-        yield _no_contact(facts, seen[0])
+        card = visible[0]
+        built, supported = _version(facts["cuda"])[0], _version(card.cuda_version)[0]
+        params = facts | _facts(card) | {"needed": DRIVERS.get(built, facts["cuda"])}
+        if not 0 < supported < built:
+            yield Finding("torch_no_contact", "error", params)
+        else:
+            # A driver older than torch's generation of CUDA. Torch for the older CUDA has no code
+            # for Blackwell, whose owners need the new driver.
+            yield Finding("driver_old" if card.capability < (10, 0) else "driver_old_new_card",
+                          "error", params)
     elif unfit:
         key = "torch_too_new" if unfit[0].capability < (7, 5) else "torch_too_old"
         yield Finding(key, "error", facts | _facts(unfit[0]))
     else:
         yield Finding("torch_cuda", params=facts)
-        if _number(facts["cuda"]) > _number(seen[0].cuda_version) > (0, 0):
-            yield Finding("driver_minor", params=facts | _facts(seen[0]))
+        # works within a generation of CUDA, but may lack what is newer than the driver
+        if _version(facts["cuda"]) > _version(visible[0].cuda_version) > (0, 0):
+            yield Finding("driver_minor", params=facts | _facts(visible[0]))
 
 
-def _no_contact(facts: dict[str, Any], card: GpuInfo) -> Finding:
-    """The driver speaks an older generation of CUDA, or the reason is not known."""
-    built, spoken = _number(facts["cuda"])[0], _number(card.cuda_version)[0]
-    params = facts | _facts(card) | {"needed": DRIVERS.get(built, facts["cuda"])}
-    if not 0 < spoken < built:
-        return Finding("torch_no_contact", "error", params)
-    # torch for the older CUDA has no code for Blackwell
-    return Finding("driver_old" if card.capability < (10, 0) else "driver_old_new_card", "error",
-                   params)
-
-
-def _number(version: str) -> tuple[int, int]:
+def _version(text: str) -> tuple[int, int]:
     """'12.4' -> (12, 4); what is no version: (0, 0)"""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    match = re.match(r"(\d+)\.(\d+)", text)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:
-    """sm_XY code runs on cards of the same major version from X.Y on; compute_XY (PTX) on all
-    later ones."""
+    """Whether a card can run a torch that was built for `archs`. Code for sm_XY runs on cards of
+    the same major version from X.Y on, compute_XY (PTX) on all later ones."""
     major, minor = capability
     for arch in archs:
         kind, _, number = arch.partition("_")
-        digits = number.rstrip("af")    # sm_90a: code for exactly that card
+        # sm_90a: code for exactly that card
+        digits = number.rstrip("af")
         if not digits.isdigit():
             continue
-        have = divmod(int(digits), 10)
-        if kind == "sm" and have[0] == major and have[1] <= minor:
+        built_for = divmod(int(digits), 10)
+        if kind == "sm" and built_for[0] == major and built_for[1] <= minor:
             return True
-        if kind == "compute" and have <= (major, minor):
+        if kind == "compute" and built_for <= (major, minor):
             return True
-    return not archs                    # it doesn't tell: the first kernel will
+    # a torch that doesn't tell: the first kernel will
+    return not archs
 
 
 def index_for(cards: Iterable[GpuInfo]) -> str:
+    """pip's index with a torch for these cards."""
     old = any((0, 0) < card.capability < (7, 5) for card in cards)
     return TORCH_INDEX_OLD if old else TORCH_INDEX
 
 
 def torch_facts() -> dict[str, Any]:
-    """version, cuda, hip, available, archs, mps; or error, with the reason."""
+    """What the installed torch can do: version, cuda, hip, available, archs, mps; or `error`."""
     try:
         done = subprocess.run(processes.command("torch-facts"), timeout=TORCH_PATIENCE_S,
                               env=processes.environment(PYTHONWARNINGS="ignore"),
@@ -263,35 +265,36 @@ def torch_facts() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     except ValueError:
-        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        return {"error": said[-1] if said else f"exit code {done.returncode}"}
+        stderr = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        return {"error": stderr[-1] if stderr else f"exit code {done.returncode}"}
     return facts
 
 
 def tell_torch(_: Sequence[str] = ()) -> int:
-    """The process of its own, see torch_facts."""
-    print(json.dumps(_ask_torch()))
+    """The process that torch_facts starts: prints the facts as JSON."""
+    facts: dict[str, Any]
+    try:
+        import torch
+        facts = {"version": torch.__version__, "cuda": torch.version.cuda or "",
+                 "hip": getattr(torch.version, "hip", None) or "",
+                 "available": torch.cuda.is_available(), "archs": torch.cuda.get_arch_list(),
+                 "mps": torch.backends.mps.is_available()}
+    except Exception as error:
+        facts = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(facts))
     return 0
 
 
-def _ask_torch() -> dict[str, Any]:
-    try:
-        import torch
-        available = torch.cuda.is_available()
-        return {"version": torch.__version__, "cuda": torch.version.cuda or "",
-                "hip": getattr(torch.version, "hip", None) or "", "available": available,
-                "archs": torch.cuda.get_arch_list(),
-                "mps": torch.backends.mps.is_available()}
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
-
-
 def _facts(card: GpuInfo) -> dict[str, Any]:
-    return {"card": card.name, "total": f"{card.total_mb / 1024:.1f}",
-            "free": f"{card.free_mb / 1024:.1f}", "driver": card.driver,
+    return {"card": card.name, "total": _gb(card.total_mb), "free": _gb(card.free_mb),
+            "driver": card.driver,
             "capability": ".".join(map(str, card.capability)), "spoken": card.cuda_version or "?",
             "temperature": "?" if card.temperature_c is None else f"{card.temperature_c:.0f}",
             "reasons": ", ".join(card.throttled), "laptop": card.laptop, "uuid": card.uuid}
+
+
+def _gb(mb: float) -> str:
+    return f"{mb / 1024:.1f}"
 
 
 def _program(pid: int) -> str:
@@ -306,8 +309,8 @@ def _program(pid: int) -> str:
 
 def memory() -> Iterator[Finding]:
     total, free = machine.ram()
-    facts = {"total": f"{total / 1024:.1f}", "free": f"{free / 1024:.1f}",
-             "cores": machine.cores(), "cpu": machine.cpu_name()}
+    facts = {"total": _gb(total), "free": _gb(free), "cores": machine.cores(),
+             "cpu": machine.cpu_name()}
     if free < LEAST["ram"] * 1024:
         yield Finding("memory_low", "warning", facts)
     else:
@@ -319,9 +322,9 @@ def power() -> Iterator[Finding]:
         yield Finding("on_battery", "warning")
 
 
-def folders(wanted: Sequence[Path]) -> Iterator[Finding]:
-    """Can be written, and the disk has room."""
-    for folder in wanted:
+def folders(checked: Sequence[Path]) -> Iterator[Finding]:
+    """Whether these folders can be written, and their disks have room."""
+    for folder in checked:
         facts: dict[str, Any] = {"folder": str(folder)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -330,16 +333,17 @@ def folders(wanted: Sequence[Path]) -> Iterator[Finding]:
         except OSError as error:
             yield Finding("folder_locked", "error", facts | {"reason": str(error)})
             continue
-        free = (machine.disk_free(folder) or 0) / 1024
-        facts["free"] = f"{free:.1f}"
-        if free < LEAST["disk"]:
-            yield Finding("disk_low", "error" if free < LEAST["disk_now"] else "warning", facts)
+        free = machine.disk_free(folder) or 0
+        facts["free"] = _gb(free)
+        if free < LEAST["disk"] * 1024:
+            level: Level = "error" if free < LEAST["disk_now"] * 1024 else "warning"
+            yield Finding("disk_low", level, facts)
         else:
             yield Finding("folder", params=facts)
 
 
 def encoding(base: Path | None = None) -> Iterator[Finding]:
-    """Paths and texts that other programs' code may stumble over."""
+    """Paths and encodings on which other people's code may fail."""
     root = str(paths.ROOT)
     filesystem = sys.getfilesystemencoding()
     if filesystem.lower().replace("-", "") != "utf8":
@@ -358,6 +362,7 @@ def weights(base: Path | None) -> Iterator[Finding]:
     """Whether the base is whole, and RAM and disks have room for it."""
     if base is None:
         return
+    # a name that is no valid text must not fail in the sentence
     shown = {"base": str(base).encode("utf-8", "backslashreplace").decode()}
     if not base.exists():
         yield Finding("base_missing", "error", shown)
@@ -372,31 +377,30 @@ def weights(base: Path | None) -> Iterator[Finding]:
     except UserError as fault:
         yield Finding("base_broken", "error", shown | {"reason": str(fault)})
         return
-    yield from _room(files, shown)
-
-
-def weight_files(base: Path) -> dict[str, list[Path]]:
-    """Part -> its files, several where it is split. A model folder's parts lie in subfolders."""
-    if base.is_file():
-        return {base.name: [base]}
-    parted = (base / "model_index.json").exists()
-    parts: dict[str, list[Path]] = {}
-    for path in sorted(base.glob("*/*.safetensors" if parted else "**/*.safetensors")):
-        name = re.sub(r"-\d{5}-of-\d{5}(?=\.)", "", path.relative_to(base).as_posix())
-        parts.setdefault(name, []).append(path)
-    return parts
-
-
-def _room(files: dict[str, list[Path]], shown: dict[str, Any]) -> Iterator[Finding]:
     sizes = [sum(path.stat().st_size for path in group) / machine.MB for group in files.values()]
     free = machine.ram()[1]
     facts = shown | {"largest": f"{max(sizes) / 1024:.2f}", "size": f"{sum(sizes) / 1024:.2f}",
-                     "free": f"{free / 1024:.1f}"}
-    fits = max(sizes) < free            # parts are loaded one after the other
+                     "free": _gb(free)}
+    # parts are loaded one after the other
+    fits = max(sizes) < free
     yield Finding("base" if fits else "base_ram", "ok" if fits else "warning", facts)
     for folder in {paths.data_dir(), paths.cache_dir()}:
         room = machine.disk_free(folder)
         if room is not None and room < sum(sizes):
             yield Finding("base_disk", "warning",
-                          facts | {"folder": str(folder), "room": f"{room / 1024:.1f}"})
+                          facts | {"folder": str(folder), "room": _gb(room)})
+
+
+def weight_files(base: Path) -> dict[str, list[Path]]:
+    """The files of each part of a model, several where a part is split."""
+    if base.is_file():
+        return {base.name: [base]}
+    # diffusers' layout: parts lie in subfolders, and a file beside them is a copy of all
+    is_diffusers = (base / "model_index.json").exists()
+    parts: dict[str, list[Path]] = {}
+    for path in sorted(base.glob("*/*.safetensors" if is_diffusers else "**/*.safetensors")):
+        # model-00001-of-00003.safetensors
+        name = re.sub(r"-\d{5}-of-\d{5}(?=\.)", "", path.relative_to(base).as_posix())
+        parts.setdefault(name, []).append(path)
+    return parts
 

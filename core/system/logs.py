@@ -16,14 +16,16 @@ from typing import Any
 from core import __version__, paths
 
 NAME = "app.log"
-LARGEST, KEPT = 2_000_000, 4            # bytes; older files beside it, app.log.1 the newest
+LARGEST = 2_000_000                     # bytes of one file
+KEPT = 4                                # older files beside it, app.log.1 the newest
 FORMAT = "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
 
 _log = logging.getLogger("darkroom")
 
 
 class _File(RotatingFileHandler):
-    """A log that can't be written, or renamed while another process has it open, harms nobody."""
+    """Logging never disturbs the program: a log that can't be written is lost, one that can't be
+    renamed (Windows, another process has it open) grows on."""
 
     def doRollover(self) -> None:
         try:
@@ -36,10 +38,10 @@ class _File(RotatingFileHandler):
 
 
 class _Stream(io.TextIOBase):
-    """A stream whose lines go to the log: libraries that draw bars, or ask for a terminal, find
-    one."""
+    """A stream whose lines go to the log, for libraries that draw bars or ask for a terminal."""
 
-    encoding = "utf-8"                  # libraries ask for it
+    # libraries ask for it
+    encoding = "utf-8"
 
     def __init__(self) -> None:
         self._rest, self._lock = "", threading.RLock()
@@ -49,6 +51,7 @@ class _Stream(io.TextIOBase):
 
     def write(self, text: str) -> int:
         with self._lock:
+            # a progress bar ends its lines with \r
             *lines, self._rest = (self._rest + text).replace("\r", "\n").split("\n")
         for line in filter(str.strip, lines):
             _log.info("%s", line)
@@ -60,8 +63,10 @@ def file() -> Path:
 
 
 def begin() -> None:
-    """From now on the log gets what libraries warn of, threads die of, and the interpreter too.
-    A folder that can't be written: nothing is kept."""
+    """Starts the log: warnings of libraries, exceptions that end threads, crashes of C code.
+
+    Where its folder can't be written nothing is logged.
+    """
     root = logging.getLogger()
     if any(isinstance(handler, _File) for handler in root.handlers):
         return
@@ -80,9 +85,11 @@ def begin() -> None:
 
 
 def to_file() -> None:
-    """What is missing of stdout and stderr (a program without a console) becomes the log."""
+    """In a program without a console, makes the log of its missing stdout and stderr."""
     if sys.stdout is None or sys.stderr is None:
-        for handle in range(3):         # closed ones would go to the next file that is opened
+        # The next file that is opened would get a closed handle's number, and with it all that C
+        # code prints.
+        for handle in range(3):
             try:
                 os.fstat(handle)
             except OSError:
@@ -98,20 +105,24 @@ def to_file() -> None:
 
 
 def _crashes() -> int:
-    """A file that stays open, for what C code says when it dies."""
+    """A file that stays open, for what C code prints when it crashes. Returns its handle."""
     with contextlib.suppress(OSError):
         file().parent.mkdir(parents=True, exist_ok=True)
         return os.open(file().with_suffix(".crash"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     return os.open(os.devnull, os.O_WRONLY)
 
 
-def tail(lines: int) -> str:
-    with contextlib.suppress(OSError):
-        return "\n".join(file().read_text("utf-8", "replace").splitlines()[-lines:])
+def tail(lines: int, path: Path | None = None) -> str:
+    """The last lines of a log (None: the app's own); "" where there is none."""
+    with contextlib.suppress(OSError), open(path or file(), "rb") as log:
+        # 400 bytes a line are enough for most; the log of a run may have hundreds of MB
+        log.seek(max(0, log.seek(0, os.SEEK_END) - 400 * lines))
+        return "\n".join(log.read().decode("utf-8", "replace").splitlines()[-lines:])
     return ""
 
 
 def _thread_died(args: threading.ExceptHookArgs) -> None:
+    """threading.excepthook: to the log, and to a stderr that is not the log itself."""
     if args.exc_type is not SystemExit and args.exc_value is not None:
         name = args.thread.name if args.thread else "?"
         _log.error("thread %s", name, exc_info=(args.exc_type, args.exc_value, args.exc_traceback))

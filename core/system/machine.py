@@ -1,4 +1,7 @@
-"""The computer beside NVML: memory, processor, disk, power, and other makers' graphics."""
+"""Facts about the computer: memory, processor, disk, power, graphics chips of all makers.
+
+What only NVIDIA's driver knows is in gpu.py.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,10 @@ import psutil
 
 from core import i18n
 
-MB = 2**20
+MB = 2**20                              # bytes; all sizes here are in MiB
 CGROUPS = Path("/sys/fs/cgroup")
 CARDS = Path("/sys/class/drm")
+# Windows' registry: graphics cards, and the first processor
 DISPLAY_CLASS = r"SYSTEM\CurrentControlSet\Control\Class\{4d36e968-e325-11ce-bfc1-08002be10318}"
 PROCESSOR = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
 
@@ -39,7 +43,7 @@ class Accelerator:
 
     @property
     def support(self) -> Literal["cuda", "mps", "none"]:
-        """By what torch can train there."""
+        """The backend of torch that can train there."""
         return "cuda" if self.vendor == "nvidia" else "mps" if self.vendor == "apple" else "none"
 
     @property
@@ -71,69 +75,77 @@ def machine(folder: Path | None = None) -> Machine:
 
 
 def ram() -> tuple[float, float]:
-    """Total and available MB: the computer's, or of the container where that gives less."""
+    """Total and available MB, of the computer or of the container where that gives less."""
     memory = psutil.virtual_memory()
     total, free = memory.total / MB, memory.available / MB
     for group in _limited():
         with contextlib.suppress(OSError, ValueError):
-            if group.most_mb < total:
-                total, free = group.most_mb, min(free, max(0.0, group.most_mb - group.held_mb()))
+            if group.limit_mb < total:
+                total, free = group.limit_mb, min(free, max(0.0, group.limit_mb - group.held_mb()))
     return total, free
 
 
 def private_mb(process: psutil.Process | None = None) -> float:
-    """What a process holds for itself. Pages of files that it maps (weights, libraries) aren't
-    among it: they give way when memory is short, and count as available."""
+    """MB that a process (None: this one) holds for itself, without the pages of files that it maps
+    (weights, libraries): those give way when memory is short, and count as available."""
     process = process or psutil.Process()
-    told = process.memory_info()
+    info = process.memory_info()
+    # committed memory, which is what runs out on Windows
     if sys.platform == "win32":
-        return float(told.private) / MB         # committed, which is what runs out there
+        return float(info.private) / MB
     if sys.platform == "darwin":
         with contextlib.suppress(psutil.Error):
             return float(process.memory_full_info().uss) / MB
-    return float(told.rss - getattr(told, "shared", 0)) / MB
+    return float(info.rss - getattr(info, "shared", 0)) / MB
 
 
 class _Limit(NamedTuple):
-    """A control group with a limit of its own."""
+    """A control group of Linux (a container, a systemd slice) with a limit of its own."""
 
     folder: Path
-    most_mb: float
-    used: str                           # file
-    cache: str                          # key in memory.stat: files' pages, which give way
+    limit_mb: float
+    usage_file: str
+    cache_key: str                      # of pages of files in memory.stat
 
     def held_mb(self) -> float:
+        """Without pages of files, which give way when memory is short."""
         stat = (self.folder / "memory.stat").read_text()
-        files = re.search(rf"^{self.cache} (\d+)", stat, re.MULTILINE)
-        held = int((self.folder / self.used).read_text()) - (int(files[1]) if files else 0)
-        return held / MB
+        cache = re.search(rf"^{self.cache_key} (\d+)", stat, re.MULTILINE)
+        usage = int((self.folder / self.usage_file).read_text())
+        return (usage - (int(cache[1]) if cache else 0)) / MB
 
 
 @functools.cache
 def _limited() -> tuple[_Limit, ...]:
-    """The groups that this process is in, versions 2 and 1."""
+    """The groups with a limit that this process is in."""
+    # cgroups version 2, then version 1
     names = {"memory.max": ("memory.current", "inactive_file"),
              "memory.limit_in_bytes": ("memory.usage_in_bytes", "total_inactive_file")}
-    found = []
+    limits = []
     for folder in _groups():
-        for limit, (used, cache) in names.items():
-            with contextlib.suppress(OSError, ValueError):      # "max": no number, no limit
-                most = int((folder / limit).read_text()) / MB
-                found.append(_Limit(folder, most, used, cache))
-    return tuple(found)
+        for limit_file, (usage_file, cache_key) in names.items():
+            # "max" is no number: there is no limit
+            with contextlib.suppress(OSError, ValueError):
+                limit = int((folder / limit_file).read_text()) / MB
+                limits.append(_Limit(folder, limit, usage_file, cache_key))
+    return tuple(limits)
 
 
 def _groups() -> Iterator[Path]:
+    """The folder of this process's group and of those around it, whose limits count as well."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, kinds, path = line.split(":", 2)
-            if kinds == "" or "memory" in kinds.split(","):
-                top = CGROUPS / "memory" if kinds else CGROUPS
-                inner = top / path.lstrip("/")
-                yield from (one for one in (inner, *inner.parents) if one.is_relative_to(top))
+            # version 2 names no controllers, version 1 several
+            _, controllers, path = line.split(":", 2)
+            if controllers == "" or "memory" in controllers.split(","):
+                top = CGROUPS / "memory" if controllers else CGROUPS
+                group = top / path.lstrip("/")
+                yield from (folder for folder in (group, *group.parents)
+                            if folder.is_relative_to(top))
 
 
 def cores() -> int:
+    """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
@@ -142,26 +154,30 @@ def cpu_name() -> str:
     if sys.platform == "win32":
         name = _registry(PROCESSOR, "ProcessorNameString")
     elif sys.platform == "darwin":
-        name = _said(["sysctl", "-n", "machdep.cpu.brand_string"])
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            name = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], text=True,
+                                  capture_output=True, timeout=5).stdout
     else:
         with contextlib.suppress(OSError):
-            listed = Path("/proc/cpuinfo").read_text("utf-8", "replace")
-            found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", listed, re.MULTILINE)
-            name = found[1] if found else ""
+            cpuinfo = Path("/proc/cpuinfo").read_text("utf-8", "replace")
+            # x86, Raspberry Pi, other ARM boards
+            match = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+            name = match[1] if match else ""
     return " ".join(name.split()) or platform.processor() or platform.machine()
 
 
 def disk_free(folder: Path) -> float | None:
-    """MB free where `folder` is, or will be."""
+    """MB free on the disk of `folder`, which need not be there yet."""
     folder = folder.absolute()
-    for place in (folder, *folder.parents):
+    for existing in (folder, *folder.parents):
         with contextlib.suppress(OSError):
-            return shutil.disk_usage(place).free / MB
+            return shutil.disk_usage(existing).free / MB
     return None
 
 
 def on_battery() -> bool | None:
-    with contextlib.suppress(Exception):        # missing on some systems, broken on others
+    # psutil lacks it on some systems and fails in many ways on others
+    with contextlib.suppress(Exception):
         battery = psutil.sensors_battery()
         if battery is not None and battery.power_plugged is not None:
             return not battery.power_plugged
@@ -175,55 +191,49 @@ def is_wsl() -> bool:
 # --- graphics ---
 
 def accelerators() -> tuple[Accelerator, ...]:
-    """Graphics chips of makers that we know, by what the system lists."""
+    """Graphics chips of the makers in VENDORS, as the system lists them."""
     if sys.platform == "win32":
-        found = list(_windows())
-    elif sys.platform == "darwin":
+        return tuple(_windows())
+    if sys.platform == "darwin":
         apple = platform.machine() == "arm64"
-        found = [Accelerator(f"{cpu_name()} GPU", "apple")] if apple else []
-    else:
-        found = list(_linux(CARDS))
-    return tuple(found)
+        return (Accelerator(f"{cpu_name()} GPU", "apple"),) if apple else ()
+    return tuple(_linux(CARDS))
 
 
 def _linux(cards: Path) -> Iterator[Accelerator]:
-    """cards/card0/device/: vendor '0x1002', uevent with PCI_ID, on some a product_name."""
-    for device in sorted(cards.glob("card*[0-9]/device")):      # card0-HDMI-A-1 is a plug
+    """cards/card0/device/ has `vendor` ('0x1002'), `uevent` with PCI_ID, at times product_name."""
+    for device in sorted(cards.glob("card*[0-9]/device")):
         with contextlib.suppress(OSError, ValueError):
             vendor = VENDORS.get(int((device / "vendor").read_text(), 16))
-            if vendor and "-" not in device.parent.name:
-                yield Accelerator(_linux_name(device, vendor), vendor)
-
-
-def _linux_name(device: Path, vendor: Vendor) -> str:
-    with contextlib.suppress(OSError):
-        if name := (device / "product_name").read_text("utf-8", "replace").strip():
-            return name
-    with contextlib.suppress(OSError):
-        number = re.search(r"^PCI_ID=(\S+)", (device / "uevent").read_text(), re.MULTILINE)
-        if number:
-            return f"{MAKERS[vendor]} GPU ({number[1]})"
-    return f"{MAKERS[vendor]} GPU"
+            # card0-HDMI-A-1 is a plug
+            if not vendor or "-" in device.parent.name:
+                continue
+            name = ""
+            with contextlib.suppress(OSError):
+                name = (device / "product_name").read_text("utf-8", "replace").strip()
+            if not name:
+                name = f"{MAKERS[vendor]} GPU"
+                with contextlib.suppress(OSError):
+                    uevent = (device / "uevent").read_text()
+                    if number := re.search(r"^PCI_ID=(\S+)", uevent, re.MULTILINE):
+                        name += f" ({number[1]})"
+            yield Accelerator(name, vendor)
 
 
 def _windows() -> Iterator[Accelerator]:
+    # Cards are numbered from 0000 on, with gaps where one was taken out.
     for number in range(16):
         name = _registry(rf"{DISPLAY_CLASS}\{number:04}", "DriverDesc")
         device = _registry(rf"{DISPLAY_CLASS}\{number:04}", "MatchingDeviceId")
-        found = re.search(r"ven_([0-9a-f]{4})", device.lower())
-        if found and (vendor := VENDORS.get(int(found[1], 16))):
+        match = re.search(r"ven_([0-9a-f]{4})", device.lower())
+        if match and (vendor := VENDORS.get(int(match[1], 16))):
             yield Accelerator(name or f"{MAKERS[vendor]} GPU", vendor)
 
 
 def _registry(key: str, value: str) -> str:
+    """A text of Windows' registry; "" where it is not there."""
     if sys.platform == "win32":
         import winreg
         with contextlib.suppress(OSError), winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, key) as node:
             return str(winreg.QueryValueEx(node, value)[0])
-    return ""
-
-
-def _said(command: list[str]) -> str:
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
     return ""

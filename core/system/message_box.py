@@ -16,22 +16,23 @@ import webbrowser
 from pathlib import Path
 
 TITLE = "LoRA Darkroom"
-OPENS_S = 3
+OPENS_S = 3                             # xdg-open has failed by then, or works
 PATIENCE_S = 3600                       # a box may stay open while its reader is away
-# Linux has no message box of its own; the first of these that is there, text and title last.
+# Linux has no message box of its own: the first of these that is installed. The text comes last.
 BOXES = {"zenity": ["--error", "--no-markup", "--width=480", "--title", TITLE, "--text"],
          "kdialog": ["--title", TITLE, "--error"],
          "xmessage": ["-center", "-title", TITLE]}
 
 
 def unseen() -> bool:
-    """Whether what we print is read by nobody."""
+    """Whether nobody reads what we print."""
     stream = sys.stderr
     return stream is None or not getattr(stream, "isatty", bool)()
 
 
 def show(text: str) -> bool:
-    """A message box of the system, else a page in the browser; False: there is neither."""
+    """Shows a message box of the system, else a page in the browser. Returns False where there is
+    neither."""
     return _box(text) or _page(text)
 
 
@@ -40,6 +41,7 @@ def _box(text: str) -> bool:
         import ctypes
         error, foreground = 0x10, 0x10000
         return bool(ctypes.windll.user32.MessageBoxW(None, text, TITLE, error | foreground))
+    # the text is an argument, so that nothing in it is taken for AppleScript
     if sys.platform == "darwin":
         script = "on run argv\ndisplay alert item 1 of argv message item 2 of argv as critical\nend"
         return _ran(["osascript", "-e", script, TITLE, text])
@@ -60,7 +62,8 @@ def _ran(command: list[str]) -> bool:
         return True
     except OSError:
         return False
-    return done.returncode in (0, 1)    # 1: closed without OK
+    # 1: closed without OK
+    return done.returncode in (0, 1)
 
 
 def _page(text: str) -> bool:
@@ -69,26 +72,29 @@ def _page(text: str) -> bool:
             f'<title>{TITLE}</title><body style="font:18px/1.6 system-ui,sans-serif;'
             f'max-width:40em;margin:15vh auto;overflow-wrap:anywhere"><h1>{TITLE}</h1>{body}')
     with contextlib.suppress(OSError):
-        folder = Path(tempfile.mkdtemp(prefix="darkroom-"))     # stays: the browser reads it later
+        # the folder stays, as the browser reads it later
+        folder = Path(tempfile.mkdtemp(prefix="darkroom-"))
         (folder / "message.html").write_text(page, "utf-8")
         return browse((folder / "message.html").as_uri())
     return False
 
 
 def browse(address: str) -> bool:
-    """In the user's browser; False: none could be started. A text browser would take the terminal
-    and can't show the pages."""
+    """Opens an address in the user's browser. Returns False where none could be started. Never a
+    text browser, which would take the terminal and can't show the window's pages."""
     if not on_desktop() and "BROWSER" not in os.environ:
         return False
     opener = shutil.which("xdg-open") if "BROWSER" not in os.environ else None
     try:
-        if opener and sys.platform.startswith("linux"):     # it alone says whether there is one
+        # xdg-open alone says whether there is a browser; webbrowser says yes in any case
+        if opener and sys.platform.startswith("linux"):
             child = subprocess.Popen([opener, address], stdin=subprocess.DEVNULL,
                                      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                      start_new_session=True)
             return child.wait(OPENS_S) == 0
         return webbrowser.open(address)
-    except subprocess.TimeoutExpired:   # it became the browser itself
+    except subprocess.TimeoutExpired:
+        # xdg-open became the browser itself
         return True
     except (OSError, webbrowser.Error):
         return False

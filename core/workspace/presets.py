@@ -3,7 +3,7 @@
     title: {en: "8GB laptop", zh-CN: ...}    about: {en: ..., zh-CN: ...}
     family: sd15    purpose: style    needs: {vram_gb: 8, ram_gb: 8}    set: {lora_rank: 8, ...}
 
-Order, the later wins: family default (TrainConfig) -> preset -> advisor -> own edits.
+Later ones win: family default (TrainConfig) -> preset -> advisor -> the user's edits.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core import families, i18n, paths, plugins, serialization
 from core.config import COMPANIONS, TrainConfig, parse_train_config, resolve
-from core.config.flat_yaml import read_flat_yaml
+from core.config.flat_yaml import first_message, read_flat_yaml
 from core.errors import UserError
 from core.families import detection
 from core.importers import FOREIGN, load_train_config
@@ -28,8 +27,8 @@ from core.memory import advisor
 from core.memory.plan import Machine, Verdict
 
 PURPOSE = "style"               # where none is named
-CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)   # GB
-NOMINAL = 0.95                  # of what is sold as 8 GB, so much is there
+CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)   # GB, as they are sold
+NOMINAL = 0.95                  # share of its nominal size that a card really has
 
 
 class Needs(BaseModel):
@@ -60,7 +59,7 @@ class Preset(BaseModel):
         return (*self.title.values(), self.slug)
 
     def said(self, field: str, lang: str | None = None) -> str:
-        """Its `title` or `about` in a language."""
+        """The `title` or `about` in a language (None: the user's), else in English."""
         texts: dict[str, str] = getattr(self, field)
         return texts.get(lang or i18n.language()) or texts.get("en") or next(iter(texts.values()))
 
@@ -68,38 +67,56 @@ class Preset(BaseModel):
 # --- the files ---
 
 def list_presets(lang: str | None = None, family: str | None = None) -> list[Preset]:
-    """All of them, the app's and the user's own (<data>/presets/<family>/*.yaml), by family,
-    memory needed and title. A file of the user's that is no preset raises UserError."""
-    found = [one for path in _files() if (one := _read(path)) is not None]
-    return sorted((one for one in found if family in (None, one.family)), key=lambda one: (
-        one.family, one.needs.vram_gb, one.said("title", lang), one.purpose))
+    """All presets, the app's and the user's (<data>/presets/<family>/*.yaml), by family, memory
+    needed and title. Raises UserError for a file that can't be used."""
+    presets = []
+    # the user's first, so that they win where titles are the same
+    for folder in (own_folder(), paths.PRESETS):
+        for path in sorted(folder.glob("*/*.yaml")):
+            try:
+                stat = path.stat()
+            except OSError as error:
+                raise UserError("presets.unreadable", file=path,
+                                reason=_first_line(error)) from None
+            preset = _read(path, stat.st_mtime_ns, stat.st_size)
+            if preset is not None and family in (None, preset.family):
+                presets.append(preset)
+    return sorted(presets, key=lambda preset: (
+        preset.family, preset.needs.vram_gb, preset.said("title", lang), preset.purpose))
 
 
 def find(name: str, family: str, purpose: str = PURPOSE) -> Preset:
-    """By title in either language, or by file name; spaces and case don't matter.
+    """The preset of a title in either language, or of a file name; spaces and case don't matter.
 
-    Raises UserError with the nearest name where there is none."""
-    here = [one for one in list_presets(family=family)]
-    if not here:
-        raise UserError("presets.no_family", family=family,
-                        known=", ".join(sorted({one.family for one in list_presets()})))
-    named = [one for one in here if _plain(name) in map(_plain, one.names())]
-    fitting = [one for one in named if one.purpose == purpose or _plain(name) == _plain(one.slug)]
-    if fitting:
-        return fitting[0]
+    Raises UserError with the nearest name where there is none.
+    """
+    of_family = list_presets(family=family)
+    if not of_family:
+        raise no_family(family)
+    named = [preset for preset in of_family if _plain(name) in map(_plain, preset.names())]
+    for preset in named:
+        # a file name is of one preset alone, whatever its purpose
+        if preset.purpose == purpose or _plain(name) == _plain(preset.slug):
+            return preset
     if named:
         raise UserError("presets.no_purpose", name=name, purpose=purpose,
-                        known=", ".join(sorted({one.purpose for one in named})))
-    titles = list(dict.fromkeys(title for one in here for title in one.title.values()))
+                        known=", ".join(sorted({preset.purpose for preset in named})))
+    titles = list(dict.fromkeys(title for preset in of_family for title in preset.title.values()))
     close = i18n.nearest(name, titles, 1)
     raise UserError("presets.unknown", name=name, family=family,
                     nearest=close[0] if close else titles[0],
-                    known=", ".join(dict.fromkeys(one.said("title") for one in here)))
+                    known=", ".join(dict.fromkeys(preset.said("title") for preset in of_family)))
+
+
+def no_family(family: str | None) -> UserError:
+    """The fault that there is no preset for this family."""
+    known = sorted({preset.family for preset in list_presets()})
+    return UserError("presets.no_family", family=family, known=", ".join(known))
 
 
 def family_of(base_model: str, beside: Path | None = None, family: str = "auto") -> str:
-    """The folder of presets for a config's `base_model`, or of the `family` that it is named to
-    be. Raises UserError where nothing is there."""
+    """The family whose presets fit a config's `base_model` and `family`. Raises UserError where
+    there is no such base."""
     if not base_model:
         return next(iter(families.SPECS))
     if base_model == "demo" or base_model in families.SPECS:
@@ -113,27 +130,16 @@ def family_of(base_model: str, beside: Path | None = None, family: str = "auto")
     try:
         return families.detect(path)
     except UserError:
+        # a family that the user wrote may read any file
         if plugins.is_named(family) and path.exists():
-            return family                   # one's own may read any file
+            return family
         raise
 
 
-def _files() -> Iterator[Path]:
-    for folder in (own_folder(), paths.PRESETS):                        # one's own first
-        yield from sorted(folder.glob("*/*.yaml"))
-
-
-def _read(path: Path) -> Preset | None:
-    """None: a plain config lies there, such as the demo's."""
-    try:
-        mark = path.stat()
-    except OSError as error:
-        raise UserError("presets.unreadable", file=path, reason=_first_line(error)) from None
-    return _parsed(path, mark.st_mtime_ns, mark.st_size)
-
-
 @functools.lru_cache(maxsize=1024)
-def _parsed(path: Path, changed: int, size: int) -> Preset | None:
+def _read(path: Path, mtime_ns: int, size: int) -> Preset | None:
+    """A preset, read again where its file has changed. None: the file is a plain config, such as
+    the demo's."""
     try:
         data = serialization.from_yaml(serialization.decode_text(path.read_bytes()))
     except (OSError, ValueError) as error:
@@ -144,15 +150,9 @@ def _parsed(path: Path, changed: int, size: int) -> Preset | None:
         preset = Preset.model_validate({"path": path, **data})
         TrainConfig.model_validate(preset.set)
     except (ValidationError, TypeError) as error:
-        raise UserError("presets.bad", file=path, reason=_problem(error)) from None
+        reason = first_message(error) if isinstance(error, ValidationError) else _first_line(error)
+        raise UserError("presets.bad", file=path, reason=reason) from None
     return preset
-
-
-def _problem(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return _first_line(error)
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def _first_line(error: Exception) -> str:
@@ -163,9 +163,9 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s_-]+", "", name).casefold()
 
 
-# --- one's own ---
+# --- the user's own ---
 
-# What says which pictures and which base, or where to; a preset is about how.
+# Keys that say which pictures, which base and which folder: a preset says how to train.
 NOT_KEPT = frozenset({"train_data_dir", "base_model", "output_dir", "output_name", "trigger_word",
                       "metadata_path", *COMPANIONS, "resume", "device", "sample_prompts", "family"})
 
@@ -179,13 +179,11 @@ def is_own(preset: Preset) -> bool:
 
 
 def save_own(title: str, family: str, purpose: str, config: TrainConfig, needs: Needs) -> Preset:
-    """The config's settings as a preset; one of that title and purpose is replaced. Raises
+    """Saves the config's settings as a preset; one of that title and purpose is replaced. Raises
     UserError for a title that is no name."""
-    title = " ".join(title.split())
-    if not title or len(title) > 60:
-        raise UserError("presets.bad_title", title=title)
-    same = next((one for one in list_presets(family=family)
-                 if is_own(one) and one.purpose == purpose and title in one.names()), None)
+    title = _checked_title(title)
+    same = next((preset for preset in list_presets(family=family) if is_own(preset)
+                 and preset.purpose == purpose and title in preset.names()), None)
     plain = re.sub(r"[^\w-]+", "-", title.casefold()).strip("-") or "preset"
     path = same.path if same else own_folder() / family / f"own-{plain}.yaml"
     values = config.model_dump(mode="json", exclude_defaults=True, exclude=set(NOT_KEPT))
@@ -194,14 +192,14 @@ def save_own(title: str, family: str, purpose: str, config: TrainConfig, needs: 
     preset = Preset(path=path, title=dict.fromkeys(i18n.LANGUAGES, title), about=about,
                     family=family, purpose=purpose, needs=needs, set=values)
     if same:
-        _write(preset)
+        paths.write_atomic(path, _yaml(preset))
         return preset
-    made = paths.create(path, lambda fresh: fresh.write_text(_text(preset), "utf-8"))
-    return preset.model_copy(update={"path": made})
+    created = paths.create(path, lambda fresh: fresh.write_text(_yaml(preset), "utf-8"))
+    return preset.model_copy(update={"path": created})
 
 
 def needs_of(mb: float, card: bool) -> Needs:
-    """The smallest card of those that are sold, or so much RAM."""
+    """The smallest card that is sold and has this much free, or this much RAM."""
     if not card:
         return Needs(vram_gb=0, ram_gb=round(mb / 1024, 1))
     fitting = (gb for gb in CARDS if advisor.card_of(gb).free_mb >= mb)
@@ -209,14 +207,20 @@ def needs_of(mb: float, card: bool) -> Needs:
 
 
 def rename_own(preset: Preset, title: str) -> None:
+    """Raises UserError for a title that is no name."""
+    titles = dict.fromkeys(i18n.LANGUAGES, _checked_title(title))
+    paths.write_atomic(preset.path, _yaml(preset.model_copy(update={"title": titles})))
+
+
+def _checked_title(title: str) -> str:
     title = " ".join(title.split())
     if not title or len(title) > 60:
         raise UserError("presets.bad_title", title=title)
-    _write(preset.model_copy(update={"title": dict.fromkeys(i18n.LANGUAGES, title)}))
+    return title
 
 
 def remove_own(preset: Preset) -> None:
-    """It stays beside the others as .removed, see `restore_own`."""
+    """The file stays beside the others as .removed, for `restore_own`."""
     if is_own(preset):
         preset.path.replace(preset.path.with_suffix(".removed"))
 
@@ -227,18 +231,13 @@ def restore_own(family: str, slug: str) -> None:
         removed.replace(removed.with_suffix(".yaml"))
 
 
-def _write(preset: Preset) -> None:
-    paths.write_atomic(preset.path, _text(preset))
+def _yaml(preset: Preset) -> str:
+    return serialization.to_yaml(preset.model_dump(mode="json", exclude={"path"}))
 
 
-def _text(preset: Preset) -> str:
-    data = preset.model_dump(mode="json", exclude={"path"})
-    return yaml.safe_dump(data, allow_unicode=True, sort_keys=False)
+# --- a preset below a config ---
 
-
-# --- laid over a config ---
-
-# Keys that mean nothing without each other: own edits of one side drop the preset's other side.
+# Keys that mean nothing without each other: an edit of the first drops the preset's second.
 _TOGETHER = (({"epochs", "max_train_steps"}, {"epochs", "max_train_steps", "lr_warmup_steps",
                                               "save_steps"}),
              ({"lora_rank"}, {"lora_alpha"}))
@@ -247,26 +246,28 @@ _TOGETHER = (({"epochs", "max_train_steps"}, {"epochs", "max_train_steps", "lr_w
 def apply(preset: Preset, config_data: Mapping[str, Any],
           advised: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The config's data with the preset below it: family default -> preset -> `advised`
-    (Suggestion.values) -> own edits, which are `config_data`.
+    (Suggestion.values) -> the user's edits, which are `config_data`.
 
-    Of the preset's fields, `sets` tells which are left."""
+    `sets` gives the fields that the preset still decides.
+    """
     lower = {**_below(preset.set, advised), **advised} if advised else preset.set
     return {**_below(lower, config_data), **config_data}
 
 
 def sets(preset: Preset, config_data: Mapping[str, Any] | None = None) -> tuple[str, ...]:
-    """The fields that the preset decides, own edits (`config_data`) taken out."""
+    """The fields that the preset decides, without those that the user edited (`config_data`)."""
     return tuple(_below(preset.set, config_data or {}))
 
 
-def _below(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """What is left of `values` under own edits. One's own batch keeps the pictures an update."""
-    hidden = set(own)
+def _below(values: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of `values` that edits leave in force."""
+    hidden = set(edits)
     for edited, dropped in _TOGETHER:
-        if edited & own.keys():
+        if edited & edits.keys():
             hidden |= dropped
     left = {key: value for key, value in values.items() if key not in hidden}
-    batch = own.get("batch_size")
+    # With another batch size, as many pictures go into an update as before.
+    batch = edits.get("batch_size")
     if isinstance(batch, int) and batch > 0 and "gradient_accumulation_steps" in left:
         whole = values.get("batch_size", 1) * left["gradient_accumulation_steps"]
         left["gradient_accumulation_steps"] = max(1, round(whole / batch))
@@ -277,34 +278,35 @@ def train_config(name: str, path: Path | None, overrides: Mapping[str, str] | No
                  purpose: str = PURPOSE) -> tuple[TrainConfig, Preset, tuple[str, ...]]:
     """`train --preset NAME [--config FILE] [--set ...]`: the config, the preset, and the fields
     that the preset set. Raises UserError as load_train_config does, with the file's own lines."""
-    own, base, family = _own(path, overrides or {})
-    preset = find(name, family_of(base, path.parent if path else None, family), purpose)
-    kept = _below(preset.set, own)
-    text = {key: json.dumps(value) for key, value in kept.items()} | dict(overrides or {})
+    overrides = overrides or {}
+    config = load_train_config(path, overrides) if path else parse_train_config(
+        "", "--set", overrides)
+    # the keys that the user wrote, in the file and on the command line
+    written: Mapping[str, Any] = {}
+    if path is not None and path.suffix.lower() not in (".safetensors", *FOREIGN):
+        written, _ = read_flat_yaml(serialization.decode_text(path.read_bytes()), str(path))
+    elif path is not None:
+        written = config.model_dump(exclude_unset=True)
+    edits = {key: getattr(config, key) for key in (*written, *overrides)}
+
+    preset = find(name, family_of(config.base_model, path.parent if path else None,
+                                  config.family), purpose)
+    fields = _below(preset.set, edits)
+    # as if the preset's fields stood on the command line; JSON is YAML
+    text = {key: json.dumps(value) for key, value in fields.items()} | dict(overrides)
     config = (load_train_config(path, text) if path
               else parse_train_config("", f"--preset {name}", text))
-    return config, preset, tuple(kept)
-
-
-def _own(path: Path | None, overrides: Mapping[str, str]) -> tuple[dict[str, Any], str, str]:
-    """The keys that a user wrote, with their values, the base model and its family."""
-    given = load_train_config(path, overrides) if path else parse_train_config(
-        "", "--set", overrides)
-    data: Mapping[str, Any] = {}
-    if path is not None and path.suffix.lower() not in (".safetensors", *FOREIGN):
-        data, _ = read_flat_yaml(serialization.decode_text(path.read_bytes()), str(path))
-    elif path is not None:
-        data = given.model_dump(exclude_unset=True)
-    return ({key: getattr(given, key) for key in (*data, *overrides)}, given.base_model,
-            given.family)
+    return config, preset, tuple(fields)
 
 
 # --- against a machine ---
 
 def badge(preset: Preset, machine: Machine) -> Verdict:
-    """By the needs it names, at once: fits | tight (other programs hold too much) | too_big."""
+    """Whether a machine can train it, by the preset's own needs, which is quick: fits | tight
+    (other programs hold too much) | too_big."""
+    # a preset for a CPU is small
     if machine.kind == "cuda" and not preset.needs.vram_gb:
-        return "fits"                       # what a CPU trains is small
+        return "fits"
     if machine.kind != "cuda" and preset.needs.vram_gb:
         return "too_big"
     needs = 1024 * (preset.needs.vram_gb or preset.needs.ram_gb)

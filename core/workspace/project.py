@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
 from core import paths, serialization
@@ -30,19 +29,19 @@ class Project(BaseModel):
     preset: str = ""                     # file name of a preset, without suffix; "": none
     purpose: str = presets.PURPOSE
     edits: dict[str, Any] = {}           # TrainConfig keys that the user set
-    invalid: dict[str, str] = {}         # what stands in a field and can't be used, as typed
+    invalid: dict[str, str] = {}         # values that can't be used, by key, as typed
     advised: dict[str, Any] = {}         # values of the suggestion that was applied
     run: str = ""                        # id of the run that is shown; "": the form is
     inference: dict[str, Any] = {}       # the last prompt, seed, ...
-    tabs: dict[str, Any] = {}            # what other tabs keep, by tab
+    tabs: dict[str, Any] = {}            # the state of other tabs, by tab
 
     def data(self, output: Path) -> dict[str, Any]:
-        """The config's data; `output`: where LoRAs go unless an edit says otherwise."""
-        own = {"output_dir": str(output / self.name), "output_name": self.name} | self.edits
+        """The config's data. LoRAs go to a folder in `output` unless an edit says otherwise."""
+        edits = {"output_dir": str(output / self.name), "output_name": self.name} | self.edits
         preset = self.chosen()
         if preset is None:
-            return dict(self.advised) | own
-        return presets.apply(preset, own, self.advised or None)
+            return dict(self.advised) | edits
+        return presets.apply(preset, edits, self.advised or None)
 
     def config(self, output: Path) -> TrainConfig:
         return TrainConfig.model_validate(self.data(output))
@@ -54,12 +53,13 @@ class Project(BaseModel):
         try:
             family = presets.family_of(str(self.edits.get("base_model", "")),
                                        family=str(self.edits.get("family", "auto")))
-            return next((one for one in known_presets(family) if one.slug == self.preset), None)
+            return next((preset for preset in known_presets(family)
+                         if preset.slug == self.preset), None)
         except UserError:
             return None
 
     def sources(self) -> dict[str, str]:
-        """Who decides a key: own | advised | preset; keys left out: the default."""
+        """Who decides a key: own | advised | preset. Other keys have their defaults."""
         preset = self.chosen()
         below = dict.fromkeys(presets.sets(preset, self.advised | self.edits), "preset") \
             if preset else {}
@@ -85,7 +85,7 @@ class Projects:
         return sorted((path.stem for path in _folder().glob("*.yaml")), key=str.casefold)
 
     def open(self, name: str) -> Project:
-        """An existing project, or a new one of this name. Raises UserError for what is no name."""
+        """Opens a project, or makes a new one of this name. Raises UserError for a bad name."""
         name = checked_name(name)
         with self._lock:
             self._now, self.version = self._read(name), self.version + 1
@@ -95,37 +95,37 @@ class Projects:
         return self.update(lambda project: project.model_copy(update=changes))
 
     def edit(self, **edits: Any) -> Project:
-        """Own edits of the config; None takes an edit back. Raises ValidationError where the
-        config would be wrong: nothing is kept then."""
+        """Edits keys of the config; None takes an edit back. Raises ValidationError where the
+        config would be wrong, and changes nothing then."""
         def edited(project: Project) -> Project:
             merged: Mapping[str, Any] = project.edits | edits
-            kept = {key: value for key, value in merged.items() if value is not None}
-            TrainConfig.model_validate(kept)
+            new = {key: value for key, value in merged.items() if value is not None}
+            TrainConfig.model_validate(new)
             invalid = {key: raw for key, raw in project.invalid.items() if key not in edits}
-            return project.model_copy(update={"edits": kept, "invalid": invalid})
+            return project.model_copy(update={"edits": new, "invalid": invalid})
         return self.update(edited)
 
     def refuse(self, key: str, raw: str) -> Project:
-        """Keeps what stands in a field and can't be used, so that every page shows it."""
+        """Stores a value that can't be used, so that every page shows what was typed."""
         return self.update(lambda project: project.model_copy(
             update={"invalid": project.invalid | {key: raw}}))
 
-    def update(self, how: Callable[[Project], Project]) -> Project:
+    def update(self, change: Callable[[Project], Project]) -> Project:
+        """Changes the open project and writes it where it differs."""
         with self._lock:
-            new = how(self._now)
+            new = change(self._now)
             if new != self._now:
-                text = yaml.safe_dump(new.model_dump(exclude_defaults=True) | {"name": new.name},
-                                      allow_unicode=True, sort_keys=False)
-                paths.write_atomic(_folder() / f"{new.name}.yaml", text)
+                data = new.model_dump(exclude_defaults=True) | {"name": new.name}
+                paths.write_atomic(_folder() / f"{new.name}.yaml", serialization.to_yaml(data))
                 self._now, self.version = new, self.version + 1
             return new
 
     def _read(self, name: str) -> Project:
-        """A file that can't be read is put aside and counts as a new project."""
+        """The project of a file. One that can't be read is renamed, and the project is new."""
         file = _folder() / f"{name}.yaml"
         try:
-            found = serialization.from_yaml(file.read_text("utf-8"))
-            return Project.model_validate({**found, "name": name})
+            data = serialization.from_yaml(file.read_text("utf-8"))
+            return Project.model_validate({**data, "name": name})
         except FileNotFoundError:
             return Project(name=name)
         except (OSError, ValueError, TypeError) as error:
@@ -136,20 +136,21 @@ class Projects:
 
 
 def known_presets(family: str) -> list[presets.Preset]:
-    """presets.list_presets, read again only where a file changed: pages ask every second."""
+    """The presets of a family, read again only where a file changed: pages ask every second."""
     folders = (paths.PRESETS, paths.data_dir() / "presets")
-    mark = tuple((str(path), path.stat().st_mtime_ns)
-                 for folder in folders for path in sorted(folder.glob("*/*.yaml")))
-    return [one for one in _listed(mark) if one.family == family]
+    stamps = tuple((str(path), path.stat().st_mtime_ns)
+                   for folder in folders for path in sorted(folder.glob("*/*.yaml")))
+    return [preset for preset in _list_presets(stamps) if preset.family == family]
 
 
 @functools.lru_cache(maxsize=2)
-def _listed(mark: tuple[tuple[str, int], ...]) -> tuple[presets.Preset, ...]:
+def _list_presets(stamps: tuple[tuple[str, int], ...]) -> tuple[presets.Preset, ...]:
+    """`stamps` is the key of the cache only."""
     return tuple(presets.list_presets())
 
 
 def checked_name(name: str) -> str:
-    """A name that every file system keeps, and no path. Raises UserError."""
+    """The name, if every file system can keep it and it is no path. Raises UserError."""
     plain = " ".join(name.split()).strip(". ")
     if len(plain) > 60 or not paths.is_file_name(plain) or plain != name.strip():
         raise UserError("gui.bad_name", name=" ".join(name.split()))

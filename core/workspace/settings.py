@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import platformdirs
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from core import i18n, paths, serialization
+from core.config.flat_yaml import dump_yaml, first_message
 from core.errors import UserError
 
 FILE = "settings.yaml"
@@ -23,15 +23,21 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    language: Literal["", "en", "zh-CN"] = ""      # "": the system's
+    language: Literal["", "en", "zh-CN"] = ""       # "": the system's
     theme: Theme = "auto"
     project: str = ""                               # the one that was open last
-    output_root: str = ""                           # where LoRAs go; "": see `output_folder`
-    welcomed: bool = False                          # the first start has been seen
-    exports: dict[str, str] = {}                    # program -> folder that took a LoRA last
-    first_step: int = 0                             # of it, 1..3; 0: as long as nothing was trained
-    model_folders: list[str] = []                   # searched for bases beside the usual ones
-    mirror: str = ""                                # of the model hub; "": the hub itself
+    # where LoRAs go; "": see `output_folder`
+    output_root: str = ""
+    # the first start has been seen
+    welcomed: bool = False
+    # program -> the folder to which a LoRA was exported last
+    exports: dict[str, str] = {}
+    # step of its guide, 1 to 3; 0: the guide ends by itself once something was trained
+    first_step: int = 0
+    # searched for base models beside the usual folders
+    model_folders: list[str] = []
+    # address of a mirror of the model hub; "": the hub itself
+    mirror: str = ""
 
     @property
     def spoken(self) -> str:
@@ -39,17 +45,21 @@ class Settings(BaseModel):
 
     @property
     def output_folder(self) -> Path:
-        """LoRAs are the user's own files: they belong where documents are found."""
+        """Where LoRAs go: the setting, else the user's documents, as they are the user's files."""
         if self.output_root:
             return Path(self.output_root).expanduser()
         if paths.data_dir() == Path(platformdirs.user_data_dir(paths.APP, appauthor=False)):
             return Path(platformdirs.user_documents_dir()) / paths.APP
-        return paths.data_dir() / "output"          # a portable install keeps together
+        # DARKROOM_HOME is set: a portable install keeps everything in one folder
+        return paths.data_dir() / "output"
 
 
 class SettingsFile:
-    """Safe to share between threads. What of the file can't be used counts as not set; such a file
-    is put aside before anything is written, and `broken` tells of it."""
+    """The settings and their file; safe to share between threads.
+
+    A value that can't be used counts as not set. Such a file is renamed before anything is
+    written, and `broken` says so.
+    """
 
     def __init__(self) -> None:
         self.version = 0
@@ -68,7 +78,7 @@ class SettingsFile:
         return self._settings
 
     def change(self, **changes: Any) -> Settings:
-        """Writes through. Raises ValidationError for what no setting can be."""
+        """Changes settings and writes the file. Raises ValidationError for a wrong value."""
         with self._lock:
             new = Settings.model_validate(self._settings.model_dump() | changes)
             if new != self._settings:
@@ -78,32 +88,30 @@ class SettingsFile:
 
 
 def read() -> Settings:
+    """The settings as the file has them now."""
     return _load()[0]
 
 
 def _load() -> tuple[Settings, str]:
-    """The settings, and what is wrong with their file; "": nothing."""
+    """The settings, and what is wrong with their file ("": nothing)."""
     try:
-        found = serialization.from_yaml((paths.data_dir() / FILE).read_text("utf-8"))
-        found = {} if found is None else found
-        if not isinstance(found, dict):
+        data = serialization.from_yaml((paths.data_dir() / FILE).read_text("utf-8"))
+        data = {} if data is None else data         # an empty file
+        if not isinstance(data, dict):
             return Settings(), "line 1: not `key: value`"
     except FileNotFoundError:
         return Settings(), ""
     except (OSError, ValueError) as error:
         return Settings(), str(error)
     try:
-        return Settings.model_validate(found), ""
+        return Settings.model_validate(data), ""
     except ValidationError as error:
-        wrong = {one["loc"][0] for one in error.errors() if one["loc"]}
-        first = error.errors()[0]
-        kept = {key: value for key, value in found.items()
-                if isinstance(key, str) and key not in wrong}
-        return (Settings.model_validate(kept),
-                f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        # One wrong value must not cost the user all the others.
+        wrong = {details["loc"][0] for details in error.errors() if details["loc"]}
+        usable = {key: value for key, value in data.items()
+                  if isinstance(key, str) and key not in wrong}
+        return Settings.model_validate(usable), first_message(error)
 
 
 def write(settings: Settings) -> None:
-    text = yaml.safe_dump(settings.model_dump(exclude_defaults=True), allow_unicode=True,
-                          sort_keys=False)
-    paths.write_atomic(paths.data_dir() / FILE, text)
+    paths.write_atomic(paths.data_dir() / FILE, dump_yaml(settings))

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from core.config import OPTIMIZERS, AdapterKind, TrainConfig
+from core.config.flat_yaml import first_problem
 from core.errors import UserError
 from gui.state.app_state import Context, Snapshot, Updates
 
@@ -107,8 +108,7 @@ def error_text(ctx: Context, error: Exception) -> str:
         return ctx.error_text(error)
     if not isinstance(error, ValidationError):
         return str(error)
-    first = error.errors()[0]
-    key, value = str(first["loc"][0]) if first["loc"] else "", first.get("input")
+    key, value = first_problem(error)[0], error.errors()[0].get("input")
     if key not in TrainConfig.model_fields:
         return ctx.tr("bad_setting", name=key, value=value)
     return ctx.tr("bad_value", label=label(ctx, key), value=value,

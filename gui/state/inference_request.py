@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from core import families, paths, plugins
 from core.config import COMPANIONS
 from core.config.draw import SHEET, DrawConfig
+from core.config.flat_yaml import first_problem
 from core.errors import UserError
 from core.jobs.runs import JobView
 from core.lora_files import library
@@ -293,7 +294,7 @@ def _checked(data: dict[str, Any]) -> DrawConfig:
     try:
         return DrawConfig.model_validate(data)
     except ValidationError as error:
-        key = str(error.errors()[0]["loc"][0])
+        key, _ = first_problem(error)
         raise UserError(f"tab_inference.bad_{key}" if key in (
             "seed", "steps", "cfg", "size", "count", "clip_skip") else "tab_inference.bad_value",
             value=data.get(key), key=key) from None

@@ -7,7 +7,7 @@ import gradio as gr
 from core import __version__, paths
 from core.base_models.catalog import checked_source
 from core.jobs import bug_report
-from core.memory.advisor import gigabytes
+from core.units import gigabytes
 from gui import actions
 from gui.html import acts, box, button, fact_table, small
 from gui.state.app_state import Context, Snapshot, Updates

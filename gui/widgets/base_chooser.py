@@ -10,6 +10,7 @@ from core.base_models import hub
 from core.base_models.catalog import Entry
 from core.base_models.search import Found
 from core.families.registry import SPECS
+from core.units import file_size as size
 from gui.html import acts, bar, button, card, details, esc, small
 from gui.state.app_state import Context, Snapshot
 from gui.state.base_models import Fetch
@@ -30,11 +31,6 @@ def base_chooser(ctx: Context, snap: Snapshot) -> str:
         f'{_on_this_machine(ctx, snap)}{acts(*native if snap.native else [], search)}</section>'
         f'<section><h3>{esc(tr("base_model.fetch"))}</h3><table class="rows">{offers}</table>'
         f'</section></div>', "bases")
-
-
-def size(mb: float) -> str:
-    """Of 10^6 bytes, as the hub counts."""
-    return f"{mb / 1000:.1f} GB" if mb >= 1000 else f"{mb:.0f} MB"
 
 
 def _on_this_machine(ctx: Context, snap: Snapshot) -> str:

@@ -10,7 +10,7 @@ from core.errors import UserError
 from core.jobs.runs import JobView
 from core.memory import relief
 from core.memory import troubleshooting as core_remedies
-from core.memory.advisor import gigabytes
+from core.units import gigabytes
 from gui.html import acts, button, card, details, esc, small
 from gui.state.app_state import Context
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from core.memory.advisor import gigabytes
 from core.memory.plan import MARGIN
+from core.units import gigabytes
 from gui.html import esc, small
 from gui.state.app_state import Context
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from core import families
-from core.memory.advisor import gigabytes
 from core.memory.plan import Machine
+from core.units import gigabytes
 from core.workspace import presets
 from core.workspace.project import known_presets
 from gui.html import acts, button, esc, field

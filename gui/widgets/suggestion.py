@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from core.config import TrainConfig
-from core.memory.advisor import gigabytes
+from core.units import gigabytes
 from gui.html import box, button, details, esc, small
 from gui.state.app_state import Context, Snapshot
 from gui.state.form import label

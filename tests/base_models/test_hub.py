@@ -183,8 +183,8 @@ def test_no_room_is_seen_before_the_first_byte(server: str,
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux' own full disk")
 def test_disk_full_while_writing(tmp_path: Path) -> None:
-    wanted = download.Wanted("x", "", 10, "0" * 64)
-    part = download.Part(Path("/dev/full"), wanted)
+    remote = download.RemoteFile("x", "", 10, "0" * 64)
+    part = download.Part(Path("/dev/full"), remote)
     part._file = open("/dev/full", "wb")  # noqa: SIM115
     assert code(lambda: part.write(b"x" * 100_000)) == "hub.disk_full_now"
 
@@ -230,7 +230,7 @@ def test_pause_holds_the_line_still(server: str, own_home: Path) -> None:
 
 KILLED = """
 import sys
-from core import hub
+from core.base_models import hub
 from core.jobs.control import Control
 print(hub.fetch(sys.argv[1], lambda event: None, Control(), mirror=sys.argv[2]), flush=True)
 """

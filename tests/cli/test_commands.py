@@ -345,8 +345,7 @@ def test_json_takes_all_that_commands_answer(capsys: pytest.CaptureFixture[str])
     assert (found["path"], found["number"], found["set"]) == ("/图", 0.5, ["a", "b"])
 
 
-def test_rows_have_words(capsys: pytest.CaptureFixture[str]) -> None:
-    console.print_rows({"ok": True, "matched": 3, "change": 12.3456789, "unknown": 1, "file": ""},
-                       "proof")
-    lines = capsys.readouterr().out.splitlines()
+def test_facts_have_words() -> None:
+    lines = console.fact_lines(
+        {"ok": True, "matched": 3, "change": 12.3456789, "unknown": 1, "file": ""}, "proof")
     assert [line.split("  ")[-1].strip() for line in lines] == ["yes", "3", "12.3457"]

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from core import i18n
+from core import i18n, units
 from core.cli import progress
-from core.cli.progress import Bars, Lines, Smooth, Terminal
+from core.cli.progress import Bars, Lines, Terminal
 from core.jobs.events import Checkpoint, Faulted, JobEnded, Note, Phase, Sample, Step
+from core.units import MovingAverage
 
 
 def step(number: int = 5, **more: object) -> Step:
@@ -79,7 +80,7 @@ def test_bars_on_a_terminal() -> None:
         shown(Phase(name="scan"))
         shown(Phase(name="cache", done=2, total=2))
         shown(step(number=40))
-        shown.tr("[not markup] 图")
+        shown.screen.write_line("[not markup] 图")
         shown(JobEnded(state="done"))
         shown(JobEnded(state="done"))
     text = console.file.getvalue()  # type: ignore[attr-defined]
@@ -99,24 +100,24 @@ def test_a_terminal_gets_bars() -> None:
     (0, "0:00"), (59.6, "1:00"), (75, "1:15"), (3675, "1:01:15"), (-3, "0:00"),
     (360_000, "100:00:00")])
 def test_durations(seconds: float, text: str) -> None:
-    assert progress.duration(seconds) == text
+    assert units.duration(seconds) == text
 
 
 @given(st.floats(0, 1e7))
 def test_durations_read_back(seconds: float) -> None:
-    parts = [int(part) for part in progress.duration(seconds).split(":")]
+    parts = [int(part) for part in units.duration(seconds).split(":")]
     assert sum(part * 60 ** place for place, part in enumerate(reversed(parts))) == round(seconds)
 
 
 def test_slow_steps_are_told_the_other_way_round() -> None:
-    assert progress.speed(0.2) == "5.0 s/step"
-    assert progress.speed(12.34) == "12.3 steps/s"
+    assert units.speed(0.2) == "5.0 s/step"
+    assert units.speed(12.34) == "12.3 steps/s"
     assert "left" not in progress.step_facts(step(steps_per_s=0.0), None)
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=50))
 def test_smooth_loss_stays_within_what_it_saw(values: list[float]) -> None:
-    smooth = Smooth()
+    smooth = MovingAverage(progress.SMOOTHING)
     assert smooth.add(values[0]) == pytest.approx(values[0])
     last = [smooth.add(value) for value in values[1:]][-1:] or [values[0]]
     assert last[0] is not None
@@ -125,7 +126,7 @@ def test_smooth_loss_stays_within_what_it_saw(values: list[float]) -> None:
 
 
 def test_smooth_loss_before_any_value() -> None:
-    assert Smooth().add(None) is None
+    assert MovingAverage(progress.SMOOTHING).add(None) is None
 
 
 def test_summary() -> None:

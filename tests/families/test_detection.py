@@ -307,11 +307,11 @@ def test_the_command_lists_and_tells(tmp_path: Path, capsys: pytest.CaptureFixtu
     path = write(tmp_path / "noob.safetensors", FILES["SDXL"][0] | {"v_pred": []})
     answers = []
     for file in (None, path, write(tmp_path / "vae.safetensors", FILES["SD VAE"][0])):
-        code = family_commands._families(Namespace(file=file, json=True))
+        code = family_commands.families_command(Namespace(file=file, json=True))
         answers.append((code, json.loads(capsys.readouterr().out)))
     assert [one["id"] for one in answers[0][1]["families"]] == list(families.SPECS)
     assert (answers[1][1]["family"], answers[1][1]["v_prediction"]) == ("sdxl", True)
     assert answers[2][0] == 2
     assert answers[2][1]["what"] == "vae"
-    assert family_commands._families(Namespace(file=None, json=False)) == 0
+    assert family_commands.families_command(Namespace(file=None, json=False)) == 0
     assert "sdxl" in capsys.readouterr().out

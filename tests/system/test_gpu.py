@@ -82,7 +82,7 @@ def test_all_facts() -> None:
                    processes=(Process(1, 700), Process(1, 700, "G"), Process(2, None, "G")))
     with nvml_stub.loaded([card, Card.of(24, 1, name="NVIDIA GeForce RTX 4090")], cuda=12040,
                           driver="551.86"):
-        first, second = gpu.list_gpus()
+        first, second = gpu.report().gpus
     assert first == GpuInfo(
         0, card.name, card.uuid, 8188, 7188, "551.86", (8, 9), (GpuUser(1, 700), GpuUser(2, None)),
         "12.4", 71, 64.5, 80, 97, ("thermal", "hw_slowdown"), False, 3072 * 2370)
@@ -102,7 +102,7 @@ def test_a_card_that_knows_little() -> None:
     for codes in ((NOT_SUPPORTED,), (pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,), (999,)):
         fails = [Fail(name, codes[0]) for name in questions]
         with nvml_stub.loaded([Card.of(8)], *fails) as stub:
-            (card,) = gpu.list_gpus()
+            (card,) = gpu.report().gpus
             assert card == GpuInfo(0, "NVIDIA", "", 8188, 7888, "580.65.06", (0, 0))
             for fail in fails:
                 stub.write([Card.of(8)], fail)
@@ -112,7 +112,7 @@ def test_a_card_that_knows_little() -> None:
 def test_older_drivers_know_throttling_by_its_older_name() -> None:
     missing = Fail("nvmlDeviceGetCurrentClocksEventReasons", pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
     with nvml_stub.loaded([Card.of(8, reasons=0x40)], missing):
-        assert gpu.list_gpus()[0].throttled == ("thermal",)
+        assert gpu.report().gpus[0].throttled == ("thermal",)
 
 
 @pytest.mark.parametrize(("bits", "reasons"), [
@@ -120,13 +120,13 @@ def test_older_drivers_know_throttling_by_its_older_name() -> None:
     (0x48, ("thermal", "hw_slowdown")), (0x1ff, ("thermal", "power", "hw_slowdown"))])
 def test_throttling(bits: int, reasons: tuple[str, ...]) -> None:
     with nvml_stub.loaded([Card.of(8, reasons=bits)]), Reader() as reader:
-        assert gpu.list_gpus()[0].throttled == reasons == reader.poll(0).throttled
+        assert gpu.report().gpus[0].throttled == reasons == reader.poll(0).throttled
 
 
 def test_shared_memory_is_the_computers() -> None:
     with nvml_stub.loaded([Card.of(8, name="NVIDIA GB10")],
                           Fail("nvmlDeviceGetMemoryInfo", NOT_SUPPORTED)):
-        (card,) = gpu.list_gpus()
+        (card,) = gpu.report().gpus
     assert card.total_mb == pytest.approx(machine.ram()[0])
 
 

@@ -24,6 +24,7 @@ from core.importers import load_train_config
 from core.memory import advisor, plan, plan_inputs, relief
 from core.memory.plan import Machine
 from core.system.machine import MB
+from core.units import gigabytes
 from core.weights import precision_rules
 from core.workspace import presets
 from core.workspace.presets import Needs, Preset
@@ -104,7 +105,7 @@ def test_preset_fits_its_needs_on_the_largest_bucket(preset: Preset) -> None:
     assert planned.needs_mb <= relief.room(machine) * (1 - plan.MARGIN)
     assert planned.bucket[0] * planned.bucket[1] == relief.side_of(config, 0) ** 2
     assert sum(planned.ram.values()) <= preset.needs.ram_gb * 1024
-    assert advisor.gigabytes(planned.needs_mb) in preset.said("about", "zh-CN")
+    assert gigabytes(planned.needs_mb) in preset.said("about", "zh-CN")
     if preset.needs.vram_gb:
         assert planned.outside["context"] >= 400
 

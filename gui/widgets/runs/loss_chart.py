@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import ceil, floor, log10
 
 from core.jobs.journal import Point
+from core.units import MovingAverage
 from gui.html import esc
 from gui.state.app_state import Context
 
@@ -18,14 +19,9 @@ SMOOTHING = 0.06
 
 
 def ema(points: Sequence[Point]) -> list[Point]:
-    """Exponential moving average that starts unbiased (as Adam's moments, Kingma & Ba 2015)."""
-    weight = max(SMOOTHING, 2 / (len(points) + 1))
-    total = share = 0.0
-    smooth = []
-    for step, value in points:
-        total, share = total * (1 - weight) + value * weight, share * (1 - weight) + weight
-        smooth.append((step, total / share))
-    return smooth
+    """The curve smoothed; few points are smoothed less."""
+    average = MovingAverage(max(SMOOTHING, 2 / (len(points) + 1)))
+    return [(step, average.add(value)) for step, value in points]
 
 
 @dataclass(frozen=True, slots=True)
