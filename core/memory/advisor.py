@@ -1,11 +1,12 @@
-"""What to train with: card, base, pictures and purpose -> values that fit, each with its reason.
+"""Suggests what to train with: from card, base, pictures and purpose to values that fit, each with
+its reason.
 
-Pure functions: the memory side asks `planner` (core.memory.plan), the rest is in the tables below.
+Pure functions: memory is the planner's (core.memory.plan), the rest is in the tables below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil, sqrt
@@ -24,6 +25,8 @@ from core.units import gigabytes
 
 @dataclass(frozen=True, slots=True)
 class Purpose:
+    """What one would train a LoRA of this kind with."""
+
     few_rank: int                       # with fewer than FEW pictures
     rank: int
     effective: int                      # pictures an update
@@ -41,7 +44,8 @@ PURPOSES: Mapping[str, Purpose] = {
 FEW = 15                                # pictures: a larger rank would learn them by heart
 PICTURES = 20                           # where no folder is named
 LEAST_SAMPLES, MOST_SAMPLES = 1200, 16_000          # pictures seen in a run
-FEW_SHARE, MANY_TIMES = 0.5, 2.0        # of what the calmest and the keenest purpose want: told
+# Fewer or more samples than these shares of what the purposes want are worth a note.
+FEW_SHARE, MANY_TIMES = 0.5, 2.0
 LOW_RANK_LOOKS = 1.5                    # times as many where memory forced the rank down
 SMALL_BASE = 100e6                      # parameters
 RATE, SMALL_BASE_RATE = 1e-4, 5e-4      # at one picture an update and alpha = rank
@@ -56,6 +60,8 @@ CARDS_GB = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 48, 80)
 
 @dataclass(frozen=True, slots=True)
 class Reason:
+    """A sentence by its key."""
+
     key: str
     params: Mapping[str, Any] = field(default_factory=dict)
 
@@ -85,8 +91,8 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """`values` are config keys. Where `fits` is False, nothing worth training fits: `values` and
-    `plan` are the nearest thing, and `needs_mb` is the least at half the native area or more."""
+    """Config keys in `values` and their plan. Where `fits` is False, nothing worth training fits:
+    they are the nearest thing, and `needs_mb` is the least at half the native area or more."""
 
     fits: bool
     purpose: str
@@ -104,26 +110,53 @@ class Suggestion:
 
 def suggest(machine: Machine, base: Base, data: Data | None = None, purpose: str = "style",
             planner: Planner | None = None, shape: Shape | None = None) -> Suggestion:
-    """`data` None: no folder yet, steps instead of epochs. Raises UserError for an unknown purpose
-    and where the base can't be used."""
+    """The gentlest setting for this purpose that fits the machine. Without `data` (no folder yet)
+    the length is in steps instead of epochs. Raises UserError for an unknown purpose and where the
+    base can't be used."""
     if purpose not in PURPOSES:
         raise UserError("advisor.unknown_purpose", purpose=purpose, known=", ".join(PURPOSES))
     shape = shape or Shape.of(base, machine)
     planner = planner or planner_of(base, machine, data)
     can = relief.capabilities(machine, shape.weights_mb, shape.family)
-    wish = _wish(PURPOSES[purpose], data, shape, machine)
-    make = partial(relief.dials, wish, can, shape.native, shape.step)
-    found = relief.search(wish, make(), planner)
-    poor = None if found else relief.search(wish, make(sides=relief.POOR_SIDES), planner)
-    least = found or relief.smallest(wish, make(), planner)
-    return _told(purpose, found is not None, poor or least, least.plan.needs_mb, data, shape,
-                 wish)
+    # What one would train with if memory were no matter.
+    want = PURPOSES[purpose]
+    pictures = data.pictures if data else PICTURES
+    rank = want.few_rank if pictures < FEW else want.rank
+    numbers = plan.numbers_of("auto", machine, shape.family)["compute"]
+    # Most cards before Volta (7.0) compute fp16 more slowly than fp32.
+    slow_half = numbers == "fp16" and (0, 0) < machine.capability < (7, 0)
+    wish = TrainConfig.model_validate({
+        "max_resolution": f"{shape.native},{shape.native}",
+        "batch_size": effective_batch(want, pictures), "lora_rank": rank, "lora_alpha": rank,
+        "target_modules": "attention+ff" if shape.parameters >= SMALL_BASE else "all-linear",
+        "precision": "fp32" if slow_half else numbers, "cache_batch_size": CACHED_AT_ONCE})
+
+    # What of it fits: at an honest size, else at a poor one, else the least there is.
+    make = partial(relief.knobs, wish, can, shape.native, shape.step)
+    honest = relief.search(wish, make(), planner)
+    poor = None if honest else relief.search(wish, make(sides=relief.POOR_SIDES), planner)
+    least = honest or relief.smallest(wish, make(), planner)
+    setting, fits, needs_mb = poor or least, honest is not None, least.plan.needs_mb
+
+    memory = {key: getattr(setting.config, key) for key in _MEMORY_KEYS}
+    low_rank = setting.chosen["rank"] > 0
+    course = _course(want, setting.config, data, low_rank, shape)
+    config = setting.config.with_changes(**course)
+    reasons = {key: Reason(f"advisor.{name}", params) for key, (name, params) in {
+        **_memory_reasons(purpose, config, setting, wish, shape),
+        **_course_reasons(config, course, data, low_rank)}.items()}
+    score = (int(fits), int(relief.fits(setting.plan)),
+             *(-option for option in reversed(list(setting.chosen.values()))))
+    return Suggestion(fits, purpose, memory | course, setting.plan, reasons,
+                      tuple(_notes(fits, setting.plan, needs_mb, config, shape)), needs_mb,
+                      relief.room(setting.plan.machine), score)
 
 
 def planner_of(base: Base, machine: Machine, data: Data | None = None) -> Planner:
-    """`data`'s bucket holds for the resolution that it was found at; elsewhere the largest
-    possible one is planned."""
+    """A planner of configs on this base and machine."""
     facts = data or Data()
+    # A bucket holds for the resolution that it was found at. In smaller ones there is none of that
+    # size, and the largest possible bucket is planned.
 
     def planned(config: TrainConfig) -> Plan:
         bucket, area = facts.bucket, size_of(config.max_resolution)
@@ -141,26 +174,13 @@ def nearest_fit(config: TrainConfig, base: Base, machine: Machine, data: Data | 
     shape = Shape.of(base, machine)
     can = relief.capabilities(machine, shape.weights_mb, shape.family)
     for sides in (relief.HONEST_SIDES, relief.POOR_SIDES):
-        dials = relief.dials(config, can, shape.native, shape.step, sides)
-        if found := relief.search(config, dials, planner):
-            before, after = config.model_dump(), found.config.model_dump()
-            return {k: v for k, v in after.items() if v != before[k]}, found.plan
+        knobs = relief.knobs(config, can, shape.native, shape.step, sides)
+        if setting := relief.search(config, knobs, planner):
+            return relief.config_changes(config, setting.config), setting.plan
     return None
 
 
-# --- what one would train with, if memory were no matter ---
-
-def _wish(purpose: Purpose, data: Data | None, shape: Shape, machine: Machine) -> TrainConfig:
-    pictures = data.pictures if data else PICTURES
-    rank = purpose.few_rank if pictures < FEW else purpose.rank
-    numbers = plan.numbers_of("auto", machine, shape.family)["compute"]
-    slow_half = numbers == "fp16" and (0, 0) < machine.capability < (7, 0)
-    return TrainConfig.model_validate({
-        "max_resolution": f"{shape.native},{shape.native}",
-        "batch_size": effective_batch(purpose, pictures), "lora_rank": rank, "lora_alpha": rank,
-        "target_modules": "attention+ff" if shape.parameters >= SMALL_BASE else "all-linear",
-        "precision": "fp32" if slow_half else numbers, "cache_batch_size": CACHED_AT_ONCE})
-
+# --- the course of the run ---
 
 def effective_batch(purpose: Purpose, pictures: int) -> int:
     """Pictures an update: a power of two, and at least two updates a round."""
@@ -171,32 +191,33 @@ def effective_batch(purpose: Purpose, pictures: int) -> int:
 
 
 def learning_rate(effective: int, rank: int, alpha: float, parameters: int) -> float:
-    """Adam's rate grows with the root of the batch (Malladi et al. 2022, arXiv 2205.10287); the
-    adapter's scale alpha / rank multiplies every update, and is taken out; a small base, whose
-    weights are larger, takes a larger rate. Two significant digits."""
+    """The learning rate, in two significant digits. Adam's grows with the root of the batch
+    (Malladi et al. 2022, arXiv 2205.10287); the adapter's scale alpha / rank multiplies every
+    update and is divided out; a small base, whose weights are larger, takes a larger rate."""
     usual = RATE if parameters >= SMALL_BASE else SMALL_BASE_RATE
     return float(f"{min(usual * sqrt(effective) * rank / alpha, usual * MOST_RATE):.2g}")
 
 
 def samples(purpose: Purpose, pictures: int, low_rank: bool) -> int:
-    """Pictures seen in a run: by their number, within what is too little or only costs time."""
-    wanted = purpose.looks * pictures * (LOW_RANK_LOOKS if low_rank else 1)
-    return round(min(max(wanted, LEAST_SAMPLES), MOST_SAMPLES))
+    """Samples of a run: by the number of pictures, but neither too few nor only a cost."""
+    ideal = purpose.looks * pictures * (LOW_RANK_LOOKS if low_rank else 1)
+    return round(min(max(ideal, LEAST_SAMPLES), MOST_SAMPLES))
 
 
 def length(config: TrainConfig, repeats: Sequence[int]) -> Reason | None:
-    """What to say of a run that looks at its pictures far less or far more often than any purpose
-    wants, with the number that suits a style; None where it is about right. `repeats`: of each
-    picture. A run that goes on from another LoRA may be as short as it likes."""
+    """What to say about a run that sees its pictures far less or far more often than any purpose
+    wants, with the length that suits a style; None where it is about right. `repeats`: of each
+    picture."""
     effective = config.batch_size * config.gradient_accumulation_steps
-    own = effective * (1 - config.reg_share if config.regularized else 1)
-    planned = config.max_train_steps * own or config.epochs * sum(repeats)
-    wanted = {name: samples(one, len(repeats), False) for name, one in PURPOSES.items()}
-    few, many = FEW_SHARE * min(wanted.values()), MANY_TIMES * max(wanted.values())
+    per_update = effective * (1 - config.reg_share if config.regularized else 1)
+    planned = config.max_train_steps * per_update or config.epochs * sum(repeats)
+    ideal = {name: samples(purpose, len(repeats), False) for name, purpose in PURPOSES.items()}
+    few, many = FEW_SHARE * min(ideal.values()), MANY_TIMES * max(ideal.values())
+    # A run that goes on from another LoRA may be as short as it likes.
     if not repeats or few <= planned <= many or (planned < few and config.init_lora_weights):
         return None
-    advised = wanted["style"]
-    key, value = (("max_train_steps", ceil(advised / own)) if config.max_train_steps
+    advised = ideal["style"]
+    key, value = (("max_train_steps", ceil(advised / per_update)) if config.max_train_steps
                   else ("epochs", max(1, round(advised / sum(repeats)))))
     return Reason("advisor.too_few" if planned < few else "advisor.too_many", {
         "looks": f"{planned / len(repeats):.3g}", "pictures": len(repeats), "key": key,
@@ -205,7 +226,7 @@ def length(config: TrainConfig, repeats: Sequence[int]) -> Reason | None:
 
 def _course(purpose: Purpose, config: TrainConfig, data: Data | None, low_rank: bool,
             shape: Shape) -> dict[str, Any]:
-    """Length, rate and what goes with them."""
+    """The config keys of the run's course: its length, learning rate and what goes with them."""
     pictures = data.pictures if data else PICTURES
     effective = config.batch_size * config.gradient_accumulation_steps
     total = samples(purpose, pictures, low_rank)
@@ -223,40 +244,26 @@ def _course(purpose: Purpose, config: TrainConfig, data: Data | None, low_rank: 
 
 # --- the answer with its reasons ---
 
-def _told(name: str, fits: bool, found: relief.Found, needs_mb: float, data: Data | None,
-          shape: Shape, wish: TrainConfig) -> Suggestion:
-    purpose, low = PURPOSES[name], found.chosen["rank"] > 0
-    memory = {key: getattr(found.config, key) for key in _MEMORY}
-    sampler = _course(purpose, found.config, data, low, shape)
-    config = found.config.with_changes(**sampler)
-    reasons = {key: Reason(f"advisor.{what}", params)
-               for key, (what, params) in {**_memory_reasons(name, config, found, wish, shape),
-                                           **_course_reasons(config, sampler, data, low)}.items()}
-    score = (int(fits), int(relief.fits(found.plan)),
-             *(-option for option in reversed(list(found.chosen.values()))))
-    return Suggestion(fits, name, memory | sampler, found.plan, reasons,
-                      tuple(_notes(fits, found.plan, needs_mb, config, shape)), needs_mb,
-                      relief.room(found.plan.machine), score)
+# Config keys that decide how much memory a run takes.
+_MEMORY_KEYS = ("max_resolution", "batch_size", "gradient_accumulation_steps", "lora_rank",
+                "lora_alpha", "target_modules", "precision", "base_precision",
+                "gradient_checkpointing", "offload", "optimizer", "cache_batch_size")
+Reasons = dict[str, tuple[str, Mapping[str, Any]]]         # by config key: sentence, parameters
 
 
-_MEMORY = ("max_resolution", "batch_size", "gradient_accumulation_steps", "lora_rank",
-           "lora_alpha", "target_modules", "precision", "base_precision",
-           "gradient_checkpointing", "offload", "optimizer", "cache_batch_size")
-Told = dict[str, tuple[str, Mapping[str, Any]]]
+def _memory_reasons(purpose: str, config: TrainConfig, setting: relief.Setting, wish: TrainConfig,
+                    shape: Shape) -> Reasons:
+    given_up = setting.without
 
-
-def _memory_reasons(purpose: str, config: TrainConfig, found: relief.Found, wish: TrainConfig,
-                    shape: Shape) -> Told:
-    took = found.without
     def why(knob: str) -> dict[str, str]:
         """What shows that a sacrifice is needed."""
-        lack = took[knob].needs_mb if knob in took else found.plan.needs_mb
-        return {"without": gigabytes(lack), "room": gigabytes(_limit(found.plan.machine))}
+        lack = given_up[knob].needs_mb if knob in given_up else setting.plan.needs_mb
+        return {"without": gigabytes(lack), "room": gigabytes(_limit(setting.plan.machine))}
     effective = config.batch_size * config.gradient_accumulation_steps
     split = {"batch": config.batch_size, "times": config.gradient_accumulation_steps,
              "effective": effective, **why("batch")}
     side = relief.side_of(config, shape.native)
-    share = 100 * found.plan.parameters / max(1, found.plan.base_parameters)
+    share = 100 * setting.plan.parameters / max(1, setting.plan.base_parameters)
     resolution = ("lower" if 2 * side * side >= shape.native ** 2 else "poor") if (
         side < shape.native) else "native"
     return {
@@ -265,14 +272,14 @@ def _memory_reasons(purpose: str, config: TrainConfig, found: relief.Found, wish
         "batch_size": ("batch_whole" if config.batch_size == effective else "batch_part", split),
         "gradient_accumulation_steps": (
             "accumulation_none" if config.batch_size == effective else "accumulation", split),
-        "lora_rank": ("rank_lowered" if "rank" in took or config.lora_rank < wish.lora_rank
+        "lora_rank": ("rank_lowered" if "rank" in given_up or config.lora_rank < wish.lora_rank
                       else f"rank_{purpose}",
                       {"rank": config.lora_rank, "usual": wish.lora_rank, **why("rank")}),
         "lora_alpha": ("alpha", {}),
         "target_modules": ("targets" if shape.parameters >= SMALL_BASE else "targets_small",
-                           {"count": f"{found.plan.parameters / 1e6:.1f}",
+                           {"count": f"{setting.plan.parameters / 1e6:.1f}",
                             "share": f"{share:.2g}"}),
-        "precision": (f"precision_{'lowered' if 'precision' in took else config.precision}",
+        "precision": (f"precision_{'lowered' if 'precision' in given_up else config.precision}",
                       {"precision": config.precision, **why("precision")}),
         "base_precision": (f"base_{config.base_precision}", why("base")),
         "gradient_checkpointing": (
@@ -284,8 +291,8 @@ def _memory_reasons(purpose: str, config: TrainConfig, found: relief.Found, wish
         "cache_batch_size": ("cache_batch", {"count": config.cache_batch_size})}
 
 
-def _course_reasons(config: TrainConfig, sampler: Mapping[str, Any], data: Data | None,
-                    low_rank: bool) -> Told:
+def _course_reasons(config: TrainConfig, course: Mapping[str, Any], data: Data | None,
+                    low_rank: bool) -> Reasons:
     pictures = data.pictures if data else PICTURES
     effective = config.batch_size * config.gradient_accumulation_steps
     updates = config.max_train_steps or config.epochs * ceil(pictures / effective)
@@ -301,46 +308,40 @@ def _course_reasons(config: TrainConfig, sampler: Mapping[str, Any], data: Data 
         "lr_warmup_steps": ("warmup", {"steps": config.lr_warmup_steps}),
         "caption_dropout": ("dropout", {"share": f"{config.caption_dropout:.0%}"}),
         **({"min_snr_gamma": ("min_snr", {"gamma": f"{config.min_snr_gamma:g}"})}
-           if "min_snr_gamma" in sampler else {}),
-        "save_steps": ("saves", {"steps": sampler["save_steps"], "count": SAVES})}
+           if "min_snr_gamma" in course else {}),
+        "save_steps": ("saves", {"steps": course["save_steps"], "count": SAVES})}
 
 
-def _notes(fits: bool, found: Plan, needs_mb: float, config: TrainConfig, shape: Shape
-           ) -> list[Reason]:
-    """What concerns no single value."""
-    machine = found.machine
-    told = [] if fits else _does_not_fit(found, needs_mb, config, shape)
-    encoders = sum(found.phase("texts").parts.values()) if found.phases else 0.0
-    told.append(Reason("advisor.cached_texts", {"saved": gigabytes(encoders)}))
+def _notes(fits: bool, planned: Plan, needs_mb: float, config: TrainConfig, shape: Shape
+           ) -> Iterator[Reason]:
+    """The sentences that concern no single value."""
+    machine = planned.machine
+    if not fits:
+        yield Reason("advisor.does_not_fit", {
+            "needs": gigabytes(needs_mb), "room": gigabytes(_limit(machine))})
+        if relief.fits(planned):
+            yield Reason("advisor.would_fit_at", {
+                "side": relief.side_of(config, shape.native), "native": shape.native})
+        if machine.kind == "cuda" and (card := card_for(needs_mb)):
+            yield Reason("advisor.card_needed", {"gb": card})
+    encoders = sum(planned.phase("texts").parts.values()) if planned.phases else 0.0
+    yield Reason("advisor.cached_texts", {"saved": gigabytes(encoders)})
     if machine.total_mb > machine.free_mb:
-        told.append(Reason("advisor.not_ours", {
+        yield Reason("advisor.not_ours", {
             "total": gigabytes(machine.total_mb), "room": gigabytes(relief.room(machine)),
-            "held": gigabytes(machine.total_mb - machine.free_mb)}))
-    if lacks := lacking(found):
-        told += [Reason(f"advisor.{what}_short", params) for what, params in lacks.items()]
-    return told
+            "held": gigabytes(machine.total_mb - machine.free_mb)})
+    for name, params in lacking(planned).items():
+        yield Reason(f"advisor.{name}_short", params)
 
 
-def _does_not_fit(found: Plan, needs_mb: float, config: TrainConfig, shape: Shape
-                  ) -> list[Reason]:
-    told = [Reason("advisor.does_not_fit", {
-        "needs": gigabytes(needs_mb), "room": gigabytes(_limit(found.machine))})]
-    if relief.fits(found):
-        told.append(Reason("advisor.would_fit_at", {
-            "side": relief.side_of(config, shape.native), "native": shape.native}))
-    card = card_for(needs_mb)
-    if card and found.machine.kind == "cuda":
-        told.append(Reason("advisor.card_needed", {"gb": card}))
-    return told
-
-
-def lacking(found: Plan) -> dict[str, dict[str, str]]:
-    """RAM and disk that the plan needs beyond what is free, where that is known; by name."""
-    wanted = {"ram": (sum(found.ram.values()), found.machine.ram_mb),
-              "disk": (sum(found.disk.values()), found.machine.disk_mb)}
-    return {what: {"needs": gigabytes(needs), "free": gigabytes(free)}
-            for what, (needs, free) in wanted.items()
-            if 0 < free < needs and not (what == "ram" and found.machine.kind == "cpu")}
+def lacking(planned: Plan) -> dict[str, dict[str, str]]:
+    """RAM and disk ("ram", "disk") that the plan needs beyond what is free, where that is known."""
+    machine = planned.machine
+    sizes = {"disk": (sum(planned.disk.values()), machine.disk_mb)}
+    if machine.kind != "cpu":           # there RAM is what the plan itself is about
+        sizes = {"ram": (sum(planned.ram.values()), machine.ram_mb), **sizes}
+    return {name: {"needs": gigabytes(needs), "free": gigabytes(free)}
+            for name, (needs, free) in sizes.items() if 0 < free < needs}
 
 
 def card_for(needs_mb: float) -> int | None:
@@ -355,14 +356,16 @@ def card_of(vram_gb: float, capability: tuple[int, int] = (8, 6)) -> Machine:
 
 
 def _limit(machine: Machine) -> float:
+    """MiB at which a plan fits with its margin."""
     return relief.room(machine) * (1 - plan.MARGIN)
 
 
-def as_dict(found: Suggestion) -> dict[str, Any]:
-    """For --json."""
-    return {"fits": found.fits, "verdict": relief.verdict(found.plan), "purpose": found.purpose,
-            "values": dict(found.values), "needs_mb": round(found.needs_mb, 1),
-            "room_mb": round(found.room_mb, 1),
-            "reasons": {key: reason.text() for key, reason in found.reasons.items()},
-            "notes": [note.text() for note in found.notes], "plan": plan.as_dict(found.plan)}
+def as_dict(suggestion: Suggestion) -> dict[str, Any]:
+    """The suggestion for --json, its reasons as text."""
+    return {"fits": suggestion.fits, "verdict": relief.verdict(suggestion.plan),
+            "purpose": suggestion.purpose, "values": dict(suggestion.values),
+            "needs_mb": round(suggestion.needs_mb, 1), "room_mb": round(suggestion.room_mb, 1),
+            "reasons": {key: reason.text() for key, reason in suggestion.reasons.items()},
+            "notes": [note.text() for note in suggestion.notes],
+            "plan": plan.as_dict(suggestion.plan)}
 

@@ -1,4 +1,4 @@
-"""What runs on this machine showed: planned against measured, which corrects its later plans."""
+"""What earlier runs on this machine showed, planned against measured: it corrects later plans."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from core.serialization import json_object
 
 
 def remember(card: str, planned_mb: float, allocated_mb: float, reserved_mb: float) -> None:
-    """Keeps a run's planned tensors and what torch held; later plans for this card take its own
-    overhead."""
+    """Keeps what a run planned for tensors and what torch held in fact, in MiB."""
     if allocated_mb <= 0:
         return
     known = json_object(_file())
@@ -23,8 +22,8 @@ def remember(card: str, planned_mb: float, allocated_mb: float, reserved_mb: flo
 
 
 def overhead(card: str) -> float | None:
-    """(reserved - planned tensors) / planned tensors: the worst of the last runs on this card;
-    None before the first. Never below zero: what ran once with less is no promise."""
+    """(reserved - planned tensors) / planned tensors, the worst of the last five runs on this
+    card; None before the first. Never below zero: what once ran with less is no promise."""
     rows = json_object(_file()).get(card, [])[-5:]
     worst = [(row["reserved"] - row["planned"]) / row["planned"] for row in rows]
     return max(0.0, *worst) if worst else None

@@ -27,6 +27,7 @@ Kind = Literal["cuda", "mps", "cpu"]
 META = torch.device("meta")
 GRAIN = {"cuda": 512, "mps": 256, "cpu": 64}        # bytes that an allocation is rounded up to
 
+# The ops that autocast runs in 16 bits.
 _HALF: set[Callable[..., Any]] = {
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d,
     torch.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm,
@@ -37,10 +38,14 @@ _FULL: dict[str, set[Callable[..., Any]]] = {       # computed in fp32 under aut
              F.log_softmax, torch.exp, Tensor.exp, torch.pow, Tensor.pow, F.mse_loss},
     "cpu": {F.mse_loss}}
 _FULL["mps"] = _FULL["cuda"]
+# The place of the input among a convolution's arguments; the weight follows.
+_CONVOLUTIONS = {torch.ops.aten.convolution.default: 0,
+                 torch.ops.aten.convolution_backward.default: 1}
 
 
 class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Live and peak bytes of the tensors made while it is on; `known` modules count as there."""
+    """Counts live and peak bytes of the tensors made while it is on. Weights of `known` modules are
+    not counted: they were there before."""
 
     def __init__(self, kind: Kind, known: Iterable[nn.Module] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -53,51 +58,37 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                            kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         copies = 0
-        if func in _CONVOLUTIONS and _channels_last(args[_CONVOLUTIONS[func]], *args[1:2]):
-            if isinstance(out, Tensor):
-                out = torch.empty_like(out, memory_format=torch.channels_last)
-            copies = sum(_copied(t) for t in args[:3])
-        if func in _CONVOLUTIONS and self._kind == "cpu":
-            weight = args[_CONVOLUTIONS[func] + 1]      # oneDNN works on a copy laid out anew
-            copies += weight.numel() * weight.element_size()
-        for one in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(one, Tensor):
-                self._add(one)
+        if func in _CONVOLUTIONS:
+            place = _CONVOLUTIONS[func]
+            # A convolution keeps the layout of its input or weight, and copies what is laid out
+            # otherwise; torch's meta kernel knows no device and leaves both out.
+            if any(suggest_memory_format(t) == torch.channels_last
+                   for t in (args[place], *args[1:2])):
+                if isinstance(out, Tensor):
+                    out = torch.empty_like(out, memory_format=torch.channels_last)
+                copies = sum(t.numel() * t.element_size() for t in args[:3]
+                             if isinstance(t, Tensor) and t.ndim == 4 and not t.is_contiguous(
+                                 memory_format=torch.channels_last))
+            if self._kind == "cpu":
+                weight = args[place + 1]                # oneDNN works on a copy laid out anew
+                copies += weight.numel() * weight.element_size()
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self._seen:           # a view
+                continue
+            size = -(-storage.nbytes() // self._grain) * self._grain
+            self._seen.add(key)
+            self.live += size
+            weakref.finalize(storage, self._drop, key, size)
         self.peak = max(self.peak, self.live + copies)
         return out
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._seen:           # a view
-            return
-        size = -(-storage.nbytes() // self._grain) * self._grain
-        self._seen.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.live -= size
-
-
-# A convolution keeps the layout of its input or weight, and copies what is laid out otherwise;
-# torch's meta kernel knows no device and leaves both out. -> the place of the input
-_CONVOLUTIONS = {torch.ops.aten.convolution.default: 0,
-                 torch.ops.aten.convolution_backward.default: 1}
-
-
-def _channels_last(*tensors: Tensor) -> bool:
-    return any(suggest_memory_format(t) == torch.channels_last for t in tensors)
-
-
-def _copied(tensor: Any) -> int:
-    """Bytes of the copy that a channels_last kernel makes of a tensor in another layout."""
-    if not isinstance(tensor, Tensor) or tensor.ndim != 4 or tensor.is_contiguous(
-            memory_format=torch.channels_last):
-        return 0
-    return tensor.numel() * tensor.element_size()
 
 
 class DeviceEmulation(TorchFunctionMode):
@@ -107,15 +98,16 @@ class DeviceEmulation(TorchFunctionMode):
         super().__init__()
         self.kind, self.compute, self.full = kind, compute, _FULL[kind]
         self.casting = False
-        self._casts: dict[int, Tensor] = {}         # of trainable weights, as autocast's own cache
+        # Trainable weights are cast once a pass, as autocast's own cache has it.
+        self._casts: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if self.casting and (func in _HALF or func in self.full):
-            wanted = self.compute if func in _HALF else torch.float32
-            args = tuple(self._cast(a, wanted) for a in args)
-            kwargs = {k: self._cast(v, wanted) for k, v in kwargs.items()}
+            dtype = self.compute if func in _HALF else torch.float32
+            args = tuple(self._cast(a, dtype) for a in args)
+            kwargs = {k: self._cast(v, dtype) for k, v in kwargs.items()}
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         if func is F.group_norm and self.kind == "cpu":
@@ -124,6 +116,7 @@ class DeviceEmulation(TorchFunctionMode):
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
+        """What torch.autocast does, within."""
         self.casting = self.compute != torch.float32
         try:
             yield
@@ -132,8 +125,9 @@ class DeviceEmulation(TorchFunctionMode):
             self._casts.clear()
 
     def checkpoint(self, module: nn.Module, *args: Any) -> Any:
-        """Activation checkpointing as diffusers has it; within a backward pass torch switches
-        function modes off, so the recomputation brings this one along."""
+        """Activation checkpointing as diffusers has it."""
+        # Within a backward pass torch switches function modes off: the recomputation brings this
+        # one along, in the state that it had in the forward pass.
         casting = self.casting
 
         @contextmanager
@@ -149,22 +143,22 @@ class DeviceEmulation(TorchFunctionMode):
         return checkpoint(module.__call__, *args, use_reentrant=False,
                           context_fn=lambda: (nullcontext(), again()))
 
-    def _cast(self, value: Any, wanted: torch.dtype) -> Any:
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
         if isinstance(value, (list, tuple)):
-            return type(value)(self._cast(one, wanted) for one in value)
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == wanted:
+            return type(value)(self._cast(item, dtype) for item in value)
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
             return value
         if not (value.is_leaf and value.requires_grad):
-            return value.to(wanted)
+            return value.to(dtype)
         if id(value) not in self._casts:
-            self._casts[id(value)] = value.to(wanted)
+            self._casts[id(value)] = value.to(dtype)
         return self._casts[id(value)]
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
                dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
                enable_gqa: bool = False) -> Tensor:
-    """Flash attention: keeps query, key, value, output and one number a row."""
+    """Flash attention, which keeps query, key, value, output and one number a row."""
     if enable_gqa and key.shape[1] != query.shape[1]:
         times = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
@@ -177,8 +171,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
 
 
 class _GroupNorm(torch.autograd.Function):
-    """On the CPU it keeps channels_last; torch's meta kernel is CUDA's, which makes the input
-    contiguous first."""
+    """The CPU's group norm, which keeps channels_last. torch's meta kernel is CUDA's, which makes
+    the input contiguous first."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: int, *affine: Tensor) -> Tensor:

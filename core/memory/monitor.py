@@ -18,9 +18,9 @@ from core.jobs.events import Event, Note
 from core.system import gpu, machine
 from core.system.gpu import GpuUser, Throttle
 
-CALM_S = 60.0               # a note's shortest distance to its like, and how long a calm must last
+CALM_S = 60.0               # between two notes of a kind, and until a state counts as over
 HOT_C, COOL_C = 87.0, 82.0  # laptops lower their clocks from about 87 °C on
-NOTABLE = 256.0, 0.02       # MB, and share of the whole, that others take before it is told
+NOTABLE = 256.0, 0.02       # MB, and share of the whole: others' growth that is worth a note
 GREW_MB = 64.0              # less may be the driver's own
 FULL = 0.03                 # free share of a card that spills
 SLOWER = 3.0                # times; buckets of one run differ by less
@@ -47,11 +47,11 @@ class Reader(Protocol):
 
 
 class NvmlReader:
-    """A card's readings.
+    """Reads a card.
 
-    `card`: UUID or NVML's number. `held`: MB that this process holds there, its CUDA context
-    included; asked only where NVML doesn't tell (Windows, containers). Without it others' use,
-    and so pressure, stays unknown there.
+    `card` is its UUID or NVML's number. `held` returns the MB that this process holds there, its
+    CUDA context included. It is called only where NVML doesn't tell (Windows, containers); without
+    it others' use, and so pressure, stays unknown there.
     """
 
     def __init__(self, card: str | int, held: Callable[[], float] | None = None) -> None:
@@ -76,7 +76,7 @@ class NvmlReader:
 
 
 class RamReader:
-    """The computer's memory, for training on the CPU.
+    """Reads the computer's memory, for training on the CPU.
 
     Ours is what this process holds for itself: pages of files that it maps count as available.
     """
@@ -112,19 +112,22 @@ class Watch:
         self.reading = Reading()            # the newest
         self.peak_mb = 0.0                  # the most that we held
         self._held_mb = 0.0                 # the same since the run was lowered last
-        self.hottest_c: float | None = None
-        self.margin_mb: float | None = None  # free + ours - what we need: planned, or held before
-        self._start: Reading | None = None  # the first that told others' use
-        self._told: Reading | None = None   # the last whose others' use was told
+        # Free + ours - what we need, planned or held before.
+        self.margin_mb: float | None = None
+        # The first reading that knew others' use, and the last whose others' use was told.
+        self._start: Reading | None = None
+        self._reported: Reading | None = None
+        # Armed: the next shortage counts. Pressed: it came, and `pressure` hasn't told it yet.
         self._armed, self._pressed = True, False
-        self._said: dict[str, float] = {}   # a note's key -> when it was emitted
-        self._on: dict[str, float] = {}     # what lasts -> when it was last seen
+        # By key of a note: when it was emitted last, and, of what lasts, when it was last seen.
+        self._emitted: dict[str, float] = {}
+        self._active: dict[str, float] = {}
         self._steps: deque[float] = deque(maxlen=STEPS)
         self._best: float | None = None     # s, median
         self._notes: list[Note] = []
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._go_on, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._poll_until_closed, name="watch", daemon=True)
 
     def __enter__(self) -> Self:
         with contextlib.suppress(Exception):    # the run matters more than its watch
@@ -138,20 +141,18 @@ class Watch:
         if not self._thread.is_alive():
             self.reader.close()
 
-    def _go_on(self) -> None:
+    def _poll_until_closed(self) -> None:
         while not self._closed.wait(self.every_s):
             with contextlib.suppress(Exception):
                 self.poll()
 
     def poll(self) -> Reading:
-        """One look, as the thread takes it."""
+        """Reads once, as the thread does, and emits what is worth a note."""
         reading = self.reader.read()
         with self._lock:
             self.reading = reading
             self.peak_mb = max(self.peak_mb, reading.ours_mb or 0.0)
             self._held_mb = max(self._held_mb, reading.ours_mb or 0.0)
-            if reading.temperature_c is not None:
-                self.hottest_c = max(self.hottest_c or 0.0, reading.temperature_c)
             self._look_at_memory(reading)
             self._look_at_others(reading)
             self._look_at_health(reading)
@@ -175,11 +176,12 @@ class Watch:
             self.planned_mb, self._armed, self._pressed = planned_mb, True, False
             self._held_mb = 0.0
             self._steps.clear()
-            self._said.pop("watch.spilling", None)      # it may go on
+            # Spilling may go on nevertheless, and is told again then.
+            self._emitted.pop("watch.spilling", None)
 
     def spilling(self, step_s: float) -> bool:
-        """Told each step's seconds: True once when steps got several times slower while the card
-        is full. Windows then moves memory of the card into RAM and reports no error."""
+        """Called with each step's seconds: True once when steps got several times slower while
+        the card is full. Windows then moves memory of the card into RAM and reports no error."""
         with self._lock:
             self._steps.append(step_s)
             if len(self._steps) < STEPS:
@@ -189,7 +191,7 @@ class Watch:
             before, self._best = self._best, min(usual, self._best or usual)
             free, total = self.reading.free_mb, self.reading.total_mb
             full = free is not None and total is not None and free < FULL * total
-            if not (slow and full and self.spills and "watch.spilling" not in self._said):
+            if not (slow and full and self.spills and "watch.spilling" not in self._emitted):
                 return False
             self._note(Note(key="watch.spilling", params={
                 "times": round(usual / (before or usual)), "free": round(free or 0)}))
@@ -207,77 +209,73 @@ class Watch:
         self.margin_mb = reading.free_mb + reading.ours_mb - needs
         grown = reading.others_mb - (start.others_mb or 0.0)
         if self.margin_mb >= self.headroom_mb:
-            if "pressure" in self._on and self._note(Note(key="watch.margin_back", params={
+            if "pressure" in self._active and self._note(Note(key="watch.margin_back", params={
                     "margin": round(self.margin_mb)})):
-                del self._on["pressure"]
+                del self._active["pressure"]
             self._armed, self._pressed = True, False
         elif self._armed and (grown > GREW_MB or needs > self.planned_mb):
             self._armed, self._pressed = False, True
-            self._on["pressure"] = self.clock()
+            self._active["pressure"] = self.clock()
             params = {"margin": round(self.margin_mb), "headroom": round(self.headroom_mb)}
             self._note(Note(key="watch.pressure", params={"taken": round(grown), **params})
                        if grown > GREW_MB else Note(key="watch.more_than_planned", params={
                            "held": round(needs), "planned": round(self.planned_mb), **params}))
 
     def _look_at_others(self, reading: Reading) -> None:
-        """Others' use is measured from what was told last; what they gave back is not told."""
+        """Others' use is measured from what was reported last; what they gave back is no note."""
         if reading.others_mb is None or reading.free_mb is None:
             return
-        self._told = told = self._told or reading
+        self._reported = before = self._reported or reading
         notable = max(NOTABLE[0], NOTABLE[1] * (reading.total_mb or 0.0))
-        grown = reading.others_mb - (told.others_mb or 0.0)
+        grown = reading.others_mb - (before.others_mb or 0.0)
         if grown <= -notable:
-            self._told = reading
+            self._reported = reading
         elif grown >= notable:
-            who = _growing(told.others, reading.others)
+            # The programs that grew most, as far as the driver tells: 'game.exe, python'.
+            had = {user.pid: user.used_mb or 0.0 for user in before.others}
+            growth = {user.pid: (user.used_mb or 0.0) - had.get(user.pid, 0.0)
+                      for user in reading.others}
+            names: dict[str, None] = {}
+            for pid in sorted(growth, key=lambda pid: -growth[pid])[:3]:
+                with contextlib.suppress(psutil.Error, ValueError):     # it has ended meanwhile
+                    names |= {psutil.Process(pid).name(): None} if growth[pid] > 0 else {}
+            who = ", ".join(filter(None, names))
             params = {"taken": round(grown), "free": round(reading.free_mb)}
             if self._note(Note(key="watch.others_named", params=params | {"who": who}) if who
                           else Note(key="watch.others", params=params)):
-                self._told = reading
+                self._reported = reading
 
     def _look_at_health(self, reading: Reading) -> None:
         degrees = reading.temperature_c or 0.0
-        limit = COOL_C if "watch.hot" in self._on else HOT_C
+        limit = COOL_C if "watch.hot" in self._active else HOT_C
         self._while(Note(key="watch.hot", params={"degrees": round(degrees)}), degrees >= limit)
         self._while(Note(key="watch.lost"), reading.lost)
         self._while(Note(key="watch.throttled_thermal"), "thermal" in reading.throttled)
         self._while(Note(key="watch.throttled_hardware"), "hw_slowdown" in reading.throttled)
-        power = Note(key="watch.throttled_power")       # usual at full load: once a run
-        self._while(power, "power" in reading.throttled or power.key in self._said)
+        # The power limit is usual at full load: told once a run.
+        power = Note(key="watch.throttled_power")
+        self._while(power, "power" in reading.throttled or power.key in self._emitted)
 
     def _while(self, note: Note, is_so: bool) -> None:
-        """Told when it begins; it has ended once it was away for a while."""
+        """Notes a state when it begins; it has ended once it was away for a while."""
         now = self.clock()
         if is_so:
-            if note.key in self._on or self._note(note):
-                self._on[note.key] = now
-        elif now - self._on.get(note.key, now) >= CALM_S:
-            del self._on[note.key]
+            if note.key in self._active or self._note(note):
+                self._active[note.key] = now
+        elif now - self._active.get(note.key, now) >= CALM_S:
+            del self._active[note.key]
 
     def _note(self, note: Note) -> bool:
+        """Keeps a note for `_tell`, unless one of its kind was emitted a moment ago."""
         now = self.clock()
-        if now - self._said.get(note.key, -CALM_S) < CALM_S:
+        if now - self._emitted.get(note.key, -CALM_S) < CALM_S:
             return False
-        self._said[note.key] = now
+        self._emitted[note.key] = now
         self._notes.append(note)
         return True
 
     def _tell(self, notes: list[Note]) -> None:
-        for note in notes:                  # outside the lock: listeners may ask us
+        """Emits notes; called outside the lock, since listeners may ask this object."""
+        for note in notes:
             with contextlib.suppress(OSError):
                 self.emit(note)
-
-
-def _growing(before: tuple[GpuUser, ...], now: tuple[GpuUser, ...]) -> str:
-    """'game.exe, python': programs that hold more than they did, most first; '' if not known."""
-    had = {user.pid: user.used_mb or 0.0 for user in before}
-    grown = {user.pid: (user.used_mb or 0.0) - had.get(user.pid, 0.0) for user in now}
-    names = [_name(pid) for pid in sorted(grown, key=lambda pid: -grown[pid]) if grown[pid] > 0]
-    return ", ".join(dict.fromkeys(name for name in names[:3] if name))
-
-
-def _name(pid: int) -> str:
-    try:
-        return str(psutil.Process(pid).name())
-    except (psutil.Error, ValueError):
-        return ""

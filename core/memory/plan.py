@@ -1,8 +1,8 @@
-"""What a run will hold in memory, by phase and part, before it starts; without torch.
+"""Plans how much memory a run will hold, by phase and part, before it starts. Without torch.
 
-A plan is arithmetic over a few traced figures (traces.py): each is asked for by everything
-that decides it, and kept on disk under a key of exactly that, so that the second answer is
-instant and needs no torch. What a machine showed in earlier runs corrects its later plans.
+A plan is arithmetic over a few traced figures (traces.py). Each figure is kept on disk under a key
+of everything that decides it, so that the second answer is instant and needs no torch. What a
+machine showed in earlier runs corrects its later plans.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -41,12 +41,12 @@ Verdict = Literal["fits", "tight", "too_big"]
 
 CONTEXT_MB = 450.0                      # CUDA context and kernels, on top of torch's own count
 WORKSPACE_MB = 150.0                    # cuBLAS and cuDNN scratch memory
-FRAGMENTS = 0.06                        # of the tensors: what the allocator reserves and can't use
+FRAGMENTS = 0.06                        # of the tensors: reserved by the allocator, but unusable
 # RAM of the imports; on the CPU what the process holds for itself (460 MB, measured), and what
 # kernels and the C library's allocator keep beside the tensors
 PROCESS_MB = {"cuda": 2600.0, "mps": 1200.0, "cpu": 600.0}
 MARGIN = 0.08                           # of the memory: "tight" below it
-READ_MB = 256.0                         # RAM: what of a file is mapped at a time while it's loaded
+READ_MB = 256.0                         # RAM: of a file, mapped at a time while it is loaded
 PROOF_SIDE = {"cpu": 256, "mps": 512, "cuda": 512}      # px; the proof draws no larger
 
 
@@ -68,8 +68,8 @@ class Data:
     """The pictures of a run, as far as they weigh."""
 
     pictures: int = 20
-    captions: int = 20                          # different ones, shuffles included; of a long one
-                                                # each chunk (core/families/clip.py)
+    # Different ones, shuffles included; a long one counts by its chunks (core/families/clip.py).
+    captions: int = 20
     batch: int = 0                              # largest that one bucket fills; 0: the config's
     bucket: tuple[int, int] | None = None       # that bucket; None: the largest possible
     chunks: int = 1                             # of the longest caption
@@ -78,6 +78,8 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
+    """What lies in memory together at some time of the run."""
+
     name: str                                   # texts | cache | train | preview | verify
     parts: Mapping[str, float]                  # MiB by part
 
@@ -123,13 +125,19 @@ class Plan:
 # --- the plan ---
 
 def plan_run(config: TrainConfig, base: Base, machine: Machine, data: Data | None = None) -> Plan:
-    """Raises UserError where the base or a target can't be used."""
+    """Plans a run. Raises UserError where the base or a target can't be used."""
     data = data or Data()
     numbers = numbers_of(config.precision, machine, base.family)
-    facts = _as_kept(config, base, numbers, machine, ask("base", base, numbers))
+    # The base as it is kept: quantized, or with blocks that wait in RAM ("waiting"), it takes less
+    # of the device.
+    kept = base_settings(config, machine.kind)
+    facts = {**ask("base", base, numbers), "waiting": 0.0,
+             **(ask("kept", base, numbers, **kept) if kept else {}),
+             "base_loras": base_loras.held(config, 4 if numbers["compute"] == "fp32" else 2)}
     rule = buckets.BucketRule.of(config, facts["native"], facts["step"])
     bucket = data.bucket or rule.largest()
     step = ask("step", base, numbers, **step_settings(config, machine, bucket, data))
+    # Twice as many texts as pictures are encoded at once (core/dataset/examples.py).
     rows = config.cache_batch_size * 2 * max(data.chunks, data.drawn_chunks)
     texts = ask("texts", base, numbers, kind=machine.kind, batch=rows,
                 **_encoders(config, machine, facts))
@@ -137,15 +145,28 @@ def plan_run(config: TrainConfig, base: Base, machine: Machine, data: Data | Non
                 batch=min(config.cache_batch_size, data.pictures))
     phases = (_phase("texts", text_encoder=texts["weights"], activations=texts["peak"]),
               _phase("cache", vae=facts["vae"], activations=cache["peak"]),
-              _training(config, facts, step),
-              *_drawing(config, base, numbers, machine, facts, step, data),
-              *_regular(config, base, numbers, machine, facts, bucket))
-    host = {"dataset": _cached(config, data, cache, texts) / MB}
+              _phase("train", denoiser=facts["denoiser"], adapter=step["adapter"],
+                     optimizer=step["optimizer"], gradients=step["gradients"],
+                     activations=max(0.0, step["peak"] - step["gradients_inside"],
+                                     step.get("stepping", 0.0)),
+                     **_beside(config, facts, step)),
+              *_drawing(config, base, numbers, machine, facts, step, data, bucket))
+    # All latents and embeddings lie in RAM; a mask is one channel more.
+    latents = cache["latents"] + (cache["mask"] if config.masked_loss else 0.0)
+    cached = (data.pictures * latents * (2 if config.flip else 1)
+              + (0 if config.trains_text else data.captions * texts["embedding"]))
+    host = {"dataset": cached / MB}
+    # Checkpoints: one more than are kept, for the time until the oldest is deleted; 10 stand for
+    # "all of them".
+    lora = step["parameters"] * (4 if config.save_precision == "fp32" else 2)
+    checkpoints = config.keep_checkpoints + 1 if config.keep_checkpoints else 10
+    state = step["adapter"] * (2 if config.ema_decay else 1) + step["optimizer"] + lora
     outside, learned = _outside(machine, max(phase.mb for phase in phases), host)
     return Plan(
         machine=machine, phases=phases, outside=outside, bucket=bucket,
         ram=_ram(machine, phases, facts, texts, host),
-        disk=_disk(config, step, host["dataset"] if config.cache_to_disk else 0.0),
+        disk={"cache": host["dataset"] if config.cache_to_disk else 0.0,
+              "checkpoints": checkpoints * state / MB, "lora": lora / MB},
         parameters=int(step["parameters"]), base_parameters=int(facts["denoiser_parameters"]),
         learned=learned)
 
@@ -178,83 +199,61 @@ def _longer(chunks: int) -> dict[str, int]:
 
 def _encoders(config: TrainConfig, machine: Machine, facts: Mapping[str, float]
               ) -> dict[str, Any]:
-    """The same for a trace, in as few ways as there are."""
-    found = encoder_settings(config, machine.kind, machine.total_mb)
-    held = facts["encoder_int8" if "quantization" in found else "encoder"]
-    budget = found.pop("vram_budget", None)
-    return found | ({} if budget is None or held <= budget else {"vram_budget": 0.0})
-
-
-def _as_kept(config: TrainConfig, base: Base, numbers: dict[str, str], machine: Machine,
-             facts: Mapping[str, float]) -> dict[str, float]:
-    """`denoiser`: bytes on the device; `waiting`: in RAM."""
-    kept = base_settings(config, machine.kind)
-    held = ask("kept", base, numbers, **kept) if kept else {}
-    return {**facts, "waiting": 0.0, **held,
-            "base_loras": base_loras.held(config, 4 if numbers["compute"] == "fp32" else 2)}
-
-
-def _training(config: TrainConfig, facts: Mapping[str, float],
-              step: Mapping[str, float]) -> Phase:
-    return _phase("train", denoiser=facts["denoiser"], adapter=step["adapter"],
-                  optimizer=step["optimizer"], gradients=step["gradients"],
-                  activations=max(0.0, step["peak"] - step["gradients_inside"],
-                                  step.get("stepping", 0.0)),
-                  **_beside(config, facts, step))
+    """How the text encoders are kept. The size of the room for them matters to a trace only where
+    they don't fit into it: all larger ones share a key."""
+    settings = encoder_settings(config, machine.kind, machine.total_mb)
+    size = facts["encoder_int8" if "quantization" in settings else "encoder"]
+    budget = settings.pop("vram_budget", None)
+    return settings | ({} if budget is None or size <= budget else {"vram_budget": 0.0})
 
 
 def _beside(config: TrainConfig, facts: Mapping[str, float],
             step: Mapping[str, float]) -> dict[str, float]:
-    """What some runs hold from the first step to the proof."""
-    found = {"text_encoder": facts["text"] if config.trains_text else 0.0,
+    """What some runs hold from the first step to the proof, in bytes."""
+    sizes = {"text_encoder": facts["text"] if config.trains_text else 0.0,
              "average": step["gradients"] if config.ema_decay else 0.0,
              "base_loras": facts["base_loras"]}
-    return {part: size for part, size in found.items() if size}
+    return {part: size for part, size in sizes.items() if size}
 
 
 def _drawing(config: TrainConfig, base: Base, numbers: dict[str, str], machine: Machine,
-             facts: Mapping[str, float], step: Mapping[str, float], data: Data) -> list[Phase]:
-    """Previews, if asked for, and the proof at the end: the optimizer stays, gradients don't."""
+             facts: Mapping[str, float], step: Mapping[str, float], data: Data,
+             bucket: tuple[int, int]) -> Iterator[Phase]:
+    """The proof at the end, previews, and regularisation pictures that the base draws."""
     native = int(facts["native"])
     proof = min(native, PROOF_SIDE[machine.kind])
-    wanted = {"verify": ((proof, proof), 1)}
+    drawings = {"verify": ((proof, proof), 1)}
     if config.sample_prompts:
         size = size_of(config.sample_size) or (native, native)
-        wanted["preview"] = (size, 1 if _unguided(config, base) else 2)
+        drawings["preview"] = (size, 1 if _unguided(config, base) else 2)
     targets = step_settings(config, machine, (0, 0))["targets"]
     kept = base_settings(config, machine.kind)
-    phases = []
-    for name, (size, batch) in wanted.items():
+    for name, (size, batch) in drawings.items():
         drawn = ask("draw", base, numbers, kind=machine.kind, width=size[0], height=size[1],
                     batch=batch, rank=config.lora_rank, targets=targets, **kept,
                     **_longer(max(data.chunks, data.drawn_chunks)), **adapter_settings(config))
-        phases.append(_phase(name, denoiser=facts["denoiser"], vae=facts["vae"],
-                             adapter=step["adapter"], optimizer=step["optimizer"],
-                             activations=drawn["peak"], **_beside(config, facts, step)))
-    return phases
-
-
-def _regular(config: TrainConfig, base: Base, numbers: dict[str, str], machine: Machine,
-             facts: Mapping[str, float], bucket: tuple[int, int]) -> list[Phase]:
-    """The base alone drawing regularisation pictures before the training."""
-    if not config.reg_from_base:
-        return []
-    settings = step_settings(config, machine, bucket)
-    drawn = ask("draw", base, numbers, kind=machine.kind, width=bucket[0], height=bucket[1],
-                batch=1 if _unguided(config, base) else 2, rank=config.lora_rank,
-                targets=settings["targets"], **base_settings(config, machine.kind))
-    return [_phase("regular", denoiser=facts["denoiser"], vae=facts["vae"],
-                   activations=drawn["peak"])]
+        # The optimizer stays meanwhile, the gradients don't.
+        yield _phase(name, denoiser=facts["denoiser"], vae=facts["vae"],
+                     adapter=step["adapter"], optimizer=step["optimizer"],
+                     activations=drawn["peak"], **_beside(config, facts, step))
+    # Before the training there is neither adapter nor optimizer.
+    if config.reg_from_base:
+        drawn = ask("draw", base, numbers, kind=machine.kind, width=bucket[0], height=bucket[1],
+                    batch=1 if _unguided(config, base) else 2, rank=config.lora_rank,
+                    targets=targets, **kept)
+        yield _phase("regular", denoiser=facts["denoiser"], vae=facts["vae"],
+                     activations=drawn["peak"])
 
 
 def _unguided(config: TrainConfig, base: Base) -> bool:
-    """Pictures of a run without guidance take half the batch."""
+    """Whether pictures are drawn without guidance, which takes half the batch."""
     few = None if plugins.is_named(base.family) else distilled.of(base.source, config.distilled)
     return distilled.drawing(config.sample_cfg, 1, 2.0, 1, few)[0] <= 1
 
 
 def _outside(machine: Machine, tensors: float, host: Mapping[str, float]
              ) -> tuple[dict[str, float], bool]:
+    """What is held besides tensors, in MiB; True where this machine's own runs showed it."""
     if machine.kind == "cpu":
         return {"process": PROCESS_MB["cpu"], **host}, False
     learned = history.overhead(machine.name)
@@ -266,30 +265,16 @@ def _outside(machine: Machine, tensors: float, host: Mapping[str, float]
 
 def _ram(machine: Machine, phases: Sequence[Phase], facts: Mapping[str, float],
          texts: Mapping[str, float], host: Mapping[str, float]) -> dict[str, float]:
-    """Weights go from a mapped file to where they stay; what waits in RAM comes there by way of
-    ordinary RAM. On the CPU everything is RAM."""
+    """The host's RAM in MiB. On the CPU everything is there."""
     process = {"process": PROCESS_MB[machine.kind], **host}
     if machine.kind == "cpu":
         return process | {"tensors": max(phase.mb for phase in phases), "loading": READ_MB}
     waiting, encoder = facts["waiting"] / MB, texts["waiting"] / MB
+    # Weights go from a mapped file to where they stay. Where some wait in pinned RAM, all of them
+    # pass through ordinary RAM.
     by_way = facts["denoiser"] / MB if waiting else 0.0
     return process | ({"waiting": waiting} if waiting else {}) | {
         "loading": READ_MB + max(by_way, encoder - waiting)}
-
-
-def _disk(config: TrainConfig, step: Mapping[str, float], cached_mb: float) -> dict[str, float]:
-    lora = step["parameters"] * (4 if config.save_precision == "fp32" else 2)
-    kept = config.keep_checkpoints + 1 if config.keep_checkpoints else 10
-    state = step["adapter"] * (2 if config.ema_decay else 1) + step["optimizer"] + lora
-    return {"cache": cached_mb, "checkpoints": kept * state / MB, "lora": lora / MB}
-
-
-def _cached(config: TrainConfig, data: Data, cache: Mapping[str, float],
-            texts: Mapping[str, float]) -> float:
-    """Bytes of all latents (a mask is one channel more) and embeddings."""
-    latents = cache["latents"] + (cache["mask"] if config.masked_loss else 0.0)
-    return (data.pictures * latents * (2 if config.flip else 1)
-            + (0 if config.trains_text else data.captions * texts["embedding"]))
 
 
 def _phase(name: str, **sizes: float) -> Phase:
@@ -300,37 +285,40 @@ def _phase(name: str, **sizes: float) -> Phase:
 
 def ask(what: str, base: Base, numbers: dict[str, str], **settings: Any) -> dict[str, float]:
     """One of core.memory.traces's traces, in bytes; from the disk where it was asked before."""
-    path = paths.cache_dir() / "plans" / f"{_key(what, base, numbers, settings)}.json"
-    if (found := _kept(path)) is not None:
-        return found
-    memory = importlib.import_module("core.memory.traces")             # torch comes in here
-    traced: dict[str, float] = memory.TRACES[what](base, numbers, **settings)
-    with contextlib.suppress(OSError):                          # a full disk must not hide a plan
-        paths.write_atomic(path, json.dumps(traced))
-    return traced
+    path = _file(what, base, numbers, settings)
+    if (known := _read(path)) is not None:
+        return known
+    # Imported by name, and only here: this module is free of torch, as the window needs it.
+    traces = importlib.import_module("core.memory.traces")
+    figures: dict[str, float] = traces.TRACES[what](base, numbers, **settings)
+    with contextlib.suppress(OSError):          # a full disk must not hide a plan
+        paths.write_atomic(path, json.dumps(figures))
+    return figures
 
 
 def sizes(base: Base) -> dict[str, float]:
-    """`native`, `step`: px, as the engine has them of this base."""
+    """`native` and `step` of this base, px, as the engine reads them."""
     return ask("sizes", base, {})
 
 
 def known_sizes(base: Base) -> dict[str, float] | None:
     """The same without torch; None where nobody asked yet."""
-    return _kept(paths.cache_dir() / "plans" / f"{_key('sizes', base, {}, {})}.json")
+    return _read(_file("sizes", base, {}, {}))
 
 
-def _kept(path: Path) -> dict[str, float] | None:
+def _read(path: Path) -> dict[str, float] | None:
     with contextlib.suppress(OSError, ValueError):
-        found: dict[str, float] = from_json(path.read_text("utf-8"))
-        return found
+        figures: dict[str, float] = from_json(path.read_text("utf-8"))
+        return figures
     return None
 
 
-def _key(what: str, base: Base, numbers: dict[str, str], settings: dict[str, Any]) -> str:
-    asked = json.dumps([VERSION, _versions(), what, base.family, base.digest, numbers, settings],
-                       sort_keys=True)
-    return hashlib.sha256(asked.encode()).hexdigest()[:32]
+def _file(what: str, base: Base, numbers: dict[str, str], settings: dict[str, Any]) -> Path:
+    """Where a trace is kept, by everything that decides it."""
+    question = json.dumps([VERSION, _versions(), what, base.family, base.digest, numbers, settings],
+                          sort_keys=True)
+    key = hashlib.sha256(question.encode()).hexdigest()[:32]
+    return paths.cache_dir() / "plans" / f"{key}.json"
 
 
 @functools.cache

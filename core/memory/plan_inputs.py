@@ -1,4 +1,4 @@
-"""What a plan is asked about: this machine, a base by its name, the pictures by their headers.
+"""What a plan needs to know: this machine, a base by its name, the pictures by their headers.
 
 Cheap facts only, no torch: 10,000 pictures are weighed in seconds, none is decoded.
 """
@@ -9,7 +9,7 @@ import functools
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import factorial
 from pathlib import Path
@@ -42,7 +42,7 @@ def machine_here(device: str = "auto") -> Machine:
     if card is not None:
         return Machine("cuda", card.name, card.total_mb, card.free_mb, card.capability, free, disk)
     apple = device in ("auto", "mps") and sys.platform == "darwin" and any(
-        one.support == "mps" for one in machine.accelerators())
+        chip.support == "mps" for chip in machine.accelerators())
     return Machine("mps" if apple else "cpu", machine.cpu_name(), total, free, ram_mb=free,
                    disk_mb=disk)
 
@@ -65,28 +65,27 @@ def _shapes(family: str) -> Path:
     """A base without weights: the family's configs, and the tokenizer that ships with the app."""
     folder = paths.cache_dir() / "shapes" / family
     configs = paths.family_configs(family)
-    for path in (*configs.rglob("*.json"), *_tokenizer(configs)):
-        inner = path.relative_to(configs if path.is_relative_to(configs) else paths.DEMO / "base")
+    files = [(path, path.relative_to(configs)) for path in configs.rglob("*.json")]
+    # Families that read with CLIP first and bring no tokenizer take the demo base's: it is CLIP's.
+    if b'"clip_text_model"' in (configs / "text_encoder" / "config.json").read_bytes():
+        if (configs / "tokenizer").is_dir():
+            files += [(path, path.relative_to(configs))
+                      for path in (configs / "tokenizer").iterdir() if path.suffix != ".json"]
+        else:
+            demo = paths.DEMO / "base"
+            files += [(path, path.relative_to(demo)) for path in (demo / "tokenizer").iterdir()]
+    for path, inner in files:
         if not (folder / inner).exists():
             with paths.atomic(folder / inner) as fresh:
                 shutil.copyfile(path, fresh)
     return folder
 
 
-def _tokenizer(configs: Path) -> Sequence[Path]:
-    """CLIP's, where the family brings none and reads with CLIP first."""
-    if b'"clip_text_model"' not in (configs / "text_encoder" / "config.json").read_bytes():
-        return ()
-    if (configs / "tokenizer").is_dir():
-        return tuple(path for path in (configs / "tokenizer").iterdir() if path.suffix != ".json")
-    return tuple((paths.DEMO / "base" / "tokenizer").iterdir())
-
-
 # --- the pictures ---
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """A folder as far as it weighs."""
+    """What of a folder of pictures decides how much memory a run takes."""
 
     sizes: tuple[Size, ...]                     # px, as seen
     repeats: tuple[int, ...]
@@ -97,33 +96,43 @@ class Pictures:
 def pictures_of(config: TrainConfig) -> Pictures:
     """A config's folders. Raises UserError as `pictures_in` does."""
     metadata = Path(config.metadata_path).expanduser() if config.metadata_path else None
-    found = pictures_in(Path(config.train_data_dir).expanduser(), metadata)
+    pictures = pictures_in(Path(config.train_data_dir).expanduser(), metadata)
     if not config.reg_data_dir:
-        return found
-    more = pictures_in(Path(config.reg_data_dir).expanduser())
-    return replace(found, captions=found.captions + more.captions, regular=more.sizes)
+        return pictures
+    regular = pictures_in(Path(config.reg_data_dir).expanduser())
+    return replace(pictures, captions=pictures.captions + regular.captions, regular=regular.sizes)
 
 
 def pictures_in(folder: Path, metadata: Path | None = None) -> Pictures:
-    """From headers alone, less those left out; a torn picture counts: training's scan finds it.
-    Raises UserError where nothing is found."""
-    found = image_folder.scan(folder, metadata, left_out=curation.load(folder).left_out,
-                              look_all=_headers).pictures
-    return Pictures(tuple(p.size for p in found), tuple(p.repeats for p in found),
-                    tuple(p.caption for p in found))
+    """The pictures of a folder by their headers alone, without those left out. A torn picture
+    counts: training's scan finds it. Raises UserError where the folder has none."""
+    prepare()
+    pictures = image_folder.scan(
+        folder, metadata, left_out=curation.load(folder).left_out,
+        look_all=lambda files: threads.in_order(header, files, "weigh")).pictures
+    return Pictures(tuple(p.size for p in pictures), tuple(p.repeats for p in pictures),
+                    tuple(p.caption for p in pictures))
 
 
-def data_of(config: TrainConfig, found: Pictures, facts: Mapping[str, float], family: str = ""
-            ) -> Data:
-    """The bucket whose batch is the largest, and how much there is to keep. `facts`: `native`
+def data_of(config: TrainConfig, pictures: Pictures, facts: Mapping[str, float],
+            family: str = "") -> Data:
+    """The bucket whose batch is the largest, and how much the cache will hold. `facts`: `native`
     and `step` px of the base (core.memory.plan's "base")."""
     rule = BucketRule.of(config, facts["native"], facts["step"])
-    assigned = rule.assign(found.sizes + found.regular)
-    repeats = (*found.repeats, *[1] * len(found.regular))
+    assigned = rule.assign(pictures.sizes + pictures.regular)
+    repeats = (*pictures.repeats, *[1] * len(pictures.regular))
     bucket, batch = heaviest_batch(assigned, repeats, config.batch_size)
-    captions, longest = _captions(config, found, family)
-    return Data(len(assigned) + config.reg_from_base, captions, batch, bucket, longest,
-                drawn_chunks(config, family))
+    # How many embeddings there are: one a chunk of each different caption, and the empty caption's.
+    texts = sorted({captions.with_trigger(text, config.trigger_word) for text in pictures.captions})
+    counts = chunks_of(tuple(texts), family, config.max_tokens)
+    if config.shuffle_tags:
+        free = (max(0, len(captions.split_tags(text)) - config.keep_tokens) for text in texts)
+        shuffles = [min(captions.MOST_SHUFFLES, factorial(min(tags, 4))) for tags in free]
+        embeddings = 1 + sum(k * n for k, n in zip(shuffles, counts, strict=True))
+    else:
+        embeddings = sum(counts) + ("" not in texts)
+    return Data(len(assigned) + config.reg_from_base, embeddings, batch, bucket,
+                max(counts, default=1), drawn_chunks(config, family))
 
 
 def heaviest_batch(assigned: Iterable[Size], repeats: Iterable[int],
@@ -138,53 +147,38 @@ def heaviest_batch(assigned: Iterable[Size], repeats: Iterable[int],
 
 
 def base_sizes(base: Base, where: Machine) -> dict[str, float]:
+    """What core.memory.traces.base traces of this base."""
     return plan.ask("base", base, plan.numbers_of("auto", where, base.family))
 
 
 class BatchPlanner:
     """A planner (core.memory.relief) that buckets the pictures anew for each config."""
 
-    def __init__(self, base: Base, where: Machine, found: Pictures | None = None) -> None:
-        self.base, self.machine, self.found = base, where, found
+    def __init__(self, base: Base, where: Machine, pictures: Pictures | None = None) -> None:
+        self.base, self.machine, self.pictures = base, where, pictures
         self.facts = base_sizes(base, where)
 
     def data(self, config: TrainConfig) -> Data | None:
-        return (data_of(config, self.found, self.facts, self.base.family) if self.found
+        return (data_of(config, self.pictures, self.facts, self.base.family) if self.pictures
                 else None)
 
     def __call__(self, config: TrainConfig) -> Plan:
         return plan.plan_run(config, self.base, self.machine, self.data(config))
 
 
-def _captions(config: TrainConfig, found: Pictures, family: str) -> tuple[int, int]:
-    """Chunks of all different captions and of the empty one, and those of the longest; of shuffled
-    tags at most as many as are kept."""
-    texts = sorted({captions.with_trigger(text, config.trigger_word) for text in found.captions})
-    counts = chunks_of(tuple(texts), family, config.max_tokens)
-    if not config.shuffle_tags:
-        return sum(counts) + ("" not in texts), max(counts, default=1)
-    free = (max(0, len(captions.split_tags(text)) - config.keep_tokens) for text in texts)
-    kept = [min(captions.MOST_SHUFFLES, factorial(min(count, 4))) for count in free]
-    return 1 + sum(k * n for k, n in zip(kept, counts, strict=True)), max(counts, default=1)
-
-
 def drawn_chunks(config: TrainConfig, family: str) -> int:
-    """Of the longest prompt of previews."""
+    """Chunks of the longest prompt of previews."""
     return max(chunks_of(tuple(prompts_of(config)), family, config.max_tokens), default=1)
 
 
 @functools.lru_cache(maxsize=8)
 def chunks_of(texts: tuple[str, ...], family: str, max_tokens: int) -> tuple[int, ...]:
-    """In how many chunks each text is read. A token is a byte or more: short ones need no count."""
+    """In how many chunks each text is read."""
+    # A token is a byte or more, so that short texts need no tokenizer.
     long = [text for text in texts if len(text.encode()) > families.CHUNK
             and families.chunks_of(family, len(text.encode()), max_tokens) > 1]
     tokens = dict(zip(long, TokenCounter(TOKENIZER)(long), strict=True))
     return tuple(families.chunks_of(family, tokens.get(text, 0), max_tokens) for text in texts)
-
-
-def _headers(files: Sequence[Path]) -> Iterator[Look | UserError]:
-    prepare()
-    return threads.in_order(header, files, "weigh")
 
 
 def header(path: Path) -> Look | UserError:
@@ -194,16 +188,17 @@ def header(path: Path) -> Look | UserError:
             width, height = image.size
             if width * height > MAX_MEGAPIXELS * 1_000_000:
                 return UserError("dataset.too_large", file=path, limit=MAX_MEGAPIXELS)
-            return ((height, width) if _lies(image) else (width, height)), False
+            return ((height, width) if _is_rotated(image) else (width, height)), False
     except Image.DecompressionBombError:
         return UserError("dataset.too_large", file=path, limit=MAX_MEGAPIXELS)
     except Exception as error:          # the training's scan finds out what it is
         return UserError("dataset.corrupt", file=path, reason=error)
 
 
-def _lies(image: Image.Image) -> bool:
-    """By EXIF. A PNG that tells it after its pixels would have to be decoded: left out; the size
-    of a TIFF has been turned already."""
+def _is_rotated(image: Image.Image) -> bool:
+    """Whether EXIF says that the picture lies on a side."""
+    # Pillow has rotated the size of a TIFF already. A PNG that says so after its pixels would have
+    # to be decoded.
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return False
     try:

@@ -1,8 +1,9 @@
-"""What a run can give up so that it fits, and the gentlest way to do so. Without torch.
+"""What a run can give up to fit into memory, in which order, and the search for the gentlest way.
 
-A dial is one thing to give up, option by option; dials stand from the gentlest sacrifice to the
-harshest. The answer is the lexicographically gentlest setting that fits, harshest dial first: a
-card with more memory fits all that a smaller one fits, so its answer is never worse.
+A knob is one thing to give up, option by option; knobs are ordered from the gentlest sacrifice to
+the harshest. The answer is the lexicographically gentlest setting that fits, harshest knob first:
+a card with more memory fits all that a smaller one fits, so its answer is never worse. Without
+torch, since the window asks as well.
 """
 
 from __future__ import annotations
@@ -19,6 +20,22 @@ from core.memory.plan import MARGIN, Machine, Plan, Verdict, numbers_of
 
 Planner = Callable[[TrainConfig], Plan]
 Changes = Mapping[str, Any]
+
+# The orders in which memory is given up: every part of the program that answers "memory ran out"
+# asks here (core/jobs/worker.py and core/dataset stand below this floor and follow BEFORE_A_RUN).
+BEFORE_A_RUN = ("cache", "batch", "checkpointing", "previews", "precision", "optimizer", "base",
+                "offload", "rank", "resolution")
+# A running job gives up only what leaves its updates the same ...
+WHILE_RUNNING = ("batch", "checkpointing", "offload")
+# ... and asks the user for what changes the LoRA.
+ASK_FIRST = ("base", "resolution")
+# Advice after a failure. At the start nothing has grown yet: the plan itself is too big. Later on a
+# preview, a larger bucket or another program took the rest.
+AFTER_FAILURE = {
+    "oom_start": ("cache", "batch", "checkpointing", "precision", "optimizer", "base", "offload",
+                  "resolution", "rank"),
+    "oom_run": ("batch", "previews", "checkpointing", "precision", "resolution", "optimizer",
+                "base", "offload", "rank")}
 
 GROWTH, MOST_GROWTH_MB = 0.25, 512.0    # what other programs may take on top of what they hold
 LEAST_RANK = 4
@@ -41,33 +58,38 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class Knob:
+    """One thing to give up. The first of its options is the setting as it is."""
+
     name: str
-    options: tuple[Changes, ...]                # the first is the setting as it is
+    options: tuple[Changes, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Setting:
+    """A setting and its plan."""
+
     config: TrainConfig
     plan: Plan
-    chosen: Mapping[str, int]                   # by dial; 0: nothing given up
-    without: Mapping[str, Plan]                 # by dial given up: the least without this step
+    chosen: Mapping[str, int]                   # option by knob; 0: nothing given up
+    without: Mapping[str, Plan]                 # by knob turned: the least without its last step
 
 
 # --- the machine ---
 
 def capabilities(machine: Machine, weights_mb: float = 0.0, family: str = "") -> Capabilities:
-    """`weights_mb`: of the base as it lies in memory; of what waits in RAM at most half the free
-    RAM is taken.
+    """What can be given up on this machine. `weights_mb` is the size of the base in memory.
 
-    int8 stands before nf4 and fp8 isn't offered: int8 with a scale a row misses a weight by about
+    int8 comes before nf4 and fp8 isn't offered: int8 with a scale a row misses a weight by about
     1 % of its row's deviation, fp8 (e4m3, 3 bits of mantissa) by about 2.6 % of the weight itself,
     in the same 8 bits; nf4 by about 10 %, in half of them.
     """
-    usual, other = (numbers_of("auto", machine, one)["compute"]
-                    for one in (family, ""))
+    # Some families outgrow fp16: on cards without bf16 they compute in fp32, and no 16-bit numbers
+    # are left to lower them to.
+    usual, other = (numbers_of("auto", machine, name)["compute"] for name in (family, ""))
     half = other if usual == other != "fp32" else "bf16" if other == "fp32" else ""
     offloads: tuple[float, ...] = ()
     if machine.kind == "cuda":
+        # Half of the free RAM at most: the other half stays with the system and its programs.
         most = machine.ram_mb / 2 if machine.ram_mb else float("inf")
         offloads = tuple(share for share in OFFLOADS if share * weights_mb <= most)
     eight = machine.kind == "cuda" and _has("bitsandbytes")
@@ -82,14 +104,14 @@ def _has(package: str) -> bool:
 
 
 def room(machine: Machine) -> float:
-    """MiB that a run may count on: free, less what other programs may yet take (a desktop, a
-    browser). On a card that draws no screen next to nothing is held, and little is kept back."""
+    """MiB that a run may count on: what is free, less what other programs (a desktop, a browser)
+    may still take. On a card without a screen next to nothing is held, so little is kept back."""
     others = max(0.0, machine.total_mb - machine.free_mb)
     return max(0.0, machine.free_mb - min(GROWTH * others, MOST_GROWTH_MB))
 
 
 def verdict(plan: Plan) -> Verdict:
-    """tight: it fits now, and another program's next window may end that."""
+    """Whether the plan fits; "tight" where it fits now, but another program may end that."""
     if plan.needs_mb > plan.machine.free_mb:
         return "too_big"
     return "fits" if plan.needs_mb <= room(plan.machine) * (1 - MARGIN) else "tight"
@@ -99,51 +121,51 @@ def fits(plan: Plan) -> bool:
     return verdict(plan) == "fits"
 
 
-# --- the dials ---
+# --- the knobs ---
 
-def dials(config: TrainConfig, can: Capabilities, native: int, step: int,
+def knobs(config: TrainConfig, can: Capabilities, native: int, step: int,
           sides: Sequence[float] = HONEST_SIDES) -> tuple[Knob, ...]:
-    """From the gentlest to the harshest: caching in smaller batches, accumulation for batch,
-    checkpointing, previews, 16 bits, 8-bit optimizer, quantised base, offload, rank, resolution.
+    """The knobs of a config, from the gentlest to the harshest (BEFORE_A_RUN). `native` and `step`
+    are px of the base; `sides` are the shares of the side that pictures may shrink to.
+
     The text encoder is never among them: its output is cached in any case."""
-    return tuple(Knob(name, ({}, *options)) for name, options in (
-        ("cache", [{"cache_batch_size": 1}] if config.cache_batch_size > 1 else []),
-        ("batch", _batches(config)),
-        ("checkpointing", [] if config.gradient_checkpointing
-         else [{"gradient_checkpointing": True}]),
-        ("previews", [{"sample_prompts": [], "sample_every": 0}] if config.sample_prompts else []),
-        ("precision", [{"precision": can.half}] if can.half and (config.precision == "fp32" or (
-            can.full and config.precision == "auto")) else []),
-        ("optimizer", [{"optimizer": name} for name in _after(can.optimizers, config.optimizer)]),
-        ("base", [{"base_precision": name}
-                  for name in _after(can.base_precisions, config.base_precision)]),
-        ("offload", [{"offload": share} for share in can.offloads if share > config.offload]),
-        ("rank", _ranks(config)),
-        ("resolution", _areas(config, native, step, sides))))
-
-
-def _batches(config: TrainConfig) -> list[Changes]:
-    """The same pictures an update in smaller parts: 6 x 1 -> 3 x 2, 2 x 3, 1 x 6."""
+    # The same pictures an update, in smaller parts: 6 x 1 -> 3 x 2, 2 x 3, 1 x 6.
     batch, times = config.batch_size, config.gradient_accumulation_steps
-    return [{"batch_size": n, "gradient_accumulation_steps": times * batch // n}
-            for n in range(batch - 1, 0, -1) if batch % n == 0]
+    batches = [{"batch_size": n, "gradient_accumulation_steps": times * batch // n}
+               for n in range(batch - 1, 0, -1) if batch % n == 0]
 
+    # Half the rank with the same alpha / rank, so that the learning rate stays right.
+    rank = max(LEAST_RANK, config.lora_rank // 2)
+    alpha = {} if config.lora_alpha is None else {
+        "lora_alpha": config.lora_alpha * rank / config.lora_rank}
 
-def _ranks(config: TrainConfig) -> list[Changes]:
-    lower = max(LEAST_RANK, config.lora_rank // 2)
-    if lower >= config.lora_rank:
-        return []
-    kept = {} if config.lora_alpha is None else {
-        "lora_alpha": config.lora_alpha * lower / config.lora_rank}
-    return [{"lora_rank": lower, **kept}]
-
-
-def _areas(config: TrainConfig, native: int, step: int, shares: Sequence[float]) -> list[Changes]:
     width, height = size_of(config.max_resolution) or (native, native)
     sizes = [tuple(max(step, int(side * share) // step * step) for side in (width, height))
-             for share in shares]
+             for share in sides]
+    # Two shares may round to the same size.
     smaller = dict.fromkeys(size for size in sizes if size[0] * size[1] < width * height)
-    return [{"max_resolution": f"{wide},{high}"} for wide, high in smaller]
+
+    is_fp32 = config.precision == "fp32" or (can.full and config.precision == "auto")
+    options: dict[str, Sequence[Changes]] = {
+        "cache": [{"cache_batch_size": 1}] if config.cache_batch_size > 1 else [],
+        "batch": batches,
+        "checkpointing": [] if config.gradient_checkpointing
+        else [{"gradient_checkpointing": True}],
+        "previews": [{"sample_prompts": [], "sample_every": 0}] if config.sample_prompts else [],
+        "precision": [{"precision": can.half}] if can.half and is_fp32 else [],
+        "optimizer": [{"optimizer": name} for name in _after(can.optimizers, config.optimizer)],
+        "base": [{"base_precision": name}
+                 for name in _after(can.base_precisions, config.base_precision)],
+        "offload": [{"offload": share} for share in can.offloads if share > config.offload],
+        "rank": [{"lora_rank": rank, **alpha}] if rank < config.lora_rank else [],
+        "resolution": [{"max_resolution": f"{wide},{high}"} for wide, high in smaller]}
+    return tuple(Knob(name, ({}, *options[name])) for name in BEFORE_A_RUN)
+
+
+def config_changes(before: TrainConfig, after: TrainConfig) -> dict[str, Any]:
+    """The keys of `after` that differ from `before`."""
+    old = before.model_dump()
+    return {key: value for key, value in after.model_dump().items() if value != old[key]}
 
 
 def _after(names: Sequence[str], name: str) -> Sequence[str]:
@@ -158,34 +180,42 @@ def side_of(config: TrainConfig, native: int) -> int:
 
 # --- the search ---
 
-def search(config: TrainConfig, dials: Sequence[Knob], planner: Planner,
-           fit: Callable[[Plan], bool] = fits) -> Found | None:
+def search(config: TrainConfig, knobs: Sequence[Knob], planner: Planner,
+           fit: Callable[[Plan], bool] = fits) -> Setting | None:
     """The gentlest setting that fits, in a dozen plans at most; None where nothing does.
 
     Exact where giving up more never needs more memory; whatever the planner, the answer has been
     planned and fits, and a machine on which more fits gets no worse one.
     """
-    tries = _Tries(config, dials, planner)
-    most = tuple(len(knob.options) - 1 for knob in dials)
+    tries = _Tries(config, knobs, planner)
+    most = tuple(len(knob.options) - 1 for knob in knobs)
     for failed, at in enumerate(_harsher(most)):
         if fit(tries.plan(at)):
             break
+        # Planning takes seconds: before going on it is asked whether there is any hope.
         if failed == HOPE and not fit(tries.plan(most)):
             return None
     else:
         return None
-    for place in reversed(range(len(dials))):           # the harshest is taken back first
+    # That was too much, knob by knob: the harshest is taken back first, as far as it goes.
+    for place in reversed(range(len(knobs))):
         while at[place] and fit(tries.plan(
                 easier := (*at[:place], at[place] - 1, *at[place + 1:]))):
             at = easier
-    given_up = [place for place, option in enumerate(at) if option]
-    without = {dials[i].name: tries.plan((*most[:i], at[i] - 1, *at[i + 1:])) for i in given_up}
-    return Found(tries.config(at), tries.plan(at),
-                 {knob.name: option for knob, option in zip(dials, at, strict=True)}, without)
+    turned = [place for place, option in enumerate(at) if option]
+    without = {knobs[i].name: tries.plan((*most[:i], at[i] - 1, *at[i + 1:])) for i in turned}
+    return tries.setting(at, without)
+
+
+def smallest(config: TrainConfig, knobs: Sequence[Knob], planner: Planner) -> Setting:
+    """The setting with everything given up."""
+    return _Tries(config, knobs, planner).setting(
+        tuple(len(knob.options) - 1 for knob in knobs), {})
 
 
 def _harsher(most: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Dial by dial, the gentler ones at their end; a dial of many options goes there at once."""
+    """Ever harsher settings, knob by knob, with the gentler ones at their end; a knob of many
+    options goes to its end at once."""
     yield (0,) * len(most)
     for place, last in enumerate(most):
         for option in range(1 if last <= 2 else last, last + 1):
@@ -193,23 +223,16 @@ def _harsher(most: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
                 yield (*most[:place], option, *(0,) * (len(most) - place - 1))
 
 
-def smallest(config: TrainConfig, dials: Sequence[Knob], planner: Planner) -> Found:
-    """With everything given up."""
-    tries, most = _Tries(config, dials, planner), tuple(len(knob.options) - 1 for knob in dials)
-    return Found(tries.config(most), tries.plan(most),
-                 {knob.name: option for knob, option in zip(dials, most, strict=True)}, {})
-
-
 class _Tries:
     """Plans by the options taken, each made once."""
 
-    def __init__(self, config: TrainConfig, dials: Sequence[Knob], planner: Planner) -> None:
-        self.start, self.dials, self.planner = config, dials, planner
+    def __init__(self, config: TrainConfig, knobs: Sequence[Knob], planner: Planner) -> None:
+        self.start, self.knobs, self.planner = config, knobs, planner
         self.plans: dict[tuple[int, ...], Plan] = {}
 
     def config(self, at: Sequence[int]) -> TrainConfig:
         changes: dict[str, Any] = {}
-        for knob, option in zip(self.dials, at, strict=True):
+        for knob, option in zip(self.knobs, at, strict=True):
             changes |= knob.options[option]
         return self.start.with_changes(**changes) if changes else self.start
 
@@ -217,3 +240,8 @@ class _Tries:
         if at not in self.plans:
             self.plans[at] = self.planner(self.config(at))
         return self.plans[at]
+
+    def setting(self, at: tuple[int, ...], without: Mapping[str, Plan]) -> Setting:
+        return Setting(self.config(at), self.plan(at),
+                     {knob.name: option for knob, option in zip(self.knobs, at, strict=True)},
+                     without)

@@ -1,4 +1,4 @@
-"""What of an adapter and of an optimizer decides how much a step holds: keys of its trace."""
+"""The config keys of adapter, optimizer and text encoder that decide how much a step holds."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ _ADAPTER_KEYS = ("adapter", "conv_rank", "block_ranks", "rank_dropout", "module_
 
 
 def adapter_settings(config: TrainConfig) -> dict[str, Any]:
-    """What of the adapter, besides its rank, decides what it holds; empty: LoRA."""
+    """The adapter's settings in a trace's key, besides its rank; empty for plain LoRA."""
     changed = {key: getattr(config, key) for key in _ADAPTER_KEYS
                if getattr(config, key) != TrainConfig.model_fields[key].default}
-    for key in ("rank_dropout", "module_dropout"):          # how much is no matter
+    # Dropout holds the same at any share: all shares have one trace.
+    for key in ("rank_dropout", "module_dropout"):
         changed |= {key: 0.1} if key in changed else {}
-    named = plugins.is_named(config.adapter)             # may leave a part untrained
+    # A user's own adapter is told apart by its source: an edit may change what it trains.
+    named = plugins.is_named(config.adapter)
     return ({"adapter": changed} if changed else {}) | (
         {"variant_source": plugins.mark(config.adapter)} if named else {})
 
 
 def rule_settings(config: TrainConfig) -> dict[str, Any]:
-    """Empty: torch's AdamW."""
+    """The optimizer's settings in a trace's key; empty for torch's AdamW."""
     if config.optimizer in ("adamw", "adamw8bit"):
         return {}
     named = plugins.is_named(config.optimizer)
@@ -32,6 +34,7 @@ def rule_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def text_settings(config: TrainConfig) -> dict[str, float]:
+    """The settings of text encoders in training; the rate counts only as on or off."""
     rank = config.text_encoder_rank or config.lora_rank
     learns = config.text_encoder_lr > 0
     return {"text_encoder_lr": 1e-4 if learns else 0.0, "text_encoder_rank": rank if learns else 0,

@@ -1,7 +1,8 @@
-"""How much the phases of a run hold: each is run on meta tensors with the engine's own code.
+"""Traces how much the phases of a run hold: each runs on meta tensors with the engine's own code.
 
 Nothing here knows a model by name: the shapes come from the base's real modules, without weights.
-Figures are bytes. core/memory/plan.py asks for them and keeps the answers.
+Figures are bytes, but for counts and sizes in px. core/memory/plan.py asks for them and keeps the
+answers.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def base(base: Base, numbers: dict[str, str]) -> Figures:
     family, parts = _skeleton(base, numbers)
     small = family.skeleton(base.source, replace(_precision(numbers), quantization="int8"),
                             frozenset({"text"}))
-    encoders, eight = ([size_of(m) for m in found.text.values() if isinstance(m, torch.nn.Module)]
-                       for found in (parts, small))
+    encoders, eight = ([size_of(m) for m in loaded.text.values() if isinstance(m, torch.nn.Module)]
+                       for loaded in (parts, small))
     return {"denoiser": size_of(parts.denoiser), "vae": size_of(parts.vae),
             "text": sum(encoders), "encoder": max(encoders), "encoder_int8": max(eight),
             "denoiser_parameters": sum(p.numel() for p in parts.denoiser.parameters()),
@@ -57,7 +58,7 @@ def sizes(base: Base, numbers: dict[str, str]) -> Figures:
 
 def kept(base: Base, numbers: dict[str, str], quantization: Quantization = "same",
          offload: float = 0.0) -> Figures:
-    """`denoiser`: what of it lies on the device, quantised; `waiting`: in RAM."""
+    """The quantized denoiser: what of it lies on the device, and what waits in RAM."""
     _, parts = _skeleton(base, numbers, "denoiser")
     quantize_and_offload_(parts.denoiser, META, quantization, offload)
     return {"denoiser": size_of(parts.denoiser), "waiting": waiting(parts.denoiser)}
@@ -70,13 +71,15 @@ def texts(base: Base, numbers: dict[str, str], kind: Kind, batch: int,
     family = families.get(base.family)
     compute, most, away, row = DTYPES[numbers["compute"]], (0, 0), 0, 0
     precision = replace(_precision(numbers), quantization=quantization, vram_budget=vram_budget)
-    for encoder in family.spec.encoders:            # one after the other, as the engine loads them
+    # One encoder after the other, as the engine loads them.
+    for encoder in family.spec.encoders:
         parts = family.skeleton(base.source, precision, frozenset({encoder}))
         known = [m for m in parts.text.values() if isinstance(m, torch.nn.Module)]
         kernels = DeviceEmulation(kind, compute)
         with torch.no_grad():
             for model in known:
                 _as_on(model, kind)
+                # Blocks in RAM are fetched ahead of their use only once their order is known.
                 if stage := stage_of(model):
                     family.encode_text(parts, [""])
                     stage.clear()
@@ -91,7 +94,7 @@ def texts(base: Base, numbers: dict[str, str], kind: Kind, batch: int,
 
 def cache(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: int,
           batch: int) -> Figures:
-    """Encoding a batch of pictures; `latents`: what one picture's take in the cache."""
+    """Encoding a batch of pictures; `latents`: bytes that one picture's take in the cache."""
     family, parts = _skeleton(base, numbers, "vae")
     with traced(DeviceEmulation(kind, torch.float32), [parts.vae]) as tally:
         pixels = torch.empty(batch, 3, height, width, device=META)
@@ -106,18 +109,18 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
          eight_bit: bool = False, text: Mapping[str, float] | None = None,
          adapter: dict[str, Any] | None = None, variant_source: str = "",
          rule: dict[str, Any] | None = None, rule_source: str = "", chunks: int = 1) -> Figures:
-    """One micro-batch forward and backward, as the engine runs it; `text`: the config keys of
-    encoders that learn in it.
+    """One micro-batch forward and backward, as the engine runs it.
 
-
-    `gradients_inside`: bytes of `peak` that are gradients, made by this very backward; when
-    accumulating they were there before and stand apart. `adapter`, `rule`: further config keys of
-    the adapter and of the optimizer; `stepping`: what the latter holds for a moment.
+    `adapter`, `rule` and `text` are further config keys of the adapter, of the optimizer and of
+    text encoders that learn; the two `_source` arguments only tell one trace from another. In the
+    result `gradients_inside` are the bytes of `peak` that are gradients of this very backward (when
+    accumulating, they were there before), and `stepping` is what the optimizer holds for a moment.
     """
     family, parts = _skeleton(base, numbers, "denoiser", "vae", *(["text"] if text else ()))
     latents, cond = _inputs(base, family, parts, numbers, width, height, batch, chunks)
     parts.reading = Reading(CHUNK * chunks)
-    _keep(parts, kind, quantization, offload)
+    quantize_and_offload_(parts.denoiser, META, quantization, offload)
+    _as_on(parts.denoiser, kind)
     config = TrainConfig(lora_rank=rank, lora_dropout=0.1 if dropout else 0.0,
                          target_modules=targets, **(adapter or {}), **(rule or {}))
     parameters = lora.attach(parts.denoiser, config, family.spec)
@@ -145,10 +148,19 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
         losses = diffusion.losses(family, parts.denoiser, inputs[0], draw, inputs[1],
                                   kernels.autocast)
         torch.autograd.backward([losses.sum() / batch])
-    states, stepping = (
-        (sum(map(_eight_bit_states, parameters)), 0) if eight_bit else
-        _stepped(config, parameters, kernels) if rule else
-        (ADAM_STATES * gradients + len(parameters) * (512 if kind == "cuda" else 4), 0))
+    stepping = 0
+    if eight_bit:
+        # bitsandbytes: two states of a byte a weight with an fp32 scale for every 256; in full
+        # below 4096 weights. CUDA hands out memory in pieces of 512 bytes.
+        states = 0
+        for count in (p.numel() for p in parameters):
+            sizes = [count, -(-count // 256) * 4] if count >= 4096 else [count * 4]
+            states += 2 * sum(-(-size // 512) * 512 for size in sizes)
+    elif rule:
+        states, stepping = _stepped(config, parameters, kernels)
+    else:
+        # torch's AdamW also keeps its step count in a tensor, one for each parameter.
+        states = ADAM_STATES * gradients + len(parameters) * (512 if kind == "cuda" else 4)
     return {"peak": tally.peak, "adapter": gradients + fixed, "gradients": gradients,
             "gradients_inside": 0 if accumulating else min(gradients, tally.peak),
             "optimizer": states, "stepping": stepping,
@@ -162,7 +174,8 @@ def draw(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
     """A preview: denoising with the adapter, `batch` 2 with guidance; then decoding one picture."""
     family, parts = _skeleton(base, numbers, "denoiser", "vae")
     latents, cond = _inputs(base, family, parts, numbers, width, height, batch, chunks)
-    _keep(parts, kind, quantization, offload)
+    quantize_and_offload_(parts.denoiser, META, quantization, offload)
+    _as_on(parts.denoiser, kind)
     config = TrainConfig(lora_rank=rank, target_modules=targets, **(adapter or {}))
     lora.attach(parts.denoiser, config, family.spec)
     lora.set_training(parts.denoiser, False)
@@ -171,10 +184,10 @@ def draw(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
     kernels = DeviceEmulation(kind, DTYPES[numbers["compute"]])
     _learn_order(family, parts, latents, cond)
     with torch.no_grad(), traced(kernels, known) as tally, kernels.autocast():
-        one = latents[:1].clone()                       # the picture in the making stays
+        picture = latents[:1].clone()                   # stays while the denoiser works
         family.predict(parts.denoiser, latents.clone(), t, cond)
-        one = one.unsqueeze(2) if parts.is_video_vae else one
-        parts.vae.decode(one.to(parts.vae.dtype), return_dict=False)
+        picture = picture.unsqueeze(2) if parts.is_video_vae else picture
+        parts.vae.decode(picture.to(parts.vae.dtype), return_dict=False)
     return {"peak": tally.peak}
 
 
@@ -193,19 +206,15 @@ def _precision(numbers: dict[str, str]) -> Precision:
                      compute=DTYPES[numbers["compute"]], vae=DTYPES[numbers["vae"]])
 
 
-def _keep(parts: Parts, kind: Kind, quantization: Quantization, offload: float) -> None:
-    quantize_and_offload_(parts.denoiser, META, quantization, offload)
-    _as_on(parts.denoiser, kind)
-
-
 def _as_on(model: torch.nn.Module, kind: Kind) -> None:
+    """Quantized layers take the kernels that they would take on this kind of device."""
     for layer in model.modules():
         if isinstance(layer, Frozen):
             layer.native = kind == "cuda"
 
 
 def _learn_order(family: Family, parts: Parts, latents: Tensor, cond: Cond) -> None:
-    """Blocks that wait in RAM come ahead of their use only once their order is known."""
+    """One pass, after which blocks that wait in RAM are fetched ahead of their use."""
     stage = stage_of(parts.denoiser)
     if stage is None:
         return
@@ -217,14 +226,14 @@ def _learn_order(family: Family, parts: Parts, latents: Tensor, cond: Cond) -> N
 
 
 def _held(tensor: Tensor, kind: Kind) -> int:
+    """Bytes that an allocator hands out for a tensor."""
     grain = 512 if kind == "cuda" else 1
     return -(-tensor.numel() * tensor.element_size() // grain) * grain
 
 
 def _stepped(config: TrainConfig, parameters: list[torch.nn.Parameter], kernels: DeviceEmulation
              ) -> tuple[int, int]:
-    """Bytes of the optimizer's state after a step, and of what a second one holds besides. A rule
-    that asks for numbers, which there are none of here, counts as Adam."""
+    """Bytes of the optimizer's state after a step, and of what a second one holds besides."""
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
     optimizer = optimizers.create(config, parameters)
@@ -233,22 +242,16 @@ def _stepped(config: TrainConfig, parameters: list[torch.nn.Parameter], kernels:
         with traced(kernels, []) as tally:
             optimizer.step()
     except (RuntimeError, NotImplementedError):
+        # A rule that looks at values, which meta tensors don't have, counts as Adam.
         return ADAM_STATES * sum(_held(p, kernels.kind) for p in parameters), 0
-    held = [v for own in optimizer.state.values() for v in own.values() if isinstance(v, Tensor)]
-    return sum(_held(v, kernels.kind) for v in held), tally.peak
+    tensors = [value for state in optimizer.state.values() for value in state.values()
+               if isinstance(value, Tensor)]
+    return sum(_held(tensor, kernels.kind) for tensor in tensors), tally.peak
 
 
 def _times(parts: Parts, batch: int) -> Tensor:
     dtype = torch.int64 if parts.flow is None else torch.float32
     return torch.empty(batch, dtype=dtype, device=META)
-
-
-def _eight_bit_states(parameter: Tensor) -> int:
-    """bitsandbytes: two states of one byte a weight with an fp32 scale for every 256; in full
-    below 4096 weights."""
-    count = parameter.numel()
-    sizes = [count, -(-count // 256) * 4] if count >= 4096 else [count * 4]
-    return 2 * sum(-(-size // 512) * 512 for size in sizes)
 
 
 def _inputs(base: Base, family: Family, parts: Parts, numbers: dict[str, str], width: int,
@@ -266,7 +269,7 @@ def _inputs(base: Base, family: Family, parts: Parts, numbers: dict[str, str], w
 
 @functools.lru_cache(8)
 def _embedding(base: Base, weights: str, chunks: int) -> Cond:
-    """Of one caption, (1, ...), without numbers."""
+    """The embedding of one caption, (1, ...), on meta tensors."""
     family, parts = _skeleton(base, {"weights": weights, "compute": weights, "vae": weights},
                               "text")
     parts.reading = Reading(CHUNK * chunks)
@@ -275,5 +278,5 @@ def _embedding(base: Base, weights: str, chunks: int) -> Cond:
 
 
 def _text(chunks: int) -> str:
-    """A text that fills them."""
+    """A text that fills so many chunks."""
     return " ".join(["a"] * CHUNK * chunks) if chunks > 1 else ""

@@ -1,19 +1,19 @@
-"""What a run showed -> what to change, gentlest first; with what each change saves, by plan."""
+"""From what a run showed to what to change, gentlest first, with the memory that each change saves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 from core import i18n
 from core.config import TrainConfig
 from core.errors import Fix, UserError
 from core.memory import relief
 from core.memory.plan import Plan
-from core.memory.relief import Capabilities, Planner
-
-Symptom = Literal["oom_start", "oom_run", "loss_swings", "weak", "overtrained"]
+from core.memory.relief import Capabilities, Planner, config_changes
 
 WORTH_MB, WORTH = 16.0, 0.01            # savings below both aren't worth a sacrifice
 AFTER_OOM = 0.9                         # of the plan that failed: it was too good by something
@@ -26,7 +26,7 @@ MOST_TIMES = 4096                       # batches an update
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known beside the config. Without `planner` nothing is said about memory."""
+    """What is known besides the config. Without `planner` nothing is said about memory."""
 
     planner: Planner | None = None
     capabilities: Capabilities = field(default_factory=Capabilities)
@@ -38,6 +38,8 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Advice:
+    """One thing to do: a sentence, and the config keys that do it."""
+
     key: str
     params: Mapping[str, Any] = field(default_factory=dict)
     changes: Mapping[str, Any] = field(default_factory=dict)    # of the config; empty: by hand
@@ -52,87 +54,65 @@ class Advice:
 
 
 def answer(symptom: str, config: TrainConfig, plan: Plan | None, facts: Facts) -> list[Advice]:
-    """`plan`: of the run that showed it. Raises UserError for a symptom that nobody knows."""
+    """What to change, the gentlest first. `plan` is that of the run that showed the symptom.
+    Raises UserError for an unknown symptom."""
     if symptom not in _ANSWERS:
         raise UserError("advisor.unknown_symptom", symptom=symptom, known=", ".join(_ANSWERS))
-    told = [one for one in _ANSWERS[symptom](config, plan, facts)
-            if not one.changes or config.with_changes(**one.changes) != config]
+    advice = [item for item in _ANSWERS[symptom](config, plan, facts)
+              if not item.changes or config.with_changes(**item.changes) != config]
     if plan is None or facts.planner is None:
-        return told
-    weighed = [_weighed(one, config, plan, facts.planner) for one in told]
-    return [one for one, possible in weighed if possible]
-
-
-def _weighed(advice: Advice, config: TrainConfig, plan: Plan, planner: Planner
-             ) -> tuple[Advice, bool]:
-    """With what it saves; not possible: what costs memory that isn't there."""
-    if not advice.changes:
-        return advice, True
-    changed = planner(config.with_changes(**advice.changes))
-    saves = plan.needs_mb - changed.needs_mb
-    possible = saves >= 0 or relief.fits(changed)
-    return Advice(advice.key, advice.params, advice.changes, round(saves, 1)), possible
+        return advice
+    # With what each change saves; one that costs memory which isn't there is left out.
+    possible = []
+    for item in advice:
+        if item.changes:
+            changed = facts.planner(config.with_changes(**item.changes))
+            saves = plan.needs_mb - changed.needs_mb
+            if saves < 0 and not relief.fits(changed):
+                continue
+            item = replace(item, saves_mb=round(saves, 1))
+        possible.append(item)
+    return possible
 
 
 # --- out of memory ---
 
-def _oom_start(config: TrainConfig, plan: Plan | None, facts: Facts) -> Iterator[Advice]:
-    """While loading or caching, or in the first update: nothing has grown, the plan is too big."""
-    yield from _out_of_memory(config, plan, facts, ("cache", "batch", "checkpointing", "precision",
-                              "optimizer", "base", "offload", "resolution", "rank"))
-
-
-def _oom_run(config: TrainConfig, plan: Plan | None, facts: Facts) -> Iterator[Advice]:
-    """After good updates: a preview, a larger bucket, or another program took the rest."""
-    yield from _out_of_memory(config, plan, facts, ("batch", "previews", "checkpointing",
-                              "precision", "resolution", "optimizer", "base", "offload", "rank"))
-
-
-def _out_of_memory(config: TrainConfig, plan: Plan | None, facts: Facts, order: tuple[str, ...]
-                   ) -> Iterator[Advice]:
-    if plan and plan.machine.total_mb - plan.machine.free_mb > OTHERS_MB:
-        held = plan.machine.total_mb - plan.machine.free_mb
+def out_of_memory(order: Sequence[str], config: TrainConfig, plan: Plan | None, facts: Facts
+                  ) -> Iterator[Advice]:
+    """What to give up, in this order, and first what must be given up together."""
+    knobs = relief.knobs(config, facts.capabilities, facts.native, facts.step)
+    planner = facts.planner
+    if plan and (held := plan.machine.total_mb - plan.machine.free_mb) > OTHERS_MB:
         yield Advice("advisor.do_close_others", {"held": round(held)})
-    dials = relief.dials(config, facts.capabilities, facts.native, facts.step)
-    if plan and facts.planner:
-        yield from _surely(config, plan, facts.planner, dials)
-    by_name = {knob.name: knob for knob in dials}
+
+    # Where one change isn't enough: all that must change together. The plan that failed was too
+    # good by something, so the new one must need clearly less.
+    if plan and planner:
+        limit = AFTER_OOM * plan.needs_mb
+        setting = relief.search(config, knobs, planner,
+                              lambda new: relief.fits(new) and new.needs_mb <= limit)
+        if setting and sum(option > 0 for option in setting.chosen.values()) > 1:
+            together = config_changes(config, setting.config)
+            yield Advice("advisor.do_together", {"changes": ", ".join(
+                f"{key}: {value}" for key, value in together.items())}, together)
+
+    by_name = {knob.name: knob.options[1:] for knob in knobs}
+    # The batch goes down to 2 at once, everything else by one step.
+    by_name["batch"] = tuple(o for o in by_name["batch"] if o["batch_size"] <= 2)
     for name in order:
-        if changes := _first_step(by_name[name]):
-            if plan and facts.planner and not _worth(config, plan, facts.planner, changes):
+        if not by_name[name]:
+            continue
+        changes = by_name[name][0]
+        if plan and planner:
+            saves = plan.needs_mb - planner(config.with_changes(**changes)).needs_mb
+            if saves < min(WORTH_MB, WORTH * plan.needs_mb):
                 continue
-            yield Advice(f"advisor.do_{name}", _shown(config, changes), changes)
-
-
-def _surely(config: TrainConfig, plan: Plan, planner: Planner, dials: tuple[relief.Knob, ...]
-            ) -> Iterator[Advice]:
-    """All that must change together, where one change isn't enough."""
-    def safer(new: Plan) -> bool:
-        return relief.fits(new) and new.needs_mb <= AFTER_OOM * plan.needs_mb
-    found = relief.search(config, dials, planner, safer)
-    if found and sum(option > 0 for option in found.chosen.values()) > 1:
-        before, after = config.model_dump(), found.config.model_dump()
-        changes = {key: value for key, value in after.items() if value != before[key]}
-        yield Advice("advisor.do_together", {"changes": ", ".join(
-            f"{key}: {value}" for key, value in changes.items())}, changes)
-
-
-def _first_step(knob: relief.Knob) -> Mapping[str, Any]:
-    """The batch goes down to 2 at once; all else by one step."""
-    if knob.name == "batch":
-        small = [one for one in knob.options[1:] if one["batch_size"] <= 2]
-        return small[0] if small else {}
-    return knob.options[1] if len(knob.options) > 1 else {}
-
-
-def _worth(config: TrainConfig, plan: Plan, planner: Planner, changes: Mapping[str, Any]) -> bool:
-    saves = plan.needs_mb - planner(config.with_changes(**changes)).needs_mb
-    return saves >= min(WORTH_MB, WORTH * plan.needs_mb)
+        yield _advice(config, name, changes)
 
 
 # --- what the pictures and the loss show ---
 
-def _loss_swings(config: TrainConfig, plan: Plan | None, facts: Facts) -> Iterator[Advice]:
+def loss_swings(config: TrainConfig, plan: Plan | None, facts: Facts) -> Iterator[Advice]:
     """Too few pictures an update for the rate."""
     times = min(config.gradient_accumulation_steps * 2, MOST_TIMES)
     yield _advice(config, "accumulate", {"gradient_accumulation_steps": times})
@@ -145,7 +125,7 @@ def _loss_swings(config: TrainConfig, plan: Plan | None, facts: Facts) -> Iterat
         yield _advice(config, "min_snr", {"min_snr_gamma": 5.0})
 
 
-def _weak(config: TrainConfig, plan: Plan | None, facts: Facts) -> Iterator[Advice]:
+def weak(config: TrainConfig, plan: Plan | None, facts: Facts) -> Iterator[Advice]:
     """The pictures hardly change, and memory is to spare."""
     if config.alpha < config.lora_rank:
         yield _advice(config, "alpha", {"lora_alpha": float(config.lora_rank)})
@@ -159,7 +139,7 @@ def _weak(config: TrainConfig, plan: Plan | None, facts: Facts) -> Iterator[Advi
         yield _advice(config, "more_layers", {"target_modules": "attention+ff"})
 
 
-def _overtrained(config: TrainConfig, plan: Plan | None, facts: Facts) -> Iterator[Advice]:
+def overtrained(config: TrainConfig, plan: Plan | None, facts: Facts) -> Iterator[Advice]:
     """It repeats the training pictures: too long, too fast, too large for so few."""
     yield (Advice("advisor.do_best_checkpoint", {"step": facts.best_step}) if facts.best_step
            else Advice("advisor.do_earlier_checkpoint"))
@@ -179,21 +159,18 @@ def _length(config: TrainConfig, times: float) -> dict[str, Any]:
 
 
 def _advice(config: TrainConfig, name: str, changes: Mapping[str, Any]) -> Advice:
-    return Advice(f"advisor.do_{name}", _shown(config, changes), changes)
+    """Advice whose sentence tells the first change, from `before` to `now`."""
+    def shown(value: Any) -> Any:
+        return f"{value:g}" if isinstance(value, float) else value
 
-
-def _shown(config: TrainConfig, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The first change, for the sentence: from `before` to `now`."""
     key, now = next(iter(changes.items()))
-    before = getattr(config, key)
-    more = {"times": changes["gradient_accumulation_steps"]} if (
-        "gradient_accumulation_steps" in changes) else {}
-    return {"before": _plain(before), "now": _plain(now), **more}
+    params = {"before": shown(getattr(config, key)), "now": shown(now)}
+    if "gradient_accumulation_steps" in changes:
+        params["times"] = changes["gradient_accumulation_steps"]
+    return Advice(f"advisor.do_{name}", params, changes)
 
 
-def _plain(value: Any) -> Any:
-    return f"{value:g}" if isinstance(value, float) else value
-
-
-_ANSWERS = {"oom_start": _oom_start, "oom_run": _oom_run, "loss_swings": _loss_swings,
-            "weak": _weak, "overtrained": _overtrained}
+_ANSWERS: dict[str, Callable[[TrainConfig, Plan | None, Facts], Iterator[Advice]]] = {
+    **{symptom: partial(out_of_memory, order)
+       for symptom, order in relief.AFTER_FAILURE.items()},
+    "loss_swings": loss_swings, "weak": weak, "overtrained": overtrained}

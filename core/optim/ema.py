@@ -1,4 +1,9 @@
-"""Average of the adapter over steps, for previews, validation and the files that are saved."""
+"""The moving average of the adapter, for previews, validation and the files that are saved.
+
+The decay is that of diffusers.training_utils.EMAModel. That class is not used here: its first step
+only copies the weights, it copies both ways where pointers can be swapped, and it can neither
+settle a part of the parameters nor read the checkpoints of this program.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ PREFIX = "ema."
 
 class Ema:
     """average = d average + (1 - d) weights, with d = min(decay, (1 + n) / (10 + n)) at update n
-    (from 0), so that the untrained start is forgotten soon."""
+    (from 0): the small d of the first updates makes it forget the untrained start soon."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
         self.parameters, self.decay = list(parameters), decay
@@ -21,13 +26,13 @@ class Ema:
 
     @torch.no_grad()
     def update(self, number: int) -> None:
-        """After update `number`; one kernel for all tensors, nothing waits for the device."""
+        """Called after update `number`. One kernel for all tensors, without waiting for it."""
         share = 1 - min(self.decay, (1 + number) / (10 + number))
         torch._foreach_lerp_(self.averages, [p.data for p in self.parameters], share)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, the parameters are their averages: pointers are swapped, nothing is copied."""
+        """Within it the parameters are their averages: pointers are swapped, nothing is copied."""
         self._swap()
         try:
             yield
@@ -35,7 +40,8 @@ class Ema:
             self._swap()
 
     def settle(self, parameters: Sequence[nn.Parameter]) -> None:
-        """These take their averages for good: what rests from now on is what is saved."""
+        """Gives these parameters their averages for good, since they stop learning: what stays in
+        memory is then what is saved."""
         chosen = {id(p) for p in parameters}
         for number, parameter in enumerate(self.parameters):
             if id(parameter) in chosen:
@@ -43,14 +49,15 @@ class Ema:
                 parameter.data.copy_(self.averages[number])
 
     def state(self) -> dict[str, Tensor]:
+        """The averages for a checkpoint, by PREFIX and number."""
         return {f"{PREFIX}{n}": average.detach().cpu().clone()
                 for n, average in enumerate(self.averages)}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """A checkpoint without averages: they begin at its weights."""
+        """Puts `state` back. Where a checkpoint has no averages, they begin at its weights."""
         for number, parameter in enumerate(self.parameters):
-            found = tensors.get(f"{PREFIX}{number}", parameter.data)
-            self.averages[number] = found.to(parameter.device, parameter.dtype, copy=True)
+            average = tensors.get(f"{PREFIX}{number}", parameter.data)
+            self.averages[number] = average.to(parameter.device, parameter.dtype, copy=True)
 
     def _swap(self) -> None:
         for number, parameter in enumerate(self.parameters):

@@ -1,4 +1,7 @@
-"""Update rules that torch lacks: Lion, Prodigy, CAME. None of them asks the device for a number."""
+"""Update rules that torch lacks: Lion, Prodigy, CAME.
+
+None of them asks the device for a number, which would make the CPU wait for it.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ Closure = Callable[[], float] | None
 
 
 class Lion(torch.optim.Optimizer):
-    """Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2): steps of one size, by sign. Rates
-    are a third to a tenth of AdamW's."""
+    """Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2): every weight moves by the same
+    amount, only the sign is learned. Its learning rates are a third to a tenth of AdamW's."""
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-4,
                  betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0) -> None:
@@ -25,22 +28,23 @@ class Lion(torch.optim.Optimizer):
             weights, grads = _with_gradient(group)
             if not weights:
                 continue
-            (one, two), rate = group["betas"], group["lr"]
+            (beta1, beta2), rate = group["betas"], group["lr"]
             means = [_state(self, p, "exp_avg") for p in weights]
-            signs = torch._foreach_mul(means, one)
-            torch._foreach_add_(signs, grads, alpha=1 - one)
+            signs = torch._foreach_mul(means, beta1)
+            torch._foreach_add_(signs, grads, alpha=1 - beta1)
             torch._foreach_sign_(signs)
             torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
             torch._foreach_add_(weights, signs, alpha=-rate)
-            torch._foreach_mul_(means, two)
-            torch._foreach_add_(means, grads, alpha=1 - two)
+            torch._foreach_mul_(means, beta2)
+            torch._foreach_add_(means, grads, alpha=1 - beta2)
 
 
 class Prodigy(torch.optim.Optimizer):
-    """Prodigy (Mishchenko & Defazio 2023, arXiv 2306.06101, algorithm 4): Adam that finds its own
-    step size d from the way gone so far; `lr` is a factor of it, 1 as a rule.
+    """Prodigy (Mishchenko & Defazio 2023, arXiv 2306.06101, algorithm 4): Adam that estimates its
+    own step size d from the distance to the start; `lr` is a factor of it, 1 as a rule.
 
-    d is found for all groups together; a group's `lr` below the largest only shortens its steps.
+    d is estimated for all groups together; a group's `lr` below the largest only shortens its
+    steps.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1.0,
@@ -55,86 +59,81 @@ class Prodigy(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Closure = None) -> None:  # type: ignore[override]
-        first, every = self.param_groups[0], [_with_gradient(g) for g in self.param_groups]
-        rate = max(group["lr"] for group in self.param_groups)
-        if not any(weights for weights, _ in every) or rate <= 0:
+        first, gradients = self.param_groups[0], [_with_gradient(g) for g in self.param_groups]
+        largest_rate = max(group["lr"] for group in self.param_groups)
+        if not any(weights for weights, _ in gradients) or largest_rate <= 0:
             return
-        way = self._estimate(next(weights[0] for weights, _ in every if weights))
-        rate *= self._correction(first)
-        d, step = way["d"].clone(), way["d"] * rate
+
+        # d and what leads to it are numbers on the device, kept with the first weight.
+        holder = next(weights[0] for weights, _ in gradients if weights)
+        estimate = self.state[holder]
+        for name, value in (("d", first["d0"]), ("d_max", first["d0"]), ("above", 0.0)):
+            if name not in estimate:
+                estimate[name] = torch.full((), value, dtype=holder.dtype, device=holder.device)
+        rate = largest_rate
+        if first["use_bias_correction"]:
+            (beta1, beta2), k = first["betas"], first["k"] + 1
+            rate *= float((1 - beta2 ** k) ** 0.5 / (1 - beta1 ** k))
+        d, step = estimate["d"].clone(), estimate["d"] * rate
+
+        # The paper's numerator and denominator of d, summed over all weights.
         above: list[Tensor] = []
         below: list[Tensor] = []
-        for group, (weights, grads) in zip(self.param_groups, every, strict=True):
-            if weights:
-                self._moments(group, weights, grads, d, step, above, below)
-        self._grow(first, way, d, torch.stack(above).sum() * step * d / first["d0"],
+        for group, (weights, grads) in zip(self.param_groups, gradients, strict=True):
+            if not weights:
+                continue
+            beta1, beta2 = group["betas"]
+            starts = [_state(self, p, "p0", p) for p in weights]
+            distances = torch._foreach_sub(starts, weights)
+            above += [torch.dot(g.flatten(), w.flatten())
+                      for g, w in zip(grads, distances, strict=True)]
+            means, squares, sums = ([_state(self, p, name) for p in weights]
+                                    for name in ("exp_avg", "exp_avg_sq", "s"))
+            _blend(means, beta1, grads, d * (1 - beta1))
+            _blend(squares, beta2, torch._foreach_mul(grads, grads), d * d * (1 - beta2))
+            _blend(sums, _beta3(group), grads,
+                   d / first["d0"] * (d if group["safeguard_warmup"] else step))
+            below += list(torch._foreach_norm(sums, 1))
+        self._grow(first, estimate, d, torch.stack(above).sum() * step * d / first["d0"],
                    torch.stack(below).sum())
-        for group, (weights, _) in zip(self.param_groups, every, strict=True):
+
+        for group, (weights, _) in zip(self.param_groups, gradients, strict=True):
             if weights:
-                share = group["lr"] / max(g["lr"] for g in self.param_groups)
-                self._move(group, weights, step * share, way["d"])
+                self._move(group, weights, step * (group["lr"] / largest_rate), estimate["d"])
             group["k"] += 1
 
-    def _estimate(self, holder: Tensor) -> dict[str, Tensor]:
-        """d and what leads to it, kept with the first weight: numbers on the device."""
-        own = self.state[holder]
-        d0 = self.param_groups[0]["d0"]
-        for name, value in (("d", d0), ("d_max", d0), ("above", 0.0)):
-            if name not in own:
-                own[name] = torch.full((), value, dtype=holder.dtype, device=holder.device)
-        found: dict[str, Tensor] = own
-        return found
-
-    def _correction(self, group: dict[str, Any]) -> float:
-        if not group["use_bias_correction"]:
-            return 1.0
-        (one, two), k = group["betas"], group["k"] + 1
-        return float((1 - two ** k) ** 0.5 / (1 - one ** k))
-
-    def _moments(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor],
-                 d: Tensor, step: Tensor, above: list[Tensor], below: list[Tensor]) -> None:
-        one, two = group["betas"]
-        three, first = _third(group), self.param_groups[0]
-        starts = [_state(self, p, "p0", p) for p in weights]
-        ways = torch._foreach_sub(starts, weights)
-        above += [torch.dot(g.flatten(), w.flatten())
-                  for g, w in zip(grads, ways, strict=True)]
-        means, squares, sums = ([_state(self, p, name) for p in weights]
-                                for name in ("exp_avg", "exp_avg_sq", "s"))
-        _blend(means, one, grads, d * (1 - one))
-        _blend(squares, two, torch._foreach_mul(grads, grads), d * d * (1 - two))
-        _blend(sums, three, grads, d / first["d0"] * (d if group["safeguard_warmup"] else step))
-        below += list(torch._foreach_norm(sums, 1))
-
-    def _grow(self, group: dict[str, Any], kept: dict[str, Tensor], d: Tensor, above: Tensor,
+    def _grow(self, group: dict[str, Any], estimate: dict[str, Tensor], d: Tensor, above: Tensor,
               below: Tensor) -> None:
-        """Without any gradient so far nothing is known: all stays."""
+        """Estimates d anew; it never shrinks."""
+        # Without any gradient so far nothing is known, and all stays. Decided on the device.
         known = below > 0
-        kept["above"].copy_(torch.where(known, _third(group) * kept["above"] + above,
-                                        kept["above"]))
-        guess = group["d_coef"] * kept["above"] / below.clamp(min=torch.finfo(below.dtype).tiny)
+        estimate["above"].copy_(torch.where(known, _beta3(group) * estimate["above"] + above,
+                                        estimate["above"]))
+        guess = group["d_coef"] * estimate["above"] / below.clamp(min=torch.finfo(below.dtype).tiny)
         guess = torch.where(known, guess, torch.zeros_like(guess))
         start = torch.where(d == torch.full_like(d, group["d0"]), torch.maximum(d, guess), d)
-        kept["d_max"].copy_(torch.maximum(kept["d_max"], guess))
-        kept["d"].copy_(torch.minimum(kept["d_max"], start * group["growth_rate"]))
+        estimate["d_max"].copy_(torch.maximum(estimate["d_max"], guess))
+        estimate["d"].copy_(torch.minimum(estimate["d_max"], start * group["growth_rate"]))
 
     def _move(self, group: dict[str, Any], weights: list[Tensor], step: Tensor, d: Tensor
               ) -> None:
+        """Adam's step, in units of d."""
         means, squares = ([_state(self, p, name) for p in weights]
                           for name in ("exp_avg", "exp_avg_sq"))
         roots = torch._foreach_sqrt(squares)
-        torch._foreach_mul_(roots, 1 / d)       # adding a tensor, d * eps, would wait for it
+        # Divided by d instead of adding d * eps: adding a tensor would wait for its value.
+        torch._foreach_mul_(roots, 1 / d)
         torch._foreach_add_(roots, group["eps"])
-        ways = torch._foreach_div(means, roots)
-        torch._foreach_mul_(ways, step / d)
+        updates = torch._foreach_div(means, roots)
+        torch._foreach_mul_(updates, step / d)
         if group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - group["weight_decay"] * step)
-        torch._foreach_sub_(weights, ways)
+        torch._foreach_sub_(weights, updates)
 
 
 class Came(torch.optim.Optimizer):
     """CAME (Luo et al. 2023, arXiv 2307.02047, algorithm 2): Adafactor's factored moments, and
-    smaller steps where the last ones didn't agree with their mean."""
+    smaller steps where the last ones differed from their mean."""
 
     def __init__(self, params: Iterable[Any], lr: float = 2e-4,
                  betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
@@ -146,22 +145,19 @@ class Came(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Closure = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            beta1, beta2, beta3 = group["betas"]
+            eps1, eps2 = group["eps"]
             for weight, grad in zip(*_with_gradient(group), strict=True):
-                update = self._update(group, weight, grad)
+                update = grad * self._root(weight, "exp_avg_sq", beta2, grad.square() + eps1)
+                size = torch.linalg.vector_norm(update) / update.numel() ** 0.5
+                update.div_((size / group["clip_threshold"]).clamp_(min=1.0))
+                mean = _state(self, weight, "exp_avg").lerp_(update, 1 - beta1)
+                # A vector has no rows and columns to keep its instability in.
+                if grad.ndim >= 2:
+                    instability = (update - mean).square_().add_(eps2)
+                    mean = mean * self._root(weight, "exp_avg_res", beta3, instability)
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.sub_(update, alpha=group["lr"])
-
-    def _update(self, group: dict[str, Any], weight: Tensor, grad: Tensor) -> Tensor:
-        one, two, three = group["betas"]
-        small, smaller = group["eps"]
-        update = grad * self._root(weight, "exp_avg_sq", two, grad.square() + small)
-        size = torch.linalg.vector_norm(update) / update.numel() ** 0.5
-        update.div_((size / group["clip_threshold"]).clamp_(min=1.0))
-        mean = _state(self, weight, "exp_avg").lerp_(update, 1 - one)
-        if grad.ndim < 2:
-            return mean
-        doubt = (update - mean).square_().add_(smaller)
-        return mean * self._root(weight, "exp_avg_res", three, doubt)
+                weight.sub_(mean, alpha=group["lr"])
 
     def _root(self, weight: Tensor, name: str, beta: float, squares: Tensor) -> Tensor:
         """1 / sqrt of the running mean of squares (..., n, m), kept as rows and columns."""
@@ -176,6 +172,7 @@ class Came(torch.optim.Optimizer):
 
 
 def _with_gradient(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """The group's weights that have a gradient, and their gradients."""
     weights = [p for p in group["params"] if p.grad is not None]
     return weights, [p.grad for p in weights]
 
@@ -183,18 +180,19 @@ def _with_gradient(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
 def _state(optimizer: torch.optim.Optimizer, weight: Tensor, name: str,
            like: Tensor | None = None, zero: bool = False) -> Tensor:
     """A weight's own tensor of that name; new ones are zero, or a copy of `like`."""
-    own = optimizer.state[weight]
-    if name not in own:
-        own[name] = (torch.zeros_like(weight if like is None else like)
-                     if zero or like is None else like.detach().clone())
-    found: Tensor = own[name]
-    return found
+    state = optimizer.state[weight]
+    if name not in state:
+        state[name] = (torch.zeros_like(weight if like is None else like)
+                       if zero or like is None else like.detach().clone())
+    value: Tensor = state[name]
+    return value
 
 
 def _blend(into: list[Tensor], keep: float, more: Sequence[Tensor], share: Tensor) -> None:
+    """into = keep * into + share * more, in place."""
     torch._foreach_mul_(into, keep)
     torch._foreach_add_(into, torch._foreach_mul(list(more), share))
 
 
-def _third(group: dict[str, Any]) -> float:
+def _beta3(group: dict[str, Any]) -> float:
     return float(group["beta3"] if group["beta3"] is not None else group["betas"][1] ** 0.5)

@@ -1,8 +1,8 @@
-"""Whether a base predicts what it is taken for, told from its errors on the run's own pictures.
+"""Checks whether a base predicts what it is taken for, by its errors on the run's own pictures.
 
 A network that guesses the mean of its target has an error as large as the target's variance. A base
-that is read rightly stays far below that; one whose target, VAE or text encoder is mistaken comes
-near it or above. Nothing else in a run shows this: the loss falls either way.
+that is read correctly stays far below that; one whose target, VAE or text encoder is mistaken
+comes near it or above. Nothing else in a run shows this: the loss falls either way.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ OTHER = {"epsilon": "v_prediction", "v_prediction": "epsilon"}
 
 def check(trainer: Trainer) -> dict[str, Any] | None:
     """Measures the base with the LoRA off, by at most five forward passes of one picture each,
-    tells what came out, and returns it for the summary: `error` and, of a noise schedule,
+    emits the result as a note and returns it for the summary: `error` and, of a noise schedule,
     `other_error`, both as shares of the target's variance (1: as bad as guessing the mean),
     `verdict` (fits | near | wrong | new: to the base that ships) and `prediction`.
 
-    A single file that doesn't say whether it predicts noise or v, and fits the other one clearly,
+    A single file that doesn't say whether it predicts noise or v, and clearly fits the other one,
     is taken for that from here on, unless the config says `prediction_type`. None where memory
     doesn't suffice or no prediction was finite: the run's own steps deal with both.
     """
@@ -55,62 +55,67 @@ def check(trainer: Trainer) -> dict[str, Any] | None:
     kind = trainer.diffusion.kind
     if not errors:
         return None
-    other = OTHER.get(kind, "")
+    other: Any = OTHER.get(kind, "")
     fits_other = (errors.get(other, 9.0) <= CLEARLY * errors[kind] and errors[other] <= WELL)
-    if fits_other and _may_choose(trainer):
+    if fits_other and _is_unsaid(trainer):
         _tell(trainer, "taken_for_other", errors, kind)
         if trainer.config.reg_from_base:    # its pictures are there, drawn by the wrong one
             raise UserError("base_check.regular_of_other", prediction=kind, other=other, fixes=[
                 Fix("fixes.predicts", {"prediction_type": other}, {"prediction": other})])
-        _take_for(trainer, other)
+        # Training, previews and the LoRA's metadata follow.
+        parts = trainer.parts
+        parts.objective = other
+        parts.scheduler["prediction_type"] = other
+        trainer.diffusion = objective.create(parts, trainer.config, trainer.precision.device)
         kind, other, fits_other = other, kind, False
-    error = errors[kind]
+    error, config = errors[kind], trainer.config
+    # What the base that ships predicts is known, as long as nothing of it is exchanged; most
+    # pictures are beyond the few that it learned from.
+    built_in = (trainer.parts.source == paths.DEMO / "base"
+                and config.prediction_type in ("auto", "v_prediction")
+                and not (config.vae or config.text_encoders or config.tokenizer))
     verdict = ("fits" if error <= NEAR_THE_MEAN and not fits_other
-               else "new" if _built_in(trainer)
+               else "new" if built_in
                else "wrong" if error > WORSE_THAN_THE_MEAN or fits_other else "near")
     helps = errors.get(other, WORSE_THAN_THE_MEAN) < WORSE_THAN_THE_MEAN
     key = ("predicts_other" if fits_other and verdict == "wrong"
            else "wrong_parts" if verdict == "wrong" and not helps else verdict)
     _tell(trainer, key, errors, kind)
-    found: dict[str, Any] = {"error": round(error, 3), "verdict": verdict, "prediction": kind}
-    return found | ({"other_error": round(errors[other], 3)} if other else {})
+    return {"error": round(error, 3), "verdict": verdict, "prediction": kind,
+            **({"other_error": round(errors[other], 3)} if other else {})}
 
 
 def measure(trainer: Trainer) -> dict[str, float]:
-    """Mean squared error by what the base may predict, over the variance of that target around
-    the mean of each channel; without passes that weren't finite."""
+    """By what the base may predict: the mean squared error over the variance of that target around
+    the mean of each channel. Passes that weren't finite don't count."""
     models = trainer.trained_models().values()
-    found: dict[str, list[Tensor]] = {}
+    trained = trainer.examples.trained()
+    measured: dict[str, list[Tensor]] = {}
     trainer.set_training(False)
     for model in models:
         lora.set_weight(model, 0.0)
     try:
         with torch.no_grad():
-            for index, share in _places(trainer):
+            # Pictures spread over the folder, each at a noise level of its own.
+            for n, share in enumerate(SHARES):
+                index = trained[n * len(trained) // len(SHARES)]
                 for kind, pair in _errors(trainer, index, share).items():
                     if torch.isfinite(pair).all():
-                        found.setdefault(kind, []).append(pair)
+                        measured.setdefault(kind, []).append(pair)
     finally:
         for model in models:
             lora.set_weight(model, 1.0)
         trainer.set_training(True)
-    sums = {kind: torch.stack(pairs).sum(0) for kind, pairs in found.items()}
+    sums = {kind: torch.stack(pairs).sum(0) for kind, pairs in measured.items()}
     return {kind: float(error / variance) for kind, (error, variance) in sums.items()}
 
 
-def _places(trainer: Trainer) -> list[tuple[int, float]]:
-    """Pictures spread over the folder, each at a noise level of its own."""
-    trained = trainer.examples.trained()
-    return [(trained[n * len(trained) // len(SHARES)], share) for n, share in enumerate(SHARES)]
-
-
 def _errors(trainer: Trainer, index: int, share: float) -> dict[str, Tensor]:
-    """(error, variance) of one picture (2,), fp32, by what the base may predict."""
+    """(error, variance) of one picture, (2,) fp32, by what the base may predict."""
     device, diffusion = trainer.precision.device, trainer.diffusion
-    latents = trainer.weighed(trainer.view(index, False)[None], [index])[0].to(device)
+    latents, _, cond = trainer.plain_sample(index)
+    latents = latents.to(device)
     draw = diffusion.draw_fixed(_SEED, [index], latents.shape[1:], share).to(device)
-    caption = trainer.examples.items[index].captions[0]
-    cond = trainer.cond([caption]) | trainer.size_conditioning([index], [False])
     noisy, target = diffusion.noisy_and_target(latents, draw.noise, draw.timesteps)
     with autocast(trainer.precision):
         predicted = trainer.family.predict(trainer.denoiser, noisy, draw.timesteps, cond).float()
@@ -119,36 +124,19 @@ def _errors(trainer: Trainer, index: int, share: float) -> dict[str, Tensor]:
         other: Any = copy.copy(diffusion)
         other.kind = OTHER[diffusion.kind]
         targets[other.kind] = other.noisy_and_target(latents, draw.noise, draw.timesteps)[1]
-    return {kind: torch.stack([(predicted - wanted).square().mean(),
-                               wanted.var((2, 3), correction=0).mean()])
-            for kind, wanted in targets.items()}
+    return {kind: torch.stack([(predicted - target).square().mean(),
+                               target.var((2, 3), correction=0).mean()])
+            for kind, target in targets.items()}
 
 
-def _built_in(trainer: Trainer) -> bool:
-    """Whether it is the base that ships with the program, as it is: what that one predicts is
-    known, and most pictures are beyond the few that it learned from."""
-    config = trainer.config
-    return (trainer.parts.source == paths.DEMO / "base"
-            and config.prediction_type in ("auto", "v_prediction")
-            and not (config.vae or config.text_encoders or config.tokenizer))
-
-
-def _may_choose(trainer: Trainer) -> bool:
+def _is_unsaid(trainer: Trainer) -> bool:
     """Whether neither the config nor the base says what it predicts; folders always do."""
     source = trainer.parts.source
     if trainer.config.prediction_type != "auto" or not source.is_file():
         return False
-    said = read_header(source).metadata
-    return not (identify(source).v_prediction or "modelspec.prediction_type" in said
-                or said.get("modelspec.architecture") == "stable-diffusion-v2-512")
-
-
-def _take_for(trainer: Trainer, kind: Any) -> None:
-    """Training, previews and the LoRA's metadata follow."""
-    parts = trainer.parts
-    parts.objective = kind
-    parts.scheduler["prediction_type"] = kind
-    trainer.diffusion = objective.create(parts, trainer.config, trainer.precision.device)
+    metadata = read_header(source).metadata
+    return not (identify(source).v_prediction or "modelspec.prediction_type" in metadata
+                or metadata.get("modelspec.architecture") == "stable-diffusion-v2-512")
 
 
 def _tell(trainer: Trainer, key: str, errors: dict[str, float], kind: str) -> None:

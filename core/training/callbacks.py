@@ -1,8 +1,8 @@
-"""Callbacks of the user's own around a run: they hear its events, and may ask it for something.
+"""The user's own callbacks: they are called with a run's events, and may ask it for something.
 
-A callback is a function of one event (core/jobs/events.py), or a class whose object is one. What it
-returns may be a request: stop, pause, save, sample. With a method `after_update(trainer, done)`
-it is also handed the trainer itself after every update.
+A callback is a function of one event (core/jobs/events.py), or a class whose object is one. It may
+return a request: stop, pause, save, sample. A method `after_update(trainer, done)` is called with
+the trainer itself after every update.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 
 
 class Callbacks:
-    """`with Callbacks(...) as emit:` around a run; it ends with a JobEnded. Events of other
-    threads wait for the run's next own: callbacks need no locks."""
+    """`with Callbacks(...) as emit:` around a run; it ends with a JobEnded. Events of other threads
+    wait for the next event of the run's own thread, so that callbacks need no locks."""
 
     def __init__(self, names: list[str], emit: Callable[[Event], None], control: Control) -> None:
         self.emit, self.control, self.state = emit, control, "done"
         loaded = [plugins.load(name, "callbacks") for name in names]
         self.heard: list[tuple[Extension, Any]] = [
-            (one, one() if inspect.isclass(one.found) else one.found) for one in loaded]
+            (extension, extension() if inspect.isclass(extension.found) else extension.found)
+            for extension in loaded]
         self._waiting: deque[Event] = deque()
         self._thread = threading.get_ident()
 
@@ -45,7 +46,8 @@ class Callbacks:
                 self._tell(self._waiting.popleft())
             self._tell(JobEnded(state="stopped" if self.control.stopping else self.state))
             return
-        with contextlib.suppress(UserError):            # the first failure is the one to tell
+        # The run's own failure is the one to tell, not a callback's.
+        with contextlib.suppress(UserError):
             self._tell(JobEnded(state="failed"))
 
     def __call__(self, event: Event) -> None:
@@ -57,6 +59,7 @@ class Callbacks:
             self._tell(self._waiting.popleft())
 
     def after_update(self, trainer: Trainer, done: int) -> None:
+        """Hands the trainer to the callbacks that want it."""
         for extension, callback in self.heard:
             if hasattr(callback, "after_update"):
                 self._call(extension, callback.after_update, trainer, done)
@@ -73,6 +76,7 @@ class Callbacks:
             if answer not in get_args(Request):
                 raise extension.wrong(f"None, {', '.join(get_args(Request))}", answer)
         except UserError:
-            self.heard = []                         # the end that follows is not for it
+            # The JobEnded that follows is not for a callback that has failed.
+            self.heard = []
             raise
         self.control.ask(answer)

@@ -2,7 +2,7 @@
 
 The folder is written under a temporary name, synced and renamed: after a crash at any moment a
 checkpoint is there whole or not at all. Randomness is a function of (seed, sample number), see
-objective.py, so that the samples learned so far are the whole position in the data.
+core/objectives/noise.py, so that the samples learned so far are the whole position in the data.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NAME = re.compile(r"(?P<name>.+)-(?P<step>\d{6,})$")
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """What a resumed run must know besides tensors."""
+    """What a resumed run must know besides tensors; written as state.json."""
 
     update: int                          # optimizer steps done
     name: str                            # of the LoRA
@@ -49,16 +49,16 @@ class Position:
     samples: int = 0                     # of an epoch
     base_loras: list[str] = field(default_factory=list)      # "name:weight:hash"
     base: dict[str, str] = field(default_factory=dict)       # fingerprints of its parts' files
-    place: dict[str, Any] | None = None  # in the data, see course.Place; None: of older versions
+    place: dict[str, Any] | None = None  # sampler.Place in the data; None: of older versions
     start: dict[str, Any] | None = None  # the Place where these settings began
     order: str = ""                      # digest of all that decides the order from there on
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """How a run stands between two updates: all that decides how it goes on, besides the config.
+    """A run between two updates: all that decides how it goes on, besides the config.
 
-    Tensors lie on the CPU and are nobody else's, so that a thread may write them.
+    Tensors are copies on the CPU, so that a thread may write them while the run goes on.
     """
 
     update: int                          # optimizer steps done
@@ -71,10 +71,10 @@ class State:
 
 def save(folder: Path, position: Position, state: State,
          write_lora: Callable[[Path], None]) -> Path:
-    """-> the checkpoint's folder; `write_lora` puts the LoRA file at the given path. Raises
-    FileExistsError where another run's checkpoint has that name."""
-    name = f"{position.name}-{position.update:06d}"
-    final = folder / FOLDER / name
+    """Writes a checkpoint and returns its folder; `write_lora` writes the LoRA to a given path.
+    Raises FileExistsError where another run's checkpoint has that name."""
+    final = folder_of(folder, position.name, position.update)
+    name = final.name
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=final.parent))
     before = temporary.with_suffix(".old")
@@ -84,7 +84,7 @@ def save(folder: Path, position: Position, state: State,
         paths.write_atomic(temporary / "state.safetensors", safetensors.torch.save(tensors))
         write_lora(temporary / f"{name}.safetensors")
         paths.write_atomic(temporary / STATE, json.dumps(asdict(position), indent=1))
-        temporary.chmod(0o755)
+        temporary.chmod(0o755)          # mkdtemp's are for the owner alone
         if final.exists():               # the same step, saved again after a resume
             if session_of(final) not in (position.session, None):
                 raise FileExistsError(17, "a checkpoint of another run", str(final))
@@ -116,44 +116,43 @@ def load(folder: Path) -> tuple[Position, State]:
 
 
 def find(outputs: Iterable[Path], name: str, session: str = "") -> list[Path]:
-    """Newest first: the checkpoints called `name`, and those called `name-2` ... whose run wanted
-    to be called `name` and found it taken; or, whatever they are called, those of a session."""
-    own = re.compile(rf"{re.escape(name)}(-\d+)?")
-    found = []
+    """The checkpoints called `name`, and those called `name-2` ... whose run wanted to be called
+    `name` and found it taken; or, whatever they are called, those of a session. Newest first."""
+    like_it = re.compile(rf"{re.escape(name)}(-\d+)?")
+    dated = []
     for path in (path for output in outputs for path in (output / FOLDER).glob("*")):
         m = _NAME.match(path.name)
-        if m and (path / STATE).is_file() and (session or own.fullmatch(m["name"])):
-            facts = told(path)
+        if m and (path / STATE).is_file() and (session or like_it.fullmatch(m["name"])):
+            facts = position_of(path)
+            config = facts.get("config")
+            config = config if isinstance(config, dict) else {}
+            # A run without a name of its own is called as its output folder.
+            asked = str(config.get("output_name") or Path(str(config.get("output_dir", ""))).name)
             if (facts.get("session") == session if session
-                    else name in (m["name"], _wanted_name(facts))):
-                found.append((path.stat().st_mtime_ns, path))
-    return [path for _, path in sorted(found, reverse=True)]
+                    else name in (m["name"], asked)):
+                dated.append((path.stat().st_mtime_ns, path))
+    return [path for _, path in sorted(dated, reverse=True)]
 
 
-def told(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself (a Position); empty where it can't be read."""
+def position_of(folder: Path) -> dict[str, Any]:
+    """A checkpoint's state.json (a Position) as it stands; empty where it can't be read."""
     try:
-        return _told(folder / STATE, paths.stamp(folder / STATE))
+        return _read(folder / STATE, paths.stamp(folder / STATE))
     except OSError:
         return {}
 
 
+# The stamp is a part of the key alone: a file that changed is read again.
 @functools.lru_cache(maxsize=64)
-def _told(path: Path, stamp: tuple[int, int, int]) -> dict[str, Any]:
-    found = json_object(path)
-    return found if {"name", "session"} <= found.keys() else {}
-
-
-def _wanted_name(facts: dict[str, Any]) -> str:
-    config = facts.get("config")
-    config = config if isinstance(config, dict) else {}
-    return str(config.get("output_name") or Path(str(config.get("output_dir", ""))).name)
+def _read(path: Path, stamp: tuple[int, int, int]) -> dict[str, Any]:
+    values = json_object(path)
+    return values if {"name", "session"} <= values.keys() else {}
 
 
 def session_of(folder: Path) -> str | None:
-    """Whose checkpoint it is; None where it can't be read any more."""
-    found = told(folder).get("session")
-    return None if found is None else str(found)
+    """The session that a checkpoint is of; None where it can't be read any more."""
+    session = position_of(folder).get("session")
+    return None if session is None else str(session)
 
 
 _HALF = re.compile(r"\.((?P<name>.+)-\d{6,})\.[^.]+\.(?P<kind>tmp|old)")
@@ -165,8 +164,8 @@ def half_written(output: Path) -> set[str]:
 
 
 def sweep(output: Path, name: str) -> None:
-    """Deletes what a killed run of this name was writing; the caller holds the name. Of two
-    folders that a kill left during the exchange, the old one comes back."""
+    """Deletes what a killed run of this name was writing; the caller holds the name."""
+    # A kill between the two renames of `save` left no checkpoint: the old one comes back.
     for path in (output / FOLDER).glob(".*"):
         if (m := _HALF.fullmatch(path.name)) and m["name"] == name:
             if m["kind"] == "old" and not (output / FOLDER / m[1]).exists():
@@ -175,18 +174,25 @@ def sweep(output: Path, name: str) -> None:
 
 
 def prune(output: Path, name: str, session: str, keep: int, spare: set[int]) -> None:
-    """Deletes all but the newest `keep` checkpoints of this run and those of the steps in
-    `spare`. Newest by the clock: a run that went back has higher steps that are older."""
+    """Deletes this run's checkpoints, but for the newest `keep` and those of the steps in `spare`;
+    0 keeps all."""
     if not keep:
         return
-    own = [(path.stat().st_mtime_ns, step, path) for step in steps_of(output, name)
-           if session_of(path := output / FOLDER / f"{name}-{step:06d}") == session]
-    for _, step, path in sorted(own)[:-keep]:
+    # Newest by the clock: a run that went back has higher steps that are older.
+    dated = [(path.stat().st_mtime_ns, step, path) for step in steps_of(output, name)
+             if session_of(path := folder_of(output, name, step)) == session]
+    for _, step, path in sorted(dated)[:-keep]:
         if step not in spare:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def folder_of(output: Path, name: str, step: int) -> Path:
+    """Where the checkpoint of this name and step is, or would be."""
+    return output / FOLDER / f"{name}-{step:06d}"
+
+
 def steps_of(output: Path, name: str) -> list[int]:
+    """The steps of the checkpoints of this name."""
     return [int(m["step"]) for p in (output / FOLDER).glob(f"{glob.escape(name)}-*")
             if (m := _NAME.match(p.name)) and m["name"] == name]
 

@@ -1,4 +1,4 @@
-"""Gentler ways to make the same updates, from the middle of a run on; a checkpoint keeps them."""
+"""What a running job changes when memory runs out or losses aren't finite; checkpoints keep it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from core.memory import relief
 from core.weights.offload import offload_, stage_of
 
 if TYPE_CHECKING:
@@ -16,22 +17,25 @@ Changes = dict[str, Any]                # config keys and their new values
 
 
 def lower(trainer: Trainer, most: int = 0) -> Changes | None:
-    """The next gentler way: half the samples at once (`most`: of those that there were), then
-    activation checkpointing, then blocks that wait in RAM. -> the config keys that it amounts
-    to; None: nothing is left."""
+    """Applies the next thing to give up, in the order of relief.WHILE_RUNNING. `most`: samples
+    that were in memory at once, where that was less than a micro-batch. Returns the config keys
+    that the change amounts to; None where nothing is left."""
     at_once = min(trainer.micro_batch, most or trainer.micro_batch)
     offload = trainer.lowered.get("offload", trainer.config.offload)
-    if at_once > 1:
-        return apply(trainer, {"batch_size": -(-at_once // 2)})
-    if not getattr(trainer.denoiser, "is_gradient_checkpointing", True):
-        return apply(trainer, {"gradient_checkpointing": True})
-    if trainer.precision.device.type == "cuda" and offload < 1.0:
-        return apply(trainer, {"offload": 0.5 if offload < 0.5 else 1.0})
-    return None
+    # `batch_size` stands for the micro-batch: the update keeps its samples.
+    changes: dict[str, Changes] = {
+        "batch": {"batch_size": -(-at_once // 2)} if at_once > 1 else {},
+        "checkpointing": {} if getattr(trainer.denoiser, "is_gradient_checkpointing", True)
+        else {"gradient_checkpointing": True},
+        "offload": {"offload": 0.5 if offload < 0.5 else 1.0}
+        if trainer.precision.device.type == "cuda" and offload < 1.0 else {}}
+    return next((apply(trainer, changes[name]) for name in relief.WHILE_RUNNING if changes[name]),
+                None)
 
 
 def apply(trainer: Trainer, changes: Changes) -> Changes:
-    """This run's own changes, or those of the run that it goes on from. -> changes"""
+    """Makes these changes, this run's own or those of the run that it goes on from, and returns
+    them."""
     trainer.lowered |= changes
     trainer.micro_batch = min(trainer.micro_batch, changes.get("batch_size", trainer.micro_batch))
     if changes.get("gradient_checkpointing"):
@@ -39,14 +43,20 @@ def apply(trainer: Trainer, changes: Changes) -> Changes:
     if "offload" in changes:
         offload_(trainer.denoiser, changes["offload"], trainer.precision.device)
     if changes.get("precision") == "bf16" and trainer.precision.compute == torch.float16:
-        _to_bf16(trainer)
+        for parameter in trainer.denoiser.parameters():
+            if parameter.dtype == torch.float16:
+                parameter.data = parameter.data.bfloat16()
+        trainer.precision = replace(trainer.precision, weights=torch.bfloat16,
+                                    compute=torch.bfloat16)
+        trainer.scaler = trainer.new_scaler()
     return changes
 
 
 def gentler_numbers(trainer: Trainer) -> Changes:
-    """For losses that aren't finite: numbers of the same size that don't overflow, else half the
-    rate."""
+    """Answers losses that aren't finite: bf16 instead of fp16, else half the learning rate.
+    Returns the config keys."""
     device = trainer.precision.device
+    # bf16 has the range of fp32 in 16 bits. Cards before Ampere (8.0) only emulate it.
     knows_bf16 = device.type == "cpu" or (
         device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
     if trainer.precision.compute == torch.float16 and knows_bf16:
@@ -56,19 +66,12 @@ def gentler_numbers(trainer: Trainer) -> Changes:
 
 
 def abandon(trainer: Trainer) -> None:
-    """Forgets an update that failed on its way: its gradients and what they were scaled by."""
+    """Forgets an update that failed halfway: its gradients and what they were scaled by."""
     trainer.optimizer.zero_grad(set_to_none=True)
-    kept, trainer.scaler = trainer.scaler.state_dict(), trainer.new_scaler()
-    if kept:
-        trainer.scaler.load_state_dict(kept)
+    # A scaler remembers that it has unscaled this update; a new one doesn't, and gets the scale.
+    scale, trainer.scaler = trainer.scaler.state_dict(), trainer.new_scaler()
+    if scale:
+        trainer.scaler.load_state_dict(scale)
     if stage := stage_of(trainer.denoiser):
         stage.clear()
     trainer.stepping = False
-
-
-def _to_bf16(trainer: Trainer) -> None:
-    for parameter in trainer.denoiser.parameters():
-        if parameter.dtype == torch.float16:
-            parameter.data = parameter.data.bfloat16()
-    trainer.precision = replace(trainer.precision, weights=torch.bfloat16, compute=torch.bfloat16)
-    trainer.scaler = trainer.new_scaler()

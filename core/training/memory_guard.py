@@ -1,8 +1,8 @@
-"""A run's plan beside the run: planned before it starts, watched while it goes, compared after.
+"""Guards a run's memory: planned before it starts, watched while it runs, compared afterwards.
 
-When another program takes the memory that the plan counts on, the run is lowered before it fails:
-smaller micro-batches first (the same samples, the same update), then activation checkpointing,
-then blocks of the base in RAM.
+When another program takes the memory that the plan counts on, the run is lowered before it fails,
+in the order of core/memory/relief.py: smaller micro-batches (the same samples, the same update),
+then activation checkpointing, then blocks of the base in RAM.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ class MemoryGuard:
         self.device, self.machine = device, here(device.type)
         self.plan: Plan | None = None
         self.watch: Watch | None = None
-        self.lowered: dict[str, Any] = {}           # the trainer's own, see `go_on`
+        # The very dict of the trainer, from `go_on` on.
+        self.lowered: dict[str, Any] = {}
 
     def announce(self) -> None:
-        """Plans and tells. A plan that can't be made must not keep a run from starting."""
+        """Makes the plan and emits it. One that can't be made doesn't keep a run from starting."""
         self.plan = self._plan(self.config)
         if self.plan is None:
             return
@@ -68,7 +69,7 @@ class MemoryGuard:
             self.watch.__exit__(*_)
 
     def between_steps(self, trainer: Trainer, step_s: float) -> None:
-        """Asked after every update; cheap: two flags that the watching thread sets."""
+        """Called after every update; cheap: it looks at two flags of the watching thread."""
         if self.watch is None:
             return
         if self.watch.spilling(step_s):
@@ -77,8 +78,8 @@ class MemoryGuard:
             self.lower(trainer, "engine.lowered_for_others")
 
     def lower(self, trainer: Trainer, why: str, most: int = 0) -> bool:
-        """The next gentler setting, kept for the rest of the run; False: there is none. `most`:
-        samples that were there at once."""
+        """Takes the next gentler setting for the rest of the run; False where there is none. `why`
+        is the key of the note; `most`: samples that were in memory at once."""
         changes = fallbacks.lower(trainer, most)
         if changes is None:
             return False
@@ -88,13 +89,14 @@ class MemoryGuard:
         return True
 
     def ease(self, trainer: Trainer) -> dict[str, Any]:
-        """Gentler numbers or a lower rate, kept likewise. -> the config keys"""
+        """Takes gentler numbers or a lower learning rate for the rest of the run, and returns the
+        config keys."""
         changes = fallbacks.gentler_numbers(trainer)
         self._planned_anew(trainer)
         return changes
 
     def go_on(self, trainer: Trainer) -> None:
-        """What the run before this one had lowered stays lowered."""
+        """Tells what stays lowered, where the run goes on from one that was."""
         self.lowered = trainer.lowered
         if self.lowered:
             needs = self._planned_anew(trainer)
@@ -103,34 +105,35 @@ class MemoryGuard:
                     "key": key, "value": value, "needs": needs}))
 
     def _planned_anew(self, trainer: Trainer) -> int | str:
-        """-> MB that the lowered run needs at its peak."""
-        lower = self._plan(self.config.with_changes(**trainer.lowered))
-        if lower is None:
+        """MB that the lowered run needs at its peak; "?" where no plan can be made."""
+        lowered = self._plan(self.config.with_changes(**trainer.lowered))
+        if lowered is None:
             return "?"
         if self.watch is not None:
-            self.watch.lowered(lower.needs_mb)
-        return round(lower.needs_mb)
+            self.watch.lowered(lowered.needs_mb)
+        return round(lowered.needs_mb)
 
     def facts(self) -> dict[str, Any]:
-        """Planned and real, for the run's summary; remembered for this card's next plans."""
+        """Planned and real memory, for the run's summary; remembered for this card's next plans."""
         if self.plan is None:
             return {}
         real = round(max(held_mb(self.device), self.watch.peak_mb if self.watch else 0.0), 1)
-        found = {"planned_mb": round(self.plan.needs_mb, 1), "real_mb": real,
-                 "phase": self.plan.peak.name, "lowered": self.lowered}
+        memory = {"planned_mb": round(self.plan.needs_mb, 1), "real_mb": real,
+                  "phase": self.plan.peak.name, "lowered": self.lowered}
         if self.device.type == "cuda":
             allocated = torch.cuda.max_memory_allocated(self.device) / MB
             reserved = torch.cuda.max_memory_reserved(self.device) / MB
-            found |= {"planned_tensors_mb": round(self.plan.peak.mb, 1),
-                      "allocated_mb": round(allocated, 1), "reserved_mb": round(reserved, 1)}
+            memory |= {"planned_tensors_mb": round(self.plan.peak.mb, 1),
+                       "allocated_mb": round(allocated, 1), "reserved_mb": round(reserved, 1)}
+            # A lowered run is another one than was planned.
             if not self.lowered:
                 history.remember(self.machine.name, self.plan.peak.mb, allocated, reserved)
-        found["more_than_planned"] = more = real > self.plan.needs_mb * (1 + plan.MARGIN)
+        memory["more_than_planned"] = more = real > self.plan.needs_mb * (1 + plan.MARGIN)
         if more:
             self.emit(Note(key="engine.more_than_planned", params={
                 "held": round(real), "planned": round(self.plan.needs_mb),
                 "free": round(self.machine.free_mb)}))
-        return {"memory": found}
+        return {"memory": memory}
 
     def _plan(self, config: TrainConfig) -> Plan | None:
         try:
@@ -148,26 +151,25 @@ class MemoryGuard:
         card = gpu.chosen(gpu.report())
         if card is None:
             return None
-        return NvmlReader(card.uuid or card.index, held=self._held)
-
-    def _held(self) -> float:
-        return torch.cuda.memory_reserved(self.device) / MB + plan.CONTEXT_MB
+        return NvmlReader(card.uuid or card.index, held=lambda: (
+            torch.cuda.memory_reserved(self.device) / MB + CONTEXT_MB))
 
 
 def here(kind: str) -> Machine:
     """This machine, as far as a plan needs it; `kind`: cpu | cuda | mps."""
-    found = machine_here(kind)
-    if kind == "cuda" and found.kind != "cuda":     # no NVML: torch knows less, but it knows
+    local = machine_here(kind)
+    # Without NVML there is no card for `machine_here`, but torch knows the most important of it.
+    if kind == "cuda" and local.kind != "cuda":
         with contextlib.suppress(RuntimeError):
             free, total = torch.cuda.mem_get_info()
-            return replace(found, kind="cuda", name=torch.cuda.get_device_name(),
+            return replace(local, kind="cuda", name=torch.cuda.get_device_name(),
                            total_mb=total / MB, free_mb=free / MB,
                            capability=torch.cuda.get_device_capability())
-    return found
+    return local
 
 
 def weigh(items: Sequence[Example], config: TrainConfig, family: str = "") -> Data:
-    """The bucket whose batch is the largest, and how much there is to keep."""
+    """The bucket whose batch is the largest, and how much the cache holds."""
     bucket, batch = heaviest_batch([item.bucket for item in items],
                                    [item.picture.repeats for item in items], config.batch_size)
     captions = tuple({"", *(text for item in items for text in item.captions)})
@@ -176,8 +178,8 @@ def weigh(items: Sequence[Example], config: TrainConfig, family: str = "") -> Da
 
 
 def held_mb(device: torch.device) -> float:
-    """What a run holds, in MiB, measured as it is planned: on CUDA the most that was reserved and
-    the context, else what this process holds for itself (on Apple's chips with the GPU's share)."""
+    """MiB that a run holds, measured as it is planned: on CUDA the most that was reserved and the
+    context, else what this process holds for itself (on Apple's chips with the GPU's share)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / MB + CONTEXT_MB
     return machine.private_mb()

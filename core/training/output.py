@@ -1,4 +1,4 @@
-"""What a run leaves behind: checkpoints, the best one, the final LoRA with its metadata."""
+"""Writes what a run leaves behind: checkpoints, the best one, the final LoRA with its metadata."""
 
 from __future__ import annotations
 
@@ -44,23 +44,26 @@ if TYPE_CHECKING:
     from core.training.trainer import Trainer
 
 SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-Made = tuple[Lora, textual_inversion.NewWord | None]
+LoraAndWord = tuple[Lora, textual_inversion.NewWord | None]
+# modelspec names SD 2 by what it predicts: the name of the base if it predicts noise.
 OF_EPSILON = {"stable-diffusion-v2-768-v": "stable-diffusion-v2-512"}
-AGAIN_S = 60.0              # after a checkpoint failed: a disk may be emptied meanwhile
-CLOCKS_S = 2.0              # exFAT counts a file's time in so many seconds
+AGAIN_S = 60.0              # until a failed checkpoint is tried again: disks may be emptied
+CLOCKS_S = 2.0              # exFAT counts a file's time in steps of so many seconds
 _THUMBNAIL = 256            # px
 
 
 class OutputWriter:
-    """Writes the run's files, under the names that `output` holds for it."""
+    """Writes the run's files under the name that `output` holds. Checkpoints are written by a
+    thread of its own, beside the training."""
 
     def __init__(self, trainer: Trainer, output: Output, began: float) -> None:
         self.trainer, self.output, self.began = trainer, output, began
         self.config = trainer.config
         self.dtype = SAVE_DTYPES[self.config.save_precision]
-        self.own = lora.file_format(self.config, trainer.family.spec)
+        # A checkpoint's LoRA is in its family's own format, whatever the final one's is.
+        self.native_format = lora.file_format(self.config, trainer.family.spec)
         self.format = lora.file_format(self.config, trainer.family.spec, self.config.save_format)
-        self.there_already = False              # the LoRA, to the bit, before it was written
+        self.there_already = False              # the very same LoRA was there before
         self.last: Path | None = None
         self.best_loss: float | None = None
         self.best_step: int | None = None
@@ -74,9 +77,10 @@ class OutputWriter:
     def name(self) -> str:
         return self.output.name
 
-    def resume(self, found: list[Path]) -> int:
-        """Restores the newest of these checkpoints that can be read. -> updates done; 0: none"""
-        restored = resuming.restore(found, self.trainer, self.output, self._base.parts)
+    def resume(self, checkpoints: list[Path]) -> int:
+        """Restores the newest of these checkpoints that can be read. Returns how many updates are
+        done then; 0 where none can be read."""
+        restored = resuming.restore(checkpoints, self.trainer, self.output, self._base.parts)
         if restored is None:
             return 0
         self.last, position = restored
@@ -86,15 +90,17 @@ class OutputWriter:
         return position.update
 
     def remember(self, step: int, validation: float) -> None:
+        """Remembers the step with the lowest validation loss."""
         if self.best_loss is None or validation < self.best_loss:
             self.best_loss, self.best_step = validation, step
 
     def checkpoint(self, step: int, last: bool = False) -> None:
-        """Copies the state now and writes it beside the training; waits for the one before. One
-        that fails is told and tried again. `last`: written when this returns, in the spare
-        folder if it must be; raises UserError `engine.cant_save`."""
+        """Copies the state now and writes it beside the training; waits for the checkpoint before.
+        One that fails becomes a note and is tried again. With `last` it is written when this
+        returns, in the spare folder if it must be; raises UserError `engine.cant_save`."""
         self.settle()
-        state, made, sampler = self.trainer.snapshot(step), self._made(), self.trainer.sampler
+        state, content = self.trainer.snapshot(step), self._lora_content()
+        sampler = self.trainer.sampler
         position = Position(
             update=step, name=self.name, config=self.config.model_dump(mode="json"),
             session=self.output.session, started=self.began,
@@ -105,13 +111,13 @@ class OutputWriter:
             base_loras=self.trainer.base_loras.told, base=self._base.parts)
         if last:
             self._saved(self.output.somewhere(
-                lambda folder: self._save(folder, position, state, made)))
+                lambda folder: self._save(folder, position, state, content)))
         else:
             self._writing = self._writer.submit(self._save, self.output.folder, position, state,
-                                                made)
+                                                content)
 
     def tend(self, step: int) -> None:
-        """Between updates: hears what became of a checkpoint, tries a failed one again."""
+        """Called between updates: finishes a written checkpoint, tries a failed one again."""
         if self._writing and self._writing.done():
             self.settle()
         if self._again is not None and time.monotonic() >= self._again:
@@ -124,7 +130,8 @@ class OutputWriter:
             return
         try:
             path = writing.result()
-        except Exception as error:          # whatever it was, the training can go on
+        except Exception as error:
+            # Whatever it was, the training can go on.
             self._again = time.monotonic() + AGAIN_S
             self.trainer.emit(Note(key="engine.checkpoint_failed", params={
                 "folder": str(self.output.folder), "reason": one_line(error)}))
@@ -132,7 +139,7 @@ class OutputWriter:
         self._saved(path)
 
     def _saved(self, path: Path) -> None:
-        """Told from the training's own thread: listeners may look at it."""
+        """Called from the training's own thread: listeners may look at the trainer."""
         self.last, step = path, int(path.name.rpartition("-")[2])
         self.trainer.emit(Checkpoint(step=step, path=str(path), best=step == self.best_step))
 
@@ -140,40 +147,41 @@ class OutputWriter:
         """Writes the LoRA file that the user takes away. Raises UserError `engine.cant_save` where
         neither the output folder nor the spare one takes it."""
         self.settle()
-        made = self._made()
-        path = self.output.somewhere(lambda folder: self._write_final(folder, made, step))
+        content = self._lora_content()
+
+        def write(folder: Path) -> Path:
+            # Nothing is replaced: where a LoRA has the name by now (an earlier end of this run, or
+            # one that somebody put there), the new one gets the next free name. The very same
+            # LoRA, left by a run that was killed after writing it, is taken as it is.
+            folder.mkdir(parents=True, exist_ok=True)
+            name = self.name
+            while True:
+                path = folder / formats.file_name(name, self.format)
+                with tempfile.TemporaryDirectory(prefix=f".{name}.", suffix=".tmp", dir=folder,
+                                                 ignore_cleanup_errors=True) as beside:
+                    fresh = Path(beside) / path.name
+                    self._write(fresh, content, step, self.format, name)
+                    if _is_same_lora(fresh, path):
+                        self.there_already = True
+                        return path
+                    with contextlib.suppress(FileExistsError):
+                        _move_lora(fresh, path)
+                        return path
+                name = self.output.next_name()
+
+        path = self.output.somewhere(write)
         self.trainer.emit(Checkpoint(step=step, path=str(path), final=True,
                                      best=step == self.best_step))
         return path
 
-    def _write_final(self, folder: Path, made: Made, step: int) -> Path:
-        """Nothing is replaced: where a LoRA has the name by now (an earlier end of this run, one
-        that somebody put there), the new one gets the next free name. The very same LoRA, left by
-        a run that was killed after writing it, is taken as it is."""
-        folder.mkdir(parents=True, exist_ok=True)
-        name = self.name
-        while True:
-            path = folder / formats.file_name(name, self.format)
-            with tempfile.TemporaryDirectory(prefix=f".{name}.", suffix=".tmp", dir=folder,
-                                             ignore_cleanup_errors=True) as beside:
-                fresh = Path(beside) / path.name
-                self._write(fresh, made, step, self.format, name)
-                if _alike(fresh, path):
-                    self.there_already = True
-                    return path
-                with contextlib.suppress(FileExistsError):
-                    _put(fresh, path)
-                    return path
-            name = self.output.next_name()
-
     def close(self) -> None:
-        """Whatever ends the run: a checkpoint that is being written is finished."""
+        """Called whatever ends the run: a checkpoint that is being written is finished."""
         self.settle()
         self._writer.shutdown()
 
-    def _save(self, folder: Path, position: Position, state: State, made: Made) -> Path:
+    def _save(self, folder: Path, position: Position, state: State, content: LoraAndWord) -> Path:
         path = checkpoint.save(folder, position, state,
-                               lambda path: self._write(path, made, position.update))
+                               lambda path: self._write(path, content, position.update))
         checkpoint.prune(folder, position.name, position.session, self.config.keep_checkpoints,
                          {s for s in (self.best_step,) if s is not None})
         return path
@@ -182,45 +190,46 @@ class OutputWriter:
         """The checkpoint with the lowest validation loss, where there is one."""
         if self.best_step is None:
             return None
-        name = f"{self.name}-{self.best_step:06d}"
-        path = self.output.folder / checkpoint.FOLDER / name / f"{name}.safetensors"
+        folder = checkpoint.folder_of(self.output.folder, self.name, self.best_step)
+        path = folder / f"{folder.name}.safetensors"
         return {"step": self.best_step, "validation": self.best_loss,
                 "lora": str(path) if path.exists() else None}
 
     def kept(self) -> list[str]:
+        """The folders of the checkpoints that are left."""
         folder = self.output.folder
-        return [str(folder / checkpoint.FOLDER / f"{self.name}-{step:06d}")
+        return [str(checkpoint.folder_of(folder, self.name, step))
                 for step in sorted(checkpoint.steps_of(folder, self.name))]
 
-    def _made(self) -> Made:
-        """What a LoRA file holds now: the adapter, or its average, and the new words."""
+    def _lora_content(self) -> LoraAndWord:
+        """What a LoRA file would hold now: the adapter, or its average, and the new words."""
         text, family = self.trainer.text, self.trainer.family.spec.id
         with self.trainer.averaged():
             model, part = self.trainer.denoiser, naming(family)[0].name
             tensors = from_file.tensors(model, lora.state(model), self.dtype, part, None)
-            found = formats.from_tensors(tensors, family)
+            adapter = formats.from_tensors(tensors, family)
             if text is not None:
-                found.layers |= formats.from_tensors(lora_file.to_kohya(
+                adapter.layers |= formats.from_tensors(lora_file.to_kohya(
                     text.adapter_state(), text.alpha, self.dtype,
                     naming=naming(family)), family).layers
-            return found, text.word() if text is not None else None
+            return adapter, text.word() if text is not None else None
 
-    def _write(self, path: Path, made: Made, step: int, format_: str = "", name: str = ""
+    def _write(self, path: Path, content: LoraAndWord, step: int, format_: str = "", name: str = ""
                ) -> None:
-        """The LoRA, and beside it the new words, if there are any. A checkpoint's file is in its
-        family's own format, whatever the final one's is. In the writer's thread: the trainer's
-        weights are moving."""
-        found, word = made
-        format_ = format_ or self.own
+        """Writes the LoRA, and beside it the new words, if there are any. This may be the writer's
+        thread, where the trainer's weights are moving: those in `content` stand still."""
+        adapter, word = content
+        format_ = format_ or self.native_format
         if word is not None:
             textual_inversion.write(textual_inversion.beside(path), word, self.dtype)
-        found.metadata = build_metadata(self._facts(step, name or self.name))
+        adapter.metadata = build_metadata(self._facts(step, name or self.name))
         if format_ in formats.SINGLE:
-            lora_file.write_lora(path, formats.spell(found, format_), found.metadata)
+            lora_file.write_lora(path, formats.spell(adapter, format_), adapter.metadata)
         else:
-            formats.save(found, format_, path)
+            formats.save(adapter, format_, path)
 
     def _facts(self, step: int, name: str) -> TrainFacts:
+        """What the metadata say about the training."""
         trainer, config, spec = self.trainer, self.config, self.trainer.family.spec
         examples, sampler = trainer.examples, trainer.sampler
         chosen = [examples.items[i] for i in examples.trained()]
@@ -228,19 +237,26 @@ class OutputWriter:
         counts = Counter({b: 0 for b in sorted({i.bucket for i in chosen})})
         for item in chosen:
             counts[item.bucket] += item.picture.repeats
+        aspect_errors = [abs(item.picture.size[0] / item.picture.size[1]
+                             - item.bucket[0] / item.bucket[1]) for item in chosen]
+        architecture = trainer.parts.architecture or spec.architecture
+        if trainer.parts.objective == "epsilon":
+            architecture = OF_EPSILON.get(architecture, architecture)
+        denoiser = self._base.parts.get("denoiser")
         native = trainer.parts.native_size
         named = config.with_changes(output_name=name)
         return TrainFacts(
             config=named, config_text=dump_yaml(config), title=name,
             description=f"LoRA Darkroom {__version__}", thumbnail=self._thumbnail(),
             base_version=spec.base_version,
-            architecture=_architecture(trainer),
+            architecture=architecture,
             implementation=spec.implementation, prediction_type=trainer.parts.objective,
             base_name=trainer.parts.source.name, base_sha256=self._base.sha256(),
             base_short_hash=self._base.short, folders=_folders(chosen),
             buckets=tuple(Bucket(width=w, height=h, pictures=n)
                           for (w, h), n in counts.items()),
-            bucket_sides=(min(sides), max(sides)), aspect_error=_aspect_error(chosen),
+            bucket_sides=(min(sides), max(sides)),
+            aspect_error=sum(aspect_errors) / len(aspect_errors),
             resolution=size_of(config.max_resolution) or (native, native),
             validation_pictures=len(examples.held_out), regular=_folders(
                 [examples.items[i] for i in sorted(examples.regular)]),
@@ -256,19 +272,21 @@ class OutputWriter:
             mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(
                 trainer.precision.compute, "no"),
             gradient_checkpointing=config.gradient_checkpointing,
-            extra=self._base.told() | base_loras.metadata(trainer.base_loras.told)
+            extra=({metadata.BASE_KEY: denoiser} if denoiser else {})
+            | base_loras.metadata(trainer.base_loras.told)
             | lookup.metadata(trainer.parts.beside))
 
     def _thumbnail(self) -> bytes:
-        """The newest preview of this run, else the first training picture: a run of the same name
-        that was killed before its first checkpoint leaves pictures, too."""
+        """WebP of the newest preview of this run, else of the first training picture; empty where
+        neither can be read."""
         try:
-            previews = [(made, path) for path in checkpoint.previews_of(
+            # A run of the same name that was killed before its first checkpoint left pictures, too.
+            previews = [(drawn_at, path) for path in checkpoint.previews_of(
                 self.output.folder, self.name)
-                if (made := path.stat().st_mtime) > self.began - CLOCKS_S]
+                if (drawn_at := path.stat().st_mtime) > self.began - CLOCKS_S]
             path = max(previews)[1] if previews else self.trainer.examples.items[0].picture.path
             image = images.open_picture(path)
-        except (OSError, UserError):            # deleted in the meantime
+        except (OSError, UserError):
             return b""
         image.thumbnail((_THUMBNAIL, _THUMBNAIL))
         buffer = io.BytesIO()
@@ -276,7 +294,7 @@ class OutputWriter:
         return buffer.getvalue()
 
 
-def _put(fresh: Path, path: Path) -> None:
+def _move_lora(fresh: Path, path: Path) -> None:
     """Moves a LoRA and its new words. Raises FileExistsError where one of the names is taken;
     then nothing has moved."""
     words, target = textual_inversion.beside(fresh), textual_inversion.beside(path)
@@ -292,50 +310,42 @@ def _put(fresh: Path, path: Path) -> None:
     paths.sync_folder(path.parent)
 
 
-def _alike(fresh: Path, path: Path) -> bool:
-    """Whether the same LoRA lies there: all tensors, whatever the metadata say."""
+def _is_same_lora(fresh: Path, path: Path) -> bool:
+    """Whether the same LoRA is at `path`: all tensors, whatever the metadata say."""
+    def hashes_of(path: Path) -> dict[str, str]:
+        words = textual_inversion.beside(path)
+        files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+        return {str(file.relative_to(path.parent)): data_hash(file)
+                for file in [*files, *([words] if words.exists() else [])]}
+
     try:
-        return path.exists() and _hashes(fresh) == _hashes(path)
+        return path.exists() and hashes_of(fresh) == hashes_of(path)
     except (UserError, OSError):
         return False
 
 
-def _hashes(path: Path) -> dict[str, str]:
-    words = textual_inversion.beside(path)
-    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
-    return {str(file.relative_to(path.parent)): data_hash(file)
-            for file in [*files, *([words] if words.exists() else [])]}
-
-
-def _architecture(trainer: Trainer) -> str:
-    """modelspec's word for the base; SD 2's tells what it predicts."""
-    told = trainer.parts.architecture or trainer.family.spec.architecture
-    return OF_EPSILON.get(told, told) if trainer.parts.objective == "epsilon" else told
-
-
 class _BaseHash:
-    """What tells a base from others; the hashes of a single file are computed beside the
-    training: gigabytes take seconds."""
+    """Fingerprints of the base's parts, and the hashes of a single file. Those are computed in a
+    thread beside the training, since gigabytes take seconds."""
 
     def __init__(self, family: Family, source: Path) -> None:
         self._sha256, self.short, self.parts = "", "", dict[str, str]()
         with contextlib.suppress(OSError):
             for part in PARTS:
                 self.parts[part] = fingerprint(family.weight_files(source, part))
-        self._thread = threading.Thread(target=self._compute, args=(source,), daemon=True)
+
+        def compute() -> None:
+            # A base that is gone by now: the LoRA can do without.
+            with contextlib.suppress(OSError):
+                self.short = hashes.short_hash(source)
+                self._sha256 = hashes.sha256(source)
+
+        self._thread = threading.Thread(target=compute, daemon=True)
         if source.is_file():
             self._thread.start()
 
-    def _compute(self, source: Path) -> None:
-        with contextlib.suppress(OSError):          # gone: the LoRA can do without
-            self.short = hashes.short_hash(source)
-            self._sha256 = hashes.sha256(source)
-
-    def told(self) -> dict[str, str]:
-        own = self.parts.get("denoiser")
-        return {metadata.BASE_KEY: own} if own else {}
-
     def sha256(self) -> str:
+        """The file's SHA-256, waiting for it; empty for a folder."""
         if self._thread.ident is not None:
             self._thread.join()
         return self._sha256
@@ -352,18 +362,12 @@ def tag_frequency(pictures: Iterable[Picture]) -> dict[str, dict[str, int]]:
 
 
 def _folders(items: list[Example]) -> dict[str, Folder]:
-    """Kohya's view of the data: folder name -> repeats, pictures, tags."""
-    pictures = [i.picture for i in items]
+    """The data as kohya's metadata have it: folder name -> repeats, pictures, tags."""
+    pictures = [item.picture for item in items]
     tags = tag_frequency(pictures)
-    found: dict[str, Folder] = {}
-    for name in dict.fromkeys(p.path.parent.name for p in pictures):
-        own = [p for p in pictures if p.path.parent.name == name]
-        found[name] = Folder(repeats=own[0].repeats, pictures=len(own),
-                             tags=tags[readable_name(name)])
-    return found
-
-
-def _aspect_error(items: list[Example]) -> float:
-    errors = [abs(i.picture.size[0] / i.picture.size[1]
-                  - i.bucket[0] / i.bucket[1]) for i in items]
-    return sum(errors) / len(errors)
+    by_name: dict[str, list[Picture]] = {}
+    for picture in pictures:
+        by_name.setdefault(picture.path.parent.name, []).append(picture)
+    return {name: Folder(repeats=members[0].repeats, pictures=len(members),
+                         tags=tags[readable_name(name)])
+            for name, members in by_name.items()}

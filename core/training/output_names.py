@@ -1,8 +1,8 @@
-"""Where a run's files go and what they are called: the name is taken for as long as it goes on.
+"""Where a run's files go and what they are called: the name is claimed for as long as it runs.
 
-`.<name>.taken` in the output folder tells which process holds the name, by its number and start
-time, as a number alone may be a later process's. The file is made in one step, so that of two
-runs that start at once each gets a name of its own; one that a dead process left is free again.
+`.<name>.taken` in the output folder says which process holds the name, by its number and start
+time, since a number alone may be a later process's. The file is made in one step, so that of two
+runs that start at once each gets a name of its own; a claim that a dead process left is free again.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from core.lora_files.formats import file_name
 from core.serialization import from_json
 from core.training import checkpoint
 
-UNREADABLE_S = 10.0             # a claim without content may be one that is just being written
-# What this process's own claims say; of a run that is over, one may be left on a disk that became
-# read-only meanwhile.
+UNREADABLE_S = 10.0             # a claim without content may be just being written
+# The contents of this process's own claims. A claim with our process number that isn't among them
+# was left by a run that is over, on a disk that became read-only meanwhile.
 _OURS: set[str] = set()
 
 
 class Output:
-    """`with Output(folder, config, emit) as output:` around a run. `name` is what its LoRA,
-    checkpoints and previews are called; names of finished runs and of living ones are left alone.
+    """`with Output(folder, config, emit) as output:` around a run. Its LoRA, checkpoints and
+    previews are called `name`; the names of finished runs and of living ones are left alone.
 
     Raises UserError `engine.cant_save` where neither the folder nor the spare one can be written.
     """
@@ -65,29 +65,32 @@ class Output:
         path, content = claim
         _OURS.discard(content)
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            if path.read_text("utf-8") == content:          # the folder may have gone and come
+            # The folder may have gone and come back, with another run's claim.
+            if path.read_text("utf-8") == content:
                 path.unlink()
 
     def rename(self) -> None:
-        self._be(self.next_name())
+        """Takes the next free name."""
+        self._call(self.next_name())
 
-    def _be(self, name: str) -> None:
-        """What later starts of this run go by is in its journal (runs.resume_of)."""
+    def _call(self, name: str) -> None:
+        """Sets the name. Later starts of this run find it in its journal (core/jobs/runs.py)."""
         self.name = name
         self.emit(Note(key="engine.named", params={
             "name": name, "folder": str(self.folder), "session": self.session}))
 
     def start_anew(self) -> None:
-        """Another run than the one that was to go on."""
+        """Makes it another run than the one that was to go on."""
         self.session = _new_session()
         self.rename()
 
     def next_name(self) -> str:
-        """Takes the first name that is free. -> it; told where it is not the one in the config"""
+        """Takes the first free name and returns it, with a note where it isn't the config's."""
         for path in paths.numbered(self.folder / self.config.name):
             if self._is_free(path.name) and self.take(path.name):
                 self._sweep(path.name)
-                if self._is_free(path.name):        # still, now that it is held
+                # A run may have ended between the question and the claim.
+                if self._is_free(path.name):
                     break
         if path.name != self.config.name:
             self.emit(Note(key="engine.other_name", params={
@@ -95,7 +98,7 @@ class Output:
         return path.name
 
     def take(self, name: str) -> bool:
-        """Holds the name until the end of the run; False: a living process has it."""
+        """Claims the name until the end of the run; False where a living process has it."""
         for folder in (self.folder, self.spare):
             path = folder / f".{name}.taken"
             if path in self._claims:
@@ -116,7 +119,8 @@ class Output:
         return False
 
     def somewhere(self, write: Callable[[Path], Path]) -> Path:
-        """`write` to the output folder; where that is full, gone or forbidden, to the spare one."""
+        """Calls `write` with the output folder; where that is full, gone or forbidden, with the
+        spare one. Raises UserError `engine.cant_save` where neither will do."""
         try:
             return write(self.folder)
         except OSError as error:
@@ -130,9 +134,10 @@ class Output:
         return path
 
     def checkpoints(self, session: str = "") -> list[Path]:
-        """Of this run's earlier starts, newest first: those whose config asked for this name, or
-        those of a session. What killed runs were writing is cleared away before."""
+        """The checkpoints of this run's earlier starts, newest first: those whose config asked for
+        this name, or those of a session."""
         folders = (self.folder, self.spare)
+        # What killed runs were writing is cleared away before.
         for name in {name for folder in folders for name in checkpoint.half_written(folder)}:
             held = len(self._claims)
             if self.take(name):
@@ -147,16 +152,16 @@ class Output:
         if not self.take(name):
             raise UserError("engine.still_going", name=name, file=self.folder / f".{name}.taken")
         self.session = session
-        sessions = {checkpoint.session_of(folder / checkpoint.FOLDER / f"{name}-{step:06d}")
+        sessions = {checkpoint.session_of(checkpoint.folder_of(folder, name, step))
                     for folder in (self.folder, self.spare)
                     for step in checkpoint.steps_of(folder, name)} - {None}
         if sessions == {session}:
-            self._be(name)
+            self._call(name)
         else:
             self.rename()
 
     def _sweep(self, name: str) -> None:
-        """What a killed run of this name, which is held, was writing."""
+        """Deletes what a killed run of this name was writing; the name must be claimed."""
         half = re.compile(rf"\.{re.escape(name)}\.[^.]+\.tmp")
         for folder in (self.folder, self.spare):
             checkpoint.sweep(folder, name)
@@ -184,13 +189,13 @@ def _new_session() -> str:
 
 
 def spare_of(output: Path) -> Path:
-    """Where a run's last state goes if its own folder takes nothing any more."""
+    """The folder for a run's last state where its own takes nothing any more."""
     return paths.data_dir() / "rescued" / f"{output.name}-{key(str(output))[:8]}"
 
 
 def _claim(path: Path) -> str:
-    """Makes the file that says that this process has a name. -> its content; empty: a living
-    process was there first. Raises OSError."""
+    """Makes the file that says that this process has a name, and returns its content; an empty
+    text where a living process was there first. Raises OSError."""
     process = psutil.Process()
     content = json.dumps({"pid": process.pid, "create_time": process.create_time(),
                           "host": platform.node(), "mark": uuid.uuid4().hex})
@@ -206,19 +211,20 @@ def _claim(path: Path) -> str:
         if _lives(path):
             return ""
         paths.data_dir().mkdir(parents=True, exist_ok=True)
-        with FileLock(paths.data_dir() / ".names.lock"):    # not a claim made since we looked
+        # Under a lock, so that nobody deletes a claim that was made since we looked.
+        with FileLock(paths.data_dir() / ".names.lock"):
             if not _lives(path):
                 path.unlink(missing_ok=True)
 
 
 def _lives(path: Path) -> bool:
-    """Whether the process that made a claim may still be there. Another computer's can't be asked
-    and counts as there."""
+    """Whether the process that made a claim may still be alive."""
     try:
         content = path.read_text("utf-8")
-        found = from_json(content)
-        owner = Owner(int(found["pid"]), float(found["create_time"]))
-        if found["host"] != platform.node():
+        claim = from_json(content)
+        owner = Owner(int(claim["pid"]), float(claim["create_time"]))
+        # Another computer's processes, of a shared folder, can't be looked up.
+        if claim["host"] != platform.node():
             return True
         process = process_of(owner)
         return process is not None and (process.pid != os.getpid() or content in _OURS)

@@ -1,5 +1,5 @@
-"""What a run says before it starts: keys that have no effect on this base, what a distilled base
-means, too few or too many updates for the pictures."""
+"""Notes before a run starts: keys that have no effect on this base, what a distilled base means,
+too few or too many updates for the pictures."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ Emit = Callable[[Event], None]
 
 
 def tell_distilled(config: TrainConfig, parts: Parts, emit: Emit) -> None:
-    """What such a base means for a training; `distilled` in the config overrules what it says."""
+    """Says what a distilled base means for a training. `distilled` in the config overrules what the
+    base itself says."""
     if config.distilled != "auto":
         parts.take_as(distilled.of(parts.source, config.distilled))
-    if found := parts.distilled:
+    if distillation := parts.distilled:
         emit(Note(key="distilled.with_base_loras" if config.base_loras else "distilled.trained",
-                  params={"sign": found.sign, "steps": found.steps}))
+                  params={"sign": distillation.sign, "steps": distillation.steps}))
 
 
 def tell_unused(config: TrainConfig, family: Family, flow: TimestepSampling | None,
                 emit: Emit) -> None:
-    """Keys that mean something for noise schedules and nothing for a flow, or the reverse, and
+    """Names the keys that have an effect on noise schedules and none on a flow, or the reverse, and
     those of other text encoders."""
     keys = [key for key in NOT_FOR_FLOWS if flow is not None
             and getattr(config, key) != TrainConfig.model_fields[key].default]
@@ -46,6 +47,7 @@ def tell_unused(config: TrainConfig, family: Family, flow: TimestepSampling | No
 
 
 def tell_length(config: TrainConfig, examples: Examples, emit: Emit) -> None:
+    """Says so where the run is far too short or too long for its pictures."""
     repeats = [examples.items[i].picture.repeats for i in examples.trained()]
-    if told := advisor.length(config, repeats):
-        emit(Note(key=told.key, params=dict(told.params)))
+    if reason := advisor.length(config, repeats):
+        emit(Note(key=reason.key, params=dict(reason.params)))

@@ -1,4 +1,4 @@
-"""Previews while training: the same prompts and seeds every time, drawn by generate.draw."""
+"""Previews while training: the same prompts and seeds every time, so that they can be compared."""
 
 from __future__ import annotations
 
@@ -25,45 +25,56 @@ from core.weights.precision import Precision, free_memory
 
 
 class Previewer:
-    """Draws with the adapter in training. Only the VAE is read again, and dropped after: the
-    prompts' embeddings are cached."""
+    """Draws with the adapter in training. Only the VAE is loaded again, and dropped afterwards:
+    the prompts' embeddings are cached."""
 
     def __init__(self, family: Family, parts: Parts, precision: Precision, config: TrainConfig,
                  cond: Callable[[Sequence[str]], Cond], folder: Path,
                  emit: Callable[[Event], None]) -> None:
         self.family, self.parts, self.precision = family, parts, precision
         self.config, self.cond, self.folder, self.emit = config, cond, folder, emit
-        self.tiled = self._out_of_memory = False
-        tags = [tag.name for one in config.sample_prompts for tag in split_prompt(one)[1]]
+        self.tiled = False
+        tags = [tag.name for prompt in config.sample_prompts for tag in split_prompt(prompt)[1]]
         if tags:
             emit(Note(key="engine.preview_tags", params={
                 "names": ", ".join(dict.fromkeys(tags)), "weight": config.sample_weight}))
 
     def draw(self, step: int, name: str, text: TextTraining | None = None) -> list[str]:
-        """-> the files. Training's randomness and adapter weight are left as they were. Where
-        memory runs out the VAE draws in tiles from then on; what fails is told and left out."""
-        learning = [self.parts.denoiser, *(text.models.values() if text else ())]
-        found: list[str] = []
-        reason = self._try(step, name, learning, found)
-        if reason and self._out_of_memory and not self.tiled:
+        """Draws a picture of each prompt and returns the files. Training's randomness and adapter
+        weights are left as they were. A failure becomes a note: it never ends a run."""
+        models = [self.parts.denoiser, *(text.models.values() if text else ())]
+        files, reason, out_of_memory = self._try(step, name, models)
+        # Where memory ran out, the VAE decodes in tiles from now on, and all is drawn anew.
+        if out_of_memory and not self.tiled:
             self.tiled = True
-            found.clear()
-            reason = self._try(step, name, learning, found)
+            files, reason, _ = self._try(step, name, models)
         if reason:
             self.emit(Note(key="engine.no_preview", params={"step": step, "reason": reason}))
-        return found
+        return files
 
-    def _try(self, step: int, name: str, learning: Sequence[Any], found: list[str]) -> str:
-        """Fills `found`. -> why it failed, or nothing; the error and its frames are gone then."""
+    def _try(self, step: int, name: str, models: Sequence[Any]) -> tuple[list[str], str, bool]:
+        """Returns the files, why it failed (or an empty text), and whether memory ran out. The
+        error itself is gone by then: its frames hold tensors."""
+        config, files = self.config, list[str]()
         before = rng.state(self.precision.device)
         try:
-            self._draw(step, name, learning, found)
-            return ""
-        except Exception as error:          # a preview never ends a run
-            self._out_of_memory = ran_out(error)
-            return one_line(error)
+            self.parts.vae = self.family.load(
+                self.parts.source, self.precision, frozenset({"vae"})).vae
+            if self.tiled:
+                self.parts.vae.enable_slicing()
+                self.parts.vae.enable_tiling()
+            for model in models:
+                lora.set_weight(model, config.sample_weight)
+                lora.set_training(model, False)
+            attached = self.parts.base_loras
+            with attached.switched(config.base_loras_in_previews) if attached else nullcontext():
+                for i, prompt in enumerate(prompts_of(config)):
+                    files.append(self._one(i, prompt, step, name))
+            return files, "", False
+        except Exception as error:
+            return files, one_line(error), ran_out(error)
         finally:
-            for model in learning:
+            for model in models:
                 lora.set_training(model, True)
                 lora.set_weight(model, 1.0)
             if stage := stage_of(self.parts.denoiser):
@@ -72,22 +83,8 @@ class Previewer:
             self.parts.vae = None
             free_memory()
 
-    def _draw(self, step: int, name: str, learning: Sequence[Any], found: list[str]) -> None:
-        config = self.config
-        self.parts.vae = self.family.load(
-            self.parts.source, self.precision, frozenset({"vae"})).vae
-        if self.tiled:
-            self.parts.vae.enable_slicing()
-            self.parts.vae.enable_tiling()
-        for model in learning:
-            lora.set_weight(model, config.sample_weight)
-            lora.set_training(model, False)
-        attached = self.parts.base_loras
-        with attached.switched(config.base_loras_in_previews) if attached else nullcontext():
-            for i, prompt in enumerate(prompts_of(config)):
-                found.append(self._one(i, prompt, step, name))
-
     def _one(self, index: int, prompt: str, step: int, name: str) -> str:
+        """Draws one prompt and returns the file."""
         config = self.config
         side = self.parts.native_size
         cfg, steps = distilled.drawing(
@@ -101,6 +98,7 @@ class Previewer:
         image = generate.draw(self.family.pipeline(self.parts), self.parts, shot, arguments,
                               self.precision)
         upon = base_loras.tags(self.parts.base_loras) if config.base_loras_in_previews else ""
+        # The words that other programs write into their PNG files, and read.
         facts = (f"{prompt} <lora:{name}:{config.sample_weight:g}>{upon}\nSteps: {shot.steps}, "
                  f"CFG scale: {shot.cfg:g}, Seed: {shot.seed}, "
                  f"Size: {shot.size[0]}x{shot.size[1]}"

@@ -18,6 +18,8 @@ _SMOOTH = 0.7               # of the speed shown
 
 
 class ProgressMeter:
+    """Measures a run and emits its Step events."""
+
     def __init__(self, trainer: Trainer, start: int, guard: MemoryGuard | None = None) -> None:
         self.trainer, self.start, self.guard = trainer, start, guard
         self.shown = self.began = time.perf_counter()
@@ -27,7 +29,8 @@ class ProgressMeter:
         self.losses: list[float] = []
 
     def tick(self, done: int, whole: bool = False) -> None:
-        """`whole`: the run's last update, after which nothing may be left unread."""
+        """Called after every update; shows now and then. `whole`: after the run's last update, when
+        no loss may stay unread."""
         self.done = done
         late = time.perf_counter() - self.shown >= SHOW_EVERY_S
         if late or whole or done == self.start + 1:
@@ -39,7 +42,7 @@ class ProgressMeter:
         self.shown = time.perf_counter()
 
     def show(self, done: int, validation: float | None = None) -> None:
-        """Emits a Step."""
+        """Emits a Step; nothing where there is neither a new update nor a validation loss."""
         trainer, updates = self.trainer, done - self.shown_step
         if updates:
             loss = trainer.mean_loss()
@@ -65,11 +68,12 @@ class ProgressMeter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time for previews and checkpoints is not the step's."""
+        """Around previews and checkpoints, whose time doesn't count as the step's."""
         self.show(self.done)
         yield
         self.shown = time.perf_counter()
 
     def facts(self) -> dict[str, Any]:
+        """Speed and last loss, for the run's summary."""
         return {"steps_per_second": self.steps / self.training_s if self.training_s else 0.0,
                 "loss": self.losses[-1] if self.losses else None}

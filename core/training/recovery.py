@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from core.errors import Fix, UserError
 from core.failures import one_line, ran_out
 from core.jobs.events import Event, Note
+from core.memory import relief
 from core.training import fallbacks
 from core.weights.precision import free_memory
 
@@ -21,84 +22,86 @@ if TYPE_CHECKING:
     from core.training.trainer import Trainer
 
 GOOD_EVERY = 100                    # updates between two states kept in RAM
-STREAK = 3                          # updates in a row without a number: more than a bad batch
-SCALER_STREAK = 20                  # fp16's scaler skips up to 16 while it looks for its scale
+# So many updates in a row without a finite loss are more than a bad batch; fp16's scaler alone
+# skips up to 16 while it looks for its scale.
+STREAK, SCALER_STREAK = 3, 20
 RETURNS = 3                         # then something is wrong that no lower rate mends
-MOST_NOTES, MOST_NAMES = 10, 5
+MOST_NOTES, MOST_NAMES = 10, 5      # of skipped updates, and of pictures in one
 
 
 class Recovery:
-    """`update` instead of the trainer's own; `look` and `keep` after each."""
+    """The run calls `update` here instead of the trainer's own, then `look` and `keep`."""
 
     def __init__(self, trainer: Trainer, guard: MemoryGuard, emit: Callable[[Event], None]) -> None:
         self.trainer, self.guard, self.emit = trainer, guard, emit
-        self._good: list[State] = []        # at most two: the newest may hold the trouble's start
+        # Good states, at most two: the newest may already hold the start of the trouble.
+        self._good: list[State] = []
         self._returns = self._notes = 0
 
     def begin(self, done: int) -> int:
+        """Remembers the state that the run starts from, and returns `done`."""
         self._good = [self.trainer.snapshot(done)]
         return done
 
     def keep(self, done: int) -> None:
-        """After a finished update: remembers a good state now and then."""
-        rests = done == self.trainer.config.text_encoder_stop       # no way back before that
+        """Called after a finished update: remembers a good state now and then."""
+        # Once the text encoder has left memory there is no way back to an earlier state.
+        rests = done == self.trainer.config.text_encoder_stop
         if rests or (done % GOOD_EVERY == 0 and not self.trainer.skipped):
             self._good = [*([] if rests else self._good[-1:]), self.trainer.snapshot(done)]
 
     def update(self, number: int) -> int:
-        """-> updates done: number + 1, or fewer where the weights had to go back."""
+        """Makes update `number`; where memory runs out, again and gentler until it fits. Returns
+        how many updates are done then: number + 1, or fewer where the weights had to go back.
+        Raises UserError where nothing is left to give up."""
         while True:
-            reason = self._try(number)
-            if reason is None:
+            # Only the message is kept: the error's frames hold the tensors that must go.
+            try:
+                self.trainer.update(number)
                 return number + 1
+            except (MemoryError, RuntimeError) as error:
+                if not ran_out(error):
+                    raise
+                reason = one_line(error)
             stepping = self.trainer.stepping
             fallbacks.abandon(self.trainer)
             free_memory()
-            self._lower(number, reason)
+            # Halving starts at the samples that were there at once: buckets may be small.
+            most = max(len(batch.indices) for batch in self.trainer.sampler.update(number))
+            if not self.guard.lower(self.trainer, "engine.lowered_for_memory", most):
+                raise UserError("engine.out_of_memory", reason=reason, step=number + 1,
+                                fixes=self._lighter_fixes())
             if stepping:                    # some weights may be new, others old
                 self.trainer.restore(self._good[-1])
                 return self._good[-1].update
 
-    def _try(self, number: int) -> str | None:
-        """None, or why memory ran out; the error and all that its frames hold are gone then."""
-        try:
-            self.trainer.update(number)
-        except (MemoryError, RuntimeError) as error:
-            if not ran_out(error):
-                raise
-            return one_line(error)
-        return None
-
-    def _lower(self, number: int, reason: str) -> None:
-        most = max(len(batch.indices) for batch in self.trainer.sampler.update(number))
-        if not self.guard.lower(self.trainer, "engine.lowered_for_memory", most):
-            raise UserError("engine.out_of_memory", reason=reason, step=number + 1,
-                            fixes=self._lighter())
-
-    def _lighter(self) -> list[Fix]:
-        """What the run can't change by itself, since it changes the LoRA."""
+    def _lighter_fixes(self) -> list[Fix]:
+        """What the run can't change by itself, since it changes the LoRA (relief.ASK_FIRST)."""
         config, parts = self.trainer.config, self.trainer.parts
-        fixes = []
+        fixes = {}
         if config.base_precision == "same":
-            fixes.append(Fix("fixes.small_base", {"base_precision": "nf4", "resume": True}))
+            fixes["base"] = Fix("fixes.small_base", {"base_precision": "nf4", "resume": True})
+        # Three quarters of the side: 56 % of the area, and about as much less memory.
         sides = [item.bucket for item in self.trainer.examples.items]
         area = max(width * height for width, height in sides)
         side = int(0.75 * math.sqrt(area)) // parts.bucket_step * parts.bucket_step
         if side >= parts.bucket_step:
-            fixes.append(Fix("fixes.smaller_pictures", {"max_resolution": f"{side},{side}"}))
-        return fixes
+            fixes["resolution"] = Fix("fixes.smaller_pictures",
+                                      {"max_resolution": f"{side},{side}"})
+        return [fixes[name] for name in relief.ASK_FIRST if name in fixes]
 
     # --- numbers that aren't ---
 
     def look(self, done: int) -> int:
-        """Answers the skipped updates that the last reading of the loss found. -> updates done"""
+        """Answers the skipped updates that the last reading of the loss found: a note for a bad
+        batch; for a streak, back to a good state. Returns how many updates are done then."""
         trainer, skipped = self.trainer, self.trainer.skipped
         if not skipped:
             return done
         scaled = trainer.scaler.is_enabled()
         limit = SCALER_STREAK if scaled else STREAK
         if len(skipped) >= limit and skipped[-1] - skipped[-limit] == limit - 1:
-            return self._return(done)
+            return self._go_back(done)
         if skipped[-1] < trainer.read:          # it has passed
             trainer.skipped = []
             if not scaled and self._notes < MOST_NOTES:
@@ -107,11 +110,19 @@ class Recovery:
                     "step": skipped[-1] + 1, "pictures": self._pictures(skipped)}))
         return done
 
-    def _return(self, done: int) -> int:
+    def _go_back(self, done: int) -> int:
+        """Restores the older of the good states, with gentler numbers or half the rate. Raises
+        UserError after too many returns."""
         trainer = self.trainer
         pictures = self._pictures(trainer.skipped)
         if self._returns == RETURNS:
-            raise self._not_finite(done, pictures)
+            compute = str(trainer.precision.compute).removeprefix("torch.")
+            rate = trainer.lowered.get("learning_rate", trainer.config.learning_rate)
+            fixes = [Fix("fixes.half_rate", {"learning_rate": rate / 2})]
+            if compute != "float32":
+                fixes.insert(0, Fix("fixes.fp32", {"precision": "fp32"}))
+            raise UserError("engine.not_finite", step=done, rate=f"{rate:g}", precision=compute,
+                            pictures=pictures, fixes=fixes)
         self._returns += 1
         good = self._good[0]
         self._good, trainer.skipped = [good], []
@@ -129,12 +140,3 @@ class Recovery:
                               for batch in sampler.update(update) for i in batch.indices)
         shown = ", ".join(list(names)[:MOST_NAMES])
         return f"{shown} ... ({len(names)})" if len(names) > MOST_NAMES else shown
-
-    def _not_finite(self, step: int, pictures: str) -> UserError:
-        config, compute = self.trainer.config, str(self.trainer.precision.compute)[6:]
-        rate = self.trainer.lowered.get("learning_rate", config.learning_rate)
-        fixes = [Fix("fixes.half_rate", {"learning_rate": rate / 2})]
-        if compute != "float32":
-            fixes.insert(0, Fix("fixes.fp32", {"precision": "fp32"}))
-        return UserError("engine.not_finite", step=step, rate=f"{rate:g}", precision=compute,
-                         pictures=pictures, fixes=fixes)

@@ -30,61 +30,62 @@ from core.weights.precision import Precision, free_memory
 def add(config: TrainConfig, examples: Examples, family: Family, parts: Parts,
         precision: Precision, beside: Path | None, emit: Callable[[Event], None],
         control: Control) -> None:
-    """Adds them to `examples`, drawing first what is to be drawn. Raises UserError where a folder
-    won't do; Stopped."""
+    """Adds regularisation pictures to `examples`, after drawing those that are missing. Raises
+    UserError where a folder won't do, and Stopped."""
     folders = [resolve(config.reg_data_dir, beside)] if config.reg_data_dir else []
     if config.reg_from_base:
-        wanted = shots(config, examples, family.spec.cfg, parts.distilled)
-        folders.append(draw(config, wanted, family, parts, precision, emit,
-                            control))
+        requests = shots(config, examples, family.spec.cfg, parts.distilled)
+        folders.append(draw(config, requests, family, parts, precision, emit, control))
     for folder in folders:
         add_regular(config, examples, folder, parts.native_size, parts.bucket_step, emit)
 
 
-def shots(config: TrainConfig, examples: Examples, own: float = 7.0,
+def shots(config: TrainConfig, examples: Examples, guidance: float = 7.0,
           base: Distilled | None = None) -> list[SampleRequest]:
-    """The captions in turn without the trigger word, each in its picture's own bucket, so that
-    the trigger is all that tells the two kinds apart. `own`: the family's guidance."""
+    """What to draw: the captions in turn without the trigger word, each in its picture's own
+    bucket, so that the trigger alone tells the two kinds apart. `guidance`: the family's usual."""
     if not config.trigger_word.strip():
         raise UserError("engine.regular_needs_trigger", count=config.reg_from_base)
     items = [examples.items[i] for i in examples.trained()]
     chosen = [items[n % len(items)] for n in range(config.reg_from_base)]
-    cfg, steps = distilled.drawing(config.sample_cfg, config.sample_inference_steps, own,
+    cfg, steps = distilled.drawing(config.sample_cfg, config.sample_inference_steps, guidance,
                                    distilled.PREVIEW_STEPS, base)
     return [SampleRequest(captions.without_trigger(item.picture.caption, config.trigger_word), "",
                           config.seed + n, steps, cfg, item.bucket,
                           config.sample_sampler) for n, item in enumerate(chosen)]
 
 
-def draw(config: TrainConfig, wanted: list[SampleRequest], family: Family, parts: Parts,
+def draw(config: TrainConfig, requests: list[SampleRequest], family: Family, parts: Parts,
          precision: Precision, emit: Callable[[Event], None], control: Control) -> Path:
-    """-> the folder in the cache that holds these pictures, drawn now if no run drew them yet."""
+    """Draws the pictures that no run has drawn yet, and returns their folder in the cache."""
+    # The folder is named after all that decides how they look.
     files = [fingerprint(family.weight_files(parts.source, part)) for part in PARTS]
     folder = paths.cache_dir() / "regular" / key(
-        *files, parts.objective, parts.scheduler, parts.distilled, wanted,
+        *files, parts.objective, parts.scheduler, parts.distilled, requests,
         *([reading_of(config)] if family.spec.chunked else []))[:20]
-    missing = [n for n in range(len(wanted)) if not _picture(folder, n).exists()]
+    missing = [n for n in range(len(requests)) if not _picture(folder, n).exists()]
     if not missing:
         return folder
     texts = Encoder(family, parts.source, precision, config, emit, control).embeddings(
-        list(dict.fromkeys(["", *(shot.prompt for shot in wanted)])))
+        list(dict.fromkeys(["", *(shot.prompt for shot in requests)])))
     free_memory()
-    own = family.load(parts.source, precision, frozenset({"vae"}))
-    own.scheduler, own.objective = parts.scheduler, parts.objective
-    own.distilled = parts.distilled
-    own.denoiser = load_denoiser(config, family, parts.source, precision)
-    pipeline: Any = family.pipeline(own)
+    # Parts of their own: those of the run are still without VAE and denoiser.
+    loaded = family.load(parts.source, precision, frozenset({"vae"}))
+    loaded.scheduler, loaded.objective = parts.scheduler, parts.objective
+    loaded.distilled = parts.distilled
+    loaded.denoiser = load_denoiser(config, family, parts.source, precision)
+    pipeline: Any = family.pipeline(loaded)
     for done, number in enumerate(missing, 1):
         if control.stopping:
             raise Stopped
-        shot, path = wanted[number], _picture(folder, number)
+        shot, path = requests[number], _picture(folder, number)
         arguments = family.prompt_arguments(*(
             batched([texts[text]], precision.device) for text in (shot.prompt, "")))
-        image = generate.draw(pipeline, own, shot, arguments, precision)
+        image = generate.draw(pipeline, loaded, shot, arguments, precision)
         paths.write_atomic(path.with_suffix(".txt"), shot.prompt)
         generate.save_png(image, path, shot.prompt)
         emit(Phase(name="regular", done=done, total=len(missing)))
-    del own, pipeline
+    del loaded, pipeline
     free_memory()
     return folder
 

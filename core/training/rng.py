@@ -1,7 +1,7 @@
 """The state of every random generator of this process, as tensors.
 
-Samples draw from generators of their own (objective.py); what an extension or a dropout takes
-from the common ones goes on after a resume as if nothing had been.
+Samples draw from generators of their own (core/objectives/noise.py). What an extension or a dropout
+takes from the common ones goes on after a resume as if the run had never stopped.
 """
 
 from __future__ import annotations
@@ -14,35 +14,36 @@ from torch import Tensor
 
 
 def seed(number: int) -> None:
-    """All of them, so that a run doesn't depend on what its preparations took."""
+    """Seeds all of them, so that a run doesn't depend on what its preparations took."""
     random.seed(number)
     np.random.seed(number % 2**32)
     torch.manual_seed(number)
 
 
 def state(device: torch.device) -> dict[str, Tensor]:
-    """Python's, numpy's, torch's, and the device's own."""
+    """The states of Python's, numpy's and torch's generator, and of the device's own."""
+    # `spare`: normal numbers are drawn in pairs, and the second one waits for the next call.
     _, numbers, spare = random.getstate()
-    kept = np.random.get_state(legacy=False)
-    assert isinstance(kept, dict)
-    own = kept["state"]
-    found = {
+    legacy = np.random.get_state(legacy=False)
+    assert isinstance(legacy, dict)
+    mersenne = legacy["state"]
+    tensors = {
         "python": torch.tensor(numbers), "torch": torch.get_rng_state(),
         "python_spare": torch.tensor([] if spare is None else [spare], dtype=torch.float64),
-        "numpy": torch.tensor([*own["key"].tolist(), own["pos"], kept["has_gauss"]]),
-        "numpy_spare": torch.tensor([kept["gauss"]], dtype=torch.float64)}
+        "numpy": torch.tensor([*mersenne["key"].tolist(), mersenne["pos"], legacy["has_gauss"]]),
+        "numpy_spare": torch.tensor([legacy["gauss"]], dtype=torch.float64)}
     if device.type in ("cuda", "mps"):
-        found[device.type] = getattr(torch, device.type).get_rng_state()
-    return found
+        tensors[device.type] = getattr(torch, device.type).get_rng_state()
+    return tensors
 
 
-def load_state(kept: dict[str, Tensor], device: torch.device) -> None:
-    """Puts `state` back; what another device kept stays out."""
-    spare = kept["python_spare"].tolist()
-    random.setstate((3, tuple(kept["python"].tolist()), spare[0] if spare else None))
-    *key, place, has_spare = kept["numpy"].tolist()
+def load_state(tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Puts `state` back, but for the state of another kind of device."""
+    spare = tensors["python_spare"].tolist()
+    random.setstate((3, tuple(tensors["python"].tolist()), spare[0] if spare else None))
+    *key, place, has_spare = tensors["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(key, np.uint32), place, has_spare,
-                         kept["numpy_spare"].item()))
-    torch.set_rng_state(kept["torch"])
-    if device.type in kept:
-        getattr(torch, device.type).set_rng_state(kept[device.type])
+                         tensors["numpy_spare"].item()))
+    torch.set_rng_state(tensors["torch"])
+    if device.type in tensors:
+        getattr(torch, device.type).set_rng_state(tensors[device.type])

@@ -49,8 +49,9 @@ def train(config: TrainConfig, emit: Emit, control: Control,
     Returns the facts for the summary. Raises UserError for whatever a user can mend.
     """
     config = base_loras.located(importers.located(config, beside), beside)
+    folder = Path(config.output_dir).expanduser().absolute()
     with Callbacks(config.callbacks, emit, control) as callbacks, \
-            Output(_output(config), config, callbacks) as output:
+            Output(folder, config, callbacks) as output:
         result = _train(output, config, callbacks, control, beside)
         callbacks.state = "unproven" if result["state"] == "unproven" else "done"
         return result
@@ -58,12 +59,19 @@ def train(config: TrainConfig, emit: Emit, control: Control,
 
 def _train(output: Output, config: TrainConfig, emit: Callbacks, control: Control,
            beside: Path | None) -> dict[str, Any]:
+    """Everything before the first update; TrainingRun does the rest."""
     began = time.time()
-    found = resume.choose(output, config, emit)
+    checkpoints = resume.choose(output, config, emit)
     for key, name in importers.named_in(config):
         emit(Note(key="extensions.used", params={"key": key, "name": name}))
     rng.seed(config.seed)
-    source = _source(config, beside)
+
+    # The base: its family, number formats and objective are known from headers, before anything
+    # large is read.
+    if not config.base_model:
+        raise UserError("engine.key_missing", key="base_model")
+    source = (paths.DEMO / "base" if config.base_model == "demo"
+              else resolve(config.base_model, beside))
     kind = families.detect(source) if config.family == "auto" else config.family
     family = families.get(kind, lookup.files_from_config(config, beside))
     base_loras.check(config, kind)
@@ -77,8 +85,14 @@ def _train(output: Output, config: TrainConfig, emit: Callbacks, control: Contro
     preflight.tell_unused(config, family, parts.flow, emit)
     if config.zero_terminal_snr and parts.flow is None:
         zero_terminal(parts)
-    examples = find(config, *_picture_paths(config, beside), parts.native_size,
-                    parts.bucket_step, emit)
+
+    # The pictures, and what the cache lacks of them. VAE and text encoders have left memory again
+    # before the denoiser comes.
+    if not config.train_data_dir:
+        raise UserError("engine.key_missing", key="train_data_dir")
+    examples = find(config, resolve(config.train_data_dir, beside),
+                    resolve(config.metadata_path, beside) if config.metadata_path else None,
+                    parts.native_size, parts.bucket_step, emit)
     preflight.tell_length(config, examples, emit)
     try:
         if config.regularized:
@@ -91,12 +105,13 @@ def _train(output: Output, config: TrainConfig, emit: Callbacks, control: Contro
         lookup.tell_scale(parts.beside, examples.latents, config.masked_loss, emit)
     except Stopped:
         return {"state": "stopped", "steps": 0, "seconds": time.time() - began}
+
     emit(Phase(name="load"))
     parts.denoiser = load_denoiser(config, family, source, precision, emit)
     trainer = Trainer(config, family, parts, precision, examples, emit, control)
     writer = OutputWriter(trainer, output, began)
     with guard, contextlib.closing(writer):
-        return TrainingRun(trainer, writer, guard, began, emit.after_update).run(found)
+        return TrainingRun(trainer, writer, guard, began, emit.after_update).run(checkpoints)
 
 
 class TrainingRun:
@@ -113,11 +128,12 @@ class TrainingRun:
         self.samples: list[str] = []
         self.base: dict[str, Any] | None = None     # what core/training/base_check.py found
 
-    def run(self, found: list[Path]) -> dict[str, Any]:
-        """`found`: the checkpoints to go on from, newest first; none: from the beginning."""
+    def run(self, checkpoints: list[Path]) -> dict[str, Any]:
+        """`checkpoints`: those to go on from, newest first; none: from the beginning."""
         self.base = base_check.check(self.trainer)
+        # How many random numbers the preparations took depends on what the cache held.
         rng.seed(self.config.seed)
-        start = self.writer.resume(found)
+        start = self.writer.resume(checkpoints)
         self.guard.go_on(self.trainer)
         progress = ProgressMeter(self.trainer, start, self.guard)
         self.emit(Phase(name="train", done=start, total=self.trainer.total))
@@ -125,13 +141,19 @@ class TrainingRun:
             self._preview(0)
         done = self.recovery.begin(start)
         while done < self.trainer.total:
-            if self._asked_to_stop():
-                return self._stopped(done)
+            self.control.wait_while_paused()
+            if self.control.stopping:
+                if done:
+                    self.writer.checkpoint(done, last=True)
+                return {"state": "stopped", "steps": done, "seconds": time.time() - self.began,
+                        "checkpoint": str(self.writer.last) if self.writer.last else None,
+                        "base": self.base}
             done = self._update(done, progress)
         return self._finish(progress, start)
 
     def _update(self, done: int, progress: ProgressMeter) -> int:
-        """-> updates done after this one; fewer where the run had to go back."""
+        """Makes one update and whatever is due after it. Returns how many updates are done then:
+        one more, or fewer where the run had to go back to an earlier state."""
         begins = time.perf_counter()
         after = self.recovery.update(done)
         if after == done + 1:
@@ -142,51 +164,36 @@ class TrainingRun:
         if after <= done:
             progress.go_back(after)
             return after
-        self._after(after, progress)
-        self.recovery.keep(after)
-        return after
 
-    def _after(self, done: int, progress: ProgressMeter) -> None:
-        config, last = self.config, done == self.trainer.total
-        self.writer.tend(done)
-        saves = bool(config.save_steps) and done % config.save_steps == 0
-        validates = done % config.validation_steps == 0 if config.validation_steps else saves
+        config, last = self.config, after == self.trainer.total
+        self.writer.tend(after)
+        saves = bool(config.save_steps) and after % config.save_steps == 0
+        validates = after % config.validation_steps == 0 if config.validation_steps else saves
+        # Validation comes before the checkpoint, which remembers the best loss so far.
         if validates or last:
-            progress.show(done, self._validate(done))
+            with self.trainer.averaged():
+                loss = self.trainer.validate()
+            if loss is not None:
+                self.writer.remember(after, loss)
+            progress.show(after, loss)
         if saves or last or self.control.take("save"):
             with progress.paused():
-                self.writer.checkpoint(done)
-        draws = bool(config.sample_every) and (done % config.sample_every == 0 or last)
+                self.writer.checkpoint(after)
+        draws = bool(config.sample_every) and (after % config.sample_every == 0 or last)
         if draws or self.control.take("sample"):
             with progress.paused():
-                self._preview(done)
-
-    def _validate(self, done: int) -> float | None:
-        with self.trainer.averaged():
-            loss = self.trainer.validate()
-        if loss is not None:
-            self.writer.remember(done, loss)
-        return loss
+                self._preview(after)
+        self.recovery.keep(after)
+        return after
 
     def _preview(self, step: int) -> None:
         if self.config.sample_prompts:
             with self.trainer.averaged():
                 self.samples += self.previewer.draw(step, self.writer.name, self.trainer.text)
 
-    def _asked_to_stop(self) -> bool:
-        self.control.wait_while_paused()
-        return self.control.stopping
-
-    def _stopped(self, update: int) -> dict[str, Any]:
-        if update:
-            self.writer.checkpoint(update, last=True)
-        return {"state": "stopped", "steps": update, "seconds": time.time() - self.began,
-                "checkpoint": str(self.writer.last) if self.writer.last else None,
-                "base": self.base}
-
     def _finish(self, progress: ProgressMeter, start: int) -> dict[str, Any]:
-        """`state`: done; unproven: the LoRA is saved, but the proof that it works failed;
-        nothing: all was trained before. What must be said first is in core/jobs/outcome.py."""
+        """Saves the LoRA and proves it. `state` of the result is "done"; "unproven" where the LoRA
+        is saved but the proof that it works failed; "nothing" where all was trained before."""
         trainer, writer = self.trainer, self.writer
         done = max(start, trainer.total)
         self.emit(Phase(name="save"))
@@ -194,7 +201,13 @@ class TrainingRun:
         trainer.optimizer.zero_grad(set_to_none=True)
         self.emit(Phase(name="verify"))
         with trainer.averaged():
-            proof = self._prove(final)
+            # The LoRA is saved by now: what keeps it from being proven must not fail the run.
+            try:
+                proof = verify_run(trainer, final)
+            except Exception as error:
+                if not (isinstance(error, (UserError, OSError)) or ran_out(error)):
+                    raise
+                proof = {"ok": False, "file": str(final), "reason": one_line(error)}
         free_memory()
         result: dict[str, Any] = {"state": "done" if proof["ok"] else "unproven"}
         if start >= trainer.total:
@@ -215,31 +228,3 @@ class TrainingRun:
                 "checkpoints": writer.kept(),
                 "parameters": sum(p.numel() for p in trainer.parameters), **progress.facts(),
                 **self.guard.facts()}
-
-    def _prove(self, final: Path) -> dict[str, Any]:
-        """The LoRA is there; what keeps it from being proven must not fail the run."""
-        try:
-            return verify_run(self.trainer, final)
-        except Exception as error:
-            if not (isinstance(error, (UserError, OSError)) or ran_out(error)):
-                raise
-            return {"ok": False, "file": str(final), "reason": one_line(error)}
-
-
-def _source(config: TrainConfig, beside: Path | None) -> Path:
-    if not config.base_model:
-        raise UserError("engine.key_missing", key="base_model")
-    if config.base_model == "demo":
-        return paths.DEMO / "base"
-    return resolve(config.base_model, beside)
-
-
-def _picture_paths(config: TrainConfig, beside: Path | None) -> tuple[Path, Path | None]:
-    if not config.train_data_dir:
-        raise UserError("engine.key_missing", key="train_data_dir")
-    metadata = resolve(config.metadata_path, beside) if config.metadata_path else None
-    return resolve(config.train_data_dir, beside), metadata
-
-
-def _output(config: TrainConfig) -> Path:
-    return Path(config.output_dir).expanduser().absolute()

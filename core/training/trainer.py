@@ -1,4 +1,7 @@
-"""The step, for every family: draw noise, predict, weigh the loss, accumulate, clip, update."""
+"""The training step of every family: noise, prediction, weighted loss, gradient, optimizer.
+
+`Trainer.update` is the step; core/training/run.py is the run around it.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +35,16 @@ from core.training import rng
 from core.training.checkpoint import State
 from core.weights.precision import Precision, autocast, free_memory
 
-VALIDATION_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)      # of the noise schedule
-_FIXED_SEED = 20_240_607                           # validation noise, the same in every run
+# Shares of the noise schedule at which the validation loss is measured.
+VALIDATION_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
+# Validation noise is the same in every run, so that the losses of two runs can be compared.
+_FIXED_SEED = 20_240_607
 
 Emit = Callable[[Event], None]
 
 
 class Trainer:
-    """The step: everything that touches weights, and nothing else."""
+    """Everything that touches weights between two updates, and nothing else."""
 
     def __init__(self, config: TrainConfig, family: Family, parts: Parts, precision: Precision,
                  examples: Examples, emit: Emit, control: Control) -> None:
@@ -47,10 +52,19 @@ class Trainer:
         self.examples, self.emit, self.control = examples, emit, control
         self.denoiser = parts.denoiser
         parts.reading = reading_of(config)
+        # LoRAs of the base are frozen and come first: the new adapter learns on top of them.
         self.base_loras = parts.base_loras = base_loras.attach(
             self.denoiser, config, family.spec.id, precision, emit)
         self.parameters = lora.attach(self.denoiser, config, family.spec)
-        self.text = self._text_training() if config.trains_text else None
+        # Text encoders that learn stay in memory; the cache needed them only for a moment.
+        self.text: TextTraining | None = None
+        if config.trains_text:
+            if not family.spec.text_targets:
+                raise UserError("engine.no_text_training", family=family.spec.title, fixes=[
+                    Fix("fixes.no_text_training", {"text_encoder_lr": 0, "pivotal_tokens": 0})])
+            parts.text = family.load(parts.source, precision, frozenset({"text"})).text
+            say_too_long(family, parts, examples.captions(), emit)
+            self.text = TextTraining(config, family, parts, precision)
         if config.init_lora_weights:
             init.start(self.trained_models(), config, family.spec, emit)
         if config.gradient_checkpointing:
@@ -62,108 +76,153 @@ class Trainer:
             self.parameters = [*self.parameters, *self.text.parameters]
         self.ema = Ema(self.parameters, config.ema_decay) if config.ema_decay else None
         self.scaler = self.new_scaler()
-        self.diffusion = diffusion.create(parts, config, precision.device,
-                                          precision.compute)
+        self.diffusion = diffusion.create(parts, config, precision.device, precision.compute)
         self.begin_at(Place())
-        self.micro_batch = config.batch_size        # samples at once; see fallbacks.py
-        self.lowered: dict[str, Any] = {}           # config keys that this run has changed
-        self.stepping = False                       # weights may be half changed
-        self._seen: list[tuple[int, Tensor, Tensor]] = []   # update, loss, 1.0 if not finite
-        self.skipped: list[int] = []                # updates that were not finite, as far as
-        self.read = -1                              # the device was asked
-        self.drops = any((config.lora_dropout, config.rank_dropout, config.module_dropout))
 
-    def begin_at(self, start: Place) -> None:
-        """Where in the data the run begins: that decides what each update sees and how many
-        there are. The learning rate follows the share of the run that is done, in epochs."""
-        config = self.config
-        self.sampler = self.new_sampler(config, start)
-        self.total = config.max_train_steps or self.sampler.updates_until(config.epochs)
-        unbroken = config.max_train_steps or config.epochs * self.sampler.updates_per_epoch
-        self._schedule_shift = unbroken - self.total
-
-    def new_sampler(self, config: TrainConfig, start: Place | None = None) -> BucketSampler:
-        return _course(config, self.examples, start)
+        # What a run lowers when memory runs out (core/training/fallbacks.py): samples that go
+        # through the denoiser at once, and the config keys that it has changed.
+        self.micro_batch = config.batch_size
+        self.lowered: dict[str, Any] = {}
+        # True while the optimizer steps: a failure then leaves some weights new and others old.
+        self.stepping = False
+        # Losses stay on the device until `mean_loss` asks for them: (update, loss, 1.0 if not
+        # finite). `skipped` are the updates that turned out not finite, up to update `read`.
+        self._seen: list[tuple[int, Tensor, Tensor]] = []
+        self.skipped: list[int] = []
+        self.read = -1
+        self.uses_dropout = any((config.lora_dropout, config.rank_dropout, config.module_dropout))
 
     def update(self, number: int) -> None:
-        """One optimizer step on the batches of update `number`. Where its loss or gradient isn't
-        finite nothing changes, which is found out later: nobody waits for the device here."""
-        if self.text is not None and 0 < self.config.text_encoder_stop <= number:
-            self._rest_text(self.text)
+        """Makes one optimizer step on the batches of update `number`.
+
+        Where the loss or the gradient isn't finite, no weight changes. That is found out later, by
+        `mean_loss`: nothing here waits for the device."""
+        # The text encoder stops learning at this update: its captions are embedded for the last
+        # time, and its memory is free for the rest of the run.
+        if (self.text is not None and 0 < self.config.text_encoder_stop <= number
+                and self.text.live):
+            if self.ema is not None:
+                self.ema.settle(self.text.parameters)
+            self.examples.texts = self.text.rest(
+                self.examples.captions(*prompts_of(self.config)))
+            free_memory()
+
         shift = self._schedule_shift
         rate = optimizers.rate(self.config, max(0, number + shift), self.total + shift)
         optimizers.set_rate(self.optimizer, rate * self.lr_scale())
-        if self.drops:                      # the masks are the only use of torch's own generator
+
+        # Dropout masks are the only use of torch's own generator: seeded by the update's number,
+        # they are the same in a resumed run.
+        if self.uses_dropout:
             torch.manual_seed(self.config.seed + number)
         loss = self.accumulate(self.sampler.update(number))
+
+        # fp16 gradients are scaled up against underflow; they are clipped at their real size.
         self.scaler.unscale_(self.optimizer)
-        bad = (~torch.isfinite(self._clip() + loss)).float()
+        if self.config.max_grad_norm:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm,
+                                                  foreach=True)
+        else:
+            norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in self.parameters if p.grad is not None], foreach=True)
+        not_finite = (~torch.isfinite(norm + loss)).float()
+
+        optimizer: Any = self.optimizer
         self.stepping = True
-        self._step(bad)
+        if self.scaler.is_enabled():
+            # GradScaler looked for itself in `unscale_`.
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        elif not_finite.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
+            # Fused kernels look at the flag on the device, so that the CPU need not wait.
+            optimizer.grad_scale, optimizer.found_inf = None, not_finite
+            optimizer.step()
+        elif not not_finite:
+            optimizer.step()
         if self.ema is not None:
             self.ema.update(number)
         self.stepping = False
         self.optimizer.zero_grad(set_to_none=True)
-        self._seen.append((number, loss, bad))
+        self._seen.append((number, loss, not_finite))
 
     def accumulate(self, batches: Sequence[Batch]) -> Tensor:
-        """Adds the gradient of the mean loss over all samples of all batches. -> that loss"""
+        """Adds the gradient of the mean loss over all samples of all batches, micro-batch by
+        micro-batch, and returns that loss, without waiting for the device."""
         samples = sum(len(b.indices) for b in batches)
         total = torch.zeros((), device=self.precision.device)
         for batch in (part for whole in batches for part in whole.parts(self.micro_batch)):
-            latents, weights = self._latents(batch)
+            # What happens to a sample is decided by its number alone, so that batch size,
+            # accumulation and resuming change nothing.
+            flips = [self.config.flip and self._dice(n, "flip") < 0.5 for n in batch.numbers]
+            latents, weights = self.weighed(
+                torch.stack([self.view(i, flipped) for i, flipped
+                             in zip(batch.indices, flips, strict=True)]), batch.indices)
+            cond = (self.cond(self.captions_of(batch))
+                    | self.size_conditioning(batch.indices, flips))
             draw = self.diffusion.draw(self.config.seed, batch.numbers, latents.shape[1:])
-            losses = self.losses(latents, draw, self._cond(batch), weights)
+            losses = self.losses(latents, draw, cond, weights)
+            # Divided by all samples of the update and not by this part's: parts may differ in size.
             loss = losses.sum() / samples
             total += loss.detach()
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return total
 
-    def _clip(self) -> Tensor:
-        """-> the gradient's norm before clipping."""
-        if self.config.max_grad_norm:
-            return torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm,
-                                                  foreach=True)
-        return torch.nn.utils.get_total_norm(
-            [p.grad for p in self.parameters if p.grad is not None], foreach=True)
+    # --- a batch ---
 
-    def _step(self, bad: Tensor) -> None:
-        """A step of the optimizer, none where `bad`. Fused kernels look at it on the device."""
-        optimizer: Any = self.optimizer
-        if self.scaler.is_enabled():                # looks for itself
-            self.scaler.step(optimizer)
-            self.scaler.update()
-        elif bad.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
-            optimizer.grad_scale, optimizer.found_inf = None, bad
-            optimizer.step()
-        elif not bad:
-            optimizer.step()
+    def view(self, index: int, flipped: bool) -> Tensor:
+        """Latents of one picture (C, h, w); with `flip` the cache holds both ways round."""
+        latents = self.examples.latents[index]
+        return latents[int(flipped)] if self.config.flip else latents
 
-    def new_scaler(self) -> torch.amp.GradScaler:
-        return torch.amp.GradScaler(self.precision.device.type,
-                                    enabled=self.precision.compute == torch.float16)
+    def weighed(self, latents: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Splits the mask off the latents (B, C, h, w). Returns them with the weight of each place
+        in the loss, (B, 1, h, w) or (B, 1, 1, 1); None where all places count the same."""
+        config, regular, weights = self.config, self.examples.regular, None
+        if config.masked_loss:
+            latents, weights = split_mask(latents, config.unmasked_weight)
+        if regular:
+            prior = torch.tensor([config.prior_loss_weight if i in regular else 1.0
+                                  for i in indices]).view(-1, 1, 1, 1)
+            weights = prior if weights is None else weights * prior
+        return latents, weights
 
-    def snapshot(self, update: int) -> State:
-        """How training stands after `update` updates; whatever decides how it goes on is here."""
-        return State(update, self.state(), optimizers.state(self.optimizer),
-                     rng.state(self.precision.device),
-                     self.scaler.state_dict() or None, dict(self.lowered))
+    def captions_of(self, batch: Batch) -> list[str]:
+        """The caption that each sample is learned with: one of its variants, or none."""
+        texts = []
+        for index, number in zip(batch.indices, batch.numbers, strict=True):
+            variants = self.examples.items[index].captions
+            dropped = (self.config.caption_dropout > 0
+                       and self._dice(number, "drop") < self.config.caption_dropout)
+            choice = (int(self._dice(number, "caption") * len(variants)) if len(variants) > 1
+                      else 0)
+            texts.append("" if dropped else variants[choice])
+        return texts
 
-    def restore(self, state: State) -> None:
-        """Puts `state` back, but for what was lowered since. Raises UserError where it is another
-        adapter's or optimizer's."""
-        self.load_state(state.adapter)
-        self.optimizer.state.clear()
-        optimizers.load_state(self.optimizer, state.optimizer)
-        rng.load_state(state.random, self.precision.device)
-        self._seen = []
-        if state.scaler and self.scaler.is_enabled():
-            self.scaler.load_state_dict(state.scaler)
+    def cond(self, texts: Sequence[str]) -> Cond:
+        """Embeddings of a batch of captions, (B, ...): cached, or of the encoder in training."""
+        if self.text is not None and self.text.live:
+            return self.text.cond(texts)
+        return self.examples.cond(texts, self.precision.device)
 
-    def lr_scale(self) -> float:
-        """What is left of the rate after it was lowered."""
-        rate = self.config.learning_rate
-        return float(min(1.0, self.lowered.get("learning_rate", rate) / rate))
+    def size_conditioning(self, indices: Sequence[int], flips: Sequence[bool]) -> Cond:
+        """What the family tells the denoiser about each picture's crop, (B, ...)."""
+        rows = [self.family.size_conditioning(self.examples.items[i].frame(flipped))
+                for i, flipped in zip(indices, flips, strict=True)]
+        return {name: torch.cat([row[name] for row in rows]).to(self.precision.device)
+                for name in rows[0]}
+
+    def plain_sample(self, index: int) -> tuple[Tensor, Tensor | None, Cond]:
+        """Latents, weights and embeddings of one picture (1, ...), nothing of it left to chance."""
+        latents, weights = self.weighed(self.view(index, False)[None], [index])
+        cond = (self.cond([self.examples.items[index].captions[0]])
+                | self.size_conditioning([index], [False]))
+        return latents, weights, cond
+
+    def _dice(self, number: int, use: str) -> float:
+        """A random number from 0 to 1 of sample `number`, another one for each use."""
+        return random.Random(f"{self.config.seed}-{use}-{number}").random()
+
+    # --- the loss ---
 
     def losses(self, latents: Tensor, draw: Draw, cond: Cond,
                weights: Tensor | None = None) -> Tensor:
@@ -173,6 +232,19 @@ class Trainer:
             self.family, self.denoiser, latents.to(device, non_blocking=True), draw.to(device),
             cond, lambda: autocast(self.precision),
             None if weights is None else weights.to(device, non_blocking=True))
+
+    def mean_loss(self) -> float | None:
+        """Mean of the finite losses since the last call; None without any. Updates whose loss was
+        not finite are appended to `skipped`. Waits for the device, so it is called seldom."""
+        if not self._seen:
+            return None
+        seen, self._seen = self._seen, []
+        self.read = seen[-1][0]
+        # Stacked on the device: one transfer for all of them.
+        values = torch.stack([value for _, *pair in seen for value in pair]).view(-1, 2).tolist()
+        self.skipped += [seen[i][0] for i, (_, bad) in enumerate(values) if bad]
+        finite = [loss for loss, bad in values if not bad]
+        return sum(finite) / len(finite) if finite else None
 
     @torch.no_grad()
     def validate(self) -> float | None:
@@ -184,45 +256,76 @@ class Trainer:
         self.set_training(False)
         total = 0.0
         for i in held_out:
-            latents, weights = self.weighed(self.view(i, False)[None], [i])
-            cond = self.cond([self.examples.items[i].captions[0]]) | self.size_conditioning([i],
-                                                                                            [False])
+            latents, weights, cond = self.plain_sample(i)
             for share in VALIDATION_SHARES:
                 draw = self.diffusion.draw_fixed(_FIXED_SEED, [i], latents.shape[1:], share)
                 total += float(self.losses(latents, draw, cond, weights))
         self.set_training(True)
         return total / (len(held_out) * len(VALIDATION_SHARES))
 
-    def mean_loss(self) -> float | None:
-        """Mean of the finite ones since the last call, None without any; the others' updates are
-        in `skipped`. Waits for the device, so it is asked for seldom."""
-        if not self._seen:
-            return None
-        seen, self._seen = self._seen, []
-        self.read = seen[-1][0]
-        values = torch.stack([one for _, *pair in seen for one in pair]).view(-1, 2).tolist()
-        self.skipped += [seen[i][0] for i, (_, bad) in enumerate(values) if bad]
-        good = [loss for loss, bad in values if not bad]
-        return sum(good) / len(good) if good else None
+    # --- the course of the run ---
 
-    def cond(self, texts: Sequence[str]) -> Cond:
-        """Embeddings of a batch of captions, (B, ...): cached, or of the encoder in training."""
-        if self.text is not None and self.text.live:
-            return self.text.cond(texts)
-        return self.examples.cond(texts, self.precision.device)
+    def begin_at(self, start: Place) -> None:
+        """Sets where in the data the run begins, and with it what each update sees and how many
+        updates there are. The learning rate follows the share of the run that is done, in
+        epochs."""
+        config = self.config
+        self.sampler = self.new_sampler(config, start)
+        self.total = config.max_train_steps or self.sampler.updates_until(config.epochs)
+        unbroken = config.max_train_steps or config.epochs * self.sampler.updates_per_epoch
+        self._schedule_shift = unbroken - self.total
+
+    def new_sampler(self, config: TrainConfig, start: Place | None = None) -> BucketSampler:
+        """The order in which a run with this config sees the pictures."""
+        examples = self.examples
+
+        def buckets(indices: Sequence[int]) -> list[tuple[int, int]]:
+            return [examples.items[i].bucket for i in indices]
+
+        chosen, regular = examples.trained(), sorted(examples.regular)
+        repeats = [examples.items[i].picture.repeats for i in chosen]
+        return BucketSampler(
+            chosen, buckets(chosen), repeats, config.batch_size,
+            config.gradient_accumulation_steps, config.seed,
+            Regular(regular, buckets(regular), sum(repeats), config.reg_share, config.seed)
+            if regular else None, examples.names(), start)
+
+    def lr_scale(self) -> float:
+        """The share of the learning rate that is left after a run lowered it (1: all of it)."""
+        rate = self.config.learning_rate
+        return float(min(1.0, self.lowered.get("learning_rate", rate) / rate))
+
+    def new_scaler(self) -> torch.amp.GradScaler:
+        """A gradient scaler that does nothing unless the run computes in fp16."""
+        return torch.amp.GradScaler(self.precision.device.type,
+                                    enabled=self.precision.compute == torch.float16)
+
+    # --- what is learned ---
+
+    def trained_models(self) -> dict[str, Any]:
+        """The models with an adapter by part, as LoRA files name them; the denoiser first."""
+        texts = self.text.models if self.text is not None else {}
+        return {naming(self.family.spec.id)[0].name: self.denoiser, **texts}
+
+    def set_training(self, on: bool) -> None:
+        """Switches the adapters' dropout on or off."""
+        lora.set_training(self.denoiser, on)
+        if self.text is not None:
+            self.text.set_training(on)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Within, the adapter is what is shown and saved: its average, where one is kept."""
+        """Within it the adapter is what is shown and saved: its average, where one is kept."""
         return self.ema.applied() if self.ema else optimizers.averaged(self.optimizer)
 
     def state(self) -> dict[str, Tensor]:
-        """All that is learned, for a checkpoint."""
-        found = lora.state(self.denoiser)
+        """Every tensor that is learned, for a checkpoint."""
+        tensors = lora.state(self.denoiser)
         for more in (self.text, self.ema):
-            found |= more.state() if more is not None else {}
-        return found
+            tensors |= more.state() if more is not None else {}
+        return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts back what `state` returned."""
         averages = {k: v for k, v in tensors.items() if k.startswith(EMA)}
         texts = {k: v for k, v in tensors.items() if self.text is not None and self.text.owns(k)}
         lora.load_state(self.denoiser, {k: v for k, v in tensors.items()
@@ -232,84 +335,19 @@ class Trainer:
         if self.ema is not None:
             self.ema.load_state(averages)
 
-    def trained_models(self) -> dict[str, Any]:
-        """By part, as LoRA files name them; the denoiser first."""
-        texts = self.text.models if self.text is not None else {}
-        return {naming(self.family.spec.id)[0].name: self.denoiser, **texts}
+    def snapshot(self, update: int) -> State:
+        """The state of the training after `update` updates: all that decides how it goes on."""
+        return State(update, self.state(), optimizers.state(self.optimizer),
+                     rng.state(self.precision.device),
+                     self.scaler.state_dict() or None, dict(self.lowered))
 
-    def _text_training(self) -> TextTraining:
-        if not self.family.spec.text_targets:
-            raise UserError("engine.no_text_training", family=self.family.spec.title, fixes=[
-                Fix("fixes.no_text_training", {"text_encoder_lr": 0, "pivotal_tokens": 0})])
-        text = self.family.load(self.parts.source, self.precision, frozenset({"text"})).text
-        self.parts.text = text
-        say_too_long(self.family, self.parts, self.examples.captions(), self.emit)
-        return TextTraining(self.config, self.family, self.parts, self.precision)
-
-    def _rest_text(self, text: TextTraining) -> None:
-        if text.live:
-            if self.ema is not None:
-                self.ema.settle(text.parameters)
-            self.examples.texts = text.rest(self.examples.captions(*prompts_of(self.config)))
-            free_memory()
-
-    def set_training(self, on: bool) -> None:
-        lora.set_training(self.denoiser, on)
-        if self.text is not None:
-            self.text.set_training(on)
-
-    def _latents(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Latents (B, C, h, w), and how much each place counts; None: all the same."""
-        stacked = torch.stack([self.view(i, f) for i, f
-                               in zip(batch.indices, self._flips(batch), strict=True)])
-        return self.weighed(stacked, batch.indices)
-
-    def _flips(self, batch: Batch) -> list[bool]:
-        return [self.config.flip and self._dice(n, "flip") < 0.5 for n in batch.numbers]
-
-    def size_conditioning(self, indices: Sequence[int], flips: Sequence[bool]) -> Cond:
-        """What the family tells the denoiser of each picture's cut, (B, ...)."""
-        rows = [self.family.size_conditioning(self.examples.items[i].frame(flipped))
-                for i, flipped in zip(indices, flips, strict=True)]
-        return {name: torch.cat([row[name] for row in rows]).to(self.precision.device)
-                for name in rows[0]}
-
-    def weighed(self, latents: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        config, regular, weights = self.config, self.examples.regular, None
-        if config.masked_loss:
-            latents, weights = split_mask(latents, config.unmasked_weight)
-        if regular:
-            prior = torch.tensor([config.prior_loss_weight if i in regular else 1.0
-                                  for i in indices]).view(-1, 1, 1, 1)
-            weights = prior if weights is None else weights * prior
-        return latents, weights
-
-    def view(self, index: int, flipped: bool) -> Tensor:
-        latents = self.examples.latents[index]
-        return latents[int(flipped)] if self.config.flip else latents
-
-    def _cond(self, batch: Batch) -> Cond:
-        texts = []
-        for index, number in zip(batch.indices, batch.numbers, strict=True):
-            variants = self.examples.items[index].captions
-            dropped = (self.config.caption_dropout > 0
-                       and self._dice(number, "drop") < self.config.caption_dropout)
-            choice = (int(self._dice(number, "caption") * len(variants)) if len(variants) > 1
-                      else 0)
-            texts.append("" if dropped else variants[choice])
-        return self.cond(texts) | self.size_conditioning(batch.indices, self._flips(batch))
-
-    def _dice(self, number: int, use: str) -> float:
-        return random.Random(f"{self.config.seed}-{use}-{number}").random()
-
-
-def _course(config: TrainConfig, examples: Examples, start: Place | None) -> BucketSampler:
-    def buckets(indices: Sequence[int]) -> list[tuple[int, int]]:
-        return [examples.items[i].bucket for i in indices]
-    chosen, more = examples.trained(), sorted(examples.regular)
-    repeats = [examples.items[i].picture.repeats for i in chosen]
-    regular = Regular(more, buckets(more), sum(repeats), config.reg_share,
-                      config.seed) if more else None
-    return BucketSampler(chosen, buckets(chosen), repeats, config.batch_size,
-                         config.gradient_accumulation_steps, config.seed, regular, examples.names(),
-                         start)
+    def restore(self, state: State) -> None:
+        """Puts `state` back, except for what was lowered since. Raises UserError where the state
+        is of another adapter or optimizer."""
+        self.load_state(state.adapter)
+        self.optimizer.state.clear()
+        optimizers.load_state(self.optimizer, state.optimizer)
+        rng.load_state(state.random, self.precision.device)
+        self._seen = []
+        if state.scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state.scaler)

@@ -1,9 +1,9 @@
 """The proof that a LoRA file works: diffusers' own loader reads it into a fresh pipeline, or
-adapter_file.py what that loader doesn't know.
+core/adapters/from_file.py where that loader doesn't know the format.
 
-Shown: every module of the file is found again in the pipeline, the picture changes, and (after
-a training) it is the picture of the adapter in memory, within what rounding to the file's number
-format explains.
+It shows that every module of the file is found in the pipeline, that the picture changes, and
+(after a training) that it is the picture of the adapter in memory, within the rounding to the
+file's number format.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _STEPS, _SEED = 6, 1
 
 def verify(path: Path, config: GenerateConfig | None, emit: Callable[[Event], None]
            ) -> dict[str, Any]:
-    """Checks any LoRA file; `config` says on which base pictures are drawn with it, without one
-    only the file is read."""
+    """Checks any LoRA file. `config` says on which base pictures are drawn with it; without it only
+    the file is read."""
     file = weights_file(path)
     info = describe(file)
     report: dict[str, Any] = {"file": str(path), "format": info.format, "family": info.family}
@@ -59,7 +59,7 @@ def verify(path: Path, config: GenerateConfig | None, emit: Callable[[Event], No
 
 
 def verify_run(trainer: Trainer, path: Path) -> dict[str, Any]:
-    """Proves the final file of a run against its adapter in memory, then lets go of the latter."""
+    """Proves the final file of a run against its adapter in memory, which is gone afterwards."""
     family, precision, parts = trainer.family, trainer.precision, trainer.parts
     prompt = trainer.examples.items[0].captions[0]
     parts.denoiser.eval()
@@ -67,10 +67,12 @@ def verify_run(trainer: Trainer, path: Path) -> dict[str, Any]:
     with torch.no_grad():
         arguments = family.prompt_arguments(trainer.cond([prompt]), trainer.cond([""]))
     lora.set_weight(parts.denoiser, 1.0)
-    if parts.base_loras is not None:                # no part of the file
+    # LoRAs of the base are no part of the file.
+    if parts.base_loras is not None:
         parts.base_loras.on = False
     in_memory = _picture(family.pipeline(parts), parts, arguments, precision)
-    parts.denoiser = trainer.denoiser = None        # a large base doesn't fit twice
+    # A large base doesn't fit twice.
+    parts.denoiser = trainer.denoiser = None
     free_memory()
     parts.denoiser = load_denoiser(trainer.config, family, parts.source, precision)
     if trainer.text is None:
@@ -82,6 +84,7 @@ def verify_run(trainer: Trainer, path: Path) -> dict[str, Any]:
 def _draw_and_compare(family: Family, parts: Parts, precision: Precision, path: Path,
                       prompt: str | dict[str, Any], expected: np.ndarray | None
                       ) -> dict[str, Any]:
+    """Draws without and with the file. `prompt` is a text, or the pipeline's arguments for one."""
     pipeline = family.pipeline(parts)
     arguments = prompt if isinstance(prompt, dict) else generate.read_prompt(
         family, parts, precision, prompt)
@@ -107,7 +110,7 @@ def _draw_and_compare(family: Family, parts: Parts, precision: Precision, path: 
 
 def _picture(pipeline: Any, parts: Parts, arguments: dict[str, Any],
              precision: Precision) -> np.ndarray:
-    """A small, quick picture: the proof is the same at any size."""
+    """A small, quick picture (H, W, 3), 0 to 255: the proof is the same at any size."""
     side = min(parts.native_size, PROOF_SIDE[precision.device.type])
     shot = generate.SampleRequest("", "", _SEED, _STEPS, 1.0, (side, side))
     image: Image.Image = generate.draw(pipeline, parts, shot, arguments, precision)

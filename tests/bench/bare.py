@@ -22,7 +22,9 @@ class BareLoop:
         self.schedule = DDPMScheduler.from_config(config)
         batch = max((trainer.sampler.update(n)[0] for n in range(8)), key=lambda b: len(b.indices))
         self.latents = torch.stack([trainer.examples.latents[i] for i in batch.indices])
-        self.cond, self.predict = trainer._cond(batch), trainer.family.predict
+        self.cond = trainer.cond(trainer.captions_of(batch)) | trainer.size_conditioning(
+            batch.indices, [False] * len(batch.indices))
+        self.predict = trainer.family.predict
         self.precision = trainer.precision
         self.velocity = trainer.parts.objective == "v_prediction"
 

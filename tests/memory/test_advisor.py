@@ -86,7 +86,7 @@ def test_pictures_an_update_are_the_purposes_own(gb: float, purpose: str, pictur
 
 
 def arithmetic(costs: dict[str, list[float]], machine: Machine) -> relief.Planner:
-    """A planner whose needs are a sum over dials: `rank`, `offload` ... stand for any key."""
+    """A planner whose needs are a sum over knobs: `rank`, `offload` ... stand for any key."""
     def planned(config: TrainConfig) -> Plan:
         needs = sum(of[int(getattr(config, key))] for key, of in costs.items())
         return Plan(machine, (Phase("train", {"all": needs}),), {}, {}, {}, (512, 512), 1, 1)
@@ -99,10 +99,10 @@ def arithmetic(costs: dict[str, list[float]], machine: Machine) -> relief.Planne
 def test_search_finds_what_trying_everything_finds(falls: list[list[float]], free: float) -> None:
     keys = ("save_steps", "keep_checkpoints", "sample_every", "keep_tokens", "lr_warmup_steps")
     costs = {key: sorted(of, reverse=True) for key, of in zip(keys, falls, strict=False)}
-    dials = [Knob(key, tuple({key: i} for i in range(len(of)))) for key, of in costs.items()]
+    knobs = [Knob(key, tuple({key: i} for i in range(len(of)))) for key, of in costs.items()]
     planner = arithmetic(costs, Machine("cpu", "", 0, free))
     start = TrainConfig(**dict.fromkeys(costs, 0))
-    found = relief.search(start, dials, planner, lambda p: p.needs_mb <= free)
+    found = relief.search(start, knobs, planner, lambda p: p.needs_mb <= free)
     every = itertools.product(*(range(len(of)) for of in costs.values()))
     fitting = [at for at in every if sum(
         of[i] for of, i in zip(costs.values(), at, strict=True)) <= free]
@@ -302,10 +302,10 @@ def test_nearest_fit_changes_as_little_as_it_can(traces: Path) -> None:
 def test_nearest_fit_keeps_the_scale_and_drops_previews_late(traces: Path) -> None:
     config = TrainConfig(lora_rank=64, lora_alpha=32, sample_prompts=["a"], precision="fp32",
                          max_resolution="768,512")
-    names = [d.name for d in relief.dials(config, Capabilities(), 512, 64) if len(d.options) > 1]
+    names = [d.name for d in relief.knobs(config, Capabilities(), 512, 64) if len(d.options) > 1]
     assert names == ["cache", "checkpointing", "previews", "precision", "base", "rank",
                      "resolution"]
-    by_name = {d.name: d.options[1] for d in relief.dials(config, Capabilities(), 512, 64)
+    by_name = {d.name: d.options[1] for d in relief.knobs(config, Capabilities(), 512, 64)
                if len(d.options) > 1}
     assert by_name["rank"] == {"lora_rank": 32, "lora_alpha": 16}
     assert by_name["resolution"] == {"max_resolution": "640,448"}

@@ -31,8 +31,8 @@ def make(kind: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     if kind == "adamw":
         return optimizers.create(config, parameters)
     pytest.importorskip("bitsandbytes")
-    return optimizers._adamw8bit(parameters,
-                                 {"lr": 1e-2, "betas": (0.9, 0.999), "weight_decay": 0.01})
+    return optimizers.adamw8bit(parameters,
+                                {"lr": 1e-2, "betas": (0.9, 0.999), "weight_decay": 0.01})
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
