@@ -1,11 +1,9 @@
-"""By what files and weights are known: hashes of whole files, of tensors alone, of samples."""
+"""Hashes that identify files and weights: of whole files, of the tensors alone, of samples."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import json
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,13 +15,14 @@ _SAMPLE = 256                   # bytes read of each tensor for a fingerprint
 
 
 def sha256(path: Path) -> str:
-    """Of a file's whole content, as 64 hexadecimal digits."""
+    """The SHA-256 of a file's whole content, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def data_hash(path: Path) -> str:
     """SHA-256 of the tensors' bytes: does not change when metadata is edited."""
+    # the stamp of a file that is missing or unreadable would fail without a sentence
     with opened(path):
         return _data_hash(path, paths.stamp(path))
 
@@ -36,13 +35,15 @@ def _data_hash(path: Path, stamp: tuple[int, int, int]) -> str:
 
 
 def short_hash(path: Path) -> str:
-    """The eight digits that A1111 showed before it took SHA-256."""
+    """The eight digits that A1111 showed before it used SHA-256: of 64 KiB that
+    begin at the second megabyte."""
     with open(path, "rb") as file:
         file.seek(LEGACY_AT)
         return hashlib.sha256(file.read(LEGACY_BYTES)).hexdigest()[:8]
 
 
 def legacy_hash(content: bytes | memoryview) -> str:
+    """The same eight digits, of a file in memory."""
     return hashlib.sha256(content[LEGACY_AT:LEGACY_AT + LEGACY_BYTES]).hexdigest()[:8]
 
 
@@ -60,13 +61,14 @@ def _fingerprint(files: tuple[tuple[Path, str], ...], stamps: tuple[tuple[int, i
     digest = hashlib.sha256()
     for path, prefix in files:
         if path.suffix != ".safetensors":
+            # a config is small and decides what the weights mean
             digest.update(path.read_bytes())
             continue
+        header = read_header(path)
         with open(path, "rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(file.read(length))
-            for name in sorted(k for k in header if k.startswith(prefix) and k != "__metadata__"):
-                digest.update(f"{name}{header[name]['dtype']}{header[name]['shape']}".encode())
-                file.seek(8 + length + header[name]["data_offsets"][0])
+            for name in sorted(name for name in header.tensors if name.startswith(prefix)):
+                info = header.tensors[name]
+                digest.update(f"{name}{info.dtype}{list(info.shape)}".encode())
+                file.seek(header.data_start + info.begin)
                 digest.update(file.read(_SAMPLE))
     return digest.hexdigest()[:20]

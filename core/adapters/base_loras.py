@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from core import families
 from core.config import TrainConfig, resolve
 from core.errors import Fix, UserError
-from core.families.layer_names import Part
 from core.families.registry import SPECS
 from core.hashes import data_hash
 from core.jobs.events import Event, Note
@@ -29,107 +28,108 @@ from core.safetensors_header import read_header
 from core.weights.attached import Attached
 
 if TYPE_CHECKING:
-
     from core.weights.precision import Precision
 
-WEIGHT = 1.0                                # where the user says none
+WEIGHT = 1.0                                # where the user gives none
 
 
-def wanted(config: TrainConfig) -> list[Lora]:
-    """Raises UserError for a file that isn't there, with the nearest names."""
+def loras_of(config: TrainConfig) -> list[Lora]:
+    """The files of `base_loras`. Raises UserError for one that isn't there, with the nearest
+    names."""
     return [find_lora(*parse_lora(text, WEIGHT)) for text in config.base_loras]
 
 
 def located(config: TrainConfig, folder: Path | None) -> TrainConfig:
     """The config with the files that lie in `folder` by their full path."""
-    found = []
+    located_texts = []
     for text in config.base_loras:
         name, weight = parse_lora(text, WEIGHT)
         path = resolve(name, folder)
-        found.append(f"{path}:{weight:g}" if path.exists() else text)
-    return config.with_changes(base_loras=found) if found != config.base_loras else config
+        located_texts.append(f"{path}:{weight:g}" if path.exists() else text)
+    if located_texts == config.base_loras:
+        return config
+    return config.with_changes(base_loras=located_texts)
 
 
 def check(config: TrainConfig, family: str) -> None:
-    """Before anything is read or encoded. Raises UserError for a LoRA of another family."""
-    for one in wanted(config):
+    """Raises UserError for a LoRA of another family, before anything is read or encoded."""
+    for lora in loras_of(config):
         if family in families.SPECS:      # a family of the user's own may take any file
-            checked(formats.weights_file(one.path), family)
+            checked(formats.weights_file(lora.path), family)
 
 
 def held(config: TrainConfig, bytes_each: int) -> float:
-    """Bytes that they take beside the base; for plans."""
-    return sum(bytes_each * math.prod(info.shape) for one in wanted(config)
-               for name, info in read_header(formats.weights_file(one.path)).tensors.items()
+    """Bytes that they take beside the base, at `bytes_each` a number; for memory plans."""
+    return sum(bytes_each * math.prod(info.shape) for lora in loras_of(config)
+               for info in read_header(formats.weights_file(lora.path)).tensors.values()
                if len(info.shape) > 1)
 
 
 def attach(model: Any, config: TrainConfig, family: str, precision: Precision,
            emit: Callable[[Event], None] = lambda event: None) -> Attached:
-    """Adds the config's to a denoiser, before an adapter is. Raises UserError where one doesn't
-    fit. Their layers for text encoders, whose output is cached, are told and left out."""
+    """Adds the config's LoRAs to a denoiser, before its adapter is attached.
+
+    Layers for text encoders are left out, with a note: their output is cached. Raises UserError
+    where a LoRA doesn't fit."""
+    from torch import nn
     attached = Attached()
-    for one in wanted(config):
-        found = formats.read(one.path, family if family in SPECS else "")
-        part = found.naming[0]
-        own = {path.partition(".")[2]: layer for path, layer in found.layers.items()
-               if path.partition(".")[0] == part.name}
-        layers = _layers(model, part)
-        fitting = {path: layer for path, layer in own.items() if path.replace(".", "_") in layers}
+    for lora in loras_of(config):
+        file = formats.read(lora.path, family if family in SPECS else "")
+        part = file.naming[0]
+        # by flat names: a file may not tell underscores from dots
+        modules = {part.unrooted(path).replace(".", "_"): module for path, module
+                   in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+        fitting = {path: layer for path, layer in file.layers_of(part.name).items()
+                   if path.replace(".", "_") in modules}
         if not fitting:
-            raise UserError("base_loras.none_fit", file=one.path, count=len(found.layers),
-                            example=next(iter(found.layers), "-"))
+            raise UserError("base_loras.none_fit", file=lora.path, count=len(file.layers),
+                            example=next(iter(file.layers), "-"))
         for path, layer in fitting.items():
-            _add(attached, one, path, layer, layers[path.replace(".", "_")], precision)
-        attached.told.append(f"{one.path.stem}:{one.weight:g}:"
-                             f"{data_hash(formats.weights_file(one.path))[:12]}")
+            _add(attached, lora, path, layer, modules[path.replace(".", "_")], precision)
+        attached.told.append(f"{lora.path.stem}:{lora.weight:g}:"
+                             f"{data_hash(formats.weights_file(lora.path))[:12]}")
         emit(Note(key="base_loras.used", params={
-            "file": str(one.path), "weight": f"{one.weight:g}", "layers": len(fitting)}))
-        if left := len(found.layers) - len(fitting) + len(found.unknown):
-            emit(Note(key="base_loras.left_out", params={"file": str(one.path), "count": left}))
+            "file": str(lora.path), "weight": f"{lora.weight:g}", "layers": len(fitting)}))
+        if left := len(file.layers) - len(fitting) + len(file.unknown):
+            emit(Note(key="base_loras.left_out", params={"file": str(lora.path), "count": left}))
     return attached
 
 
-def _layers(model: Any, part: Part) -> dict[str, Any]:
-    """By their flat names: a file may not tell underscores from dots."""
-    from torch import nn
-    return {part.unrooted(path).replace(".", "_"): module for path, module
-            in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-
-
-def _add(attached: Attached, one: Lora, path: str, layer: Layer, base: Any,
+def _add(attached: Attached, lora: Lora, path: str, layer: Layer, base: Any,
          precision: Precision) -> None:
     if (kind := kind_of(layer)) != "lora":
-        raise UserError("base_loras.other_kind", file=one.path, kind=kind, layer=path)
-    plain = without_mid(layer)
-    rank, down, up = rank_of(plain), plain[DOWN], plain[UP]
+        raise UserError("base_loras.other_kind", file=lora.path, kind=kind, layer=path)
+    layer = without_mid(layer)
+    rank, down, up = rank_of(layer), layer[DOWN], layer[UP]
     shape = tuple(base.weight.shape)
     if (down.flatten(1).shape[1] != math.prod(shape[1:]) or up.shape[0] != shape[0]
             or getattr(base, "groups", 1) != 1):
-        raise UserError("base_loras.other_base", file=one.path, layer=path,
+        raise UserError("base_loras.other_base", file=lora.path, layer=path,
                         there=[up.shape[0], *down.shape[1:]], here=list(shape))
+    # a memory plan runs without weights
     if up.is_meta or base.weight.is_meta:
         return
-    up = up.flatten(1).float() * (scale_of(plain) * one.weight)
+    up = up.flatten(1).float() * (scale_of(layer) * lora.weight)
     attached.add(base, down.reshape(rank, *shape[1:]).to(precision.device, precision.compute),
                  up.view(-1, rank, *[1] * (len(shape) - 2)).to(precision.device,
                                                                precision.compute))
 
 
 def tags(attached: Attached | None) -> str:
-    """As a prompt names them, for a picture that is drawn with them."""
-    told = [one.rsplit(":", 2) for one in attached.told] if attached else []
-    return "".join(f" <lora:{name}:{weight}>" for name, weight, _ in told)
+    """Their tags in a prompt, for a picture that is drawn with them."""
+    # "name:weight:hash"; a name may hold colons
+    parts = [text.rsplit(":", 2) for text in attached.told] if attached else []
+    return "".join(f" <lora:{name}:{weight}>" for name, weight, _ in parts)
 
 
 def metadata(told: Sequence[str]) -> dict[str, str]:
-    """For the LoRA that was trained: what it was trained upon, and doesn't hold."""
+    """Metadata for the trained LoRA: what it was trained upon and doesn't contain."""
     return {BASE_LORAS_KEY: json.dumps(list(told))} if told else {}
 
 
 def refuse_others(here: Sequence[str], there: Sequence[str], before: Sequence[str]) -> None:
-    """A resumed run goes on with the base that it began with: `there`; `before` are that run's
-    config's. Raises UserError."""
+    """Raises UserError where a resumed run would go on upon other LoRAs (`here`) than it began
+    with (`there`). `before`: the `base_loras` of that run's config, offered as the fix."""
     if list(here) != list(there):
         raise UserError("base_loras.other_on_resume", here=", ".join(here) or "-",
                         there=", ".join(there) or "-",

@@ -20,15 +20,14 @@ from torch import Tensor, nn
 
 from core.adapters import layers as adapters
 from core.adapters import lora
-from core.families.layer_names import Naming, Part
-from core.families.registry import STANDARD
-from core.lora_files.files import kohya_name
 from core.lora_files.layers import Lora
 
 Ends = dict[str, Tensor]                    # what follows a layer's name -> tensor
+# peft's names of a LoRA layer's tensors -> LyCORIS'.
 _HALVES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight",
            "lora_magnitude_vector.weight": "dora_scale"}
 _BEYOND_DIFFUSERS = re.compile(r"\.(dora_scale|hada_\w+|lokr_\w+|oft_blocks)$")
+# A layer is of the first kind whose tensor it has.
 _KINDS = (("loha", "hada_w1_a"), ("lokr", "lokr_w1"), ("lokr", "lokr_w1_a"),
           ("oft", "oft_blocks"), ("lora", "lora_down.weight"))
 
@@ -36,33 +35,34 @@ _KINDS = (("loha", "hada_w1_a"), ("lokr", "lokr_w1"), ("lokr", "lokr_w1_a"),
 # --- out ---
 
 def tensors(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype,
-            part: str = "unet", naming: Naming | None = STANDARD.naming) -> dict[str, Tensor]:
-    """What a file holds: `state` as core.adapters.lora.state gives it, of the layers of `model`.
-    Without `naming`, layers have their own paths.
+            part: str = "unet") -> dict[str, Tensor]:
+    """What a file holds, by LyCORIS' ends and module paths: `unet.mid_block....lora_down.weight`.
+    `state` are the weights of the adapter on `model`, as core.adapters.lora.state gives them.
 
     PiSSA is stored as the difference to its start, at twice the rank: a plain LoRA for the
     unchanged base. Alpha is such that alpha / rank is the scale, whatever rule gave it. Alpha and
     DoRA's lengths stay fp32: rounding these would scale a whole column of the base.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path, layer in lora.layers(model):
-        own = {key[len(path) + 1:]: value for key, value in state.items()
-               if key.startswith(f"{path}.")}
-        name = kohya_name(f"{part}.{path}", naming) if naming else f"{part}.{path}"
-        for end, value in _written(layer, own).items():
+        weights = {key[len(path) + 1:]: value for key, value in state.items()
+                   if key.startswith(f"{path}.")}
+        for end, value in _lycoris_tensors(layer, weights).items():
             exact = end in ("alpha", "dora_scale")
-            found[f"{name}.{end}"] = value.detach().to(torch.float32 if exact else dtype)
-    return found
+            tensors[f"{part}.{path}.{end}"] = value.detach().to(torch.float32 if exact else dtype)
+    return tensors
 
 
-def _written(layer: Any, own: Ends) -> Ends:
-    """One layer's tensors by the ends of their keys."""
+def _lycoris_tensors(layer: Any, weights: Ends) -> Ends:
+    """The weights of one layer by LyCORIS' names, with alpha."""
     if isinstance(layer, adapters.Rotation):
-        return own | {"alpha": torch.tensor(layer.constraint[lora.ADAPTER])}
+        # a file of diag-oft holds its constraint as alpha
+        return weights | {"alpha": torch.tensor(layer.constraint[lora.ADAPTER])}
     scale = adapters.unit_scale(layer, lora.ADAPTER)
     if not isinstance(layer, LoraLayer):
-        return own | {"alpha": torch.tensor(scale * layer.r[lora.ADAPTER])}
-    ends = {_HALVES[end]: value for end, value in own.items()}
+        return weights | {"alpha": torch.tensor(scale * layer.r[lora.ADAPTER])}
+    ends = {_HALVES[end]: value for end, value in weights.items()}
+    # PiSSA: A B - A0 B0 = [A; A0] [B, -B0], a plain LoRA of twice the rank
     variant: Any = layer.lora_variant.get(lora.ADAPTER)
     if isinstance(variant, adapters.Product) and variant.start:
         start: Any = variant.start
@@ -79,70 +79,67 @@ def is_ours(keys: Iterable[str]) -> bool:
     return any(_BEYOND_DIFFUSERS.search(key) for key in keys)
 
 
-def load(models: Mapping[str, object], found: Lora, adapter: str) -> list[str]:
+def load(models: Mapping[str, object], file: Lora, adapter: str) -> list[str]:
     """Puts a file's layers into a pipeline's models ({"unet": ...}). -> those that fit none.
 
     Raises RuntimeError where shapes don't fit the layers that they name.
     """
-    names = {part.name: _layers(models.get(part.name), part) for part in found.naming}
-    strangers = [*found.unknown]
-    by_part: dict[str, dict[str, Ends]] = {}
-    for path, ends in found.layers.items():
-        part, _, inner = path.partition(".")
-        if own := names[part].get(inner.replace(".", "_")):
-            by_part.setdefault(part, {})[own] = ends
+    paths: dict[str, dict[str, str]] = {}
+    for part in file.naming:
+        model = models.get(part.name)
+        modules = model.named_modules() if isinstance(model, nn.Module) else ()
+        # by flat names: a file may not tell underscores from dots
+        paths[part.name] = {
+            part.unrooted(path).replace(".", "_"): path for path, module in modules
+            if isinstance(module, nn.Linear | nn.Conv2d | BaseTunerLayer)}
+    strangers = [*file.unknown]
+    layers: dict[tuple[str, str], dict[str, Ends]] = {}
+    for name, ends in file.layers.items():
+        part_name, _, inner = name.partition(".")
+        if path := paths[part_name].get(inner.replace(".", "_")):
+            kind = next((kind for kind, sign in _KINDS if sign in ends), "")
+            layers.setdefault((part_name, kind), {})[path] = ends
         else:
-            strangers.append(path)
-    for part, layers in by_part.items():
-        for kind in ("lora", "loha", "lokr", "oft"):
-            some = {path: ends for path, ends in layers.items() if _kind(ends) == kind}
-            if some:
-                _put(kind, models[part], some, adapter)
+            strangers.append(name)
+    # all layers of a kind at once: peft walks the whole model for each injection
+    for kind in ("lora", "loha", "lokr", "oft"):
+        for part in file.naming:
+            if chosen := layers.get((part.name, kind)):
+                _put(kind, models[part.name], chosen, adapter)
     return strangers
 
 
-def _layers(model: object, part: Part) -> dict[str, str]:
-    """Layers by their flat names: a file may not tell underscores from dots."""
-    found = model.named_modules() if isinstance(model, nn.Module) else ()
-    return {part.unrooted(path).replace(".", "_"): path for path, module in found
-            if isinstance(module, nn.Linear | nn.Conv2d | BaseTunerLayer)}
-
-
-def _kind(ends: Ends) -> str:
-    return next((kind for kind, sign in _KINDS if sign in ends), "")
-
-
-def _put(kind: str, model: Any, found: Mapping[str, Ends], adapter: str) -> None:
+def _put(kind: str, model: Any, layers: Mapping[str, Ends], adapter: str) -> None:
     if kind == "oft":
-        for path, ends in found.items():
-            _put_rotation(adapters.rotate(model, path), ends, adapter)
+        for path, ends in layers.items():
+            layer: Any = adapters.rotate(model, path)
+            weight, blocks = layer.get_base_layer().weight, ends["oft_blocks"].float()
+            _check(blocks.shape[0] * blocks.shape[1] == len(weight), "oft_blocks")
+            limit = float(ends["alpha"]) * len(weight) if "alpha" in ends else 0.0
+            rescale = ends.get("rescale")
+            layer.add(adapter, blocks.to(weight.device), limit,
+                      None if rescale is None else rescale.float().to(weight.device))
         return
-    made = {"lora": LoraConfig, "loha": LoHaConfig, "lokr": LoKrConfig}[kind]
-    inject_adapter_in_model(made(r=1, target_modules="|".join(map(re.escape, found))),
+    config = {"lora": LoraConfig, "loha": LoHaConfig, "lokr": LoKrConfig}[kind]
+    # the rank is the file's: it is set layer by layer
+    inject_adapter_in_model(config(r=1, target_modules="|".join(map(re.escape, layers))),
                             model, adapter)
     for path, layer in lora.layers(model):
-        if path in found and lora.holds(layer, adapter):
-            (_put_product if kind == "lora" else _put_factors)(layer, found[path], adapter)
-
-
-def _put_rotation(layer: Any, ends: Ends, adapter: str) -> None:
-    weight, blocks = layer.get_base_layer().weight, ends["oft_blocks"].float()
-    _check(blocks.shape[0] * blocks.shape[1] == len(weight), "oft_blocks")
-    limit = float(ends["alpha"]) * len(weight) if "alpha" in ends else 0.0
-    rescale = ends.get("rescale")
-    layer.add(adapter, blocks.to(weight.device), limit,
-              None if rescale is None else rescale.float().to(weight.device))
+        if path in layers and lora.holds(layer, adapter):
+            (_put_product if kind == "lora" else _put_factors)(layer, layers[path], adapter)
 
 
 def _put_product(layer: Any, ends: Ends, adapter: str) -> None:
     down, up = _fp32(layer, ends["lora_down.weight"], ends["lora_up.weight"])
     weight = layer.get_base_layer().weight
     _check(up.shape[:1] + down.shape[1:2] == weight.shape[:2] and len(down) == up.shape[1], "lora")
+    # files may hold a 1 x 1 convolution as a matrix, and the other way round
     rank = len(down)
     for half, value in ((layer.lora_A[adapter], down), (layer.lora_B[adapter], up)):
         shape = (*value.shape[:2], *half.weight.shape[2:])
         half.weight = nn.Parameter(value.reshape(shape), requires_grad=False)
     layer.r[adapter], layer.lora_alpha[adapter] = rank, float(ends.get("alpha", rank))
+    # at weight 1; `lora.use` sets the weight of each picture
     layer.set_scale(adapter, 1.0)
     if "dora_scale" in ends:
         lengths = _fp32(layer, ends["dora_scale"])[0]
@@ -152,7 +149,8 @@ def _put_product(layer: Any, ends: Ends, adapter: str) -> None:
 
 
 def _put_factors(layer: Any, ends: Ends, adapter: str) -> None:
-    """LoHa and LoKr: the file decides which factors there are and how large they are."""
+    """LoHa and LoKr: the file decides which factors there are, and their sizes."""
+    # peft has made factors by its own rules: they are replaced
     for name in layer.adapter_layer_names:
         factors = getattr(layer, name)
         if adapter in factors:
@@ -164,7 +162,8 @@ def _put_factors(layer: Any, ends: Ends, adapter: str) -> None:
     layer.r[adapter] = rank or 1
     layer.alpha[adapter] = float(ends.get("alpha", rank)) if rank else 1.0
     layer.set_scale(adapter, 1.0)
-    layer.get_delta_weight(adapter)                     # raises where shapes don't fit
+    # raises where shapes don't fit
+    layer.get_delta_weight(adapter)
     adapters.pose(layer)
 
 

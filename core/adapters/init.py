@@ -22,94 +22,86 @@ from core.lora_files.merge import Cut, resize
 _INNER = {"proj", "net"}                   # words that say nothing alone: ff.net.0.proj
 
 
+@torch.no_grad()
 def start(models: Mapping[str, nn.Module], config: TrainConfig, spec: FamilySpec,
           emit: Callable[[Event], None]) -> None:
-    """Puts the file of `config.init_lora_weights` into the adapters that `lora.attach` made: the
-    same delta, whatever alpha and rank the two have. `models`: the trained ones by part, the
-    denoiser first. Layers that the file lacks start as always; what the file has for parts that
-    aren't trained is told. Raises UserError where something of the denoiser would be lost: another
-    kind, another rank, layers that aren't targets."""
+    """Puts the file of `config.init_lora_weights` into the adapters that `lora.attach` made. The
+    deltas stay the same, whatever alpha and rank the two have.
+
+    `models`: the trained ones by part, the denoiser first. Layers that the file lacks start as
+    always; layers of the file for parts that aren't trained are left out, with a note. Raises
+    UserError where something of the denoiser would be lost: another kind, another rank, layers
+    that aren't targets."""
     adapter = getattr(config, "adapter", "lora")
     if adapter not in ("lora", "rslora"):
         raise UserError("lora_init.other_adapter", adapter=adapter)
     path = Path(config.init_lora_weights).expanduser()
-    found = formats.read(path, spec.id)
-    parts = {part.name: part for part in found.naming}
-    layers = {f"{part}.{parts[part].unrooted(name)}": layer for part, model in models.items()
-              for name, layer in lora.layers(model)}
+    file = formats.read(path, spec.id)
+    parts = {part.name: part for part in file.naming}
+    modules = {f"{part}.{parts[part].unrooted(name)}": module for part, model in models.items()
+               for name, module in lora.layers(model)}
     denoiser = f"{next(iter(models))}."
-    own = {name: layer for name, layer in found.layers.items()
-           if name in layers or name.startswith(denoiser)}
-    if not own.keys() & layers.keys():
-        raise UserError("lora_init.none_fit", file=path, count=len(found.layers),
-                        example=next(iter(found.layers), "-"))
-    _check_kinds(own, path)
-    if strange := sorted(own.keys() - layers.keys()):
-        raise UserError("lora_init.other_layers", file=path, count=len(strange), example=strange[0],
-                        targets=config.target_modules, fixes=[Fix("fixes.file_layers", {
-                        "target_modules": _targets([name for name in own
-                                                    if name.startswith(denoiser)], spec)})])
-    own = _fitting(own, layers, config, path)
-    for name, layer in own.items():
-        _take_over(layers[name], layer)
-    emit(Note(key="lora_init.started", params={
-        "file": str(path), "layers": len(own), "fresh": len(layers) - len(own)}))
-    if left := len(found.layers) - len(own) + len(found.unknown):
-        emit(Note(key="lora_init.left_out", params={"file": str(path), "count": left}))
-
-
-def _check_kinds(own: dict[str, Layer], path: Path) -> None:
-    for name, layer in own.items():
+    layers = {name: layer for name, layer in file.layers.items()
+              if name in modules or name.startswith(denoiser)}
+    if not layers.keys() & modules.keys():
+        raise UserError("lora_init.none_fit", file=path, count=len(file.layers),
+                        example=next(iter(file.layers), "-"))
+    for name, layer in layers.items():
         if (kind := kind_of(layer)) != "lora":
             raise UserError("lora_init.other_kind", file=path, kind=kind, layer=name)
+    if strange := sorted(layers.keys() - modules.keys()):
+        targets = _targets([name for name in layers if name.startswith(denoiser)], spec)
+        raise UserError("lora_init.other_layers", file=path, count=len(strange), example=strange[0],
+                        targets=config.target_modules,
+                        fixes=[Fix("fixes.file_layers", {"target_modules": targets})])
 
-
-def _fitting(own: dict[str, Layer], layers: dict[str, Any], config: TrainConfig, path: Path
-             ) -> dict[str, Layer]:
-    """The file's layers, of no higher rank than the model's. Raises UserError where a rank differs
-    and `init_lora_resize` doesn't ask for the change."""
-    ranks = {name: layers[name].lora_A[lora.ADAPTER].weight.shape[0] for name in own}
-    other = [name for name, layer in own.items() if rank_of(layer) != ranks[name]]
-    if not other:
-        return own
-    if not config.init_lora_resize:
-        first = own[other[0]]
+    ranks = {name: modules[name].lora_A[lora.ADAPTER].weight.shape[0] for name in layers}
+    other = [name for name, layer in layers.items() if rank_of(layer) != ranks[name]]
+    if other and not config.init_lora_resize:
+        first = layers[other[0]]
         raise UserError("lora_init.other_rank", file=path, there=rank_of(first),
                         here=ranks[other[0]],
                         fixes=[Fix("fixes.resize_lora", {"init_lora_resize": True}),
                                Fix("fixes.file_rank", {"lora_rank": rank_of(first),
                                                        "lora_alpha": alpha_of(first)})])
-    return {name: layer if rank_of(layer) <= ranks[name] else resize(
-        Lora({name: layer}, STANDARD.naming), Cut(ranks[name])).lora.layers[name]
-            for name, layer in own.items()}
+    for name, layer in layers.items():
+        # a lower rank needs nothing: it leaves rows free
+        if rank_of(layer) > ranks[name]:
+            layer = resize(Lora({name: layer}, STANDARD.naming), Cut(ranks[name])).lora.layers[name]
+        _take_over(modules[name], layer)
+    emit(Note(key="lora_init.started", params={
+        "file": str(path), "layers": len(layers), "fresh": len(modules) - len(layers)}))
+    if left := len(file.layers) - len(layers) + len(file.unknown):
+        emit(Note(key="lora_init.left_out", params={"file": str(path), "count": left}))
 
 
-@torch.no_grad()
-def _take_over(layer: Any, found: Layer) -> None:
-    """A higher rank in the model leaves its other rows of A as they start, and of B zero: the
-    delta is the file's, and the new directions can learn."""
-    a, b = layer.lora_A[lora.ADAPTER].weight, layer.lora_B[lora.ADAPTER].weight
-    rank = rank_of(found)
+def _take_over(module: Any, layer: Layer) -> None:
+    a, b = module.lora_A[lora.ADAPTER].weight, module.lora_B[lora.ADAPTER].weight
+    rank = rank_of(layer)
+    # a memory plan runs without weights
     if a.is_meta:
         return
-    if found[DOWN][0].numel() != a[0].numel() or found[UP].shape[0] != b.shape[0]:
-        raise UserError("lora_init.other_base", there=list(found[UP].shape), here=list(b.shape))
-    a[:rank] = found[DOWN].reshape(rank, *a.shape[1:]).to(a)
-    scale = scale_of(found) / layer.scaling[lora.ADAPTER]
-    b.zero_()[:, :rank] = (found[UP].float() * scale).reshape(-1, rank, *b.shape[2:]).to(b)
+    if layer[DOWN][0].numel() != a[0].numel() or layer[UP].shape[0] != b.shape[0]:
+        raise UserError("lora_init.other_base", there=list(layer[UP].shape), here=list(b.shape))
+    # Where the model's rank is higher, the other rows of A stay as they start and those of B are
+    # zero: the delta is the file's, and the new directions can learn.
+    a[:rank] = layer[DOWN].reshape(rank, *a.shape[1:]).to(a)
+    scale = scale_of(layer) / module.scaling[lora.ADAPTER]
+    b.zero_()[:, :rank] = (layer[UP].float() * scale).reshape(-1, rank, *b.shape[2:]).to(b)
 
 
-def _targets(own: list[str], spec: FamilySpec) -> str | list[str]:
-    """The smallest preset that has all layers of the file, else their names."""
+def _targets(names: list[str], spec: FamilySpec) -> str | list[str]:
+    """The smallest preset that covers all layers of the file, else their names."""
+    # presets stand in the spec from small to large
     for preset, suffixes in spec.lora_presets.items():
-        if all(any(name == s or name.endswith(f".{s}") for s in suffixes) for name in own):
+        if all(any(name == s or name.endswith(f".{s}") for s in suffixes) for name in names):
             return preset
-    return sorted({_suffix(name) for name in own})
-
-
-def _suffix(name: str) -> str:
-    words = name.split(".")
-    at = len(words) - 1
-    while at and (words[at].isdigit() or words[at] in _INNER):
-        at -= 1
-    return ".".join(words[at:])
+    targets = set()
+    for name in names:
+        words = name.split(".")
+        at = len(words) - 1
+        # ff.net.0.proj: from the last word that says something, or `proj` would match everywhere
+        while at and (words[at].isdigit() or words[at] in _INNER):
+            at -= 1
+        targets.add(".".join(words[at:]))
+    return sorted(targets)

@@ -29,33 +29,30 @@ class Product(LoraVariant):  # type: ignore[misc]
         if module.training and dropped(self.module_dropout):
             return result
         x = module.lora_dropout[active_adapter](x)
-        kept = self._kept(module, active_adapter, x)
-        found = _through(module.lora_A[active_adapter], module.lora_B[active_adapter], x, kept)
+        a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        mask: Tensor | None = None
+        if module.training and self.rank_dropout:
+            rank, middle = a.weight.shape[0], [1] * (x.ndim - 2)
+            # one mask for all places of a picture: (B, 1 ..., r), a convolution's (B, r, 1, 1)
+            spatial = isinstance(module.get_base_layer(), nn.Conv2d)
+            shape = (len(x), rank, *middle) if spatial else (len(x), *middle, rank)
+            keep = torch.rand(len(x), rank, device=x.device) >= self.rank_dropout
+            mask = keep.view(shape) / (1 - self.rank_dropout)
+        product = _product(a, b, x, mask)
         if self.start:
-            found = found - _through(*self.start, x, kept)
+            product = product - _product(*self.start, x, mask)
         scaling: float = module.scaling[active_adapter]
-        return result + found * scaling
-
-    def _kept(self, module: Any, adapter: str, x: Tensor) -> Tensor | None:
-        """(B, 1 ..., r), a convolution's (B, r, 1, 1): the same mask at every place."""
-        if not (module.training and self.rank_dropout):
-            return None
-        rank = module.lora_A[adapter].weight.shape[0]
-        mask = torch.rand(len(x), rank, device=x.device) >= self.rank_dropout
-        middle = [1] * (x.ndim - 2)
-        spatial = isinstance(module.get_base_layer(), nn.Conv2d)
-        shape = (len(x), rank, *middle) if spatial else (len(x), *middle, rank)
-        return mask.view(shape) / (1 - self.rank_dropout)
+        return result + product * scaling
 
 
-def _through(a: nn.Module, b: nn.Module, x: Tensor, kept: Tensor | None) -> Tensor:
+def _product(a: nn.Module, b: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
     inner = a(x)
-    found: Tensor = b(inner if kept is None else inner * kept)
-    return found
+    product: Tensor = b(inner if mask is None else inner * mask)
+    return product
 
 
 def dropped(share: float) -> bool:
-    """A throw of torch's CPU generator: no wait for the device."""
+    """True with probability `share`, by torch's CPU generator: no wait for the device."""
     return share > 0 and float(torch.rand(())) < share
 
 
@@ -71,8 +68,9 @@ def start_at_principal(layer: Any, adapter: str) -> tuple[nn.Module, nn.Module]:
     rank, scale = a.weight.shape[0], layer.scaling[adapter]
     if not weight.is_meta:
         most = min(rank, *weight.shape)
-        found = torch.svd_lowrank(weight, q=min(most + 8, *weight.shape), niter=16)
-        left, values, right = (part[..., :most] for part in found)
+        # eight directions more than wanted: the last ones of a randomised SVD are inexact
+        svd = torch.svd_lowrank(weight, q=min(most + 8, *weight.shape), niter=16)
+        left, values, right = (part[..., :most] for part in svd)
         roots = (values / scale).sqrt()
         with torch.no_grad():
             a.weight.zero_()[:most] = (roots[:, None] * right.T).view(most, *a.weight.shape[1:])
@@ -105,11 +103,19 @@ class Decomposed(LoraVariant):  # type: ignore[misc]
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         magnitude = module.lora_magnitude_vector[active_adapter].weight
         base = module.base_layer
+        # `result` holds the base's own output only for the first of several adapters
         first = module.active_adapters[0] == active_adapter
         plain = result if first else base(x)
-        factor = magnitude / self._norm(module, a.weight, b.weight, by_row(magnitude))
+        # no gradient through the norm, and fp32: half numbers would round the small change away
+        with torch.no_grad(), torch.autocast(
+                a.weight.device.type if not a.weight.is_meta else "cpu", enabled=False):
+            weight = module.get_base_layer().weight
+            merged = (b.weight.flatten(1).float() @ a.weight.flatten(1).float()).view(weight.shape)
+            norm = lengths(merged.mul_(self.scale).add_(weight), by_row(magnitude))
+        factor = magnitude / norm
         drop = module.lora_dropout[active_adapter]
         if by_row(magnitude):
+            # the factor belongs to the weight: a bias keeps its length
             bias = _shaped(module.get_base_layer().bias, plain)
             free = plain if bias is None else plain - bias
             turned = _shaped(factor.flatten(), plain) * (free + b(a(drop(x))) * self.scale)
@@ -117,39 +123,35 @@ class Decomposed(LoraVariant):  # type: ignore[misc]
         else:
             x = x * (factor if x.ndim == 4 and factor.ndim == 4 else factor.flatten())
             turned = base(x) + b(a(drop(x))) * self.scale
-        weight: float = module.scaling[active_adapter] / self.scale
-        moved: Tensor = turned if weight == 1 and first else result + weight * (turned - plain)
+        strength: float = module.scaling[active_adapter] / self.scale
+        moved: Tensor = turned if strength == 1 and first else result + strength * (turned - plain)
         return moved
-
-    @torch.no_grad()
-    def _norm(self, module: Any, a: Tensor, b: Tensor, rows: bool) -> Tensor:
-        with torch.autocast(a.device.type if not a.is_meta else "cpu", enabled=False):
-            weight = module.get_base_layer().weight
-            merged = (b.flatten(1).float() @ a.flatten(1).float()).view(weight.shape)
-            return lengths(merged.mul_(self.scale).add_(weight), rows)
 
 
 def lengths(weight: Tensor, rows: bool = False) -> Tensor:
-    """(out, in, ...) -> (1, in, 1 ...) or (out, 1, ...), fp32."""
+    """The lengths of a weight's columns or rows, fp32: (out, in, ...) -> (1, in, 1 ...) or
+    (out, 1, ...)."""
     side = 0 if rows else 1
-    found: Tensor = torch.linalg.vector_norm(
+    norm: Tensor = torch.linalg.vector_norm(
         weight, dim=[d for d in range(weight.ndim) if d != side], keepdim=True,
         dtype=torch.float32)
-    return found
+    return norm
 
 
 def by_row(magnitude: Tensor) -> bool:
+    """Whether DoRA's lengths are those of rows, as in files of peft."""
     return magnitude.shape[0] > 1
 
 
 def _shaped(vector: Tensor | None, like: Tensor) -> Tensor | None:
+    """One number for each output, in the shape that fits a convolution's outputs (B, C, H, W)."""
     if vector is None or like.ndim != 4:
         return vector
     return vector.view(1, -1, 1, 1)
 
 
 def decompose(layer: Any, adapter: str) -> None:
-    """Makes a fresh LoRA layer a DoRA: magnitudes as the base has them."""
+    """Makes a fresh LoRA layer a DoRA; its magnitudes begin as the base's own."""
     weight = layer.get_base_layer().weight.detach()
     layer.lora_magnitude_vector[adapter] = Magnitude(lengths(weight))
     layer.lora_variant[adapter] = Decomposed(layer.scaling[adapter])
@@ -197,24 +199,22 @@ class Rotation(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if self.disable_adapters:
             return result
         for adapter in self.active_adapters:
-            if adapter in self.oft_blocks and not (
+            if adapter not in self.oft_blocks or (
                     self.training and dropped(self.module_dropout[adapter])):
-                result = result + self._turned(adapter, result).to(result.dtype)
+                continue
+            # a bias is not turned; outputs are (B, ..., out) or a convolution's (B, out, H, W)
+            bias = _shaped(self.get_base_layer().bias, result)
+            y = result if bias is None else result - bias
+            channels = y.movedim(1, -1) if y.ndim == 4 else y
+            blocks = self.change(adapter)
+            split = channels.view(*channels.shape[:-1], *blocks.shape[:2])
+            added = torch.einsum("...kn,knm->...km", split, blocks.to(split.dtype)).flatten(-2)
+            if adapter in self.oft_rescale:
+                rescale = self.oft_rescale[adapter].flatten()
+                added = rescale * added + (rescale - 1) * channels
+            added = added.movedim(-1, 1) if y.ndim == 4 else added
+            result = result + (added * self.scaling[adapter]).to(result.dtype)
         return result
-
-    def _turned(self, adapter: str, y: Tensor) -> Tensor:
-        """What is added to the outputs y: (B, ..., out) or (B, out, H, W)."""
-        bias = _shaped(self.get_base_layer().bias, y)
-        y = y if bias is None else y - bias
-        channels = y.movedim(1, -1) if y.ndim == 4 else y
-        blocks = self.change(adapter)
-        split = channels.view(*channels.shape[:-1], *blocks.shape[:2])
-        found = torch.einsum("...kn,knm->...km", split, blocks.to(split.dtype)).flatten(-2)
-        if adapter in self.oft_rescale:
-            rescale = self.oft_rescale[adapter].flatten()
-            found = rescale * found + (rescale - 1) * channels
-        found = found.movedim(-1, 1) if y.ndim == 4 else found
-        return found * self.scaling[adapter]
 
     def change(self, adapter: str) -> Tensor:
         """R - I = 2 Q / (I - Q) of each block, fp32."""
@@ -224,13 +224,15 @@ class Rotation(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if limit := self.constraint[adapter]:
                 skew = skew * (limit / (skew.norm() + 1e-8)).clamp(max=1)
             unit = torch.eye(blocks.shape[1], device=blocks.device)
-            inverse = torch.linalg.inv_ex(unit - skew)[0]       # never singular; asks no device
+            # skew + skew^T = 0, so I - Q is never singular; inv_ex doesn't wait for the device
+            inverse = torch.linalg.inv_ex(unit - skew)[0]
             change: Tensor = 2 * (skew @ inverse)
             return change
 
 
 def pose(layer: Any) -> None:
-    """peft's LoRA, laid around another adapter's layer, asks it what only a convolution has."""
+    """Gives a layer around a convolution the convolution's sizes: peft's LoRA, laid around another
+    adapter's layer, asks for them."""
     base = layer.get_base_layer()
     if isinstance(base, nn.Conv2d):
         for name in ("groups", "stride", "padding", "dilation", "kernel_size"):
@@ -249,7 +251,8 @@ def rotate(model: nn.Module, path: str) -> Rotation:
 
 
 def full_kronecker(layer: Any, adapter: str) -> None:
-    """LoKr with both factors in full has no rank and so no alpha / rank: LyCORIS' rule."""
+    """Sets the scale of a LoKr with both factors in full to 1, as LyCORIS does: it has no rank, so
+    no alpha / rank."""
     if adapter in layer.lokr_w1 and adapter in layer.lokr_w2:
         layer.alpha[adapter], layer.scaling[adapter] = float(layer.r[adapter]), 1.0
 

@@ -1,4 +1,4 @@
-"""Adapters on a denoiser, by peft: which layers, attach, scale, read out.
+"""Adapters on a model, by peft: choosing layers, attaching, scaling, reading the weights.
 
 The kinds: lora (Hu et al. 2021, arXiv 2106.09685), rslora (Kalajdzievski 2023, 2312.03732),
 loha (Hyeon-Woo et al. 2021, 2108.06098), lokr (Yeh et al. 2023, 2309.14859); dora, pissa and oft
@@ -28,15 +28,16 @@ from core.weights.quantization import repeated_blocks
 
 ADAPTER = "default"
 _TARGETABLE = (nn.Linear, nn.Conv2d)
-_WITHOUT = {                                # keys -> the adapters that have them
+_SUPPORTED = {                              # keys -> the adapters that have them
     "lora_dropout": PRODUCTS,
     "lora_plus_ratio": PRODUCTS,
     "rank_dropout": ("lora", "rslora", "pissa", "loha", "lokr"),
     "module_dropout": ("lora", "rslora", "pissa", "loha", "lokr", "oft"),
     "lokr_factor": ("lokr",),
 }
-_UNWRITTEN = {"peft": ("dora", "lokr", "oft"),      # formats that can't say what is trained here
-              "diffusers": ("dora", "loha", "lokr", "oft")}
+# Formats without keys for an adapter. peft has some for DoRA and OFT, which mean something else:
+# lengths of rows, and turned inputs.
+_UNWRITTEN = {"peft": ("dora", "lokr", "oft"), "diffusers": ("dora", "loha", "lokr", "oft")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +49,26 @@ class Size:
 
 
 def file_format(config: TrainConfig, spec: FamilySpec, wanted: str = "auto") -> str:
-    """`auto` is the family's own, or kohya's where that can't say what is trained."""
-    unwritten = config.adapter in _UNWRITTEN.get(spec.lora_format, ())
-    own = "kohya" if unwritten else spec.lora_format
-    return own if wanted == "auto" else wanted
+    """The format of a LoRA file. `auto` is the family's own format, or kohya's where that has no
+    keys for what is trained."""
+    if wanted != "auto":
+        return wanted
+    return "kohya" if config.adapter in _UNWRITTEN.get(spec.lora_format, ()) else spec.lora_format
 
 
 def resolve_targets(wanted: list[str] | str, spec: FamilySpec, model: nn.Module) -> list[str]:
-    """Preset or layer names of users -> suffixes that exist in the model.
+    """The user's preset or layer names -> suffixes of layers that exist in the model.
 
-    `q_proj, v_proj`, which the described configs name, are `to_q, to_v` in a UNet.
+    A family's aliases count: other models' `q_proj, v_proj` are `to_q, to_v` in a UNet.
     Raises UserError naming the first target that matches no layer, with the nearest that does.
     """
+    # a preset's name, or names with commas between
     if isinstance(wanted, str):
-        wanted = list(spec.lora_presets.get(wanted) or [w.strip() for w in wanted.split(",")])
+        wanted = list(spec.lora_presets.get(wanted) or [name.strip() for name in wanted.split(",")])
     suffixes = [spec.lora_aliases.get(name, name) for name in wanted]
-    layers = [n for n, m in model.named_modules() if isinstance(m, _TARGETABLE)]
+    paths = _targetable(model)
     for suffix in suffixes:
-        if not any(_ends(n, suffix) for n in layers):
+        if not any(_ends(path, suffix) for path in paths):
             known = sorted({*spec.lora_presets, *spec.lora_aliases,
                             *(s for p in spec.lora_presets.values() for s in p)})
             raise UserError("engine.no_such_target", target=suffix, known=", ".join(known),
@@ -81,9 +84,10 @@ def choose(model: nn.Module, config: TrainConfig, spec: FamilySpec) -> dict[str,
     `block_ranks` keeps the scale alpha / rank. Raises UserError for names that match no layer.
     """
     suffixes = resolve_targets(config.target_modules, spec, model)
-    wide = _wide_kernels(model) if config.conv_rank else set()
+    wide = {id(m) for block in repeated_blocks(model) for m in block.modules()
+            if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1} if config.conv_rank else set()
     _match_all(config.block_ranks, model)
-    found = {}
+    sizes = {}
     for path, module in model.named_modules():
         if not isinstance(module, _TARGETABLE):
             continue
@@ -93,105 +97,85 @@ def choose(model: nn.Module, config: TrainConfig, spec: FamilySpec) -> dict[str,
             size = Size(config.conv_rank, config.conv_alpha or float(config.conv_rank))
         else:
             continue
+        # rank 0 leaves a block out
         rank = int(_last(config.block_ranks, path, size.rank))
         if rank:
-            found[path] = Size(rank, size.alpha * rank / size.rank)
-    if not found:
+            sizes[path] = Size(rank, size.alpha * rank / size.rank)
+    if not sizes:
         raise UserError("engine.no_layer_left")
-    return found
+    return sizes
 
 
 def _ends(path: str, suffix: str) -> bool:
     return path == suffix or path.endswith(f".{suffix}")
 
 
-def _wide_kernels(model: nn.Module) -> set[int]:
-    return {id(m) for part in repeated_blocks(model) for m in part.modules()
-            if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1}
+def _targetable(model: nn.Module) -> list[str]:
+    return [path for path, module in model.named_modules() if isinstance(module, _TARGETABLE)]
 
 
 def _within(block: str, path: str) -> bool:
-    """`down_blocks.1`, `mid_block`, `attn2`, `down_blocks.*.attentions.0`: whole names in a row."""
+    """Whether a layer lies in a block: `down_blocks.1`, `mid_block`, `attn2` or
+    `down_blocks.*.attentions.0`, whole names in a row."""
     pattern = re.escape(block.strip(".")).replace(r"\*", r"[^.]*")
     return re.search(rf"(^|\.){pattern}(\.|$)", path) is not None
 
 
 def _last(values: Mapping[str, float], path: str, default: float) -> float:
-    """The last that matches counts: first the large blocks, then the exceptions."""
-    return next((v for block, v in reversed(list(values.items())) if _within(block, path)), default)
+    """The value of the last block that matches: users name large blocks first, then exceptions."""
+    return next((value for block, value in reversed(list(values.items()))
+                 if _within(block, path)), default)
 
 
 def _match_all(blocks: Iterable[str], model: nn.Module) -> None:
-    paths = [n for n, m in model.named_modules() if isinstance(m, _TARGETABLE)]
+    """Raises UserError for the first block that holds no layer, with the nearest that does."""
+    paths = _targetable(model)
     for block in blocks:
         if not any(_within(block, path) for path in paths):
-            known = sorted({".".join(p.split(".")[:n]) for p in paths for n in (1, 2)})
+            known = sorted({".".join(path.split(".")[:n]) for path in paths for n in (1, 2)})
             raise UserError("engine.no_such_block", block=block, known=", ".join(known),
                             nearest=(i18n.nearest(block, known, 1) or known)[0])
 
 
 def attach(model: Any, config: TrainConfig, spec: FamilySpec) -> list[nn.Parameter]:
-    """Adds the adapter; its weights are fp32 whatever the base is. -> the trainable parameters.
+    """Adds the adapter, freezes the rest of the model, and returns the trainable parameters. They
+    are fp32 whatever the base is.
 
-    Layers with fewer than `rank` inputs or outputs are no exception: rank is the user's word.
     Raises UserError where a key is set that this kind of adapter doesn't have.
     """
     kind = "lora" if plugins.is_named(config.adapter) else config.adapter
-    for key, kinds in _WITHOUT.items():
+    for key, kinds in _SUPPORTED.items():
         default = TrainConfig.model_fields[key].default
         if getattr(config, key) != default and kind not in kinds:
             raise UserError("engine.adapter_lacks", adapter=config.adapter, key=key,
                             kinds=", ".join(kinds),
                             fixes=[Fix("fixes.without_key", {key: default})])
-    if kind in _UNWRITTEN.get(config.save_format, ()):      # before the run, not at its end
+    # before the run, not at its end
+    if kind in _UNWRITTEN.get(config.save_format, ()):
         raise UserError("engine.format_lacks", adapter=kind, format=config.save_format,
                         fixes=[Fix("fixes.kohya_file", {"save_format": "kohya"})])
     sizes = choose(model, config, spec)
-    with torch.random.fork_rng():       # the start of the adapter depends on the seed alone
+    # the start of the adapter depends on the seed alone
+    with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model.requires_grad_(False)
-        (_attach_oft if config.adapter == "oft" else _attach_by_peft)(model, config, sizes)
+        if config.adapter == "oft":
+            for path, size in sizes.items():
+                rotation = adapters.rotate(model, path)
+                weight: Tensor = rotation.get_base_layer().weight
+                # As in LyCORIS: the rank is the largest side of a block, blocks divide the outputs,
+                # and no block is larger than there are blocks.
+                side, blocks = sorted(factorization(weight.shape[0], size.rank))
+                rotation.add(ADAPTER, torch.zeros(blocks, side, side, device=weight.device),
+                             module_dropout=config.module_dropout)
+        else:
+            inject_adapter_in_model(_peft_config(config, sizes), model, ADAPTER)
+    # AdamW in half precision would round small steps to nothing
     for parameter in trainable(model):
         parameter.data = parameter.data.float()
-    _finish(model, config)
-    if plugins.is_named(config.adapter):
-        _vary(model, config)
-    return trainable(model)
 
-
-def _attach_by_peft(model: Any, config: TrainConfig, sizes: Mapping[str, Size]) -> None:
-    common = {"target_modules": "|".join(map(re.escape, sizes)), "r": config.lora_rank,
-              "rank_pattern": {re.escape(p): s.rank for p, s in sizes.items()
-                               if s.rank != config.lora_rank},
-              "alpha_pattern": {re.escape(p): s.alpha for p, s in sizes.items()
-                                if s.alpha != config.alpha}}
-    dropped = {"rank_dropout": config.rank_dropout, "module_dropout": config.module_dropout}
-    made: Any
-    if config.adapter == "loha":
-        made = LoHaConfig(alpha=config.alpha, **dropped, **common)
-    elif config.adapter == "lokr":
-        made = LoKrConfig(alpha=config.alpha, decompose_factor=config.lokr_factor,
-                          rank_dropout_scale=True, **dropped, **common)
-    else:
-        made = LoraConfig(lora_alpha=config.alpha, lora_dropout=config.lora_dropout,
-                          use_rslora=config.adapter == "rslora", **common)
-    inject_adapter_in_model(made, model, ADAPTER)
-
-
-def _attach_oft(model: Any, config: TrainConfig, sizes: Mapping[str, Size]) -> None:
-    """The rank is the largest side of a block; blocks divide the outputs, as in LyCORIS, which
-    wants no block to be larger than there are blocks."""
-    for path, size in sizes.items():
-        layer = adapters.rotate(model, path)
-        weight: Tensor = layer.get_base_layer().weight
-        side, blocks = sorted(factorization(weight.shape[0], size.rank))
-        layer.add(ADAPTER, torch.zeros(blocks, side, side, device=weight.device),
-                  module_dropout=config.module_dropout)
-
-
-def _finish(model: nn.Module, config: TrainConfig) -> None:
-    """What peft's own layers lack. After the weights are fp32."""
-    dropped = config.rank_dropout, config.module_dropout
+    # What peft's own layers lack. It needs the fp32 weights.
+    dropout = config.rank_dropout, config.module_dropout
     with torch.random.fork_rng():           # PiSSA's decomposition throws dice
         torch.manual_seed(config.seed)
         for _, layer in layers(model):
@@ -201,32 +185,49 @@ def _finish(model: nn.Module, config: TrainConfig) -> None:
                 adapters.decompose(layer, ADAPTER)
             elif config.adapter == "pissa":
                 start = adapters.start_at_principal(layer, ADAPTER)
-                layer.lora_variant[ADAPTER] = adapters.Product(*dropped, start)
-            elif any(dropped) and isinstance(layer, LoraLayer):
-                layer.lora_variant[ADAPTER] = adapters.Product(*dropped)
+                layer.lora_variant[ADAPTER] = adapters.Product(*dropout, start)
+            elif any(dropout) and isinstance(layer, LoraLayer):
+                layer.lora_variant[ADAPTER] = adapters.Product(*dropout)
+
+    # The user's own variant changes the plain LoRA: which of it trains, how it starts.
+    if plugins.is_named(config.adapter):
+        extension = plugins.load(config.adapter, "adapter")
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            extension(model, config)
+        if not trainable(model):
+            raise extension.wrong("trainable parameters", None)
+    return trainable(model)
 
 
-def _vary(model: nn.Module, config: TrainConfig) -> None:
-    """The user's own variant changes the LoRA that is there: which of it trains, how it starts."""
-    extension = plugins.load(config.adapter, "adapter")
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        extension(model, config)
-    if not trainable(model):
-        raise extension.wrong("trainable parameters", None)
+def _peft_config(config: TrainConfig, sizes: Mapping[str, Size]) -> Any:
+    common = {"target_modules": "|".join(map(re.escape, sizes)), "r": config.lora_rank,
+              "rank_pattern": {re.escape(path): size.rank for path, size in sizes.items()
+                               if size.rank != config.lora_rank},
+              "alpha_pattern": {re.escape(path): size.alpha for path, size in sizes.items()
+                                if size.alpha != config.alpha}}
+    dropout = {"rank_dropout": config.rank_dropout, "module_dropout": config.module_dropout}
+    if config.adapter == "loha":
+        return LoHaConfig(alpha=config.alpha, **dropout, **common)
+    if config.adapter == "lokr":
+        return LoKrConfig(alpha=config.alpha, decompose_factor=config.lokr_factor,
+                          rank_dropout_scale=True, **dropout, **common)
+    # its dropout of ranks and layers is in adapters.Product: peft has none
+    return LoraConfig(lora_alpha=config.alpha, lora_dropout=config.lora_dropout,
+                      use_rslora=config.adapter == "rslora", **common)
 
 
 def groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """The trainable parameters for the optimizer, by the factor of their rate: LoRA+ (Hayou et
-    al. 2024, arXiv 2402.12354: B learns faster than A) and `block_rates`."""
+    """The trainable parameters for the optimizer, grouped by the factor of their rate: LoRA+
+    (Hayou et al. 2024, arXiv 2402.12354: B learns faster than A) and `block_rates`."""
     _match_all(config.block_rates, model)
-    found: dict[float, list[nn.Parameter]] = {}
+    by_factor: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             factor = _last(config.block_rates, name, 1.0)
             factor *= config.lora_plus_ratio if ".lora_B." in name else 1.0
-            found.setdefault(factor, []).append(parameter)
-    return [{"params": members, "factor": factor} for factor, members in found.items()]
+            by_factor.setdefault(factor, []).append(parameter)
+    return [{"params": members, "factor": factor} for factor, members in by_factor.items()]
 
 
 def set_training(model: nn.Module, on: bool) -> None:
@@ -236,7 +237,8 @@ def set_training(model: nn.Module, on: bool) -> None:
     for _, layer in layers(model):
         if isinstance(layer, LoraLayer):
             layer.lora_dropout.train(on)
-        # peft's LoHa and LoKr throw dice whenever they train: once in 2^24 they'd leave out a layer
+        # peft's LoHa and LoKr throw dice whenever they train: even at a dropout of 0 they would
+        # leave out a layer once in 2^24 times
         shares = *getattr(layer, "rank_dropout", {}).values(), *getattr(
             layer, "module_dropout", {}).values()
         layer.training = on and (isinstance(layer, LoraLayer) or any(shares))
@@ -258,13 +260,13 @@ def holds(layer: BaseTunerLayer, adapter: str) -> bool:
 
 
 def count(models: Iterable[object], adapter: str) -> int:
-    """Layers of a pipeline's models that hold the adapter."""
+    """The number of layers in a pipeline's models that hold the adapter."""
     return sum(holds(layer, adapter) for model in models if isinstance(model, nn.Module)
                for _, layer in layers(model))
 
 
 def set_weight(model: nn.Module, weight: float) -> None:
-    """Strength of the adapter: 1.0 while training, 0.8 for previews."""
+    """Sets the strength of the adapter in training: 1.0 in the step, less for previews."""
     for _, layer in layers(model):
         layer.set_scale(ADAPTER, weight)
 
@@ -282,7 +284,7 @@ def use(models: Iterable[object], weights: Mapping[str, float]) -> None:
 
 
 def starts(model: nn.Module) -> list[Any]:
-    """Tensors that the adapter holds besides its parameters: PiSSA's start."""
+    """The tensors that the adapter holds besides its parameters: PiSSA's start."""
     variants = [v for _, layer in layers(model) if isinstance(layer, LoraLayer)
                 for v in layer.lora_variant.values()]
     return [half.weight for v in variants if isinstance(v, adapters.Product) and v.start
@@ -290,22 +292,23 @@ def starts(model: nn.Module) -> list[Any]:
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's weights by peft's names, on the CPU, fp32."""
-    return {name: p.detach().to("cpu", torch.float32).clone()
-            for name, p in _own(model).items()}
+    """The adapter's weights by peft's names, copied to the CPU, fp32."""
+    return {name: parameter.detach().to("cpu", torch.float32).clone()
+            for name, parameter in parameters(model).items()}
 
 
 def load_state(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Raises UserError where the weights are of other layers or another rank."""
-    own = _own(model)
-    if ({k: v.shape for k, v in own.items()} != {k: v.shape for k, v in weights.items()}):
-        raise UserError("engine.other_adapter", here=len(own), there=len(weights))
+    """Puts `state` back. Raises UserError where it is of other layers or another rank."""
+    here = parameters(model)
+    if ({k: v.shape for k, v in here.items()} != {k: v.shape for k, v in weights.items()}):
+        raise UserError("engine.other_adapter", here=len(here), there=len(weights))
     with torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in here.items():
             parameter.copy_(weights[name])
 
 
-def _own(model: nn.Module) -> dict[str, nn.Parameter]:
-    """`... to_q.lora_A.default.weight` -> `... to_q.lora_A.weight`"""
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by the names in files of peft, which lack the adapter's own name:
+    `... to_q.lora_A.default.weight` -> `... to_q.lora_A.weight`."""
     return {name.replace(f".{ADAPTER}", ""): p for name, p in model.named_parameters()
             if f".{ADAPTER}." in f"{name}."}

@@ -23,7 +23,7 @@ from core.lora_files import textual_inversion
 from core.lora_files.textual_inversion import NewWord, Rows
 from core.weights.precision import Precision, autocast
 
-WORDS = "words."                            # of the rows' names in a checkpoint
+WORDS = "words."                            # prefix of the rows' names in a checkpoint
 
 
 class TextTraining:
@@ -37,36 +37,33 @@ class TextTraining:
                        in textual_inversion.encoders(parts.text).items()}
         self.live = True
         self.tokens: dict[str, dict[str, Tensor]] = {}          # by text, (1, L) each
-        self.adapters = self._attach() if config.text_encoder_lr else []    # freezes all else
-        self.words, self.rows = self._add_words() if config.pivotal_tokens else ({}, {})
-
-    def _add_words(self) -> tuple[dict[str, str], dict[str, Rows]]:
-        config, word = self.config, self.config.trigger_word.strip()
-        if not word:
-            raise UserError("engine.words_need_trigger", count=config.pivotal_tokens)
-        rows, tokens = {}, ""
-        for name, (tokenizer, encoder) in textual_inversion.encoders(self.parts.text).items():
-            begin = textual_inversion.start_rows(tokenizer, encoder, config.pivotal_init or word,
-                                                 config.pivotal_tokens)
-            rows[name], tokens = textual_inversion.install(tokenizer, encoder, begin)
-        return {word: tokens}, rows
-
-    def _attach(self) -> list[nn.Parameter]:
-        """LoRA at the denoiser's alpha / rank. What names blocks there means nothing here."""
-        config, spec = self.config, self.family.spec
-        rank = config.text_encoder_rank or config.lora_rank
-        own = TrainConfig(lora_rank=rank, lora_alpha=self.alpha, seed=config.seed,
-                          lora_dropout=config.lora_dropout,
-                          target_modules=list(spec.text_targets))
-        plain = replace(spec, lora_aliases={}, lora_presets={})
-        found: list[nn.Parameter] = []
-        for model in self.models.values():
-            found += lora.attach(model, own, plain)
-            lora.set_training(model, True)
-        return found
+        self.adapters: list[nn.Parameter] = []
+        self.words: dict[str, str] = {}                         # new word -> its tokens
+        self.rows: dict[str, Rows] = {}                         # by encoder
+        # first, as it freezes everything else
+        if config.text_encoder_lr:
+            of_text = TrainConfig(lora_rank=config.text_encoder_rank or config.lora_rank,
+                                  lora_alpha=self.alpha, seed=config.seed,
+                                  lora_dropout=config.lora_dropout,
+                                  target_modules=list(family.spec.text_targets))
+            # presets and aliases name layers of the denoiser
+            plain = replace(family.spec, lora_aliases={}, lora_presets={})
+            for model in self.models.values():
+                self.adapters += lora.attach(model, of_text, plain)
+                lora.set_training(model, True)
+        if config.pivotal_tokens:
+            word = config.trigger_word.strip()
+            if not word:
+                raise UserError("engine.words_need_trigger", count=config.pivotal_tokens)
+            for name, (tokenizer, encoder) in textual_inversion.encoders(parts.text).items():
+                rows = textual_inversion.start_rows(
+                    tokenizer, encoder, config.pivotal_init or word, config.pivotal_tokens)
+                self.rows[name], self.words[word] = textual_inversion.install(tokenizer, encoder,
+                                                                              rows)
 
     @property
     def alpha(self) -> float:
+        """Such that alpha / rank is that of the denoiser's adapter."""
         config = self.config
         return config.alpha * (config.text_encoder_rank or config.lora_rank) / config.lora_rank
 
@@ -75,13 +72,14 @@ class TextTraining:
         return [*self.adapters, *(rows.rows for rows in self.rows.values())]
 
     def groups(self) -> list[dict[str, Any]]:
-        """For the optimizer. `factor`: of the rate of the step. Words don't decay."""
+        """Parameter groups for the optimizer. `factor` multiplies the rate of the step."""
         config = self.config
         groups: list[dict[str, Any]] = []
         if self.adapters:
             groups.append({"params": self.adapters, "lr": config.text_encoder_lr,
                            "factor": config.text_encoder_lr / config.learning_rate})
         if self.rows:
+            # no decay: it would pull words towards zero, away from all other tokens
             groups.append({"params": [rows.rows for rows in self.rows.values()],
                            "weight_decay": 0.0, "lr": config.pivotal_lr,
                            "factor": config.pivotal_lr / config.learning_rate})
@@ -89,29 +87,32 @@ class TextTraining:
 
     def cond(self, texts: Sequence[str]) -> Cond:
         """Embeddings (B, ...), with gradients where they are wanted."""
+        # captions come back every epoch: each is tokenised once
         for text in texts:
             if text not in self.tokens:
                 self.tokens[text] = self.family.tokenize(
                     self.parts, [textual_inversion.expand(text, self.words)])
         rows = [self.tokens[text] for text in texts]
 
-        def encode(some: list[int]) -> Cond:
+        def encode(group: list[int]) -> Cond:
             with self.cast():
                 cond = self.family.encode_tokens(self.parts, {
-                    name: torch.cat([rows[i][name] for i in some]) for name in rows[0]})
+                    name: torch.cat([rows[i][name] for i in group]) for name in rows[0]})
             return {name: value.to(self.precision.compute) for name, value in cond.items()}
+        # texts of equal length are encoded together
         return batched(grouped([sizes_of(row) for row in rows], encode), self.precision.device)
 
     @torch.no_grad()
     def rest(self, texts: Sequence[str]) -> dict[str, Cond]:
-        """The end of its training. -> embeddings of all texts, (1, ...) each, on the CPU."""
+        """Ends the training of text encoders and takes them off the device. -> embeddings of all
+        texts, (1, ...) each, on the CPU."""
         self.set_training(False)
-        found = {text: {name: value.cpu() for name, value in self.cond([text]).items()}
-                 for text in texts}
+        embeddings = {text: {name: value.cpu() for name, value in self.cond([text]).items()}
+                      for text in texts}
         self.live, self.parts.text = False, {}
         for model in self.models.values():
             model.to("cpu")
-        return found
+        return embeddings
 
     def set_training(self, on: bool) -> None:
         for model in self.models.values():
@@ -127,22 +128,24 @@ class TextTraining:
                 for key, value in lora.state(model).items()}
 
     def word(self) -> NewWord | None:
+        """The new word with its rows as they are now, on the CPU; None: none is learned."""
         if not self.rows:
             return None
         return NewWord(next(iter(self.words)), {name: rows.rows.detach().cpu().clone()
                                                 for name, rows in self.rows.items()})
 
     def state(self) -> dict[str, Tensor]:
+        """All that a checkpoint needs to go on."""
         word = self.word()
         return self.adapter_state() | {
             f"{WORDS}{name}": rows for name, rows in (word.rows if word else {}).items()}
 
     def owns(self, key: str) -> bool:
-        """Whether a key of a checkpoint is this one's."""
+        """Whether a key of a checkpoint belongs to `state`."""
         return key.partition(".")[0] in (*self.models, WORDS[:-1])
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raises UserError where a checkpoint is of other settings."""
+        """Goes on from `state`. Raises UserError where a checkpoint is of other settings."""
         if {key: value.shape for key, value in tensors.items()} != {
                 key: value.shape for key, value in self.state().items()}:
             raise UserError("engine.other_adapter", here=len(self.state()), there=len(tensors))

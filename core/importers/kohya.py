@@ -23,24 +23,25 @@ class Kohya(Reader):
     def name(self, entry: Entry) -> str:
         return entry.keys[-1]
 
-    def entries(self, data: Mapping[str, Any], at: Lines) -> Iterable[Entry]:
-        """Lists are values here; what others depend on comes first."""
+    def entries(self, data: Mapping[str, Any], line_of: Lines) -> Iterable[Entry]:
+        """The keys that others depend on come first."""
         first = ("max_train_steps", "network_module")
-        return sorted(lines.entries(data, at), key=lambda entry: entry.keys[-1] not in first)
+        return sorted(lines.entries(data, line_of), key=lambda entry: entry.keys[-1] not in first)
 
     def finish(self) -> None:
+        # a key that is left out has another default there than here
         self.assume("network_dim", "lora_rank", tables.KOHYA_DEFAULTS["network_dim"])
         self.assume("network_alpha", "lora_alpha", tables.KOHYA_DEFAULTS["network_alpha"])
         if not {"epochs", "max_train_steps"} & self.result.values.keys():
             self.assume("max_train_epochs", "max_train_steps",
                         tables.KOHYA_DEFAULTS["max_train_steps"])
-        if not {"learning_rate", "unet_lr"} & self.found.keys():
+        if not {"learning_rate", "unet_lr"} & self.theirs.keys():
             self.assume("learning_rate", "learning_rate", tables.KOHYA_DEFAULTS["learning_rate"])
 
     # rates
 
     def take_learning_rate(self, value: Any, entry: Entry) -> None:
-        if not number(self.found.get("unet_lr")):
+        if not number(self.theirs.get("unet_lr")):
             self.put("learning_rate", value, entry)
 
     def take_unet_lr(self, value: Any, entry: Entry) -> None:
@@ -49,10 +50,8 @@ class Kohya(Reader):
 
     def take_text_encoder_lr(self, value: Any, entry: Entry) -> None:
         value = value[0] if isinstance(value, list) and len(set(map(str, value))) == 1 else value
-        if not self.found.get("network_train_unet_only"):
+        if not self.theirs.get("network_train_unet_only"):
             self.put("text_encoder_lr", value, entry)
-
-    def take_network_train_unet_only(self, value: Any, entry: Entry) -> None: ...
 
     def take_network_train_text_encoder_only(self, value: Any, entry: Entry) -> None:
         if value:
@@ -66,33 +65,34 @@ class Kohya(Reader):
             self.result.values.pop("max_train_steps", None)
 
     def take_epoch(self, value: Any, entry: Entry) -> None:
-        if not number(self.found.get("max_train_epochs")) and not number(
-                self.found.get("max_train_steps")):
+        if not number(self.theirs.get("max_train_epochs")) and not number(
+                self.theirs.get("max_train_steps")):
             self.take_max_train_epochs(value, entry)
 
     def take_max_train_steps(self, value: Any, entry: Entry) -> None:
-        if number(value) and not number(self.found.get("max_train_epochs")):
+        if number(value) and not number(self.theirs.get("max_train_epochs")):
             self.put("max_train_steps", value, entry)
 
     def take_lr_warmup_steps(self, value: Any, entry: Entry) -> None:
         self.warm_up(value, entry)
 
     def take_lr_warmup(self, value: Any, entry: Entry) -> None:
-        """kohya_ss' in percent."""
+        """kohya_ss gives it in percent."""
         if share := number(value):
             self.warm_up(share / 100, entry)
 
     def take_base_weights(self, value: Any, entry: Entry) -> None:
-        """Its multipliers are a list beside it, 1 where there are fewer."""
-        files, given = _several(value), _several(self.found.get("base_weights_multiplier", []))
+        """LoRAs on the base. Their multipliers are another list, which may be shorter."""
+        files = _several(value)
+        multipliers = _several(self.theirs.get("base_weights_multiplier", []))
         try:
-            weights = [*map(float, given), *[1.0] * len(files)]
+            weights = [*map(float, multipliers), *[1.0] * len(files)]
         except (TypeError, ValueError):
             return self.leave(entry, "value")
         self.put("base_loras", [f"{file}:{weight:g}" for file, weight in zip(
             files, weights, strict=False)], entry)
 
-    def take_base_weights_multiplier(self, value: Any, entry: Entry) -> None: ...
+    take_network_train_unet_only = take_base_weights_multiplier = Reader.read_with_another_key
 
     # files beside the base
 
@@ -110,11 +110,10 @@ class Kohya(Reader):
         else:
             self.choose("optimizer", tables.OPTIMIZERS, value, entry)
 
-    def take_optimizer(self, value: Any, entry: Entry) -> None:
-        self.take_optimizer_type(value, entry)
+    take_optimizer = take_optimizer_type
 
     def take_use_8bit_adam(self, value: Any, entry: Entry) -> None:
-        if value and "optimizer_type" not in self.found:
+        if value and "optimizer_type" not in self.theirs:
             self.put("optimizer", "adamw8bit", entry)
 
     def take_lr_scheduler(self, value: Any, entry: Entry) -> None:
@@ -131,14 +130,14 @@ class Kohya(Reader):
             self.put("base_precision", "fp8", entry)
 
     def take_network_module(self, value: Any, entry: Entry) -> None:
-        if str(value) != "lycoris.kohya":             # there network_args say which kind
+        # of LyCORIS, network_args say which kind
+        if str(value) != "lycoris.kohya":
             self.choose("adapter", tables.ADAPTERS, value, entry)
-
-    def take_LoRA_type(self, value: Any, entry: Entry) -> None:
-        self.choose("adapter", tables.ADAPTERS, value, entry)
 
     def take_algo(self, value: Any, entry: Entry) -> None:
         self.choose("adapter", tables.ADAPTERS, value, entry)
+
+    take_LoRA_type = take_algo
 
     def take_dora_wd(self, value: Any, entry: Entry) -> None:
         if str(value).lower() == "true":
@@ -167,75 +166,73 @@ class Kohya(Reader):
             self.put("clip_skip", value, entry)
 
     def take_max_token_length(self, value: Any, entry: Entry) -> None:
-        """lora-scripts writes 255, of which kohya fills three chunks of 75."""
+        """lora-scripts writes 255, of which kohya uses three chunks of 75."""
         self.put("max_tokens", int(number(value)) // 75 * 75 or value, entry)
 
     # noise levels of flows
 
     def take_timestep_sampling(self, value: Any, entry: Entry) -> None:
-        """`sigma` leaves it to weighting_scheme; only it and `shift` go by discrete_flow_shift."""
+        """`sigma` leaves the choice to weighting_scheme."""
         kind = plain(value)
         if kind == "sigma":
             return
         self.choose("timestep_sampling", tables.LEVELS, value, entry)
+        # of these, kohya takes no discrete_flow_shift
         if kind in ("uniform", "sigmoid"):
             self.put("flow_shift", 1.0, entry)
 
     def take_weighting_scheme(self, value: Any, entry: Entry) -> None:
-        """The others weigh the loss."""
+        # these two weigh the loss and choose no noise levels
         if plain(value) in ("sigmasqrt", "cosmap"):
             self.leave(entry, "value")
         elif self.by_scheme:
             self.choose("timestep_sampling", tables.SCHEMES, value, entry)
 
     def take_discrete_flow_shift(self, value: Any, entry: Entry) -> None:
-        if self.by_scheme or plain(self.found["timestep_sampling"]) == "shift":
+        if self.by_scheme or plain(self.theirs["timestep_sampling"]) == "shift":
             self.put("flow_shift", value, entry)
 
     def take_sigmoid_scale(self, value: Any, entry: Entry) -> None:
-        if not self.by_scheme and plain(self.found["timestep_sampling"]) != "uniform":
+        if not self.by_scheme and plain(self.theirs["timestep_sampling"]) != "uniform":
             self.put("logit_std", value, entry)
 
     def take_logit_mean(self, value: Any, entry: Entry) -> None:
-        if self.by_scheme and plain(self.found.get("weighting_scheme")) == "logitnormal":
+        if self.by_scheme and plain(self.theirs.get("weighting_scheme")) == "logitnormal":
             self.put(entry.keys[-1], value, entry)
 
-    def take_logit_std(self, value: Any, entry: Entry) -> None:
-        self.take_logit_mean(value, entry)
+    take_logit_std = take_logit_mean
 
     def take_mode_scale(self, value: Any, entry: Entry) -> None:
-        if self.by_scheme and plain(self.found.get("weighting_scheme")) == "mode":
+        if self.by_scheme and plain(self.theirs.get("weighting_scheme")) == "mode":
             self.put("mode_scale", value, entry)
 
     @property
     def by_scheme(self) -> bool:
-        return plain(self.found.get("timestep_sampling", "sigma")) == "sigma"
+        """Whether weighting_scheme chooses the noise levels."""
+        return plain(self.theirs.get("timestep_sampling", "sigma")) == "sigma"
 
     # lists and texts
 
     def take_resolution(self, value: Any, entry: Entry) -> None:
         self.put("max_resolution", value, entry)
 
-    def take_max_resolution(self, value: Any, entry: Entry) -> None:
-        self.put("max_resolution", value, entry)
+    take_max_resolution = take_resolution
 
     def take_network_args(self, value: Any, entry: Entry) -> None:
-        for key, one in _pairs(value):
-            inner = Entry((*entry.keys, key), one, entry.line)
-            if key in ("dropout", "conv_dim", "conv_alpha"):
-                key = {"dropout": "network_dropout"}.get(key, key)
-            self.one(key, inner)
+        for key, text in _pairs(value):
+            self.dispatch({"dropout": "network_dropout"}.get(key, key),
+                          Entry((*entry.keys, key), text, entry.line))
 
     def take_optimizer_args(self, value: Any, entry: Entry) -> None:
         rest = {}
-        for key, one in _pairs(value):
+        for key, text in _pairs(value):
             if key == "weight_decay":
-                self.put("weight_decay", one, entry)
-            elif key == "betas" and len(numbers := re.findall(r"[\d.eE-]+", str(one))) == 2:
+                self.put("weight_decay", text, entry)
+            elif key == "betas" and len(numbers := re.findall(r"[\d.eE-]+", text)) == 2:
                 self.put("adam_beta1", numbers[0], entry)
                 self.put("adam_beta2", numbers[1], entry)
             else:
-                rest[key] = _literal(one)
+                rest[key] = _literal(text)
         if rest:
             self.put("optimizer_args", rest, Entry(entry.keys, rest, entry.line))
 
@@ -264,9 +261,9 @@ class Kohya(Reader):
         file = resolve(str(value), self.result.file.parent)
         if not file.is_file():
             return self.leave(entry, "file")
-        data, at = lines.read(file)
-        kind = Dataset if "datasets" in data else Kohya
-        inner = kind(file, "kohya dataset").take(data, at)
+        data, line_of = lines.read(file)
+        reader = Dataset if "datasets" in data else Kohya
+        inner = reader(file, "kohya dataset").take(data, line_of)
         self.result.values |= inner.values
         self.result.left += inner.left
 
@@ -275,20 +272,20 @@ class Dataset(Kohya):
     """kohya's dataset TOML: [general], [[datasets]], [[datasets.subsets]]. One subset is one
     folder; of several, the first one is taken."""
 
-    def take(self, data: Mapping[str, Any], at: Lines) -> Imported:
-        for entry in lines.entries(data, at):
+    def take(self, data: Mapping[str, Any], line_of: Lines) -> Imported:
+        for entry in lines.entries(data, line_of):
             if not absent(entry.value):
-                self.one(entry.keys[-1] if self.is_first(entry.keys) else "", entry)
+                self.dispatch(entry.keys[-1] if self.is_first(entry.keys) else "", entry)
         return self.result
 
     def is_first(self, keys: Keys) -> bool:
         return all(key == "0" for key in keys[:-1] if key.isdigit())
 
-    def one(self, name: str, entry: Entry) -> None:
+    def dispatch(self, name: str, entry: Entry) -> None:
         if not name:
             self.leave(entry, "second")
         else:
-            super().one(name, entry)
+            super().dispatch(name, entry)
 
     def take_image_dir(self, value: Any, entry: Entry) -> None:
         self.put("train_data_dir", value, entry)
@@ -317,11 +314,12 @@ class Dataset(Kohya):
 def _pairs(value: Any) -> list[tuple[str, str]]:
     """["conv_dim=4", "algo=loha"], or kohya_ss' one line of them."""
     parts = value if isinstance(value, list) else re.findall(r"[^\s=]+=\S+", str(value))
-    return [(key.strip(), one.strip()) for part in parts
-            for key, equals, one in [str(part).partition("=")] if equals]
+    return [(key.strip(), text.strip()) for part in parts
+            for key, equals, text in [str(part).partition("=")] if equals]
 
 
 def _literal(text: str) -> Any:
+    """A Python literal as kohya reads it; other words stay text."""
     lowered = text.lower()
     if lowered in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[lowered]

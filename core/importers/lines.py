@@ -35,8 +35,8 @@ class Entry:
 
 
 def read(path: Path) -> tuple[dict[str, Any], Lines]:
-    """-> the data and the line of each key. Raises UserError with the line of what is no TOML or
-    JSON."""
+    """-> the data and the line of each key. Raises UserError with the line where the text is no
+    TOML or JSON."""
     try:
         if path.stat().st_size > LARGEST:
             raise UserError("config.unreadable", file=path, reason=f"> {LARGEST} bytes")
@@ -45,36 +45,32 @@ def read(path: Path) -> tuple[dict[str, Any], Lines]:
         raise UserError("config.missing", file=path, folder=Path.cwd()) from None
     except (OSError, ValueError) as error:
         raise UserError("config.unreadable", file=path, reason=error) from None
-    data = _parsed(path, text)
-    if not isinstance(data, dict) or not data:
-        raise UserError("config_import.not_settings", file=path)
-    lines = _toml_lines(text) if path.suffix.lower() == ".toml" else _json_lines(text)
-    return data, lines
-
-
-def _parsed(path: Path, text: str) -> Any:
     toml = path.suffix.lower() == ".toml"
+    kind = "TOML" if toml else "JSON"
     try:
-        return tomllib.loads(text) if toml else json.loads(text)
+        data = tomllib.loads(text) if toml else json.loads(text)
     except RecursionError:
-        raise UserError("config_import.bad_text", file=path, line=1,
-                        kind="TOML" if toml else "JSON",
+        raise UserError("config_import.bad_text", file=path, line=1, kind=kind,
                         reason=f"> {DEEPEST} levels") from None
     except ValueError as error:
+        # tomllib of Python 3.11 tells the line in its message alone
         line = getattr(error, "lineno", None) or (
-            int(found[1]) if (found := re.search(r"line (\d+)", str(error))) else 1)
-        raise UserError("config_import.bad_text", file=path, line=line,
-                        kind="TOML" if toml else "JSON",
+            int(match[1]) if (match := re.search(r"line (\d+)", str(error))) else 1)
+        raise UserError("config_import.bad_text", file=path, line=line, kind=kind,
                         reason=getattr(error, "msg", error)) from None
+    if not isinstance(data, dict) or not data:
+        raise UserError("config_import.not_settings", file=path)
+    return data, _toml_lines(text) if toml else _json_lines(text)
 
 
 def entries(data: Any, lines: Lines, keys: Keys = ()) -> Iterator[Entry]:
-    """All leaves; lists of tables are walked, plain lists are values."""
+    """All leaves of the data. Lists of tables are walked, other lists are values."""
+    # a key without a line has that of the table around it
     line = lines.get(keys, lines.get(keys[:-1], 1))
     inner: list[tuple[str, Any]] = []
     if isinstance(data, dict):
         inner = [(str(key), value) for key, value in data.items()]
-    elif isinstance(data, list) and data and all(isinstance(one, dict) for one in data):
+    elif isinstance(data, list) and data and all(isinstance(item, dict) for item in data):
         inner = [(str(number), value) for number, value in enumerate(data)]
     if len(keys) >= DEEPEST or not inner:
         yield Entry(keys, data, line)
@@ -84,15 +80,16 @@ def entries(data: Any, lines: Lines, keys: Keys = ()) -> Iterator[Entry]:
 
 
 def _toml_lines(text: str) -> Lines:
-    """Lines of `key =` and of [headers]; what stands inside of long strings adds names that the
-    data hasn't."""
+    """The lines of `key =` and of [headers]. Text inside of long strings may look like keys: it
+    adds names that the data doesn't have, which nobody asks for."""
     lines: Lines = {}
     table: Keys = ()
-    counts: Lines = {}
+    counts: Lines = {}                     # of lists of tables: number of the newest
     for number, line in enumerate(text.splitlines(), 1):
         if header := _HEADER.fullmatch(line):
             names, table = _names(header[2]), ()
-            for name in names[:-1]:        # the newest of an outer list of tables
+            for name in names[:-1]:
+                # below a list of tables, a header belongs to the newest
                 table = (*table, name)
                 if table in counts:
                     table = (*table, str(counts[table]))
@@ -101,8 +98,8 @@ def _toml_lines(text: str) -> Lines:
                 counts[table] = counts.get(table, -1) + 1
                 table = (*table, str(counts[table]))
             lines.setdefault(table, number)
-        elif found := _KEY.match(line):
-            lines.setdefault((*table, *_names(found[1])), number)
+        elif key := _KEY.match(line):
+            lines.setdefault((*table, *_names(key[1])), number)
     return lines
 
 
@@ -112,7 +109,7 @@ def _names(text: str) -> Keys:
 
 
 def _json_lines(text: str) -> Lines:
-    """The text is valid JSON: a name is a string before a colon."""
+    """The lines of keys in a text that is valid JSON."""
     lines: Lines = {}
     stack: list[list[Any]] = []            # [kind, name or number]
     last = ""
@@ -127,6 +124,7 @@ def _json_lines(text: str) -> Lines:
         elif word == "," and stack and stack[-1][0] == "[":
             stack[-1][1] += 1
         elif word == ":":
+            # the string before it was a name
             stack[-1][1] = json.loads(last)
             lines.setdefault(tuple(str(name) for _, name in stack), line)
         last = word

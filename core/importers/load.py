@@ -29,7 +29,8 @@ def load_train_config(path: Path, overrides: Mapping[str, str] | None = None) ->
     """
     if path.suffix.lower() == ".safetensors":
         config = parse_train_config(read_config(path), str(path), overrides)
-        for key, name in named_in(config):      # LoRA files travel: none may run code here
+        # LoRA files travel: none may run code here
+        for key, name in named_in(config):
             if key not in (overrides or {}):
                 raise UserError("extensions.in_a_lora", file=path, key=key, name=name)
         return config
@@ -39,50 +40,51 @@ def load_train_config(path: Path, overrides: Mapping[str, str] | None = None) ->
 
 
 def read(path: Path) -> Imported:
-    """Raises UserError where the file is no TOML or JSON, or no config of a trainer that is
-    known."""
-    data, at = lines.read(path)
+    """Reads a TOML or JSON config of ours or of another trainer. Raises UserError where the file is
+    neither."""
+    data, line_of = lines.read(path)
     if is_ours(data):
-        return Reader(path, "LoRA Darkroom").take(data, at)
+        return Reader(path, "LoRA Darkroom").take(data, line_of)
     if "datasets" in data:
-        return kohya.Dataset(path, "kohya dataset").take(data, at)
+        return kohya.Dataset(path, "kohya dataset").take(data, line_of)
     if "training_method" in data or "base_model_name" in data:
-        return onetrainer.OneTrainer(path, "OneTrainer").take(data, at)
+        return onetrainer.OneTrainer(path, "OneTrainer").take(data, line_of)
     gui = path.suffix.lower() == ".json"
-    return kohya.Kohya(path, "kohya_ss" if gui else "kohya").take(data, at)
+    return kohya.Kohya(path, "kohya_ss" if gui else "kohya").take(data, line_of)
 
 
 def is_ours(data: Mapping[str, Any]) -> bool:
+    """Whether all keys are TrainConfig's."""
     return set(data) <= set(TrainConfig.model_fields)
 
 
 def to_yaml(imported: Imported) -> str:
-    """Our YAML, with what is missing in it as comments."""
+    """Our YAML; settings that could not be taken over are listed in comments at its top."""
     comments = [f"# {line}" for line in told(imported)]
     config = TrainConfig.model_validate(imported.values)
     return "\n".join([*comments, dump_yaml(config)])
 
 
 def told(imported: Imported, lang: str | None = None) -> list[str]:
-    """Line by line: what was taken over, what the other trainer would have taken, what is left."""
+    """Sentences for the user: what was taken over, the other trainer's defaults, what is left."""
     head = i18n.tr("config_import.carried", {
         "file": imported.file.name, "kind": imported.kind, "count": len(imported.values),
         "left": len(imported.left)}, lang)
     assumed = [i18n.tr("config_import.assumed", {"key": key, "value": value}, lang)
                for key, value in imported.assumed.items()]
-    return [head, *assumed, *(one.said(lang) for one in imported.left)]
+    return [head, *assumed, *(left.sentence(lang) for left in imported.left)]
 
 
 # --- extensions that a config names ---
 
 def named_in(config: TrainConfig) -> list[tuple[str, str]]:
     """(key, name) of every extension of a config, `package.module.Class` of an optimizer too."""
-    found = []
+    extensions = []
     for key in EXTENSIONS:
         value = getattr(config, key)
         names = [value] if isinstance(value, str) else value
-        found += [(key, one) for one in names if plugins.is_named(one) or "." in one]
-    return found
+        extensions += [(key, name) for name in names if plugins.is_named(name) or "." in name]
+    return extensions
 
 
 def located(config: TrainConfig, folder: Path | None) -> TrainConfig:
@@ -92,7 +94,7 @@ def located(config: TrainConfig, folder: Path | None) -> TrainConfig:
     for key in EXTENSIONS:
         value = getattr(config, key)
         new = _beside(value, folder) if isinstance(value, str) else [
-            _beside(one, folder) for one in value]
+            _beside(name, folder) for name in value]
         if new != value:
             changes[key] = new
     return config.with_changes(**changes) if changes else config

@@ -17,25 +17,25 @@ NO_FLOWS = ("stablediffusion15", "stablediffusion2", "stablediffusionxl")
 class OneTrainer(Reader):
     table = tables.ONETRAINER
 
-    def entries(self, data: Mapping[str, Any], at: Lines) -> Iterable[Entry]:
-        """Of a group that has no meaning here one line is enough."""
+    def entries(self, data: Mapping[str, Any], line_of: Lines) -> Iterable[Entry]:
+        """A group that has no meaning here is reported in one line."""
         known = {name.split(".")[0] for name in (*self.table, *self.special)} | {"concepts"}
         for key, value in data.items():
             if key in known:
-                yield from lines.entries(value, at, (key,))
+                yield from lines.entries(value, line_of, (key,))
             else:
-                yield Entry((key,), value, at.get((key,), 1))
+                yield Entry((key,), value, line_of.get((key,), 1))
 
     def finish(self) -> None:
         for name, key in (("lora_rank", "lora_rank"), ("lora_alpha", "lora_alpha"),
                           ("epochs", "epochs")):
             self.assume(name, key, tables.ONETRAINER_DEFAULTS[name])
 
-    def one(self, name: str, entry: Entry) -> None:
+    def dispatch(self, name: str, entry: Entry) -> None:
         if name.startswith("concepts."):
             self.concept(entry)
         elif not name.startswith("__"):
-            super().one(name, entry)
+            super().dispatch(name, entry)
 
     def concept(self, entry: Entry) -> None:
         if entry.keys[1] != "0":
@@ -53,7 +53,7 @@ class OneTrainer(Reader):
             self.leave(entry, "repeats" if name == "balancing" else "unknown")
 
     def take_concept_file_name(self, value: Any, entry: Entry) -> None:
-        if "concepts.0.path" not in self.found:
+        if "concepts.0.path" not in self.theirs:
             self.leave(entry, "concepts")
 
     def take_model_type(self, value: Any, entry: Entry) -> None:
@@ -70,8 +70,7 @@ class OneTrainer(Reader):
 
     def take_resolution(self, value: Any, entry: Entry) -> None:
         """A comma stands between sizes to choose from at random."""
-        several = "," in str(value)
-        if several:
+        if "," in str(value):
             self.leave(entry, "resolutions")
         else:
             self.put("max_resolution", value, entry)
@@ -105,8 +104,8 @@ class OneTrainer(Reader):
             self.leave(entry, "value")
 
     def take_text_encoder__train(self, value: Any, entry: Entry) -> None:
-        if value and not self.found.get("text_encoder.learning_rate"):
-            self.put("text_encoder_lr", self.found.get("learning_rate", 0), entry)
+        if value and not self.theirs.get("text_encoder.learning_rate"):
+            self.put("text_encoder_lr", self.theirs.get("learning_rate", 0), entry)
 
     def take_peft_type(self, value: Any, entry: Entry) -> None:
         self.choose("adapter", tables.ADAPTERS, value, entry)
@@ -118,7 +117,7 @@ class OneTrainer(Reader):
     def take_loss_weight_fn(self, value: Any, entry: Entry) -> None:
         match value:
             case "MIN_SNR_GAMMA":
-                self.put("min_snr_gamma", self.found.get("loss_weight_strength", 5.0), entry)
+                self.put("min_snr_gamma", self.theirs.get("loss_weight_strength", 5.0), entry)
             case "DEBIASED_ESTIMATION":
                 self.put("debiased_estimation", True, entry)
             case "CONSTANT": ...
@@ -128,32 +127,20 @@ class OneTrainer(Reader):
     def take_timestep_distribution(self, value: Any, entry: Entry) -> None:
         """Of flows: what noise schedules draw is uniform here. Its normal distribution of the
         logit has the mean noising_bias and the deviation noising_weight + 1."""
-        if plain(self.found.get("model_type", "")).startswith(NO_FLOWS):
+        if plain(self.theirs.get("model_type", "")).startswith(NO_FLOWS):
             if value != "UNIFORM":
                 self.leave(entry, "value")
             return
         self.choose("timestep_sampling", tables.SCHEMES, value, entry)
-        if not self.found.get("dynamic_timestep_shifting"):
-            self.put("flow_shift", number(self.found.get("timestep_shift", 1.0)), entry)
+        if not self.theirs.get("dynamic_timestep_shifting"):
+            self.put("flow_shift", number(self.theirs.get("timestep_shift", 1.0)), entry)
         if value == "LOGIT_NORMAL":
-            self.put("logit_mean", number(self.found.get("noising_bias", 0.0)), entry)
-            self.put("logit_std", 1 + number(self.found.get("noising_weight", 0.0)), entry)
-
-    def take_timestep_shift(self, value: Any, entry: Entry) -> None: ...
-
-    def take_dynamic_timestep_shifting(self, value: Any, entry: Entry) -> None: ...
-
-    def take_noising_bias(self, value: Any, entry: Entry) -> None: ...
-
-    def take_noising_weight(self, value: Any, entry: Entry) -> None: ...
-
-    def take_loss_weight_strength(self, value: Any, entry: Entry) -> None: ...
+            self.put("logit_mean", number(self.theirs.get("noising_bias", 0.0)), entry)
+            self.put("logit_std", 1 + number(self.theirs.get("noising_weight", 0.0)), entry)
 
     def take_ema(self, value: Any, entry: Entry) -> None:
         if value not in ("OFF", False):
-            self.put("ema_decay", self.found.get("ema_decay", 0.999), entry)
-
-    def take_ema_decay(self, value: Any, entry: Entry) -> None: ...
+            self.put("ema_decay", self.theirs.get("ema_decay", 0.999), entry)
 
     def take_force_v_prediction(self, value: Any, entry: Entry) -> None:
         if value:
@@ -165,10 +152,12 @@ class OneTrainer(Reader):
             self.put("clip_skip", int(number(value)) + 1, entry)
 
     def take_save_every(self, value: Any, entry: Entry) -> None:
-        unit = self.found.get("save_every_unit", "NEVER")
+        unit = self.theirs.get("save_every_unit", "NEVER")
         if unit == "STEP":
             self.put("save_steps", value, entry)
         elif unit != "NEVER":
             self.leave(entry, "epochs")
 
-    def take_save_every_unit(self, value: Any, entry: Entry) -> None: ...
+    take_timestep_shift = take_dynamic_timestep_shifting = Reader.read_with_another_key
+    take_noising_bias = take_noising_weight = take_loss_weight_strength = take_timestep_shift
+    take_ema_decay = take_save_every_unit = take_timestep_shift

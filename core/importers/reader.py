@@ -29,16 +29,17 @@ class Left:
     value: Any
     why: str                               # config_import.why_{why}
 
-    def said(self, lang: str | None = None) -> str:
+    def sentence(self, lang: str | None = None) -> str:
+        value = " ".join(str(self.value).split())
         return i18n.tr("config_import.left", {
             "file": self.file.name, "line": self.line, "key": self.key,
-            "value": _short(self.value),
+            "value": value if len(value) <= 60 else f"{value[:57]}...",
             "why": i18n.tr(f"config_import.why_{self.why}", lang=lang)}, lang)
 
 
 @dataclass(slots=True)
 class Imported:
-    """What a file says in our keys. Values have passed TrainConfig, one by one."""
+    """The settings of a file in our keys. Each value has passed TrainConfig by itself."""
 
     file: Path
     kind: str                              # kohya | kohya dataset | kohya_ss | OneTrainer
@@ -47,12 +48,8 @@ class Imported:
     assumed: dict[str, Any] = field(default_factory=dict)    # the other trainer's defaults
 
 
-def _short(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def plain(value: Any) -> str:
+    """A word without case and signs: trainers spell the same choice in many ways."""
     return re.sub(r"[^a-z0-9+]", "", str(value).lower())
 
 
@@ -61,33 +58,35 @@ def absent(value: Any) -> bool:
 
 
 class Reader:
-    """Goes through the entries; each is either taken by a method, by the table, or left."""
+    """Goes through the entries of a file. Each is taken by a method, taken by the table, or left.
+
+    A method `take_network_dim(value, entry)` takes the key `network_dim`; `__` stands for a dot."""
 
     table: Mapping[str, str] = OURS
 
     def __init__(self, path: Path, kind: str) -> None:
         self.result = Imported(path, kind)
-        self.found: dict[str, Any] = {}
+        self.theirs: dict[str, Any] = {}        # values by the other trainer's keys
         self.special: dict[str, Callable[[Any, Entry], None]] = {
             name.removeprefix("take_").replace("__", "."): getattr(self, name)
             for name in dir(self) if name.startswith("take_")}
 
-    def take(self, data: Mapping[str, Any], at: Lines) -> Imported:
-        all_ = list(self.entries(data, at))
-        self.found = {self.name(entry): entry.value for entry in all_ if not absent(entry.value)}
-        for entry in all_:
-            if not absent(entry.value):
-                self.one(self.name(entry), entry)
+    def take(self, data: Mapping[str, Any], line_of: Lines) -> Imported:
+        entries = [entry for entry in self.entries(data, line_of) if not absent(entry.value)]
+        # all of them first: what a key means may depend on a later one
+        self.theirs = {self.name(entry): entry.value for entry in entries}
+        for entry in entries:
+            self.dispatch(self.name(entry), entry)
         self.finish()
         return self.result
 
-    def entries(self, data: Mapping[str, Any], at: Lines) -> Iterable[Entry]:
-        return lines.entries(data, at)
+    def entries(self, data: Mapping[str, Any], line_of: Lines) -> Iterable[Entry]:
+        return lines.entries(data, line_of)
 
     def name(self, entry: Entry) -> str:
         return entry.name
 
-    def one(self, name: str, entry: Entry) -> None:
+    def dispatch(self, name: str, entry: Entry) -> None:
         method = self.special.get(name)
         if method is not None:
             method(entry.value, entry)
@@ -95,6 +94,7 @@ class Reader:
             self.put(self.table.get(name, name), entry.value, entry)
         elif name in tables.EPOCHS:
             self.leave(entry, "epochs")
+        # an option that is off loses nothing
         elif entry.value not in (0, False) and entry.value != "0":
             self.leave(entry, "by_itself" if name.split(".")[0] in tables.BY_ITSELF else "unknown")
 
@@ -103,13 +103,15 @@ class Reader:
         if key not in TrainConfig.model_fields:
             if value not in (0, False):
                 self.leave(entry, "no_key")
-        elif _fits(key, value):
+            return
+        try:
             self.result.values[key] = getattr(TrainConfig.model_validate({key: value}), key)
-        else:
+        except (ValidationError, TypeError):
             self.leave(entry, why)
 
-    def choose(self, key: str, among: Mapping[str, str], value: Any, entry: Entry) -> None:
-        if ours := among.get(plain(value)):
+    def choose(self, key: str, choices: Mapping[str, str], value: Any, entry: Entry) -> None:
+        """Our key with our word for their value, where `choices` has one."""
+        if ours := choices.get(plain(value)):
             self.put(key, ours, entry)
         else:
             self.leave(entry, "value")
@@ -118,11 +120,13 @@ class Reader:
         self.result.left.append(Left(self.result.file, entry.line, entry.name, entry.value, why))
 
     def assume(self, name: str, key: str, value: Any) -> None:
-        if name not in self.found:
+        """Sets our `key` to the other trainer's default where the file lacks its key `name`."""
+        if name not in self.theirs:
             self.result.values[key] = self.result.assumed[name] = value
 
     def family(self, value: Any, entry: Entry) -> None:
-        if not any(plain(value) in one.trainer_names for one in SPECS.values()):
+        # nothing is set: the base itself tells its family
+        if not any(plain(value) in spec.trainer_names for spec in SPECS.values()):
             self.leave(entry, "family")
 
     def warm_up(self, value: Any, entry: Entry) -> None:
@@ -134,18 +138,15 @@ class Reader:
             value = round(value * steps)
         self.put("lr_warmup_steps", value, entry)
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Called after the last entry."""
 
-
-def _fits(key: str, value: Any) -> bool:
-    try:
-        TrainConfig.model_validate({key: value})
-    except (ValidationError, TypeError):
-        return False
-    return True
+    def read_with_another_key(self, value: Any, entry: Entry) -> None:
+        """For keys that the method of another key reads from `theirs`."""
 
 
 def number(value: Any) -> float:
+    """A number, also one that is text; 0 where it is none."""
     try:
         return float(value)
     except (TypeError, ValueError):

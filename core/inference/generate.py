@@ -63,19 +63,21 @@ class PipelineSession:
         tell_numbers(config.precision, kind, self.precision, emit)
         self._adapters: dict[Path, str] = {}
         self._words: dict[Path, dict[str, str]] = {}
-        self._active: dict[str, str] = {}           # new words -> their tokens
-        self._told: set[str] = set()
+        self._active_words: dict[str, str] = {}     # new words -> their tokens
+        self._negative_unused_reported = False
 
     def shot(self, config: GenerateConfig, prompt: str) -> SampleRequest:
-        """What a config asks of one picture; its own numbers where it says nothing."""
+        """The request for one picture; the base's own numbers where the config has none. Raises
+        UserError for a size that the base can't draw."""
         side = self.parts.native_size
         size = size_of(config.size) or (side, side)
+        # a flow's transformer takes 2 x 2 latents as one token
         unit = min(self.parts.bucket_step, max(8, getattr(self.pipeline, "vae_scale_factor", 8) * (
             2 if self.parts.flow else 1)))
         if any(side % unit for side in size):
-            near = " x ".join(str(max(unit, round(side / unit) * unit)) for side in size)
             raise UserError("generate.bad_size", width=size[0], height=size[1], unit=unit,
-                            near=near)
+                            near=" x ".join(str(max(unit, round(side / unit) * unit))
+                                            for side in size))
         cfg, steps = distilled.drawing(config.cfg, config.steps, self.family.spec.cfg,
                                        distilled.STEPS, self.parts.distilled)
         if (few := self.parts.distilled) and None in (config.cfg, config.steps):
@@ -85,57 +87,62 @@ class PipelineSession:
                              config.sampler)
 
     def tell_unread(self, shot: SampleRequest) -> None:
-        """What of the prompts is beyond the base's limit."""
+        """Reports the end of a prompt that is beyond the base's token limit."""
         for key, text in (("prompt", shot.prompt), ("negative", shot.negative)):
-            text = textual_inversion.expand(text, self._active)
+            text = textual_inversion.expand(text, self._active_words)
             if rest := unread(self.family, self.parts, text):
                 self.emit(Note(key=f"generate.{key}_too_long", params={
                     "tokens": self.family.count_tokens(self.parts, [text])[0],
                     "limit": self.family.token_limit(self.parts), "rest": rest[:200]}))
 
     def read_as(self, config: GenerateConfig, loras: Sequence[Lora]) -> None:
-        """How prompts are read: where the config leaves clip skip open, as the first LoRA that says
-        something was trained."""
-        told = {one.path.stem: skip for one in loras if (skip := trained_skip(one.path))
-                } if self.family.spec.skips else {}
-        reading = reading_of(config, next(iter(told.values()), 1))
+        """Sets how prompts are read. Where the config leaves clip skip open, it is that of the
+        first LoRA whose metadata name one."""
+        skips: dict[str, int] = {}
+        for item in loras if self.family.spec.skips else ():
+            skip = read_header(formats.weights_file(item.path)).metadata.get("ss_clip_skip", "")
+            if skip.isdigit() and 1 <= int(skip) <= 12:
+                skips[item.path.stem] = int(skip)
+        reading = reading_of(config, next(iter(skips.values()), 1))
         if unused := unused_of(self.family, reading):
             self.emit(Note(key="engine.not_for_family", params={
                 "keys": ", ".join(unused), "family": self.family.spec.title}))
-        others = ", ".join(f"{name} ({skip})" for name, skip in told.items()
+        others = ", ".join(f"{name} ({skip})" for name, skip in skips.items()
                            if skip != reading.clip_skip)
         if others:
             self.emit(Note(key="generate.other_clip_skip", params={
                 "clip_skip": reading.clip_skip, "loras": others}))
         elif config.clip_skip is None and reading.clip_skip > 1:
             self.emit(Note(key="generate.clip_skip", params={
-                "clip_skip": reading.clip_skip, "loras": ", ".join(told)}))
+                "clip_skip": reading.clip_skip, "loras": ", ".join(skips)}))
         self.parts.reading = reading
 
     def predict_as(self, config: GenerateConfig, loras: Sequence[Lora]) -> None:
-        """What the base predicts, and whether its schedule ends in noise alone: as the config
-        says; else as previews of the LoRAs that were trained on this very base were drawn."""
+        """Sets what the base predicts, and whether its schedule ends in pure noise: as the config
+        says; else as the LoRAs say that were trained on this very base."""
         parts = self.parts
         if parts.flow is not None:
             if config.prediction_type != "auto":
                 self.emit(Note(key="engine.not_for_flows", params={"keys": "prediction_type"}))
             return
-        told = [(one.path.stem, said) for one in loras if (said := trained_prediction(one.path))]
-        here = [(name, said) for name, said in told if said.on(self.family, self.source)]
-        own = here[0][1].prediction if here else parts.objective
-        if config.prediction_type == "auto" and own != parts.objective:
+        trained = [(item.path.stem, trained_as) for item in loras
+                   if (trained_as := TrainedAs.of(item.path))]
+        on_this_base = [(name, trained_as) for name, trained_as in trained
+                        if trained_as.on(self.family, self.source)]
+        prediction = on_this_base[0][1].prediction if on_this_base else parts.objective
+        if config.prediction_type == "auto" and prediction != parts.objective:
             self.emit(Note(key="generate.prediction", params={
-                "prediction": own, "base": parts.objective, "lora": here[0][0]}))
-        parts.objective = own if config.prediction_type == "auto" else config.prediction_type
+                "prediction": prediction, "base": parts.objective, "lora": on_this_base[0][0]}))
+        parts.objective = prediction if config.prediction_type == "auto" else config.prediction_type
         parts.scheduler["prediction_type"] = parts.objective
-        others = [f"{name} ({said.prediction})" for name, said in told
-                  if said.prediction != parts.objective]
+        others = [f"{name} ({trained_as.prediction})" for name, trained_as in trained
+                  if trained_as.prediction != parts.objective]
         if others:
             self.emit(Note(key="generate.other_prediction", params={
                 "prediction": parts.objective, "loras": ", ".join(others)}))
-        if (zero := [name for name, said in here if said.zero_snr]) and (
-                parts.objective == "v_prediction"
-                and not parts.scheduler.get("rescale_betas_zero_snr")):
+        zero = [name for name, trained_as in on_this_base if trained_as.zero_snr]
+        if zero and parts.objective == "v_prediction" and not parts.scheduler.get(
+                "rescale_betas_zero_snr"):
             zero_terminal(parts)
             self.emit(Note(key="generate.zero_snr", params={"loras": ", ".join(zero)}))
 
@@ -146,69 +153,69 @@ class PipelineSession:
         self.pipeline: Any = self.family.pipeline(self.parts)
 
     def take_distilled(self) -> None:
-        """As the user says, where the name doesn't tell."""
+        """Takes the base for distilled or not as the user says, where its name doesn't tell."""
         if self.distilled != "auto":
             self.parts.take_as(distilled.of(self.source, self.distilled))
 
     def use(self, loras: Sequence[Lora]) -> None:
-        """Switches LoRAs. Weight 0 switches a file off: the base's own picture, to the bit."""
+        """Switches to these LoRAs and reads new ones. Weight 0 switches a file off: the picture is
+        the base's own, to the bit. Raises UserError for a file that doesn't fit the base."""
+        family, components = self.family.spec.id, self.pipeline.components
         active = [item for item in loras if item.weight != 0 or item.text]
-        for item in active:
-            if item.path not in self._adapters:
-                self._adapters[item.path] = self._load(item.path)
-                self._words[item.path] = load_words(self.parts, item.path, self.emit)
-        self._active = {word: tokens for item in active
-                        for word, tokens in self._words[item.path].items()}
-        texts = [model for _, model in textual_inversion.encoders(self.parts.text).values()]
-        others = [one for one in self.pipeline.components.values()
-                  if not any(one is model for model in texts)]
+        for path in {item.path: None for item in active if item.path not in self._adapters}:
+            if family in families.SPECS:      # a family of the user's own may take any file
+                checked(formats.weights_file(path), family)
+            name = load_adapter(self.pipeline, path, f"lora{len(self._adapters)}", family)
+            found, expected = lora.count(components.values(), name), modules_in(path, family)
+            if found < expected:
+                self.emit(Note(key="generate.lora_partly", params={
+                    "file": str(path), "found": found, "expected": expected}))
+            self._adapters[path] = name
+            self._words[path] = load_words(self.parts, path, self.emit)
+        self._active_words = {word: tokens for item in active
+                              for word, tokens in self._words[item.path].items()}
+        # text encoders may have a weight of their own
+        text_encoders = [model for _, model
+                         in textual_inversion.encoders(self.parts.text).values()]
+        others = [component for component in components.values()
+                  if not any(component is model for model in text_encoders)]
         lora.use(others, {self._adapters[item.path]: item.weight for item in active})
-        lora.use(texts, {self._adapters[item.path]: item.weight if item.text is None else item.text
-                         for item in active})
-
-    def _load(self, path: Path) -> str:
-        family = self.family.spec.id
-        if family in families.SPECS:      # a family of the user's own may take any file
-            checked(formats.weights_file(path), family)
-        name = load_adapter(self.pipeline, path, f"lora{len(self._adapters)}", family)
-        found = lora.count(self.pipeline.components.values(), name)
-        expected = modules_in(path, family)
-        if found < expected:
-            self.emit(Note(key="generate.lora_partly", params={
-                "file": str(path), "found": found, "expected": expected}))
-        return name
+        lora.use(text_encoders, {
+            self._adapters[item.path]: item.weight if item.text is None else item.text
+            for item in active})
 
     def draw(self, shot: SampleRequest,
              each_step: Callable[[], None] = lambda: None) -> Image.Image:
         """`each_step` is called after each denoising step; what it raises ends the picture."""
-        def called(_: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
+        def on_step_end(_: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
             each_step()
             return values
-        texts = [textual_inversion.expand(text, self._active) for text in (shot.prompt,
-                                                                           shot.negative)]
+        texts = [textual_inversion.expand(text, self._active_words)
+                 for text in (shot.prompt, shot.negative)]
         arguments = read_prompt(self.family, self.parts, self.precision, *texts)
-        if shot.negative and "cfg" not in self._told and (
+        if shot.negative and not self._negative_unused_reported and (
                 shot.cfg <= 1 or not any("negative" in name for name in arguments)):
-            self._told.add("cfg")
+            self._negative_unused_reported = True
             self.emit(Note(key="generate.negative_unused", params={
                 "cfg": f"{shot.cfg:g}", "family": self.family.spec.title}))
         return draw(self.pipeline, self.parts, shot,
-                    {**arguments, "callback_on_step_end": called}, self.precision)
+                    {**arguments, "callback_on_step_end": on_step_end}, self.precision)
 
     def describe(self, shot: SampleRequest, loras: Iterable[Lora]) -> str:
         """The parameters in A1111's form, as other programs read them from the PNG."""
         loras = list(loras)
-        tags = "".join(f" {one.tag}" for one in loras)
-        sampler = schedulers.label(self.pipeline.scheduler)
-        lines = [shot.prompt + tags]
+        lines = [shot.prompt + "".join(f" {item.tag}" for item in loras)]
         if shot.negative:
             lines.append(f"Negative prompt: {shot.negative}")
-        facts = [f"Steps: {shot.steps}", f"Sampler: {sampler}", f"CFG scale: {shot.cfg:g}",
-                 f"Seed: {shot.seed}", f"Size: {shot.size[0]}x{shot.size[1]}",
-                 *([f"Clip skip: {skip}"] if (skip := self.parts.reading.clip_skip) > 1 else []),
-                 f"Model: {self.source.stem}"]
-        hashes = ", ".join(f"{x.path.stem}: {data_hash(formats.weights_file(x.path))[:12]}"
-                           for x in loras)
+        facts = [f"Steps: {shot.steps}", f"Sampler: {schedulers.label(self.pipeline.scheduler)}",
+                 f"CFG scale: {shot.cfg:g}", f"Seed: {shot.seed}",
+                 f"Size: {shot.size[0]}x{shot.size[1]}"]
+        if self.parts.reading.clip_skip > 1:
+            facts.append(f"Clip skip: {self.parts.reading.clip_skip}")
+        facts.append(f"Model: {self.source.stem}")
+        hashes = ", ".join(
+            f"{item.path.stem}: {data_hash(formats.weights_file(item.path))[:12]}"
+            for item in loras)
         if hashes:
             facts.append(f'Lora hashes: "{hashes}"')
         return "\n".join([*lines, ", ".join(facts)])
@@ -243,20 +250,19 @@ def load_adapter(pipeline: Any, path: Path, name: str, family: str = "") -> str:
     read. Raises UserError where none of it fits the base."""
     keys = read_header(formats.weights_file(path)).tensors
     known = family if family in SPECS else ""
-    ours = from_file.is_ours(keys)
-    source: Any = formats.read(path, known) if ours else (
-        formats.for_diffusers(path, known))
+    beyond_diffusers = from_file.is_ours(keys)
+    source: Any = (formats.read if beyond_diffusers else formats.for_diffusers)(path, known)
     if source is None:
-        read_lora(path)                     # refuses what is none, and NaN
+        read_lora(path)                     # raises where it is no LoRA, or holds NaN
     try:
         with warnings.catch_warnings():     # peft warns of a second adapter, which is meant
             warnings.simplefilter("ignore")
             # diffusers refuses a file that holds words
-            plain = textual_inversion.unbundled(path)
-            if ours:
+            without_words = textual_inversion.unbundled(path)
+            if beyond_diffusers:
                 from_file.load(pipeline.components, source, name)
-            elif source or plain:
-                pipeline.load_lora_weights(source or plain, adapter_name=name)
+            elif source or without_words:
+                pipeline.load_lora_weights(source or without_words, adapter_name=name)
             else:
                 pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name,
                                            local_files_only=True)
@@ -266,6 +272,7 @@ def load_adapter(pipeline: Any, path: Path, name: str, family: str = "") -> str:
         reason = (str(error).strip().splitlines() or ["?"])[0][:200]
         raise UserError("generate.lora_refused", file=path, keys=len(keys),
                         reason=reason) from error
+    # its readers pass over keys that name no layer of the model, even all of them
     if not lora.count(pipeline.components.values(), name):
         raise UserError("generate.lora_refused", file=path, keys=len(keys),
                         reason=i18n.tr("generate.no_key_fits"))
@@ -274,53 +281,49 @@ def load_adapter(pipeline: Any, path: Path, name: str, family: str = "") -> str:
 
 def load_words(parts: Parts, path: Path,
                emit: Callable[[Event], None] | None = None) -> dict[str, str]:
-    """The new words of a LoRA file, added to the base's encoders. -> word: its tokens in a text.
-    A file that was trained with words and lost them is told by a note."""
-    found = textual_inversion.add_to(parts.text, textual_inversion.read(path),
-                                     path) if parts.text else {}
-    told = "" if path.is_dir() else read_header(path).metadata.get(CONFIG_KEY, "")
-    if not found and emit and "pivotal_tokens" in told:
+    """Adds the new words of a LoRA file to the base's encoders. -> word: its tokens in a text.
+    A file that was trained with words and lost them is reported by a note."""
+    tokens = textual_inversion.add_to(parts.text, textual_inversion.read(path),
+                                      path) if parts.text else {}
+    run_config = "" if path.is_dir() else read_header(path).metadata.get(CONFIG_KEY, "")
+    if not tokens and emit and "pivotal_tokens" in run_config:
         emit(Note(key="generate.words_missing", params={
             "file": path.name, "words": textual_inversion.beside(path).name}))
-    return found
+    return tokens
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedAs:
-    """What a LoRA file says of the base that it was trained on."""
+    """What the metadata of a LoRA file say about the base that it was trained on."""
 
     prediction: Objective
     zero_snr: bool
-    fingerprint: str                        # of our files
-    short: str                              # of kohya's, where the base was a file
+    fingerprint: str                        # in files of this trainer
+    short_hash: str                         # in kohya's, where the base was a file
+
+    @classmethod
+    def of(cls, path: Path) -> TrainedAs | None:
+        """None: the file doesn't say what its base predicted."""
+        metadata = read_header(formats.weights_file(path)).metadata
+        objectives: dict[str, Objective] = {"epsilon": "epsilon", "v": "v_prediction"}
+        objective = objectives.get(metadata.get("modelspec.prediction_type", ""))
+        return objective and cls(objective, metadata.get("ss_zero_terminal_snr") == "True",
+                                 metadata.get(BASE_KEY, ""), metadata.get("ss_sd_model_hash", ""))
 
     def on(self, family: Family, source: Path) -> bool:
         """Whether that base was `source`."""
         if self.fingerprint:
             return self.fingerprint == fingerprint(family.weight_files(source, "denoiser"))
-        return source.is_file() and self.short == short_hash(source)
-
-
-def trained_prediction(path: Path) -> TrainedAs | None:
-    """None: the file doesn't say what its base predicted."""
-    told = read_header(formats.weights_file(path)).metadata
-    kinds: dict[str, Objective] = {"epsilon": "epsilon", "v": "v_prediction"}
-    kind = kinds.get(told.get("modelspec.prediction_type", ""))
-    return kind and TrainedAs(kind, told.get("ss_zero_terminal_snr") == "True",
-                              told.get(BASE_KEY, ""), told.get("ss_sd_model_hash", ""))
-
-
-def trained_skip(path: Path) -> int:
-    """The clip skip that a LoRA file says it was trained with; 0: it says nothing."""
-    told = read_header(formats.weights_file(path)).metadata.get("ss_clip_skip", "")
-    return int(told) if told.isdigit() and 1 <= int(told) <= 12 else 0
+        return source.is_file() and self.short_hash == short_hash(source)
 
 
 def modules_in(path: Path, family: str = "") -> int:
-    """Adapted layers of a file: one of these each, but fused ones count as their parts."""
+    """The number of adapted layers in a file. A fused layer counts as the layers that it is made
+    of."""
     if formats.fuses(family):
         return len(formats.read(path, family).layers)
     files = path.rglob("*.safetensors") if path.is_dir() else [path]
+    # every layer has exactly one of these keys
     return sum(k.endswith((".lora_down.weight", ".lora_A.weight", ".hada_w1_a", ".lokr_w1",
                            ".lokr_w1_a", ".oft_blocks"))
                for file in files for k in read_header(file).tensors)
@@ -336,6 +339,7 @@ def save_png(image: Image.Image, path: Path, parameters: str,
 
 def write_png(image: Image.Image, path: Path, parameters: str) -> None:
     info = PngInfo()
+    # a plain text chunk is Latin-1
     info.add_itxt("parameters", parameters) if not parameters.isascii() else info.add_text(
         "parameters", parameters)
     image.save(path, "PNG", pnginfo=info)
@@ -344,6 +348,7 @@ def write_png(image: Image.Image, path: Path, parameters: str) -> None:
 def save_numbered(image: Image.Image, folder: Path, parameters: str, stem: str = "") -> Path:
     """Saves under the next free number: nothing is overwritten, whoever else draws there."""
     folder.mkdir(parents=True, exist_ok=True)
+    # deleted pictures count: they may be restored
     taken = [int(m[1]) for p in (*folder.glob("*.png"), *folder.glob(f"{TRASH}/*.png"))
              if (m := re.search(r"(\d+)$", p.stem))]
     for number in itertools.count(max(taken, default=0) + 1):

@@ -29,10 +29,11 @@ def font(size: int, cjk: bool = False) -> ImageFont.FreeTypeFont | ImageFont.Ima
 
 def draw_sheet(columns: Sequence[str], rows: Sequence[Row], caption: str = "",
                cell: int = 0) -> Image.Image:
-    """Pictures in rows under column labels; `cell` px a side, small pictures grow in whole
-    multiples so that their pixels stay square."""
+    """Pictures in rows under column labels. `cell`: width of a picture in px; 0: that of the first
+    picture. Small pictures grow in whole multiples, so that their pixels stay square."""
     first = rows[0][1][0]
     if not cell:
+        # below 128 px labels could not be read
         cell = max(first.width, first.width * (128 // max(1, first.width)))
     height = round(cell * first.height / first.width)
     gap, text = max(4, cell // 24), max(11, min(22, cell // 9))
@@ -66,6 +67,7 @@ def _width(label: str, size: int) -> int:
 
 def _write(pen: ImageDraw.ImageDraw, at: tuple[int, int], label: str, size: int, anchor: str,
            most: int = 0, colour: tuple[int, int, int] = INK) -> None:
+    # a label that is too wide is written smaller, then shortened
     while most and size > 8 and _width(label, size) > most:
         size -= 1
     while most and len(label) > 4 and _width(label, size) > most:

@@ -26,7 +26,7 @@ MOST_NODES = 2000
 _NEGATIVE = "Negative prompt:"
 _FACTS = re.compile(r"\s*Steps:\s*\d+\s*(,|$)")
 _PAIR = re.compile(r'\s*([A-Za-z][\w /+-]*?)\s*:\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
-# ComfyUI's (sampler, scheduler) -> ours; a scheduler that isn't named here changes nothing
+# ComfyUI's sampler and scheduler -> ours; a scheduler that isn't named here changes nothing.
 _COMFY = {"euler": "euler", "euler_ancestral": "euler_a", "ddim": "ddim", "heun": "heun",
           "dpmpp_2m": "dpm++2m", "dpmpp_2m karras": "dpm++2m_karras",
           "dpmpp_2m_sde": "dpm++2m_sde", "uni_pc": "unipc", "uni_pc_bh2": "unipc"}
@@ -49,67 +49,58 @@ class Settings:
 
 
 def read(path: Path) -> Settings:
-    """Raises UserError where the file is no picture or tells nothing."""
-    chunks = _chunks(path)
-    if text := chunks.get("parameters", ""):
-        return parse(text)
-    if text := chunks.get("prompt", ""):
-        return parse_comfy(text, path)
-    raise UserError("tab_inference.no_settings", file=path.name)
-
-
-def _chunks(path: Path) -> dict[str, str]:
+    """The settings in a PNG file. Raises UserError where it is no picture or holds no settings."""
     try:
-        with warnings.catch_warnings():     # of a picture's size: its pixels are not decoded
+        # Pillow warns of a picture's size, but its pixels are not decoded here
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path, formats=("PNG",)) as image:
-                found = dict(image.info)
+                chunks = dict(image.info)
     except (OSError, ValueError, SyntaxError, OverflowError, Image.DecompressionBombError):
         raise UserError("tab_inference.no_picture", file=path.name) from None
-    texts = {key: str(value) for key, value in found.items()
-             if key in ("parameters", "prompt") and isinstance(value, str)}
-    if any(len(text) > MOST_TEXT for text in texts.values()):
-        raise UserError("tab_inference.no_settings", file=path.name)
-    return texts
+    texts = {key: chunks[key] for key in ("parameters", "prompt")
+             if isinstance(chunks.get(key), str)}
+    if not any(len(text) > MOST_TEXT for text in texts.values()):
+        if texts.get("parameters"):
+            return parse(texts["parameters"])
+        if texts.get("prompt"):
+            return parse_comfy(texts["prompt"], path)
+    raise UserError("tab_inference.no_settings", file=path.name)
 
 
 # --- A1111 ---
 
 def parse(text: str) -> Settings:
-    """Never fails: what is not understood counts as part of the prompt."""
+    """A1111's parameters text. Never fails: lines that are not understood count as prompt."""
     lines = text.strip().splitlines()
     facts: dict[str, str] = {}
     if lines and _FACTS.match(lines[-1]):
-        facts = {m[1]: _unquoted(m[2].strip()) for m in _PAIR.finditer(lines.pop())}
+        for match in _PAIR.finditer(lines.pop()):
+            key, value = match[1], match[2].strip()
+            # values with a comma or a colon are written as JSON strings
+            if value.startswith('"'):
+                try:
+                    value = str(json.loads(value))
+                except ValueError:
+                    value = value.strip('"')
+            facts[key] = value
+    # from the end: a prompt may hold the words "Negative prompt:" itself
     at = next((n for n in reversed(range(len(lines))) if lines[n].startswith(_NEGATIVE)),
               len(lines))
     negative = "\n".join(lines[at:]).removeprefix(_NEGATIVE).strip()
-    sampler, unknown = _sampler(facts.get("Sampler", ""), facts.get("Schedule type", ""))
+    # newer versions write the schedule apart from the sampler
+    label, schedule = facts.get("Sampler", ""), facts.get("Schedule type", "")
+    names = {text.casefold(): name for name, (text, _, _) in SAMPLERS.items()}
+    sampler = names.get(f"{label} {schedule}".casefold()) or names.get(label.casefold(), "")
     return Settings("\n".join(lines[:at]).strip(), negative, _whole(facts.get("Seed"), 2**63 - 1),
                     _whole(facts.get("Steps"), 1000, 1), _number(facts.get("CFG scale")),
-                    _size(facts.get("Size", "")), sampler, unknown, facts.get("Model", ""),
-                    _whole(facts.get("Clip skip"), 12, 1))
-
-
-def _unquoted(value: str) -> str:
-    if not value.startswith('"'):
-        return value
-    try:
-        return str(json.loads(value))
-    except ValueError:
-        return value.strip('"')
-
-
-def _sampler(label: str, schedule: str) -> tuple[str, str]:
-    """-> our name, or what can't be named. Newer versions tell the schedule apart."""
-    names = {text.casefold(): name for name, (text, _, _) in SAMPLERS.items()}
-    known = names.get(f"{label} {schedule}".casefold()) or names.get(label.casefold(), "")
-    return known, "" if known else label
+                    _size(facts.get("Size", "")), sampler, "" if sampler else label,
+                    facts.get("Model", ""), _whole(facts.get("Clip skip"), 12, 1))
 
 
 def _size(text: str) -> str:
-    found = re.fullmatch(r"\s*(\d{1,5})\s*x\s*(\d{1,5})\s*", text)
-    sides = (int(found[1]), int(found[2])) if found else (0, 0)
+    match = re.fullmatch(r"\s*(\d{1,5})\s*x\s*(\d{1,5})\s*", text)
+    sides = (int(match[1]), int(match[2])) if match else (0, 0)
     return f"{sides[0]},{sides[1]}" if all(8 <= side <= 16384 for side in sides) else ""
 
 
@@ -132,7 +123,8 @@ def _number(value: Any, most: float = 50.0) -> float | None:
 # --- ComfyUI ---
 
 def parse_comfy(text: str, path: Path) -> Settings:
-    """A graph with one sampler and plain text nodes. Raises UserError for others."""
+    """ComfyUI's graph, of which the first sampler and plain text nodes are understood. Raises
+    UserError for other graphs."""
     try:
         graph = json.loads(text)
     except (ValueError, RecursionError):
@@ -145,10 +137,7 @@ def parse_comfy(text: str, path: Path) -> Settings:
                 if {"positive", "steps", "cfg"} <= node["inputs"].keys()]
     if not samplers:
         raise UserError("tab_inference.other_graph", file=path.name)
-    return _settings(nodes, samplers[0])
-
-
-def _settings(nodes: Mapping[str, Any], main: Mapping[str, Any]) -> Settings:
+    main = samplers[0]
     name, schedule = (str(main.get(key, "")) for key in ("sampler_name", "scheduler"))
     sampler = _COMFY.get(f"{name} {schedule}") or _COMFY.get(name, "")
     latent = _node(nodes, main.get("latent_image"))
@@ -160,25 +149,27 @@ def _settings(nodes: Mapping[str, Any], main: Mapping[str, Any]) -> Settings:
         _text(nodes, main.get("negative")), _whole(seed, 2**63 - 1),
         _whole(_value(nodes, main.get("steps")), 1000, 1),
         _number(_value(nodes, main.get("cfg"))), size, sampler, "" if sampler else name,
-        next((str(one) for node in nodes.values()
-              if isinstance(one := node["inputs"].get("ckpt_name"), str)), ""),
-        _whole(next((-one for node in nodes.values() if isinstance(
-            one := node["inputs"].get("stop_at_clip_layer"), int)), None), 12, 1))
+        next((str(file) for node in nodes.values()
+              if isinstance(file := node["inputs"].get("ckpt_name"), str)), ""),
+        # ComfyUI counts layers from the end: -2 is a clip skip of 2
+        _whole(next((-layer for node in nodes.values() if isinstance(
+            layer := node["inputs"].get("stop_at_clip_layer"), int)), None), 12, 1))
 
 
 def _node(nodes: Mapping[str, Any], link: Any) -> dict[str, Any]:
     """The inputs of the node that a link [id, output] names."""
     match link:
         case [key, *_] if str(key) in nodes:
-            found: dict[str, Any] = nodes[str(key)]["inputs"]
-            return found
+            inputs: dict[str, Any] = nodes[str(key)]["inputs"]
+            return inputs
     return {}
 
 
 def _chain(nodes: Mapping[str, Any], link: Any, through: tuple[str, ...]
            ) -> Iterator[dict[str, Any]]:
     """Nodes one behind the other, by the first of the inputs `through` that is a link."""
-    for _ in range(len(nodes)):             # a graph may be a circle
+    # not `while`: a graph may be a circle
+    for _ in range(len(nodes)):
         inputs = _node(nodes, link)
         if not inputs:
             return
@@ -200,11 +191,14 @@ def _value(nodes: Mapping[str, Any], value: Any) -> Any:
 
 def _loras(nodes: Mapping[str, Any], main: Mapping[str, Any]) -> list[tuple[str, float]]:
     """(file name without suffix, weight) of the loaders before the sampler, the first first."""
-    found = []
+    loras = []
     for inputs in _chain(nodes, main.get("model"), ("model",)):
-        name, weight = inputs.get("lora_name"), _number(abs(w) if isinstance(
-            w := inputs.get("strength_model"), (int, float)) else None)
-        if isinstance(name, str) and weight is not None:
+        name: Any = inputs.get("lora_name")
+        strength: Any = inputs.get("strength_model")
+        size = _number(abs(strength)) if isinstance(strength, int | float) else None
+        if isinstance(name, str) and size is not None:
             stem = re.sub(r"\.safetensors$", "", re.split(r"[\\/]", name)[-1])
-            found.append((stem.replace(":", "_"), math.copysign(weight, inputs["strength_model"])))
-    return found[::-1]
+            # a colon would end the name in a <lora:...> tag
+            loras.append((stem.replace(":", "_"), math.copysign(size, strength)))
+    # the walk goes from the sampler back to the base
+    return loras[::-1]

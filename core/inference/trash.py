@@ -10,12 +10,12 @@ TRASH = "_deleted"                          # a folder in that of the pictures
 
 
 def discard(file: Path) -> Path:
-    """-> where it is now; what lies there already stays. Raises OSError."""
+    """Moves a picture into the trash folder under a free name. -> where. Raises OSError."""
     folder = file.parent / TRASH
     folder.mkdir(exist_ok=True)
     return paths.place(file, folder / file.name)
 
 
 def restore(file: Path, original: Path) -> None:
-    """Raises FileExistsError where another picture has taken the name meanwhile."""
+    """Moves it back. Raises FileExistsError where another picture has taken the name meanwhile."""
     paths.move(file, original)

@@ -1,7 +1,7 @@
 """A LoRA file for other programs: where they keep theirs, and a copy there that replaces nothing.
 
-A1111 and Forge read models/Lora, ComfyUI models/loras; all three read kohya's format. What is
-spelled otherwise is converted by `darkroom lora convert` in a child process, which takes torch.
+A1111 and Forge read models/Lora, ComfyUI models/loras; all three read kohya's format. Other
+formats are converted by `darkroom lora convert`, in a child process: the window takes no torch.
 docs/interop.md has the table of who reads what; tests/adapters/test_layer_keys.py proves it,
 key by key.
 """
@@ -25,9 +25,11 @@ from core.system import processes
 
 PROGRAMS = {"a1111": ("models", "Lora"), "forge": ("models", "Lora"),
             "comfyui": ("models", "loras"), "diffusers": ()}
+# Other formats are converted to the first.
 READS = {"a1111": ("kohya",), "forge": ("kohya",), "comfyui": ("kohya", "comfyui"),
-         "diffusers": ("diffusers", "peft", "diffusers-old")}   # others are converted to the first
-_PARTS = ("unet.", "transformer.", "text_encoder")     # what keys begin with in diffusers' files
+         "diffusers": ("diffusers", "peft", "diffusers-old")}
+# What keys begin with in diffusers' files.
+_PARTS = ("unet.", "transformer.", "text_encoder")
 CONVERT_S = 300.0                           # a large file on a slow disk
 
 
@@ -38,16 +40,17 @@ class Place:
 
 
 def find_places() -> list[Place]:
-    """Installed programs in the usual places."""
-    found: dict[str, Place] = {}
+    """The LoRA folders of installed programs in the usual places."""
+    places: dict[str, Place] = {}
     for root in search.installed():
         if place := place_of(root):
-            found.setdefault(os.path.realpath(place.folder), place)
-    return list(found.values())
+            # programs may share a folder by a link
+            places.setdefault(os.path.realpath(place.folder), place)
+    return list(places.values())
 
 
 def place_of(root: Path) -> Place | None:
-    """What is installed in a folder, told by the folders inside."""
+    """The program that is installed in a folder, recognised by the folders inside."""
     models = root / "models"
     if (models / "loras").is_dir() and (models / "checkpoints").is_dir():
         return Place("comfyui", models / "loras")
@@ -63,6 +66,7 @@ def target_folder(typed: str, program: str) -> Path:
     folder = Path(typed.strip().strip('"')).expanduser()
     if not typed.strip() or not folder.is_absolute() or not folder.is_dir():
         raise UserError("tab_inference.no_folder", folder=typed.strip() or "-")
+    # the program's folder, or already the one for LoRAs
     inner = PROGRAMS[program]
     if inner and (folder / inner[0]).is_dir():
         return folder.joinpath(*inner)
@@ -75,9 +79,9 @@ def reads(program: str, family: str) -> tuple[str, ...]:
     ComfyUI knows diffusers' names of transformers; of a UNet's attention only those before PEFT.
     It takes q, k and v for equally high there."""
     part = naming(family)[0]
-    equal = all(len(set(one.rows[:3])) == 1 for one in part.renames)
-    known = program == "comfyui" and part.name == "transformer" and equal
-    return (*READS[program], "diffusers") if known else READS[program]
+    equal = all(len(set(rename.rows[:3])) == 1 for rename in part.renames)
+    diffusers = program == "comfyui" and part.name == "transformer" and equal
+    return (*READS[program], "diffusers") if diffusers else READS[program]
 
 
 def fits(file: Path, program: str) -> bool:
@@ -91,25 +95,26 @@ def fits(file: Path, program: str) -> bool:
 
 
 def convert_to(file: Path, program: str, folder: Path, language: str) -> Path:
-    """-> a copy in the program's own spelling, as `copy_to`. Takes seconds. Raises UserError."""
-    with tempfile.TemporaryDirectory(dir=paths.cache_dir(), prefix="export-") as holder:
-        fresh = Path(holder) / file.name
-        done = subprocess.run(
+    """Like `copy_to`, but converts to the format that the program reads. Takes seconds."""
+    with tempfile.TemporaryDirectory(dir=paths.cache_dir(), prefix="export-") as temporary:
+        converted = Path(temporary) / file.name
+        process = subprocess.run(
             processes.command("lora", "convert", str(file), "--to", READS[program][0],
-                              "--out", str(fresh)),
+                              "--out", str(converted)),
             env=processes.environment(DARKROOM_LANG=language), stdin=subprocess.DEVNULL,
             capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=CONVERT_S,
             creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
-        if done.returncode or not fresh.is_file():
-            said = [line for line in done.stderr.splitlines() if line.strip()]
+        if process.returncode or not converted.is_file():
+            # the last line is the fault, those before it are notes
+            lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
             raise UserError("tab_inference.not_converted", file=file.name,
-                            reason=said[-1].strip() if said else f"exit code {done.returncode}")
-        return copy_to(fresh, folder)
+                            reason=lines[-1] if lines else f"exit code {process.returncode}")
+        return copy_to(converted, folder)
 
 
 def copy_to(file: Path, folder: Path) -> Path:
-    """-> the copy; a file that is there stays, the copy gets the next free name, unless it is the
-    same file already. Raises UserError where it can't be written."""
+    """Copies a LoRA into a folder under the next free name. -> the copy, or the file that is there
+    already with the same content. Raises UserError where it can't be written."""
     if not file.is_file():
         raise UserError("lora_file.missing", file=file, folder=file.parent)
     try:

@@ -1,4 +1,4 @@
-"""A LoRA from the difference of two models, tensor by tensor: a few matrices in memory at a time.
+"""A LoRA from the difference of two models. Only a few matrices are in memory at a time.
 
 Singular vectors of large matrices by randomised SVD with power iterations (Halko, Martinsson and
 Tropp 2011, arXiv 0909.4061), seeded: the same models give the same file.
@@ -24,10 +24,10 @@ from core.lora_files.merge import balanced
 from core.weights.tensor_file import TensorFile
 
 _SMALL = 512                               # up to this side, an exact SVD takes no time
-_MORE, _ROUNDS, _SEED = 16, 4, 0           # directions beside the wanted; power iterations
+_OVERSAMPLING, _ITERATIONS, _SEED = 16, 4, 0   # of the randomised SVD
 _SINGLE = (("model.diffusion_model.", 0), ("cond_stage_model.transformer.", 1),
            ("conditioner.embedders.0.transformer.", 1), ("double_blocks.", 0),
-           ("single_blocks.", 0))          # prefixes in single files -> number of the part
+           ("single_blocks.", 0))          # prefix in a single file, number of the part
 _EMBEDDINGS = ("token_embedding", "position_embedding", "shared")
 
 
@@ -56,48 +56,50 @@ def extract(tuned: Path, base: Path, rank: int, conv_rank: int | None = None,
     if 2 * len(shared) < max(len(ours.weights), len(theirs.weights)):
         raise UserError("lora_convert.other_models", tuned=tuned, base=base, shared=len(shared),
                         count=len(theirs.weights))
-    found: dict[str, Layer] = {}
-    rest, compared, kept, whole = 0, 0, 0.0, 0.0
+    parts = {part.name: part for part in ours.naming}
+    layers: dict[str, Layer] = {}
+    rest, compared, kept_energy, whole_energy = 0, 0, 0.0, 0.0
     for number, path in enumerate(shared):
         emit(Phase(name="extract", done=number, total=len(shared)))
-        pair = [file[key] for file, key in (ours.weights[path], theirs.weights[path])]
-        wanted = _rank(path, pair[1], rank, rank if conv_rank is None else conv_rank)
-        compared += wanted > 0
-        if pair[0].numel() != pair[1].numel():
+        after, before = (file[key] for file, key in (ours.weights[path], theirs.weights[path]))
+        # 0: no matrix that a LoRA layer could change, or one that is not wanted
+        layer_rank = 0
+        if before.ndim >= 2 and path.endswith(".weight") and not any(
+                word in path for word in _EMBEDDINGS):
+            wide = before.ndim > 2 and any(side > 1 for side in before.shape[2:])
+            most = conv_rank if wide and conv_rank is not None else rank
+            layer_rank = int(min(most, *before.flatten(1).shape))
+        compared += layer_rank > 0
+        if after.numel() != before.numel():
             raise UserError("lora_convert.other_shapes", layer=path)
-        difference = pair[0].float() - pair[1].reshape(pair[0].shape).float()
+        difference = after.float() - before.reshape(after.shape).float()
         if not difference.any():
             continue
         if not bool(difference.isfinite().all()):
             raise UserError("lora_convert.model_nan", tuned=tuned, base=base, key=path)
-        if not wanted:
+        if not layer_rank:
             rest += 1
             continue
-        layer, energy = _layer(difference, wanted)
-        found[path.removesuffix(".weight")] = layer
-        kept, whole = kept + energy, whole + float(difference.double().square().sum())
-    if not found:
+        layer, energy = _layer(difference, layer_rank)
+        kept_energy += energy
+        whole_energy += float(difference.double().square().sum())
+        # a fused matrix of a single file becomes the layers that diffusers has for it
+        part, _, inner = path.removesuffix(".weight").partition(".")
+        layers |= {f"{part}.{name}": piece for name, piece in split(parts[part], inner, layer)}
+    if not layers:
         raise UserError("lora_convert.same_models", tuned=tuned, base=base)
-    return Extracted(_unfused(found, ours.naming), compared, kept / whole, rest)
-
-
-def _rank(path: str, weight: Tensor, rank: int, conv_rank: int) -> int:
-    """0: no matrix that a LoRA layer could change, or one that is not wanted."""
-    if weight.ndim < 2 or not path.endswith(".weight") or any(x in path for x in _EMBEDDINGS):
-        return 0
-    wide = weight.ndim > 2 and any(side > 1 for side in weight.shape[2:])
-    return int(min(conv_rank if wide else rank, *weight.flatten(1).shape))
+    return Extracted(Lora(layers, ours.naming), compared, kept_energy / whole_energy, rest)
 
 
 def _layer(difference: Tensor, rank: int) -> tuple[Layer, float]:
-    """-> the layer and the energy that it keeps."""
+    """-> the layer of this rank that is nearest to the difference, and the energy that it keeps."""
     matrix = difference.flatten(1)
-    if min(matrix.shape) <= max(_SMALL, rank + _MORE):
+    if min(matrix.shape) <= max(_SMALL, rank + _OVERSAMPLING):
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
-            left, values, columns = torch.svd_lowrank(matrix, rank + _MORE, _ROUNDS)
+            left, values, columns = torch.svd_lowrank(matrix, rank + _OVERSAMPLING, _ITERATIONS)
         right = columns.T
     kernel = difference.shape[1:]
     like = {DOWN: difference.new_empty(0, *kernel),
@@ -106,59 +108,45 @@ def _layer(difference: Tensor, rank: int) -> tuple[Layer, float]:
     return with_alpha(pair), float(values[:rank].double().square().sum())
 
 
-def _unfused(layers: dict[str, Layer], naming: Naming) -> Lora:
-    parts = {part.name: part for part in naming}
-    return Lora({f"{name}.{path}": one for whole, layer in layers.items()
-                 for name, _, inner in [whole.partition(".")]
-                 for path, one in split(parts[name], inner, layer)}, naming)
-
-
 # --- models ------------------------------------------------------------------------------------
 
 def _model(source: Path) -> _Model:
-    files = [(part, TensorFile(file)) for part, file in _files(source)]
+    """A single file, or the folder of a pipeline. Raises UserError where it has no weights that
+    are known."""
+    parts = dict.fromkeys(part.name for spec in SPECS.values() for part in spec.naming)
+    files = [] if source.is_dir() else [("", TensorFile(source))]
+    for part in parts:
+        for path in sorted((source / part).glob("*.safetensors")):
+            # model.fp16.safetensors beside model.safetensors: the same weights again
+            stem = path.name.partition(".")[0]
+            if stem == path.stem or not (path.parent / f"{stem}.safetensors").exists():
+                files.append((part, TensorFile(path)))
     tensors = {key: info for _, file in files for key, info in file.header.tensors.items()}
     naming = registry.naming(family_of(tensors))
     weights = {name: (file, key) for part, file in files
                for name, key in _names(part, file.names(), naming)}
     for file, key in weights.values():
-        file.shape(key)                    # refuses numbers that aren't read
+        file.shape(key)                    # raises for number formats that aren't read
     if not weights:
         raise UserError("lora_convert.no_weights", source=source)
     return _Model(naming, weights)
 
 
-def _files(source: Path) -> list[tuple[str, Path]]:
-    """(part, file); no part: a single file that holds them all."""
-    if not source.is_dir():
-        return [("", source)]
-    parts = dict.fromkeys(part.name for one in SPECS.values() for part in one.naming)
-    return [(part, file) for part in parts for file in sorted(
-        (source / part).glob("*.safetensors")) if not _is_variant(file)]
-
-
-def _is_variant(file: Path) -> bool:
-    """model.fp16.safetensors beside model.safetensors: the same weights again."""
-    stem, _, _ = file.stem.partition(".")
-    return file.stem != stem and (file.parent / f"{stem}.safetensors").exists()
-
-
-def _names(part: str, keys: list[str], naming: Naming) -> Iterator[tuple[str, str]]:
+def _names(part_name: str, keys: list[str], naming: Naming) -> Iterator[tuple[str, str]]:
+    """(path with its part in diffusers' words, key) of each weight. No part: a single file that
+    holds them all, in the original code's words."""
+    if part_name:
+        for part in naming:
+            if part.name == part_name:
+                yield from ((f"{part_name}.{part.unrooted(key)}", key) for key in keys)
+        return
     for key in keys:
-        if part:
-            one = next((p for p in naming if p.name == part), None)
-            if one is not None:
-                yield f"{part}.{one.unrooted(key)}", key
-            continue
         for prefix, number in _SINGLE:
             if key.startswith(prefix):
+                # Flux's files have no prefix: there it is a part of the name
                 name = key.removeprefix(prefix) if prefix.endswith(("model.", "former.")) else key
-                yield _plain(name, naming, number), key
-
-
-def _plain(name: str, naming: Naming, number: int) -> str:
-    """A single file's name in diffusers' words; fused matrices keep their own."""
-    part = naming[number]
-    module, dot, end = name.rpartition(".")
-    paths, _ = from_native(part, part.unrooted(module))
-    return f"{part.name}.{paths[0] if len(paths) == 1 else module}{dot}{end}"
+                part = naming[number]
+                module, dot, end = name.rpartition(".")
+                paths, _ = from_native(part, part.unrooted(module))
+                # a fused matrix keeps its name until its layer is split
+                yield f"{part.name}.{paths[0] if len(paths) == 1 else module}{dot}{end}", key

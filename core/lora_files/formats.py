@@ -57,7 +57,7 @@ FORMATS = tuple(HOLDS)
 SINGLE = ("kohya", "comfyui", "diffusers")  # one file each
 CONFIG, WEIGHTS, DIFFUSERS = ("adapter_config.json", "adapter_model.safetensors",
                               "pytorch_lora_weights.safetensors")
-LARGEST = 2.0**63                          # an alpha beyond it is none
+LARGEST = 2.0**63                          # a larger number in a config is no alpha
 _BUNDLED = "bundle_emb."                   # embeddings that travel in a LoRA file
 
 # --- reading -----------------------------------------------------------------------------------
@@ -66,57 +66,90 @@ _ENDS = (r"lora_(?:down|up|mid)\.weight|lora_[AB](?:\.[^.]+)?\.weight|lora_[AB]"
          r"|lora\.(?:down|up)\.weight|lora_linear_layer\.(?:down|up)\.weight"
          r"|lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?|alpha|dora_scale"
          r"|hada_\w+|lokr_\w+|oft_\w+|rescale|diff|diff_b|w_norm|b_norm")
+# kohya, LyCORIS, OneTrainer: lora_unet_mid_block_attentions_0_proj_in.lora_down.weight
 _FLAT = re.compile(rf"(?P<module>[^.]+)\.(?P<end>{_ENDS})")
+# PEFT, diffusers, ComfyUI: unet.mid_block.attentions.0.proj_in.lora_A.weight; and diffusers before
+# PEFT, `old`: unet.mid_block...attn1.processor.to_q_lora.down.weight
 _DOTTED = re.compile(rf"(?P<module>.+?)(?:\.(?P<end>{_ENDS})"
                      r"|_lora\.(?P<old>down|up)\.weight)")
+# diffusers before PEFT used a UNet's words for the text encoder, too.
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _UNET = re.compile(r"^unet\.|(down|up|input|output)_blocks|mid_block|middle_block|text_model"
                    r"|text_encoder|^(base_model\.model\.)?encoder\.layers")
-_WRAPPER = "base_model.model."
+_WRAPPER = "base_model.model."             # PeftModel around the real model
+# Keys that diffusers' loader takes as they are.
 _PEFT = re.compile(r"(unet|transformer|text_encoder(_[23])?)\..*\.(lora_[AB]\.weight"
                    r"|lora_magnitude_vector)$")
 
 
 def read(path: Path, family: str = "") -> Lora:
-    """Any LoRA: a .safetensors file, or a folder as PEFT and diffusers save them.
+    """Reads any LoRA: a .safetensors file, or a folder as PEFT and diffusers save them.
 
-    `family` names the table where the file doesn't tell. Raises UserError as `read_lora` does."""
-    if path.is_dir():
-        return _read_folder(path, family)
-    tensors, metadata = files.read_lora(path)
-    naming = _naming(path, family)
-    notes = lora_metadata.noted(metadata)
-    configs = {part.name: notes[part.name] for part in naming if part.name in notes}
-    return replace(_gathered(tensors, naming, configs), metadata=metadata)
+    `family` chooses the table of names where the file doesn't tell. Raises UserError as
+    `read_lora` does."""
+    if (path / DIFFUSERS).is_file():
+        path = path / DIFFUSERS
+    if not path.is_dir():
+        tensors, metadata = files.read_lora(path)
+        naming = _naming(path, family)
+        notes = lora_metadata.noted(metadata)
+        configs = {part.name: notes[part.name] for part in naming if part.name in notes}
+        return replace(_gathered(tensors, naming, configs), metadata=metadata)
+
+    # PEFT's folder, or one that holds such a folder for each part
+    folders = {"": path} if (path / CONFIG).is_file() else {
+        config.parent.name: config.parent for config in sorted(path.glob(f"*/{CONFIG}"))}
+    if not folders:
+        raise UserError("lora_convert.no_adapter", folder=path)
+    lora: Lora | None = None
+    for name, folder in folders.items():
+        try:
+            config = json.loads((folder / CONFIG).read_bytes())
+            if not isinstance(config, dict):
+                raise ValueError("no JSON object")
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError("lora_file.unreadable", file=folder / CONFIG, reason=error) from None
+        tensors, metadata = files.read_lora(folder / WEIGHTS)
+        naming = lora.naming if lora else _naming(folder / WEIGHTS, family)
+        of_part = _gathered(tensors, naming, {part.name: config for part in naming},
+                            next((part for part in naming if part.name == name), None))
+        lora = lora or Lora({}, naming, metadata)
+        lora.layers |= of_part.layers
+        lora.unknown += of_part.unknown
+    assert lora is not None
+    return lora
 
 
-def from_tensors(tensors: Mapping[str, Tensor], family: str) -> Lora:
-    return _gathered(tensors, naming(family), {})
+def from_tensors(tensors: Mapping[str, Tensor], family: str, alpha: float | None = None) -> Lora:
+    """A LoRA from tensors by the keys of any format. `alpha` is that of layers that have none of
+    their own; None: their rank."""
+    parts = naming(family)
+    configs = {} if alpha is None else {part.name: {"lora_alpha": alpha} for part in parts}
+    return _gathered(tensors, parts, configs)
 
 
 def for_diffusers(path: Path, family: str) -> dict[str, Tensor] | None:
-    """A LoRA in PEFT's names, which diffusers' loader of the family surely reads, alpha folded in
-    as fp32; None: the file has them.
+    """A LoRA in PEFT's names with alpha folded in, fp32; None: the file has such names already.
 
-    Its tables for other names hold sizes and orders of single published models, and want certain
-    layers to be there."""
+    diffusers' loaders surely read these. Their tables for other names hold sizes and orders of
+    single published models, and want certain layers to be there."""
     if not path.is_dir() and all(_PEFT.match(name) or name.startswith(_BUNDLED)
                                  for name in read_header(path).tensors):
         return None
-    found = replace(read(path, family), bundled={})
-    found.layers = {name: {end: value.float() for end, value in layer.items()}
-                    for name, layer in found.layers.items()}
-    return spell(found, "diffusers")
+    lora = replace(read(path, family), bundled={})
+    lora.layers = {name: {end: value.float() for end, value in layer.items()}
+                   for name, layer in lora.layers.items()}
+    return spell(lora, "diffusers")
 
 
 def fuses(family: str) -> bool:
     """Whether the original code has one matrix where diffusers has several."""
-    return any(len(one.ours) > 1 for one in naming(family)[0].renames)
+    return any(len(rename.ours) > 1 for rename in naming(family)[0].renames)
 
 
 def _naming(path: Path, family: str) -> Naming:
-    """The table of the family that the file tells; a UNet's where it tells none, such as a tiny
-    one's. Raises UserError for families without a table: their names would be guessed."""
+    """The table of the file's family; a UNet's where the family can't be told, as for a tiny model.
+    Raises UserError for families without a table: their names would be guessed."""
     family = family or files.describe(path).family
     if family == "unknown" and any(map(_UNET.search, read_header(path).tensors)):
         family = STANDARD.id
@@ -125,49 +158,21 @@ def _naming(path: Path, family: str) -> Naming:
     return SPECS[family].naming
 
 
-def _read_folder(folder: Path, family: str) -> Lora:
-    if (folder / DIFFUSERS).is_file():
-        return read(folder / DIFFUSERS, family)
-    parts = {"": folder} if (folder / CONFIG).is_file() else {
-        one.parent.name: one.parent for one in sorted(folder.glob(f"*/{CONFIG}"))}
-    if not parts:
-        raise UserError("lora_convert.no_adapter", folder=folder)
-    found: Lora | None = None
-    for part, place in parts.items():
-        config = _config(place / CONFIG)
-        tensors, metadata = files.read_lora(place / WEIGHTS)
-        naming = found.naming if found else _naming(place / WEIGHTS, family)
-        one = _gathered(tensors, naming, {p.name: config for p in naming},
-                        next((p for p in naming if p.name == part), None))
-        found = found or Lora({}, naming, metadata)
-        found.layers |= one.layers
-        found.unknown += one.unknown
-    assert found is not None
-    return found
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError("lora_file.unreadable", file=path, reason=error) from None
-    if not isinstance(config, dict):
-        raise UserError("lora_file.unreadable", file=path, reason="no JSON object")
-    return config
-
-
 def _gathered(tensors: Mapping[str, Tensor], naming: Naming, configs: Mapping[str, dict[str, Any]],
               only: Part | None = None) -> Lora:
+    """Tensors by the keys of any format -> layers. `configs`: adapter_config.json of each part;
+    `only`: all keys are of this part."""
     grouped: dict[tuple[str, str], Layer] = defaultdict(dict)
     unknown, bundled = [], {}
     for key, tensor in tensors.items():
-        found = _parsed(key, naming, only)
+        parsed = _parsed(key, naming, only)
+        # words are kept, but are no layers
         if key.startswith(_BUNDLED):
             bundled[key] = tensor
-        elif found is None:
+        elif parsed is None:
             unknown.append(key)
         else:
-            part, inner, end = found
+            part, inner, end = parsed
             layer = grouped[part.name, inner]
             if end in layer:
                 raise UserError("lora_file.same_name", key=key, first=inner, second=inner)
@@ -175,19 +180,47 @@ def _gathered(tensors: Mapping[str, Tensor], naming: Naming, configs: Mapping[st
     parts = {part.name: part for part in naming}
     layers: dict[str, Layer] = {}
     for (name, inner), layer in grouped.items():
+        # files come from anywhere: sizes that can't be multiplied are refused here, once
         if not fits(layer):
             raise UserError("lora_convert.misfit", layer=inner)
-        plain = _plain_magnitude(layer)
-        if name in configs and ALPHA not in plain:
-            plain = _configured(plain, inner, configs[name])
-        layers |= {f"{name}.{path}": one for path, one in split(parts[name], inner, plain)}
+        if (vector := layer.pop("lora_magnitude_vector", None)) is not None:
+            # PEFT's (out,) and (1, out, 1, 1) are LyCORIS' (out, 1) and (out, 1, 1, 1)
+            sides = layer[DOWN].ndim if DOWN in layer else 2
+            layer[DORA] = vector.reshape(-1, *[1] * (sides - 1))
+        if name in configs and ALPHA not in layer:
+            layer = _with_alpha_of(configs[name], layer, inner)
+        layers |= {f"{name}.{path}": piece for path, piece in split(parts[name], inner, layer)}
     return Lora(layers, naming, bundled=bundled, unknown=tuple(sorted(unknown)))
 
 
+def _with_alpha_of(config: Mapping[str, Any], layer: Layer, inner: str) -> Layer:
+    """The layer with the alpha that PEFT's adapter_config.json gives it."""
+    rank = rank_of(layer)
+    if not rank:
+        return layer
+    alpha = config.get("lora_alpha", config.get("alpha"))
+    patterns = config.get("alpha_pattern")
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        # PEFT takes its patterns as regular expressions at the end of a path. Here they are
+        # compared as text: no file may choose what our regex engine runs.
+        plain = str(pattern).removeprefix("^").replace("\\", "")
+        if inner == plain or (not str(pattern).startswith("^") and inner.endswith(f".{plain}")):
+            alpha = alpha if value is None else value
+            break
+    if type(alpha) not in (int, float) or not abs(alpha) < LARGEST:
+        return layer
+    return with_alpha(layer, alpha * math.sqrt(rank) if config.get("use_rslora") is True else alpha)
+
+
 def _parsed(key: str, naming: Naming, only: Part | None) -> tuple[Part, str, str] | None:
-    """A key -> its part, its layer (in diffusers' or the original code's words), its end."""
+    """A key -> its part, its layer (in diffusers' or the original code's words), its end. None: no
+    key of a LoRA."""
     if match := _FLAT.fullmatch(key):
-        for prefix, part in _flat_prefixes(naming):
+        prefixes = [(f"{part.kohya}_", part) for part in naming]
+        # OneTrainer's and SimpleTuner's; then those of the only text encoder, or the first
+        prefixes += [("lora_transformer_", naming[0]), ("lycoris_", naming[0])]
+        prefixes += [(prefix, part) for part in naming[1:2] for prefix in ("lora_te_", "lora_te1_")]
+        for prefix, part in prefixes:
             if key.startswith(prefix):
                 inner = dotted(part, match["module"][len(prefix):])
                 return part, part.unrooted(inner), _end(match["end"])
@@ -197,27 +230,23 @@ def _parsed(key: str, naming: Naming, only: Part | None) -> tuple[Part, str, str
     end = _end(match["end"] or f"lora.{match['old']}.weight")
     inner = part.unrooted(inner.removeprefix(_WRAPPER).replace(".processor.", "."))
     if match["old"]:
-        inner = _old_name(inner, part)
+        # diffusers before PEFT named attention layers after its processors
+        head, _, last = inner.rpartition(".")
+        if part.root:
+            last = _OLD_TEXT.get(last, last)
+        inner = f"{head}.{'to_out.0' if last == 'to_out' else last}"
     return part, inner, end
 
 
-def _flat_prefixes(naming: Naming) -> Iterator[tuple[str, Part]]:
-    for part in naming:
-        yield f"{part.kohya}_", part
-    for alias in ("lora_transformer_", "lycoris_"):            # OneTrainer, SimpleTuner
-        yield alias, naming[0]
-    for part in naming[1:2]:                                   # one text encoder or the first
-        yield "lora_te_", part
-        yield "lora_te1_", part
-
-
 def _located(module: str, naming: Naming, only: Part | None) -> tuple[Part, str]:
+    """The part that a dotted module path belongs to, and the path inside of it."""
     if only is not None:
         return only, module
     for part in naming:
         for prefix in (part.name, part.native, part.kohya):
             if module.startswith(f"{prefix}."):
                 return part, module[len(prefix) + 1:]
+    # without a part's name: a checkpoint's prefix, else what only text encoders have
     if module.startswith("model.diffusion_model."):
         return naming[0], module.removeprefix("model.diffusion_model.")
     text = "self_attn" in module or module.startswith(("text_model.", "encoder.layers."))
@@ -225,6 +254,7 @@ def _located(module: str, naming: Naming, only: Part | None) -> tuple[Part, str]
 
 
 def _end(end: str) -> str:
+    """The end of a key in any spelling -> LyCORIS' name of the tensor."""
     if end.startswith("lora_magnitude_vector"):
         return "lora_magnitude_vector"
     if end.startswith("lora_A") or end.endswith("down.weight"):
@@ -232,60 +262,17 @@ def _end(end: str) -> str:
     return UP if end.startswith("lora_B") or end.endswith("up.weight") else end
 
 
-def _old_name(inner: str, part: Part) -> str:
-    """diffusers before PEFT named attention layers after its processors."""
-    head, _, last = inner.rpartition(".")
-    if part.root:
-        last = _OLD_TEXT.get(last, last)
-    return f"{head}.{'to_out.0' if last == 'to_out' else last}"
-
-
-def _plain_magnitude(layer: Layer) -> Layer:
-    """PEFT's magnitudes (out,) and (1, out, 1, 1) -> LyCORIS' (out, 1) and (out, 1, 1, 1)."""
-    if "lora_magnitude_vector" not in layer:
-        return layer
-    rest = {key: value for key, value in layer.items() if key != "lora_magnitude_vector"}
-    sides = rest[DOWN].ndim if DOWN in rest else 2
-    vector = layer["lora_magnitude_vector"]
-    return {**rest, DORA: vector.reshape(-1, *[1] * (sides - 1))}
-
-
-def _configured(layer: Layer, inner: str, config: Mapping[str, Any]) -> Layer:
-    """The layer with the alpha that an adapter_config.json gives it."""
-    rank = rank_of(layer)
-    if not rank:
-        return layer
-    alpha = _pattern(config.get("alpha_pattern"), inner)
-    if alpha is None:
-        alpha = config.get("lora_alpha", config.get("alpha"))
-    if type(alpha) not in (int, float) or not abs(alpha) < LARGEST:
-        return layer
-    return with_alpha(layer, alpha * math.sqrt(rank) if config.get("use_rslora") is True else alpha)
-
-
-def _pattern(patterns: Any, inner: str) -> Any:
-    """PEFT takes its patterns as regular expressions at the end of a path. Those from a file are
-    compared as text: no file may choose what our regex engine runs."""
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        plain = str(pattern).removeprefix("^").replace("\\", "")
-        if inner == plain or (not str(pattern).startswith("^") and inner.endswith(f".{plain}")):
-            return value
-    return None
-
-
 # --- writing -----------------------------------------------------------------------------------
 
 def spell(lora: Lora, to: str) -> dict[str, Tensor]:
     """The tensors of a single file: kohya | comfyui | diffusers.
 
-    kohya and comfyui keep every value; diffusers has no alpha, so it is folded in. Raises UserError
-    `lora_convert.no_room` for kinds of layers that the format has no keys for."""
+    kohya and comfyui keep every value; diffusers has no alpha, so it is multiplied in. Raises
+    UserError `lora_convert.no_room` for kinds of layers that the format has no keys for."""
     refuse_broken(lora, HOLDS[to], to)
     tensors: dict[str, Tensor] = {}
     for part in lora.naming:
-        own = {path.partition(".")[2]: layer for path, layer in lora.layers.items()
-               if path.partition(".")[0] == part.name}
-        for key, value in _SPELLERS[to](part, own):
+        for key, value in _SPELLERS[to](part, lora.layers_of(part.name)):
             if key in tensors:
                 raise UserError("lora_file.same_name", key=key, first=key, second=part.name)
             tensors[key] = value
@@ -293,18 +280,18 @@ def spell(lora: Lora, to: str) -> dict[str, Tensor]:
 
 
 def _kohya(part: Part, layers: dict[str, Layer]) -> Iterator[tuple[str, Tensor]]:
-    """What can't be fused goes by SimpleTuner's names, which ComfyUI and Forge read as well."""
+    # Layers that can't be fused get SimpleTuner's names, which ComfyUI and Forge read as well.
     named, apart = native(part, layers) if part.kohya_native else (
         {part.rooted(inner): layer for inner, layer in layers.items()}, {})
-    for prefix, some in ((part.kohya, named), ("lycoris", apart)):
-        for name, layer in some.items():
+    for prefix, group in ((part.kohya, named), ("lycoris", apart)):
+        for name, layer in group.items():
             for end, value in with_alpha(layer).items():
                 yield f"{prefix}_{name.replace('.', '_')}.{end}", value
 
 
 def _comfyui(part: Part, layers: dict[str, Layer]) -> Iterator[tuple[str, Tensor]]:
-    for prefix, some in zip((part.native, part.name), native(part, layers), strict=True):
-        for name, layer in some.items():
+    for prefix, group in zip((part.native, part.name), native(part, layers), strict=True):
+        for name, layer in group.items():
             # ComfyUI looks for a middle matrix beside kohya's pair alone
             ends = {} if MID in layer else {DOWN: "lora_A.weight", UP: "lora_B.weight"}
             for end, value in with_alpha(layer).items():
@@ -323,43 +310,43 @@ _SPELLERS = {"kohya": _kohya, "comfyui": _comfyui, "diffusers": _diffusers}
 def _peft_ends(path: str, layer: Layer) -> Iterator[tuple[str, Tensor]]:
     for end, value in layer.items():
         if end == DORA:
-            yield "lora_magnitude_vector", _magnitude(path, layer)
+            if UP not in layer:
+                raise UserError("lora_convert.no_room", kind=f"{kind_of(layer)} + DoRA", to="peft",
+                                count=1, example=path)
+            # PEFT's DoRA scales rows; LyCORIS' older one scaled columns, which PEFT can't
+            rows = layer[UP].shape[0]
+            if value.shape[0] != rows or value.numel() != rows:
+                raise UserError("lora_convert.dora_columns", layer=path)
+            yield "lora_magnitude_vector", value.reshape(
+                (rows,) if layer[DOWN].ndim == 2 else (1, rows, 1, 1))
         elif end != ALPHA:
             yield {DOWN: "lora_A.weight", UP: "lora_B.weight"}.get(end, end), value
 
 
-def _magnitude(path: str, layer: Layer) -> Tensor:
-    """PEFT's DoRA scales rows; LyCORIS' older one scaled columns, which PEFT can't."""
-    if UP not in layer:
-        raise UserError("lora_convert.no_room", kind=f"{kind_of(layer)} + DoRA", to="peft", count=1,
-                        example=path)
-    scale, rows = layer[DORA], layer[UP].shape[0]
-    if scale.shape[0] != rows or scale.numel() != rows:
-        raise UserError("lora_convert.dora_columns", layer=path)
-    return scale.reshape(rows) if layer[DOWN].ndim == 2 else scale.reshape(1, rows, 1, 1)
-
-
 def peft_parts(lora: Lora) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """For each part: adapter_config.json and adapter_model.safetensors. Nothing is rounded: ranks
-    and alphas of single layers go into the config's patterns."""
+    """For each part: the contents of adapter_config.json and adapter_model.safetensors. Nothing
+    is rounded: ranks and alphas of single layers go into the config's patterns."""
     refuse_broken(lora, HOLDS["peft"], "peft")
     parts = {}
     for part in lora.naming:
-        own = {path.partition(".")[2]: without_mid(layer) for path, layer in lora.layers.items()
-               if path.partition(".")[0] == part.name}
-        if own:
-            tensors = {f"{_WRAPPER}{inner}.{end}": value for inner, layer in own.items()
+        layers = {inner: without_mid(layer) for inner, layer in lora.layers_of(part.name).items()}
+        if layers:
+            tensors = {f"{_WRAPPER}{inner}.{end}": value for inner, layer in layers.items()
                        for end, value in _peft_ends(f"{part.name}.{inner}", layer)}
-            parts[part.name] = _peft_config(own), tensors
+            parts[part.name] = _peft_config(layers), tensors
     return parts
 
 
 def _peft_config(layers: Mapping[str, Layer]) -> dict[str, Any]:
+    # one config speaks for all layers of a part
     kinds = {kind_of(layer) for layer in layers.values()}
     if len(kinds) > 1:
         raise UserError("lora_convert.mixed", kinds=", ".join(sorted(kinds)), to="peft")
     ranks = {inner: rank_of(layer) for inner, layer in layers.items()}
-    alphas = {inner: _tidy(alpha_of(layer)) for inner, layer in layers.items()}
+    # 8, not 8.0, as PEFT itself writes it
+    alphas = {inner: int(alpha) if alpha == int(alpha) else alpha
+              for inner, layer in layers.items() for alpha in [alpha_of(layer)]}
+    # the most frequent ones are the rule, the others its exceptions
     rank, alpha = (Counter(x.values()).most_common(1)[0][0] for x in (ranks, alphas))
     config = {
         "r": rank, "rank_pattern": _exceptions(ranks, rank),
@@ -373,15 +360,12 @@ def _peft_config(layers: Mapping[str, Layer]) -> dict[str, Any]:
 
 
 def _exceptions(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+    # ^: without it PEFT takes a pattern for the end of longer paths, too
     return {f"^{re.escape(inner)}": value for inner, value in values.items() if value != usual}
 
 
-def _tidy(value: float) -> float:
-    return int(value) if value == int(value) else value
-
-
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Weights in another number format; alpha stays float32."""
+    """Weights in another number format; alpha stays float32, integers stay as they are."""
     return {key: value if dtype is None or key.endswith(f".{ALPHA}")
             or not value.is_floating_point() else value.to(dtype)
             for key, value in tensors.items()}
@@ -407,12 +391,14 @@ def save(lora: Lora, to: str, out: Path, dtype: torch.dtype | None = None) -> Pa
     if not parts:
         raise UserError("lora_file.empty", file=out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    # beside its place and moved there as a whole: a folder is there complete or not at all
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     try:
         for name, (config, tensors) in parts.items():
             folder = beside / name if len(parts) > 1 else beside
             files.write_lora(folder / WEIGHTS, cast(tensors, dtype), lora.metadata)
             paths.write_atomic(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False))
+        # mkdtemp makes a folder that only its owner can read
         os.chmod(beside, 0o777 & ~paths.umask())
         return paths.place(beside, out)
     except BaseException:

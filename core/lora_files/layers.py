@@ -1,6 +1,7 @@
 """The layers of a LoRA, whatever file they come from: kinds, ranks, alpha, fused matrices.
 
-Tensors by LyCORIS' names: lora_down.weight, hada_w1_a ... Torch is imported where it is used.
+Tensors have LyCORIS' names: lora_down.weight, hada_w1_a ... Torch is imported where it is used:
+the window imports this module.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ class Lora:
     naming: Naming
     metadata: dict[str, str] = field(default_factory=dict)
     bundled: dict[str, Tensor] = field(default_factory=dict)   # embeddings, as the file has them
-    unknown: tuple[str, ...] = ()          # keys that name no layer: told, not kept
+    unknown: tuple[str, ...] = ()          # keys that name no layer: reported, not kept
+
+    def layers_of(self, part: str) -> dict[str, Layer]:
+        """The layers of one part of the pipeline, by their paths inside of it."""
+        return {path.partition(".")[2]: layer for path, layer in self.layers.items()
+                if path.partition(".")[0] == part}
 
 
 # --- one layer ---------------------------------------------------------------------------------
@@ -52,6 +58,7 @@ def rank_of(layer: Mapping[str, Tensor]) -> int:
 
 def fits(layer: Mapping[str, Tensor]) -> bool:
     """Whether the tensors of a layer can belong together: files come from anywhere."""
+    # alpha has one number, lengths have a side, and of a product only one kind can be meant
     kinds = {end[:5] for end in layer if end.startswith(("lora_", "hada_", "lokr_"))}
     if len(kinds) > 1 or (ALPHA in layer and layer[ALPHA].numel() != 1) or (
             DORA in layer and not layer[DORA].ndim):
@@ -67,7 +74,7 @@ def fits(layer: Mapping[str, Tensor]) -> bool:
 
 
 def alpha_of(layer: Mapping[str, Tensor]) -> float:
-    """No alpha, or 0: the rank, as kohya has it."""
+    """The alpha of a layer. None, or 0, means the rank, as in kohya's trainer."""
     return (float(layer[ALPHA]) if ALPHA in layer else 0.0) or float(rank_of(layer))
 
 
@@ -78,7 +85,7 @@ def scale_of(layer: Mapping[str, Tensor]) -> float:
 
 
 def with_alpha(layer: Layer, alpha: float | None = None) -> Layer:
-    """With this alpha; None: its own, or its rank where it has none."""
+    """The layer with this alpha; None: its own, or its rank where it has none."""
     if alpha is None and (ALPHA in layer or not rank_of(layer)):
         return layer
     import torch
@@ -106,24 +113,26 @@ def without_mid(layer: Layer) -> Layer:
 
 
 def refuse_broken(lora: Lora, kinds: Iterable[str], to: str) -> None:
-    """Raises UserError for the first kind of layers that `to` has no place for."""
-    found = defaultdict(list)
+    """Raises UserError where a layer is incomplete, or is of none of the `kinds` that `to` has a
+    place for."""
+    paths = defaultdict(list)
     for path, layer in lora.layers.items():
-        found[kind_of(layer)].append(path)
-    if "broken" in found:
-        raise UserError("lora_file.lone_half", keys=", ".join(found["broken"][:3]),
-                        count=len(found["broken"]))
-    for kind in sorted(found.keys() - set(kinds)):
-        raise UserError("lora_convert.no_room", kind=kind, to=to, count=len(found[kind]),
-                        example=found[kind][0])
+        paths[kind_of(layer)].append(path)
+    if "broken" in paths:
+        raise UserError("lora_file.lone_half", keys=", ".join(paths["broken"][:3]),
+                        count=len(paths["broken"]))
+    for kind in sorted(paths.keys() - set(kinds)):
+        raise UserError("lora_convert.no_room", kind=kind, to=to, count=len(paths[kind]),
+                        example=paths[kind][0])
 
 
 # --- matrices that the original code fuses ------------------------------------------------------
 
 def split(part: Part, inner: str, layer: Layer) -> list[tuple[str, Layer]]:
-    """A layer of the original code -> those of diffusers. A fused one whose rows can't be told
-    apart stays whole, under its own name."""
+    """A layer of the original code -> those of diffusers. A fused one whose rows can't be
+    separated stays whole, under its own name."""
     names, rename = from_native(part, inner)
+    # one layer there, one here: only its name differs
     if rename is None or (len(names) == 1 and not rename.swapped):
         return [(names[0], layer)]
     ends = _rowed(layer, sum(rename.rows) * (2 if rename.swapped else 1))
@@ -138,14 +147,16 @@ def split(part: Part, inner: str, layer: Layer) -> list[tuple[str, Layer]]:
             for i, name in enumerate(names)]
 
 
+# The tensors of each kind whose rows are the rows of the whole matrix.
 _ROWED = {"lora": (UP,), "dora": (UP,), "loha": ("hada_w1_a", "hada_w2_a"),
           "lokr": ("lokr_w1", "lokr_w1_a"), "full": ("diff",)}
 
 
 def _rowed(layer: Layer, parts: int) -> list[str]:
-    """The tensors whose rows are the matrix's rows, in order; none: it can't be cut in so many
-    equal parts. A Kronecker product's rows are its first factor's, a Hadamard product's are
-    those of both its factors; lengths of columns belong to all rows at once."""
+    """The tensors whose rows are the matrix's rows, in order; none: the matrix can't be cut into
+    so many equal parts."""
+    # Rows of a Kronecker product are those of its first factor, rows of a Hadamard product those
+    # of both. DoRA's lengths of columns belong to all rows at once: (1, in) can't be cut.
     ends = [end for end in (*_ROWED.get(kind_of(layer), ()), DORA, "diff_b") if end in layer]
     if "hada_t1" in layer or any(not layer[end].ndim or len(layer[end]) % parts for end in ends):
         return []
@@ -157,8 +168,8 @@ def _swapped(layer: Layer, ends: Iterable[str]) -> Layer:
 
 
 def native(part: Part, layers: dict[str, Layer]) -> tuple[dict[str, Layer], dict[str, Layer]]:
-    """Layers by the original code's names, fused where it fuses them. And, by diffusers' names,
-    those that can't be rows of one matrix: factors of LoHa, LoKr and OFT, lengths of columns."""
+    """-> layers by the original code's names, fused where it fuses them; and, by diffusers' names,
+    layers that can't be rows of one matrix: factors of LoHa, LoKr and OFT, lengths of columns."""
     named: dict[str, Layer] = {}
     apart: dict[str, Layer] = {}
     groups: dict[str, tuple[Rename, dict[int, str]]] = {}
@@ -172,52 +183,49 @@ def native(part: Part, layers: dict[str, Layer]) -> tuple[dict[str, Layer], dict
         members = {number: layers[inner] for number, inner in inners.items()}
         if rename.swapped and (ends := _rowed(members[0], 2)):
             named[name] = _swapped(members[0], ends)
-        elif not rename.swapped and _joins(rename, members):
+        elif not rename.swapped and _can_be_joined(rename, members):
             named[name] = _joined(rename, members, name)
         else:
             apart |= {inner: layers[inner] for inner in inners.values()}
     return named, apart
 
 
-def _joins(rename: Rename, members: Mapping[int, Layer]) -> bool:
-    """Plain products; with lengths only where all rows have theirs."""
-    lengths = [DORA in layer for layer in members.values()]
+def _can_be_joined(rename: Rename, members: Mapping[int, Layer]) -> bool:
+    """Whether they are plain products; DoRA's lengths must be of rows, and all rows have one."""
+    with_lengths = [DORA in layer for layer in members.values()]
     return all(kind_of(layer) in ("lora", "dora") and MID not in layer
                and (DORA not in layer or len(layer[DORA]) == len(layer[UP]))
                for layer in members.values()) and (
-        not any(lengths) or (all(lengths) and len(lengths) == len(rename.ours)))
+        not any(with_lengths) or (all(with_lengths) and len(with_lengths) == len(rename.ours)))
 
 
 def _joined(rename: Rename, members: Mapping[int, Layer], name: str) -> Layer:
-    """Layers that are rows of one matrix -> one layer with the same products, exactly: their
-    common down matrix where they have one, else their downs one below the other."""
+    """Layers that are rows of one matrix -> one layer with exactly the same product. Raises
+    UserError where their sizes don't fit each other."""
     import torch
-    _check_rows(rename, members, name)
-    magnitudes = [members[i][DORA] for i in sorted(members) if DORA in members[i]]
-    ordered = [members[i] for i in sorted(members)]
+    numbers = sorted(members)
+    ordered = [members[i] for i in numbers]
+    units = {(layer[UP].shape[0] / rename.rows[i], layer[UP].ndim, layer[DOWN].shape[1:])
+             for i, layer in members.items()}
+    if len(units) > 1 or any(layer[UP].ndim > 2 for layer in ordered):
+        raise UserError("lora_convert.not_fusible", layer=name)
+    magnitudes = [layer[DORA] for layer in ordered if DORA in layer]
+    dora = {DORA: torch.cat(magnitudes)} if magnitudes else {}
     first = ordered[0]
     scales = {scale_of(layer) for layer in ordered}
-    dora = {DORA: torch.cat(magnitudes)} if magnitudes else {}
+    # they share one down matrix where they were trained fused: the ups go below each other
     if len(ordered) == len(rename.ours) and len(scales) == 1 and all(
             torch.equal(layer[DOWN], first[DOWN]) for layer in ordered):
         return {**first, UP: torch.cat([layer[UP] for layer in ordered]), **dora}
+    # else the downs go below each other, and the ups into blocks of zeros
     plain = ordered if len(scales) == 1 else [folded(layer) for layer in ordered]
-    unit = plain[0][UP].shape[0] // rename.rows[min(members)]
+    unit = plain[0][UP].shape[0] // rename.rows[numbers[0]]
     ranks = [rank_of(layer) for layer in plain]
     up = first[UP].new_zeros(unit * sum(rename.rows), sum(ranks))
-    for column, i, layer in zip(_starts(ranks), sorted(members), plain, strict=True):
+    column = 0
+    for i, layer, rank in zip(numbers, plain, ranks, strict=True):
         row = unit * sum(rename.rows[:i])
-        up[row:row + layer[UP].shape[0], column:column + rank_of(layer)] = layer[UP]
+        up[row:row + layer[UP].shape[0], column:column + rank] = layer[UP]
+        column += rank
     joined = {DOWN: torch.cat([layer[DOWN] for layer in plain]), UP: up, **dora}
     return with_alpha(joined, sum(ranks) * (scales.pop() if len(scales) == 1 else 1.0))
-
-
-def _check_rows(rename: Rename, members: Mapping[int, Layer], name: str) -> None:
-    units = {(layer[UP].shape[0] / rename.rows[i], layer[UP].ndim, layer[DOWN].shape[1:])
-             for i, layer in members.items()}
-    if len(units) > 1 or any(layer[UP].ndim > 2 for layer in members.values()):
-        raise UserError("lora_convert.not_fusible", layer=name)
-
-
-def _starts(sizes: list[int]) -> list[int]:
-    return [sum(sizes[:i]) for i in range(len(sizes))]

@@ -1,10 +1,11 @@
-"""What a prompt's `<lora:name:0.8>` and `--lora name:0.8` mean: names, weights, files. No torch."""
+"""What `<lora:name:0.8>` in a prompt and `--lora name:0.8` mean: names, weights, files. Without
+torch."""
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,7 @@ class Lora:
 
     @property
     def tag(self) -> str:
-        """As A1111 writes it: the text encoders' weight stands before the denoiser's."""
+        """The tag as A1111 writes it: the text encoders' weight stands before the denoiser's."""
         two = "" if self.text is None else f"{self.text:g}:"
         return f"<lora:{self.path.stem}:{two}{self.weight:g}>"
 
@@ -42,44 +43,45 @@ class Tag(NamedTuple):
     name: str
     weight: float = DEFAULT_WEIGHT
     text: float | None = None               # weight in the text encoders; None: the same
-    unread: str = ""                        # what of it means nothing here, such as lbw=MIDD
+    unread: str = ""                        # parts that mean nothing here, such as lbw=MIDD
 
 
 def split_prompt(prompt: str) -> tuple[str, list[Tag]]:
     """'a cat <lora:ink:0.5>' -> ('a cat', [Tag('ink', 0.5)]); the weight's default is 0.8."""
-    found = [_tag(m[1].strip(), m[2].split(":")[1:]) for m in TAG.finditer(prompt)]
-    return re.sub(r"\s{2,}", " ", TAG.sub("", prompt)).strip(), found
-
-
-def _tag(name: str, parts: Sequence[str]) -> Tag:
-    """By A1111's rules: one number is the weight of all, of two the first is the text encoders';
-    `te=` and `unet=` go before both."""
-    placed: list[float] = []
-    named: dict[str, float] = {}
-    unread = []
-    for part in parts:
-        key, equals, value = part.strip().rpartition("=")
-        if not _NUMBER.fullmatch(value) or (equals and key not in ("te", "unet")) or (
-                not equals and len(placed) == 2):
-            unread.append(part.strip())
-        elif equals:
-            named[key] = float(value)
-        else:
-            placed.append(float(value))
-    text = named.get("te", placed[0] if placed else DEFAULT_WEIGHT)
-    weight = named.get("unet", placed[1] if len(placed) == 2 else text)
-    return Tag(name, weight, None if text == weight else text, ", ".join(filter(None, unread)))
+    tags = []
+    for match in TAG.finditer(prompt):
+        numbers: list[float] = []
+        named: dict[str, float] = {}
+        unread = []
+        for part in match[2].split(":")[1:]:
+            key, equals, value = part.strip().rpartition("=")
+            if not _NUMBER.fullmatch(value) or (equals and key not in ("te", "unet")) or (
+                    not equals and len(numbers) == 2):
+                unread.append(part.strip())
+            elif equals:
+                named[key] = float(value)
+            else:
+                numbers.append(float(value))
+        # By A1111's rules: one number is the weight of all; of two, the first is the text
+        # encoders'. te= and unet= override both.
+        text = named.get("te", numbers[0] if numbers else DEFAULT_WEIGHT)
+        weight = named.get("unet", numbers[1] if len(numbers) == 2 else text)
+        tags.append(Tag(match[1].strip(), weight, None if text == weight else text,
+                        ", ".join(filter(None, unread))))
+    return re.sub(r"\s{2,}", " ", TAG.sub("", prompt)).strip(), tags
 
 
 def refuse_paths(tagged: Iterable[Tag]) -> None:
-    """Prompts are passed on: they name LoRAs, they don't reach for files. Raises UserError."""
+    """Raises UserError for a tag that holds a path: prompts come from strangers' pictures and may
+    name LoRAs, but not reach for files."""
     for tag in tagged:
         if not paths.is_file_name(tag.name):
             raise UserError("generate.lora_path", name=tag.name)
 
 
 def prompts_of(config: TrainConfig) -> list[str]:
-    """The previews' prompts without `<lora:...>`: there the adapter in training is drawn alone."""
+    """The prompts of previews without their tags: previews are drawn with the adapter in training
+    alone."""
     return [split_prompt(prompt)[0] for prompt in config.sample_prompts]
 
 
@@ -102,7 +104,9 @@ def find_lora(name: str, weight: float) -> Lora:
         for path in (direct, direct.with_name(f"{direct.name}.safetensors")):
             if path.is_file() or (path / FOLDER).is_file():
                 return Lora(path.absolute(), weight)
-    known = files_by_name([Path("output"), *_run_folders()])
+    from core.jobs import runs
+    folders = [Path(run.output_dir) for run in runs.list_runs() if run.output_dir]
+    known = files_by_name([Path("output"), *dict.fromkeys(folders)])
     if name in known:
         return Lora(known[name], weight)
     raise unknown(name, known)
@@ -119,6 +123,7 @@ def files_by_name(folders: Iterable[Path]) -> dict[str, Path]:
 
 
 def unknown(name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that no file has, with the nearest names."""
     names = list(known)
     close = i18n.nearest(name, names)
     return UserError("generate.unknown_lora", name=" ".join(name.split()),
@@ -126,17 +131,11 @@ def unknown(name: str, known: Iterable[str]) -> UserError:
 
 
 def checked(path: Path, family: str) -> files.Info:
-    """What a LoRA file is, by its header alone. Raises UserError where it is none, or of another
-    family than the base; a family that the file doesn't tell passes."""
+    """What a LoRA file is, from its header alone. Raises UserError where it is no LoRA, or one of
+    another family than the base. A file whose family can't be told passes."""
     info = files.describe(path)
     if info.format in lora_signs.NOT_LORA:
         raise UserError("lora_file.not_a_lora", file=path, what=info.format)
     if info.family not in ("unknown", family):
         raise UserError("generate.other_family", file=path, family=info.family, base=family)
     return info
-
-
-def _run_folders() -> list[Path]:
-    from core.jobs import runs
-    folders = [Path(view.output_dir) for view in runs.list_runs() if view.output_dir]
-    return list(dict.fromkeys(folders))

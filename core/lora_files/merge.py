@@ -1,4 +1,4 @@
-"""Arithmetic on LoRA layers: merging, lower ranks by SVD. The full matrix is never made.
+"""Arithmetic on LoRA layers: merging, and lower ranks by SVD, without making the full matrix.
 
 A layer's delta is scale * up @ down, (out, in * kernel). Singular values come from the small
 matrix between the QR factors of up and down (Eckart and Young 1936: no other matrix of that rank
@@ -28,7 +28,8 @@ from core.lora_files.layers import (
     without_mid,
 )
 
-_NEGLIGIBLE = 1e-7                         # of the largest singular value: rounding of float32
+# Of the largest singular value: what is below is rounding of float32.
+_NEGLIGIBLE = 1e-7
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Cut:
     energy: float = 1.0
 
     def keep(self, values: Tensor) -> int:
-        """How many of the falling singular values; at least one."""
+        """How many of the falling singular values stay; at least one."""
         energies = values.double().square().cumsum(0)
         count = int((values > values[:1] * _NEGLIGIBLE).sum())
         if self.energy < 1:
@@ -59,31 +60,30 @@ def resize(lora: Lora, cut: Cut) -> Resized:
     """The nearest LoRA of lower rank, layer by layer; layers that are small enough stay as they
     are. DoRA keeps its magnitudes. Raises UserError for kinds of layers that have no such form."""
     refuse_broken(lora, {"lora", "dora"}, "resize")
-    layers, kept, whole = {}, 0.0, 0.0
+    layers, kept_energy, whole_energy = {}, 0.0, 0.0
     for path, layer in lora.layers.items():
-        layers[path], stays, all_ = _cut(without_mid(layer), cut)
-        kept, whole = kept + stays, whole + all_
+        layer = without_mid(layer)
+        left, values, right = factors(layer[UP].flatten(1), layer[DOWN].flatten(1))
+        rank, scale, count = rank_of(layer), scale_of(layer), cut.keep(values)
+        energies = (values * scale).square()
+        if count >= rank or (cut.rank >= rank and cut.energy >= 1):
+            count = rank
+        else:
+            pair = balanced(left, values * abs(scale), right, count, layer)
+            if scale < 0:
+                pair[UP] = -pair[UP]
+            layer = with_alpha({**layer, **pair}, count)
+        layers[path] = layer
+        kept_energy += float(energies[:count].sum())
+        whole_energy += float(energies.sum())
     ranks = [rank_of(layer) for layer in layers.values()]
     return Resized(replace(lora, layers=layers), (min(ranks), max(ranks)),
-                   kept / whole if whole else 1.0)
-
-
-def _cut(layer: Layer, cut: Cut) -> tuple[Layer, float, float]:
-    """-> the layer, the energy that stays, the energy that was there."""
-    left, values, right = factors(layer[UP].flatten(1), layer[DOWN].flatten(1))
-    scale, count = scale_of(layer), cut.keep(values)
-    energies = (values * scale).square()
-    whole, kept = float(energies.sum()), float(energies[:count].sum())
-    if count >= rank_of(layer) or (cut.rank >= rank_of(layer) and cut.energy >= 1):
-        return layer, whole, whole
-    pair = balanced(left, values * abs(scale), right, count, layer)
-    if scale < 0:
-        pair[UP] = -pair[UP]
-    return with_alpha({**layer, **pair}, count), kept, whole
+                   kept_energy / whole_energy if whole_energy else 1.0)
 
 
 def factors(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD of up @ down, (out, r) @ (r, n), in float64: (out, r), (r,), (r, n)."""
+    # (out, r) @ (r, n) has rank r: an SVD of r x r between two orthonormal factors is enough
     left, small_left = torch.linalg.qr(up.double())
     right, small_right = torch.linalg.qr(down.double().T)
     u, values, v = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
@@ -114,32 +114,31 @@ def merge(loras: Sequence[tuple[Lora, float]], dtype: torch.dtype = torch.float3
         merged.bundled |= lora.bundled
         merged.unknown += lora.unknown
     for path in dict.fromkeys(path for lora, _ in loras for path in lora.layers):
-        own = [(lora.layers[path], weight) for lora, weight in loras if path in lora.layers]
-        merged.layers[path] = _sum(path, own, dtype)
+        layers = [(lora.layers[path], weight) for lora, weight in loras if path in lora.layers]
+        kinds = {kind_of(layer) for layer, _ in layers}
+        if len(kinds) > 1:
+            raise UserError("lora_convert.mixed", kinds=", ".join(sorted(kinds)), to="merge")
+        if kinds == {"full"}:
+            merged.layers[path] = _sum(path, layers, dtype)
+            continue
+        # [up1 up2] @ [down1; down2] = up1 @ down1 + up2 @ down2, with the weights in the ups
+        plain = [(without_mid(layer), weight) for layer, weight in layers]
+        if len({(layer[DOWN].shape[1:], layer[UP].shape[0]) for layer, _ in plain}) > 1:
+            raise UserError("lora_convert.other_shapes", layer=path)
+        ups = [layer[UP].float() * (weight * scale_of(layer)) for layer, weight in plain]
+        merged.layers[path] = with_alpha({
+            DOWN: torch.cat([layer[DOWN].float() for layer, _ in plain]).to(dtype),
+            UP: torch.cat(ups, 1).to(dtype)})
     return merged
 
 
-def _sum(path: str, layers: Sequence[tuple[Layer, float]], dtype: torch.dtype) -> Layer:
-    kinds = {kind_of(layer) for layer, _ in layers}
-    if len(kinds) > 1:
-        raise UserError("lora_convert.mixed", kinds=", ".join(sorted(kinds)), to="merge")
-    if kinds == {"full"}:
-        return _added(path, layers, dtype)
-    plain = [(without_mid(layer), weight) for layer, weight in layers]
-    if len({(x[DOWN].shape[1:], x[UP].shape[0]) for x, _ in plain}) > 1:
-        raise UserError("lora_convert.other_shapes", layer=path)
-    ups = [layer[UP].float() * (weight * scale_of(layer)) for layer, weight in plain]
-    pair = {DOWN: torch.cat([layer[DOWN].float() for layer, _ in plain]).to(dtype),
-            UP: torch.cat(ups, 1).to(dtype)}
-    return with_alpha(pair)
-
-
-def _added(path: str, layers: Iterable[tuple[Layer, float]], dtype: torch.dtype) -> Layer:
+def _sum(path: str, layers: Iterable[tuple[Layer, float]], dtype: torch.dtype) -> Layer:
     total: Layer = {}
     for layer, weight in layers:
         for end, value in layer.items():
             if end in total and total[end].shape != value.shape:
                 raise UserError("lora_convert.other_shapes", layer=path)
+            # a whole difference has no rank, so no alpha
             if end != ALPHA:
                 total[end] = total.get(end, torch.zeros(())) + value.float() * weight
     return {end: value.to(dtype) for end, value in total.items()}

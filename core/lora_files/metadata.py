@@ -1,4 +1,4 @@
-"""What a LoRA file tells about itself: ss_* (kohya), sshs_* (hashes), modelspec.*, darkroom.*.
+"""The metadata of LoRA files: ss_* (kohya), sshs_* (hashes), modelspec.*, darkroom.*.
 
 All values are strings. Keys that would say something untrue of this trainer are left out.
 """
@@ -32,10 +32,12 @@ BASE_LORAS_KEY = "darkroom.base_loras"     # what belonged to the base: adapters
 TOOL = "lora-darkroom"
 MODELSPEC = "1.0.1"
 
-
-V_VERSIONS = {"sd_v1": "sd_v1_v", "sd_v2": "sd_v2_v"}         # kohya's names of v-prediction bases
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}     # modelspec's; flow has none
-SCHEDULES_WITH_WARMUP = {"constant": "constant_with_warmup"}  # the others warm up by themselves
+# kohya's names of bases with v-prediction.
+V_VERSIONS = {"sd_v1": "sd_v1_v", "sd_v2": "sd_v2_v"}
+# modelspec's words; it has none for flows.
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+# kohya's other schedules warm up by themselves.
+SCHEDULES_WITH_WARMUP = {"constant": "constant_with_warmup"}
 
 # LyCORIS' names of the kinds that plain LoRA readers don't know.
 ALGORITHMS = {"dora": {"algo": "locon", "dora_wd": "True", "wd_on_output": "False"},
@@ -120,14 +122,25 @@ class TrainFacts:
 
 
 def build_metadata(facts: TrainFacts) -> dict[str, str]:
-    """All metadata but the hashes, which `hashes` takes from the tensors."""
-    values = (NEVER | _run(facts) | _network(facts) | _loss(facts) | _data(facts) | _base(facts)
-              | _modelspec(facts) | _ours(facts) | dict(facts.extra))
+    """All metadata of a trained file but the hashes, which `hashes` takes from the tensors."""
+    version = facts.base_version
+    if facts.prediction_type == "v_prediction":
+        version = V_VERSIONS.get(version, version)
+    base = {"ss_sd_model_name": facts.base_name, "ss_base_model_version": version,
+            "ss_v2": version.startswith("sd_v2")}
+    if facts.base_short_hash:
+        base["ss_sd_model_hash"] = facts.base_short_hash
+    if facts.base_sha256:
+        base["ss_new_sd_model_hash"] = facts.base_sha256
+    ours = {VERSION_KEY: __version__, CONFIG_KEY: facts.config_text or dump_yaml(facts.config)}
+    # a family's own keys come last: they may correct the others
+    values = (NEVER | _run(facts) | _network(facts) | _data(facts) | base | _modelspec(facts)
+              | ours | dict(facts.extra))
     return {key: _clean(str(value)) for key, value in values.items()}
 
 
 def _run(facts: TrainFacts) -> dict[str, Any]:
-    config = facts.config
+    config, levels = facts.config, facts.config.multires_noise_iterations
     schedule: str = config.lr_scheduler
     if config.lr_warmup_steps:
         schedule = SCHEDULES_WITH_WARMUP.get(schedule, schedule)
@@ -151,29 +164,6 @@ def _run(facts: TrainFacts) -> dict[str, Any]:
         "ss_total_batch_size": config.batch_size * config.gradient_accumulation_steps,
         "ss_gradient_checkpointing": facts.gradient_checkpointing,
         "ss_mixed_precision": facts.mixed_precision, "ss_seed": config.seed,
-    }
-
-
-def _network(facts: TrainFacts) -> dict[str, Any]:
-    """As the file is read: alpha / dim is the scale, PiSSA has twice the rank."""
-    config = facts.config
-    times = 2 if config.adapter == "pissa" else 1
-    root = config.lora_rank ** 0.5 if config.adapter == "rslora" else 1.0
-    algo = ALGORITHMS.get(config.adapter, {})
-    conv = {"conv_dim": str(config.conv_rank),
-            "conv_alpha": str(config.conv_alpha or config.conv_rank)} if config.conv_rank else {}
-    return {
-        "ss_network_module": "lycoris.kohya" if algo else "networks.lora",  # whoever wrote it
-        "ss_network_dim": config.lora_rank * times,
-        "ss_network_alpha": float(config.alpha * times * root),
-        "ss_network_dropout": config.lora_dropout or None,
-        "ss_network_args": json.dumps({"target_modules": config.target_modules} | conv | algo),
-    }
-
-
-def _loss(facts: TrainFacts) -> dict[str, Any]:
-    config, levels = facts.config, facts.config.multires_noise_iterations
-    return {
         "ss_min_snr_gamma": config.min_snr_gamma or None,
         "ss_noise_offset": config.noise_offset or None,
         "ss_multires_noise_iterations": levels or None,
@@ -188,8 +178,30 @@ def _loss(facts: TrainFacts) -> dict[str, Any]:
     }
 
 
+def _network(facts: TrainFacts) -> dict[str, Any]:
+    """Rank and alpha as readers of the file need them: alpha / dim is the scale."""
+    config = facts.config
+    # PiSSA is written with its start beside it, at twice the rank; rslora's scale is alpha / root
+    times = 2 if config.adapter == "pissa" else 1
+    root = config.lora_rank ** 0.5 if config.adapter == "rslora" else 1.0
+    algo = ALGORITHMS.get(config.adapter, {})
+    conv = {"conv_dim": str(config.conv_rank),
+            "conv_alpha": str(config.conv_alpha or config.conv_rank)} if config.conv_rank else {}
+    return {
+        # readers choose by it, whoever wrote the file
+        "ss_network_module": "lycoris.kohya" if algo else "networks.lora",
+        "ss_network_dim": config.lora_rank * times,
+        "ss_network_alpha": float(config.alpha * times * root),
+        "ss_network_dropout": config.lora_dropout or None,
+        "ss_network_args": json.dumps({"target_modules": config.target_modules} | conv | algo),
+    }
+
+
 def _data(facts: TrainFacts) -> dict[str, Any]:
     config, folders = facts.config, facts.folders
+    buckets = {str(number): {"resolution": [bucket.width, bucket.height],
+                             "count": bucket.pictures}
+               for number, bucket in enumerate(facts.buckets)}
     return {
         "ss_num_train_images": facts.pictures,
         "ss_num_reg_images": sum(f.pictures for f in facts.regular.values()),
@@ -198,7 +210,8 @@ def _data(facts: TrainFacts) -> dict[str, Any]:
         "ss_resolution": facts.resolution,             # "(512, 512)"
         "ss_enable_bucket": True, "ss_bucket_no_upscale": config.bucket_no_upscale,
         "ss_min_bucket_reso": facts.bucket_sides[0], "ss_max_bucket_reso": facts.bucket_sides[1],
-        "ss_bucket_info": json.dumps(_bucket_info(facts)),
+        "ss_bucket_info": json.dumps({"buckets": buckets,
+                                      "mean_img_ar_error": facts.aspect_error}),
         "ss_dataset_dirs": _dirs(folders),
         "ss_tag_frequency": json.dumps({name: dict(f.tags) for name, f in folders.items()}),
         "ss_cache_latents": facts.cache_latents, "ss_flip_aug": config.flip,
@@ -213,25 +226,14 @@ def _dirs(folders: Mapping[str, Folder]) -> str:
                        for name, f in folders.items()})
 
 
-def _bucket_info(facts: TrainFacts) -> dict[str, Any]:
-    return {"buckets": {str(number): {"resolution": [b.width, b.height], "count": b.pictures}
-                        for number, b in enumerate(facts.buckets)},
-            "mean_img_ar_error": facts.aspect_error}
-
-
-def _base(facts: TrainFacts) -> dict[str, Any]:
-    version = facts.base_version
-    if facts.prediction_type == "v_prediction":
-        version = V_VERSIONS.get(version, version)
-    hashed = {"ss_sd_model_hash": facts.base_short_hash,
-              "ss_new_sd_model_hash": facts.base_sha256}
-    return {"ss_sd_model_name": facts.base_name, "ss_base_model_version": version,
-            "ss_v2": version.startswith("sd_v2")} | {k: v for k, v in hashed.items() if v}
-
-
 def _modelspec(facts: TrainFacts) -> dict[str, Any]:
     config = facts.config
     finished = datetime.fromtimestamp(int(facts.finished_at), UTC)
+    thumbnail = ""
+    if facts.thumbnail:
+        # KeyError: no picture that browsers show
+        kind = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"RI": "webp"}[facts.thumbnail[:2]]
+        thumbnail = f"data:image/{kind};base64,{base64.b64encode(facts.thumbnail).decode('ascii')}"
     values = {
         "sai_model_spec": MODELSPEC,
         "architecture": f"{facts.architecture}/lora",
@@ -246,30 +248,20 @@ def _modelspec(facts: TrainFacts) -> dict[str, Any]:
         "trigger_phrase": config.trigger_word,
         "prediction_type": PREDICTIONS.get(facts.prediction_type, ""),
         "encoder_layer": str(facts.clip_skip or ""),
-        "thumbnail": _data_url(facts.thumbnail),
+        "thumbnail": thumbnail,
     }
     return {f"modelspec.{key}": value for key, value in values.items() if value}
 
 
-def _ours(facts: TrainFacts) -> dict[str, Any]:
-    return {VERSION_KEY: __version__, CONFIG_KEY: facts.config_text or dump_yaml(facts.config)}
-
-
-def _data_url(picture: bytes) -> str:
-    if not picture:
-        return ""
-    starts = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"RI": "webp"}
-    kind = starts[picture[:2]]             # KeyError: no picture that browsers show
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode('ascii')}"
-
-
 def _clean(text: str) -> str:
-    """Bytes of a file name that are no text come as lone surrogates, which no file can hold."""
+    """Replaces lone surrogates, which no file can hold: Python spells so the bytes of a file name
+    that are no text."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """As sd-scripts: over the file as it would be with the ss_ metadata alone."""
+    """The hashes that sd-scripts writes: over the file as it would be with the ss_ metadata
+    alone."""
     from safetensors.torch import save
     content = memoryview(save(dict(tensors),
                               {k: v for k, v in metadata.items() if k.startswith("ss_")}))
@@ -285,7 +277,7 @@ MAX_TRIGGERS = 3                           # tags that all captions share and th
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What anyone's LoRA metadata tells; empty where it says nothing."""
+    """What the metadata of any trainer's LoRA say; empty where they say nothing."""
 
     title: str = ""
     description: str = ""
@@ -305,23 +297,50 @@ class Facts:
 
 
 def facts_of(metadata: Mapping[str, str]) -> Facts:
-    """Never fails: what can't be read counts as absent."""
-    tags = _tags(metadata)
+    """Reads any trainer's metadata. Never fails: a value that can't be read counts as absent."""
+    tags: Counter[str] = Counter()
+    for folder in json_of(metadata.get("ss_tag_frequency", ""), dict).values():
+        if isinstance(folder, dict):
+            tags.update({_clean(tag.strip()): count for tag, count in folder.items()
+                         if type(count) is int})
+
+    # The phrase that the file names; else the tags that stand in every caption.
+    phrase = _first(metadata, "modelspec.trigger_phrase")
+    triggers = [word.strip() for word in phrase.split(",") if word.strip()]
+    if not phrase:
+        folders = json_of(metadata.get("ss_dataset_dirs", ""), dict).values()
+        counts = [folder.get("img_count") for folder in folders if isinstance(folder, dict)]
+        captions = sum(count for count in counts if type(count) is int)
+        shared = [tag for tag, count in tags.items() if 1 < captions <= count]
+        triggers = shared if len(shared) <= MAX_TRIGGERS else []
+
+    family = next((spec.id for key in ("ss_base_model_version", "modelspec.architecture")
+                   for spec in SPECS.values()
+                   if metadata.get(key, "").startswith(spec.metadata_names)), "")
+    # modelspec writes 512x768, kohya "(512, 768)"
+    resolution = re.search(r"(\d{1,5})\D+(\d{1,5})",
+                           _first(metadata, "modelspec.resolution", "ss_resolution"))
+    if VERSION_KEY in metadata:
+        made_by = f"{TOOL}/{metadata[VERSION_KEY]}"
+    else:
+        made_by = _first(metadata, "modelspec.implementation_version") or (
+            "sd-scripts" if "ss_sd_scripts_commit_hash" in metadata else "")
     return Facts(
-        title=_said(metadata, "modelspec.title", "ss_output_name"),
-        description=_said(metadata, "modelspec.description", "ss_training_comment"),
-        trigger_words=_triggers(metadata, tags), tags=tuple(tags.most_common(TOP_TAGS)),
-        family=_family(metadata), base_model=_said(metadata, "ss_sd_model_name"),
-        base_loras=tuple(one for one in json_of(metadata.get(BASE_LORAS_KEY, ""), list)
-                         if isinstance(one, str)),
-        resolution=_resolution(metadata), pictures=_whole(metadata, "ss_num_train_images"),
+        title=_first(metadata, "modelspec.title", "ss_output_name"),
+        description=_first(metadata, "modelspec.description", "ss_training_comment"),
+        trigger_words=tuple(triggers), tags=tuple(tags.most_common(TOP_TAGS)),
+        family=family, base_model=_first(metadata, "ss_sd_model_name"),
+        base_loras=tuple(text for text in json_of(metadata.get(BASE_LORAS_KEY, ""), list)
+                         if isinstance(text, str)),
+        resolution=f"{resolution[1]}x{resolution[2]}" if resolution else "",
+        pictures=_whole(metadata, "ss_num_train_images"),
         steps=_whole(metadata, "ss_steps"), epochs=_whole(metadata, "ss_epoch"),
-        learning_rate=_number(metadata, "ss_learning_rate"), made_by=_maker(metadata),
-        date=_said(metadata, "modelspec.date"), has_config=CONFIG_KEY in metadata)
+        learning_rate=_number(metadata, "ss_learning_rate"), made_by=made_by,
+        date=_first(metadata, "modelspec.date"), has_config=CONFIG_KEY in metadata)
 
 
 def noted(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """PEFT's config by part, as diffusers notes it beside PEFT weights."""
+    """PEFT's config of each part, from the metadata that diffusers writes: "unet.lora_alpha" ..."""
     configs: dict[str, dict[str, Any]] = {}
     for key, value in json_of(metadata.get("lora_adapter_metadata", ""), dict).items():
         if "." in key:
@@ -329,7 +348,8 @@ def noted(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def _said(metadata: Mapping[str, str], *keys: str) -> str:
+def _first(metadata: Mapping[str, str], *keys: str) -> str:
+    """The value of the first key that has one. kohya writes None where there is none."""
     return next((metadata[k] for k in keys if metadata.get(k, "None") not in ("", "None")), "")
 
 
@@ -344,45 +364,3 @@ def _number(metadata: Mapping[str, str], key: str) -> float | None:
 def _whole(metadata: Mapping[str, str], key: str) -> int | None:
     number = _number(metadata, key)
     return None if number is None else int(number)
-
-
-def _tags(metadata: Mapping[str, str]) -> Counter[str]:
-    tags: Counter[str] = Counter()
-    for folder in json_of(metadata.get("ss_tag_frequency", ""), dict).values():
-        if isinstance(folder, dict):
-            tags.update({_clean(tag.strip()): count for tag, count in folder.items()
-                         if type(count) is int})
-    return tags
-
-
-def _triggers(metadata: Mapping[str, str], tags: Counter[str]) -> tuple[str, ...]:
-    """The phrase that the file names; else the tags that stand in every caption."""
-    if phrase := _said(metadata, "modelspec.trigger_phrase"):
-        return tuple(word.strip() for word in phrase.split(",") if word.strip())
-    folders = json_of(metadata.get("ss_dataset_dirs", ""), dict).values()
-    counts = [one.get("img_count") for one in folders if isinstance(one, dict)]
-    captions = sum(count for count in counts if type(count) is int)
-    shared = [tag for tag, count in tags.items() if 1 < captions <= count]
-    return tuple(shared) if len(shared) <= MAX_TRIGGERS else ()
-
-
-def _family(metadata: Mapping[str, str]) -> str:
-    for key in ("ss_base_model_version", "modelspec.architecture"):
-        for spec in SPECS.values():
-            if metadata.get(key, "").startswith(spec.metadata_names):
-                return spec.id
-    return ""
-
-
-def _resolution(metadata: Mapping[str, str]) -> str:
-    """512x768, from modelspec's form or kohya's "(512, 768)"."""
-    said = _said(metadata, "modelspec.resolution", "ss_resolution")
-    found = re.search(r"(\d{1,5})\D+(\d{1,5})", said)
-    return f"{found[1]}x{found[2]}" if found else ""
-
-
-def _maker(metadata: Mapping[str, str]) -> str:
-    if VERSION_KEY in metadata:
-        return f"{TOOL}/{metadata[VERSION_KEY]}"
-    old = "sd-scripts" if "ss_sd_scripts_commit_hash" in metadata else ""
-    return _said(metadata, "modelspec.implementation_version") or old

@@ -1,9 +1,10 @@
-"""The one place where a pickle is read: on the user's word, into .safetensors, by torch's loader
-that builds tensors and plain containers and runs nothing else (weights_only=True)."""
+"""The one place where a pickle is read: where the user asks for it, into .safetensors, by torch's
+loader that builds tensors and plain containers and runs nothing else (weights_only=True)."""
 
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,68 +21,57 @@ _NESTED = ("state_dict", "string_to_param", "params_ema", "params", "model", "mo
 
 
 def convert(source: Path, out: Path) -> Path:
-    """All tensors of a .ckpt, .pt or .bin, under the names that the file gives them (those of an
-    outer `state_dict` without it) -> the file, under the next free name. Gigabytes stay on disk.
+    """Writes all tensors of a .ckpt, .pt or .bin under the next free name. -> the new file.
 
-    Raises UserError where the file holds anything but tensors and numbers, or no tensor at all."""
-    content = _load(source)
+    Names are those of the file, without an outer `state_dict`. Raises UserError where the file
+    holds anything but tensors and numbers, or no tensor at all."""
+    if not source.is_file():
+        raise UserError("lora_file.missing", file=source, folder=Path.cwd())
+    try:
+        with open(source, "rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"
+        # torch warns of old pickles, which are the reason to be here
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # mapped: gigabytes stay on disk; torch can map its zip archives alone
+            content = torch.load(source, "cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        # the function that the pickle wanted to call stands within a long text
+        text = str(error)
+        call = re.search(r"GLOBAL \s*(\S+)", text) or re.search(
+            r"Unsupported global: \s*(\S+)", text)
+        reason = call[1].strip("`'.,") if call else (
+            text.splitlines() or [type(error).__name__])[-1][:200]
+        raise UserError("lora_convert.pickle_unsafe", file=source, reason=reason) from None
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError,
+            IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError("lora_file.unreadable", file=source, reason=reason) from None
     for name in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
             break
-    tensors = _apart(dict(_tensors(content, "")))
+
+    # safetensors wants each tensor whole and alone: views of one storage are copied
+    tensors = {}
+    storages: set[int] = set()
+    for name, tensor in _tensors(content, ""):
+        storage = tensor.untyped_storage()
+        whole = storage.nbytes() == tensor.numel() * tensor.element_size()
+        alone = storage._cdata not in storages
+        storages.add(storage._cdata)
+        tensors[name] = tensor if whole and alone and tensor.is_contiguous() else (
+            tensor.clone(memory_format=torch.contiguous_format))
     if not tensors:
         raise UserError("lora_convert.pickle_empty", file=source)
     return paths.create(out.expanduser().with_suffix(".safetensors"),
                         lambda path: save_file(tensors, path, {"format": "pt"}))
 
 
-def _load(source: Path) -> Any:
-    if not source.is_file():
-        raise UserError("lora_file.missing", file=source, folder=Path.cwd())
-    try:
-        with warnings.catch_warnings():    # of old pickles, which are the reason to be here
-            warnings.simplefilter("ignore")
-            return torch.load(source, "cpu", weights_only=True, mmap=_is_zip(source))
-    except pickle.UnpicklingError as error:
-        raise UserError("lora_convert.pickle_unsafe", file=source, reason=_global(error)) from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError,
-            IndexError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError("lora_file.unreadable", file=source, reason=reason) from None
-
-
-def _is_zip(source: Path) -> bool:
-    with open(source, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-def _global(error: Exception) -> str:
-    """What the pickle wanted to call, out of torch's long text."""
-    text = str(error)
-    for mark in ("GLOBAL ", "Unsupported global: "):
-        if mark in text:
-            return text.split(mark, 1)[1].split()[0].strip("`'.,")
-    return (text.splitlines() or [type(error).__name__])[-1][:200]
-
-
 def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """All tensors in nested dicts, by their keys joined with dots."""
     if isinstance(value, Tensor):
         yield name or "emb_params", value
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _tensors(inner, f"{name}.{key}" if name else str(key))
-
-
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors wants each tensor whole and alone: views of one storage are copied."""
-    storages: set[int] = set()
-    found = {}
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        whole = storage.nbytes() == tensor.numel() * tensor.element_size()
-        alone = storage._cdata not in storages
-        storages.add(storage._cdata)
-        found[name] = tensor if whole and alone and tensor.is_contiguous() else (
-            tensor.clone(memory_format=torch.contiguous_format))
-    return found

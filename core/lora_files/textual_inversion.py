@@ -37,13 +37,13 @@ class NewWord:
 
 
 class Rows(nn.Module):
-    """A frozen token table, and below it trainable rows in fp32. The rows are no parameters of the
-    encoder: they are no part of its adapter."""
+    """A frozen token table, and below it trainable rows in fp32."""
 
     def __init__(self, table: nn.Embedding, first: int, rows: Tensor) -> None:
         super().__init__()
         self.table = table
         self.first = first                  # number of the first row
+        # in a list: the rows must not be among the encoder's parameters, which are its adapter's
         self._rows = [nn.Parameter(rows.to(table.weight.device, torch.float32, copy=True))]
 
     @property
@@ -57,14 +57,14 @@ class Rows(nn.Module):
 
 
 def encoders(text: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Parts.text -> encoder's name: (its tokenizer, the encoder)."""
+    """Parts.text -> the tokenizer and the encoder by the encoder's name."""
     return {name: (text[name.replace("text_encoder", "tokenizer")], model)
             for name, model in text.items() if isinstance(model, nn.Module)}
 
 
 def install(tokenizer: Any, encoder: Any, rows: Tensor) -> tuple[Rows, str]:
     """Adds (N, width) rows to an encoder. -> the module that holds them, and the tokens that
-    stand for them in a text. Further words go below earlier ones, which then train no more."""
+    stand for them in a text. Further words go below earlier ones, which no longer train then."""
     first = len(tokenizer)
     tokens = [f"<|word-{first + n}|>" for n in range(len(rows))]
     tokenizer.add_tokens(tokens)
@@ -79,7 +79,7 @@ def install(tokenizer: Any, encoder: Any, rows: Tensor) -> tuple[Rows, str]:
 
 
 def start_rows(tokenizer: Any, encoder: Any, text: str, count: int) -> Tensor:
-    """Rows (count, width) that begin as the words of `text`, over and over where they are few."""
+    """Rows (count, width) that begin as the words of `text`, repeated where they are too few."""
     ids = tokenizer(text, add_special_tokens=False).input_ids or [tokenizer.unk_token_id]
     table: Tensor = encoder.get_input_embeddings().weight
     return table[torch.tensor([ids[n % len(ids)] for n in range(count)], device=table.device)]
@@ -95,6 +95,7 @@ def expand(text: str, words: Mapping[str, str]) -> str:
 # --- files ---
 
 def beside(lora: Path) -> Path:
+    """The path of the file that holds a LoRA's new words."""
     return lora.with_name(lora.stem + WORDS)
 
 
@@ -106,43 +107,38 @@ def write(path: Path, word: NewWord, dtype: torch.dtype) -> None:
 
 
 def read(lora: Path) -> list[NewWord]:
-    """The words of a LoRA: of the file beside it, and those bundled in it. Raises UserError where
-    the file can't be read."""
-    found = _bundled(lora)
+    """The words of a LoRA: those bundled in it, and those in the file beside it. Raises UserError
+    where a file can't be read."""
+    bundled: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in _load(lora).items() if _bundles(lora) else ():
+        if key.startswith(BUNDLED) and tensor.ndim == 2:
+            word, _, part = key.removeprefix(BUNDLED).partition(".")
+            bundled.setdefault(word, {})[_long(part)] = tensor
+    words = [NewWord(word, rows) for word, rows in bundled.items()]
     path = beside(lora)
     if path.is_file():
         tensors, header = _load(path), read_header(path)
-        known = {_long(key): tensor for key, tensor in tensors.items() if tensor.ndim == 2}
-        if not known:
+        rows = {_long(key): tensor for key, tensor in tensors.items() if tensor.ndim == 2}
+        if not rows:
             raise UserError("generate.bad_words", file=path, keys=", ".join(sorted(tensors)[:3]))
-        found.append(NewWord(header.metadata.get(WORD_KEY) or path.stem, known))
-    return found
+        words.append(NewWord(header.metadata.get(WORD_KEY) or path.stem, rows))
+    return words
 
 
 def unbundled(lora: Path) -> dict[str, Tensor] | None:
-    """The LoRA's own tensors, where words are bundled with it."""
+    """The LoRA's own tensors where words are bundled with it; None: no words are."""
     if not _bundles(lora):
         return None
     return {key: tensor for key, tensor in _load(lora).items() if not key.startswith(BUNDLED)}
 
 
 def _bundles(lora: Path) -> bool:
-    """A folder, PEFT's form, holds none."""
+    # a folder, as PEFT saves it, holds no words
     return not lora.is_dir() and any(key.startswith(BUNDLED) for key in read_header(lora).tensors)
 
 
-def _bundled(lora: Path) -> list[NewWord]:
-    if not _bundles(lora):
-        return []
-    words: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in _load(lora).items():
-        if key.startswith(BUNDLED) and tensor.ndim == 2:
-            word, _, part = key.removeprefix(BUNDLED).partition(".")
-            words.setdefault(word, {})[_long(part)] = tensor
-    return [NewWord(word, rows) for word, rows in words.items()]
-
-
 def _long(key: str) -> str:
+    """clip_l -> text_encoder; "" for the key of a file for one encoder."""
     return {short: name for name, short in _SHORT.items()}.get(key, "")
 
 
@@ -155,8 +151,8 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 def add_to(text: Mapping[str, Any], words: Sequence[NewWord], file: Path) -> dict[str, str]:
     """Installs words in a pipeline's encoders (Parts.text). -> word: its tokens in a text.
-    Raises UserError where they are of another base."""
-    found: dict[str, str] = {}
+    Raises UserError where they were trained for another base."""
+    tokens: dict[str, str] = {}
     for word in words:
         for name, (tokenizer, encoder) in encoders(text).items():
             rows = word.rows.get(name, word.rows.get(""))
@@ -164,5 +160,5 @@ def add_to(text: Mapping[str, Any], words: Sequence[NewWord], file: Path) -> dic
             if rows is None or rows.shape[1] != width:
                 raise UserError("generate.words_refused", file=file, word=word.word, width=width,
                                 there=0 if rows is None else rows.shape[1])
-            _, found[word.word] = install(tokenizer, encoder, rows)
-    return found
+            _, tokens[word.word] = install(tokenizer, encoder, rows)
+    return tokens

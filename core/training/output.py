@@ -206,12 +206,11 @@ class OutputWriter:
         text, family = self.trainer.text, self.trainer.family.spec.id
         with self.trainer.averaged():
             model, part = self.trainer.denoiser, naming(family)[0].name
-            tensors = from_file.tensors(model, lora.state(model), self.dtype, part, None)
+            tensors = from_file.tensors(model, lora.state(model), self.dtype, part)
             adapter = formats.from_tensors(tensors, family)
             if text is not None:
-                adapter.layers |= formats.from_tensors(lora_file.to_kohya(
-                    text.adapter_state(), text.alpha, self.dtype,
-                    naming=naming(family)), family).layers
+                adapter.layers |= formats.from_tensors(formats.cast(
+                    text.adapter_state(), self.dtype), family, text.alpha).layers
             return adapter, text.word() if text is not None else None
 
     def _write(self, path: Path, content: LoraAndWord, step: int, format_: str = "", name: str = ""

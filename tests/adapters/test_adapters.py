@@ -359,7 +359,8 @@ def test_without_dropout_no_dice_are_thrown(kind: str) -> None:
 # --- files ---
 
 def file_of(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    return from_file.tensors(model, lora.state(model), dtype)
+    tensors = from_file.tensors(model, lora.state(model), dtype)
+    return formats.spell(formats.from_tensors(tensors, "sd15"), "kohya")
 
 
 def load(model: nn.Module, tensors: dict[str, Tensor], name: str = "a") -> list[str]:
@@ -520,7 +521,7 @@ def test_families_with_fused_layers_have_files_of_every_kind(
         for parameter in lora.trainable(model):
             parameter.add_(0.1 * torch.randn(parameter.shape))
     found = formats.from_tensors(from_file.tensors(
-        model, lora.state(model), torch.float32, "transformer", None), family)
+        model, lora.state(model), torch.float32, "transformer"), family)
     format_ = lora.file_format(chosen, spec)
     path = formats.save(found, format_, tmp_path / "a.safetensors")
     generate.load_adapter(pipe, path, "a", family)

@@ -91,7 +91,7 @@ def made(name: str, family: Family, denoiser: Any, path: Path, format_: str,
         parameter.data = torch.randn(parameter.shape) * 0.3
     naming = SPECS[name].naming
     found = formats.from_tensors(from_file.tensors(
-        denoiser, lora.state(denoiser), torch.float32, naming[0].name, None), name)
+        denoiser, lora.state(denoiser), torch.float32, naming[0].name), name)
     found.metadata = {"modelspec.architecture": family.spec.architecture}
     if format_ in formats.SINGLE:
         save_file({key: value.contiguous().clone() for key, value

@@ -311,7 +311,7 @@ def test_every_reason_has_its_sentence(language: str) -> None:
     for why in reasons:
         said = i18n.tr(f"config_import.why_{why}", lang=language)
         assert said != f"config_import.why_{why}"
-    assert "{" not in Left(Path("a"), 1, "k", "v" * 100, "value").said(language)
+    assert "{" not in Left(Path("a"), 1, "k", "v" * 100, "value").sentence(language)
 
 
 @pytest.mark.parametrize(("name", "text", "said"), [

@@ -87,7 +87,7 @@ def test_a_tag_s_weight_goes_before_the_list_s(tmp_path: Path) -> None:
             "mia": str(tmp_path / "mia.safetensors"), "wash": str(tmp_path / "ink.safetensors")},
         loras=[str(tmp_path / "mia.safetensors") + ":0.9"])
     told: list[Event] = []
-    prompt, loras = draw.wanted(config, told.append)
+    prompt, loras = draw.prompt_and_loras(config, told.append)
     assert prompt == "a cat"
     assert [(one.path.stem, one.weight) for one in loras] == [("mia", 0.2), ("ink", 0.4)]
     assert [(one.key, one.params["tag"], one.params["others"]) for one in told  # type: ignore
@@ -103,14 +103,14 @@ def test_a_tag_s_weight_goes_before_the_list_s(tmp_path: Path) -> None:
 def test_other_programs_syntax_is_told(prompt: str, part: str) -> None:
     for words in ({"prompt": prompt}, {"negative": prompt}):
         told: list[Event] = []
-        draw.wanted(DrawConfig(base="x", **words), told.append)
+        draw.prompt_and_loras(DrawConfig(base="x", **words), told.append)
         assert [one.params["part"] for one in told] == ([part] if part else [])  # type: ignore
 
 
 def test_what_a_tag_can_t_say_here_is_told(tmp_path: Path) -> None:
     (tmp_path / "mia.safetensors").touch()
     told: list[Event] = []
-    _, loras = draw.wanted(DrawConfig(base="x", prompt="<lora:mia:1:lbw=MIDD>", names={
+    _, loras = draw.prompt_and_loras(DrawConfig(base="x", prompt="<lora:mia:1:lbw=MIDD>", names={
         "mia": str(tmp_path / "mia.safetensors")}), told.append)
     assert [(one.weight, one.text) for one in loras] == [(1.0, None)]
     assert [(one.key, one.params["part"]) for one in told  # type: ignore
@@ -159,7 +159,7 @@ def test_the_end_of_a_prompt_that_isn_t_read_is_told(base: Path, tmp_path: Path,
 def test_tags_name_and_don_t_reach(tmp_path: Path) -> None:
     (tmp_path / "mia.safetensors").touch()
     with pytest.raises(UserError) as caught:
-        draw.wanted(DrawConfig(base="x", prompt=f"<lora:{tmp_path / 'mia'}:1>"))
+        draw.prompt_and_loras(DrawConfig(base="x", prompt=f"<lora:{tmp_path / 'mia'}:1>"))
     assert caught.value.code == "generate.lora_path"
 
 

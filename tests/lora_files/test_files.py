@@ -27,21 +27,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from core import i18n, paths
 from core.errors import UserError
 from core.families import lora_signs
-from core.families.layer_names import Part
 from core.families.lora_signs import detect_format
+from core.families.sd15.spec import NAMING as SD1
 from core.hashes import data_hash
-from core.lora_files import files
-from core.lora_files.files import (
-    describe,
-    fold_alpha,
-    kohya_names,
-    names_of,
-    read_config,
-    read_lora,
-    to_kohya,
-    to_peft,
-    write_lora,
-)
+from core.lora_files import files, formats, layers
+from core.lora_files.files import describe, read_config, read_lora, write_lora
+from core.lora_files.layers import Lora, alpha_of, with_alpha
 from core.safetensors_header import PICKLES, read_header
 
 RANK, ALPHA = 4, 2.0
@@ -116,7 +107,15 @@ def text_state(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def both(unet_state, text_state) -> dict[str, Tensor]:
-    return to_kohya({**unet_state, **text_state}, ALPHA)
+    return kohya({**unet_state, **text_state}, ALPHA)
+
+
+def kohya(state: dict[str, Tensor], alpha: float, dtype: torch.dtype | None = None,
+          family: str = "sd15") -> dict[str, Tensor]:
+    """As a run writes what it trained."""
+    found = formats.from_tensors(formats.cast(state, dtype), family, alpha)
+    assert found.unknown == ()
+    return formats.spell(found, "kohya")
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
@@ -128,7 +127,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def test_unet_keys_and_values_are_those_of_diffusers_converter(unet_state):
     theirs = convert_state_dict_to_kohya({f"unet.{k}": v for k, v in unet_state.items()})
-    ours = to_kohya(unet_state, RANK)
+    ours = kohya(unet_state, RANK)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[k].float(), theirs[k].float()) for k in ours)
     assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0.alpha" in ours
@@ -137,7 +136,7 @@ def test_unet_keys_and_values_are_those_of_diffusers_converter(unet_state):
 def test_text_keys_are_those_of_diffusers_converter_but_for_the_prefix(text_state):
     theirs = convert_state_dict_to_kohya({
         k.replace("text_encoder.", "text_encoder.text_model."): v for k, v in text_state.items()})
-    ours = to_kohya(text_state, RANK)
+    ours = kohya(text_state, RANK)
     assert ours.keys() == {k.replace("lora_te1_", "lora_te_") for k in theirs}
 
 
@@ -149,7 +148,7 @@ def test_text_keys_are_those_of_diffusers_converter_but_for_the_prefix(text_stat
 def test_text_model_is_in_the_kohya_key_whatever_the_model_says(key):
     state = {key.format("A"): torch.ones(2, 8), key.format("B"): torch.ones(8, 2)}
     name = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
-    assert set(to_kohya(state, 1)) == {f"{name}.alpha", f"{name}.lora_down.weight",
+    assert set(kohya(state, 1)) == {f"{name}.alpha", f"{name}.lora_down.weight",
                                        f"{name}.lora_up.weight"}
 
 
@@ -158,10 +157,10 @@ def test_all_spellings_of_peft_give_the_same_file(unet_state):
     randomised(wrapped)
     raw = {k: v for k, v in wrapped.state_dict().items() if ".lora_" in k}
     assert all(k.startswith("base_model.model.") and ".default.weight" in k for k in raw)
-    reference = to_kohya(unet_state, ALPHA)
-    assert same(to_kohya(raw, ALPHA), reference)
-    assert same(to_kohya(get_peft_model_state_dict(wrapped), ALPHA), reference)
-    assert same(to_kohya({f"unet.{k}": v for k, v in unet_state.items()}, ALPHA), reference)
+    reference = kohya(unet_state, ALPHA)
+    assert same(kohya(raw, ALPHA), reference)
+    assert same(kohya(get_peft_model_state_dict(wrapped), ALPHA), reference)
+    assert same(kohya({f"unet.{k}": v for k, v in unet_state.items()}, ALPHA), reference)
 
 
 def test_convolutions_keep_four_dimensions_and_alpha_has_none(both):
@@ -174,80 +173,70 @@ def test_convolutions_keep_four_dimensions_and_alpha_has_none(both):
 
 
 def test_a_dtype_rounds_the_weights_only(unet_state):
-    halves = to_kohya(unet_state, 0.3, torch.float16)
+    halves = kohya(unet_state, 0.3, torch.float16)
     for key, tensor in halves.items():
         assert tensor.dtype == (torch.float32 if key.endswith(".alpha") else torch.float16)
     key = "lora_unet_mid_block_resnets_0_conv1.lora_down.weight"
-    exact = to_kohya(unet_state, 0.3)[key]
+    exact = kohya(unet_state, 0.3)[key]
     assert torch.equal(halves[key], exact.half())
     assert not torch.equal(halves[key].float(), exact)
 
 
-def test_round_trip_through_the_real_models(unet, text_encoder, unet_state, text_state, both):
-    names = kohya_names({"unet": unet, "text_encoder": text_encoder})
-    adapter = to_peft(both, names)
-    assert adapter.unknown == ()
+def test_round_trip_through_the_real_models(unet_state, text_state, both):
+    found = formats.from_tensors(both, "sd15")
+    assert found.unknown == ()
+    assert {alpha_of(layer) for layer in found.layers.values()} == {ALPHA}
     wanted = {f"unet.{k}": v for k, v in unet_state.items()} | text_state
-    assert same(adapter.state, wanted)
-    assert set(adapter.alphas.values()) == {ALPHA}
-    assert same(to_kohya(adapter.state, adapter.alphas), both)
+    peft = {f"{path}.{end}.weight": layer[ours] for path, layer in found.layers.items()
+            for end, ours in (("lora_A", layers.DOWN), ("lora_B", layers.UP))}
+    assert same(peft, wanted)
+    assert same(formats.spell(found, "kohya"), both)
 
 
-def test_the_name_map_does_not_depend_on_the_adapter(unet):
-    wrapped = get_peft_model(make_unet(), lora_config(UNET_TARGETS))
-    plain = kohya_names({"unet": make_unet()})
-    assert kohya_names({"unet": unet}) == kohya_names({"unet": wrapped}) == plain
-    assert plain["lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_out_0"] == (
-        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0")
-
-
-def test_unknown_keys_and_odd_pairs_are_reported(unet, both):
-    gone = "lora_unet_mid_block_resnets_0_conv1"
-    misfit = "lora_unet_mid_block_resnets_0_conv2"
-    state = {**both, "lora_unet_nowhere.lora_down.weight": torch.ones(1),
-             f"{misfit}.lora_up.weight": torch.ones(64, RANK + 1, 1, 1)}
-    del state[f"{gone}.lora_up.weight"]
-    unknown = to_peft(state, kohya_names({"unet": unet})).unknown
-    assert "lora_unet_nowhere.lora_down.weight" in unknown
-    assert {f"{gone}.lora_down.weight", f"{gone}.alpha", f"{misfit}.lora_up.weight"} <= {*unknown}
-    assert any(key.startswith("lora_te_") for key in unknown)
+def test_unknown_keys_and_odd_pairs_are_reported(both):
+    assert formats.from_tensors({**both, "strange.key": torch.ones(1)}, "sd15").unknown == (
+        "strange.key",)
+    gone = "lora_unet_mid_block_resnets_0_conv1.lora_up.weight"
+    with pytest.raises(UserError, match=r"mid_block\.resnets\.0\.conv1") as caught:
+        kohya({key: value for key, value in both.items() if key != gone}, ALPHA)
+    assert caught.value.code == "lora_file.lone_half"
+    with pytest.raises(UserError, match=r"mid_block\.resnets\.0\.conv1") as caught:
+        kohya({**both, gone: torch.ones(64, RANK + 1, 1, 1)}, ALPHA)
+    assert caught.value.code == "lora_convert.misfit"
 
 
 def test_two_layers_with_one_name_are_a_fault():
+    layer = {layers.DOWN: torch.ones(2, 8), layers.UP: torch.ones(8, 2)}
     with pytest.raises(UserError, match="lora_unet_a_b_c") as caught:
-        names_of(["unet.a_b.c", "unet.a.b_c"])
+        formats.spell(Lora({"unet.a_b.c": layer, "unet.a.b_c": layer}, SD1), "kohya")
     assert caught.value.code == "lora_file.same_name"
 
 
 def test_another_family_is_another_table():
-    sdxl = (Part("unet", "lora_unet"), Part("text_encoder", "lora_te1", "text_model"),
-            Part("text_encoder_2", "lora_te2", "text_model"))
     state = {f"text_encoder_2.text_model.encoder.layers.3.mlp.fc1.lora_{h}.weight": w
              for h, w in (("A", torch.ones(2, 8)), ("B", torch.ones(8, 2)))}
-    assert "lora_te2_text_model_encoder_layers_3_mlp_fc1.alpha" in to_kohya(state, 2, naming=sdxl)
-    with pytest.raises(UserError, match="unet, text_encoder"):
-        names_of(["transformer.blocks.0"])
+    assert "lora_te2_text_model_encoder_layers_3_mlp_fc1.alpha" in kohya(state, 2, family="sdxl")
 
 
-@pytest.mark.parametrize(("change", "code"), [
-    ({"unet.mid.lora_magnitude_vector": torch.ones(1)}, "lora_file.not_lora_keys"),
-    ({"unet.mid.lora_A.weight": torch.ones(2, 8)}, "lora_file.lone_half")])
-def test_what_is_no_plain_lora_is_not_written(change, code):
+@pytest.mark.parametrize("change", [{"unet.mid.lora_magnitude_vector": torch.ones(1)},
+                                    {"unet.mid.lora_A.weight": torch.ones(2, 8)}])
+def test_half_a_lora_is_not_written(change):
     with pytest.raises(UserError) as caught:
-        to_kohya(change, 1)
-    assert caught.value.code == code
+        kohya(change, 1)
+    assert caught.value.code == "lora_file.lone_half"
 
 
 def test_two_adapters_at_once_are_a_fault():
     state = {f"unet.mid.lora_{h}.{name}.weight": torch.ones(2, 2)
              for h in "AB" for name in ("one", "two")}
     with pytest.raises(UserError) as caught:
-        to_kohya(state, 1)
+        kohya(state, 1)
     assert caught.value.code == "lora_file.same_name"
 
 
 segment = st.from_regex(r"[a-z]{1,3}(_[a-z]{1,3})?|\d{1,2}", fullmatch=True)
-module_path = st.lists(segment, min_size=1, max_size=5).map(".".join)
+module_path = st.lists(segment, min_size=1, max_size=5).map(".".join).filter(
+    lambda path: not path.startswith("out."))            # names of the original code
 
 
 @settings(deadline=None, max_examples=300)
@@ -256,28 +245,33 @@ def test_any_module_names_round_trip_or_are_refused(modules, rank, data):
     paths = [f"unet.{m}" for m in sorted(modules)]
     state = {f"{p}.lora_{h}.weight": torch.randn(shape) for p in paths
              for h, shape in (("A", (rank, 3)), ("B", (5, rank)))}
-    alphas = {p: data.draw(st.floats(0.125, 64, width=32)) for p in paths}
+    found = formats.from_tensors(state, "sd15")
+    assert list(found.layers) == paths
+    found.layers = {path: with_alpha(layer, data.draw(st.floats(0.125, 64, width=32)))
+                    for path, layer in found.layers.items()}
     if len({p.replace(".", "_") for p in paths}) < len(paths):
         with pytest.raises(UserError, match="two layers"):
-            names_of(paths)
-        with pytest.raises(UserError):
-            to_kohya(state, alphas)
+            formats.spell(found, "kohya")
         return
-    adapter = to_peft(to_kohya(state, alphas), names_of(paths))
-    assert same(adapter.state, state)
-    assert adapter.alphas == alphas
-    assert adapter.unknown == ()
+    written = formats.spell(found, "kohya")
+    assert same(written, {f"lora_{path.replace('.', '_')}.{end}": value
+                          for path, layer in found.layers.items() for end, value in layer.items()})
+    again = formats.from_tensors(written, "sd15")
+    assert again.unknown == ()
+    assert same(formats.spell(again, "kohya"), written)
 
 
-def test_fold_alpha_keeps_the_product(unet, both):
-    adapter = to_peft(both, kohya_names({"unet": unet}))
-    folded = fold_alpha(adapter)
-    for path in adapter.alphas:
-        a, b = f"{path}.lora_A.weight", f"{path}.lora_B.weight"
-        assert torch.equal(folded[a], adapter.state[a])
-        assert torch.equal(folded[b], adapter.state[b] * (ALPHA / RANK))
-    plain = files.Adapter(adapter.state, dict.fromkeys(adapter.alphas, float(RANK)))
-    assert all(fold_alpha(plain)[key] is value for key, value in adapter.state.items())
+def test_folded_alpha_keeps_the_product(both):
+    """diffusers' single file has no alpha."""
+    found = formats.from_tensors(both, "sd15")
+    folded = formats.spell(found, "diffusers")
+    assert not any(key.endswith("alpha") for key in folded)
+    for path, layer in found.layers.items():
+        path = path.replace("text_encoder.", "text_encoder.text_model.")
+        assert torch.equal(folded[f"{path}.lora_A.weight"], layer[layers.DOWN])
+        assert torch.equal(folded[f"{path}.lora_B.weight"], layer[layers.UP] * (ALPHA / RANK))
+        unchanged = layers.folded(with_alpha(layer, RANK))
+        assert all(unchanged[end] is layer[end] for end in unchanged)
 
 
 # --- diffusers reads it ------------------------------------------------------------------------
@@ -328,12 +322,12 @@ def test_diffusers_matches_every_key_and_computes_the_same(
         assert (theirs - text_encoder(tokens).last_hidden_state).abs().max() < 5e-6
 
 
-def test_diffusers_takes_an_alpha_of_one_layer(tmp_path, pipeline, unet, unet_state):
+def test_diffusers_takes_an_alpha_of_one_layer(tmp_path, pipeline, unet_state):
     """Of convolutions; for attention layers it falls back to the most frequent alpha."""
-    names = kohya_names({"unet": unet})
-    wanted = [path for path in names.values() if path.endswith("mid_block.resnets.0.conv1")]
-    alphas = dict.fromkeys(names.values(), ALPHA) | dict.fromkeys(wanted, 1.0)
-    write_lora(tmp_path / "a.safetensors", to_kohya(unet_state, alphas), {})
+    found = formats.from_tensors(unet_state, "sd15", ALPHA)
+    path = "unet.mid_block.resnets.0.conv1"
+    found.layers[path] = with_alpha(found.layers[path], 1.0)
+    write_lora(tmp_path / "a.safetensors", formats.spell(found, "kohya"), {})
     pipeline.load_lora_weights(str(tmp_path / "a.safetensors"), adapter_name="ours")
     layers = dict(pipeline.unet.named_modules())
     assert layers["mid_block.resnets.0.conv1"].scaling["ours"] == 1 / RANK
@@ -341,9 +335,9 @@ def test_diffusers_takes_an_alpha_of_one_layer(tmp_path, pipeline, unet, unet_st
 
 
 def test_diffusers_reads_the_folded_spelling_too(tmp_path, pipeline, diffusers_log, unet, both):
-    adapter = to_peft(both, kohya_names({"unet": unet}))
+    of_unet = {key: value for key, value in both.items() if key.startswith("lora_unet_")}
     path = tmp_path / "peft.safetensors"
-    write_lora(path, fold_alpha(adapter), {})
+    write_lora(path, formats.spell(formats.from_tensors(of_unet, "sd15"), "diffusers"), {})
     pipeline.load_lora_weights(str(path), adapter_name="ours")
     noise = [r.getMessage() for r in diffusers_log.records if "No LoRA keys" not in r.getMessage()]
     assert noise == []                                   # it has no text encoder, rightly
@@ -719,7 +713,8 @@ def test_info_needs_no_torch(tmp_path, both):
 
 
 def test_every_fault_has_its_sentence_in_both_languages():
-    sources = [Path(files.__file__), paths.ROOT / "core/safetensors_header.py"]
+    sources = [*map(Path, (files.__file__, formats.__file__, layers.__file__)),
+               paths.ROOT / "core/safetensors_header.py"]
     text = "".join(p.read_text("utf-8") for p in sources)
     codes = {part.split('"')[0] for part in text.split('"lora_file.')[1:]}
     catalogues = [{k.removeprefix("lora_file."): v for k, v in i18n.catalogue(lang).items()
@@ -733,7 +728,7 @@ def _placeholders(sentence: str) -> set[str]:
     return {part.split("}")[0] for part in sentence.split("{")[1:]}
 
 
-def test_the_base_models_stay_as_they_were(unet, both):
+def test_the_base_models_stay_as_they_were(unet):
     before = copy.deepcopy(unet.state_dict())
-    to_peft(both, kohya_names({"unet": unet}))
+    kohya(get_peft_model_state_dict(unet), ALPHA, torch.float16)
     assert same(before, unet.state_dict())

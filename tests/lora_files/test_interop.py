@@ -85,13 +85,13 @@ def drawn(kind: str, models: dict[str, Any], text: bool) -> Lora:
                                       ("text_encoder", encoder, targets, plain))[:1 + text]:
         lora.attach(model, chosen, spec)
         state = {key: torch.randn(value.shape, generator=generator) * spread
-                 for key, value in lora._own(model).items()}
+                 for key, value in lora.parameters(model).items()}
         for key in state:
             if "magnitude" in key:          # DoRA's: the base's own lengths, a tenth off
                 layer = models["unet"].get_submodule(key.partition(".lora_magnitude")[0])
                 own = layers.lengths(layer.weight)
                 state[key] = own * (1 + 2 * state[key].view_as(own))
-        tensors = from_file.tensors(model, state, torch.float16, name, None)
+        tensors = from_file.tensors(model, state, torch.float16, name)
         found.layers |= formats.from_tensors(tensors, "sd15").layers
     return found
 

@@ -213,7 +213,7 @@ def test_large_matrices_by_chance_directions_are_as_good(monkeypatch: pytest.Mon
                                                          tmp_path: Path) -> None:
     base, tuned, known = models(tmp_path, 3)
     monkeypatch.setattr("core.lora_files.extract._SMALL", 0)
-    monkeypatch.setattr("core.lora_files.extract._MORE", 4)
+    monkeypatch.setattr("core.lora_files.extract._OVERSAMPLING", 4)
     first, second = extract(tuned, base, 3), extract(tuned, base, 3)
     for path, one_ in first.lora.layers.items():
         torch.testing.assert_close(delta(one_).float(), known[f"{path}.weight"],
