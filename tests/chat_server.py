@@ -55,9 +55,9 @@ class Chat(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/log":
-            return self.tr(200, log)
+            return self.reply(200, log)
         if self.path == "/most":
-            return self.tr(200, most)
+            return self.reply(200, most)
         mode, _, route = self.path.strip("/").partition("/")
         log.append({"path": self.path, "key": self.headers.get("Authorization", "")})
         if mode == "page":
@@ -65,15 +65,15 @@ class Chat(BaseHTTPRequestHandler):
         if mode == "words":
             return self.raw(200, b"Ollama is running")
         if mode == "list":
-            return self.tr(200, ["no", "object"])
+            return self.reply(200, ["no", "object"])
         if mode == "secret" and self.headers.get("Authorization") != "Bearer open":
-            return self.tr(401, {"error": {"message": "no key"}})
+            return self.reply(401, {"error": {"message": "no key"}})
         if mode == "moved":
-            return self.tr(307, {}, {"Location": "http://example.com/v1/models"})
+            return self.reply(307, {}, {"Location": "http://example.com/v1/models"})
         if route != "v1/models":
             return self.raw(404, b"404 page not found")
         names = MODELS.get(mode, ["tiny-vl"])
-        return self.tr(200, {"object": "list", "data": [{"id": name} for name in names]})
+        return self.reply(200, {"object": "list", "data": [{"id": name} for name in names]})
 
     def do_POST(self) -> None:
         global under_way, most
@@ -108,22 +108,23 @@ class Chat(BaseHTTPRequestHandler):
         if mode == "reasoning":
             choice = {"finish_reason": "length",
                       "message": {"content": "", "reasoning_content": "let me see"}}
-        self.tr(200, {"choices": [choice]})
+        self.reply(200, {"choices": [choice]})
 
     def trouble(self, mode: str, turn: int) -> bool:
         """True where it has answered, or never will."""
         if mode == "busy" and turn <= 2:
-            self.tr(429 if turn == 1 else 503, {"error": "queue is full"}, {"Retry-After": "0.05"})
+            self.reply(429 if turn == 1 else 503, {"error": "queue is full"},
+                       {"Retry-After": "0.05"})
         elif mode == "always429":
-            self.tr(429, {"error": {"message": "rate limit"}}, {"Retry-After": "0.01"})
+            self.reply(429, {"error": {"message": "rate limit"}}, {"Retry-After": "0.01"})
         elif mode == "broken":
-            self.tr(500, {"error": {"message": "CUDA out of memory"}})
+            self.reply(500, {"error": {"message": "CUDA out of memory"}})
         elif mode == "blind":
-            self.tr(400, {"error": {"message": "this model does not support images"}})
+            self.reply(400, {"error": {"message": "this model does not support images"}})
         elif mode == "error200":
-            self.tr(200, {"error": {"message": "context too small"}})
+            self.reply(200, {"error": {"message": "context too small"}})
         elif mode == "other":
-            self.tr(200, {"answer": "hello"})
+            self.reply(200, {"answer": "hello"})
         elif mode == "hangup" and turn == 1:
             self.close_connection = True
         elif mode == "half" and turn == 1:
@@ -151,7 +152,7 @@ class Chat(BaseHTTPRequestHandler):
             self.wfile.flush()
             time.sleep(0.05)
 
-    def tr(self, status: int, answer: object, headers: dict[str, str] | None = None) -> None:
+    def reply(self, status: int, answer: object, headers: dict[str, str] | None = None) -> None:
         self.raw(status, json.dumps(answer).encode(), headers)
 
     def raw(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:

@@ -493,7 +493,7 @@ class Broken:
 
 
 def run(files: int, seed: int = 0, only: str = "", home: Path | None = None,
-        tr: Callable[[str], object] = print) -> tuple[list[Kind], list[Broken]]:
+        say: Callable[[str], object] = print) -> tuple[list[Kind], list[Broken]]:
     """Reads `files` mutated files; -> the kinds with their outcomes, and what broke."""
     home = home or Path(tempfile.mkdtemp(prefix="fuzz-"))
     os.environ["DARKROOM_HOME"] = str(home / "home")
@@ -513,8 +513,8 @@ def run(files: int, seed: int = 0, only: str = "", home: Path | None = None,
             content = _content(kind, number, rng)
             if what := _one(kind, content, rng, home / "box", watch):
                 broken.append(Broken(kind.name, number, what, content))
-                tr(f"{kind.name} {number}: {what.strip().splitlines()[-1]}")
-        tr(f"{kind.name}: {count} files, {time.monotonic() - began:.0f} s, "
+                say(f"{kind.name} {number}: {what.strip().splitlines()[-1]}")
+        say(f"{kind.name}: {count} files, {time.monotonic() - began:.0f} s, "
            + ", ".join(f"{n} {what}" for what, n in kind.outcomes.most_common(4)))
     return chosen, broken
 

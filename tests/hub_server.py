@@ -70,7 +70,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         if path == "/log":
-            return self.tr(200, json.dumps(log).encode())
+            return self.reply(200, json.dumps(log).encode())
         log.append((self.command, path, self.headers.get("Range", ""),
                     "Authorization" in self.headers))
         if match := re.fullmatch(r"/api/models/((\w+)/[\w.-]+)/revision/(.+)", path):
@@ -79,32 +79,32 @@ class Hub(BaseHTTPRequestHandler):
             return self.resolve(match[2], match[4])
         if match := re.fullmatch(r"/cdn/(\w+)/(.+)", path):
             return self.body(match[1], match[2])
-        return self.tr(404, b"no")
+        return self.reply(404, b"no")
 
     def index(self, repo: str, owner: str, revision: str) -> None:
         if owner == "gone":
-            return self.tr(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+            return self.reply(401, b"{}", {"X-Error-Code": "RepoNotFound"})
         if owner == "portal":
-            return self.tr(200, b"<html>log in</html>", {"Content-Type": "text/html"})
+            return self.reply(200, b"<html>log in</html>", {"Content-Type": "text/html"})
         if owner == "sick":
-            return self.tr(500, b"{}")
+            return self.reply(500, b"{}")
         if owner == "gated":
-            return self.tr(403, b"{}", {"X-Error-Code": "GatedRepo"})
+            return self.reply(403, b"{}", {"X-Error-Code": "GatedRepo"})
         if revision not in ("main", COMMIT):
-            return self.tr(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        return self.tr(200, json.dumps(listing(owner, repo)).encode())
+            return self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        return self.reply(200, json.dumps(listing(owner, repo)).encode())
 
     def resolve(self, owner: str, name: str) -> None:
         if name not in FILES:
-            return self.tr(404, b"", {"X-Error-Code": "EntryNotFound"})
+            return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
         if owner == "redirect" and name in LARGE:
             port = self.server.server_address[1]
-            return self.tr(302, b"", {"Location": f"http://localhost:{port}/cdn/good/{name}"})
+            return self.reply(302, b"", {"Location": f"http://localhost:{port}/cdn/good/{name}"})
         if owner in ("refused", "secret") and name in LARGE:
-            return self.tr(403 if owner == "refused" else 401, b"")
+            return self.reply(403 if owner == "refused" else 401, b"")
         turn = seen[f"{owner}/{name}"] = seen.get(f"{owner}/{name}", 0) + 1
         if owner == "busy" and turn <= 2:
-            return self.tr(429 if turn == 1 else 503, b"", {"Retry-After": "0"})
+            return self.reply(429 if turn == 1 else 503, b"", {"Retry-After": "0"})
         return self.body(owner, name)
 
     def body(self, owner: str, name: str) -> None:
@@ -112,7 +112,7 @@ class Hub(BaseHTTPRequestHandler):
         if (asked := self.headers.get("Range")) and owner != "norange":
             start = int(asked.removeprefix("bytes=").rstrip("-"))
         if start >= len(data) > 0:
-            return self.tr(416, b"")
+            return self.reply(416, b"")
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(data) - start))
         self.send_header("ETag", f'"{digest(name)}"')
@@ -136,7 +136,7 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self.wfile.write(data)
 
-    def tr(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+    def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)

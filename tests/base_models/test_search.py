@@ -115,9 +115,9 @@ def test_loops_depth_and_time_are_bounded(tmp_path: Path) -> None:
     assert not list(search([tmp_path], seconds=-1))
     for number in range(300):
         (tmp_path / f"d{number}").mkdir()
-    began = time.monotonic()
+    began = time.process_time()                 # of this process alone, however busy the machine
     list(search([tmp_path], seconds=0.01))
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_usual_places_of_other_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

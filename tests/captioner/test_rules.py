@@ -157,22 +157,22 @@ def test_the_trigger_comes_before_a_token_limit() -> None:
 @pytest.mark.parametrize("pattern", [
     r"(a+)+$", r"(a|aa)+$", r"(.*a){25}$", r"^(([a-z])+.)+[A-Z]([a-z])+$", r"(?:a*)*b"])
 def test_a_catastrophic_pattern_ends(pattern: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     try:
         apply("a" * 5000 + "!", parse([{"rule": "replace", "find": pattern, "regex": True}]))
     except UserError as fault:
         assert fault.code == "rules.regex_slow"  # noqa: PT017 - some patterns are quick
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_a_pattern_that_never_ends_is_a_fault() -> None:
     rules = parse([{"rule": "suffix", "text": "z"},
                    {"rule": "replace", "regex": True, "find": r"(.*),(.*),(.*),(.*)x\1\2"}])
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(UserError, match=r"Rule 2 \(replace\): the regular expression") as caught:
         apply("a, b " * 300, rules)
     assert caught.value.code == "rules.regex_slow"
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 # --- mistakes ---------------------------------------------------------------------------------

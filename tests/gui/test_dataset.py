@@ -233,20 +233,26 @@ def test_ten_thousand_pictures_page_at_once(monkeypatch: pytest.MonkeyPatch,
     Image.new("RGB", (8, 8)).save(first)
     for number in range(1, 10_000):
         (tmp_path / f"{number:05d}.png").hardlink_to(first)
+    page = tmp_path.parent / "page"             # as many as a page shows
+    page.mkdir()
+    for number in range(PER_PAGE):
+        (page / f"{number}.png").hardlink_to(first)
     monkeypatch.setattr(DatasetView, "_captions", lambda *_: None)
     monkeypatch.setattr(DatasetView, "_check", lambda *_: None)
-    album, began = DatasetView(), time.perf_counter()
-    album.follow(snapshot(tmp_path))
-    state = album.wait()
-    listed = time.perf_counter() - began
-    began = time.perf_counter()
-    html = grid(ENGLISH, album)
-    painted = time.perf_counter() - began
-    print(f"listed in {listed:.2f} s, painted in {painted * 1000:.1f} ms")
-    assert len(state.names) == 10_000
-    assert html.count("<li") == PER_PAGE
-    assert listed < 5
-    assert painted < 0.2
+    costs = []
+    for folder, count in ((tmp_path, 10_000), (page, PER_PAGE)):
+        view = DatasetView()
+        view.follow(snapshot(folder))
+        assert len(view.wait().names) == count
+        assert grid(ENGLISH, view).count("<li") == PER_PAGE
+        seconds = []
+        for _ in range(5):
+            began = time.process_time()         # of this process alone, however busy the machine
+            grid(ENGLISH, view)
+            seconds.append(time.process_time() - began)
+        costs.append(min(seconds))
+    # What is kept of all names (a set, a count) may cost a little; 10,000 tiles cost 160 times.
+    assert costs[0] < 20 * costs[1]
 
 
 def test_only_uploads_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
