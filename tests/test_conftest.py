@@ -22,6 +22,7 @@ def test_runs(): pass
 """
 
 
+@pytest.mark.thorough
 def test_skipped_tests_are_listed_by_reason(tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text(SOME)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    network: x\n    slow: x\n")
@@ -36,6 +37,7 @@ def test_skipped_tests_are_listed_by_reason(tmp_path: Path) -> None:
     assert "1 passed, 3 skipped" in lines[-1]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("given", "passed"), [
     ([], 1), (["-n", "2"], 1), (["--all"], 2), (["-n", "2", "--all"], 2), (["test_some.py"], 2),
     (["-m", "thorough"], 1)])

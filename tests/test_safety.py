@@ -216,6 +216,7 @@ def test_a_link_to_what_never_ends(tmp_path: Path) -> None:
 
 # --- a few of the long run's files ------------------------------------------------------------
 
+@pytest.mark.thorough
 def test_mutated_files_of_every_kind(tmp_path: Path) -> None:
     """A short run in a process of its own: it listens to everything that is opened."""
     done = subprocess.run(

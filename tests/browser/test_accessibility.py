@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 pytest.importorskip("axe_playwright_python")
 
 TABS = ("dataset", "captioning", "parameters", "inference", "settings")

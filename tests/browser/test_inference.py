@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from core.jobs import runs
 from core.jobs.events import Checkpoint, JobEnded, JobStarted
 from core.jobs.journal import Journal
 from core.lora_files import files
 from tests.browser.test_short_way import tab, until
 from tests.tiny import MIDDLE, tiny_lora
+
+pytestmark = pytest.mark.thorough
 
 
 def trained(folder: Path, base: Path) -> None:

@@ -11,6 +11,8 @@ from gui.state.app_state import Snapshot, Updates
 from gui.state.page import Page
 from tests.browser.test_short_way import until
 
+pytestmark = pytest.mark.thorough
+
 DISABLED = "document.querySelector('#start').disabled"
 SHOWN, FILLED = (f"document.querySelector('#{name}-shown [data-shown]')?.dataset.shown"
                  for name in ("repaint", "refill"))

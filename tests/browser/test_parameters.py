@@ -15,6 +15,8 @@ from core.jobs.events import Faulted, JobEnded, JobStarted, Phase, Sample, Step
 from core.jobs.journal import Journal
 from tests.browser.test_short_way import tab, until
 
+pytestmark = pytest.mark.thorough
+
 PICTURES = paths.DEMO / "pictures"
 
 

@@ -98,6 +98,7 @@ def test_the_short_way(page: Any, served: Any) -> None:
     assert Path(download.value.path()).stat().st_size > 10_000
 
 
+@pytest.mark.thorough
 def test_a_second_page_shows_the_same_and_a_fault_is_mended_in_one_click(
         page: Any, served: Any) -> None:
     from core.jobs import runs
@@ -132,6 +133,7 @@ def test_a_second_page_shows_the_same_and_a_fault_is_mended_in_one_click(
     until(lambda: served.app_state.jobs.view(new.id).state == "stopped")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("language", ["en", "zh-CN"])
 def test_wrong_numbers_block_and_presets_set_fields(page: Any, served: Any, language: str) -> None:
     app_state = served.app_state
@@ -153,6 +155,7 @@ def test_wrong_numbers_block_and_presets_set_fields(page: Any, served: Any, lang
     assert page.evaluate("document.documentElement.lang") == language
 
 
+@pytest.mark.thorough
 def test_every_screen_in_both_languages_and_themes(page: Any, served: Any,
                                                    tmp_path_factory: Any) -> None:
     """Kept as test output: <base temp>/screens. Nothing may be wider than the window."""
@@ -178,6 +181,7 @@ def test_every_screen_in_both_languages_and_themes(page: Any, served: Any,
                 assert "gui." not in page.locator("main").inner_text()
 
 
+@pytest.mark.thorough
 def test_a_page_whose_script_comes_late_is_whole(browser: Any, page: Any, served: Any) -> None:
     """Gradio adds it by itself, and on a busy machine after the panels that need it."""
     def late(route: Any) -> None:

@@ -16,6 +16,8 @@ from core import i18n, paths
 from tests.browser.test_accessibility import faults
 from tests.browser.test_short_way import step_of, tab, until
 
+pytestmark = pytest.mark.thorough
+
 STEPS = 60
 PICTURES = sorted((paths.DEMO / "pictures").glob("*.png"))[:8]
 LANGUAGES = pytest.mark.parametrize("language", [        # daily English: test_short_way.py

@@ -40,6 +40,7 @@ def test_the_stranger_is_found_and_can_be_left_out(folder: Path) -> None:
     assert "sky.png" not in [one.name for one in (after.subjects if after else ())]
 
 
+@pytest.mark.thorough
 def test_the_command(folder: Path) -> None:
     done = subprocess.run([sys.executable, "launcher.py", "captions", "outliers", str(folder),
                            "--json"], cwd=paths.ROOT, capture_output=True, text=True, check=True)

@@ -97,6 +97,7 @@ def test_suggest_yaml_without_a_base_says_where_to_put_one(run: Run) -> None:
     assert (found.max_resolution, found.batch_size) == ("512,512", 8)
 
 
+@pytest.mark.thorough
 def test_suggest_says_honestly_that_nothing_fits(run: Run) -> None:
     told = run("suggest", "--base", "demo", "--vram-gb", "1")
     assert told.code == 1
@@ -163,6 +164,7 @@ def test_plan_that_does_not_fit_names_what_would(run: Run, config: Path) -> None
     assert run(*argv, *again).code == 0                 # later ones win: it does fit
 
 
+@pytest.mark.thorough
 def test_plan_that_is_tight_says_so(run: Run, config: Path) -> None:
     needs = run("plan", "--config", config, "--vram-gb", "8", "--json").json["needs_mb"]
     tight = (needs + 700 + 60) / 1024

@@ -91,6 +91,7 @@ def fetch(url: str) -> tuple[str, str]:
 
 # --- one start from its first page to its violent end ---
 
+@pytest.mark.thorough
 @posix
 def test_a_start_shows_something_at_once_and_a_killed_one_leaves_nothing_but_its_run(
         desk: Desk) -> None:

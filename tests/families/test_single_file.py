@@ -32,6 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path,
     path.unlink()
 
 
+@pytest.mark.thorough
 def test_every_weight_arrives(checkpoint: tuple[Path, Models]) -> None:
     path, models = checkpoint
     assert families.detect(path) == "sd15"
@@ -47,6 +48,7 @@ def test_every_weight_arrives(checkpoint: tuple[Path, Models]) -> None:
             assert torch.equal(found[key].to(want.dtype), want), f"{name}.{key}"
 
 
+@pytest.mark.thorough
 def test_described_config_trains_on_it(checkpoint: tuple[Path, Models], tmp_path: Path,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     """The first described YAML, word for word; only resolution and steps are cut, for time."""

@@ -306,6 +306,7 @@ def test_what_a_config_cannot_be_is_said_in_the_pages_language(ctx: Context,
     assert str(next(iter(values.values()))) in said
 
 
+@pytest.mark.thorough
 def test_the_planner_weighs_what_helps() -> None:
     config = {"base_model": "demo", "train_data_dir": str(paths.DEMO / "pictures"),
               "device": "cpu", "batch_size": 4}

@@ -66,6 +66,7 @@ def test_text_encoder_reads_in_old_and_new_tools() -> None:
     assert all(k.startswith("text_model.") for k in read_header(weights).tensors)
 
 
+@pytest.mark.thorough
 def test_subjects_are_drawn_as_asked(pipeline: StableDiffusionPipeline, judge: Judge) -> None:
     subjects = judge.subjects
     named = judge.name(shots(pipeline, [f"a {s}" for s in subjects], 100))
@@ -81,6 +82,7 @@ def test_demo_subjects_are_unseen() -> None:
     assert "duskprint" in words
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(1500)            # a whole training: minutes, more on a busy machine
 def test_the_demo_teaches_a_style_and_keeps_the_subjects(tmp_path: Path) -> None:
     result = run.run_demo(tmp_path, lambda event: None, Control())

@@ -105,6 +105,7 @@ def apart() -> Iterator[Warm]:
         yield warm
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", ["full", "read-only"])
 @pytest.mark.parametrize("spare", [True, False])
 def test_a_real_disk_in_mid_run(apart: Warm, make: Make, tmp_path: Path, own_home: Path,

@@ -113,6 +113,7 @@ def kill_and_compare(rig: Rig, monkeypatch: pytest.MonkeyPatch, kills: int, seed
     print(f"{done} kills in {number} runs of {length:.2f} s")
 
 
+@pytest.mark.thorough
 def test_twenty_kills_cost_nothing(warm: Warm, base: Path, tmp_path: Path, own_home: Path,
                                    monkeypatch: pytest.MonkeyPatch) -> None:
     kill_and_compare(Rig(warm, base, tmp_path, own_home), monkeypatch, 20, 20_260_119)

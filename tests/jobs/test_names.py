@@ -124,6 +124,7 @@ def test_a_deleted_picture_comes_back_only_to_a_free_name(tmp_path: Path) -> Non
 
 # --- claims ---
 
+@pytest.mark.thorough
 @posix
 def test_a_thousand_claims_under_fire(tmp_path: Path, own_home: Path) -> None:
     """Processes take names, make a file of each and let go; they are killed at random. No two
@@ -262,6 +263,7 @@ def two() -> Iterator[tuple[Warm, Warm]]:
         yield first, second
 
 
+@pytest.mark.thorough
 @posix
 def test_two_runs_of_one_config_at_once(two: tuple[Warm, Warm], config: TrainConfig,
                                         tmp_path: Path) -> None:
@@ -322,6 +324,7 @@ def _each_has_its_own(started: list[Path], alone: list[dict[str, Any]], out: Pat
     assert rest <= ({".taken", ".tmp"} if killed else {".taken"}), [*out.rglob(".*")]
 
 
+@pytest.mark.thorough
 def test_the_windows_job_beside_the_command_line(config: TrainConfig, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(dump_yaml(config.with_changes(sample_prompts=[])))
@@ -356,6 +359,7 @@ def told(events: list[Event], key: str) -> list[dict[str, Any]]:
     return [event.params for event in events if isinstance(event, Note) and event.key == key]
 
 
+@pytest.mark.thorough
 def test_a_run_is_resumed_and_not_a_later_one_of_its_name(config: TrainConfig,
                                                           tmp_path: Path) -> None:
     plain = config.with_changes(sample_prompts=[], keep_checkpoints=0)

@@ -421,6 +421,7 @@ def test_suggestion_for_the_demo_base_trains_on_any_cpu(traces: Path, tmp_path: 
     assert load_train_config(file) == found.config()
 
 
+@pytest.mark.thorough
 def test_sd15_on_small_and_large_cards(traces: Path) -> None:
     """Real shapes: the score rises with the card, and every suggestion fits it with the margin."""
     base = plan_inputs.base_of("sd15")

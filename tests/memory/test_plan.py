@@ -224,6 +224,7 @@ def test_published_shapes_of_sd15(sd15: Base) -> None:
     assert lean.mb / 1024 == pytest.approx(1.88, rel=0.02)
 
 
+@pytest.mark.thorough
 def test_more_of_anything_never_needs_less(sd15: Base) -> None:
     def needs(max_resolution: str = "512,512", **changes: Any) -> float:
         config, (side, _) = TrainConfig(**changes), max_resolution.split(",")

@@ -117,6 +117,7 @@ def test_a_child_whose_window_was_killed_leaves(tmp_path: Path) -> None:
         os.close(writer)
 
 
+@pytest.mark.thorough
 def test_a_family_that_the_user_names_counts_everywhere(tmp_path: Path) -> None:
     """A file that is called like what can't be trained, of a user who knows better."""
     file = sparse(tmp_path / "my_kontext_merge.safetensors", BASES["flux"])

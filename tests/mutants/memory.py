@@ -15,7 +15,7 @@ MUTANTS = [
            "activations=drawn", _STAYS),
     Mutant("plan-draws-without-average", _PLAN,
            'activations=drawn["peak"], **_beside(config, facts, step))',
-           'activations=drawn["peak"]))', _STAYS),
+           'activations=drawn["peak"])', _STAYS),
     Mutant("plan-of-one-moment", _MEMORY, "ADAM_STATES = 2 ", "ADAM_STATES = 1 ",
            ("memory/test_plan.py::test_adams_two_moments_are_as_large_as_the_adapter_each",)),
     Mutant("plan-without-gradients", _PLAN, 'gradients=step["gradients"],\n', "gradients=0.0,\n",

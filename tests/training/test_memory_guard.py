@@ -185,6 +185,7 @@ def test_a_run_that_holds_more_than_planned_says_so(make: Make, monkeypatch: pyt
     assert "plan of this run was too low" in "\n".join(progress.summary(result))
 
 
+@pytest.mark.thorough
 def test_planned_and_held_are_of_one_kind_on_the_cpu(make: Make) -> None:
     """Without other tests' leftovers: a run in a process of its own holds what was planned, its
     private bytes compared with them, within what allocators keep."""

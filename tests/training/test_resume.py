@@ -241,6 +241,7 @@ def spoil(event):
 """
 
 
+@pytest.mark.thorough
 def test_a_proof_that_fails_is_said_on_top(config: TrainConfig, tmp_path: Path) -> None:
     """The saved file is another than what was trained: exit code 1, state, first line."""
     (tmp_path / "own.py").write_text(SPOILS)
@@ -320,6 +321,7 @@ def test_torchrun_is_refused_once(config: TrainConfig, tmp_path: Path) -> None:
     assert not Path(config.output_dir).exists()
 
 
+@pytest.mark.thorough
 def test_one_process_of_a_launcher_goes_on(config: TrainConfig, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(dump_yaml(config.with_changes(epochs=1)))
@@ -331,6 +333,7 @@ def test_one_process_of_a_launcher_goes_on(config: TrainConfig, tmp_path: Path) 
 
 # --- what goes away while a run goes on ---
 
+@pytest.mark.thorough
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_a_reader_that_goes_away_costs_no_run(config: TrainConfig, tmp_path: Path) -> None:
     """Its output is a pipe that nobody reads any more: the run comes to its proven LoRA."""
@@ -345,6 +348,7 @@ def test_a_reader_that_goes_away_costs_no_run(config: TrainConfig, tmp_path: Pat
     assert (view.state, view.result["proof"]["ok"]) == ("done", True)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_a_terminal_that_closes_saves_the_run(config: TrainConfig, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"

@@ -284,6 +284,7 @@ def demo_losses(kind: Quantization, updates: int = 12) -> tuple[list[float], Tra
     return losses, trainer
 
 
+@pytest.mark.thorough
 def test_lora_on_a_quantised_base_learns_as_on_a_plain_one() -> None:
     """The first loss tells how far the quantised base is off (2 % of the loss for 8 bits, 10 %
     for 4); the fall over 12 updates is the plain base's within a fifth."""
