@@ -8,6 +8,7 @@ the picture as "WIDTHxHEIGHT FORMAT"; GET /most tells how many requests were und
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import threading
@@ -133,6 +134,14 @@ class Chat(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(b'{"choices": [')
             self.close_connection = True
+        elif mode == "tornpage":                # an error whose page breaks off
+            self.send_response(404)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"no such")
+            self.close_connection = True
+        elif mode == "packed":                  # 20 MB in 90 kB, unasked
+            self.raw(200, gzip.compress(b" " * 20_000_000, 1), {"Content-Encoding": "gzip"})
         elif mode == "silent":
             time.sleep(5)
         elif mode == "drip":

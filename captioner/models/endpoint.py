@@ -46,6 +46,7 @@ LENGTH = 1024
 LONGEST = 4000
 # Bytes: more than any answer has, little enough to hold in memory.
 LARGEST = 4_000_000
+LONGEST_REASON = 20_000          # bytes of an error's own page
 AT_ONCE = 4                             # requests; servers queue those that they can't serve
 TRIES = 4
 BACKOFF_S = 0.5                         # doubles with each try; a Retry-After header replaces it
@@ -90,13 +91,16 @@ class Endpoint:
         # The system's proxy, but none for this machine: pictures would leave it.
         parts = urlsplit(self.address)
         host = parts.hostname or ""
-        self.proxy = (None if is_here(host) or urllib.request.proxy_bypass(host)
+        self.proxy = (None if is_here(host) or urllib.request.proxy_bypass(parts.netloc)
                       else urllib.request.getproxies().get(parts.scheme))
         # Many write the variable without a scheme, which httpx refuses.
         if self.proxy and "://" not in self.proxy:
             self.proxy = f"http://{self.proxy}"
         # The certificates of the system, not httpx's own: a home server may have a private one.
         self.certificates = ssl.create_default_context()
+        key = os.environ.get(KEY, "")
+        if not key.isascii() or not key.isprintable():
+            raise UserError("endpoint.bad_key", variable=KEY)
 
     def load(self) -> None:
         """Asks the server for its models, and checks or chooses the one to use."""
@@ -128,6 +132,9 @@ class Endpoint:
 
     def describe(self, batch: Sequence[PreparedPicture]) -> list[Description]:
         """Sends a few requests at once; the first fault of the batch is raised."""
+        # Ctrl+C ends a single request at once; leaving a pool would wait for it.
+        if len(batch) == 1:
+            return [Description(sentence=self._describe_one(batch[0]))]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return [Description(sentence=text) for text in pool.map(self._describe_one, batch)]
 
@@ -166,7 +173,9 @@ class Endpoint:
 
     def _request(self, route: str, body: dict[str, Any] | None) -> bytes:
         key, timeout_s = os.environ.get(KEY), self.config.timeout_s
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        # Not packed: a few bytes could unpack to more than the memory holds.
+        headers = {"Accept-Encoding": "identity"} | (
+            {"Authorization": f"Bearer {key}"} if key else {})
         data = b""
         # httpx limits the time of each read; the deadline is for the whole, dripping answer.
         deadline = time.monotonic() + timeout_s
@@ -174,7 +183,11 @@ class Endpoint:
             with httpx.stream("POST" if body else "GET", f"{self.address}/{route}", json=body,
                               headers=headers, timeout=timeout_s, proxy=self.proxy,
                               trust_env=False, verify=self.certificates) as response:
-                for chunk in response.iter_bytes():
+                if not response.is_success:
+                    raise self._status_fault(response, deadline)
+                if (packed := response.headers.get("Content-Encoding", "identity")) != "identity":
+                    raise UserError("endpoint.not_json", address=self.address, answer=packed)
+                for chunk in response.iter_raw():
                     data += chunk
                     if len(data) > LARGEST:
                         raise UserError("endpoint.huge", most=LARGEST // 1_000_000)
@@ -187,13 +200,19 @@ class Endpoint:
         except (httpx.HTTPError, httpx.InvalidURL, ImportError, ValueError) as error:
             raise _Retry(UserError("endpoint.down", address=self.address,
                                    reason=str(error) or type(error).__name__)) from None
-        if response.is_success:
-            return data
-        raise self._status_fault(response, data)
+        return data
 
-    def _status_fault(self, response: httpx.Response, data: bytes) -> Exception:
+    def _status_fault(self, response: httpx.Response, deadline: float) -> Exception:
         """The fault that an unsuccessful HTTP status stands for."""
-        status, reason = response.status_code, data[:20_000].decode("utf-8", "replace")
+        data = b""
+        # The status decides. A body that is cut, slow or long leaves the reason short.
+        with contextlib.suppress(httpx.HTTPError):
+            for chunk in response.iter_raw():
+                data += chunk
+                if len(data) > LONGEST_REASON or time.monotonic() > deadline:
+                    break
+        status = response.status_code
+        reason = data[:LONGEST_REASON].decode("utf-8", "replace")
         with contextlib.suppress(ValueError):
             reason = _error_message(json.loads(reason))
         reason = " ".join(re.sub(r"<[^>]*>", " ", reason).split())[:200] or "?"

@@ -28,6 +28,7 @@ from core.cli.console import (
     job_failed,
     job_terminal,
     model_path,
+    print_json,
     tr,
 )
 from core.errors import UserError
@@ -283,6 +284,10 @@ def runs_show_command(options: argparse.Namespace) -> int:
     from core.cli import progress
     from core.jobs import runs
     view = runs.load_run(_run_id(options.id))
+    # before the lines: a damaged record may hold what can't be put into sentences
+    if options.json:
+        print_json({"ok": True, **asdict(view)})
+        return FINE
     lines = fact_lines(
         {**_brief(view), "state": tr(f"state_{view.state}"),
          "loss": "" if view.loss is None else f"{view.loss:.4f}", "folder": view.folder,
@@ -296,7 +301,7 @@ def runs_show_command(options: argparse.Namespace) -> int:
     lines.append("\n".join(progress.summary(view.result)))
     if view.fault:
         lines.append(i18n.tr(view.fault.code, view.fault.params))
-    answer(options, {"ok": True, **asdict(view)}, lines)
+    print("\n".join(lines))
     return FINE
 
 

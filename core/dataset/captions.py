@@ -104,7 +104,7 @@ def metadata_files(files: Iterable[Path]) -> list[Path]:
     A picture's caption is the first one that these files hold, else that of its sidecars.
     """
     tables = (path for path in files if path.name.lower() in METADATA)
-    return sorted(tables, key=lambda path: -len(path.parts))
+    return sorted(tables, key=lambda path: (-len(path.parts), path.as_posix()))
 
 
 def caption_places(pictures: Iterable[Path], files: Iterable[Path]) -> dict[Path, list[Path]]:

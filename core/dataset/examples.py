@@ -178,6 +178,8 @@ class Encoder:
         examples.latents = [torch.stack([view["latents"] for view in row if view])
                             if row and all(row) else torch.empty(0) for row in entries]
         missing = {i for i, row in enumerate(entries) if row and not all(row)}
+        # A second set of all latents, which would stay until the denoiser is loaded.
+        del entries
         if missing:
             self._encode_pictures(examples, missing, names, cache)
         if not self.config.flip:

@@ -116,8 +116,11 @@ def tail(lines: int, path: Path | None = None) -> str:
     """The last lines of a log (None: the app's own); "" where there is none."""
     with contextlib.suppress(OSError), open(path or file(), "rb") as log:
         # 400 bytes a line are enough for most; the log of a run may have hundreds of MB
-        log.seek(max(0, log.seek(0, os.SEEK_END) - 400 * lines))
-        return "\n".join(log.read().decode("utf-8", "replace").splitlines()[-lines:])
+        start = max(0, log.seek(0, os.SEEK_END) - 400 * lines)
+        log.seek(start)
+        found = log.read().decode("utf-8", "replace").splitlines()
+        # the first is cut: half of a user's name is not known as one and would go into a report
+        return "\n".join(found[1 if start else 0:][-lines:])
     return ""
 
 

@@ -5,6 +5,7 @@ preservation of Ruiz et al. 2022, arXiv 2208.12242). From a folder, or drawn by 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def draw(config: TrainConfig, requests: list[SampleRequest], family: Family, par
     # The folder is named after all that decides how they look.
     files = [fingerprint(family.weight_files(parts.source, part)) for part in PARTS]
     folder = paths.cache_dir() / "regular" / key(
-        *files, parts.objective, parts.scheduler, parts.distilled, requests,
+        *files, parts.objective, parts.scheduler, parts.distilled, [*map(astuple, requests)],
         *([reading_of(config)] if family.spec.chunked else []))[:20]
     missing = [n for n in range(len(requests)) if not _picture(folder, n).exists()]
     if not missing:

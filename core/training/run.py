@@ -49,9 +49,8 @@ def train(config: TrainConfig, emit: Emit, control: Control,
     Returns the facts for the summary. Raises UserError for whatever a user can mend.
     """
     config = base_loras.located(importers.located(config, beside), beside)
-    folder = Path(config.output_dir).expanduser().absolute()
-    with Callbacks(config.callbacks, emit, control) as callbacks, \
-            Output(folder, config, callbacks) as output:
+    with Callbacks(config.callbacks, emit, control) as callbacks, Output(
+            Path(config.output_dir).expanduser().absolute(), config, callbacks) as output:
         result = _train(output, config, callbacks, control, beside)
         callbacks.state = "unproven" if result["state"] == "unproven" else "done"
         return result

@@ -1,6 +1,6 @@
 """Every key of every family's LoRA files is one that ComfyUI, Forge and A1111 take.
 
-The tables tr which names of layers a program looks for, by its published loader; they know
+The tables say which names of layers a program looks for, by its published loader; they know
 nothing of core.families.layer_names. Sources, read 2026-11: ComfyUI comfy/lora.py, comfy/utils.py
 (*_to_diffusers), comfy/weight_adapter; Forge packages_3rdparty/comfyui_lora_collection; A1111
 extensions-builtin/Lora.

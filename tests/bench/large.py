@@ -124,7 +124,7 @@ def trainer_of(family: str, file: Path, **changes: Any) -> Trainer:
     channels, side = parts.denoiser.config.in_channels, SIDE // 8
     examples.latents = [torch.randn(channels, side, side)]
     base = detection.Base.of(plan_inputs.base_of(family).source, family)
-    shapes = traces._embedding(base, "fp32")
+    shapes = traces._embedding(base, "fp32", 1)
     text = {k: torch.randn(v.shape, dtype=precision.compute) for k, v in shapes.items()}
     examples.texts = {"x": text, "": text}
     return Trainer(config, one, parts, precision, examples, lambda event: None, Control())

@@ -117,6 +117,27 @@ def test_key_comes_from_the_environment(server: str, monkeypatch: pytest.MonkeyP
     assert posts(server, "secret")[-1]["key"] == "Bearer open"
 
 
+@pytest.mark.parametrize("key", ["sk-1\n", "clé", "a\x00b"])
+def test_a_key_that_no_header_can_hold_is_told(server: str, monkeypatch: pytest.MonkeyPatch,
+                                               key: str) -> None:
+    if "\x00" in key:                   # the environment can't hold it either
+        monkeypatch.setattr(endpoint.os, "environ", {endpoint.KEY: key})
+    else:
+        monkeypatch.setenv(endpoint.KEY, key)
+    with pytest.raises(UserError) as caught:
+        endpoint.Endpoint(CaptionConfig(folder="", endpoint=server))
+    assert caught.value.code == "endpoint.bad_key"
+    assert key.strip() not in str(caught.value)
+
+
+def test_no_proxy_heeds_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "nas:11434")
+    proxies = [endpoint.Endpoint(CaptionConfig(folder="", endpoint=f"http://nas:{port}")).proxy
+               for port in (11434, 8080)]
+    assert proxies == [None, "http://127.0.0.1:9"]
+
+
 def test_no_proxy_gets_what_stays_here(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -149,6 +170,15 @@ def test_models_that_are_not_there(server: str) -> None:
     ("list", "endpoint.other_format"), ("moved", "endpoint.redirects")])
 def test_not_a_model_server(server: str, mode: str, fault: str) -> None:
     assert code(lambda: opened(server, mode)) == fault
+
+
+def test_the_status_counts_where_its_page_breaks_off(server: str) -> None:
+    assert code(lambda: described(opened(server, "tornpage"), "red")) == "endpoint.no_route"
+    assert len(posts(server, "tornpage")) == 1
+
+
+def test_a_packed_answer_is_not_unpacked(server: str) -> None:
+    assert code(lambda: described(opened(server, "packed"), "red")) == "endpoint.not_json"
 
 
 def test_wrong_path(server: str) -> None:
