@@ -107,10 +107,10 @@ def test_the_readmes_commands_run_as_printed(tmp_path: Path) -> None:
     assert base in config
     (tmp_path / "my_style.yaml").write_text(
         config.replace(base, "demo").replace("epochs: 100", "epochs: 2"), "utf-8")
+    stands_for = {"MODEL": str(paths.DEMO / "base"), "8GB laptop": "CPU"}
     own = [command for path in DOCS for command in blocks(path) if command.startswith("darkroom ")]
     for command in dict.fromkeys(own):
-        words = shlex.split(command.replace("MODEL", str(paths.DEMO / "base"))
-                            .replace("8GB laptop", "CPU"))[1:]
+        words = [stands_for.get(word, word) for word in shlex.split(command)[1:]]
         done = subprocess.run([sys.executable, ROOT / "launcher.py", *words], cwd=tmp_path,
                               capture_output=True, text=True, timeout=600, check=False,
                               env=os.environ | {"DARKROOM_RESTARTED": str(ROOT / ".venv")})
