@@ -674,7 +674,7 @@ def test_an_end_that_nobody_knows_is_no_success(said, state):
     assert fold(view, step(1, 0.5)) is view                 # nothing comes after the end
 
 
-# --- the house ---
+# --- rules of the code ---
 
 def test_the_window_side_takes_no_torch():
     code = ("import sys, core.jobs.manager, core.jobs.journal, core.jobs.worker\n"

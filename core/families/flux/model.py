@@ -60,7 +60,7 @@ class Flux1(FlowFamily):
         ComponentSpec("text_encoder", CLIPTextModel, "text", (CLIP_L,), file_kind="clip_l"),
         ComponentSpec("text_encoder_2", T5EncoderModel, "text", (T5XXL,), file_kind="t5"))
     tokenizers: ClassVar = {"text_encoder": TokenizerSpec(),
-                              "text_encoder_2": TokenizerSpec("t5", 512)}
+                            "text_encoder_2": TokenizerSpec("t5", 512)}
     pipe = Flux1Pipeline
     sampling = DEV
 

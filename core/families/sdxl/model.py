@@ -35,7 +35,7 @@ class StableDiffusionXL(UNetFamily):
         ComponentSpec("text_encoder_2", CLIPTextModelWithProjection, "text", (CLIP_G,),
                       checkpoint_keys.open_clip, file_kind="clip_g"))
     tokenizers: ClassVar = {"text_encoder": TokenizerSpec(),
-                              "text_encoder_2": TokenizerSpec(pad="!")}
+                            "text_encoder_2": TokenizerSpec(pad="!")}
     pipe = StableDiffusionXLPipeline
     step_multiple = 2                       # 64 px, as its makers' buckets (appendix I)
 
