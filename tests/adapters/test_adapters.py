@@ -30,7 +30,8 @@ from core.memory import plan
 from core.training.checkpoint import FOLDER
 from core.training.run import train
 from core.weights.quantization import quantize_
-from tests import tiny, tiny_families
+from tests import tiny
+from tests.tiny import families as tiny_families
 
 KINDS = ("lora", "rslora", "dora", "pissa", "loha", "lokr", "oft")
 SPEC = families.get("sd15").spec

@@ -36,7 +36,8 @@ from core.training.run import train
 from core.weights.offload import offload_
 from core.weights.precision import choose
 from core.weights.quantization import quantize_
-from tests import tiny, tiny_families
+from tests import tiny
+from tests.tiny import families as tiny_families
 
 FP32, BF16 = choose("fp32", "cpu"), choose("bf16", "cpu")
 CPU = torch.device("cpu")

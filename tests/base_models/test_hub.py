@@ -1,4 +1,4 @@
-"""core/base_models/hub.py against a real HTTP server in a process of its own (hub_server.py)."""
+"""core/base_models/hub.py against a real HTTP server in its own process: tests/servers/hub.py."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from core.cli import models
 from core.errors import UserError
 from core.jobs.control import Control
 from core.jobs.events import Event, Note, Phase
-from tests import hub_server
 from tests.calls import ROOT, serving
+from tests.servers import hub as hub_server
 
 MODEL = hub_server.FILES["model.safetensors"]
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    yield from serving("tests.hub_server")
+    yield from serving("tests.servers.hub")
 
 
 @pytest.fixture(autouse=True)

@@ -35,9 +35,9 @@ from core.jobs.control import Control
 from core.memory import plan, plan_inputs, traces
 from core.training.trainer import Trainer
 from core.weights.precision import Precision, choose
-from tests import ldm_layout
 from tests.bench.plan import measure
 from tests.bench.step import compare
+from tests.tiny import ldm_layout
 
 MB = 2**20
 SIDE = 64                                   # px

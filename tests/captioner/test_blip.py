@@ -24,7 +24,7 @@ from core.dataset.images import open_picture
 from core.errors import UserError
 from core.failures import ran_out
 from core.jobs.control import Control
-from tests import tiny_captioners as tiny
+from tests.tiny import captioners as tiny
 
 
 @pytest.fixture(scope="module")

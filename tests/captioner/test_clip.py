@@ -25,7 +25,7 @@ from core import paths
 from core.dataset.images import open_picture
 from core.errors import UserError
 from core.safetensors_header import read_header
-from tests import tiny_captioners as tiny
+from tests.tiny import captioners as tiny
 
 WORDS = {"thing": {"templates": ["a photo of {a}", "{}"], "most": 4, "threshold": 0.0,
                    "relative": 0.0, "entries": ["cat", "old dog", "trees", "key", "red car"]},

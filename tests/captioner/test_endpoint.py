@@ -1,4 +1,4 @@
-"""captioner/models/endpoint.py against a real HTTP server process: tests/chat_server.py."""
+"""captioner/models/endpoint.py against a real HTTP server process: tests/servers/chat.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.calls import ROOT, serving
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    yield from serving("tests.chat_server")
+    yield from serving("tests.servers.chat")
 
 
 @pytest.fixture(autouse=True)
@@ -218,7 +218,7 @@ def test_nobody_listens() -> None:
 
 
 def test_server_that_dies_in_between() -> None:
-    process = subprocess.Popen([sys.executable, "-m", "tests.chat_server"], cwd=ROOT, text=True,
+    process = subprocess.Popen([sys.executable, "-m", "tests.servers.chat"], cwd=ROOT, text=True,
                                stdout=subprocess.PIPE)
     assert process.stdout is not None
     captioner = opened(f"http://127.0.0.1:{int(process.stdout.readline())}")

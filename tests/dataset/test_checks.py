@@ -595,7 +595,7 @@ def test_every_base_is_asked_for_its_own_sizes(name: str, tmp_path: Path) -> Non
     """Not the family's usual ones: tiny bases have others."""
     from core import families
     from core.weights.precision import choose
-    from tests import tiny_families
+    from tests.tiny import families as tiny_families
     base = tiny_families.base(name, tmp_path / "base")
     parts = families.get(name).load(base, choose("fp32", "cpu"), frozenset())
     facts = base_facts(base, plan.sizes)

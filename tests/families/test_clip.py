@@ -29,7 +29,8 @@ from core.jobs.control import Control
 from core.jobs.events import Note
 from core.training.trainer import Trainer
 from core.weights.precision import choose
-from tests import tiny, tiny_families
+from tests import tiny
+from tests.tiny import families as tiny_families
 from tests.training.test_trainer import run, trainer_of
 
 WORDS = ("cat", "dog", "red", "big", "tree", "house", "the", "of")      # one token each

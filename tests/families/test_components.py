@@ -32,8 +32,8 @@ from core.families.components.lookup import NO_FILES, ComponentFiles
 from core.families.components.tokenizer_kinds import KINDS, TokenizerKind
 from core.jobs.events import Event, Note
 from core.weights.precision import Precision, choose
-from tests import tiny_families
-from tests.tiny_families import DATA
+from tests.tiny import families as tiny_families
+from tests.tiny.families import DATA
 
 META = Precision(torch.device("meta"), *[torch.float32] * 3)
 QWEN, T5, GEMMA = KINDS["qwen3"], KINDS["t5"], KINDS["gemma2"]

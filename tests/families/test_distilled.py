@@ -29,7 +29,8 @@ from core.training import preflight
 from core.training.memory_guard import MemoryGuard
 from core.training.run import train
 from core.weights.precision import choose
-from tests import tiny, tiny_families
+from tests import tiny
+from tests.tiny import families as tiny_families
 
 FP32 = choose("fp32", "cpu")
 

@@ -29,7 +29,8 @@ from core.training import memory_guard, verify
 from core.training.run import train
 from core.weights import quantization
 from core.weights.precision import choose, quantize_and_offload_
-from tests import tiny, tiny_families
+from tests import tiny
+from tests.tiny import families as tiny_families
 
 FP32 = choose("fp32", "cpu")
 SIZE = (32, 32)

@@ -31,8 +31,8 @@ from core.families.registry import SPECS
 from core.inference import generate
 from core.lora_files import formats
 from core.weights.precision import Precision, choose
-from tests import tiny_families
-from tests.ldm_layout import behind, clip, open_clip, original, vae
+from tests.tiny import families as tiny_families
+from tests.tiny.ldm_layout import behind, clip, open_clip, original, vae
 
 FP32 = choose("fp32", "cpu")
 

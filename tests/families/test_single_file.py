@@ -16,8 +16,9 @@ from core.jobs.control import Control
 from core.jobs.events import Step
 from core.training.run import train
 from core.weights.precision import choose
-from tests import ldm_layout, tiny
+from tests import tiny
 from tests.config.test_config import FIRST
+from tests.tiny import ldm_layout
 
 Models = dict[str, nn.Module]
 pytestmark = pytest.mark.xdist_group("sd15")        # gigabytes, made once

@@ -15,8 +15,9 @@ from core.families.components import lookup
 from core.families.components.lookup import ComponentFiles
 from core.hashes import fingerprint
 from core.weights.precision import choose
-from tests import ldm_layout, tiny_families
 from tests.keys.lab import Lab, row
+from tests.tiny import families as tiny_families
+from tests.tiny import ldm_layout
 
 
 @functools.cache

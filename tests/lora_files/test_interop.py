@@ -34,7 +34,8 @@ from core.families.sd15.spec import NAMING as SD1
 from core.inference import generate
 from core.lora_files import formats
 from core.lora_files.layers import Lora
-from tests import ldm_layout, tiny
+from tests import tiny
+from tests.tiny import ldm_layout
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.xdist_group("interop")]
 

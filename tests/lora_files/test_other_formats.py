@@ -25,7 +25,8 @@ from core.config import TrainConfig
 from core.inference import generate
 from core.jobs.events import Event
 from core.lora_files import formats
-from tests import tiny, tiny_families
+from tests import tiny
+from tests.tiny import families as tiny_families
 
 RANK, ALPHA = 2, 3.0
 

@@ -19,8 +19,7 @@ TIMEOUT_S = 300.0
 OWN = ("core", "captioner", "gui", "build", "tests", "launcher", "conftest")
 # What these import from other packages is loaded once, and is there in each fork.
 PRELOADED = ("core.training.trainer", "core.inference.generate", "core.adapters.from_file",
-             "tests.tiny_families",
-             "hypothesis", "pytest")
+             "tests.tiny.families", "hypothesis", "pytest")
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "output", "*.png")
 
 

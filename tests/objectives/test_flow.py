@@ -37,7 +37,8 @@ from core.objectives.flow import Flow, sampling_of, without_effect
 from core.training.memory_guard import MemoryGuard
 from core.training.run import train
 from core.weights.precision import autocast, choose
-from tests import tiny, tiny_families
+from tests import tiny
+from tests.tiny import families as tiny_families
 
 FP32, BF16 = choose("fp32", "cpu"), choose("bf16", "cpu")
 FLOWS = tuple(name for name in tiny_families.MADE if name not in ("sd2", "sdxl"))

@@ -25,7 +25,8 @@ from core.jobs.control import Control
 from core.jobs.events import Event, Note
 from core.safetensors_header import read_header
 from core.training.run import train
-from tests import tiny, tiny_families
+from tests import tiny
+from tests.tiny import families as tiny_families
 
 # Bases that load as files do: one that says nothing of what it predicts, and is taken for noise's.
 UNMARKED = '''

@@ -25,7 +25,7 @@ from core.weights.lazy import Weights, files_in
 from core.weights.offload import stage_of
 from core.weights.precision import choose
 from core.weights.quantization import Frozen
-from tests import tiny_families
+from tests.tiny import families as tiny_families
 
 FP32 = choose("fp32", "cpu")
 

@@ -33,7 +33,7 @@ from core.weights.scaled_weights import scaling_of
 from core.weights.tensor_file import TensorFile
 from tests.families.test_detection import write
 from tests.families.test_files import made  # noqa: F401 - a fixture
-from tests.ldm_layout import behind, clip, original, vae
+from tests.tiny.ldm_layout import behind, clip, original, vae
 
 FP32 = choose("fp32", "cpu")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

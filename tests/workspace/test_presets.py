@@ -28,8 +28,8 @@ from core.units import gigabytes
 from core.weights import precision_rules
 from core.workspace import presets
 from core.workspace.presets import Needs, Preset
-from tests import tiny_families
 from tests.planned import lasting_home, traces
+from tests.tiny import families as tiny_families
 
 __all__ = ["lasting_home", "traces"]
 

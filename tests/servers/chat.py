@@ -1,6 +1,6 @@
 """An OpenAI-compatible server in a process of its own, with every bad habit that servers have.
 
-`python -m tests.chat_server` prints its port. The first part of the path says how it behaves:
+`python -m tests.servers.chat` prints its port. The first part of the path says how it behaves:
 /good/v1, /think/v1, /busy/v1 ... GET /log lists what came: path, key, and the request's body with
 the picture as "WIDTHxHEIGHT FORMAT"; GET /most tells how many requests were under way at once.
 """

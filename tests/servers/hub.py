@@ -1,6 +1,6 @@
 """The few routes of a model hub that a download needs, in a process of its own.
 
-`python -m tests.hub_server` prints its port. How it behaves is in the repository's owner:
+`python -m tests.servers.hub` prints its port. How it behaves is in the repository's owner:
 good, cut (the line breaks after 300 kB, once a file), slow (1 MB/s), norange (always the whole
 file), redirect (as the hub's LFS does), busy (429 and 503 first), wrong (a hash that doesn't fit),
 gated, portal (a web page), noblobs (no hashes in the list), pickles, dead (breaks every time).

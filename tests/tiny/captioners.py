@@ -110,7 +110,7 @@ def tiny_blip2(folder: Path) -> Path:
 def held_out() -> tuple[list[Image.Image], list[str]]:
     """100 scenes that the demo captioners were not trained on, and their subjects
     (build/demo_captioners.py made the sheet)."""
-    data = Path(__file__).parent / "data"
+    data = Path(__file__).parents[1] / "data"
     sheet = Image.open(data / "demo_held_out.webp").convert("RGB")
     facts = json.loads((data / "demo_held_out.json").read_text("utf-8"))
     boxes = [(x, y, x + 64, y + 64) for y in range(0, sheet.height, 64)

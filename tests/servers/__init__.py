@@ -1,0 +1,1 @@
+"""Servers for tests, each a process of its own on the loopback."""
