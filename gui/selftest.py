@@ -8,11 +8,12 @@ folders are only tried.
 from __future__ import annotations
 
 import contextlib
-import importlib
+import json
 import os
 import platform
 import re
 import shutil
+import subprocess
 import tempfile
 import time
 import traceback
@@ -155,10 +156,16 @@ def train(bench: Bench) -> Facts:
 
 
 def verify(bench: Bench) -> Facts:
-    """The LoRA changes what the base draws."""
-    # Imported by name, since it takes torch, which the window must not import.
-    module = importlib.import_module("core.training.verify")
-    proof: Facts = module.verify(bench.lora, paths.DEMO / "base", lambda _: None)
+    """The LoRA changes what the base draws, by our own command in a child process: the window
+    must not import torch."""
+    done = subprocess.run(
+        processes.command("lora", "verify", str(bench.lora), "--base", str(paths.DEMO / "base"),
+                          "--json"),
+        env=processes.environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        encoding="utf-8", errors="replace", timeout=PATIENCE_S)
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+    proof: Facts = json.loads(done.stdout)
     return proof
 
 

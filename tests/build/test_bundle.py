@@ -201,7 +201,7 @@ def test_selftest_tells_what_is_broken(own_home: Path, tmp_path: Path,
     assert not list((own_home / "runs").glob("*")) if (own_home / "runs").exists() else True
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_selftest_from_source() -> None:
     import subprocess
     done = subprocess.run(processes.command("selftest"), env=processes.environment(),
