@@ -20,12 +20,13 @@ APP = "LoRA Darkroom"
 ROOT = Path(getattr(sys, "_MEIPASS", Path(__file__).resolve().parent.parent))
 PRESETS = ROOT / "presets"
 DEMO = PRESETS / "demo"
+CLIP_TOKENIZER = DEMO / "base" / "tokenizer"    # CLIP's own: SD 1.x, and the first of SDXL
 FAMILIES = ROOT / "core" / "families"
 TOKENIZERS = FAMILIES / "tokenizers"        # those that several families use
 
 _SUFFIXES = frozenset((".safetensors", ".yaml", ".yml", ".png", ".jpg", ".jpeg", ".webp"))
 # what Windows refuses in a file name, and halves of surrogate pairs, which are no text
-_BAD_CHARACTERS = re.compile(r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]')
+BAD_CHARACTERS = re.compile(r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]')
 # names of devices on Windows, in any folder and with any suffix
 _DEVICE = re.compile(r"con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]", re.IGNORECASE)
 
@@ -63,7 +64,7 @@ def is_file_name(name: str) -> bool:
     COM1 ...), no space or dot at the end, which Windows drops."""
     # 200 bytes: file systems take 255, and suffixes such as -2.safetensors.broken are added
     return bool(name) and len(name.encode("utf-8", "replace")) <= 200 and not (
-        _BAD_CHARACTERS.search(name) or name[-1] in " ."
+        BAD_CHARACTERS.search(name) or name[-1] in " ."
         or _DEVICE.fullmatch(name.split(".")[0].strip()))
 
 

@@ -135,24 +135,25 @@ def construct(node: yaml.Node) -> Any:
 def decode_text(data: bytes) -> str:
     """Text from bytes: UTF-8 with or without BOM, UTF-16 or UTF-32 with BOM, else GB18030, else
     Windows-1252. Raises ValueError for binary data."""
-    text = _decoded(data)
+    text = data.decode(encoding_of(data))
     if "\0" in text:
         raise ValueError("it holds binary data")
     return text
 
 
-def _decoded(data: bytes) -> str:
+def encoding_of(data: bytes) -> str:
+    """The encoding of a text, by its mark or by trial. Raises ValueError."""
     # cp1252, the last, takes nearly any bytes, so that the order decides
     for bom, encoding in _BOMS:
         if data.startswith(bom):
-            return data.decode(encoding)
+            return encoding
     for encoding in ("utf-8", "gb18030", "cp1252"):
         try:
             text = data.decode(encoding)
         except UnicodeDecodeError:
             continue
         if encoding != "utf-8" or not _is_chinese_misread(text, data):
-            return text
+            return encoding
     raise ValueError("it is neither UTF-8, UTF-16 nor GB18030")
 
 

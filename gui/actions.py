@@ -8,6 +8,7 @@ from typing import Any
 
 from core import paths
 from core.base_models import hub
+from core.base_models.catalog import catalogue
 from core.errors import UserError
 from core.importers import load_train_config
 from core.jobs import history, journal
@@ -130,7 +131,7 @@ def use_found(ctx: Context, id: str) -> None:
 def fetch(ctx: Context, repo: str) -> None:
     """Downloads a base model, and chooses it once it is complete. Raises UserError for a model that
     the catalogue doesn't have."""
-    if repo not in (entry.repo for entry in hub.catalogue()):
+    if repo not in (entry.repo for entry in catalogue()):
         raise UserError("base_model.unknown_model", repo=repo)
     app_state, language = ctx.app_state, ctx.language
 

@@ -32,7 +32,8 @@ from core.config import TrainConfig
 from core.importers import load_train_config
 from core.jobs import journal
 from core.jobs.events import Step
-from core.jobs.manager import JobManager, JobView
+from core.jobs.manager import JobManager
+from core.jobs.runs import JobView
 from core.lora_files import export
 from core.system import doctor, gpu, processes
 from gui.state.plan_client import Planning

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from core.config import TrainConfig
 from core.dataset.buckets import BucketRule
 from core.dataset.crops import BaseFacts
 
@@ -89,5 +90,6 @@ def save(image: Image.Image, path: Path, caption: str | None = None,
 def facts_for(area: tuple[int, int], step: int, no_upscale: bool = False,
               count_tokens: Callable[[Sequence[str]], list[int]] | None = None) -> BaseFacts:
     """Of a base of sizes that are given."""
-    rule = BucketRule.usual(area, step, no_upscale=no_upscale)
+    config = TrainConfig(max_resolution="{}x{}".format(*area), bucket_no_upscale=no_upscale)
+    rule = BucketRule.of(config, 0, step)
     return BaseFacts(**asdict(rule), count_tokens=count_tokens)

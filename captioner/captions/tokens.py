@@ -6,9 +6,7 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from core import paths
-
-CLIP = paths.DEMO / "base" / "tokenizer"    # CLIP's own: SD 1.x, and the first of SDXL
+from core.dataset.crops import TokenCounter
 
 
 def counter(base: str = "") -> Callable[[str], int]:
@@ -17,15 +15,12 @@ def counter(base: str = "") -> Callable[[str], int]:
     `base`: a model folder or file, whose weights aren't read; empty: CLIP's tokenizer. Raises
     UserError where there is no such base.
     """
-    if not base:
-        from transformers import CLIPTokenizer
-        tokenizer = CLIPTokenizer.from_pretrained(CLIP)
-        return functools.lru_cache(maxsize=65536)(
-            lambda text: len(tokenizer(text, add_special_tokens=False).input_ids))
-    from core import families
-    from core.weights import precision
-    family = families.get(families.detect(Path(base).expanduser()))
-    parts = family.skeleton(Path(base).expanduser(), precision.choose("fp32", "cpu"),
-                            only=frozenset({"text"}))
-    return functools.lru_cache(maxsize=65536)(
-        lambda text: family.count_tokens(parts, [text])[0])
+    count: Callable[[list[str]], list[int]] = TokenCounter()
+    if base:
+        from core import families
+        from core.weights import precision
+        family = families.get(families.detect(Path(base).expanduser()))
+        parts = family.skeleton(Path(base).expanduser(), precision.choose("fp32", "cpu"),
+                                only=frozenset({"text"}))
+        count = functools.partial(family.count_tokens, parts)
+    return functools.lru_cache(maxsize=65536)(lambda text: count([text])[0])

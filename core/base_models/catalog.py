@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from core import paths
-from core.base_models.download import TIMEOUT_S, network_errors
+from core.base_models.download import TIMEOUT_S, File, network_errors
 from core.errors import UserError
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -42,13 +42,6 @@ class Entry:
     use: str = ""                       # the file that a config names; "": the folder
     sha256: dict[str, str] = field(default_factory=dict)    # file -> hash
     family: str = ""                    # of a base model
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    name: str
-    size: int                           # bytes
-    digest: str                         # SHA-256, or git's SHA-1 of small text files
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +85,11 @@ def describe(repo: str, mirror: str = "", revision: str = "") -> Offer:
     from huggingface_hub import HfApi
     if not REPOSITORY.fullmatch(repo):
         raise UserError("hub.bad_name", name=repo)
-    entry = known(repo)
+    # an empty entry for what the catalogue doesn't have
+    entry = known(repo) or Entry(repo, "", 0, "", (), {})
     source = checked_source(mirror)
     host = urlsplit(source).netloc
-    asked_revision = revision or (entry.revision if entry else "main")
+    asked_revision = revision or entry.revision
     # False: never, None: the one that the user has stored
     token = False if mirror else None
     try:
@@ -108,20 +102,19 @@ def describe(repo: str, mirror: str = "", revision: str = "") -> Offer:
         raise UserError("hub.not_a_hub", host=host) from None
     if not info.sha or not info.siblings:
         raise UserError("hub.not_a_hub", host=host)
-    names = chosen([sibling.rfilename for sibling in info.siblings], entry.files if entry else ())
+    names = chosen([sibling.rfilename for sibling in info.siblings], entry.files)
     if not any(name.endswith(WEIGHTS) for name in names):
         raise UserError("hub.only_pickles", repo=repo, revision=revision or "main")
-    # Hashes that we published ourselves go before those that a mirror states.
-    pinned = entry.sha256 if entry else {}
     files = [_file(repo, source, info.sha, sibling, token)
              for sibling in info.siblings if sibling.rfilename in names]
-    files = [replace(file, digest=pinned.get(file.name, file.digest)) for file in files]
+    # Hashes that we published ourselves go before those that a mirror states.
+    files = [replace(file, digest=entry.sha256.get(file.name, file.digest)) for file in files]
     card = info.card_data.to_dict() if info.card_data else {}
     licences = [card.get("license_name"), card.get("license"), *(
         tag.partition(":")[2] for tag in info.tags or () if tag.startswith("license:"))]
     licence = next((str(name) for name in licences if name and name != "other"), "")
-    return Offer(repo, info.sha, licence or (entry.licence if entry else ""), source,
-                 tuple(files), models_dir() / repo)
+    return Offer(repo, info.sha, licence or entry.licence, source, tuple(files),
+                 models_dir() / repo)
 
 
 def chosen(names: Iterable[str], patterns: Sequence[str] = ()) -> list[str]:
@@ -139,9 +132,8 @@ def chosen(names: Iterable[str], patterns: Sequence[str] = ()) -> list[str]:
     if "model_index.json" in names:
         names = [name for name in names if "/" in name or not name.endswith(WEIGHTS)]
     # the same weights in other numbers or for other runtimes
-    names = [name for name in names
-             if not re.search(r"\.(fp16|bf16|non_ema|int8)\.|(^|/)openvino", name)
-             or not name.endswith((*WEIGHTS, ".json"))]
+    names = [name for name in names if not name.endswith((*WEIGHTS, ".json"))
+             or not re.search(r"\.(fp16|bf16|non_ema|int8)\.|(^|/)openvino", name)]
     if any(name.endswith(".safetensors") for name in names):
         names = [name for name in names if not name.endswith(".onnx")]
     return names

@@ -28,11 +28,12 @@ LONGEST_WAIT_S = 60.0                   # that a server may ask for
 
 
 @dataclass(frozen=True, slots=True)
-class RemoteFile:
+class File:
+    """A file of a repository."""
+
     name: str                           # path inside the repository, with "/"
-    url: str
     size: int                           # bytes
-    digest: str                         # hex: SHA-256 of the bytes, or the SHA-1 of the git blob
+    digest: str                         # hex: SHA-256, or git's SHA-1 of small text files
 
 
 def network_errors() -> tuple[type[Exception], ...]:
@@ -41,7 +42,7 @@ def network_errors() -> tuple[type[Exception], ...]:
     return (getattr(errors, "HTTPError", OSError), OSError)
 
 
-def download(file: RemoteFile, target: Path, headers: Mapping[str, str],
+def download(file: File, url: str, target: Path, headers: Mapping[str, str],
              progress: Callable[[int], None], control: Control) -> bool:
     """Returns True once `target` holds the checked file, False where a stop was asked for; what
     has come by then stays in `<target>.part` for the next call. `progress` gets the bytes so far.
@@ -54,7 +55,7 @@ def download(file: RemoteFile, target: Path, headers: Mapping[str, str],
     while True:
         with Part(path, file) as part:
             continued = part.size > 0
-            if not _fill(part, headers, progress, control):
+            if not _fill(part, url, headers, progress, control):
                 return False
             whole = part.matches()
         if whole:
@@ -69,7 +70,7 @@ def download(file: RemoteFile, target: Path, headers: Mapping[str, str],
 class Part:
     """The file so far and its hash."""
 
-    def __init__(self, path: Path, remote: RemoteFile) -> None:
+    def __init__(self, path: Path, remote: File) -> None:
         self.path, self.remote, self.size = path, remote, 0
         self._hash = self._new_hash()
 
@@ -133,7 +134,7 @@ class _Interrupted(Exception):
         self.wait_s = wait_s
 
 
-def _fill(part: Part, headers: Mapping[str, str], progress: Callable[[int], None],
+def _fill(part: Part, url: str, headers: Mapping[str, str], progress: Callable[[int], None],
           control: Control) -> bool:
     """Fetches what is missing, in as many tries as it takes. Returns False after a stop."""
     failed = 0
@@ -141,7 +142,7 @@ def _fill(part: Part, headers: Mapping[str, str], progress: Callable[[int], None
     while part.size < part.remote.size:
         before = part.size
         try:
-            _append(part, headers, progress, control)
+            _append(part, url, headers, progress, control)
         except _Interrupted as error:
             failed = failed + 1 if part.size <= before else 0
             if failed >= TRIES:
@@ -154,7 +155,7 @@ def _fill(part: Part, headers: Mapping[str, str], progress: Callable[[int], None
     return True
 
 
-def _append(part: Part, headers: Mapping[str, str], progress: Callable[[int], None],
+def _append(part: Part, url: str, headers: Mapping[str, str], progress: Callable[[int], None],
             control: Control) -> None:
     """Reads until the end or a stop. Raises _Interrupted where the transfer broke off."""
     from huggingface_hub import get_session
@@ -164,8 +165,8 @@ def _append(part: Part, headers: Mapping[str, str], progress: Callable[[int], No
     if part.size:
         request_headers["Range"] = f"bytes={part.size}-"
     try:
-        with get_session().stream("GET", part.remote.url, headers=request_headers,
-                                  timeout=TIMEOUT_S, follow_redirects=True) as response:
+        with get_session().stream("GET", url, headers=request_headers, timeout=TIMEOUT_S,
+                                  follow_redirects=True) as response:
             _check_status(response, part)
             for chunk in response.iter_raw():
                 part.write(chunk)

@@ -16,26 +16,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from core import paths
-from core.base_models.catalog import (
-    MANIFEST,
-    REPOSITORY,
-    WEIGHTS,
-    Entry,
-    File,
-    Offer,
-    catalogue,
-    describe,
-    known,
-    models_dir,
-)
-from core.base_models.download import RemoteFile, disk_fault, download
+from core.base_models import catalog
+from core.base_models.download import disk_fault, download
 from core.errors import UserError
 from core.jobs.control import Control
 from core.jobs.events import Event, Note, Phase
 from core.serialization import from_json
-
-__all__ = ["Entry", "File", "Offer", "catalogue", "describe", "fetch", "find", "known", "local",
-           "models_dir", "stamp"]
 
 MARKERS = ("config.json", "model_index.json", "model.onnx", "open_clip_config.json")
 RESERVE = 200_000_000                   # bytes that stay free on the disk
@@ -65,7 +51,7 @@ def find(name: str, needs: Sequence[str] = ()) -> Path:
     `hub.no_path` where nothing is here."""
     path = local(name, needs)
     if path is None:
-        if REPOSITORY.fullmatch(name):
+        if catalog.REPOSITORY.fullmatch(name):
             raise UserError("hub.missing", name=name)
         raise UserError("hub.no_path", path=name)
     return path
@@ -75,18 +61,18 @@ def stamp(name: str) -> str:
     """A key for caches that changes with the weights of a path or repository."""
     path = local(name)
     files = [path] if path and path.is_file() else sorted(path.rglob("*")) if path else []
-    stats = [(file.name, file.stat()) for file in files if file.name.endswith(WEIGHTS)]
+    stats = [(file.name, file.stat()) for file in files if file.name.endswith(catalog.WEIGHTS)]
     return "|".join([name, *(f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats)])
 
 
 def _folders(name: str, needs: Sequence[str]) -> Iterator[Path]:
     """The folders where a repository may be: our own, then snapshots in the hub's cache."""
-    if not REPOSITORY.fullmatch(name):
+    if not catalog.REPOSITORY.fullmatch(name):
         return
-    if (downloaded := models_dir() / name).is_dir():
+    if (downloaded := catalog.models_dir() / name).is_dir():
         yield downloaded
     from huggingface_hub import try_to_load_from_cache
-    entry = known(name)
+    entry = catalog.known(name)
     # the cache is asked for a file; any that most models have
     markers = [need for need in needs if "*" not in need] or list(MARKERS)
     for revision in dict.fromkeys([entry.revision if entry else "main", "main"]):
@@ -98,21 +84,21 @@ def _folders(name: str, needs: Sequence[str]) -> Iterator[Path]:
 
 def _usable(folder: Path, name: str) -> Path:
     """What a config names of a model's folder: mostly the folder, at times one file in it."""
-    entry = known(name)
+    entry = catalog.known(name)
     return folder / entry.use if entry and (folder / entry.use).is_file() else folder
 
 
 # --- fetching ---
 
 def fetch(repo: str, emit: Callable[[Event], None], control: Control, mirror: str = "",
-          revision: str = "", offer: Offer | None = None) -> Path | None:
+          revision: str = "", offer: catalog.Offer | None = None) -> Path | None:
     """Downloads a model into our models folder; to be called only when the user said so.
 
     Returns the folder (or the one file that configs name), or None where a stop was asked for:
     what has come stays, and the next call goes on from there, also after a crash. Phase "download"
     counts in MB (10^6 bytes). The folder appears at the end, whole and checked, or not at all.
     """
-    offer = offer or describe(repo, mirror, revision)
+    offer = offer or catalog.describe(repo, mirror, revision)
     offer.folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(offer.folder.parent / f".{offer.folder.name}.lock")
     try:
@@ -123,7 +109,7 @@ def fetch(repo: str, emit: Callable[[Event], None], control: Control, mirror: st
     return _usable(offer.folder, offer.repo) if done else None
 
 
-def _fetch(offer: Offer, emit: Callable[[Event], None], control: Control) -> bool:
+def _fetch(offer: catalog.Offer, emit: Callable[[Event], None], control: Control) -> bool:
     """Fills the stage, then renames it. Returns False after a stop. The caller holds the lock."""
     stage = _stage(offer)
     if offer.folder.exists():
@@ -151,51 +137,37 @@ def _fetch(offer: Offer, emit: Callable[[Event], None], control: Control) -> boo
     # a mirror must not see the user's token
     token = get_token() if offer.source == ENDPOINT else None
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    progress = _Progress(emit, offer.size)
+    total, before, emitted_at = _mb(offer.size), 0, 0.0
+
+    def progress(done: int) -> None:
+        nonlocal emitted_at
+        now = time.monotonic()
+        if now - emitted_at >= TELL_S:
+            emitted_at = now
+            emit(Phase(name="download", done=min(_mb(before + done), total), total=total))
+
     for file in offer.files:
         url = hf_hub_url(offer.repo, file.name, revision=offer.commit, endpoint=offer.source)
-        remote = RemoteFile(file.name, url, file.size, file.digest)
         if not (stage / file.name).exists() and not download(
-                remote, stage / file.name, headers, progress.within_file, control):
+                file, url, stage / file.name, headers, progress, control):
             return False
-        progress.file_finished(file.size)
+        before += file.size
+    emit(Phase(name="download", done=total, total=total))
     _publish(offer, stage)
     emit(Note(key="hub.fetched", params={"repo": offer.repo, "folder": str(offer.folder)}))
     return True
 
 
-class _Progress:
-    """Phase events over all files, at most one every TELL_S, and one at the end."""
-
-    def __init__(self, emit: Callable[[Event], None], total: int) -> None:
-        self.emit, self.total, self.before, self.emitted_at = emit, total, 0, 0.0
-
-    def within_file(self, done: int) -> None:
-        now = time.monotonic()
-        if now - self.emitted_at >= TELL_S:
-            self.emitted_at = now
-            self._emit(self.before + done)
-
-    def file_finished(self, size: int) -> None:
-        self.before += size
-        if self.before == self.total:
-            self._emit(self.total)
-
-    def _emit(self, done: int) -> None:
-        self.emit(Phase(name="download", done=min(_mb(done), _mb(self.total)),
-                        total=_mb(self.total)))
-
-
 def _manifest(folder: Path) -> dict[str, str]:
     """File name -> hash; empty where we did not fetch the folder."""
     try:
-        files = from_json((folder / MANIFEST).read_text("utf-8"))["files"]
+        files = from_json((folder / catalog.MANIFEST).read_text("utf-8"))["files"]
         return {str(file["name"]): str(file["digest"]) for file in files}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def _stage(offer: Offer) -> Path:
+def _stage(offer: catalog.Offer) -> Path:
     """The hidden folder that is filled. Tidies up: stages of other versions are removed, and a swap
     of folders that a crash cut in two is undone."""
     stage = offer.folder.with_name(f".{offer.folder.name}.{offer.commit[:12]}.partial")
@@ -209,12 +181,12 @@ def _stage(offer: Offer) -> Path:
     return stage
 
 
-def _old_folder(offer: Offer) -> Path:
+def _old_folder(offer: catalog.Offer) -> Path:
     """Where the old version is while the new one takes its place."""
     return offer.folder.with_name(f".{offer.folder.name}.before")
 
 
-def _reuse(offer: Offer, stage: Path) -> int:
+def _reuse(offer: catalog.Offer, stage: Path) -> int:
     """Links unchanged files of the old version. Returns how many bytes need not be fetched."""
     digests, have = _manifest(offer.folder), 0
     for file in offer.files:
@@ -231,11 +203,11 @@ def _reuse(offer: Offer, stage: Path) -> int:
     return have
 
 
-def _publish(offer: Offer, stage: Path) -> None:
+def _publish(offer: catalog.Offer, stage: Path) -> None:
     """Makes the stage the model's folder, by renames only, so that it is never half there."""
     manifest = {"repo": offer.repo, "commit": offer.commit, "licence": offer.licence,
                 "source": offer.source, "files": [asdict(file) for file in offer.files]}
-    paths.write_atomic(stage / MANIFEST, json.dumps(manifest, indent=1))
+    paths.write_atomic(stage / catalog.MANIFEST, json.dumps(manifest, indent=1))
     try:
         if offer.folder.exists():
             os.replace(offer.folder, _old_folder(offer))

@@ -95,13 +95,12 @@ def usual_places(extra: Sequence[str] = ()) -> list[Path]:
     """Folders to search: the user's own (`extra`) first, then those of ours, of the hub's cache
     and of other programs that exist."""
     from huggingface_hub.constants import HF_HUB_CACHE
-    users = [Path(folder).expanduser() for folder in extra if folder.strip()]
     # each snapshot of the hub's cache lies three folders below
-    folders = [*users, catalog.models_dir(), Path(HF_HUB_CACHE),
+    folders = [*(Path(folder).expanduser() for folder in extra if folder.strip()),
+               catalog.models_dir(), Path(HF_HUB_CACHE),
                *(root / inner for root in installed() for inner in INSIDE)]
     # A folder under two names counts once, by its first name: the last one written wins in a dict.
-    existing = {os.path.realpath(folder): folder for folder in reversed(folders)
-                if folder.is_dir()}
+    existing = {os.path.realpath(folder): folder for folder in reversed(folders) if folder.is_dir()}
     return list(reversed(existing.values()))
 
 

@@ -26,8 +26,9 @@ def add_commands(commands: Any) -> None:
 
 def list_command(options: argparse.Namespace) -> int:
     from core.base_models import hub
+    from core.base_models.catalog import catalogue
     language = i18n.language()
-    models = [(entry, hub.local(entry.repo, entry.files[:1])) for entry in hub.catalogue()]
+    models = [(entry, hub.local(entry.repo, entry.files[:1])) for entry in catalogue()]
     lines = []
     for purpose in dict.fromkeys(entry.purpose for entry, _ in models):
         lines.append(tr(f"purpose_{purpose}"))
@@ -45,7 +46,8 @@ def list_command(options: argparse.Namespace) -> int:
 def get_command(options: argparse.Namespace) -> int:
     """Shows size and licence first; nothing is fetched before the user says yes."""
     from core.base_models import hub
-    offer = hub.describe(options.repo, options.mirror, options.revision)
+    from core.base_models.catalog import describe
+    offer = describe(options.repo, options.mirror, options.revision)
     # on stderr, as stdout is for answers
     print(tr("offer", repo=offer.repo, size=file_size(-(-offer.size // 1_000_000)),
              count=len(offer.files), licence=offer.licence or tr("no_licence"),

@@ -80,18 +80,12 @@ class BucketRule:
     no_upscale: bool = False
 
     @staticmethod
-    def usual(area: Size, step: int, shortest: int = 0, longest: int = 0,
-              no_upscale: bool = False) -> BucketRule:
-        """A limit of 0 stands for half or twice the side of the square of this area."""
-        side = isqrt(area[0] * area[1])
-        return BucketRule(area, step, shortest or side // 2, longest or side * 2, no_upscale)
-
-    @staticmethod
     def of(config: TrainConfig, native_size: float, step: float) -> BucketRule:
         """The rule of a run. `native_size` and `step`, in px, are those of its base."""
         area = size_of(config.max_resolution) or (int(native_size), int(native_size))
-        return BucketRule.usual(area, int(step), config.min_bucket_side, config.max_bucket_side,
-                                config.bucket_no_upscale)
+        side = isqrt(area[0] * area[1])
+        return BucketRule(area, int(step), config.min_bucket_side or side // 2,
+                          config.max_bucket_side or side * 2, config.bucket_no_upscale)
 
     def assign(self, sizes: Sequence[Size]) -> list[Size]:
         """Returns each picture's bucket, in the order of the pictures."""
@@ -152,8 +146,7 @@ def _crop_start(side: int, kept: int, middle: float) -> int:
     return min(max(floor(middle * side - kept / 2), 0), side - kept)
 
 
-def fit_picture(image: Image.Image, bucket: Size,
-                focus: Point | None = None) -> NDArray[np.uint8]:
+def fit_picture(image: Image.Image, bucket: Size, focus: Point | None = None) -> NDArray[np.uint8]:
     """Returns the picture as (H, W, 3), scaled and cut as crop_to says."""
     crop = crop_to(image.size, bucket, focus)
     image = image.convert("RGB") if image.mode != "RGB" else image

@@ -5,7 +5,6 @@ No weights are read: the base's configs and headers say all that is needed.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,13 +12,11 @@ from typing import Any
 
 from core import families, paths
 from core.config import TrainConfig
-from core.dataset import buckets
-from core.dataset.buckets import BucketRule, Crop, Point, Size
+from core.dataset.buckets import BucketRule, Crop, Point, Size, crop_to
 from core.errors import UserError
 from core.families.detection import Base
 from core.families.registry import STANDARD
 
-TOKENIZER = paths.DEMO / "base" / "tokenizer"       # CLIP's own, shipped once
 USUAL = TrainConfig()
 
 
@@ -55,26 +52,16 @@ class Planned:
         return max(1 - kept / (self.crop.resized[0] * self.crop.resized[1]), 0.0)
 
     @property
-    def sides_cut(self) -> tuple[float, float, float, float]:
-        """Shares of width or height cut away at left, top, right, bottom."""
-        (wide, high), (left, top, right, bottom) = self.crop.resized, self.crop.box
-        return left / wide, top / high, 1 - right / wide, 1 - bottom / high
+    def top_cut(self) -> float:
+        """The share of the picture's height that is cut away above."""
+        return self.crop.top / self.crop.resized[1]
 
 
-def plan_crops(sizes: Sequence[Size], facts: BaseFacts,
-               focus_at: Sequence[Point | None] | None = None) -> list[Planned]:
+def plan_crops(sizes: Sequence[Size], facts: BaseFacts, points: Sequence[Point | None]
+               ) -> list[Planned]:
     """Returns each picture's bucket and crop, in their order, by the functions of training."""
-    points = focus_at if focus_at is not None else [None] * len(sizes)
-    return [Planned(buckets.crop_to(size, bucket, point), size, point)
+    return [Planned(crop_to(size, bucket, point), size, point)
             for size, bucket, point in zip(sizes, facts.assign(sizes), points, strict=True)]
-
-
-def count_buckets(planned: Sequence[Planned], repeats: Sequence[int]) -> dict[Size, int]:
-    """Returns how many pictures, with their repeats, each bucket holds; the fullest first."""
-    counts: Counter[Size] = Counter()
-    for picture, times in zip(planned, repeats, strict=True):
-        counts[picture.crop.size] += times
-    return dict(sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])))
 
 
 # --- the base ---------------------------------------------------------------------------------
@@ -91,7 +78,7 @@ def base_facts(source: Path, sizes: Callable[[Base], Mapping[str, float]],
     rule = BucketRule.of(config, px["native"], px["step"])
     counter, folder = None, source / "tokenizer"
     if base.family in families.SPECS and families.SPECS[base.family].chunked:
-        counter = TokenCounter(folder if folder.is_dir() else TOKENIZER)
+        counter = TokenCounter(folder) if folder.is_dir() else TokenCounter()
     limit = families.token_limit(base.family, config.max_tokens)
     return BaseFacts(**asdict(rule), base=source.name, token_limit=limit, count_tokens=counter)
 
@@ -100,7 +87,7 @@ def assumed_facts(config: TrainConfig = USUAL, fault: UserError | None = None) -
     """Returns the facts of Stable Diffusion 1.5, for where no base is known."""
     rule = BucketRule.of(config, STANDARD.native_size, STANDARD.bucket_step)
     return BaseFacts(**asdict(rule), token_limit=config.max_tokens,
-                     count_tokens=TokenCounter(TOKENIZER), fault=fault)
+                     count_tokens=TokenCounter(), fault=fault)
 
 
 class TokenCounter:
@@ -109,7 +96,7 @@ class TokenCounter:
     The tokenizer is loaded at the first call. Raises UserError where it can't be.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path = paths.CLIP_TOKENIZER) -> None:
         self.folder = folder
         self._tokenizer: Any = None
 

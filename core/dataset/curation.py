@@ -50,14 +50,12 @@ def load(folder: Path) -> Choices:
 
 def leave_out(folder: Path, names: Iterable[str]) -> Choices:
     """Takes these pictures out of the training; their files stay."""
-    added = frozenset(names)
-    return _change(folder, lambda old: replace(old, left_out=old.left_out | added))
+    return _change(folder, lambda old: replace(old, left_out=old.left_out.union(names)))
 
 
 def take_in(folder: Path, names: Iterable[str]) -> Choices:
     """Undoes leave_out for these pictures."""
-    back = frozenset(names)
-    return _change(folder, lambda old: replace(old, left_out=old.left_out - back))
+    return _change(folder, lambda old: replace(old, left_out=old.left_out.difference(names)))
 
 
 def set_focus(folder: Path, points: Mapping[str, Point | None]) -> Choices:
@@ -65,11 +63,8 @@ def set_focus(folder: Path, points: Mapping[str, Point | None]) -> Choices:
 
     None takes a point back.
     """
-    def with_points(old: Choices) -> Choices:
-        new = {**old.focus, **points}
-        return replace(old, focus={name: _point(at) for name, at in new.items()
-                                   if at is not None})
-    return _change(folder, with_points)
+    return _change(folder, lambda old: replace(old, focus={
+        name: _point(at) for name, at in {**old.focus, **points}.items() if at is not None}))
 
 
 def _change(folder: Path, change: Callable[[Choices], Choices]) -> Choices:
@@ -78,9 +73,8 @@ def _change(folder: Path, change: Callable[[Choices], Choices]) -> Choices:
     # The window and the command line may both be at work on the same folder.
     with FileLock(f"{path}.lock"):
         new = change(load(folder))
-        data: dict[str, Any] = {"folder": os.path.realpath(folder.expanduser()),
-                                "left_out": sorted(new.left_out),
-                                "focus": {name: new.focus[name] for name in sorted(new.focus)}}
+        data = {"folder": os.path.realpath(folder.expanduser()),
+                "left_out": sorted(new.left_out), "focus": dict(sorted(new.focus.items()))}
         text = json.dumps(data, ensure_ascii=False, indent=1)
         paths.write_atomic(path, text.encode("utf-8", "replace"))
     return new

@@ -22,17 +22,14 @@ from core import hashes, plugins
 from core.config import TrainConfig
 from core.dataset import buckets, captions, curation, image_folder, images, masks
 from core.dataset.batch_fallback import BatchFallback, Way
-from core.dataset.buckets import BucketRule, Point
 from core.dataset.cache import Cache, key
 from core.dataset.checks import image_stats
-from core.dataset.checks.image_stats import Looks
 from core.dataset.processors import Processors
 from core.dataset.text_embeddings import batched, grouped, reading_of, sizes_of, trimmed, unread
 from core.errors import UserError
 from core.failures import one_line
 from core.families.base import Cond, CropInfo, Family, Parts
 from core.families.spec import Part
-from core.hashes import fingerprint
 from core.jobs.control import Control
 from core.jobs.events import Event, Note, Phase
 from core.system.machine import MB
@@ -51,7 +48,7 @@ class Example:
     picture: image_folder.Picture
     bucket: tuple[int, int]                 # px, width and height
     captions: tuple[str, ...]               # variants; one unless tags are shuffled
-    focus: Point | None = None              # the crop is cut about it; None: the centre
+    focus: buckets.Point | None = None              # the crop is cut about it; None: the centre
     mask: Path | None = None                # its file, or the picture's own for its transparency
 
     def frame(self, flipped: bool = False) -> CropInfo:
@@ -103,14 +100,14 @@ def find(config: TrainConfig, folder: Path, metadata: Path | None, native: int, 
     """
     emit(Phase(name="scan"))
     data, items = _scan(config, folder, metadata, native, step, emit)
-    _, held_out = image_folder.split_validation(data.pictures, config.validation_split, config.seed)
+    held_out = image_folder.held_out(data.pictures, config.validation_split, config.seed)
     emit(Note(key="engine.found", params={
         "pictures": len(items), "captioned": data.captioned, "held_out": len(held_out),
         "buckets": len({item.bucket for item in items}), "skipped": data.skipped}))
     if config.masked_loss:
         emit(Note(key="engine.masks", params={
             "masks": sum(item.mask is not None for item in items), "pictures": len(items)}))
-    return Examples(items, data, frozenset(held_out))
+    return Examples(items, data, held_out)
 
 
 def add_regular(config: TrainConfig, examples: Examples, folder: Path, native: int, step: int,
@@ -127,7 +124,7 @@ def add_regular(config: TrainConfig, examples: Examples, folder: Path, native: i
 def _scan(config: TrainConfig, folder: Path, metadata: Path | None, native: int, step: int,
           emit: Callable[[Event], None]) -> tuple[image_folder.Dataset, list[Example]]:
     choices = curation.load(folder)
-    looks = Looks() if config.crop_about == "subject" else None
+    looks = image_stats.Looks() if config.crop_about == "subject" else None
     data = image_folder.scan(folder, metadata, left_out=choices.left_out,
                              look_all=looks.look_all if looks else None)
     points = image_stats.focus_points(data, choices, looks.table if looks else None)
@@ -135,14 +132,12 @@ def _scan(config: TrainConfig, folder: Path, metadata: Path | None, native: int,
         # Folders of masks are left out as pictures, which is right where masks are wanted.
         if not (config.masked_loss and problem.code == "dataset.masks_left_out"):
             emit(Note(key=problem.code, params=dict(problem.params)))
-    sizes = BucketRule.of(config, native, step).assign([p.size for p in data.pictures])
+    sizes = buckets.BucketRule.of(config, native, step).assign([p.size for p in data.pictures])
     examples = []
     rows = zip(data.pictures, sizes, points, strict=True)
     for index, (picture, bucket, point) in enumerate(rows):
-        mask = None
-        if config.masked_loss:
-            mask = (masks.find(picture.path, data.folder)
-                    or (picture.path if picture.has_alpha else None))
+        own = picture.path if picture.has_alpha else None
+        mask = (masks.find(picture.path, data.folder) or own) if config.masked_loss else None
         texts = captions.variants(picture.caption, config, index)
         examples.append(Example(picture, bucket, texts, point, mask))
     return data, examples
@@ -301,7 +296,7 @@ class Encoder:
                 done += len(missing.intersection(batch))
                 self.emit(Phase(name="cache", done=done, total=len(missing)))
                 if self.control.stopping:
-                    raise Stopped
+                    raise image_stats.Stopped
 
     def _encode_batch(self, parts: Parts, examples: Examples, pixels: dict[int, np.ndarray],
                       run_batch: BatchFallback) -> Iterator[tuple[int, Tensor]]:
@@ -372,7 +367,7 @@ class Encoder:
 
     def _cache(self, part: str) -> Cache:
         files = self.family.weight_files(self.source, "vae" if part == "vae" else "text")
-        return Cache(part, fingerprint(files), self.config.cache_to_disk)
+        return Cache(part, hashes.fingerprint(files), self.config.cache_to_disk)
 
     def _keep(self, cache: Cache, name: str, tensors: dict[str, Tensor]) -> None:
         try:
@@ -384,11 +379,9 @@ class Encoder:
 
     def _to_cpu(self, *modules: object) -> list[Way]:
         """The last way to encode where a GPU has no room: slowly, beside it."""
-        if self.precision.device.type == "cpu":
-            return []
         models = [module for module in modules if isinstance(module, torch.nn.Module)]
         # Of a model whose layers come to the GPU one by one, next to nothing is there.
-        if any(stage_of(model) for model in models):
+        if self.precision.device.type == "cpu" or any(stage_of(model) for model in models):
             return []
         return [("engine.cache_on_cpu", lambda: [
             model.to("cpu", torch.float32) for model in models])]
@@ -413,7 +406,3 @@ def _batches(items: Sequence[_Item], size: int, missing: AbstractSet[_Item]) -> 
     # batch, and a run that was broken while caching must come to the same latents.
     batches = [list(items[start:start + size]) for start in range(0, len(items), size)]
     return [batch for batch in batches if not missing.isdisjoint(batch)]
-
-
-class Stopped(Exception):
-    """The user stopped the job before there was anything to save."""

@@ -5,11 +5,13 @@ Flat and nested folders, kohya's `N_name` folders, metadata.csv / .jsonl, .txt a
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -74,6 +76,11 @@ class Dataset:
     folder: Path
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The pictures' names for people and for our own lists, in their order."""
+        return tuple(relative_name(picture.path, self.folder) for picture in self.pictures)
+
+    @property
     def captioned(self) -> int:
         return sum(bool(picture.caption) for picture in self.pictures)
 
@@ -84,11 +91,11 @@ class Dataset:
 
 # --- the folder -------------------------------------------------------------------------------
 
-LookAll = Callable[[Sequence[Path]], Iterator[Look | UserError]]
+LookAll = Callable[[Sequence[Path]], Generator[Look | UserError, None, None]]
 
 
 def scan(folder: Path, metadata: Path | None = None,
-         progress: Callable[[int, int], None] | None = None, *,
+         progress: Callable[[int, int], None] = lambda done, total: None, *,
          left_out: Collection[str] = (), look_all: LookAll | None = None) -> Dataset:
     """Decodes every picture under `folder` once in full, and returns them with all findings.
 
@@ -105,23 +112,29 @@ def scan(folder: Path, metadata: Path | None = None,
     if count := len(tree.pictures) - len(wanted):
         if not wanted:
             raise UserError("dataset.all_left_out", folder=folder, count=count)
-        tree.report(folder, "left_out", count=count)
+        tree.report(folder, "dataset.left_out", count=count)
         tree.pictures = wanted
     if look_all is None:
         # Pillow's readers are loaded before several threads need them.
         prepare()
-    looks = _look_at_all(tree, look_all or (lambda files: threads.in_order(look_at, files, "scan")),
-                         progress)
-    pictures = tuple(Picture(path, texts.get(path, ""), tree.repeats[path.parent], *look,
-                             tree.caption_files.get(path)) for path, look in looks.items())
+        look_all = functools.partial(threads.in_order, look_at, name="scan")
+    pictures = []
+    # Closed, as after Ctrl+C what has not begun need not begin.
+    with contextlib.closing(look_all(tree.pictures)) as looks:
+        for done, (path, look) in enumerate(zip(tree.pictures, looks, strict=True), 1):
+            if isinstance(look, UserError):
+                tree.report(path, look.code, **look.params)
+            else:
+                pictures.append(Picture(path, texts.get(path, ""), tree.repeats[path.parent], *look,
+                                        tree.caption_files.get(path)))
+            progress(done, len(tree.pictures))
     if not pictures:
         first = next(problem for problem in tree.problems if problem.skipped)
         raise UserError("dataset.all_skipped", folder=folder, count=len(tree.pictures),
                         first=str(first))
-    bare = sum(not picture.caption for picture in pictures)
-    if bare:
-        tree.report(folder, "captions_missing", count=bare, total=len(pictures))
-    return Dataset(pictures, tuple(tree.problems), folder)
+    if bare := sum(not picture.caption for picture in pictures):
+        tree.report(folder, "dataset.captions_missing", count=bare, total=len(pictures))
+    return Dataset(tuple(pictures), tuple(tree.problems), folder)
 
 
 @dataclass(slots=True)
@@ -137,15 +150,11 @@ class Tree:
     caption_files: dict[Path, Path] = field(default_factory=dict)   # by picture
     problems: list[Problem] = field(default_factory=list)
 
-    def report(self, path: Path, what: str, **params: Any) -> None:
+    def report(self, path: Path, code: str, /, **params: Any) -> None:
         # Only what JSON can hold: problems also go into events and reports.
         plain = {key: value if isinstance(value, (int, float, str)) else str(value)
                  for key, value in params.items()}
-        self.problems.append(Problem(path, f"dataset.{what}", {"file": self.name(path)} | plain))
-
-    def report_fault(self, path: Path, fault: UserError) -> None:
-        self.report(path, fault.code.removeprefix("dataset."),
-                    **fault.params | {"file": self.name(path)})
+        self.problems.append(Problem(path, code, plain | {"file": self.name(path)}))
 
     def name(self, path: Path) -> str:
         return relative_name(path, self.folder)
@@ -192,17 +201,17 @@ def _enter(tree: Tree, folder: Path, repeats: int, token: str, seen: set[str]) -
     if match := _REPEATS.fullmatch(folder.name):
         number = int(match[1])
         if number > MOST_REPEATS:
-            tree.report(folder, "not_repeats", number=match[1], most=MOST_REPEATS)
+            tree.report(folder, "dataset.not_repeats", number=match[1], most=MOST_REPEATS)
         else:
             repeats, token = number, serialization.readable_name(match[2]).strip()
         if number == 0:
-            tree.report(folder, "zero_repeats")
+            tree.report(folder, "dataset.zero_repeats")
     tree.repeats[folder], tree.tokens[folder] = repeats, token
     try:
         with os.scandir(folder) as listing:
             entries = sorted(listing, key=lambda entry: entry.name)
     except OSError as error:
-        tree.report(folder, "folder_unreadable", reason=error.strerror)
+        tree.report(folder, "dataset.folder_unreadable", reason=error.strerror)
         return
     for entry in entries:
         if _IGNORED.fullmatch(entry.name):
@@ -216,34 +225,14 @@ def _enter(tree: Tree, folder: Path, repeats: int, token: str, seen: set[str]) -
             suffix = path.suffix.lower()
             tree.files.append(path)
             if suffix in CANT_READ:
-                tree.report(path, "unsupported", suffix=suffix)
+                tree.report(path, "dataset.unsupported", suffix=suffix)
             elif suffix in SUFFIXES and repeats and not path.stem.endswith(MASK_STEMS):
                 tree.pictures.append(path)
         elif _MASKS.fullmatch(path.name) and not _REPEATS.fullmatch(path.name):
-            tree.report(path, "masks_left_out")
+            tree.report(path, "dataset.masks_left_out")
         else:
             tree.folders += 1
             _enter(tree, path, repeats, token, seen)
-
-
-def _look_at_all(tree: Tree, look_all: LookAll,
-                 progress: Callable[[int, int], None] | None) -> dict[Path, Look]:
-    looks: dict[Path, Look] = {}
-    total = len(tree.pictures)
-    results = look_all(tree.pictures)
-    try:
-        for done, (path, look) in enumerate(zip(tree.pictures, results, strict=True), 1):
-            if isinstance(look, UserError):
-                tree.report_fault(path, look)
-            else:
-                looks[path] = look
-            if progress:
-                progress(done, total)
-    finally:
-        # After Ctrl+C, what has not begun need not begin.
-        if isinstance(results, Generator):
-            results.close()
-    return looks
 
 
 # --- captions ---------------------------------------------------------------------------------
@@ -258,9 +247,9 @@ def _read_captions(tree: Tree, metadata: Path | None) -> dict[Path, str]:
     # A file that the user names is the only one.
     tables = (captions.metadata_files(tree.files) if metadata is None
               else [Path(os.path.abspath(metadata.expanduser()))])
-    index = Index(tree) if tables else None
+    index: Index | None = None
     for file in tables:
-        assert index is not None
+        index = index or Index(tree)
         texts = _captions_of(tree, index, file, explicit=metadata is not None) | texts
     unused = 0
     for path, sidecars in captions.caption_places(tree.pictures, tree.files).items():
@@ -275,13 +264,13 @@ def _read_captions(tree: Tree, metadata: Path | None) -> dict[Path, str]:
             try:
                 caption = captions.read_caption(file)
             except UserError as fault:
-                tree.report_fault(file, fault)
+                tree.report(file, fault.code, **fault.params)
                 continue
             if caption:
                 texts[path], tree.caption_files[path] = caption, file
                 break
     if unused:
-        tree.report(tree.folder, "sidecars_unused", count=unused)
+        tree.report(tree.folder, "dataset.sidecars_unused", count=unused)
     return texts
 
 
@@ -296,22 +285,22 @@ def _captions_of(tree: Tree, index: Index, file: Path, explicit: bool) -> dict[P
     except UserError as fault:
         if explicit:
             raise
-        tree.report_fault(file, fault)
+        tree.report(file, fault.code, **fault.params)
         return {}
     for bad_line in faults:
-        tree.report_fault(file, bad_line)
+        tree.report(file, bad_line.code, **bad_line.params)
     matched_any = False
     for row in rows:
         name = row.name.replace("\\", "/")
         pictures: list[Path] = []
         # What lies outside of the folder is refused.
         if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name):
-            tree.report(file, "row_outside", line=row.line, name=row.name)
+            tree.report(file, "dataset.row_outside", line=row.line, name=row.name)
         elif not (pictures := index.find(name, file.parent)):
-            tree.report(file, "row_without_picture", line=row.line, name=row.name)
+            tree.report(file, "dataset.row_without_picture", line=row.line, name=row.name)
         matched_any |= bool(pictures)
         if not texts.keys().isdisjoint(pictures):
-            tree.report(file, "row_twice", line=row.line, name=row.name)
+            tree.report(file, "dataset.row_twice", line=row.line, name=row.name)
         for path in pictures if row.caption else ():
             texts.setdefault(path, row.caption)
             tree.caption_files.setdefault(path, file)
@@ -360,20 +349,18 @@ def _fold(name: str) -> str:
 
 # --- held-out pictures ------------------------------------------------------------------------
 
-def split_validation(pictures: Sequence[Picture], share: float,
-                     seed: int) -> tuple[list[int], list[int]]:
-    """Returns the indices to train on and those held out for validation.
+def held_out(pictures: Sequence[Picture], share: float, seed: int) -> frozenset[int]:
+    """Returns the indices of the pictures that are held out for validation.
 
     The choice depends on seed and file names alone, so that it stays when the folder moves. If
-    there are two pictures or more, each side gets at least one.
+    there are two pictures or more, at least one is held out and one is not.
     """
     if share <= 0 or len(pictures) < 2:
-        return list(range(len(pictures))), []
+        return frozenset()
     count = min(max(round(share * len(pictures)), 1), len(pictures) - 1)
 
     def draw_lot(index: int) -> bytes:
         path = pictures[index].path
         return sha256(os.fsencode(f"{seed}/{path.parent.name}/{path.name}")).digest()
 
-    held_out = set(sorted(range(len(pictures)), key=draw_lot)[:count])
-    return [i for i in range(len(pictures)) if i not in held_out], sorted(held_out)
+    return frozenset(sorted(range(len(pictures)), key=draw_lot)[:count])

@@ -9,9 +9,10 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageColor, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageColor, ImageFile, UnidentifiedImageError
 
 from core.errors import UserError
 
@@ -34,7 +35,7 @@ class Decoded:
     tables: dict[int, list[int]] = field(default_factory=dict)      # of a JPEG's quantisation
 
 
-_ORIENTATION = 0x0112                       # EXIF tag
+# By the orientation in EXIF; 5 to 8 are those of pictures that lie on a side.
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -68,19 +69,16 @@ def open_picture(path: Path, background: str | None = "white") -> Image.Image:
     With None as background they stay: then it is RGBA, if some pixel is not opaque. Raises
     UserError when it can't be decoded or the colour's name has no meaning.
     """
-    colour = None
-    if background is not None:
-        try:
-            red, green, blue, *_ = ImageColor.getrgb(background.strip())
-        except ValueError:
-            raise UserError("dataset.bad_colour", colour=background) from None
-        colour = red, green, blue
+    try:
+        colour = None if background is None else ImageColor.getrgb(background.strip())[:3]
+    except ValueError:
+        raise UserError("dataset.bad_colour", colour=background) from None
     image = decode(path).image
     try:
         image = _to_8_bit(image)
-        if colour is not None:
-            return _flat(image, colour)
-        return _painted(image) if is_see_through(image) else _flat(image, (0, 0, 0))
+        if colour is None and is_see_through(image):
+            return _painted(image)
+        return _flat(image, colour or (0, 0, 0))
     except Exception as error:
         # A palette that is too short, for example.
         raise damage(path, error) from None
@@ -120,19 +118,18 @@ def _upright(image: ImageFile.ImageFile, path: Path, least: int | None) -> Decod
         image.draft(None, (ceil(width * share), ceil(height * share)))
     tables = dict(getattr(image, "quantization", None) or {})
     animated = False
-    # An MPO is a phone's JPEG with a map of depth or brightness as its second frame.
-    if image.format != "MPO":
-        # It fails where later frames are damaged; the first one counts.
-        with suppress(Exception):
-            animated = bool(getattr(image, "is_animated", False))
+    # It fails where later frames are damaged; the first one counts.
+    with suppress(Exception):
+        # An MPO is a phone's JPEG with a map of depth or brightness as its second frame.
+        animated = image.format != "MPO" and bool(getattr(image, "is_animated", False))
     with _one_big if image.width * image.height > BIG else nullcontext():
         image.load()
     # After load(): it turns a TIFF by itself and then forgets the tag. Broken EXIF is no reason
     # to refuse the picture.
-    orientation = None
+    orientation: Any = None
     with suppress(Exception):
-        orientation = image.getexif().get(_ORIENTATION)
-    turn = _TURNS.get(orientation) if orientation is not None else None
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    turn = _TURNS.get(orientation)
     size = (height, width) if orientation in (5, 6, 7, 8) else (width, height)
     return Decoded(image if turn is None else image.transpose(turn), size, image.format or "",
                    animated, turn is not None, tables)
@@ -143,12 +140,11 @@ def _unknown(path: Path) -> UserError:
     with open(path, "rb") as file:
         head = file.read(16)
     for name in FORMATS:
-        accept = Image.OPEN[name][1] if name in Image.OPEN else None
-        # Readers fail on the shortest files.
+        # Readers fail on the shortest files, and some are not built in.
         with suppress(Exception):
-            if not accept or accept(head) is not True:
-                continue
-            return UserError("dataset.corrupt", file=path, reason=f"incomplete {name}")
+            accept = Image.OPEN[name][1]
+            if accept and accept(head) is True:
+                return UserError("dataset.corrupt", file=path, reason=f"incomplete {name}")
     return UserError("dataset.not_a_picture", file=path)
 
 
@@ -181,23 +177,20 @@ def plain(image: Image.Image) -> Image.Image:
     return _flat(image, (255, 255, 255))
 
 
-def _flat(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+def _flat(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     """RGB in sRGB, transparent parts over `colour`."""
-    profile = image.info.get("icc_profile")
     if not image.has_transparency_data:
-        return _to_srgb(image, profile)
-    painted = _painted(image)
+        return _to_srgb(image)
     flat = Image.new("RGBA", image.size, colour)
-    flat.alpha_composite(painted)
+    flat.alpha_composite(_painted(image))
     return flat.convert("RGB")
 
 
 def _painted(image: Image.Image) -> Image.Image:
     """RGBA, the colours in sRGB."""
     # Profiles know nothing of transparency: the colours go through theirs alone.
-    profile = image.info.get("icc_profile")
     image = image.convert("RGBA")
-    painted = _to_srgb(image.convert("RGB"), profile).convert("RGBA")
+    painted = _to_srgb(image.convert("RGB")).convert("RGBA")
     painted.putalpha(image.getchannel("A"))
     return painted
 
@@ -225,8 +218,9 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return grey
 
 
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+def _to_srgb(image: Image.Image) -> Image.Image:
     """RGB, through the embedded colour profile if there is one that works."""
+    profile = image.info.get("icc_profile")
     if image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")
     # A profile may be damaged, or of another colour space than its picture.
@@ -236,8 +230,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             # Most pictures: not one rounding more than needed.
             if image.mode == "RGB" and "srgb" in ImageCms.getProfileDescription(source).lower():
                 return image
-            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"),
-                                                  outputMode="RGB")
-            if converted is not None:
+            if converted := ImageCms.profileToProfile(
+                    image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"):
                 return converted
     return image.convert("RGB")

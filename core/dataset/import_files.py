@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import os
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from core.dataset import image_folder
 from core.errors import UserError
 
 CAPTIONS = frozenset((".txt", ".caption", ".csv", ".jsonl"))
-# What Windows forbids, and halves of letters, which no file system can write.
-_BAD = re.compile(r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]')
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +43,7 @@ def copy_all(files: Sequence[Path], folder: Path,
     """
     good = [file for file in files if file.suffix.lower() in image_folder.SUFFIXES | CAPTIONS]
     refused = tuple(file.name for file in files if file not in set(good))
-    copied = same = done = 0
+    copied = done = 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -56,10 +53,10 @@ def copy_all(files: Sequence[Path], folder: Path,
     for file in good:
         groups.setdefault(clean(file.stem), []).append(file)
     for stem, group in groups.items():
-        new = _copy_group(stem, group, folder)
-        copied, same, done = copied + new, same + len(group) - new, done + len(group)
+        copied += _copy_group(stem, group, folder)
+        done += len(group)
         progress(done, len(good))
-    return Taken(copied, same, refused)
+    return Taken(copied, done - copied, refused)
 
 
 def _copy_group(stem: str, group: Sequence[Path], folder: Path) -> int:
@@ -95,7 +92,7 @@ def _copy(file: Path, target: Path) -> None:
 
 def clean(stem: str) -> str:
     """Turns a file name's stem into one that every file system takes."""
-    plain = _BAD.sub("_", stem).strip(". ")[:119]
+    plain = paths.BAD_CHARACTERS.sub("_", stem).strip(". ")[:119]
     # File systems count bytes, 255 at most with suffix; Chinese takes three a letter.
     while len(plain.encode("utf-8", "replace")) > 190:
         plain = plain[:-1]

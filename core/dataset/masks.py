@@ -23,19 +23,14 @@ SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".bmp")
 def find(picture: Path, folder: Path) -> Path | None:
     """Returns the mask file of a picture of the dataset in `folder`, or None."""
     below = picture.parent.relative_to(folder) if picture.is_relative_to(folder) else Path()
-    for suffix in SUFFIXES:
-        places = [picture.with_name(f"{picture.stem}{stem}{suffix}") for stem in STEMS]
-        for name in FOLDERS:
-            places += [picture.parent / name / f"{picture.stem}{suffix}",
-                       folder / name / below / f"{picture.stem}{suffix}"]
-        for path in places:
-            if path.is_file():
-                return path
-    return None
+    places = [picture.with_name(f"{picture.stem}{stem}") for stem in STEMS]
+    for name in FOLDERS:
+        places += [picture.parent / name / picture.stem, folder / name / below / picture.stem]
+    paths = (place.with_name(place.name + suffix) for suffix in SUFFIXES for place in places)
+    return next((path for path in paths if path.is_file()), None)
 
 
-def fit(mask: Path | None, size: Size, bucket: Size,
-        focus: Point | None) -> NDArray[np.uint8]:
+def fit(mask: Path | None, size: Size, bucket: Size, focus: Point | None) -> NDArray[np.uint8]:
     """Returns the mask as (H, W), scaled and cut as its picture of `size` is.
 
     It is all white where there is none. Raises UserError where the file can't be decoded.

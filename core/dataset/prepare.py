@@ -11,7 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,11 @@ from core.dataset import curation, image_folder
 from core.dataset.checks import near_duplicates
 from core.dataset.checks.image_stats import Looks, Table, focus_points
 from core.dataset.crops import BaseFacts
-from core.dataset.curation import Choices
-from core.dataset.image_folder import Dataset, relative_name
 from core.dataset.render_copy import Options, Task, caption_of, render
 from core.errors import UserError
 from core.jobs.control import Control
 from core.jobs.events import Event, Phase
-from core.serialization import from_json
+from core.jobs.journal import append_line
 
 LOG = "darkroom-prepare.jsonl"
 VERSION = 1                     # of the log's first line
@@ -79,13 +77,10 @@ def prepare(folder: Path, out: Path, options: Options, *, facts: BaseFacts | Non
                              look_all=looks.look_all)
     # A run can go on only with the very same settings: they stand in the log's first line.
     sizes = [facts.area, facts.step, facts.no_upscale] if options.crop and facts else []
-    log = _Log(out, {"darkroom_prepare": VERSION, "folder": os.fspath(folder), "sizes": sizes,
-                     **asdict(options)})
-    try:
-        tasks = _plan(data, looks.table, options, choices)
-        return _write_all(tasks, out, options, facts, log, emit, control)
-    finally:
-        log.close()
+    known = _begin_log(out, {"darkroom_prepare": VERSION, "folder": os.fspath(folder),
+                             "sizes": sizes, **asdict(options)})
+    tasks = _plan(data, looks.table, options, choices)
+    return _write_all(tasks, out, options, facts, known, emit, control)
 
 
 def _progress(emit: Callable[[Event], None], name: str) -> Callable[[int, int], None]:
@@ -97,8 +92,9 @@ def _progress(emit: Callable[[Event], None], name: str) -> Callable[[int, int], 
 
 # --- the plan ---------------------------------------------------------------------------------
 
-def _plan(data: Dataset, table: Table, options: Options, choices: Choices) -> list[Task]:
-    names = [relative_name(picture.path, data.folder) for picture in data.pictures]
+def _plan(data: image_folder.Dataset, table: Table, options: Options,
+          choices: curation.Choices) -> list[Task]:
+    names = data.names
     points = focus_points(data, choices, table if options.crop_about == "subject" else None)
     # Index of a copy -> index of the one that stays, and the distance of their hashes.
     dropped: dict[int, tuple[int, int]] = {}
@@ -116,19 +112,18 @@ def _plan(data: Dataset, table: Table, options: Options, choices: Choices) -> li
         free = paths.free_name(
             picture.path.relative_to(data.folder).with_suffix("").as_posix(), used)
         used.add(free.casefold())
-        task = Task(picture, names[index], free, table[index], points[index])
-        if index in dropped:
-            best, distance = dropped[index]
-            task = replace(task, best=names[best], distance=distance)
-        tasks.append(task)
+        original, distance = dropped.get(index, (-1, 0))
+        tasks.append(Task(picture, names[index], free, table[index], points[index],
+                          "" if original < 0 else names[original], distance))
     return tasks
 
 
 # --- writing ----------------------------------------------------------------------------------
 
 def _write_all(tasks: list[Task], out: Path, options: Options, facts: BaseFacts | None,
-               log: _Log, emit: Callable[[Event], None], control: Control | None) -> Prepared:
-    progress = _progress(emit, "prepare")
+               known: dict[str, Done], emit: Callable[[Event], None],
+               control: Control | None) -> Prepared:
+    progress, log = _progress(emit, "prepare"), out / LOG
     counts = Counter[str]()
     first_fault = ""
 
@@ -136,7 +131,7 @@ def _write_all(tasks: list[Task], out: Path, options: Options, facts: BaseFacts 
         """Returns the line of the log, and whether it stands there already."""
         try:
             stamp = task.stamp
-            old = log.done.get(task.name)
+            old = known.get(task.name)
             if old is not None and old.stamp == stamp and not old.fault:
                 return old, True
             return _write(task, stamp, out, options, facts, old), False
@@ -152,19 +147,22 @@ def _write_all(tasks: list[Task], out: Path, options: Options, facts: BaseFacts 
                 "file": task.name, "reason": error.strerror or str(error)}), False
 
     with contextlib.closing(threads.in_order(work, tasks, "prepare")) as results:
-        for number, (done, known) in enumerate(results, 1):
-            counts["before"] += known
+        for number, (done, noted) in enumerate(results, 1):
+            counts["before"] += noted
             counts["failed" if done.fault else "written" if done.written else "dropped"] += 1
             if done.fault and not first_fault:
                 first_fault = i18n.tr(done.fault, done.params)
-            if not known:
-                log.add(done)
+            if not noted:
+                try:
+                    append_line(log, _line(asdict(done)))
+                except OSError as error:
+                    raise _cannot_write(log, error) from None
             progress(number, len(tasks))
             if control is not None and control.stopping:
                 break
     if first_fault and not counts["written"]:
         raise UserError("checks.nothing_written", first=first_fault)
-    return Prepared(out, log.path, counts["written"], counts["dropped"], counts["failed"],
+    return Prepared(out, log, counts["written"], counts["dropped"], counts["failed"],
                     counts["before"], control is not None and control.stopping)
 
 
@@ -202,59 +200,40 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
     return UserError("checks.cannot_write", path=path, reason=error.strerror or error)
 
 
-class _Log:
-    """The log in the new folder: its first line has the settings, each other one a picture.
+def _begin_log(out: Path, settings: dict[str, Any]) -> dict[str, Done]:
+    """Makes the new folder and its log. Returns what an earlier run noted there, by name.
 
-    Raises UserError where the folder holds anything else, or was begun with other settings.
+    The log's first line has the settings, each other one a picture. Raises UserError where the
+    folder holds anything else, or was begun with other settings.
     """
-
-    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
-        self.path = out / LOG
-        self.done: dict[str, Done] = {}
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            if self.path.exists():
-                self._read(out, settings)
-            elif any(out.iterdir()):
+    path = out / LOG
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            if any(out.iterdir()):
                 raise UserError("checks.out_not_empty", out=out)
-            else:
-                paths.write_atomic(self.path, _line(settings))
-            self._file = open(self.path, "ab")      # noqa: SIM115  closed by close()
-            # A line that a crash cut off must not swallow the next one.
-            if not self.path.read_bytes().endswith(b"\n"):
-                self._file.write(b"\n")
-        except OSError as error:
-            raise _cannot_write(self.path, error) from None
-
-    def add(self, done: Done) -> None:
-        try:
-            self._file.write(_line(asdict(done)))
-            self._file.flush()
-        except OSError as error:
-            raise _cannot_write(self.path, error) from None
-        self.done[done.name] = done
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-    def _read(self, out: Path, settings: dict[str, Any]) -> None:
-        entries = []
-        for line in self.path.read_bytes().split(b"\n"):
-            with contextlib.suppress(ValueError):
-                entry = from_json(line)
-                if isinstance(entry, dict):
-                    entries.append(entry)
-        # Compared as JSON: a tuple has become a list there.
-        if not entries or entries[0] != from_json(_line(settings)):
-            raise UserError("checks.out_other", out=out)
-        for entry in entries[1:]:
-            # Keys of a later version are no reason to stop: that picture is written again.
-            with contextlib.suppress(TypeError):
-                done = Done(**{**entry, "did": tuple(entry.get("did", ()))})
-                self.done[done.name] = done
+            paths.write_atomic(path, _line(settings) + "\n")
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    entries = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            if isinstance(entry := serialization.from_json(line), dict):
+                entries.append(entry)
+    # Compared as JSON: a tuple has become a list there.
+    if not entries or entries[0] != serialization.from_json(_line(settings)):
+        raise UserError("checks.out_other", out=out)
+    known = {}
+    for entry in entries[1:]:
+        # Keys of a later version are no reason to stop: that picture is written again.
+        with contextlib.suppress(TypeError):
+            done = Done(**{**entry, "did": tuple(entry.get("did", ()))})
+            known[done.name] = done
+    return known
 
 
-def _line(entry: dict[str, Any]) -> bytes:
+def _line(entry: dict[str, Any]) -> str:
     # Names that aren't UTF-8 are left as \udc.. escapes, which JSON knows.
-    return json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+    text = json.dumps(entry, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()

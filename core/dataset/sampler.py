@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -199,11 +200,9 @@ class BucketSampler:
 
     def _numbered(self, batches: list[list[int]], number: int) -> list[Batch]:
         """Numbers the samples of `batches` from `number` on."""
-        result = []
-        for batch in batches:
-            result.append(Batch(tuple(batch), tuple(range(number, number + len(batch)))))
-            number += len(batch)
-        return result
+        numbers = itertools.count(number)
+        return [Batch(tuple(batch), tuple(itertools.islice(numbers, len(batch))))
+                for batch in batches]
 
     def _name(self, index: int) -> str:
         return self.names[index] if self.names else str(index)

@@ -38,7 +38,7 @@ from core.weights.precision import Precision, quantize_and_offload_
 from core.weights.quantization import fill_, quantize_
 
 # CLIP's own tokenizer, which all CLIP encoders read with: it ships once, with the demo base.
-TOKENIZER = paths.DEMO / "base" / "tokenizer"
+TOKENIZER = paths.CLIP_TOKENIZER
 # Parameters from which a text encoder is quantised. CLIP's encoders (0.1 to 0.7 billion) are
 # smaller and stay as they are, T5 and the language models are larger.
 LARGE_ENCODER = 1e9

@@ -17,28 +17,20 @@ class Control:
         # reentrant: a signal handler may ask while ask() runs
         self._lock = threading.RLock()
         self._once: set[Request] = set()
-        self._stopping = False
-        self._paused = False
+        self.stopping = False
+        self.paused = False
 
     def ask(self, request: Request) -> None:
         with self._lock:
             match request:
                 case "stop":
-                    self._stopping, self._paused = True, False
+                    self.stopping, self.paused = True, False
                 case "pause":
-                    self._paused = not self._stopping
+                    self.paused = not self.stopping
                 case "go":
-                    self._paused = False
+                    self.paused = False
                 case _:
                     self._once.add(request)
-
-    @property
-    def stopping(self) -> bool:
-        return self._stopping
-
-    @property
-    def paused(self) -> bool:
-        return self._paused
 
     def take(self, request: Request) -> bool:
         """True once for each `sample` or `save` that was asked for."""
@@ -48,5 +40,5 @@ class Control:
             return requested
 
     def wait_while_paused(self, poll_s: float = 0.1) -> None:
-        while self._paused:
+        while self.paused:
             time.sleep(poll_s)

@@ -16,6 +16,7 @@ from pathlib import Path
 from core import paths
 from core.errors import UserError
 from core.jobs.runs import JobView
+from core.serialization import json_of
 
 KEPT = 20                               # removed records that can be restored
 ORDER = ".order.json"                   # in runs/: ids that wait, the next one first
@@ -68,9 +69,8 @@ def in_order(waiting: Sequence[JobView]) -> list[JobView]:
     # the file is read ten times a second: only where it matters
     if len(waiting) > 1:
         with contextlib.suppress(OSError, ValueError):
-            ids = json.loads((paths.runs_dir() / ORDER).read_text("utf-8"))
-            if isinstance(ids, list):
-                order = {str(run_id): place for place, run_id in enumerate(ids)}
+            ids = json_of((paths.runs_dir() / ORDER).read_text("utf-8"), list)
+            order = {str(run_id): place for place, run_id in enumerate(ids)}
     return sorted(waiting, key=lambda view: (order.get(view.id, len(order)), view.created, view.id))
 
 

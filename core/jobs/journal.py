@@ -13,8 +13,8 @@ import threading
 import time
 import unicodedata
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Self
 
 from core.jobs.events import Checkpoint, Event, Faulted, JobEnded, from_line, to_line
 
@@ -37,7 +37,7 @@ def new_run_id(name: str) -> str:
     return f"{stamp}-{slug}-{secrets.token_hex(2)}"
 
 
-class Journal:
+class Journal(AbstractContextManager["Journal"]):
     """Writes a run's events. Threads of the one writing process may share it."""
 
     def __init__(self, folder: Path) -> None:
@@ -57,9 +57,6 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

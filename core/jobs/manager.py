@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
 
 import psutil
 from filelock import FileLock, Timeout
@@ -28,29 +27,19 @@ from core.jobs import history, runs, worker
 from core.jobs.control import Request
 from core.jobs.events import Event, Faulted, JobEnded
 from core.jobs.journal import CONFIG, LOG, Journal
-from core.jobs.runs import JobView, ask, fold, list_runs, load_run, log_tail
-
-__all__ = ["JobManager", "JobView", "ask", "fold", "list_runs", "load_run", "log_tail"]
+from core.jobs.runs import JobView
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Stop:
-    """When a run that was asked to stop is terminated and killed, in time.monotonic()."""
-
-    terminate_at: float
-    kill_at: float
-    terminated: bool = False
-
-
-@dataclass(slots=True)
 class _Run(runs.Seen):
-    stop: _Stop | None = None
+    stopping_since: float = 0.0           # time.monotonic(); 0: it was not asked to stop
+    terminated: bool = False
     settled: bool = False                 # nothing will change any more
 
 
-class JobManager:
+class JobManager(contextlib.AbstractContextManager["JobManager"]):
     """Starts, stops and watches runs.
 
     Every method may be called from any thread. Readers get snapshots and never wait for the disk.
@@ -134,7 +123,7 @@ class JobManager:
                     view = self._look(run)
             if not view.over:
                 runs.send(view, "stop")
-                run.stop = run.stop or self._stop_from_now()
+                run.stopping_since = run.stopping_since or time.monotonic()
                 self._look(run)
 
     def move_up(self, run_id: str) -> None:
@@ -144,18 +133,9 @@ class JobManager:
             with self._changed:
                 self._mark_change()
 
-    def pause(self, run_id: str) -> None:
-        self._ask(run_id, "pause")
-
-    def go(self, run_id: str) -> None:
-        """Ends a pause of the run."""
-        self._ask(run_id, "go")
-
-    def sample(self, run_id: str) -> None:
-        self._ask(run_id, "sample")
-
-    def save(self, run_id: str) -> None:
-        self._ask(run_id, "save")
+    def ask(self, run_id: str, request: Request) -> None:
+        """Sends a request to the run. To stop it, `stop` does more."""
+        runs.send(self.view(run_id), request)
 
     def warm(self, job: str = "train") -> None:
         """Starts a spare worker that imports torch now; the next run takes it."""
@@ -183,9 +163,6 @@ class JobManager:
             if run.child:
                 worker.reap(run.child)
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -198,8 +175,8 @@ class JobManager:
                 with self._acting:
                     self._refresh()
                     for run in self._runs.values():
-                        if run.stop:
-                            self._escalate(run, run.stop)
+                        if run.stopping_since:
+                            self._escalate(run)
                     if self._dispatch:
                         self._start_next()
             except Exception:
@@ -213,11 +190,10 @@ class JobManager:
         """Looks at every run that may have changed, other processes' runs too."""
         ids = runs.run_ids(self._runs)
         for run_id in ids:
-            run = self._runs.get(run_id)
-            if run is None:
-                run = self._runs[run_id] = _Run(runs.blank(paths.runs_dir() / run_id))
-            if not run.settled:
-                self._look(run)
+            if run_id not in self._runs:
+                self._runs[run_id] = _Run(runs.blank(paths.runs_dir() / run_id))
+            if not self._runs[run_id].settled:
+                self._look(self._runs[run_id])
         # folders that a user deleted
         for run_id in self._runs.keys() - set(ids):
             del self._runs[run_id]
@@ -231,23 +207,21 @@ class JobManager:
         if view.over:
             # A run that is over holds its GPU memory until its process has gone; one that hangs in
             # its exit is helped out.
-            lingers = self._process(run) is not None
-            if lingers and run.stop is None and self._dispatch:
-                run.stop = self._stop_from_now()
-            if not lingers:
-                run.stop, run.child, run.settled = None, None, True
-        elif run.stop:
+            if self._process(run) is None:
+                run.stopping_since, run.child, run.settled = 0.0, None, True
+            elif not run.stopping_since and self._dispatch:
+                run.stopping_since = time.monotonic()
+        elif run.stopping_since:
             view = replace(view, state="stopping")
         with self._changed:
-            old = self._views.get(view.id)
-            if old is None or replace(view, version=old.version) != old:
-                self._views[view.id] = replace(view, version=self._mark_change())
+            if view != self._views.get(view.id):
+                self._views[view.id] = view
+                self._mark_change()
         return view
 
-    def _mark_change(self) -> int:
+    def _mark_change(self) -> None:
         self.version += 1
         self._changed.notify_all()
-        return self.version
 
     def _process(self, run: _Run) -> psutil.Process | None:
         """The process that runs a job; None where it has ended. A process that does other things
@@ -258,22 +232,18 @@ class JobManager:
         busy = owner is not None and (owner.dedicated or not run.folded.over)
         return runs.process_of(owner) if busy else None
 
-    def _stop_from_now(self) -> _Stop:
-        now = time.monotonic()
-        return _Stop(now + self._grace_s, now + self._grace_s + self._term_s)
-
-    def _escalate(self, run: _Run, stop: _Stop) -> None:
+    def _escalate(self, run: _Run) -> None:
         """Terminates, later kills, the worker of a run that was asked to stop and goes on."""
-        process, now = self._process(run), time.monotonic()
+        process, waited = self._process(run), time.monotonic() - run.stopping_since
         if process is None or process.pid == os.getpid():
             return
-        if now >= stop.terminate_at and not stop.terminated:
-            stop.terminated = True
+        if waited >= self._grace_s and not run.terminated:
+            run.terminated = True
             if owner := runs.owner_of(run.folded.folder):
                 runs.write_owner(run.folded.folder, replace(owner, forced=True))
             with contextlib.suppress(psutil.Error):
                 process.terminate()
-        elif now >= stop.kill_at:
+        elif waited >= self._grace_s + self._term_s:
             worker.kill_tree(process)
 
     # --- the queue ---
@@ -337,6 +307,3 @@ class JobManager:
             self._refresh()
         self._wake.set()
         return folder.name
-
-    def _ask(self, run_id: str, request: Request) -> None:
-        runs.send(self.view(run_id), request)

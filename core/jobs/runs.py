@@ -26,20 +26,9 @@ from pydantic import TypeAdapter
 from core import i18n, paths
 from core.config.flat_yaml import read_flat_yaml
 from core.errors import UserError
+from core.jobs import events
 from core.jobs.control import Request
-from core.jobs.events import (
-    Captioned,
-    Checkpoint,
-    Event,
-    Faulted,
-    JobEnded,
-    JobStarted,
-    Note,
-    Phase,
-    Planned,
-    Sample,
-    Step,
-)
+from core.jobs.events import Checkpoint, Event, Faulted, Note, Sample, Step
 from core.jobs.journal import CONFIG, LOG, Point, append_line, new_run_id, tail, thinned
 from core.serialization import from_json, json_object
 from core.system import logs
@@ -53,9 +42,6 @@ State = Literal["queued", "starting", "running", "paused", "stopping",
 ENDED: frozenset[str] = frozenset({"done", "unproven", "stopped", "failed", "interrupted"})
 POINTS = 400                              # of a chart; thinned when twice as many have come
 NOTES = 200                               # the newest ones stay
-# fields that a view takes from the last Step as they are
-STEP_FIELDS = ("step", "total", "epoch", "loss", "lr", "steps_per_s", "eta_s", "memory_mb",
-               "free_mb", "temperature_c")
 # notes that tell a change of state
 MOODS: dict[str, State] = {"jobs.paused": "paused", "jobs.going": "running",
                             "jobs.stopping": "stopping"}
@@ -63,13 +49,12 @@ MOODS: dict[str, State] = {"jobs.paused": "paused", "jobs.going": "running",
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobView:
-    """A run as it stands: an immutable snapshot. `version` differs whenever anything does."""
+    """A run as it stands: an immutable snapshot."""
 
     id: str
     folder: Path
     job: str = "train"
     name: str = ""
-    version: int = 0
     state: State = "queued"
     phase: str = ""
     phase_done: int = 0
@@ -118,13 +103,13 @@ def fold(view: JobView, event: Event) -> JobView:
     """The view after one more event."""
     if view.over:
         return view
-    return replace(view, version=view.version + 1, updated=event.at, **_changes(view, event))
+    return replace(view, updated=event.at, **_changes(view, event))
 
 
-def fold_all(view: JobView, events: Iterable[Event]) -> JobView:
+def fold_all(view: JobView, news: Iterable[Event]) -> JobView:
     """The view after many events. Of Steps in a row, which fill a journal, only the last one makes
     a view; the others only add their points to the charts."""
-    for are_steps, group in itertools.groupby(events, lambda event: isinstance(event, Step)):
+    for are_steps, group in itertools.groupby(news, lambda event: isinstance(event, Step)):
         batch = list(group)
         if are_steps and not view.over:
             losses, validations = view.losses, view.validations
@@ -132,8 +117,7 @@ def fold_all(view: JobView, events: Iterable[Event]) -> JobView:
                 if isinstance(step, Step):
                     losses = _longer(losses, step.step, step.loss)
                     validations = _longer(validations, step.step, step.validation)
-            view = replace(view, version=view.version + len(batch) - 1, losses=losses,
-                           validations=validations)
+            view = replace(view, losses=losses, validations=validations)
             batch = batch[-1:]
         view = reduce(fold, batch, view)
     return view
@@ -143,32 +127,33 @@ def _changes(view: JobView, event: Event) -> dict[str, Any]:
     """The fields of the view that an event changes."""
     working = {"state": "running"} if view.state in ("queued", "starting") else {}
     match event:
-        case JobStarted():
+        case events.JobStarted():
             return {"state": "starting" if view.state == "queued" else view.state,
                     "job": event.job, "pid": event.pid, "started": event.at,
                     "config": event.config, "output_dir": _output_dir(view.cwd, event.config)}
-        case Phase():
+        case events.Phase():
             return working | {"phase": event.name, "phase_done": event.done,
-                              "phase_total": event.total,
-                              "eta_s": event.eta_s or view.eta_s}
-        case Planned():
+                              "phase_total": event.total, "eta_s": event.eta_s or view.eta_s}
+        case events.Planned():
             return working | {"plan": event.plan}
         case Step():
-            return working | {key: getattr(event, key) for key in STEP_FIELDS} | {
+            numbers = asdict(event)
+            del numbers["at"], numbers["validation"]
+            return working | numbers | {
                 "losses": _longer(view.losses, event.step, event.loss),
                 "validations": _longer(view.validations, event.step, event.validation)}
         case Sample():
             return working | {"samples": (*view.samples, event)}
         case Checkpoint():
             return working | {"checkpoints": (*view.checkpoints, event)}
-        case Captioned():
+        case events.Captioned():
             return working | {"captioned": view.captioned + 1}
         case Note():
             mood = {"state": MOODS[event.key]} if event.key in MOODS else {}
             return mood | {"notes": (*view.notes, event)[-NOTES:]}
         case Faulted():
             return {"fault": event}
-        case JobEnded():
+        case events.JobEnded():
             return {"state": event.state if event.state in ENDED else "failed",
                     "result": event.result, "ended": event.at}
     return {}
@@ -234,11 +219,11 @@ def resume_of(folder: Path, resume: bool | str) -> bool | str:
     That is the number of its session, or True where its journal names none. `resume` is the run's
     own value: if that is the folder of one checkpoint, and none was saved since, it stays.
     """
-    events = tail(folder, 0)[0]
+    happened = tail(folder, 0)[0]
     if isinstance(resume, str) and not resume.isdigit() and not any(
-            isinstance(event, Checkpoint) for event in events):
+            isinstance(event, Checkpoint) for event in happened):
         return resume
-    sessions = [event.params["session"] for event in events
+    sessions = [event.params["session"] for event in happened
                 if isinstance(event, Note) and "session" in event.params]
     return str(sessions[-1]) if sessions else True
 
@@ -280,16 +265,16 @@ class Seen:
 
 def blank(folder: Path) -> JobView:
     """The view of a run before its first event, from run.json and config.yaml."""
-    facts: dict[str, Any] = {key: value for key, value in json_object(folder / RUN).items()
-                             if isinstance(value, (int, float) if key == "created" else str)}
+    kinds: dict[str, Any] = {"job": str, "name": str, "cwd": str, "resumed_from": str,
+                             "created": (int, float)}
+    facts: dict[str, Any] = {"job": "", "name": folder.name} | {
+        key: value for key, value in json_object(folder / RUN).items()
+        if isinstance(value, kinds.get(key, ()))}
     config: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError, UserError):
         config = read_flat_yaml((folder / CONFIG).read_text("utf-8"), CONFIG)[0]
-    cwd = facts.get("cwd", "")
-    return JobView(id=folder.name, folder=folder, job=facts.get("job", ""), cwd=cwd,
-                   name=facts.get("name", folder.name), created=facts.get("created", 0.0),
-                   resumed_from=facts.get("resumed_from", ""), config=config,
-                   output_dir=_output_dir(cwd, config))
+    return JobView(id=folder.name, folder=folder, config=config,
+                   output_dir=_output_dir(facts.get("cwd", ""), config), **facts)
 
 
 def observe(seen: Seen) -> JobView:
@@ -299,8 +284,8 @@ def observe(seen: Seen) -> JobView:
     # for one that died.
     owner = owner_of(folder)
     alive = seen.child.poll() is None if seen.child else process_of(owner) is not None
-    events, seen.offset = tail(folder, seen.offset)
-    view = seen.folded = fold_all(seen.folded, events)
+    news, seen.offset = tail(folder, seen.offset)
+    view = seen.folded = fold_all(seen.folded, news)
     if view.over or (owner is None and (view.state == "queued" or owner_of(folder))):
         return view
     if alive and owner:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import importlib
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -86,7 +86,7 @@ def _attempt(job: str, config: Any, folder: Path, control: Control,
         config = config if config is not None else load_config(job, folder / CONFIG)
         emit(JobStarted(job=job, pid=os.getpid(), config=config.model_dump(mode="json")))
         # torch is imported here, which takes seconds: a stop may have come meanwhile
-        run = _load_function(entry.run)
+        run = pkgutil.resolve_name(entry.run)
         result = {"state": "stopped"} if control.stopping else run(config, emit, control) or {}
         state = result.get("state")
         return JobEnded(state=state if state in ("stopped", "unproven") else "done", result=result)
@@ -103,20 +103,13 @@ def _attempt(job: str, config: Any, folder: Path, control: Control,
 
 def load_config(job: str, path: Path) -> Any:
     """The config of a run, read as its kind of job reads it."""
-    return _load_function(_entry(job).load)(path)
+    return pkgutil.resolve_name(_entry(job).load)(path)
 
 
 def _entry(job: str) -> Job:
     if job not in JOBS:
         raise UserError("jobs.no_such_job", job=job, known=", ".join(JOBS))
     return JOBS[job]
-
-
-def _load_function(name: str) -> Callable[..., Any]:
-    """The function that "module:function" names."""
-    module, _, function = name.partition(":")
-    loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return loaded
 
 
 @contextlib.contextmanager
@@ -199,7 +192,7 @@ def reap(child: subprocess.Popen[bytes]) -> None:
 def main(preload: Sequence[str] = ()) -> int:
     """The child: imports what it may need, waits for a run's folder on stdin, runs it."""
     for job in preload:
-        _load_function(_entry(job).run)
+        pkgutil.resolve_name(_entry(job).run)
     # by its number, as sys.stdin is None in a windowed app
     with open(0, "rb", closefd=False) as orders:
         line = orders.readline()

@@ -17,7 +17,6 @@ from core.errors import UserError
 from core.families import registry
 from core.families.layer_names import Naming, from_native
 from core.families.lora_signs import family_of
-from core.families.registry import SPECS
 from core.jobs.events import Event, Phase
 from core.lora_files.layers import DOWN, UP, Layer, Lora, split, with_alpha
 from core.lora_files.merge import balanced
@@ -39,29 +38,25 @@ class Extracted:
     rest: int                              # changed norms, biases, embeddings: not in the LoRA
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """Where the weights of a model lie, by module path."""
-
-    naming: Naming
-    weights: dict[str, tuple[TensorFile, str]]     # `unet.conv_in.weight` -> file, key
+# Where the weights of a model lie: `unet.conv_in.weight` -> file, key.
+_Weights = dict[str, tuple[TensorFile, str]]
 
 
 def extract(tuned: Path, base: Path, rank: int, conv_rank: int | None = None,
             emit: Callable[[Event], None] = lambda event: None) -> Extracted:
     """The best LoRA of this rank for tuned - base. `conv_rank`: of kernels wider than 1; 0 leaves
     them out, None takes `rank`. Raises UserError where the models have little in common."""
-    ours, theirs = _model(tuned), _model(base)
-    shared = [path for path in ours.weights if path in theirs.weights]
-    if 2 * len(shared) < max(len(ours.weights), len(theirs.weights)):
+    (naming, ours), (_, theirs) = _model(tuned), _model(base)
+    shared = [path for path in ours if path in theirs]
+    if 2 * len(shared) < max(len(ours), len(theirs)):
         raise UserError("lora_convert.other_models", tuned=tuned, base=base, shared=len(shared),
-                        count=len(theirs.weights))
-    parts = {part.name: part for part in ours.naming}
+                        count=len(theirs))
+    parts = {part.name: part for part in naming}
     layers: dict[str, Layer] = {}
     rest, compared, kept_energy, whole_energy = 0, 0, 0.0, 0.0
     for number, path in enumerate(shared):
         emit(Phase(name="extract", done=number, total=len(shared)))
-        after, before = (file[key] for file, key in (ours.weights[path], theirs.weights[path]))
+        after, before = (file[key] for file, key in (ours[path], theirs[path]))
         # 0: no matrix that a LoRA layer could change, or one that is not wanted
         layer_rank = 0
         if before.ndim >= 2 and path.endswith(".weight") and not any(
@@ -88,7 +83,7 @@ def extract(tuned: Path, base: Path, rank: int, conv_rank: int | None = None,
         layers |= {f"{part}.{name}": piece for name, piece in split(parts[part], inner, layer)}
     if not layers:
         raise UserError("lora_convert.same_models", tuned=tuned, base=base)
-    return Extracted(Lora(layers, ours.naming), compared, kept_energy / whole_energy, rest)
+    return Extracted(Lora(layers, naming), compared, kept_energy / whole_energy, rest)
 
 
 def _layer(difference: Tensor, rank: int) -> tuple[Layer, float]:
@@ -110,10 +105,10 @@ def _layer(difference: Tensor, rank: int) -> tuple[Layer, float]:
 
 # --- models ------------------------------------------------------------------------------------
 
-def _model(source: Path) -> _Model:
+def _model(source: Path) -> tuple[Naming, _Weights]:
     """A single file, or the folder of a pipeline. Raises UserError where it has no weights that
     are known."""
-    parts = dict.fromkeys(part.name for spec in SPECS.values() for part in spec.naming)
+    parts = dict.fromkeys(part.name for spec in registry.SPECS.values() for part in spec.naming)
     files = [] if source.is_dir() else [("", TensorFile(source))]
     for part in parts:
         for path in sorted((source / part).glob("*.safetensors")):
@@ -129,16 +124,15 @@ def _model(source: Path) -> _Model:
         file.shape(key)                    # raises for number formats that aren't read
     if not weights:
         raise UserError("lora_convert.no_weights", source=source)
-    return _Model(naming, weights)
+    return naming, weights
 
 
 def _names(part_name: str, keys: list[str], naming: Naming) -> Iterator[tuple[str, str]]:
     """(path with its part in diffusers' words, key) of each weight. No part: a single file that
     holds them all, in the original code's words."""
     if part_name:
-        for part in naming:
-            if part.name == part_name:
-                yield from ((f"{part_name}.{part.unrooted(key)}", key) for key in keys)
+        yield from ((f"{part.name}.{part.unrooted(key)}", key)
+                    for part in naming if part.name == part_name for key in keys)
         return
     for key in keys:
         for prefix, number in _SINGLE:

@@ -22,7 +22,6 @@ from core.safetensors_header import read_header, read_scalars
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG_KEY = lora_metadata.CONFIG_KEY
 SHOWN = 3                                  # names in a fault before "..."
 
 
@@ -67,25 +66,20 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = load(path.read_bytes())
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError("lora_file.unreadable", file=path, reason=error) from None
-    refuse_not_finite(path, tensors)
-    return tensors, header.metadata
-
-
-def refuse_not_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """NaN in a LoRA makes every picture black. Raises UserError that names the first such
-    tensor."""
     for key, tensor in tensors.items():
         # torch has no isfinite for 8-bit floats
         wide = tensor.float() if tensor.is_floating_point() else tensor
+        # NaN in a LoRA makes every picture black.
         if not bool(wide.isfinite().all()):
             raise UserError("lora_file.holds_nan", file=path, key=key)
+    return tensors, header.metadata
 
 
 def read_config(path: Path) -> str:
     """The YAML of the run that made this file. Raises UserError where the file has none."""
     metadata = read_header(path).metadata
-    if CONFIG_KEY in metadata:
-        return metadata[CONFIG_KEY]
+    if lora_metadata.CONFIG_KEY in metadata:
+        return metadata[lora_metadata.CONFIG_KEY]
     if metadata:
         keys = ", ".join(sorted(metadata)[:SHOWN]) + (" ..." if len(metadata) > SHOWN else "")
         raise UserError("lora_file.no_config", file=path, count=len(metadata), keys=keys)
@@ -95,11 +89,10 @@ def read_config(path: Path) -> str:
 # --- what is it? -------------------------------------------------------------------------------
 
 # Beginnings of keys in all formats; what fits neither is "other".
-PARTS = (
-    ("text encoder", re.compile(r"lora_te\d?[_.]|text_encoder|clip_[lg]\.|t5\.")),
-    ("unet", re.compile(r"lora_(unet|transformer)[_.]|lycoris_|(base_model\.model\.|model\.)?"
-                        r"(unet|transformer|diffusion_model|down_blocks|mid_block|up_blocks)\b")),
-)
+PARTS = {
+    "text encoder": re.compile(r"lora_te\d?[_.]|text_encoder|clip_[lg]\.|t5\."),
+    "unet": re.compile(r"lora_(unet|transformer)[_.]|lycoris_|(base_model\.model\.|model\.)?"
+                       r"(unet|transformer|diffusion_model|down_blocks|mid_block|up_blocks)\b")}
 # The end of a key, behind its layer.
 _LAYER = re.compile(
     r"\.(lora_(down|up|mid|A|B)(\.[^.]+)?\.weight|hada_\w+|lokr_\w+|oft_\w+|dora_scale"
@@ -171,7 +164,7 @@ def describe(path: Path) -> Info:
         scales=tuple(sorted({alphas.get(layer, rank) / rank
                              for layer, rank in ranks.items() if rank})),
         modules=dict(Counter(
-            next((part for part, pattern in PARTS if pattern.match(layer)), "other")
+            next((part for part, pattern in PARTS.items() if pattern.match(layer)), "other")
             for layer in layers)),
         # lora_unet_..._transformer_blocks_0_attn1_to_q -> attn1_to_q
         targets=tuple(sorted({_BLOCK.sub("", layer).replace(".", "_") for layer in layers})),

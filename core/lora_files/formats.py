@@ -58,7 +58,7 @@ SINGLE = ("kohya", "comfyui", "diffusers")  # one file each
 CONFIG, WEIGHTS, DIFFUSERS = ("adapter_config.json", "adapter_model.safetensors",
                               "pytorch_lora_weights.safetensors")
 LARGEST = 2.0**63                          # a larger number in a config is no alpha
-_BUNDLED = "bundle_emb."                   # embeddings that travel in a LoRA file
+BUNDLED = "bundle_emb."                   # embeddings that travel in a LoRA file
 
 # --- reading -----------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ def for_diffusers(path: Path, family: str) -> dict[str, Tensor] | None:
 
     diffusers' loaders surely read these. Their tables for other names hold sizes and orders of
     single published models, and want certain layers to be there."""
-    if not path.is_dir() and all(_PEFT.match(name) or name.startswith(_BUNDLED)
+    if not path.is_dir() and all(_PEFT.match(name) or name.startswith(BUNDLED)
                                  for name in read_header(path).tensors):
         return None
     lora = replace(read(path, family), bundled={})
@@ -167,7 +167,7 @@ def _gathered(tensors: Mapping[str, Tensor], naming: Naming, configs: Mapping[st
     for key, tensor in tensors.items():
         parsed = _parsed(key, naming, only)
         # words are kept, but are no layers
-        if key.startswith(_BUNDLED):
+        if key.startswith(BUNDLED):
             bundled[key] = tensor
         elif parsed is None:
             unknown.append(key)

@@ -14,14 +14,13 @@ from core import i18n, paths
 from core.config import TrainConfig
 from core.errors import UserError
 from core.families import lora_signs
-from core.lora_files import files
+from core.lora_files import files, formats
 
 DEFAULT_WEIGHT = 0.8
 TAG = re.compile(r"<lora:\s*([^:<>\s][^:<>]*)((?::[^:<>]*)*)>")
 _NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)\s*")
 STATE = "state.safetensors"                 # of a checkpoint's folder: no LoRA
 WORDS = "_emb.safetensors"                  # new words beside a LoRA
-FOLDER = "adapter_config.json"              # of a LoRA that is a folder, as PEFT saves it
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,7 @@ def find_lora(name: str, weight: float) -> Lora:
     with contextlib.suppress(OSError, ValueError, RuntimeError):        # no path of this system
         direct = Path(name).expanduser()
         for path in (direct, direct.with_name(f"{direct.name}.safetensors")):
-            if path.is_file() or (path / FOLDER).is_file():
+            if path.is_file() or (path / formats.CONFIG).is_file():
                 return Lora(path.absolute(), weight)
     from core.jobs import runs
     folders = [Path(run.output_dir) for run in runs.list_runs() if run.output_dir]

@@ -7,7 +7,7 @@ lies nearer in the Frobenius norm).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -142,10 +142,3 @@ def _sum(path: str, layers: Iterable[tuple[Layer, float]], dtype: torch.dtype) -
             if end != ALPHA:
                 total[end] = total.get(end, torch.zeros(())) + value.float() * weight
     return {end: value.to(dtype) for end, value in total.items()}
-
-
-def delta(layer: Mapping[str, Tensor]) -> Tensor:
-    """The full matrix of a LoRA layer, (out, in, ...), for one layer at a time and for tests."""
-    plain = without_mid(dict(layer))
-    product = plain[UP].double().flatten(1) @ plain[DOWN].double().flatten(1)
-    return (scale_of(plain) * product).reshape(-1, *plain[DOWN].shape[1:])

@@ -32,6 +32,10 @@ BASE_LORAS_KEY = "darkroom.base_loras"     # what belonged to the base: adapters
 TOOL = "lora-darkroom"
 MODELSPEC = "1.0.1"
 
+# Keys of the config that kohya calls the same.
+SAME = ("learning_rate", "text_encoder_lr", "lr_warmup_steps", "max_grad_norm", "loss_type",
+        "gradient_accumulation_steps", "gradient_checkpointing", "seed", "zero_terminal_snr",
+        "debiased_estimation", "validation_split", "bucket_no_upscale", "keep_tokens")
 # kohya's names of bases with v-prediction.
 V_VERSIONS = {"sd_v1": "sd_v1_v", "sd_v2": "sd_v2_v"}
 # modelspec's words; it has none for flows.
@@ -54,13 +58,6 @@ NEVER: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bucket:
-    width: int                             # px
-    height: int                            # px
-    pictures: int                          # repeats counted
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Folder:
     repeats: int
     pictures: int
@@ -73,10 +70,7 @@ class TrainFacts:
 
     config: TrainConfig
     config_text: str = ""                  # YAML; empty: `config` as YAML
-    title: str = ""                        # empty: the output name
     description: str = ""
-    author: str = ""                       # empty: not written
-    license: str = ""
     thumbnail: bytes = b""                 # small JPEG, WebP or PNG
 
     # the base
@@ -91,12 +85,10 @@ class TrainFacts:
     # the pictures
     folders: Mapping[str, Folder]          # folder name, no path
     regular: Mapping[str, Folder] = field(default_factory=dict)     # regularisation pictures
-    buckets: tuple[Bucket, ...]
-    bucket_sides: tuple[int, int]          # px
+    buckets: Mapping[tuple[int, int], int]      # width, height in px -> pictures, repeats counted
     aspect_error: float = 0.0              # mean |picture's aspect - bucket's|
     resolution: tuple[int, int]            # px
     validation_pictures: int = 0
-    cache_latents: bool = True
 
     # the run
     session_id: str                        # same for all files of a run
@@ -109,16 +101,9 @@ class TrainFacts:
     step: int
     optimizer: str                         # class and arguments
     mixed_precision: str = "no"            # no | fp16 | bf16
-    gradient_checkpointing: bool = False
-    text_encoder_lr: float = 0.0           # 0: not trained
     clip_skip: int | None = None
     max_token_length: int | None = None    # None: 75
     extra: Mapping[str, str] = field(default_factory=dict)      # a family's own keys
-
-    @property
-    def pictures(self) -> int:
-        """Repeats counted, as kohya does."""
-        return sum(f.repeats * f.pictures for f in self.folders.values())
 
 
 def build_metadata(facts: TrainFacts) -> dict[str, str]:
@@ -144,36 +129,24 @@ def _run(facts: TrainFacts) -> dict[str, Any]:
     schedule: str = config.lr_scheduler
     if config.lr_warmup_steps:
         schedule = SCHEDULES_WITH_WARMUP.get(schedule, schedule)
-    return {
-        "ss_session_id": facts.session_id,
-        "ss_training_started_at": facts.started_at,
-        "ss_training_finished_at": facts.finished_at,
-        "ss_output_name": config.name,
-        "ss_training_comment": facts.description or None,
-        "ss_learning_rate": config.learning_rate, "ss_unet_lr": config.learning_rate,
-        "ss_text_encoder_lr": facts.text_encoder_lr,
-        "ss_lr_scheduler": schedule,
-        "ss_lr_warmup_steps": config.lr_warmup_steps,
-        "ss_optimizer": facts.optimizer,
-        "ss_max_grad_norm": config.max_grad_norm,
+    return {f"ss_{key}": getattr(config, key) for key in SAME} | {
+        "ss_session_id": facts.session_id, "ss_unet_lr": config.learning_rate,
+        "ss_training_started_at": facts.started_at, "ss_training_finished_at": facts.finished_at,
+        "ss_output_name": config.name, "ss_training_comment": facts.description or None,
+        "ss_lr_scheduler": schedule, "ss_optimizer": facts.optimizer,
         "ss_num_epochs": facts.planned_epochs, "ss_max_train_steps": facts.planned_steps,
         "ss_epoch": facts.epoch, "ss_steps": facts.step,
         "ss_num_batches_per_epoch": facts.batches_per_epoch,
         "ss_batch_size_per_device": config.batch_size,
-        "ss_gradient_accumulation_steps": config.gradient_accumulation_steps,
         "ss_total_batch_size": config.batch_size * config.gradient_accumulation_steps,
-        "ss_gradient_checkpointing": facts.gradient_checkpointing,
-        "ss_mixed_precision": facts.mixed_precision, "ss_seed": config.seed,
+        "ss_mixed_precision": facts.mixed_precision,
         "ss_min_snr_gamma": config.min_snr_gamma or None,
         "ss_noise_offset": config.noise_offset or None,
         "ss_multires_noise_iterations": levels or None,
         "ss_multires_noise_discount": config.multires_noise_discount if levels else None,
-        "ss_zero_terminal_snr": config.zero_terminal_snr,
-        "ss_debiased_estimation": config.debiased_estimation, "ss_loss_type": config.loss_type,
         **({} if config.loss_type == "l2" else {
             "ss_huber_schedule": config.huber_schedule, "ss_huber_c": config.huber_c}),
         **({"ss_prior_loss_weight": config.prior_loss_weight} if facts.regular else {}),
-        "ss_validation_split": config.validation_split,
         "ss_validate_every_n_steps": config.validation_steps or None,
     }
 
@@ -199,23 +172,22 @@ def _network(facts: TrainFacts) -> dict[str, Any]:
 
 def _data(facts: TrainFacts) -> dict[str, Any]:
     config, folders = facts.config, facts.folders
-    buckets = {str(number): {"resolution": [bucket.width, bucket.height],
-                             "count": bucket.pictures}
-               for number, bucket in enumerate(facts.buckets)}
+    buckets = {str(n): {"resolution": size, "count": count}
+               for n, (size, count) in enumerate(facts.buckets.items())}
+    sides = [side for size in facts.buckets for side in size]
     return {
-        "ss_num_train_images": facts.pictures,
+        # with their repeats, as kohya counts
+        "ss_num_train_images": sum(f.repeats * f.pictures for f in folders.values()),
         "ss_num_reg_images": sum(f.pictures for f in facts.regular.values()),
         "ss_reg_dataset_dirs": _dirs(facts.regular),
         "ss_num_validation_images": facts.validation_pictures,
         "ss_resolution": facts.resolution,             # "(512, 512)"
-        "ss_enable_bucket": True, "ss_bucket_no_upscale": config.bucket_no_upscale,
-        "ss_min_bucket_reso": facts.bucket_sides[0], "ss_max_bucket_reso": facts.bucket_sides[1],
-        "ss_bucket_info": json.dumps({"buckets": buckets,
-                                      "mean_img_ar_error": facts.aspect_error}),
+        "ss_min_bucket_reso": min(sides), "ss_max_bucket_reso": max(sides),
+        "ss_bucket_info": json.dumps({"buckets": buckets, "mean_img_ar_error": facts.aspect_error}),
         "ss_dataset_dirs": _dirs(folders),
         "ss_tag_frequency": json.dumps({name: dict(f.tags) for name, f in folders.items()}),
-        "ss_cache_latents": facts.cache_latents, "ss_flip_aug": config.flip,
-        "ss_shuffle_caption": config.shuffle_tags, "ss_keep_tokens": config.keep_tokens,
+        "ss_enable_bucket": True, "ss_cache_latents": True, "ss_flip_aug": config.flip,
+        "ss_shuffle_caption": config.shuffle_tags,
         "ss_caption_dropout_rate": config.caption_dropout,
         "ss_clip_skip": facts.clip_skip, "ss_max_token_length": facts.max_token_length,
     }
@@ -235,20 +207,13 @@ def _modelspec(facts: TrainFacts) -> dict[str, Any]:
         kind = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"RI": "webp"}[facts.thumbnail[:2]]
         thumbnail = f"data:image/{kind};base64,{base64.b64encode(facts.thumbnail).decode('ascii')}"
     values = {
-        "sai_model_spec": MODELSPEC,
-        "architecture": f"{facts.architecture}/lora",
-        "implementation": facts.implementation,
-        "title": facts.title or config.name,
-        "resolution": "{}x{}".format(*facts.resolution),
-        "description": facts.description,
-        "author": facts.author,
-        "license": facts.license,
-        "date": finished.isoformat(),
-        "implementation_version": f"{TOOL}/{__version__}",
+        "sai_model_spec": MODELSPEC, "architecture": f"{facts.architecture}/lora",
+        "implementation": facts.implementation, "title": config.name,
+        "resolution": "{}x{}".format(*facts.resolution), "description": facts.description,
+        "date": finished.isoformat(), "implementation_version": f"{TOOL}/{__version__}",
         "trigger_phrase": config.trigger_word,
         "prediction_type": PREDICTIONS.get(facts.prediction_type, ""),
-        "encoder_layer": str(facts.clip_skip or ""),
-        "thumbnail": thumbnail,
+        "encoder_layer": str(facts.clip_skip or ""), "thumbnail": thumbnail,
     }
     return {f"modelspec.{key}": value for key, value in values.items() if value}
 
@@ -320,11 +285,9 @@ def facts_of(metadata: Mapping[str, str]) -> Facts:
     # modelspec writes 512x768, kohya "(512, 768)"
     resolution = re.search(r"(\d{1,5})\D+(\d{1,5})",
                            _first(metadata, "modelspec.resolution", "ss_resolution"))
-    if VERSION_KEY in metadata:
-        made_by = f"{TOOL}/{metadata[VERSION_KEY]}"
-    else:
-        made_by = _first(metadata, "modelspec.implementation_version") or (
-            "sd-scripts" if "ss_sd_scripts_commit_hash" in metadata else "")
+    made_by = f"{TOOL}/{metadata[VERSION_KEY]}" if VERSION_KEY in metadata else (
+        _first(metadata, "modelspec.implementation_version")
+        or ("sd-scripts" if "ss_sd_scripts_commit_hash" in metadata else ""))
     return Facts(
         title=_first(metadata, "modelspec.title", "ss_output_name"),
         description=_first(metadata, "modelspec.description", "ss_training_comment"),

@@ -21,11 +21,11 @@ from torch.nn import functional as F
 from core import paths
 from core.dataset import captions
 from core.errors import UserError
+from core.lora_files.formats import BUNDLED
 from core.lora_files.library import WORDS
 from core.safetensors_header import read_header
 
 WORD_KEY = "darkroom.word"
-BUNDLED = "bundle_emb."
 _ALONE = "emb_params"                       # a file for one encoder
 _SHORT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}    # for several
 
@@ -71,9 +71,8 @@ def install(tokenizer: Any, encoder: Any, rows: Tensor) -> tuple[Rows, str]:
     table = encoder.get_input_embeddings()
     if isinstance(table, Rows):
         rows = torch.cat([table.rows.detach(), rows.to(table.rows)])
-        held = Rows(table.table, table.first, rows)
-    else:
-        held = Rows(table, first, rows)
+        first, table = table.first, table.table
+    held = Rows(table, first, rows)
     encoder.set_input_embeddings(held)
     return held, " ".join(tokens)
 
@@ -102,8 +101,7 @@ def beside(lora: Path) -> Path:
 def write(path: Path, word: NewWord, dtype: torch.dtype) -> None:
     rows = {(_ALONE if len(word.rows) == 1 else _SHORT.get(name, name)):
             tensor.detach().to("cpu", dtype).contiguous() for name, tensor in word.rows.items()}
-    paths.write_atomic(path, safetensors.torch.save(rows, {
-        WORD_KEY: word.word, "name": word.word}))
+    paths.write_atomic(path, safetensors.torch.save(rows, {WORD_KEY: word.word, "name": word.word}))
 
 
 def read(lora: Path) -> list[NewWord]:

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from math import factorial
 from pathlib import Path
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from core import families, i18n, paths, threads
 from core.config import TrainConfig
 from core.dataset import captions, curation, image_folder
 from core.dataset.buckets import BucketRule, Size
-from core.dataset.crops import TOKENIZER, TokenCounter
+from core.dataset.crops import TokenCounter
 from core.dataset.images import FORMATS, MAX_MEGAPIXELS, Look, prepare
 from core.errors import UserError
 from core.families.detection import Base
@@ -28,9 +28,6 @@ from core.lora_files.library import prompts_of
 from core.memory import plan
 from core.memory.plan import Data, Machine, Plan
 from core.system import gpu, machine
-
-_ORIENTATION = 0x0112           # EXIF tag; 5..8: lying on a side
-
 
 # --- the machine and the base ---
 
@@ -177,7 +174,7 @@ def chunks_of(texts: tuple[str, ...], family: str, max_tokens: int) -> tuple[int
     # A token is a byte or more, so that short texts need no tokenizer.
     long = [text for text in texts if len(text.encode()) > families.CHUNK
             and families.chunks_of(family, len(text.encode()), max_tokens) > 1]
-    tokens = dict(zip(long, TokenCounter(TOKENIZER)(long), strict=True))
+    tokens = dict(zip(long, TokenCounter()(long), strict=True))
     return tuple(families.chunks_of(family, tokens.get(text, 0), max_tokens) for text in texts)
 
 
@@ -202,7 +199,7 @@ def _is_rotated(image: Image.Image) -> bool:
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return False
     try:
-        return image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+        return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     except Exception:                   # broken EXIF; the picture itself is fine
         return False
 

@@ -32,7 +32,7 @@ from core.jobs.events import Checkpoint, Note
 from core.lora_files import files as lora_file
 from core.lora_files import formats, metadata, textual_inversion
 from core.lora_files.layers import Lora
-from core.lora_files.metadata import Bucket, Folder, TrainFacts, build_metadata
+from core.lora_files.metadata import Folder, TrainFacts, build_metadata
 from core.optim import optimizers
 from core.serialization import readable_name
 from core.training import checkpoint
@@ -232,7 +232,6 @@ class OutputWriter:
         trainer, config, spec = self.trainer, self.config, self.trainer.family.spec
         examples, sampler = trainer.examples, trainer.sampler
         chosen = [examples.items[i] for i in examples.trained()]
-        sides = [side for item in chosen for side in item.bucket]
         counts = Counter({b: 0 for b in sorted({i.bucket for i in chosen})})
         for item in chosen:
             counts[item.bucket] += item.picture.repeats
@@ -243,23 +242,19 @@ class OutputWriter:
             architecture = OF_EPSILON.get(architecture, architecture)
         denoiser = self._base.parts.get("denoiser")
         native = trainer.parts.native_size
-        named = config.with_changes(output_name=name)
         return TrainFacts(
-            config=named, config_text=dump_yaml(config), title=name,
+            config=config.with_changes(output_name=name), config_text=dump_yaml(config),
             description=f"LoRA Darkroom {__version__}", thumbnail=self._thumbnail(),
             base_version=spec.base_version,
             architecture=architecture,
             implementation=spec.implementation, prediction_type=trainer.parts.objective,
             base_name=trainer.parts.source.name, base_sha256=self._base.sha256(),
             base_short_hash=self._base.short, folders=_folders(chosen),
-            buckets=tuple(Bucket(width=w, height=h, pictures=n)
-                          for (w, h), n in counts.items()),
-            bucket_sides=(min(sides), max(sides)),
+            buckets=counts,
             aspect_error=sum(aspect_errors) / len(aspect_errors),
             resolution=size_of(config.max_resolution) or (native, native),
             validation_pictures=len(examples.held_out), regular=_folders(
                 [examples.items[i] for i in sorted(examples.regular)]),
-            text_encoder_lr=config.text_encoder_lr,
             clip_skip=config.clip_skip if spec.skips else None,
             max_token_length=config.max_tokens if spec.chunked and config.max_tokens > 75 else None,
             session_id=self.output.session,
@@ -270,7 +265,6 @@ class OutputWriter:
             optimizer=optimizers.describe(trainer.optimizer),
             mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(
                 trainer.precision.compute, "no"),
-            gradient_checkpointing=config.gradient_checkpointing,
             extra=({metadata.BASE_KEY: denoiser} if denoiser else {})
             | base_loras.metadata(trainer.base_loras.told)
             | lookup.metadata(trainer.parts.beside))

@@ -13,7 +13,8 @@ from core import paths
 from core.config import TrainConfig, resolve
 from core.dataset import captions
 from core.dataset.cache import key
-from core.dataset.examples import Encoder, Examples, Stopped, add_regular
+from core.dataset.checks.image_stats import Stopped
+from core.dataset.examples import Encoder, Examples, add_regular
 from core.dataset.text_embeddings import batched, reading_of
 from core.errors import UserError
 from core.families import distilled

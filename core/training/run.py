@@ -15,7 +15,8 @@ from typing import Any
 from core import families, importers, paths
 from core.adapters import base_loras
 from core.config import TrainConfig, resolve
-from core.dataset.examples import Encoder, Stopped, find
+from core.dataset.checks.image_stats import Stopped
+from core.dataset.examples import Encoder, find
 from core.errors import UserError
 from core.failures import one_line, ran_out
 from core.families.components import lookup

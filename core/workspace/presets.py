@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -74,11 +75,10 @@ def list_presets(lang: str | None = None, family: str | None = None) -> list[Pre
     for folder in (own_folder(), paths.PRESETS):
         for path in sorted(folder.glob("*/*.yaml")):
             try:
-                stat = path.stat()
-            except OSError as error:
+                preset = _read(path, paths.stamp(path))
+            except (OSError, ValueError) as error:
                 raise UserError("presets.unreadable", file=path,
                                 reason=_first_line(error)) from None
-            preset = _read(path, stat.st_mtime_ns, stat.st_size)
             if preset is not None and family in (None, preset.family):
                 presets.append(preset)
     return sorted(presets, key=lambda preset: (
@@ -137,13 +137,10 @@ def family_of(base_model: str, beside: Path | None = None, family: str = "auto")
 
 
 @functools.lru_cache(maxsize=1024)
-def _read(path: Path, mtime_ns: int, size: int) -> Preset | None:
+def _read(path: Path, stamp: tuple[int, int, int]) -> Preset | None:
     """A preset, read again where its file has changed. None: the file is a plain config, such as
     the demo's."""
-    try:
-        data = serialization.from_yaml(serialization.decode_text(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        raise UserError("presets.unreadable", file=path, reason=_first_line(error)) from None
+    data = serialization.from_yaml(serialization.decode_text(path.read_bytes()))
     if not isinstance(data, dict) or "set" not in data:
         return None
     try:
@@ -244,19 +241,19 @@ _TOGETHER = (({"epochs", "max_train_steps"}, {"epochs", "max_train_steps", "lr_w
 
 
 def apply(preset: Preset, config_data: Mapping[str, Any],
-          advised: Mapping[str, Any] | None = None) -> dict[str, Any]:
+          advised: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """The config's data with the preset below it: family default -> preset -> `advised`
     (Suggestion.values) -> the user's edits, which are `config_data`.
 
     `sets` gives the fields that the preset still decides.
     """
-    lower = {**_below(preset.set, advised), **advised} if advised else preset.set
+    lower = {**_below(preset.set, advised), **advised}
     return {**_below(lower, config_data), **config_data}
 
 
-def sets(preset: Preset, config_data: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+def sets(preset: Preset, config_data: Mapping[str, Any] = MappingProxyType({})) -> tuple[str, ...]:
     """The fields that the preset decides, without those that the user edited (`config_data`)."""
-    return tuple(_below(preset.set, config_data or {}))
+    return tuple(_below(preset.set, config_data))
 
 
 def _below(values: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,8 @@ family default -> preset -> suggestion, if applied -> own edits (core/workspace/
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ class Project(BaseModel):
         preset = self.chosen()
         if preset is None:
             return dict(self.advised) | edits
-        return presets.apply(preset, edits, self.advised or None)
+        return presets.apply(preset, edits, self.advised)
 
     def config(self, output: Path) -> TrainConfig:
         return TrainConfig.model_validate(self.data(output))
@@ -53,7 +52,7 @@ class Project(BaseModel):
         try:
             family = presets.family_of(str(self.edits.get("base_model", "")),
                                        family=str(self.edits.get("family", "auto")))
-            return next((preset for preset in known_presets(family)
+            return next((preset for preset in presets.list_presets(family=family)
                          if preset.slug == self.preset), None)
         except UserError:
             return None
@@ -61,9 +60,9 @@ class Project(BaseModel):
     def sources(self) -> dict[str, str]:
         """Who decides a key: own | advised | preset. Other keys have their defaults."""
         preset = self.chosen()
-        below = dict.fromkeys(presets.sets(preset, self.advised | self.edits), "preset") \
-            if preset else {}
-        return below | dict.fromkeys(self.advised, "advised") | dict.fromkeys(self.edits, "own")
+        below = presets.sets(preset, self.advised | self.edits) if preset else ()
+        return (dict.fromkeys(below, "preset") | dict.fromkeys(self.advised, "advised")
+                | dict.fromkeys(self.edits, "own"))
 
 
 class Projects:
@@ -74,12 +73,7 @@ class Projects:
         self.broken: UserError | None = None     # the last file that couldn't be read
         self._lock = threading.RLock()
         known = self.names()
-        first = name if name in known else known[0] if known else FIRST
-        self._now = self._read(first)
-
-    @property
-    def now(self) -> Project:
-        return self._now
+        self.now = self._read(name if name in known else known[0] if known else FIRST)
 
     def names(self) -> list[str]:
         return sorted((path.stem for path in _folder().glob("*.yaml")), key=str.casefold)
@@ -88,8 +82,8 @@ class Projects:
         """Opens a project, or makes a new one of this name. Raises UserError for a bad name."""
         name = checked_name(name)
         with self._lock:
-            self._now, self.version = self._read(name), self.version + 1
-            return self._now
+            self.now, self.version = self._read(name), self.version + 1
+            return self.now
 
     def change(self, **changes: Any) -> Project:
         return self.update(lambda project: project.model_copy(update=changes))
@@ -98,8 +92,8 @@ class Projects:
         """Edits keys of the config; None takes an edit back. Raises ValidationError where the
         config would be wrong, and changes nothing then."""
         def edited(project: Project) -> Project:
-            merged: Mapping[str, Any] = project.edits | edits
-            new = {key: value for key, value in merged.items() if value is not None}
+            new = {key: value for key, value in (project.edits | edits).items()
+                   if value is not None}
             TrainConfig.model_validate(new)
             invalid = {key: raw for key, raw in project.invalid.items() if key not in edits}
             return project.model_copy(update={"edits": new, "invalid": invalid})
@@ -113,11 +107,11 @@ class Projects:
     def update(self, change: Callable[[Project], Project]) -> Project:
         """Changes the open project and writes it where it differs."""
         with self._lock:
-            new = change(self._now)
-            if new != self._now:
+            new = change(self.now)
+            if new != self.now:
                 data = new.model_dump(exclude_defaults=True) | {"name": new.name}
                 paths.write_atomic(_folder() / f"{new.name}.yaml", serialization.to_yaml(data))
-                self._now, self.version = new, self.version + 1
+                self.now, self.version = new, self.version + 1
             return new
 
     def _read(self, name: str) -> Project:
@@ -133,20 +127,6 @@ class Projects:
             self.broken = UserError("window.project_broken", file=file, reason=reason, name=name,
                                     aside=paths.set_aside(file).name)
             return Project(name=name)
-
-
-def known_presets(family: str) -> list[presets.Preset]:
-    """The presets of a family, read again only where a file changed: pages ask every second."""
-    folders = (paths.PRESETS, paths.data_dir() / "presets")
-    stamps = tuple((str(path), path.stat().st_mtime_ns)
-                   for folder in folders for path in sorted(folder.glob("*/*.yaml")))
-    return [preset for preset in _list_presets(stamps) if preset.family == family]
-
-
-@functools.lru_cache(maxsize=2)
-def _list_presets(stamps: tuple[tuple[str, int], ...]) -> tuple[presets.Preset, ...]:
-    """`stamps` is the key of the cache only."""
-    return tuple(presets.list_presets())
 
 
 def checked_name(name: str) -> str:

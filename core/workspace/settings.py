@@ -65,25 +65,21 @@ class SettingsFile:
         self.version = 0
         self.broken: UserError | None = None
         self._lock = threading.Lock()
-        self._settings, reason = _load()
+        self.now, reason = _load()
         if reason:
             file = paths.data_dir() / FILE
             self.broken = UserError("window.settings_broken", file=file, reason=reason,
                                     aside=paths.set_aside(file).name)
             with contextlib.suppress(OSError):
-                write(self._settings)
-
-    @property
-    def now(self) -> Settings:
-        return self._settings
+                write(self.now)
 
     def change(self, **changes: Any) -> Settings:
         """Changes settings and writes the file. Raises ValidationError for a wrong value."""
         with self._lock:
-            new = Settings.model_validate(self._settings.model_dump() | changes)
-            if new != self._settings:
+            new = Settings.model_validate(self.now.model_dump() | changes)
+            if new != self.now:
                 write(new)
-                self._settings, self.version = new, self.version + 1
+                self.now, self.version = new, self.version + 1
             return new
 
 
@@ -96,13 +92,14 @@ def _load() -> tuple[Settings, str]:
     """The settings, and what is wrong with their file ("": nothing)."""
     try:
         data = serialization.from_yaml((paths.data_dir() / FILE).read_text("utf-8"))
-        data = {} if data is None else data         # an empty file
-        if not isinstance(data, dict):
-            return Settings(), "line 1: not `key: value`"
     except FileNotFoundError:
-        return Settings(), ""
+        data = None
     except (OSError, ValueError) as error:
         return Settings(), str(error)
+    if data is None:            # no file, or an empty one
+        return Settings(), ""
+    if not isinstance(data, dict):
+        return Settings(), "line 1: not `key: value`"
     try:
         return Settings.model_validate(data), ""
     except ValidationError as error:

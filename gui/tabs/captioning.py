@@ -13,6 +13,7 @@ from captioner.captions.rules import Change, MaxTokens, Rule, preview, with_trig
 from captioner.captions.undo import Outcome
 from captioner.config import CaptionConfig
 from core.base_models import hub
+from core.base_models.catalog import catalogue
 from core.errors import UserError
 from core.jobs.runs import JobView
 from gui import actions
@@ -271,7 +272,7 @@ def offers(ctx: Context, kind: str) -> list[tuple[str, str]]:
     choices = [(ctx.tr("tab_captioning.none"), ""),
                (ctx.tr(f"tab_captioning.demo_{kind}"),
                 "blip=demo" if kind == "sentence" else "clip=demo")]
-    for entry in hub.catalogue():
+    for entry in catalogue():
         captioner = OWNERS.get(entry.repo.partition("/")[0], "")
         if entry.purpose in ("caption", "tag", "clip") and captioner in ids:
             here = "" if hub.local(entry.repo) else ctx.tr("tab_captioning.not_here", mb=entry.mb)

@@ -155,7 +155,7 @@ class Inference:
         """Queues a drawing. `id`: the device where it isn't the usual one; of a preview its run."""
         app_state = self.ctx.app_state
         if act == "preview":
-            app_state.jobs.sample(id)
+            app_state.jobs.ask(id, "sample")
             self.ctx.page.tell(self.ctx.tr("tab_inference.preview_asked"))
         if act not in KINDS:
             return None

@@ -14,7 +14,6 @@ from core.config import TrainConfig, dump_yaml, parse_train_config
 from core.errors import UserError
 from core.importers import FOREIGN, load_train_config
 from core.workspace import presets
-from core.workspace.project import known_presets
 from gui import actions, checklist
 from gui.html import acts, button
 from gui.state.app_state import Context, Snapshot, Updates
@@ -155,7 +154,7 @@ class Parameters:
         app_state.projects.change(purpose=value)
         # A chosen preset is exchanged for the same card of the other purpose.
         if chosen := project.chosen():
-            same = next((preset for preset in known_presets(chosen.family)
+            same = next((preset for preset in presets.list_presets(family=chosen.family)
                          if preset.purpose == value and preset.title == chosen.title), None)
             if same:
                 actions.choose_preset(app_state, same.slug)
@@ -197,7 +196,7 @@ def presets_of_base(snap: Snapshot) -> list[presets.Preset]:
     if not base and (snap.machine is None or snap.machine.kind != "cuda"):
         return []
     try:
-        return known_presets(presets.family_of(base, family=snap.config.family))
+        return presets.list_presets(family=presets.family_of(base, family=snap.config.family))
     except UserError:
         return []
 

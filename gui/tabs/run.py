@@ -72,14 +72,8 @@ class RunView:
         """Buttons of the run and of its fault card."""
         app_state = self.ctx.app_state
         match act:
-            case "pause":
-                app_state.jobs.pause(id)
-            case "go":
-                app_state.jobs.go(id)
-            case "sample":
-                app_state.jobs.sample(id)
-            case "save":
-                app_state.jobs.save(id)
+            case "pause" | "go" | "sample" | "save":
+                app_state.jobs.ask(id, act)
             case "stop":
                 app_state.jobs.stop(id)
             case "resume":

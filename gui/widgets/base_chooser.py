@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from core import families
-from core.base_models import hub
+from core.base_models import catalog, hub
 from core.base_models.catalog import Entry
 from core.base_models.search import Found
 from core.families.registry import SPECS
@@ -22,7 +22,7 @@ def base_chooser(ctx: Context, snap: Snapshot) -> str:
     native = [button(tr(f"close.choose_{kind}"), f"native_{kind}") for kind in ("file", "folder")]
     search = button(tr("base_model.look"), "look", hint=tr("base_model.look_hint"),
                     why_not=tr("base_model.searching") if bases.searching else "")
-    offers = "".join(_offer(ctx, snap, entry) for entry in hub.catalogue()
+    offers = "".join(_offer(ctx, snap, entry) for entry in catalog.catalogue()
                      if entry.purpose == "base")
     usable = sum(not model.reason for model in bases.found)
     return _download(ctx, bases.fetch) + details(
@@ -86,7 +86,7 @@ def _offer(ctx: Context, snap: Snapshot, entry: Entry) -> str:
     # Size and licence are shown before anything is fetched.
     if snap.bases.asked == entry.repo and not path:
         text = tr("base_model.offer", size=size(entry.mb), licence=entry.licence,
-                  source=source(snap.settings.mirror), folder=hub.models_dir() / entry.repo)
+                  source=source(snap.settings.mirror), folder=catalog.models_dir() / entry.repo)
         buttons = acts(
             button(tr("base_model.agree"), "fetch", entry.repo, kind="primary", once=True),
             button(tr("base_model.cancel"), "ask", ""),

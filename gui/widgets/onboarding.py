@@ -12,7 +12,6 @@ from core import families
 from core.memory.plan import Machine
 from core.units import gigabytes
 from core.workspace import presets
-from core.workspace.project import known_presets
 from gui.html import acts, button, esc, field
 from gui.state.app_state import Context, Snapshot
 from gui.widgets.preset_cards import preset_cards
@@ -80,7 +79,7 @@ def _machine(ctx: Context, machine: Machine | None) -> str:
     text = tr(f"first_start.{key}", name=machine.name, total=gigabytes(machine.total_mb),
               free=gigabytes(machine.free_mb))
     items = "".join(f"<li>{esc(_what_fits(ctx, machine, family))}</li>"
-                    for family in ("demo", *families.SPECS) if known_presets(family))
+                    for family in ("demo", *families.SPECS) if presets.list_presets(family=family))
     return f'<p><b>{esc(text)}</b></p><ul class="fits">{items}</ul>'
 
 
@@ -88,7 +87,7 @@ def _what_fits(ctx: Context, machine: Machine, family: str) -> str:
     """The richest preset of a family that fits, else what the smallest would need."""
     title = (ctx.tr("first_start.demo") if family == "demo"
              else families.SPECS[family].short_title)
-    candidates = [preset for preset in known_presets(family)
+    candidates = [preset for preset in presets.list_presets(family=family)
                   if preset.purpose == presets.PURPOSE]
     for verdict, sign in (("fits", "✓"), ("tight", "⚠")):
         if fitting := [preset for preset in candidates

@@ -18,8 +18,8 @@ from core.jobs.events import Event, Note
 from core.lora_files import formats
 from core.lora_files.files import describe
 from core.lora_files.layers import Layer, Lora
-from core.lora_files.merge import delta
 from tests import tiny
+from tests.lora_files.deltas import delta
 from tests.lora_files.test_formats import layer
 from tests.training.test_trainer import Make, make, run, trainer_of  # noqa: F401  (a fixture)
 

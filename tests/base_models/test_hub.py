@@ -88,7 +88,7 @@ def test_a_second_call_fetches_nothing(server: str) -> None:
 
 
 def test_offer_tells_size_and_licence_and_takes_nothing(server: str, own_home: Path) -> None:
-    offer = hub.describe("good/offer", server)
+    offer = catalog.describe("good/offer", server)
     assert offer.licence == "mit"
     assert offer.size == len(MODEL) + 22 + 10_000
     assert not (own_home / "models").exists()
@@ -157,7 +157,7 @@ def test_one_clear_fault_each(server: str, repo: str, fault: str) -> None:
 
 
 def test_unknown_version(server: str) -> None:
-    assert code(lambda: hub.describe("good/model", server, "v9")) == "hub.no_revision"
+    assert code(lambda: catalog.describe("good/model", server, "v9")) == "hub.no_revision"
 
 
 def test_nobody_listens() -> None:
@@ -171,7 +171,7 @@ def test_offline_is_said(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("mirror", ["http://example.com", "ftp://x", "https://", "https://a b"])
 def test_bad_mirrors(mirror: str) -> None:
-    assert code(lambda: hub.describe("good/model", mirror)) == "hub.bad_mirror"
+    assert code(lambda: catalog.describe("good/model", mirror)) == "hub.bad_mirror"
 
 
 def test_no_room_is_seen_before_the_first_byte(server: str,
@@ -183,7 +183,7 @@ def test_no_room_is_seen_before_the_first_byte(server: str,
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux' own full disk")
 def test_disk_full_while_writing(tmp_path: Path) -> None:
-    remote = download.RemoteFile("x", "", 10, "0" * 64)
+    remote = download.File("x", 10, "0" * 64)
     part = download.Part(Path("/dev/full"), remote)
     part._file = open("/dev/full", "wb")  # noqa: SIM115
     assert code(lambda: part.write(b"x" * 100_000)) == "hub.disk_full_now"
@@ -325,7 +325,7 @@ def test_find_names_the_command_that_fetches() -> None:
 
 
 def test_local_finds_the_one_file_that_configs_name(own_home: Path) -> None:
-    entry = next(entry for entry in hub.catalogue() if entry.use)
+    entry = next(entry for entry in catalog.catalogue() if entry.use)
     file = own_home / "models" / entry.repo / entry.use
     file.parent.mkdir(parents=True)
     file.touch()
@@ -334,8 +334,8 @@ def test_local_finds_the_one_file_that_configs_name(own_home: Path) -> None:
 
 # --- the catalogue and the choice of files ---
 
-@pytest.mark.parametrize("entry", hub.catalogue(), ids=lambda entry: entry.repo)
-def test_catalogue_is_in_order(entry: hub.Entry) -> None:
+@pytest.mark.parametrize("entry", catalog.catalogue(), ids=lambda entry: entry.repo)
+def test_catalogue_is_in_order(entry: catalog.Entry) -> None:
     assert catalog.REPOSITORY.fullmatch(entry.repo)
     assert entry.purpose in ("caption", "tag", "clip", "base")
     assert entry.mb > 0
@@ -345,7 +345,7 @@ def test_catalogue_is_in_order(entry: hub.Entry) -> None:
     assert not any(pattern.endswith((".bin", ".pt", ".ckpt", "*")) for pattern in entry.files
                    if pattern != "vocab.*")
     assert all(len(one) == 64 for one in entry.sha256.values())
-    assert hub.known(entry.repo.upper()) == entry
+    assert catalog.known(entry.repo.upper()) == entry
 
 
 def test_one_copy_of_the_weights() -> None:
@@ -386,7 +386,7 @@ def test_models_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert "SmilingWolf/wd-vit-tagger-v3" in out
     assert "Apache-2.0" in out
     _, out, _ = run(["models", "list", "--json"], capsys)
-    assert len(json.loads(out)["models"]) == len(hub.catalogue())
+    assert len(json.loads(out)["models"]) == len(catalog.catalogue())
 
 
 def test_models_get(server: str, own_home: Path, capsys: pytest.CaptureFixture[str]) -> None:

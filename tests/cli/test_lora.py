@@ -19,10 +19,10 @@ from core.importers import load_train_config
 from core.lora_files import formats
 from core.lora_files.files import describe
 from core.lora_files.layers import Lora, rank_of
-from core.lora_files.merge import delta
 from core.lora_files.pickles import convert
 from core.safetensors_header import read_header
 from tests.cli.test_commands import Run, run  # noqa: F401  (a fixture)
+from tests.lora_files.deltas import delta
 from tests.lora_files.test_formats import OTHER_KINDS, layer
 from tests.lora_files.test_merge import NAME, models
 

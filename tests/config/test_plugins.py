@@ -21,7 +21,7 @@ from core.errors import UserError
 from core.importers import load_train_config
 from core.jobs.control import Control
 from core.jobs.events import Event, Note
-from core.lora_files.files import CONFIG_KEY
+from core.lora_files.metadata import CONFIG_KEY
 from core.training.run import train
 from core.weights.precision import choose
 from tests import tiny

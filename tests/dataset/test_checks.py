@@ -30,7 +30,7 @@ from core.dataset.checks.findings import Finding
 from core.dataset.checks.image_stats import Looks, Stopped, measure
 from core.dataset.checks.images import style_finding, style_outliers
 from core.dataset.checks.report import Report, check
-from core.dataset.crops import TOKENIZER, BaseFacts, TokenCounter, base_facts
+from core.dataset.crops import BaseFacts, TokenCounter, base_facts
 from core.errors import UserError
 from core.jobs.control import Control
 from core.jobs.events import Event, Phase
@@ -310,7 +310,7 @@ def test_too_long_by_the_bases_own_tokens(tmp_path: Path) -> None:
     """75 fit; the trigger word in front counts as well."""
     fits, over = " ".join(["cat"] * 75), " ".join(["cat"] * 76)
     captioned(tmp_path, fits, over, "犬" * 40, "supercalifragilistic " * 3)
-    counter = TokenCounter(TOKENIZER)
+    counter = TokenCounter()
     assert counter([fits, over]) == [75, 76]
     facts = facts_for((192, 192), 64, count_tokens=counter)
     found = looked(tmp_path, facts)["caption_long"]

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from core import i18n, paths
 from core.base_models import hub
+from core.base_models.catalog import catalogue
 from core.base_models.search import Found
 from core.config import TrainConfig
 from core.errors import UserError
@@ -87,7 +88,7 @@ def test_bases_are_listed_with_what_stands_against_them(ctx: Context, tmp_path: 
 
 def test_a_download_shows_its_licence_first_and_then_is_the_base(
         ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    app_state, entry = ctx.app_state, next(one for one in hub.catalogue() if one.purpose == "base")
+    app_state, entry = ctx.app_state, next(one for one in catalogue() if one.purpose == "base")
     actions.act(ctx, "ask", entry.repo)
     text = whole(base_chooser(ctx, app_state.snapshot()))
     assert entry.licence in text
@@ -116,7 +117,7 @@ def test_a_download_shows_its_licence_first_and_then_is_the_base(
 
 
 def test_offline_a_download_says_so_in_one_sentence(ctx: Context) -> None:
-    entry = next(one for one in hub.catalogue() if one.purpose == "base")
+    entry = next(one for one in catalogue() if one.purpose == "base")
     actions.act(ctx, "fetch", entry.repo)             # HF_HUB_OFFLINE is set for all tests
     fetch = until(lambda: ctx.app_state.bases.now.fetch and ctx.app_state.bases.now.fetch.over
                   and ctx.app_state.bases.now.fetch)

@@ -35,14 +35,14 @@ def test_a_run_through_pause_save_sample_kill_and_resume(base: Path, tmp_path: P
     with JobManager() as manager:
         first = manager.start(config)
         until(lambda: manager.view(first).step >= 2)
-        manager.pause(first)
+        manager.ask(first, "pause")
         until(lambda: manager.view(first).state == "paused")
         held = manager.view(first).step
         time.sleep(0.5)
         assert manager.view(first).step <= held + 1
-        manager.save(first)
-        manager.sample(first)
-        manager.go(first)
+        manager.ask(first, "save")
+        manager.ask(first, "sample")
+        manager.ask(first, "go")
         until(lambda: manager.view(first).checkpoints and len(manager.view(first).samples) >= 2)
         os.kill(manager.view(first).pid, signal.SIGKILL)
         until(lambda: manager.view(first).state == "interrupted")

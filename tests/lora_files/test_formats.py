@@ -27,8 +27,9 @@ from core.families.sdxl.spec import NAMING as SDXL
 from core.lora_files import files, formats
 from core.lora_files.formats import read, save, spell
 from core.lora_files.layers import Layer, Lora, alpha_of, kind_of
-from core.lora_files.merge import Cut, delta, merge, resize
+from core.lora_files.merge import Cut, merge, resize
 from tests import tiny
+from tests.lora_files.deltas import delta
 
 UNET = [path for path, module in tiny.tiny_unet().named_modules()
         if getattr(module, "weight", torch.zeros(1)).ndim > 1]

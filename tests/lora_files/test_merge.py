@@ -18,8 +18,9 @@ from core.families.sd15.spec import NAMING as SD1
 from core.lora_files import formats
 from core.lora_files.extract import extract
 from core.lora_files.layers import Layer, Lora, rank_of
-from core.lora_files.merge import Cut, delta, merge, resize
+from core.lora_files.merge import Cut, merge, resize
 from tests import tiny
+from tests.lora_files.deltas import delta
 from tests.lora_files.test_formats import OTHER_KINDS, layer
 
 NAME = "unet.mid_block.attentions.0.proj_in"

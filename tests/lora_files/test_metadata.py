@@ -24,7 +24,6 @@ from core.hashes import data_hash, sha256, short_hash
 from core.importers import load_train_config
 from core.lora_files.files import describe, read_lora, write_lora
 from core.lora_files.metadata import (
-    Bucket,
     Folder,
     TrainFacts,
     build_metadata,
@@ -52,15 +51,13 @@ def picture(kind: str) -> bytes:
 
 def make_facts(**changes) -> TrainFacts:
     facts = TrainFacts(
-        config=CONFIG, title="My style", description="ink on paper", thumbnail=picture("WEBP"),
+        config=CONFIG, description="ink on paper", thumbnail=picture("WEBP"),
         base_version="sd_v1", architecture="stable-diffusion-v1", implementation="diffusers",
         prediction_type="epsilon", base_name="v1-5.safetensors", base_sha256="ab" * 32,
         base_short_hash="e3b0c442",
         folders={"10_猫": Folder(repeats=10, pictures=3, tags={"mystyle": 3, "cat": 2}),
                  "other": Folder(repeats=1, pictures=2, tags={"mystyle": 2, "a dog": 1})},
-        buckets=(Bucket(width=512, height=512, pictures=30),
-                 Bucket(width=448, height=576, pictures=2)),
-        bucket_sides=(256, 1024), aspect_error=0.0125, resolution=(512, 512),
+        buckets={(512, 512): 30, (448, 576): 2}, aspect_error=0.0125, resolution=(512, 512),
         session_id="123456", started_at=1_760_000_000.5, finished_at=1_760_000_123.75,
         batches_per_epoch=16, planned_epochs=10, planned_steps=40, epoch=5, step=20,
         optimizer="torch.optim.adamw.AdamW(weight_decay=0.01)", mixed_precision="fp16")
@@ -80,8 +77,8 @@ METADATA = build_metadata(make_facts())
     "ss_num_train_images": "32", "ss_num_reg_images": "0", "ss_batch_size_per_device": "2",
     "ss_gradient_accumulation_steps": "4", "ss_total_batch_size": "8",
     "ss_resolution": "(512, 512)", "ss_flip_aug": "True", "ss_shuffle_caption": "False",
-    "ss_enable_bucket": "True", "ss_bucket_no_upscale": "False", "ss_min_bucket_reso": "256",
-    "ss_max_bucket_reso": "1024", "ss_min_snr_gamma": "5.0", "ss_noise_offset": "None",
+    "ss_enable_bucket": "True", "ss_bucket_no_upscale": "False", "ss_min_bucket_reso": "448",
+    "ss_max_bucket_reso": "576", "ss_min_snr_gamma": "5.0", "ss_noise_offset": "None",
     "ss_v2": "False", "ss_base_model_version": "sd_v1", "ss_clip_skip": "None",
     "ss_sd_model_name": "v1-5.safetensors", "ss_sd_model_hash": "e3b0c442",
     "ss_new_sd_model_hash": "ab" * 32, "ss_mixed_precision": "fp16", "ss_seed": "7",
@@ -90,7 +87,7 @@ METADATA = build_metadata(make_facts())
     "ss_training_finished_at": "1760000123.75", "ss_cache_latents": "True",
     "ss_full_fp16": "False", "ss_training_comment": "ink on paper", "ss_max_grad_norm": "1.0",
     "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": "stable-diffusion-v1/lora",
-    "modelspec.implementation": "diffusers", "modelspec.title": "My style",
+    "modelspec.implementation": "diffusers", "modelspec.title": "my_style",
     "modelspec.resolution": "512x512", "modelspec.description": "ink on paper",
     "modelspec.date": "2025-10-09T08:55:23+00:00", "modelspec.prediction_type": "epsilon",
     "modelspec.trigger_phrase": "mystyle, 水墨",
@@ -117,8 +114,8 @@ def test_objectives_are_told_in_kohyas_spelling():
     told = build_metadata(make_facts(
         config=make_facts().config.with_changes(
             zero_terminal_snr=True, multires_noise_iterations=6, loss_type="huber",
-            debiased_estimation=True, prior_loss_weight=0.5),
-        regular={"1_dog": Folder(repeats=1, pictures=4, tags={})}, text_encoder_lr=5e-5))
+            debiased_estimation=True, prior_loss_weight=0.5, text_encoder_lr=5e-5),
+        regular={"1_dog": Folder(repeats=1, pictures=4, tags={})}))
     assert {key: told[f"ss_{key}"] for key in (
         "zero_terminal_snr", "multires_noise_iterations", "multires_noise_discount", "loss_type",
         "huber_schedule", "huber_c", "debiased_estimation", "prior_loss_weight",
@@ -163,8 +160,6 @@ def test_every_kohya_key_with_a_true_value_is_there():
     ({"prediction_type": "flow", "base_version": "flux1"}, "ss_base_model_version", "flux1"),
     ({"base_version": "sd_v2", "prediction_type": "v_prediction"}, "ss_v2", "True"),
     ({"base_sha256": "", "base_short_hash": ""}, "ss_sd_model_hash", None),
-    ({"title": ""}, "modelspec.title", "my_style"),
-    ({"author": ""}, "modelspec.author", None), ({"author": "我"}, "modelspec.author", "我"),
     ({"clip_skip": 2}, "ss_clip_skip", "2"), ({"clip_skip": 2}, "modelspec.encoder_layer", "2"),
     ({"thumbnail": b""}, "modelspec.thumbnail", None),
     ({"extra": {"ss_guidance_scale": "1.0"}}, "ss_guidance_scale", "1.0"),
@@ -258,7 +253,7 @@ def test_facts_of_our_own_file(tmp_path):
     facts = describe(tmp_path / "a.safetensors").facts
     assert facts.trigger_words == ("mystyle", "水墨")
     assert facts.tags == (("mystyle", 5), ("cat", 2), ("a dog", 1))
-    assert (facts.title, facts.description) == ("My style", "ink on paper")
+    assert (facts.title, facts.description) == ("my_style", "ink on paper")
     assert (facts.family, facts.base_model) == ("sd15", "v1-5.safetensors")
     assert (facts.resolution, facts.pictures) == ("512x512", 32)
     assert (facts.steps, facts.epochs, facts.learning_rate) == (20, 5, 2e-4)
@@ -319,9 +314,10 @@ def test_metadata_round_trips(tmp_path, metadata):
 @given(st.text(max_size=20), st.text(max_size=20))       # lone surrogates, too: odd file names
 def test_any_names_can_be_written(tmp_path_factory, folder, tag):
     folders = {folder: Folder(repeats=1, pictures=1, tags={tag: 1})}
-    metadata = build_metadata(make_facts(folders=folders, title=f"t{folder}", base_name=f"b{tag}"))
+    metadata = build_metadata(make_facts(folders=folders, description=f"t{folder}",
+                                         base_name=f"b{tag}"))
     path = tmp_path_factory.getbasetemp() / "names.safetensors"
     write_lora(path, TENSORS, metadata)
-    assert describe(path).facts.title.encode()
+    assert describe(path).facts.description.encode()
     assert read_header(path).metadata.items() >= metadata.items()
     assert json.loads(metadata["ss_tag_frequency"]) == {folder: {tag: 1}}

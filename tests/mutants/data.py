@@ -46,8 +46,8 @@ MUTANTS = [
     Mutant("fp16-overflow-is-kept", _EXAMPLES, "if not torch.isfinite(views).all():\n"
            "                path", "if False:\n                path",
            ("dataset/test_examples.py::test_a_vae_that_overflows_in_fp16_encodes_that_picture_in_fp32",)),
-    Mutant("smallest-sides-are-the-area", _BUCKETS, "shortest or side // 2, longest",
-           "shortest or side, longest", key("min_bucket_side")),
+    Mutant("smallest-sides-are-the-area", _BUCKETS, "config.min_bucket_side or side // 2",
+           "config.min_bucket_side or side", key("min_bucket_side")),
     Mutant("max-resolution-ignored", _BUCKETS,
            "size_of(config.max_resolution) or (int(native_size), int(native_size))",
            "(int(native_size), int(native_size))",

@@ -11,7 +11,8 @@ from PIL import Image
 from core import families
 from core.config import TrainConfig
 from core.dataset import captions
-from core.dataset.examples import Encoder, Examples, Stopped, find
+from core.dataset.checks.image_stats import Stopped
+from core.dataset.examples import Encoder, Examples, find
 from core.errors import UserError
 from core.jobs.control import Control
 from core.jobs.events import Event, Phase

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from core import paths
 from core.errors import UserError
-from core.workspace import settings
-from core.workspace.project import FIRST, Projects, checked_name, known_presets
+from core.workspace import presets, settings
+from core.workspace.project import FIRST, Projects, checked_name
 from core.workspace.settings import SettingsFile
 
 
@@ -44,7 +44,7 @@ def test_what_a_config_cannot_be_is_not_kept(own_home: Path) -> None:
 
 def test_own_edits_win_over_advice_over_preset(own_home: Path) -> None:
     projects = Projects()
-    preset = known_presets("demo")[0]
+    preset = presets.list_presets(family="demo")[0]
     projects.edit(base_model="demo", lora_rank=3)
     projects.change(preset=preset.slug, advised={"batch_size": 2, "lora_rank": 5})
     config = projects.now.config(own_home)

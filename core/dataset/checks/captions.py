@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 from core import serialization, threads
 from core.dataset.captions import split_tags, with_trigger
-from core.dataset.checks.findings import Finding, Subject, worst_first
+from core.dataset.checks.findings import Finding, Level, Subject, worst_first
 from core.dataset.crops import BaseFacts
 from core.dataset.image_folder import Picture
 
@@ -19,6 +17,8 @@ FEWEST_FOR_TAGS = 4             # captioned pictures; of fewer, all may share a 
 SHOWN = 8                       # tags named in a sentence
 TAG_WORDS = 4                   # a longer one is a clause, not a tag
 COUNTED_AT_ONCE = 1000          # captions; so that the tokenizer needs little memory
+ODD_ENCODINGS = {"utf-32": "UTF-32", "utf-16": "UTF-16", "gb18030": "GB18030",
+                 "cp1252": "Windows-1252"}
 SHORTEST_FUSED = 3              # letters of a trigger; shorter ones lie in many words by chance
 
 Named = Sequence[tuple[str, Picture]]       # image_folder.relative_name of each picture
@@ -33,10 +33,8 @@ def check_captions(names: Sequence[str], pictures: Sequence[Picture], facts: Bas
                if not picture.caption and picture.caption_file is None]
     empty = [Subject(name, {"sidecar": picture.caption_file.name}) for name, picture in named
              if not picture.caption and picture.caption_file is not None]
-    if missing:
-        yield _finding("caption_missing", "warning", missing, total=len(named))
-    if empty:
-        yield _finding("caption_empty", "warning", empty)
+    yield from _finding("caption_missing", "warning", missing, total=len(named))
+    yield from _finding("caption_empty", "warning", empty)
     yield from check_repeated(named)
     yield from check_length(named, facts, trigger)
     yield from check_encodings(named)
@@ -45,9 +43,10 @@ def check_captions(names: Sequence[str], pictures: Sequence[Picture], facts: Bas
     yield from check_tags(named, trigger)
 
 
-def _finding(code: str, level: Literal["warning", "note"], subjects: Sequence[Subject],
-             **params: object) -> Finding:
-    return Finding(f"checks.{code}", level, tuple(subjects), params, ("edit",))
+def _finding(code: str, level: Level, subjects: Sequence[Subject], **params: object
+             ) -> Iterator[Finding]:
+    if subjects:
+        yield Finding(f"checks.{code}", level, tuple(subjects), params, ("edit",))
 
 
 def check_repeated(named: Named) -> Iterator[Finding]:
@@ -57,9 +56,8 @@ def check_repeated(named: Named) -> Iterator[Finding]:
     counts = Counter(caption.casefold() for _, caption in written)
     repeated = [(counts[caption.casefold()], Subject(name, {"caption": caption}))
                 for name, caption in written if counts[caption.casefold()] > 1]
-    if repeated:
-        texts = sum(count > 1 for count in counts.values())
-        yield _finding("caption_same", "warning", worst_first(repeated), texts=texts)
+    yield from _finding("caption_same", "warning", worst_first(repeated),
+                        texts=sum(count > 1 for count in counts.values()))
 
 
 def check_length(named: Named, facts: BaseFacts, trigger: str) -> Iterator[Finding]:
@@ -76,8 +74,7 @@ def check_length(named: Named, facts: BaseFacts, trigger: str) -> Iterator[Findi
         subjects += [(tokens, Subject(name, {"tokens": tokens, "limit": facts.token_limit}))
                      for (name, _), tokens in zip(some, counts, strict=True)
                      if tokens > facts.token_limit]
-    if subjects:
-        yield _finding("caption_long", "warning", worst_first(subjects), limit=facts.token_limit)
+    yield from _finding("caption_long", "warning", worst_first(subjects), limit=facts.token_limit)
 
 
 # --- encodings --------------------------------------------------------------------------------
@@ -88,39 +85,22 @@ def check_encodings(named: Named) -> Iterator[Finding]:
     encodings = threads.in_order(odd_encoding, files, "captions")
     odd = [Subject(files[path], {"sidecar": path.name, "encoding": encoding})
            for path, encoding in zip(files, encodings, strict=True) if encoding]
-    if odd:
-        yield _finding("caption_encoding", "note", odd)
+    yield from _finding("caption_encoding", "note", odd)
     garbled = [Subject(name, {"caption": picture.caption[:80]}) for name, picture in named
                if is_garbled(picture.caption)]
-    if garbled:
-        yield _finding("caption_garbled", "warning", garbled)
+    yield from _finding("caption_garbled", "warning", garbled)
 
 
 def odd_encoding(path: Path) -> str:
     """Returns the encoding of a file that others won't read as UTF-8; "" where they will."""
+    # Where it can't be read, the scan says so: dataset.caption_unreadable.
     try:
         data = path.read_bytes()
-    except OSError:
+        encoding = serialization.encoding_of(data)
+    except (OSError, ValueError):
         return ""
-    # UTF-32 first: its mark begins with that of UTF-16.
-    for bom, name in ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
-                      (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16")):
-        if data.startswith(bom):
-            return name
-    try:
-        read_here = serialization.decode_text(data)
-    except ValueError:
-        # The scan says so: dataset.caption_unreadable.
-        return ""
-    try:
-        return "" if data.decode("utf-8-sig") == read_here else "GB18030"
-    except UnicodeDecodeError:
-        pass
-    try:
-        data.decode("gb18030")
-    except UnicodeDecodeError:
-        return "Windows-1252"
-    return "GB18030"
+    is_binary = b"\0" in data and not encoding.startswith("utf")
+    return "" if is_binary else ODD_ENCODINGS.get(encoding, "")
 
 
 def is_garbled(text: str) -> bool:
@@ -144,21 +124,18 @@ def check_trigger(named: Named, trigger: str) -> Iterator[Finding]:
     without = [(name, picture.caption) for name, picture in named
                if with_trigger(picture.caption, trigger) != picture.caption]
     fused = {name: word for name, caption in without if (word := fused_with(caption, trigger))}
-    if fused:
-        yield _finding("trigger_fused", "warning",
-                       [Subject(name, {"word": word}) for name, word in fused.items()],
-                       trigger=trigger)
+    yield from _finding("trigger_fused", "warning",
+                        [Subject(name, {"word": word}) for name, word in fused.items()],
+                        trigger=trigger)
     missing = [Subject(name) for name, _ in without if name not in fused]
-    if missing:
-        yield _finding("trigger_missing", "note", missing, trigger=trigger, total=len(named))
+    yield from _finding("trigger_missing", "note", missing, trigger=trigger, total=len(named))
 
 
 def fused_with(caption: str, trigger: str) -> str:
     """Returns the word that swallowed the trigger ("m1aperson" for "m1a"), or ""."""
-    parts = list(map(re.escape, trigger.split()))
     if len(trigger.strip()) < SHORTEST_FUSED:
         return ""
-    phrase = r"[\s_-]*".join(parts)
+    phrase = r"[\s_-]*".join(map(re.escape, trigger.split()))
     match = re.search(rf"[^\s,，]*{phrase}[^\s,，]*", caption, re.IGNORECASE)
     return match[0] if match and with_trigger(caption, trigger) != caption else ""
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
 from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -23,8 +22,7 @@ from core.dataset import images
 from core.dataset.buckets import Point
 from core.dataset.checks import measures, saliency
 from core.dataset.curation import Choices
-from core.dataset.image_folder import Dataset, relative_name
-from core.dataset.images import Look
+from core.dataset.image_folder import Dataset
 from core.errors import UserError
 from core.jobs.control import Control
 
@@ -51,7 +49,7 @@ T = TypeVar("T")
 
 
 class Stopped(Exception):
-    """The user stopped; what was measured is kept."""
+    """The user stopped before there was anything to save; what was measured is kept."""
 
 
 def measure(path: Path) -> bytes | UserError:
@@ -106,11 +104,8 @@ def subject_of(table: Table, index: int) -> saliency.Box | None:
 
 # --- many files -------------------------------------------------------------------------------
 
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    path: Path
-    record: bytes | UserError
-    fresh: bool                             # measured now, not taken from the cache
+# A file, its record, and whether it was measured now and not taken from the cache.
+_Measured = tuple[Path, bytes | UserError, bool]
 
 
 class Looks:
@@ -129,24 +124,22 @@ class Looks:
     def table(self) -> Table:
         return np.frombuffer(bytes(self._records), RECORD)
 
-    def look_all(self, files: Sequence[Path]) -> Iterator[Look | UserError]:
+    def look_all(self, files: Sequence[Path]) -> Generator[images.Look | UserError, None, None]:
         """Yields what a scan needs to know of each file. Raises Stopped where the user stops."""
-        def measure_anew(path: Path) -> _Measured:
-            return _Measured(path, measure(path), True)
-        with Store() as store, contextlib.closing(
-                threads.in_order(measure_anew, files, "looks", store.known)) as results:
-            for result in results:
+        with Store() as store, contextlib.closing(threads.in_order(
+                lambda path: (path, measure(path), True), files, "looks", store.known)) as results:
+            for path, record, fresh in results:
                 if self.control is not None and self.control.stopping:
                     raise Stopped
-                if isinstance(result.record, UserError):
-                    yield result.record
+                if isinstance(record, UserError):
+                    yield record
                     continue
-                if result.fresh:
+                if fresh:
                     self.measured += 1
-                    store.put(result.path, result.record)
-                self._records += result.record
-                record = np.frombuffer(result.record, RECORD)[0]
-                yield (int(record["width"]), int(record["height"])), bool(record["alpha"])
+                    store.put(path, record)
+                self._records += record
+                row = np.frombuffer(record, RECORD)[0]
+                yield (int(row["width"]), int(row["height"])), bool(row["alpha"])
 
 
 class Store:
@@ -195,7 +188,7 @@ class Store:
         row = self._try(lambda db: db.execute(
             "SELECT record FROM looks WHERE path = ? AND changed = ? AND size = ?",
             (os.fsencode(path), stat.st_mtime_ns, stat.st_size)).fetchone())
-        return _Measured(path, row[0], False) if row and len(row[0]) == RECORD.itemsize else None
+        return (path, row[0], False) if row and len(row[0]) == RECORD.itemsize else None
 
     def put(self, path: Path, record: bytes) -> None:
         # The file may just have gone.
@@ -229,8 +222,8 @@ def focus_points(data: Dataset, chosen: Choices, table: Table | None = None) -> 
     the centre of the subject; else None, the centre of the picture.
     """
     points: list[Point | None] = []
-    for index, picture in enumerate(data.pictures):
-        point = chosen.focus.get(relative_name(picture.path, data.folder))
+    for index, name in enumerate(data.names):
+        point = chosen.focus.get(name)
         if point is None and table is not None and (box := subject_of(table, index)):
             point = saliency.centre(box)
         points.append(point)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.dataset.checks import near_duplicates, saliency
-from core.dataset.checks.findings import Finding, Subject, worst_first
+from core.dataset.checks.findings import Action, Finding, Level, Subject, worst_first
 from core.dataset.checks.image_stats import Table, subject_of
 from core.dataset.crops import Planned
 
@@ -53,48 +53,43 @@ def check_pictures(pictures: Pictures) -> Iterator[Finding]:
         yield from check(pictures)
 
 
-def _subjects(pictures: Pictures, which: Any, weight: Callable[[int], float] = lambda i: 0,
-              params: Callable[[int], dict[str, Any]] = lambda i: {}) -> tuple[Subject, ...]:
-    """The pictures at the indices where `which` is true, those of most weight first."""
-    return worst_first([(weight(i), Subject(pictures.names[i], params(i)))
-                        for i in np.flatnonzero(which).tolist()])
+def _finding(pictures: Pictures, code: str, level: Level, which: Any, actions: tuple[Action, ...],
+             weights: Any = None, params: Callable[[int], dict[str, Any]] = lambda i: {},
+             **about: float) -> Iterator[Finding]:
+    """A finding on the pictures where `which` is true, if there are any; most weight first."""
+    subjects = worst_first([
+        (0 if weights is None else weights[i], Subject(pictures.names[i], params(i)))
+        for i in np.flatnonzero(which).tolist()])
+    if subjects:
+        yield Finding(code, level, subjects, about, actions)
 
 
 def check_files(pictures: Pictures) -> Iterator[Finding]:
-    table, names = pictures.table, pictures.names
+    table = pictures.table
     formats = [name.decode() for name in table["format"].tolist()]
     wrong = [PurePosixPath(name).suffix.lower() not in SUFFIXES.get(kind, ())
-             for name, kind in zip(names, formats, strict=True)]
-    if any(wrong):
-        yield Finding("checks.wrong_suffix", "note", _subjects(
-            pictures, wrong, params=lambda i: {"format": formats[i]}), actions=("convert",))
+             for name, kind in zip(pictures.names, formats, strict=True)]
+    yield from _finding(pictures, "checks.wrong_suffix", "note", wrong, ("convert",),
+                        params=lambda i: {"format": formats[i]})
     for key in ("alpha", "animated", "turned"):
-        if table[key].any():
-            yield Finding(f"checks.{key}", "note", _subjects(pictures, table[key]),
-                          actions=("convert",))
+        yield from _finding(pictures, f"checks.{key}", "note", table[key], ("convert",))
 
 
 # --- size and shape ---------------------------------------------------------------------------
 
 def check_sizes(pictures: Pictures) -> Iterator[Finding]:
-    scales = [picture.scale for picture in pictures.planned]
-    aspects = [max(picture.size) / min(picture.size) for picture in pictures.planned]
+    scales = np.array([picture.scale for picture in pictures.planned])
+    aspects = np.array([max(picture.size) / min(picture.size) for picture in pictures.planned])
 
     def size(i: int) -> dict[str, Any]:
         (width, height), (wide, high) = pictures.planned[i].size, pictures.planned[i].crop.size
         return {"width": width, "height": height, "wide": wide, "high": high,
-                "scale": round(scales[i], 2), "aspect": round(aspects[i], 1)}
+                "scale": round(scales[i].item(), 2), "aspect": round(aspects[i].item(), 1)}
 
-    small = [scale >= ENLARGED for scale in scales]
-    if any(small):
-        yield Finding("checks.too_small", "warning",
-                      _subjects(pictures, small, lambda i: scales[i], size),
-                      {"worst": round(max(scales), 1)}, ("leave_out",))
-    extreme = [aspect > EXTREME for aspect in aspects]
-    if any(extreme):
-        yield Finding("checks.extreme_aspect", "warning",
-                      _subjects(pictures, extreme, lambda i: aspects[i], size),
-                      actions=("focus", "leave_out"))
+    yield from _finding(pictures, "checks.too_small", "warning", scales >= ENLARGED, ("leave_out",),
+                        scales, size, worst=round(max(scales.tolist(), default=0), 1))
+    yield from _finding(pictures, "checks.extreme_aspect", "warning", aspects > EXTREME,
+                        ("focus", "leave_out"), aspects, size)
 
 
 # --- sharpness and compression ----------------------------------------------------------------
@@ -109,43 +104,28 @@ def check_sharpness(pictures: Pictures) -> Iterator[Finding]:
         return {"width": width, "height": height, "wide": max(round(width * detail[i]), 1),
                 "high": max(round(height * detail[i]), 1)}
 
-    blurred, soft = shares <= BLURRED, (shares > BLURRED) & (shares <= SOFT)
-    if blurred.any():
-        yield Finding("checks.blurred", "warning",
-                      _subjects(pictures, blurred, lambda i: -shares[i], params),
-                      actions=("leave_out",))
-    if soft.any():
-        yield Finding("checks.soft", "note",
-                      _subjects(pictures, soft, lambda i: -shares[i], params),
-                      actions=("leave_out",))
+    yield from _finding(pictures, "checks.blurred", "warning", shares <= BLURRED, ("leave_out",),
+                        -shares, params)
+    yield from _finding(pictures, "checks.soft", "note", (shares > BLURRED) & (shares <= SOFT),
+                        ("leave_out",), -shares, params)
 
 
 def check_compression(pictures: Pictures) -> Iterator[Finding]:
-    quality, blocks = pictures.table["quality"], pictures.table["blocking"]
+    quality, blocks = pictures.table["quality"].astype(int), pictures.table["blocking"]
     low = (quality > 0) & (quality < LOW_QUALITY)
-    if low.any():
-        yield Finding("checks.compressed", "warning", _subjects(
-            pictures, low, lambda i: -int(quality[i]), lambda i: {"quality": int(quality[i])}),
-            actions=("leave_out",))
+    yield from _finding(pictures, "checks.compressed", "warning", low, ("leave_out",), -quality,
+                        lambda i: {"quality": quality[i].item()})
     # Blocks outlive a later save at high quality, as a PNG for example.
-    blocky = (blocks >= BLOCKY) & ~low
-    if blocky.any():
-        yield Finding("checks.blocky", "warning",
-                      _subjects(pictures, blocky, lambda i: float(blocks[i])),
-                      actions=("leave_out",))
+    yield from _finding(pictures, "checks.blocky", "warning", (blocks >= BLOCKY) & ~low,
+                        ("leave_out",), blocks)
 
 
 def check_borders(pictures: Pictures) -> Iterator[Finding]:
     borders = pictures.table["borders"]
-
-    def params(i: int) -> dict[str, Any]:
-        return dict(zip(("left", "top", "right", "bottom"), borders[i].tolist(), strict=True))
-
-    framed = borders.any(axis=1)
-    if framed.any():
-        yield Finding("checks.borders", "warning", _subjects(
-            pictures, framed, lambda i: int(borders[i].sum()), params),
-            actions=("remove_borders", "leave_out"))
+    yield from _finding(
+        pictures, "checks.borders", "warning", borders.any(1), ("remove_borders", "leave_out"),
+        borders.sum(1), lambda i: dict(zip(("left", "top", "right", "bottom"),
+                                           borders[i].tolist(), strict=True)))
 
 
 # --- copies -----------------------------------------------------------------------------------
@@ -155,10 +135,9 @@ def check_copies(pictures: Pictures) -> Iterator[Finding]:
     for code, same_file in (("checks.same_file", True), ("checks.near_same", False)):
         groups = [group for group in all_groups if group.same_file is same_file]
         if groups:
-            copies = tuple(
-                Subject(names[other], {"best": names[group.best], "distance": distance})
-                for group in groups
-                for other, distance in zip(group.others, group.distances, strict=True))
+            copies = tuple(Subject(names[other], {"best": names[group.best], "distance": distance})
+                           for group in groups
+                           for other, distance in zip(group.others, group.distances, strict=True))
             yield Finding(code, "warning", copies, {"groups": len(groups)}, ("keep_one_of_group",),
                           tuple((names[group.best], *(names[i] for i in group.others))
                                 for group in groups))
@@ -167,12 +146,11 @@ def check_copies(pictures: Pictures) -> Iterator[Finding]:
 # --- crops ------------------------------------------------------------------------------------
 
 def check_crops(pictures: Pictures) -> Iterator[Finding]:
-    subject_lost = [
-        saliency.lost(box, picture.crop, picture.size)
-        if picture.cut and (box := subject_of(pictures.table, i)) else 0.0
-        for i, picture in enumerate(pictures.planned)]
-    tops = [picture.sides_cut[1] for picture in pictures.planned]
-    cuts = [picture.cut for picture in pictures.planned]
+    subject_lost = np.array([saliency.lost(box, picture.crop, picture.size)
+                             if picture.cut and (box := subject_of(pictures.table, i)) else 0.0
+                             for i, picture in enumerate(pictures.planned)])
+    tops = np.array([picture.top_cut for picture in pictures.planned])
+    cuts = np.array([picture.cut for picture in pictures.planned])
 
     def params(i: int) -> dict[str, Any]:
         wide, high = pictures.planned[i].crop.size
@@ -180,19 +158,14 @@ def check_crops(pictures: Pictures) -> Iterator[Finding]:
                 "cut": round(100 * cuts[i]), "wide": wide, "high": high}
 
     # A picture whose subject is cut is named once; the other two findings are guesses beside it.
-    subject_cut = np.array(subject_lost) > saliency.LOST
-    if subject_cut.any():
-        yield Finding("checks.subject_cut", "warning", _subjects(
-            pictures, subject_cut, lambda i: subject_lost[i], params), actions=("focus",))
-    top_cut = (np.array(tops) > TOP_CUT) & ~subject_cut
-    if pictures.purpose in ("", "person") and top_cut.any():
-        level: Literal["warning", "note"] = "warning" if pictures.purpose == "person" else "note"
-        yield Finding("checks.top_cut", level, _subjects(
-            pictures, top_cut, lambda i: tops[i], params), actions=("focus",))
-    much = (np.array(cuts) > MUCH_CUT) & ~subject_cut
-    if much.any():
-        yield Finding("checks.much_cut", "note", _subjects(
-            pictures, much, lambda i: cuts[i], params), actions=("focus", "leave_out"))
+    subject_cut = subject_lost > saliency.LOST
+    yield from _finding(pictures, "checks.subject_cut", "warning", subject_cut, ("focus",),
+                        subject_lost, params)
+    if pictures.purpose in ("", "person"):
+        yield from _finding(pictures, "checks.top_cut", "warning" if pictures.purpose else "note",
+                            (tops > TOP_CUT) & ~subject_cut, ("focus",), tops, params)
+    yield from _finding(pictures, "checks.much_cut", "note", (cuts > MUCH_CUT) & ~subject_cut,
+                        ("focus", "leave_out"), cuts, params)
 
 
 # --- styles -----------------------------------------------------------------------------------

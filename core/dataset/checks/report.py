@@ -6,6 +6,7 @@ Each file is decoded once and then known (image_stats.py). Findings of the worst
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,12 @@ from core.dataset.checks.captions import check_captions
 from core.dataset.checks.findings import Finding, Subject
 from core.dataset.checks.image_stats import Looks, focus_points
 from core.dataset.checks.images import Pictures, Purpose, check_pictures
-from core.dataset.crops import BaseFacts, Planned, count_buckets, plan_crops
-from core.dataset.image_folder import Dataset, relative_name
+from core.dataset.crops import BaseFacts, Planned, plan_crops
 from core.jobs.control import Control
 from core.jobs.events import Event, Phase
 
-LEVELS = ("error", "warning", "note")
 MARKS = {"error": "[ x]", "warning": "[ !]", "note": "[ i]"}
+LEVELS = tuple(MARKS)           # the worst first
 EVENT_EVERY_S = 0.1             # between two events of progress
 MOST_BUCKETS = 12               # named in the text
 
@@ -49,7 +49,11 @@ class Report:
 
     @property
     def buckets(self) -> dict[Size, int]:
-        return count_buckets(self.planned, self.repeats)
+        """How many pictures, with their repeats, each bucket holds; the fullest first."""
+        counts: Counter[Size] = Counter()
+        for picture, times in zip(self.planned, self.repeats, strict=True):
+            counts[picture.crop.size] += times
+        return dict(sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])))
 
     def as_dict(self) -> dict[str, Any]:
         """Returns all of it for JSON and the window: codes and parameters with their sentences.
@@ -95,39 +99,34 @@ def check(folder: Path, facts: BaseFacts, *, metadata: Path | None = None, trigg
     looks = Looks(control)
     data = image_folder.scan(folder, metadata, progress, left_out=choices.left_out,
                              look_all=looks.look_all)
-    names = tuple(relative_name(picture.path, data.folder) for picture in data.pictures)
     emit(Phase(name="check"))
-    table = looks.table
+    names, table = data.names, looks.table
     points = focus_points(data, choices, table if crop_about == "subject" else None)
     planned = plan_crops([picture.size for picture in data.pictures], facts, points)
     findings = [*check_scan(data), *check_pictures(Pictures(names, table, planned, purpose)),
                 *check_captions(names, data.pictures, facts, trigger)]
     left_out = sum(int(problem.params["count"]) for problem in data.problems
                    if problem.code == "dataset.left_out")
-    return Report(
-        data.folder, facts,
-        tuple(sorted(findings, key=lambda finding: LEVELS.index(finding.level))),
-        names, tuple(planned), tuple(picture.repeats for picture in data.pictures), data.captioned,
-        data.skipped, left_out, looks.measured, time.perf_counter() - began)
+    findings.sort(key=lambda finding: LEVELS.index(finding.level))
+    return Report(data.folder, facts, tuple(findings), names, tuple(planned),
+                  tuple(picture.repeats for picture in data.pictures), data.captioned,
+                  data.skipped, left_out, looks.measured, time.perf_counter() - began)
 
 
-
-def check_scan(data: Dataset) -> Iterator[Finding]:
+def check_scan(data: image_folder.Dataset) -> Iterator[Finding]:
     """Makes findings of the problems that the scan met."""
-    skipped, left_out, others = [], [], []
+    skipped, others = [], []
     for problem in data.problems:
         subject = Subject(problem.params["file"], problem.params, problem.code)
         if problem.skipped:
             skipped.append(subject)
         elif problem.code == "dataset.left_out":
-            left_out.append(subject)
+            yield Finding(subject.code, "note", params=subject.params)
         # Missing captions have a finding of their own, with the pictures' names.
         elif problem.code != "dataset.captions_missing":
             others.append(subject)
     if skipped:
         yield Finding("checks.unreadable", "error", tuple(skipped), actions=("leave_out",))
-    for subject in left_out:
-        yield Finding(subject.code, "note", params=subject.params)
     if others:
         yield Finding("checks.remarks", "warning", tuple(others))
 
@@ -151,22 +150,19 @@ def lines(report: Report, most: int = 5) -> list[str]:
     filled, facts = list(report.buckets.items()), report.facts
     more = len(filled) - MOST_BUCKETS
     shown = " · ".join(f"{wide}x{high} ×{count}" for (wide, high), count in filled[:MOST_BUCKETS])
-    text = [
-        i18n.tr("checks.summary", {
-            "folder": report.folder, "pictures": len(report.names),
-            "captioned": report.captioned, "skipped": report.skipped}),
-        i18n.tr("checks.base" if facts.base else "checks.base_assumed", {
-            "base": facts.base, "width": facts.area[0], "height": facts.area[1], "step": facts.step,
-            "limit": facts.token_limit}),
-        i18n.tr("checks.buckets", {
-            "list": shown,
-            "more": i18n.tr("checks.more_buckets", {"count": more}) if more > 0 else ""})]
+    others = i18n.tr("checks.more_buckets", {"count": more}) if more > 0 else ""
+    text = [i18n.tr("checks.summary", {"folder": report.folder, "pictures": len(report.names),
+                                       "captioned": report.captioned, "skipped": report.skipped}),
+            i18n.tr("checks.base" if facts.base else "checks.base_assumed", {
+                "base": facts.base, "width": facts.area[0], "height": facts.area[1],
+                "step": facts.step, "limit": facts.token_limit}),
+            i18n.tr("checks.buckets", {"list": shown, "more": others})]
     for finding in report.findings:
         text.append(f"{MARKS[finding.level]} {finding.text}")
         text += [f"       {finding.line(subject)}" for subject in finding.subjects[:most]]
         if len(finding.subjects) > most:
-            others = i18n.tr("checks.more", {"count": len(finding.subjects) - most})
-            text.append(f"       {others}")
+            count = len(finding.subjects) - most
+            text.append(f"       {i18n.tr('checks.more', {'count': count})}")
         if finding.mend:
             text.append(f"     -> {finding.mend}")
     if not report.findings:

@@ -97,9 +97,7 @@ def _distances(colours: NDArray[np.float64], background: NDArray[np.float64]
     return distances
 
 
-
 def _extent(counts: NDArray[np.int_]) -> tuple[int, int]:
     """The first place that matters, and one behind the last: TRIM of the weight is left aside."""
     shares = np.cumsum(counts) / counts.sum()
-    return (int(np.searchsorted(shares, TRIM, "right")),
-            int(np.searchsorted(shares, 1 - TRIM)) + 1)
+    return int(np.searchsorted(shares, TRIM, "right")), int(np.searchsorted(shares, 1 - TRIM)) + 1
