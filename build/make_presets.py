@@ -109,10 +109,11 @@ def made(family: str, only: str = "") -> Iterator[tuple[Path, dict[str, Any]]]:
 def suggestion(family: str, size: Size, purpose: str) -> Suggestion:
     base, machine = plan_inputs.base_of(family), machine_for(size)
     if not size.least:
-        return advisor.suggest(machine, base, None, purpose)
+        return advisor.suggest(machine, base, None, purpose,
+                               plan_inputs.BatchPlanner(base, machine))
     shape = Shape.of(base, machine)
     shape = replace(shape, native=size.side or shape.native)
-    planner = advisor.planner_of(base, machine)
+    planner = plan_inputs.BatchPlanner(base, machine)
 
     def planned(config: TrainConfig) -> Plan:
         by_dial = given_up(config, size.least)

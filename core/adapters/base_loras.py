@@ -41,14 +41,12 @@ def loras_of(config: TrainConfig) -> list[Lora]:
 
 def located(config: TrainConfig, folder: Path | None) -> TrainConfig:
     """The config with the files that lie in `folder` by their full path."""
-    located_texts = []
+    texts = []
     for text in config.base_loras:
         name, weight = parse_lora(text, WEIGHT)
         path = resolve(name, folder)
-        located_texts.append(f"{path}:{weight:g}" if path.exists() else text)
-    if located_texts == config.base_loras:
-        return config
-    return config.with_changes(base_loras=located_texts)
+        texts.append(f"{path}:{weight:g}" if path.exists() else text)
+    return config if texts == config.base_loras else config.with_changes(base_loras=texts)
 
 
 def check(config: TrainConfig, family: str) -> None:
@@ -110,9 +108,8 @@ def _add(attached: Attached, lora: Lora, path: str, layer: Layer, base: Any,
     if up.is_meta or base.weight.is_meta:
         return
     up = up.flatten(1).float() * (scale_of(layer) * lora.weight)
-    attached.add(base, down.reshape(rank, *shape[1:]).to(precision.device, precision.compute),
-                 up.view(-1, rank, *[1] * (len(shape) - 2)).to(precision.device,
-                                                               precision.compute))
+    halves = down.reshape(rank, *shape[1:]), up.view(-1, rank, *[1] * (len(shape) - 2))
+    attached.add(base, *(half.to(precision.device, precision.compute) for half in halves))
 
 
 def tags(attached: Attached | None) -> str:

@@ -45,7 +45,7 @@ def tensors(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype,
     """
     tensors: dict[str, Tensor] = {}
     for path, layer in lora.layers(model):
-        weights = {key[len(path) + 1:]: value for key, value in state.items()
+        weights = {key.removeprefix(f"{path}."): value for key, value in state.items()
                    if key.startswith(f"{path}.")}
         for end, value in _lycoris_tensors(layer, weights).items():
             exact = end in ("alpha", "dora_scale")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from core.families.registry import STANDARD
 from core.families.spec import FamilySpec
 from core.jobs.events import Event, Note
 from core.lora_files import formats
-from core.lora_files.layers import DOWN, UP, Layer, Lora, alpha_of, kind_of, rank_of, scale_of
+from core.lora_files.layers import DOWN, UP, Lora, alpha_of, kind_of, rank_of, scale_of
 from core.lora_files.merge import Cut, resize
 
 _INNER = {"proj", "net"}                   # words that say nothing alone: ff.net.0.proj
@@ -32,9 +31,8 @@ def start(models: Mapping[str, nn.Module], config: TrainConfig, spec: FamilySpec
     always; layers of the file for parts that aren't trained are left out, with a note. Raises
     UserError where something of the denoiser would be lost: another kind, another rank, layers
     that aren't targets."""
-    adapter = getattr(config, "adapter", "lora")
-    if adapter not in ("lora", "rslora"):
-        raise UserError("lora_init.other_adapter", adapter=adapter)
+    if config.adapter not in ("lora", "rslora"):
+        raise UserError("lora_init.other_adapter", adapter=config.adapter)
     path = Path(config.init_lora_weights).expanduser()
     file = formats.read(path, spec.id)
     parts = {part.name: part for part in file.naming}
@@ -68,26 +66,22 @@ def start(models: Mapping[str, nn.Module], config: TrainConfig, spec: FamilySpec
         # a lower rank needs nothing: it leaves rows free
         if rank_of(layer) > ranks[name]:
             layer = resize(Lora({name: layer}, STANDARD.naming), Cut(ranks[name])).lora.layers[name]
-        _take_over(modules[name], layer)
+        a, b = (half[lora.ADAPTER].weight for half in (modules[name].lora_A, modules[name].lora_B))
+        # a memory plan runs without weights
+        if a.is_meta:
+            continue
+        if layer[DOWN][0].numel() != a[0].numel() or layer[UP].shape[0] != b.shape[0]:
+            raise UserError("lora_init.other_base", there=list(layer[UP].shape),
+                            here=list(b.shape))
+        # Where the model's rank is higher, the other rows of A stay as they start and those of B
+        # are zero: the delta is the file's, and the new directions can learn.
+        rank, scale = rank_of(layer), scale_of(layer) / modules[name].scaling[lora.ADAPTER]
+        a[:rank] = layer[DOWN].reshape(rank, *a.shape[1:]).to(a)
+        b.zero_()[:, :rank] = (layer[UP].float() * scale).reshape(-1, rank, *b.shape[2:]).to(b)
     emit(Note(key="lora_init.started", params={
         "file": str(path), "layers": len(layers), "fresh": len(modules) - len(layers)}))
     if left := len(file.layers) - len(layers) + len(file.unknown):
         emit(Note(key="lora_init.left_out", params={"file": str(path), "count": left}))
-
-
-def _take_over(module: Any, layer: Layer) -> None:
-    a, b = module.lora_A[lora.ADAPTER].weight, module.lora_B[lora.ADAPTER].weight
-    rank = rank_of(layer)
-    # a memory plan runs without weights
-    if a.is_meta:
-        return
-    if layer[DOWN][0].numel() != a[0].numel() or layer[UP].shape[0] != b.shape[0]:
-        raise UserError("lora_init.other_base", there=list(layer[UP].shape), here=list(b.shape))
-    # Where the model's rank is higher, the other rows of A stay as they start and those of B are
-    # zero: the delta is the file's, and the new directions can learn.
-    a[:rank] = layer[DOWN].reshape(rank, *a.shape[1:]).to(a)
-    scale = scale_of(layer) / module.scaling[lora.ADAPTER]
-    b.zero_()[:, :rank] = (layer[UP].float() * scale).reshape(-1, rank, *b.shape[2:]).to(b)
 
 
 def _targets(names: list[str], spec: FamilySpec) -> str | list[str]:

@@ -88,18 +88,15 @@ def choose(model: nn.Module, config: TrainConfig, spec: FamilySpec) -> dict[str,
             if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1} if config.conv_rank else set()
     _match_all(config.block_ranks, model)
     sizes = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, _TARGETABLE):
-            continue
+    for path in _targetable(model):
         if any(_ends(path, suffix) for suffix in suffixes):
             size = Size(config.lora_rank, config.alpha)
-        elif id(module) in wide:
+        elif id(model.get_submodule(path)) in wide:
             size = Size(config.conv_rank, config.conv_alpha or float(config.conv_rank))
         else:
             continue
         # rank 0 leaves a block out
-        rank = int(_last(config.block_ranks, path, size.rank))
-        if rank:
+        if rank := int(_last(config.block_ranks, path, size.rank)):
             sizes[path] = Size(rank, size.alpha * rank / size.rank)
     if not sizes:
         raise UserError("engine.no_layer_left")
@@ -300,7 +297,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 def load_state(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Puts `state` back. Raises UserError where it is of other layers or another rank."""
     here = parameters(model)
-    if ({k: v.shape for k, v in here.items()} != {k: v.shape for k, v in weights.items()}):
+    if {k: v.shape for k, v in here.items()} != {k: v.shape for k, v in weights.items()}:
         raise UserError("engine.other_adapter", here=len(here), there=len(weights))
     with torch.no_grad():
         for name, parameter in here.items():

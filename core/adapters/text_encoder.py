@@ -74,24 +74,21 @@ class TextTraining:
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer. `factor` multiplies the rate of the step."""
         config = self.config
-        groups: list[dict[str, Any]] = []
-        if self.adapters:
-            groups.append({"params": self.adapters, "lr": config.text_encoder_lr,
-                           "factor": config.text_encoder_lr / config.learning_rate})
-        if self.rows:
-            # no decay: it would pull words towards zero, away from all other tokens
-            groups.append({"params": [rows.rows for rows in self.rows.values()],
-                           "weight_decay": 0.0, "lr": config.pivotal_lr,
-                           "factor": config.pivotal_lr / config.learning_rate})
-        return groups
+        # no decay of words: it would pull them towards zero, away from all other tokens
+        groups: list[dict[str, Any]] = [
+            {"params": self.adapters, "lr": config.text_encoder_lr,
+             "factor": config.text_encoder_lr / config.learning_rate},
+            {"params": [rows.rows for rows in self.rows.values()],
+             "weight_decay": 0.0, "lr": config.pivotal_lr,
+             "factor": config.pivotal_lr / config.learning_rate}]
+        return [group for group in groups if group["params"]]
 
     def cond(self, texts: Sequence[str]) -> Cond:
         """Embeddings (B, ...), with gradients where they are wanted."""
         # captions come back every epoch: each is tokenised once
-        for text in texts:
-            if text not in self.tokens:
-                self.tokens[text] = self.family.tokenize(
-                    self.parts, [textual_inversion.expand(text, self.words)])
+        for text in {*texts} - self.tokens.keys():
+            self.tokens[text] = self.family.tokenize(
+                self.parts, [textual_inversion.expand(text, self.words)])
         rows = [self.tokens[text] for text in texts]
 
         def encode(group: list[int]) -> Cond:

@@ -113,7 +113,7 @@ def plan_command(options: argparse.Namespace) -> int:
         planned = planner(config)
         verdict = relief.verdict(planned)
         nearest = None if verdict == "fits" else advisor.nearest_fit(
-            config, base, machine, planner.data(config), planner)
+            config, base, machine, planner)
     length = advisor.length(config, pictures.repeats) if pictures else None
     answer(options, {"ok": verdict != "too_big", **plan.as_dict(planned), "verdict": verdict,
                      "length": length and length.text(), "lacking": advisor.lacking(planned),

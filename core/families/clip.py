@@ -25,12 +25,12 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], most: int) -> Tensor:
         list(prompts), add_special_tokens=False, verbose=False).input_ids]
     count = max(1, *(-(-len(ids) // CHUNK) for ids in texts))
     first, last, pad = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    rows = []
-    for ids in texts:
+
+    def row(ids: list[int]) -> list[int]:
         chunks = [ids[n * CHUNK:(n + 1) * CHUNK] for n in range(count)]
-        rows.append([token for chunk in chunks
-                     for token in (first, *chunk, last, *[pad] * (CHUNK - len(chunk)))])
-    return torch.tensor(rows)
+        return [token for chunk in chunks
+                for token in (first, *chunk, last, *[pad] * (CHUNK - len(chunk)))]
+    return torch.tensor([row(ids) for ids in texts])
 
 
 def read(encoder: Any, ids: Tensor, layer: int = 0) -> tuple[Tensor, Any]:

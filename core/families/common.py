@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPTokenizer
+from transformers import AutoTokenizer, CLIPTokenizer, T5EncoderModel
 
 from core import paths
 from core.errors import UserError
 from core.families import checkpoint_keys, clip, detection, distilled, loading, schedulers, text
-from core.families.base import ALL_PARTS, Cond, CropInfo, Objective, Parts
+from core.families.base import ALL_PARTS, Cond, CropInfo, Parts
+from core.families.checkpoint_keys import Tensors
 from core.families.components import lookup
 from core.families.components.lookup import ComponentFiles, UsedComponent
 from core.families.components.tokenizer_kinds import FILES, KINDS, MARKS
 from core.families.loading import CheckpointLayout, ComponentSpec
 from core.families.spec import FamilySpec, Part
-from core.families.timestep_sampling import STEPS, TimestepSampling
+from core.families.timestep_sampling import TimestepSampling
 from core.weights.precision import Precision
 
 LARGEST_SIDE = 8192                         # px; a config that says more is not believed
@@ -37,10 +39,22 @@ class TokenizerSpec:
     chat: str = ""                          # the chat template that the model was trained with
 
 
-def denoiser_spec(cls: Any, spec: FamilySpec) -> ComponentSpec:
-    """The denoiser of a family whose table of names says all that single files call otherwise."""
+def denoiser_spec(cls: Any, spec: FamilySpec,
+                  finish: Callable[[Tensors], Tensors] = lambda tensors: tensors) -> ComponentSpec:
+    """The denoiser of a family. `finish` does what the family's table of names can't say."""
+    by_table = checkpoint_keys.by_table(spec.naming[0])
     return ComponentSpec(spec.naming[0].name, cls, "denoiser",
-                         convert=checkpoint_keys.by_table(spec.naming[0]))
+                         convert=lambda tensors, config: finish(by_table(tensors, config)))
+
+
+def vae_spec(file_kind: str, *prefixes: str) -> ComponentSpec:
+    """Stable Diffusion's VAE and those of its shape; `prefixes` are of its tensors in a file."""
+    return ComponentSpec("vae", AutoencoderKL, "vae", prefixes, checkpoint_keys.vae, file_kind)
+
+
+def t5_spec(name: str, optional: bool = False) -> ComponentSpec:
+    return ComponentSpec(name, T5EncoderModel, "text", ("text_encoders.t5xxl.transformer.",),
+                         file_kind="t5", optional=optional)
 
 
 class ComponentFamily:
@@ -98,26 +112,23 @@ class ComponentFamily:
         parts.take_as(distilled.of(source, found=layout.found))
         for component in self._components(layout, only):
             model = make(layout, component, precision)
-            # An optional one may be missing.
-            if model is None:
-                continue
-            if component.part == "text":
-                parts.text[_tokenizer_of(component.name)] = self._tokenizer(
-                    layout, component.name, is_plan)
-                parts.text[component.name] = model
-            else:
+            if component.part != "text":
                 setattr(parts, component.part, model)
+            # An optional one may be missing.
+            elif model is not None:
+                parts.text |= {_tokenizer_of(component.name): self._tokenizer(
+                    layout, component.name, is_plan), component.name: model}
         return parts
 
     def _components(self, layout: CheckpointLayout, only: frozenset[Part]) -> list[ComponentSpec]:
         return [component for component in self.components if component.name in layout.configs
-                and (component.part in only or component.name in only)]
+                and {component.part, component.name} & only]
 
     def _tokenizer(self, layout: CheckpointLayout, encoder: str, is_plan: bool) -> Any:
         spec, own_folder = self.tokenizers[encoder], layout.source / _tokenizer_of(encoder)
+        if not spec.kind and not own_folder.is_dir():
+            return CLIPTokenizer.from_pretrained(loading.TOKENIZER, pad_token=spec.pad)
         if not spec.kind:
-            if not own_folder.is_dir():
-                return CLIPTokenizer.from_pretrained(loading.TOKENIZER, pad_token=spec.pad)
             with loading.as_user_error(own_folder):
                 return AutoTokenizer.from_pretrained(own_folder, local_files_only=True)
         try:
@@ -152,11 +163,8 @@ class ComponentFamily:
         """
         layout = self.layout(source)
         used: list[UsedComponent] = []
-        for component in self.components:
-            name = component.name
-            if component.part == "denoiser" or name not in layout.configs:
-                continue
-            location = loading.file_of(layout, component)
+        for component in self._components(layout, frozenset(("vae", "text"))):
+            name, location = component.name, loading.file_of(layout, component)
             if location is None:
                 used.append(UsedComponent(name, None))
                 continue
@@ -216,11 +224,10 @@ class ComponentFamily:
         return {}
 
     def pipeline(self, parts: Parts) -> Any:
-        models = {component.name: {"denoiser": parts.denoiser, "vae": parts.vae}.get(
-            component.part, parts.text.get(component.name)) for component in self.components}
-        tokenizers = {_tokenizer_of(name): parts.text.get(_tokenizer_of(name))
-                      for name in self.tokenizers}
-        pipeline = self.pipe(**models, **tokenizers, scheduler=schedulers.create("auto", parts),
+        tokenizers = map(_tokenizer_of, self.tokenizers)
+        loaded = {self.components[0].name: parts.denoiser, "vae": parts.vae,
+                  **{name: parts.text.get(name) for name in (*self.tokenizers, *tokenizers)}}
+        pipeline = self.pipe(**loaded, scheduler=schedulers.create("auto", parts),
                              **self.pipe_options(parts))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -248,38 +255,34 @@ class UNetFamily(ComponentFamily):
         return parts.reading.max_tokens
 
     def empty(self, layout: CheckpointLayout) -> Parts:
-        unet, scheduler = layout.configs["unet"], dict(layout.scheduler)
-        if not isinstance(unet["sample_size"], int) or not 1 <= unet["sample_size"] <= 1024:
-            raise ValueError(f"sample_size: {unet['sample_size']}")
-        factor, levels = vae_factor(layout), len(unet["block_out_channels"])
-        objective: Objective = scheduler.get("prediction_type", "epsilon")
+        unet, scheduler, factor = layout.configs["unet"], dict(layout.scheduler), vae_factor(layout)
+        side, levels = checked_side(unet["sample_size"], 1024), len(unet["block_out_channels"])
         if layout.found.v_prediction:
-            objective = "v_prediction"
-            scheduler["prediction_type"] = objective
+            scheduler["prediction_type"] = "v_prediction"
         # As the makers of such bases draw with them (arXiv 2305.08891).
         if layout.found.zero_snr:
             scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        return Parts(layout.source, scheduler, objective, native_size=unet["sample_size"] * factor,
-                     bucket_step=factor * 2 ** (levels - 1) * self.step_multiple)
+        return Parts(layout.source, scheduler, scheduler.get("prediction_type", "epsilon"),
+                     side * factor, factor * 2 ** (levels - 1) * self.step_multiple)
 
 
 class FlowFamily(ComponentFamily):
     """A transformer that learns a flow."""
 
     sampling: ClassVar[TimestepSampling]    # how often each noise level is learned
+    # As in Parts.
+    guidance: ClassVar[str] = "guidance_scale"
+    no_guidance_value: ClassVar[float] = 1.0
+    is_video_vae: ClassVar[bool] = False
 
     def sizes(self, layout: CheckpointLayout) -> tuple[int, int]:
-        """Native side and bucket step, in px."""
-        return dit_sizes(layout)
+        """Native side and bucket step, in px: what the VAE was made for, and four tokens of two
+        latent pixels a side, which are 64 px in practice."""
+        return checked_side(layout.configs["vae"]["sample_size"]), 8 * vae_factor(layout)
 
     def empty(self, layout: CheckpointLayout) -> Parts:
-        return Parts(layout.source, layout.scheduler, "flow", *self.sizes(layout),
-                     flow=self.sampling)
-
-
-def index_of(source: Path) -> dict[str, Any]:
-    """The model_index.json of a folder; empty for a single file, which has none."""
-    return loading.read_json(source / "model_index.json", source) if source.is_dir() else {}
+        return Parts(layout.source, layout.scheduler, "flow", *self.sizes(layout), self.sampling,
+                     self.guidance, self.no_guidance_value, is_video_vae=self.is_video_vae)
 
 
 def vae_factor(layout: CheckpointLayout) -> int:
@@ -287,56 +290,10 @@ def vae_factor(layout: CheckpointLayout) -> int:
     return int(2 ** (len(layout.configs["vae"]["block_out_channels"]) - 1))
 
 
-def dit_sizes(layout: CheckpointLayout, patch: int = 2) -> tuple[int, int]:
-    """Native side and bucket step, in px, of a transformer with tokens of `patch` latent pixels a
-    side: what its VAE was made for, and four tokens, which are 64 px in practice."""
-    return checked_side(layout.configs["vae"]["sample_size"]), 4 * patch * vae_factor(layout)
-
-
-def checked_side(side: Any) -> int:
-    """A side in px from a config. Raises ValueError for what no picture can be."""
-    if not isinstance(side, int) or not 1 <= side <= LARGEST_SIDE:
+def checked_side(side: Any, largest: int = LARGEST_SIDE) -> int:
+    """A side in (latent) px from a config. Raises ValueError for what no picture can be."""
+    if not isinstance(side, int) or not 1 <= side <= largest:
         raise ValueError(f"sample_size: {side}")
     return side
 
 
-def layer_count(shapes: Mapping[str, Any], prefix: str) -> int:
-    """How many blocks there are whose names are `<prefix>0.`, `<prefix>1.` ..."""
-    numbers = {name[len(prefix):].split(".")[0] for name in shapes if name.startswith(prefix)}
-    return max((int(n) for n in numbers if n.isdigit()), default=-1) + 1
-
-
-# --- transformers whose tokens are 2 x 2 latent pixels ---
-
-def predict_packed(denoiser: Any, noisy: Tensor, t: Tensor, embeddings: Tensor,
-                   **inputs: Any) -> Tensor:
-    """Calls a denoiser that reads and writes packed latents; `noisy` and the result are unpacked,
-    (B, C, h, w)."""
-    tokens = denoiser(hidden_states=pack(noisy), timestep=t / STEPS,
-                      encoder_hidden_states=embeddings, return_dict=False, **inputs)[0]
-    return unpack(tokens, noisy.shape[2] // 2, noisy.shape[3] // 2)
-
-
-def pack(latents: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, h/2 * w/2, C * 4): tokens of 2 x 2 latent pixels."""
-    b, c, h, w = latents.shape
-    split = latents.reshape(b, c, h // 2, 2, w // 2, 2)
-    return split.permute(0, 2, 4, 1, 3, 5).reshape(b, h // 2 * (w // 2), c * 4)
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """(B, height * width, C * 4) -> (B, C, height * 2, width * 2): undoes `pack`; height and width
-    are counted in tokens."""
-    b, _, c = tokens.shape
-    split = tokens.reshape(b, height, width, c // 4, 2, 2)
-    return split.permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, height * 2, width * 2)
-
-
-def positions(latents: Tensor) -> Tensor:
-    """(h/2 * w/2, 3): 0, row and column of each token of latents (B, C, h, w)."""
-    height, width = latents.shape[2] // 2, latents.shape[3] // 2
-    rows, columns = (torch.arange(side, device=latents.device, dtype=latents.dtype)
-                     for side in (height, width))
-    grid = torch.stack([latents.new_zeros(height, width), rows[:, None].expand(height, width),
-                        columns[None].expand(height, width)], -1)
-    return grid.flatten(0, 1)

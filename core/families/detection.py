@@ -30,7 +30,7 @@ Tensors = Mapping[str, TensorInfo]
 PREFIXES = ("model.diffusion_model.net.", "model.diffusion_model.", "diffusion_model.",
             "transformer.", "net.", "unet.")
 # Marks that merging programs leave in checkpoints that predict v; ztsnr: with zero terminal SNR.
-V_MARKS, ZERO_SNR_MARKS = ("v_pred",), ("ztsnr",)
+V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
 # Names of layers in files whose weights other programs have quantised, the layers renamed as well.
 QUANTISED = (".scale_weight", ".weight_scale", ".absmax", ".weight.scb", ".weight.SCB", ".qweight",
              "scaled_fp8")
@@ -110,10 +110,8 @@ def _identify_folder(path: Path) -> Found:
     config = json_object(path / "unet" / "config.json")
     # SD 1, SD 2 and XL share their pipelines with other models: the UNet's config tells them apart.
     if config and name in UNET_PIPELINES:
-        if config.get("in_channels") == 9:
-            return Found("inpainting")
-        if config.get("in_channels") not in (4, None):
-            return Found("editing")
+        if (channels := config.get("in_channels")) not in (4, None):
+            return Found("inpainting" if channels == 9 else "editing")
         for spec in SPECS.values():
             if spec.unet is not None and spec.unet(config):
                 return _with_scheduler(spec.unet_what, spec.id, path)
@@ -151,12 +149,11 @@ NAMESAKES = {pair: what for spec in SPECS.values() for pair, what in spec.namesa
 def _identify_file(path: Path, stamp: tuple[int, int, int]) -> Found:
     with opened(path) as file:
         head = file.read(64)
-    if head[:4] == b"GGUF" or path.suffix.lower() == ".gguf":
-        return Found("gguf")
-    if head.lstrip()[:1] == b"<":
-        return Found("web_page")
-    if head.startswith(b"version https://git-lfs"):
-        return Found("lfs_pointer")
+    for what, is_so in (("gguf", head[:4] == b"GGUF" or path.suffix.lower() == ".gguf"),
+                        ("web_page", head.lstrip()[:1] == b"<"),
+                        ("lfs_pointer", head.startswith(b"version https://git-lfs"))):
+        if is_so:
+            return Found(what)
     if path.suffix.lower() in PICKLES or is_pickle(head[:9]):
         raise UserError("families.pickle", path=path)
     try:
@@ -165,10 +162,10 @@ def _identify_file(path: Path, stamp: tuple[int, int, int]) -> Found:
         raise UserError("families.unreadable", path=path, reason=str(error)) from error
     found, metadata = of_tensors(header.tensors), header.metadata
     # modelspec's own words for a base that predicts v, and ComfyUI's.
-    if found.family and (
-            metadata.get("modelspec.prediction_type") in ("v", "v_prediction")
-            or metadata.get("modelspec.predict_key") == "v"
-            or metadata.get("modelspec.architecture", "").endswith("-v")):
+    predicts_v = (metadata.get("modelspec.prediction_type") in ("v", "v_prediction")
+                  or metadata.get("modelspec.predict_key") == "v"
+                  or metadata.get("modelspec.architecture", "").endswith("-v"))
+    if found.family and predicts_v:
         found = replace(found, v_prediction=True)
     # Of a base only the denoiser counts, whatever formats the text encoders beside it are in.
     prefix = denoiser_prefix(header.tensors) if found.family else ""
@@ -191,14 +188,15 @@ def of_tensors(tensors: Tensors) -> Found:
         return Found("lora")
     if "edm_mean" in tensors:
         return Found("playground")
-    denoiser = denoiser_shapes(tensors)
+    prefix = denoiser_prefix(tensors)
+    denoiser = {name.removeprefix(prefix): info.shape for name, info in tensors.items()
+                if name.startswith(prefix)}
     for rule in RULES:
         if found := rule(denoiser):
             if found.family and "edm_vpred.sigma_max" in tensors:
                 return Found("cosxl")
-            marked = bool(found.family) and any(mark in tensors for mark in V_MARKS)
-            return replace(found, v_prediction=marked,
-                           zero_snr=marked and any(mark in tensors for mark in ZERO_SNR_MARKS))
+            marked = bool(found.family) and V_MARK in tensors
+            return replace(found, v_prediction=marked, zero_snr=marked and ZERO_SNR_MARK in tensors)
     shapes = {name: info.shape for name, info in tensors.items()}
     others = "quantised" if any(name.endswith(QUANTISED) for name in tensors) else "unknown"
     return next((Found(what) for what, fits in PARTS if fits(shapes)), Found(others))
@@ -207,13 +205,6 @@ def of_tensors(tensors: Tensors) -> Found:
 def denoiser_prefix(names: Iterable[str]) -> str:
     """What stands before the denoiser's names in a whole checkpoint; empty where nothing does."""
     return next((p for p in PREFIXES if any(name.startswith(p) for name in names)), "")
-
-
-def denoiser_shapes(tensors: Tensors) -> Shapes:
-    """The shapes of the denoiser's tensors, by their names without the prefix."""
-    prefix = denoiser_prefix(tensors)
-    return {name.removeprefix(prefix): info.shape for name, info in tensors.items()
-            if name.startswith(prefix)}
 
 
 def other_unet(shapes: Shapes) -> Found | None:

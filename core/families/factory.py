@@ -21,9 +21,8 @@ def get(family_id: str, component_files: ComponentFiles | None = None) -> Family
     method of the protocol, or that has no use for `component_files`.
     """
     if not plugins.is_named(family_id) and family_id not in SPECS:
-        close = i18n.nearest(family_id, SPECS, 1)
         raise UserError("families.unknown", family=family_id, known=", ".join(SPECS),
-                        nearest=close[0] if close else next(iter(SPECS)))
+                        nearest=(i18n.nearest(family_id, SPECS, 1) or list(SPECS))[0])
     # The libraries' own bars and hints would tear our progress display. They take seconds to
     # import, so that nothing here imports them before a family is made.
     import diffusers.utils.logging as diffusers_log
@@ -31,9 +30,10 @@ def get(family_id: str, component_files: ComponentFiles | None = None) -> Family
     for log in (diffusers_log, transformers_log):
         log.disable_progress_bar()
         log.set_verbosity_error()
+    family: Any
     if not plugins.is_named(family_id):
         module = importlib.import_module(f"core.families.{family_id}.model")
-        family: Any = getattr(module, SPECS[family_id].model)()
+        family = getattr(module, SPECS[family_id].model)()
         family.component_files = component_files or family.component_files
         return family  # type: ignore[no-any-return]
 
@@ -48,5 +48,5 @@ def get(family_id: str, component_files: ComponentFiles | None = None) -> Family
         if not hasattr(family, "component_files"):
             raise UserError("families.companions_of_its_own", family=family_id)
         family.component_files = component_files
-    guarded: Any = plugins.Guarded(extension, family)
-    return guarded  # type: ignore[no-any-return]
+    family = plugins.Guarded(extension, family)
+    return family  # type: ignore[no-any-return]

@@ -92,8 +92,7 @@ def fused(ours: str, theirs: str, letters: str = "qkv", shares: tuple[int, ...] 
 def to_native(part: Part, inner: str) -> Place:
     """`down_blocks.1.attentions.0.proj_in` -> `input_blocks.4.1.proj_in`. A layer that the table
     lacks keeps its name."""
-    match = _find(_tables(part.renames)[0], inner)
-    if match is None:
+    if (match := _find(_tables(part.renames)[0], inner)) is None:
         return Place(inner)
     rename, number, numbers, rest = match
     return Place(".".join([rename.theirs.format(*numbers), *rest]), number, rename)
@@ -101,8 +100,7 @@ def to_native(part: Part, inner: str) -> Place:
 
 def from_native(part: Part, name: str) -> tuple[list[str], Rename | None]:
     """The layers that lie in a layer of the original code: several where it fuses them."""
-    match = _find(_tables(part.renames)[1], name)
-    if match is None:
+    if (match := _find(_tables(part.renames)[1], name)) is None:
         return [name], None
     rename, _, numbers, rest = match
     return [".".join([ours.format(*numbers), *rest]) for ours in rename.ours], rename
@@ -147,8 +145,8 @@ def _tables(renames: tuple[Rename, ...]) -> tuple[_Table, _Table]:
             add(ours, path, rename, number)
         add(theirs, rename.theirs, rename, 0)
     for rename in renames:
-        if (other := _UPSAMPLER.sub(r"\1.1.conv", rename.theirs)) != rename.theirs:
-            add(theirs, other, rename, 0)
+        if match := _UPSAMPLER.match(rename.theirs):
+            add(theirs, f"{match[1]}.1.conv", rename, 0)
     return ours, theirs
 
 
@@ -186,11 +184,10 @@ def dotted(part: Part, name: str) -> str:
     The words that hold underscores are known; all other underscores were dots.
     """
     words, longest = _words(part)
-    pieces, path = name.split("_"), []
-    at = 0
-    while at < len(pieces):
-        size = next((n for n in range(longest, 1, -1)
-                     if "_".join(pieces[at:at + n]) in words and at + n <= len(pieces)), 1)
-        path.append("_".join(pieces[at:at + size]))
-        at += size
+    pieces, path = name.split("_"), list[str]()
+    while pieces:
+        size = next((n for n in range(min(longest, len(pieces)), 1, -1)
+                     if "_".join(pieces[:n]) in words), 1)
+        path.append("_".join(pieces[:size]))
+        pieces = pieces[size:]
     return ".".join(path)

@@ -6,7 +6,7 @@ with the app, since files have none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError
 from torch import nn
 
-from core import paths
+from core import i18n, paths
 from core.config import schema
 from core.errors import UserError
 from core.families.base import Family
@@ -102,17 +102,13 @@ def configs_in(folder: Path, components: tuple[ComponentSpec, ...]) -> dict[str,
 def files_of(source: Path, components: tuple[ComponentSpec, ...]) -> dict[str, tuple[Path, str]]:
     """The components that a single file holds itself, each with the prefix of its tensors."""
     names = read_header(source).tensors
-    files: dict[str, tuple[Path, str]] = {}
-    for component in components:
-        # The denoiser's prefix may be empty: then the file holds nothing else.
-        if component.part == "denoiser":
-            files[component.name] = source, denoiser_prefix(names)
-            continue
+    # The denoiser's prefix may be empty: then the file holds nothing else.
+    files = {components[0].name: (source, denoiser_prefix(names))}
+    for component in components[1:]:
         # Some programs write diffusers' names behind the component's name.
         for prefix in (*component.prefixes, f"{component.name}."):
             if any(name.startswith(prefix) for name in names):
-                files[component.name] = source, prefix
-                break
+                files.setdefault(component.name, (source, prefix))
     return files
 
 
@@ -132,6 +128,18 @@ class Shapes(dict[str, tuple[int, ...]]):
                         example=name, names=", ".join(list(self)[:3]))
 
 
+def layer_count(shapes: Iterable[str], prefix: str) -> int:
+    """How many blocks there are whose names are `<prefix>0.`, `<prefix>1.` ..."""
+    numbers = {name[len(prefix):].split(".")[0] for name in shapes if name.startswith(prefix)}
+    return max((int(n) for n in numbers if n.isdigit()), default=-1) + 1
+
+
+def block_counts(shapes: Shapes) -> dict[str, int]:
+    """How many blocks of two streams and of one stream a Flux has, for its config."""
+    return {"num_layers": layer_count(shapes, "transformer_blocks."),
+            "num_single_layers": layer_count(shapes, "single_transformer_blocks.")}
+
+
 def file_of(layout: CheckpointLayout, component: ComponentSpec) -> tuple[Path, str] | None:
     """Where one component is read from: a file or folder, and the prefix of its tensors.
 
@@ -149,7 +157,9 @@ def file_of(layout: CheckpointLayout, component: ComponentSpec) -> tuple[Path, s
     path = lookup.find_file(layout.source, component.file_kind, layout.configs[component.name],
                             layout.component_files)
     if path is None and not component.optional:
-        raise lookup.missing(layout.source, component.file_kind)
+        raise UserError("families.companion_missing", path=layout.source,
+                        folder=layout.source.parent,
+                        part=i18n.tr(f"families.is_{component.file_kind}"))
     return (path, "") if path else None
 
 
@@ -209,14 +219,10 @@ def load(layout: CheckpointLayout, component: ComponentSpec, precision: Precisio
             raise error
         # Older diffusers wrote other names, which the libraries know how to read; they need the
         # whole model in RAM.
-        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
-        dtype = dtype_of(component, precision)
-        if component.transformers:
-            model = component.cls.from_pretrained(layout.source / component.name, dtype=dtype,
-                                                  **options)
-        else:
-            model = component.cls.from_pretrained(layout.source, subfolder=component.name,
-                                                  torch_dtype=dtype, **options)
+        dtype = "dtype" if component.transformers else "torch_dtype"
+        model = component.cls.from_pretrained(
+            layout.source / component.name, local_files_only=True, use_safetensors=True,
+            **{dtype: dtype_of(component, precision)})
         return _settle(model, component, precision)
 
 
@@ -279,12 +285,12 @@ def _freeze(model: Any, component: ComponentSpec, precision: Precision) -> float
     # too, whose layout is another one.
     if {p.ndim for p in model.parameters()} & {4, 5} == {4}:
         model.to(memory_format=torch.channels_last)
-    if component.part == "denoiser":
-        quantize_(model, precision.quantization, precision.device)
-        return precision.offload
-    if component.part == "vae" or sum(p.numel() for p in model.parameters()) < LARGE_ENCODER:
+    if component.part == "vae" or (component.part == "text" and sum(
+            p.numel() for p in model.parameters()) < LARGE_ENCODER):
         return 0.0
     quantize_(model, precision.quantization, precision.device)
+    if component.part == "denoiser":
+        return precision.offload
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     return 1.0 if precision.vram_budget is not None and size > precision.vram_budget else 0.0
 
@@ -299,10 +305,9 @@ def dtype_of(component: ComponentSpec, precision: Precision) -> torch.dtype:
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Casts all parameters to `dtype`, except those that the library says must stay in fp32."""
-    fp32_modules = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     # transformers means its list for fp16 alone, diffusers for every dtype.
-    if not isinstance(model, ModelMixin) and dtype != torch.float16:
-        fp32_modules = set()
+    counts = isinstance(model, ModelMixin) or dtype == torch.float16
+    fp32_modules = {*(getattr(model, "_keep_in_fp32_modules", None) or ())} if counts else set()
     for name, weight in model.named_parameters():
         is_fp32 = fp32_modules & set(name.split("."))
         weight.data = weight.data.to(torch.float32 if is_fp32 else dtype)
@@ -338,12 +343,11 @@ def tell_numbers(wanted: schema.Precision, family: str, precision: Precision,
     that fp32 takes its place on a GPU without bf16."""
     if not outgrows_fp16(family):
         return
-    title = SPECS[family].title
+    params = {"title": SPECS[family].title}
     if precision.compute == torch.float16:
-        emit(Note(key="precision.outgrows_fp16", params={"title": title}))
-    elif wanted == "auto" and precision.device.type == "cuda" and (
-            precision.compute == torch.float32):
-        emit(Note(key="precision.fp32_for_fp16", params={"title": title}))
+        emit(Note(key="precision.outgrows_fp16", params=params))
+    elif (wanted, precision.device.type, precision.compute) == ("auto", "cuda", torch.float32):
+        emit(Note(key="precision.fp32_for_fp16", params=params))
 
 
 def load_denoiser(config: schema.TrainConfig, family: Family, source: Path, precision: Precision,

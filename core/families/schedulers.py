@@ -14,24 +14,23 @@ from core.errors import UserError
 if TYPE_CHECKING:
     from core.families.base import Parts
 
+DPM = "DPMSolverMultistepScheduler"
 # name -> (label in A1111, diffusers class, options)
 SAMPLERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ddim": ("DDIM", "DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
     "euler": ("Euler", "EulerDiscreteScheduler", {}),
     "euler_a": ("Euler a", "EulerAncestralDiscreteScheduler", {}),
     "heun": ("Heun", "HeunDiscreteScheduler", {}),
-    "dpm++2m": ("DPM++ 2M", "DPMSolverMultistepScheduler", {}),
-    "dpm++2m_karras": ("DPM++ 2M Karras", "DPMSolverMultistepScheduler",
-                       {"use_karras_sigmas": True}),
-    "dpm++2m_sde": ("DPM++ 2M SDE", "DPMSolverMultistepScheduler",
-                    {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++2m": ("DPM++ 2M", DPM, {}),
+    "dpm++2m_karras": ("DPM++ 2M Karras", DPM, {"use_karras_sigmas": True}),
+    "dpm++2m_sde": ("DPM++ 2M SDE", DPM, {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": ("UniPC", "UniPCMultistepScheduler", {}),
     "pndm": ("PLMS", "PNDMScheduler", {"skip_prk_steps": True}),
 }
 # Where a base's own sampler is unknown, or PNDM.
 FALLBACK = "dpm++2m"
 # For bases that learn a flow; all but the first only where it is the base's own.
-FLOW = {"euler": "FlowMatchEulerDiscreteScheduler", "dpm++2m": "DPMSolverMultistepScheduler"}
+FLOW = {"euler": "FlowMatchEulerDiscreteScheduler", "dpm++2m": DPM}
 
 
 def create(name: str, parts: Parts) -> Any:
@@ -57,9 +56,8 @@ def create(name: str, parts: Parts) -> Any:
             name = next((n for n, (_, cls, _) in SAMPLERS.items()
                          if cls == own_class and n != "pndm"), FALLBACK)
         if name not in SAMPLERS:
-            close = i18n.nearest(name, SAMPLERS, 1)
             raise UserError("generate.unknown_sampler", name=name, known=", ".join(SAMPLERS),
-                            nearest=close[0] if close else FALLBACK)
+                            nearest=(i18n.nearest(name, SAMPLERS, 1) or [FALLBACK])[0])
         _, class_name, options = SAMPLERS[name]
         config["prediction_type"] = parts.objective
         # Few steps must begin at pure noise.

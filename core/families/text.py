@@ -9,16 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+from tokenizers import pre_tokenizers as splitters
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
@@ -41,9 +34,8 @@ QWEN3_CHAT = ("{%- for message in messages %}"
 def open_tokenizer(folder: Path, kind: TokenizerKind) -> Any:
     """Opens a folder's tokenizer, whichever files it is made of. The app's own one gets the added
     tokens by which its kind differs from the files that ship."""
-    pieces = None
-    if not (folder / "tokenizer.json").is_file():
-        pieces = tokenizer_kinds.pieces_in(folder)
+    has_json = (folder / "tokenizer.json").is_file()
+    pieces = None if has_json else tokenizer_kinds.pieces_in(folder)
     tokenizer = (AutoTokenizer.from_pretrained(folder, local_files_only=True) if pieces is None
                  else from_sentencepiece(pieces))
     if folder == kind.folder and kind.more:
@@ -63,7 +55,7 @@ def from_sentencepiece(pieces: Pieces) -> Any:
         table = [normalizers.Precompiled(pieces.characters)] if pieces.characters else []
         tokenizer.normalizer = normalizers.Sequence([
             *table, normalizers.Strip(left=False), normalizers.Replace(Regex(" {2,}"), SPACE)])
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "always")
+        tokenizer.pre_tokenizer = splitters.Metaspace(SPACE, "always")
         tokenizer.decoder = decoders.Metaspace(SPACE, "always")
         mark, template = "</s>", "$A </s>"
     else:
@@ -75,7 +67,7 @@ def from_sentencepiece(pieces: Pieces) -> Any:
         mark, template = "<bos>", "<bos> $A"
     tokenizer.add_special_tokens([AddedToken(word, normalized=False) for word in pieces.marks])
     if mark in words:
-        tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=[
+        tokenizer.post_processor = TemplateProcessing(template, special_tokens=[
             (mark, words[mark])])
     names = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>",
              "eos_token": "</s>" if "</s>" in words else "<eos>"}
@@ -83,7 +75,7 @@ def from_sentencepiece(pieces: Pieces) -> Any:
         name: word for name, word in names.items() if word in words})
 
 
-def padded(tokenizer: Any, prompts: Sequence[str], length: int = 0) -> Any:
+def padded(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
     """input_ids and attention_mask (B, length), on the CPU; length 0: the tokenizer's own limit."""
     return tokenizer(list(prompts), padding="max_length", truncation=True,
                      max_length=length or tokenizer.model_max_length, return_tensors="pt")

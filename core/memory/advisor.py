@@ -7,13 +7,13 @@ Pure functions: memory is the planner's (core.memory.plan), the rest is in the t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from math import ceil, sqrt
 from typing import Any
 
 from core import i18n
-from core.config import TrainConfig, size_of
+from core.config import TrainConfig
 from core.errors import UserError
 from core.families.detection import Base
 from core.memory import plan, relief
@@ -82,8 +82,7 @@ class Shape:
 
     @staticmethod
     def of(base: Base, machine: Machine) -> Shape:
-        numbers = plan.numbers_of("auto", machine, base.family)
-        facts = plan.ask("base", base, numbers)
+        facts = plan.ask("base", base, plan.numbers_of("auto", machine, base.family))
         return Shape(int(facts["native"]), int(facts["step"]),
                      int(facts["denoiser_parameters"]), facts["denoiser"] / MB,
                      bool(facts["flow"]), base.family)
@@ -108,15 +107,14 @@ class Suggestion:
         return TrainConfig.model_validate({**self.values, **more})
 
 
-def suggest(machine: Machine, base: Base, data: Data | None = None, purpose: str = "style",
-            planner: Planner | None = None, shape: Shape | None = None) -> Suggestion:
+def suggest(machine: Machine, base: Base, data: Data | None, purpose: str, planner: Planner,
+            shape: Shape | None = None) -> Suggestion:
     """The gentlest setting for this purpose that fits the machine. Without `data` (no folder yet)
     the length is in steps instead of epochs. Raises UserError for an unknown purpose and where the
     base can't be used."""
     if purpose not in PURPOSES:
         raise UserError("advisor.unknown_purpose", purpose=purpose, known=", ".join(PURPOSES))
     shape = shape or Shape.of(base, machine)
-    planner = planner or planner_of(base, machine, data)
     can = relief.capabilities(machine, shape.weights_mb, shape.family)
     # What one would train with if memory were no matter.
     want = PURPOSES[purpose]
@@ -140,11 +138,10 @@ def suggest(machine: Machine, base: Base, data: Data | None = None, purpose: str
 
     memory = {key: getattr(setting.config, key) for key in _MEMORY_KEYS}
     low_rank = setting.chosen["rank"] > 0
-    course = _course(want, setting.config, data, low_rank, shape)
+    course, course_reasons = _course(want, setting.config, data, low_rank, shape)
     config = setting.config.with_changes(**course)
     reasons = {key: Reason(f"advisor.{name}", params) for key, (name, params) in {
-        **_memory_reasons(purpose, config, setting, wish, shape),
-        **_course_reasons(config, course, data, low_rank)}.items()}
+        **_memory_reasons(purpose, config, setting, wish, shape), **course_reasons}.items()}
     score = (int(fits), int(relief.fits(setting.plan)),
              *(-option for option in reversed(list(setting.chosen.values()))))
     return Suggestion(fits, purpose, memory | course, setting.plan, reasons,
@@ -152,25 +149,10 @@ def suggest(machine: Machine, base: Base, data: Data | None = None, purpose: str
                       relief.room(setting.plan.machine), score)
 
 
-def planner_of(base: Base, machine: Machine, data: Data | None = None) -> Planner:
-    """A planner of configs on this base and machine."""
-    facts = data or Data()
-    # A bucket holds for the resolution that it was found at. In smaller ones there is none of that
-    # size, and the largest possible bucket is planned.
-
-    def planned(config: TrainConfig) -> Plan:
-        bucket, area = facts.bucket, size_of(config.max_resolution)
-        if bucket and area and bucket[0] * bucket[1] > area[0] * area[1]:
-            return plan.plan_run(config, base, machine, replace(facts, bucket=None))
-        return plan.plan_run(config, base, machine, facts)
-    return planned
-
-
-def nearest_fit(config: TrainConfig, base: Base, machine: Machine, data: Data | None = None,
-                planner: Planner | None = None) -> tuple[dict[str, Any], Plan] | None:
+def nearest_fit(config: TrainConfig, base: Base, machine: Machine, planner: Planner
+                ) -> tuple[dict[str, Any], Plan] | None:
     """The gentlest changes that make a config fit with its margin; ({}, plan) where it does,
     None where nothing helps (half the resolution included)."""
-    planner = planner or planner_of(base, machine, data)
     shape = Shape.of(base, machine)
     can = relief.capabilities(machine, shape.weights_mb, shape.family)
     for sides in (relief.HONEST_SIDES, relief.POOR_SIDES):
@@ -225,21 +207,33 @@ def length(config: TrainConfig, repeats: Sequence[int]) -> Reason | None:
 
 
 def _course(purpose: Purpose, config: TrainConfig, data: Data | None, low_rank: bool,
-            shape: Shape) -> dict[str, Any]:
-    """The config keys of the run's course: its length, learning rate and what goes with them."""
+            shape: Shape) -> tuple[dict[str, Any], Reasons]:
+    """The config keys of the run's course: its length, learning rate and what goes with them; and
+    why they are so."""
     pictures = data.pictures if data else PICTURES
     effective = config.batch_size * config.gradient_accumulation_steps
     total = samples(purpose, pictures, low_rank)
     epochs = ceil(total / pictures)
     updates = epochs * ceil(pictures / effective) if data else ceil(total / effective)
-    return {**({"epochs": epochs} if data else {"max_train_steps": updates}),
-            "learning_rate": learning_rate(effective, config.lora_rank, config.alpha,
-                                           shape.parameters),
-            "lr_scheduler": "cosine",
-            "lr_warmup_steps": min(MOST_WARMUP, round(updates * WARMUP)),
-            "caption_dropout": purpose.dropout,
-            **({} if shape.flow else {"min_snr_gamma": MIN_SNR}),
-            "save_steps": max(1, updates // SAVES)}
+    rate = learning_rate(effective, config.lora_rank, config.alpha, shape.parameters)
+    warmup, saves = min(MOST_WARMUP, round(updates * WARMUP)), max(1, updates // SAVES)
+    looks = epochs if data else round(updates * effective / pictures)
+    length = {"epochs": epochs if data else config.epochs, "pictures": pictures,
+              "updates": updates, "effective": effective, "looks": looks}
+    end = "_low_rank" if low_rank else ""
+    # Config key -> value, sentence and its parameters.
+    course: dict[str, tuple[Any, str, Mapping[str, Any]]] = {
+        **({"epochs": (epochs, f"epochs{end}", length)} if data
+           else {"max_train_steps": (updates, f"steps{end}", length)}),
+        "learning_rate": (rate, "rate", {"rate": f"{rate:g}", "effective": effective}),
+        "lr_scheduler": ("cosine", "scheduler", {}),
+        "lr_warmup_steps": (warmup, "warmup", {"steps": warmup}),
+        "caption_dropout": (purpose.dropout, "dropout", {"share": f"{purpose.dropout:.0%}"}),
+        **({} if shape.flow else {
+            "min_snr_gamma": (MIN_SNR, "min_snr", {"gamma": f"{MIN_SNR:g}"})}),
+        "save_steps": (saves, "saves", {"steps": saves, "count": SAVES})}
+    return ({key: value for key, (value, _, _) in course.items()},
+            {key: (sentence, params) for key, (_, sentence, params) in course.items()})
 
 
 # --- the answer with its reasons ---
@@ -264,52 +258,28 @@ def _memory_reasons(purpose: str, config: TrainConfig, setting: relief.Setting, 
              "effective": effective, **why("batch")}
     side = relief.side_of(config, shape.native)
     share = 100 * setting.plan.parameters / max(1, setting.plan.base_parameters)
-    resolution = ("lower" if 2 * side * side >= shape.native ** 2 else "poor") if (
-        side < shape.native) else "native"
+    resolution = ("native" if side >= shape.native
+                  else "lower" if 2 * side * side >= shape.native ** 2 else "poor")
+    lowered = "rank" in given_up or config.lora_rank < wish.lora_rank
+    whole, on = config.batch_size == effective, "on" if config.gradient_checkpointing else "off"
     return {
-        "max_resolution": (f"resolution_{resolution}",
-                           {"side": side, "native": shape.native, **why("resolution")}),
-        "batch_size": ("batch_whole" if config.batch_size == effective else "batch_part", split),
-        "gradient_accumulation_steps": (
-            "accumulation_none" if config.batch_size == effective else "accumulation", split),
-        "lora_rank": ("rank_lowered" if "rank" in given_up or config.lora_rank < wish.lora_rank
-                      else f"rank_{purpose}",
-                      {"rank": config.lora_rank, "usual": wish.lora_rank, **why("rank")}),
+        "max_resolution": (f"resolution_{resolution}", {
+            "side": side, "native": shape.native, **why("resolution")}),
+        "batch_size": ("batch_whole" if whole else "batch_part", split),
+        "gradient_accumulation_steps": ("accumulation_none" if whole else "accumulation", split),
+        "lora_rank": ("rank_lowered" if lowered else f"rank_{purpose}", {
+            "rank": config.lora_rank, "usual": wish.lora_rank, **why("rank")}),
         "lora_alpha": ("alpha", {}),
-        "target_modules": ("targets" if shape.parameters >= SMALL_BASE else "targets_small",
-                           {"count": f"{setting.plan.parameters / 1e6:.1f}",
-                            "share": f"{share:.2g}"}),
+        "target_modules": ("targets" if shape.parameters >= SMALL_BASE else "targets_small", {
+            "count": f"{setting.plan.parameters / 1e6:.1f}", "share": f"{share:.2g}"}),
         "precision": (f"precision_{'lowered' if 'precision' in given_up else config.precision}",
                       {"precision": config.precision, **why("precision")}),
         "base_precision": (f"base_{config.base_precision}", why("base")),
-        "gradient_checkpointing": (
-            f"checkpointing_{'on' if config.gradient_checkpointing else 'off'}",
-            why("checkpointing")),
+        "gradient_checkpointing": (f"checkpointing_{on}", why("checkpointing")),
         "offload": ("offload" if config.offload else "offload_none",
                     {"share": f"{config.offload:.0%}", **why("offload")}),
         "optimizer": (f"optimizer_{config.optimizer}", why("optimizer")),
         "cache_batch_size": ("cache_batch", {"count": config.cache_batch_size})}
-
-
-def _course_reasons(config: TrainConfig, course: Mapping[str, Any], data: Data | None,
-                    low_rank: bool) -> Reasons:
-    pictures = data.pictures if data else PICTURES
-    effective = config.batch_size * config.gradient_accumulation_steps
-    updates = config.max_train_steps or config.epochs * ceil(pictures / effective)
-    length = {"epochs": config.epochs, "pictures": pictures, "updates": updates,
-              "effective": effective,
-              "looks": config.epochs if data else round(updates * effective / pictures)}
-    end = "_low_rank" if low_rank else ""
-    return {
-        "epochs" if data else "max_train_steps": (
-            f"epochs{end}" if data else f"steps{end}", length),
-        "learning_rate": ("rate", {"rate": f"{config.learning_rate:g}", "effective": effective}),
-        "lr_scheduler": ("scheduler", {}),
-        "lr_warmup_steps": ("warmup", {"steps": config.lr_warmup_steps}),
-        "caption_dropout": ("dropout", {"share": f"{config.caption_dropout:.0%}"}),
-        **({"min_snr_gamma": ("min_snr", {"gamma": f"{config.min_snr_gamma:g}"})}
-           if "min_snr_gamma" in course else {}),
-        "save_steps": ("saves", {"steps": course["save_steps"], "count": SAVES})}
 
 
 def _notes(fits: bool, planned: Plan, needs_mb: float, config: TrainConfig, shape: Shape
@@ -360,12 +330,12 @@ def _limit(machine: Machine) -> float:
     return relief.room(machine) * (1 - plan.MARGIN)
 
 
-def as_dict(suggestion: Suggestion) -> dict[str, Any]:
-    """The suggestion for --json, its reasons as text."""
+def as_dict(suggestion: Suggestion, lang: str | None = None) -> dict[str, Any]:
+    """The suggestion for --json and the window, its reasons as text."""
     return {"fits": suggestion.fits, "verdict": relief.verdict(suggestion.plan),
             "purpose": suggestion.purpose, "values": dict(suggestion.values),
             "needs_mb": round(suggestion.needs_mb, 1), "room_mb": round(suggestion.room_mb, 1),
-            "reasons": {key: reason.text() for key, reason in suggestion.reasons.items()},
-            "notes": [note.text() for note in suggestion.notes],
+            "reasons": {key: reason.text(lang) for key, reason in suggestion.reasons.items()},
+            "notes": [note.text(lang) for note in suggestion.notes],
             "plan": plan.as_dict(suggestion.plan)}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -47,7 +47,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts live and peak bytes of the tensors made while it is on. Weights of `known` modules are
     not counted: they were there before."""
 
-    def __init__(self, kind: Kind, known: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, kind: Kind, known: Iterable[nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._kind, self._grain = kind, GRAIN[kind]
@@ -76,8 +76,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not isinstance(tensor, Tensor):
                 continue
             storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key in self._seen:           # a view
+            if (key := storage._cdata) in self._seen:           # a view
                 continue
             size = -(-storage.nbytes() // self._grain) * self._grain
             self._seen.add(key)
@@ -198,15 +197,12 @@ def _group_norm(x: Tensor, num_groups: int, weight: Tensor | None = None,
 def traced(kernels: DeviceEmulation, known: Iterable[nn.Module]) -> Iterator[StorageTracker]:
     """Within: tensors made on the meta device are counted."""
     tally = StorageTracker(kernels.kind, known)
-    with ExitStack() as stack:
-        stack.enter_context(kernels)
-        stack.enter_context(tally)
+    with kernels, tally:
         yield tally
 
 
-def size_of(module: nn.Module, kind: Kind = "cpu") -> int:
-    """Bytes of a module's weights and buffers, each storage once."""
-    grain = GRAIN[kind]
+def size_of(module: nn.Module) -> int:
+    """Bytes of a module's weights and buffers, each storage once, as the CPU hands them out."""
     sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes()
              for t in (*module.parameters(), *module.buffers())}
-    return sum(-(-size // grain) * grain for size in sizes.values())
+    return sum(-(-size // GRAIN["cpu"]) * GRAIN["cpu"] for size in sizes.values())

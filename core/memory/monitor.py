@@ -59,11 +59,8 @@ class NvmlReader:
         self.reader = gpu.Reader().open()
 
     def read(self) -> Reading:
-        state = self.reader.poll(self.card)
-        ours = state.ours_mb
-        if ours is None and self.held is not None:
-            ours = self.held()
-        others = None
+        state, others = self.reader.poll(self.card), None
+        ours = self.held() if state.ours_mb is None and self.held is not None else state.ours_mb
         if ours is not None and state.total_mb is not None and state.free_mb is not None:
             others = max(0.0, state.total_mb - state.free_mb - ours)
         return Reading(

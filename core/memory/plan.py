@@ -12,7 +12,7 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,12 +28,8 @@ from core.memory import history
 from core.memory.trace_keys import adapter_settings, rule_settings, text_settings
 from core.serialization import from_json
 from core.system.machine import MB
-from core.weights.precision_rules import (
-    base_settings,
-    eight_bit,
-    encoder_settings,
-    numbers_for,
-)
+from core.weights import precision_rules
+from core.weights.precision_rules import base_settings
 
 VERSION = 6                             # of the traces; raise it when tracing changes
 Kind = Literal["cuda", "mps", "cpu"]
@@ -114,12 +110,11 @@ class Plan:
     def phase(self, name: str) -> Phase:
         return next(phase for phase in self.phases if phase.name == name)
 
-    def verdict(self, memory_mb: float | None = None, margin: float = MARGIN) -> Verdict:
+    def verdict(self, memory_mb: float | None = None) -> Verdict:
         """Against `memory_mb`, else what is free on the machine."""
         room = self.machine.free_mb if memory_mb is None else memory_mb
-        if self.needs_mb > room:
-            return "too_big"
-        return "fits" if self.needs_mb <= room * (1 - margin) else "tight"
+        return ("too_big" if self.needs_mb > room
+                else "fits" if self.needs_mb <= room * (1 - MARGIN) else "tight")
 
 
 # --- the plan ---
@@ -161,20 +156,29 @@ def plan_run(config: TrainConfig, base: Base, machine: Machine, data: Data | Non
     lora = step["parameters"] * (4 if config.save_precision == "fp32" else 2)
     checkpoints = config.keep_checkpoints + 1 if config.keep_checkpoints else 10
     state = step["adapter"] * (2 if config.ema_decay else 1) + step["optimizer"] + lora
-    outside, learned = _outside(machine, max(phase.mb for phase in phases), host)
+    # What is held besides tensors: this machine's own runs tell it best.
+    tensors = max(phase.mb for phase in phases)
+    overhead = None if machine.kind == "cpu" else history.overhead(machine.name)
+    if machine.kind == "cpu":
+        outside = {"process": PROCESS_MB["cpu"], **host}
+    elif overhead is not None:
+        outside = {"context": CONTEXT_MB, "allocator": overhead * tensors}
+    else:
+        outside = {"context": CONTEXT_MB, "workspace": WORKSPACE_MB,
+                   "fragments": FRAGMENTS * tensors}
     return Plan(
         machine=machine, phases=phases, outside=outside, bucket=bucket,
-        ram=_ram(machine, phases, facts, texts, host),
+        ram=_ram(machine, tensors, facts, texts, host),
         disk={"cache": host["dataset"] if config.cache_to_disk else 0.0,
               "checkpoints": checkpoints * state / MB, "lora": lora / MB},
         parameters=int(step["parameters"]), base_parameters=int(facts["denoiser_parameters"]),
-        learned=learned)
+        learned=overhead is not None)
 
 
 def numbers_of(precision: str, machine: Machine, family: str) -> dict[str, str]:
     """The number formats of a run of this family on this machine."""
-    return numbers_for(precision, machine.kind, machine.capability,
-                       families.outgrows_fp16(family))
+    return precision_rules.numbers_for(precision, machine.kind, machine.capability,
+                                       families.outgrows_fp16(family))
 
 
 def step_settings(config: TrainConfig, machine: Machine, bucket: tuple[int, int],
@@ -189,7 +193,8 @@ def step_settings(config: TrainConfig, machine: Machine, bucket: tuple[int, int]
             "accumulating": config.gradient_accumulation_steps > 1,
             **adapter_settings(config), **base_settings(config, machine.kind),
             **_longer(data.chunks if data else 1),
-            **({"eight_bit": True} if eight_bit(config, machine.kind) else rule_settings(config)),
+            **({"eight_bit": True} if precision_rules.eight_bit(config, machine.kind)
+               else rule_settings(config)),
             **({"text": text_settings(config)} if config.trains_text else {})}
 
 
@@ -201,14 +206,14 @@ def _encoders(config: TrainConfig, machine: Machine, facts: Mapping[str, float]
               ) -> dict[str, Any]:
     """How the text encoders are kept. The size of the room for them matters to a trace only where
     they don't fit into it: all larger ones share a key."""
-    settings = encoder_settings(config, machine.kind, machine.total_mb)
+    settings = precision_rules.encoder_settings(config, machine.kind, machine.total_mb)
     size = facts["encoder_int8" if "quantization" in settings else "encoder"]
     budget = settings.pop("vram_budget", None)
     return settings | ({} if budget is None or size <= budget else {"vram_budget": 0.0})
 
 
-def _beside(config: TrainConfig, facts: Mapping[str, float],
-            step: Mapping[str, float]) -> dict[str, float]:
+def _beside(config: TrainConfig, facts: Mapping[str, float], step: Mapping[str, float]
+            ) -> dict[str, float]:
     """What some runs hold from the first step to the proof, in bytes."""
     sizes = {"text_encoder": facts["text"] if config.trains_text else 0.0,
              "average": step["gradients"] if config.ema_decay else 0.0,
@@ -226,23 +231,24 @@ def _drawing(config: TrainConfig, base: Base, numbers: dict[str, str], machine: 
     if config.sample_prompts:
         size = size_of(config.sample_size) or (native, native)
         drawings["preview"] = (size, 1 if _unguided(config, base) else 2)
-    targets = step_settings(config, machine, (0, 0))["targets"]
-    kept = base_settings(config, machine.kind)
+
+    def peak(size: tuple[int, int], batch: int, **more: Any) -> float:
+        targets = step_settings(config, machine, (0, 0))["targets"]
+        return ask("draw", base, numbers, kind=machine.kind, width=size[0], height=size[1],
+                   batch=batch, rank=config.lora_rank, targets=targets,
+                   **base_settings(config, machine.kind), **more)["peak"]
+
+    longest = _longer(max(data.chunks, data.drawn_chunks))
     for name, (size, batch) in drawings.items():
-        drawn = ask("draw", base, numbers, kind=machine.kind, width=size[0], height=size[1],
-                    batch=batch, rank=config.lora_rank, targets=targets, **kept,
-                    **_longer(max(data.chunks, data.drawn_chunks)), **adapter_settings(config))
         # The optimizer stays meanwhile, the gradients don't.
-        yield _phase(name, denoiser=facts["denoiser"], vae=facts["vae"],
-                     adapter=step["adapter"], optimizer=step["optimizer"],
-                     activations=drawn["peak"], **_beside(config, facts, step))
+        yield _phase(name, denoiser=facts["denoiser"], vae=facts["vae"], adapter=step["adapter"],
+                     optimizer=step["optimizer"],
+                     activations=peak(size, batch, **longest, **adapter_settings(config)),
+                     **_beside(config, facts, step))
     # Before the training there is neither adapter nor optimizer.
     if config.reg_from_base:
-        drawn = ask("draw", base, numbers, kind=machine.kind, width=bucket[0], height=bucket[1],
-                    batch=1 if _unguided(config, base) else 2, rank=config.lora_rank,
-                    targets=targets, **kept)
         yield _phase("regular", denoiser=facts["denoiser"], vae=facts["vae"],
-                     activations=drawn["peak"])
+                     activations=peak(bucket, 1 if _unguided(config, base) else 2))
 
 
 def _unguided(config: TrainConfig, base: Base) -> bool:
@@ -251,24 +257,12 @@ def _unguided(config: TrainConfig, base: Base) -> bool:
     return distilled.drawing(config.sample_cfg, 1, 2.0, 1, few)[0] <= 1
 
 
-def _outside(machine: Machine, tensors: float, host: Mapping[str, float]
-             ) -> tuple[dict[str, float], bool]:
-    """What is held besides tensors, in MiB; True where this machine's own runs showed it."""
-    if machine.kind == "cpu":
-        return {"process": PROCESS_MB["cpu"], **host}, False
-    learned = history.overhead(machine.name)
-    if learned is not None:
-        return {"context": CONTEXT_MB, "allocator": learned * tensors}, True
-    return {"context": CONTEXT_MB, "workspace": WORKSPACE_MB,
-            "fragments": FRAGMENTS * tensors}, False
-
-
-def _ram(machine: Machine, phases: Sequence[Phase], facts: Mapping[str, float],
+def _ram(machine: Machine, tensors: float, facts: Mapping[str, float],
          texts: Mapping[str, float], host: Mapping[str, float]) -> dict[str, float]:
     """The host's RAM in MiB. On the CPU everything is there."""
     process = {"process": PROCESS_MB[machine.kind], **host}
     if machine.kind == "cpu":
-        return process | {"tensors": max(phase.mb for phase in phases), "loading": READ_MB}
+        return process | {"tensors": tensors, "loading": READ_MB}
     waiting, encoder = facts["waiting"] / MB, texts["waiting"] / MB
     # Weights go from a mapped file to where they stay. Where some wait in pinned RAM, all of them
     # pass through ordinary RAM.

@@ -5,6 +5,7 @@ Cheap facts only, no torch: 10,000 pictures are weighed in seconds, none is deco
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 import sys
@@ -53,9 +54,8 @@ def base_of(name: str, family: str = "auto") -> Base:
         return Base.of(path, family)
     if name in families.SPECS:
         return Base.of(_shapes(name), name)
-    close = i18n.nearest(name, [*families.SPECS, "demo"], 1)
     raise UserError("plan.no_base", base=name, folder=Path.cwd(), known=", ".join(families.SPECS),
-                    nearest=close[0] if close else "demo")
+                    nearest=(i18n.nearest(name, [*families.SPECS, "demo"], 1) or ["demo"])[0])
 
 
 def _shapes(family: str) -> Path:
@@ -65,13 +65,9 @@ def _shapes(family: str) -> Path:
     files = [(path, path.relative_to(configs)) for path in configs.rglob("*.json")]
     # Families that read with CLIP first and bring no tokenizer take the demo base's: it is CLIP's.
     if b'"clip_text_model"' in (configs / "text_encoder" / "config.json").read_bytes():
-        if (configs / "tokenizer").is_dir():
-            files += [(path, path.relative_to(configs))
-                      for path in (configs / "tokenizer").iterdir() if path.suffix != ".json"]
-        else:
-            demo = paths.DEMO / "base"
-            files += [(path, path.relative_to(demo)) for path in (demo / "tokenizer").iterdir()]
-    for path, inner in files:
+        source = configs if (configs / "tokenizer").is_dir() else paths.DEMO / "base"
+        files += [(path, path.relative_to(source)) for path in (source / "tokenizer").iterdir()]
+    for path, inner in dict(files).items():
         if not (folder / inner).exists():
             with paths.atomic(folder / inner) as fresh:
                 shutil.copyfile(path, fresh)
@@ -143,17 +139,12 @@ def heaviest_batch(assigned: Iterable[Size], repeats: Iterable[int],
     return largest, filled[largest]
 
 
-def base_sizes(base: Base, where: Machine) -> dict[str, float]:
-    """What core.memory.traces.base traces of this base."""
-    return plan.ask("base", base, plan.numbers_of("auto", where, base.family))
-
-
 class BatchPlanner:
     """A planner (core.memory.relief) that buckets the pictures anew for each config."""
 
     def __init__(self, base: Base, where: Machine, pictures: Pictures | None = None) -> None:
         self.base, self.machine, self.pictures = base, where, pictures
-        self.facts = base_sizes(base, where)
+        self.facts = plan.ask("base", base, plan.numbers_of("auto", where, base.family))
 
     def data(self, config: TrainConfig) -> Data | None:
         return (data_of(config, self.pictures, self.facts, self.base.family) if self.pictures
@@ -198,8 +189,7 @@ def _is_rotated(image: Image.Image) -> bool:
     # to be decoded.
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return False
-    try:
+    with contextlib.suppress(Exception):        # broken EXIF; the picture itself is fine
         return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    except Exception:                   # broken EXIF; the picture itself is fine
-        return False
+    return False
 

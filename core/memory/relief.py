@@ -8,7 +8,6 @@ torch, since the window asks as well.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -92,15 +91,9 @@ def capabilities(machine: Machine, weights_mb: float = 0.0, family: str = "") ->
         # Half of the free RAM at most: the other half stays with the system and its programs.
         most = machine.ram_mb / 2 if machine.ram_mb else float("inf")
         offloads = tuple(share for share in OFFLOADS if share * weights_mb <= most)
-    eight = machine.kind == "cuda" and _has("bitsandbytes")
-    return Capabilities(half=half, full=usual == "fp32",
-                        optimizers=("adamw", "adamw8bit") if eight else ("adamw",),
+    eight = machine.kind == "cuda" and find_spec("bitsandbytes") is not None
+    return Capabilities(half, usual == "fp32", ("adamw", "adamw8bit") if eight else ("adamw",),
                         offloads=offloads)
-
-
-@functools.cache
-def _has(package: str) -> bool:
-    return find_spec(package) is not None
 
 
 def room(machine: Machine) -> float:
@@ -112,9 +105,8 @@ def room(machine: Machine) -> float:
 
 def verdict(plan: Plan) -> Verdict:
     """Whether the plan fits; "tight" where it fits now, but another program may end that."""
-    if plan.needs_mb > plan.machine.free_mb:
-        return "too_big"
-    return "fits" if plan.needs_mb <= room(plan.machine) * (1 - MARGIN) else "tight"
+    return ("too_big" if plan.needs_mb > plan.machine.free_mb
+            else "fits" if plan.needs_mb <= room(plan.machine) * (1 - MARGIN) else "tight")
 
 
 def fits(plan: Plan) -> bool:
@@ -134,11 +126,7 @@ def knobs(config: TrainConfig, can: Capabilities, native: int, step: int,
     batches = [{"batch_size": n, "gradient_accumulation_steps": times * batch // n}
                for n in range(batch - 1, 0, -1) if batch % n == 0]
 
-    # Half the rank with the same alpha / rank, so that the learning rate stays right.
     rank = max(LEAST_RANK, config.lora_rank // 2)
-    alpha = {} if config.lora_alpha is None else {
-        "lora_alpha": config.lora_alpha * rank / config.lora_rank}
-
     width, height = size_of(config.max_resolution) or (native, native)
     sizes = [tuple(max(step, int(side * share) // step * step) for side in (width, height))
              for share in sides]
@@ -157,9 +145,16 @@ def knobs(config: TrainConfig, can: Capabilities, native: int, step: int,
         "base": [{"base_precision": name}
                  for name in _after(can.base_precisions, config.base_precision)],
         "offload": [{"offload": share} for share in can.offloads if share > config.offload],
-        "rank": [{"lora_rank": rank, **alpha}] if rank < config.lora_rank else [],
+        "rank": [with_rank(config, rank)] if rank < config.lora_rank else [],
         "resolution": [{"max_resolution": f"{wide},{high}"} for wide, high in smaller]}
     return tuple(Knob(name, ({}, *options[name])) for name in BEFORE_A_RUN)
+
+
+def with_rank(config: TrainConfig, rank: int) -> dict[str, Any]:
+    """Another rank with the same alpha / rank, so that the learning rate stays right."""
+    alpha = {} if config.lora_alpha is None else {
+        "lora_alpha": config.lora_alpha * rank / config.lora_rank}
+    return {"lora_rank": rank, **alpha}
 
 
 def config_changes(before: TrainConfig, after: TrainConfig) -> dict[str, Any]:
@@ -219,8 +214,7 @@ def _harsher(most: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     yield (0,) * len(most)
     for place, last in enumerate(most):
         for option in range(1 if last <= 2 else last, last + 1):
-            if option:
-                yield (*most[:place], option, *(0,) * (len(most) - place - 1))
+            yield (*most[:place], option, *(0,) * (len(most) - place - 1))
 
 
 class _Tries:

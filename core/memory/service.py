@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,9 @@ def sizes_beside(base: Base) -> dict[str, float]:
     Raises UserError where the base can't be read."""
     if (known := plan.known_sizes(base)) is not None:
         return known
-    question = json.dumps({"sizes": str(base.source), "family": base.family}) + "\n"
+    question = json.dumps({"sizes": str(base.source), "family": base.family})
     done = subprocess.run(
-        processes.command("plan-service"), input=question, env=processes.environment(),
+        processes.command("plan-service"), input=f"{question}\n", env=processes.environment(),
         capture_output=True, encoding="utf-8", timeout=LONGEST_S, check=False,
         creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
     reply = json.loads(done.stdout or "{}")
@@ -98,9 +99,9 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     if pictures:
         reply["updates"] = updates(config, pictures)
         if reason := advisor.length(config, pictures.repeats):
-            reply["length"] = {"key": reason.key, "params": dict(reason.params)}
+            reply["length"] = asdict(reason)
     if verdict != "fits":
-        nearest = advisor.nearest_fit(config, base, machine, planner.data(config), planner)
+        nearest = advisor.nearest_fit(config, base, machine, planner)
         reply["nearest"] = nearest and {"changes": nearest[0],
                                         "needs_mb": round(nearest[1].needs_mb, 1)}
     if symptom := question.get("symptom"):
@@ -108,19 +109,12 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
         can = relief.capabilities(machine, shape.weights_mb, shape.family)
         facts = troubleshooting.Facts(planner, can, shape.native, shape.step,
                                       question.get("updates", 0), question.get("best_step", 0))
-        return {"remedies": [
-            {"key": advice.key, "params": dict(advice.params), "changes": dict(advice.changes),
-             "saves_mb": advice.saves_mb}
-            for advice in troubleshooting.answer(symptom, config, planned, facts)]}
+        return {"remedies": [asdict(advice) for advice in troubleshooting.answer(
+            symptom, config, planned, facts)]}
     if question.get("suggest"):
-        lang = question.get("language")
         suggestion = advisor.suggest(machine, base, planner.data(config), question["purpose"],
                                      planner)
-        reply["suggestion"] = {
-            "fits": suggestion.fits, "values": dict(suggestion.values),
-            "needs_mb": suggestion.needs_mb,
-            "reasons": {key: reason.text(lang) for key, reason in suggestion.reasons.items()},
-            "notes": [note.text(lang) for note in suggestion.notes]}
+        reply["suggestion"] = advisor.as_dict(suggestion, question.get("language"))
     return reply
 
 

@@ -32,14 +32,14 @@ from core.weights.precision import DTYPES, Precision, quantize_and_offload_
 from core.weights.quantization import Frozen, Quantization
 
 Figures = dict[str, float]
-SIZES_ONLY = {"weights": "fp32", "compute": "fp32", "vae": "fp32"}
+SIZES_ONLY = dict.fromkeys(("weights", "compute", "vae"), "fp32")
 ADAM_STATES = 2                             # fp32 numbers per weight: first and second moment
 
 
 def base(base: Base, numbers: dict[str, str]) -> Figures:
     """Weights of each part, and the base's own sizes."""
     family, parts = _skeleton(base, numbers)
-    small = family.skeleton(base.source, replace(_precision(numbers), quantization="int8"),
+    small = family.skeleton(base.source, replace(Precision.of(META, numbers), quantization="int8"),
                             frozenset({"text"}))
     encoders, eight = ([size_of(m) for m in loaded.text.values() if isinstance(m, torch.nn.Module)]
                        for loaded in (parts, small))
@@ -52,7 +52,7 @@ def base(base: Base, numbers: dict[str, str]) -> Figures:
 
 def sizes(base: Base, numbers: dict[str, str]) -> Figures:
     """The base's own sizes alone: no module is made."""
-    parts = families.get(base.family).load(base.source, _precision(SIZES_ONLY), frozenset())
+    parts = families.get(base.family).load(base.source, Precision.of(META, SIZES_ONLY), frozenset())
     return {"native": parts.native_size, "step": parts.bucket_step}
 
 
@@ -70,7 +70,8 @@ def texts(base: Base, numbers: dict[str, str], kind: Kind, batch: int,
     `waiting`: in RAM, the most; `embedding`: what one caption takes in the cache."""
     family = families.get(base.family)
     compute, most, away, row = DTYPES[numbers["compute"]], (0, 0), 0, 0
-    precision = replace(_precision(numbers), quantization=quantization, vram_budget=vram_budget)
+    precision = replace(Precision.of(META, numbers), quantization=quantization,
+                        vram_budget=vram_budget)
     # One encoder after the other, as the engine loads them.
     for encoder in family.spec.encoders:
         parts = family.skeleton(base.source, precision, frozenset({encoder}))
@@ -128,7 +129,7 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
     learner = None
     if text:
         config = config.with_changes(**text, trigger_word="x")
-        learner = TextTraining(config, family, parts, _precision(numbers), kernels.autocast)
+        learner = TextTraining(config, family, parts, Precision.of(META, numbers), kernels.autocast)
         parameters = [*parameters, *learner.parameters]
     if checkpointing:
         parts.denoiser.enable_gradient_checkpointing(kernels.checkpoint)
@@ -142,11 +143,11 @@ def step(base: Base, numbers: dict[str, str], kind: Kind, width: int, height: in
     _learn_order(family, parts, latents, cond)
     encoders = learner.models.values() if learner else ()
     with traced(kernels, [parts.denoiser, *encoders]) as tally:
-        inputs = latents.clone(), (learner.cond([_text(chunks)] * batch) if learner else
-                                   {k: v.clone() for k, v in cond.items()})
+        inputs = latents.clone()
+        cond = (learner.cond([_text(chunks)] * batch) if learner
+                else {k: v.clone() for k, v in cond.items()})
         draw = Draw(torch.empty_like(latents), _times(parts, batch))
-        losses = diffusion.losses(family, parts.denoiser, inputs[0], draw, inputs[1],
-                                  kernels.autocast)
+        losses = diffusion.losses(family, parts.denoiser, inputs, draw, cond, kernels.autocast)
         torch.autograd.backward([losses.sum() / batch])
     stepping = 0
     if eight_bit:
@@ -198,12 +199,8 @@ TRACES: dict[str, Callable[..., Figures]] = {
 
 def _skeleton(base: Base, numbers: dict[str, str], *only: Part) -> tuple[Family, Parts]:
     family = families.get(base.family)
-    return family, family.skeleton(base.source, _precision(numbers), frozenset(only) or ALL_PARTS)
-
-
-def _precision(numbers: dict[str, str]) -> Precision:
-    return Precision(device=META, weights=DTYPES[numbers["weights"]],
-                     compute=DTYPES[numbers["compute"]], vae=DTYPES[numbers["vae"]])
+    return family, family.skeleton(base.source, Precision.of(META, numbers),
+                                   frozenset(only) or ALL_PARTS)
 
 
 def _as_on(model: torch.nn.Module, kind: Kind) -> None:
@@ -215,8 +212,7 @@ def _as_on(model: torch.nn.Module, kind: Kind) -> None:
 
 def _learn_order(family: Family, parts: Parts, latents: Tensor, cond: Cond) -> None:
     """One pass, after which blocks that wait in RAM are fetched ahead of their use."""
-    stage = stage_of(parts.denoiser)
-    if stage is None:
+    if (stage := stage_of(parts.denoiser)) is None:
         return
     t = _times(parts, len(latents))
     with torch.no_grad():
@@ -270,8 +266,7 @@ def _inputs(base: Base, family: Family, parts: Parts, numbers: dict[str, str], w
 @functools.lru_cache(8)
 def _embedding(base: Base, weights: str, chunks: int) -> Cond:
     """The embedding of one caption, (1, ...), on meta tensors."""
-    family, parts = _skeleton(base, {"weights": weights, "compute": weights, "vae": weights},
-                              "text")
+    family, parts = _skeleton(base, dict.fromkeys(("weights", "compute", "vae"), weights), "text")
     parts.reading = Reading(CHUNK * chunks)
     with torch.no_grad():
         return family.encode_text(parts, [_text(chunks)])

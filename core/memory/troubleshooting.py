@@ -99,10 +99,7 @@ def out_of_memory(order: Sequence[str], config: TrainConfig, plan: Plan | None, 
     by_name = {knob.name: knob.options[1:] for knob in knobs}
     # The batch goes down to 2 at once, everything else by one step.
     by_name["batch"] = tuple(o for o in by_name["batch"] if o["batch_size"] <= 2)
-    for name in order:
-        if not by_name[name]:
-            continue
-        changes = by_name[name][0]
+    for name, changes in ((name, by_name[name][0]) for name in order if by_name[name]):
         if plan and planner:
             saves = plan.needs_mb - planner(config.with_changes(**changes)).needs_mb
             if saves < min(WORTH_MB, WORTH * plan.needs_mb):
@@ -131,9 +128,7 @@ def weak(config: TrainConfig, plan: Plan | None, facts: Facts) -> Iterator[Advic
         yield _advice(config, "alpha", {"lora_alpha": float(config.lora_rank)})
     rank = min(max(16, config.lora_rank * 2), MOST_RANK)
     if rank > config.lora_rank:
-        alpha = {} if config.lora_alpha is None else {
-            "lora_alpha": config.lora_alpha * rank / config.lora_rank}
-        yield _advice(config, "more_rank", {"lora_rank": rank, **alpha})
+        yield _advice(config, "more_rank", relief.with_rank(config, rank))
     yield _advice(config, "longer", _length(config, LONGER))
     if config.target_modules == "attention":
         yield _advice(config, "more_layers", {"target_modules": "attention+ff"})

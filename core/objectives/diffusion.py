@@ -37,8 +37,6 @@ def create(parts: Parts, config: TrainConfig, device: torch.device | str = "cpu"
 class Diffusion:
     """The noise schedule of a base, with the target and the weight of each timestep."""
 
-    times = torch.int64                     # dtype of a draw's timesteps
-
     def __init__(self, parts: Parts, config: TrainConfig | None = None,
                  device: torch.device | str = "cpu") -> None:
         self.config = config = config or TrainConfig()
@@ -114,9 +112,7 @@ class Diffusion:
             errors = torch.where(away < delta, away.square(), delta * (2 * away - delta))
             if self.config.loss_type != "huber":
                 errors = errors / delta
-        if weights is not None:
-            errors = errors * weights
-        errors = errors.mean((1, 2, 3))
+        errors = (errors if weights is None else errors * weights).mean((1, 2, 3))
         return errors * self.weights[t] if self.weighted else errors
 
 
@@ -148,14 +144,12 @@ def huber_deltas(alphas: Tensor, config: TrainConfig) -> Tensor:
     `exponential` falls from 1 to huber_c, `snr` from 1 at no noise to huber_c at noise alone.
     """
     c, steps = config.huber_c, len(alphas)
-    match config.huber_schedule:
-        case "exponential":
-            return c ** (torch.arange(steps, dtype=torch.float64) / steps)
-        case "snr":
-            sigmas = ((1 - alphas) / alphas.clamp(min=1e-12)).sqrt()
-            return (1 - c) / (1 + sigmas) ** 2 + c
-        case "constant":
-            return torch.full_like(alphas, c)
+    if config.huber_schedule == "exponential":
+        return c ** (torch.arange(steps, dtype=torch.float64) / steps)
+    if config.huber_schedule == "snr":
+        sigmas = ((1 - alphas) / alphas.clamp(min=1e-12)).sqrt()
+        return (1 - c) / (1 + sigmas) ** 2 + c
+    return torch.full_like(alphas, c)
 
 
 def loss_weights(alphas: Tensor, config: TrainConfig, kind: Objective) -> Tensor:

@@ -57,7 +57,6 @@ class Flow:
     """
 
     kind = "flow"
-    times = torch.float32                   # dtype of a draw's timesteps
 
     def __init__(self, sampling: TimestepSampling, noise_offset: float = 0.0,
                  numbers: torch.dtype = torch.float32) -> None:

@@ -48,8 +48,7 @@ def pyramid(noise: Tensor, iterations: int, discount: float, generator: torch.Ge
 
     The sum is scaled back to a deviation of 1.
     """
-    height, width = noise.shape[1:]
-    scale = 1.0
+    (height, width), scale = noise.shape[1:], 1.0
     for level in range(1, iterations + 1):
         # Each level is two to four times smaller than the one before.
         scale *= 2 + 2 * float(torch.rand((), generator=generator))

@@ -71,8 +71,7 @@ def create(config: TrainConfig, parameters: Groups,
     if config.optimizer == "prodigy" and config.learning_rate < _SMALL_FOR_PRODIGY and emit:
         emit(Note(key="engine.prodigy_rate", params={"rate": config.learning_rate}))
     kind = _class_of(config.optimizer)
-    takes = inspect.signature(kind).parameters
-    optimizer = _make(kind, groups, config, _options(config, takes)
+    optimizer = _make(kind, groups, config, _options(config, inspect.signature(kind).parameters)
                       | _FIXED.get(config.optimizer, {}))
     _training(optimizer, True)
     return optimizer
@@ -110,20 +109,19 @@ def _class_of(name: str) -> type[torch.optim.Optimizer]:
     module, _, leaf = _CLASSES.get(name, name).rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), leaf)
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+            return kind
+        reason = f"{name}: {type(kind)}"
     except (ImportError, AttributeError) as error:
-        raise UserError("engine.no_optimizer", optimizer=name, reason=error,
-                        fixes=[Fix("fixes.adamw", {"optimizer": "adamw"})]) from None
-    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-        raise UserError("engine.no_optimizer", optimizer=name, reason=f"{name}: {type(kind)}",
-                        fixes=[Fix("fixes.adamw", {"optimizer": "adamw"})])
-    return kind
+        reason = str(error)
+    raise UserError("engine.no_optimizer", optimizer=name, reason=reason,
+                    fixes=[Fix("fixes.adamw", {"optimizer": "adamw"})])
 
 
 def adamw8bit(parameters: list[Any], options: dict[str, Any]) -> torch.optim.Optimizer:
     """bitsandbytes' AdamW, a package that only CUDA machines have."""
     library: Any = importlib.import_module("bitsandbytes")
-    optimizer: torch.optim.Optimizer = library.optim.AdamW8bit(parameters, **options)
-    return optimizer
+    return library.optim.AdamW8bit(parameters, **options)   # type: ignore[no-any-return]
 
 
 def describe(optimizer: torch.optim.Optimizer) -> str:
@@ -162,8 +160,7 @@ def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def _training(optimizer: Any, on: bool) -> None:
-    switch = getattr(optimizer, "train" if on else "eval", None)
-    if switch:
+    if switch := getattr(optimizer, "train" if on else "eval", None):
         switch()
 
 

@@ -6,6 +6,8 @@ raises; what can't be found out is a finding too.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import locale
 import os
@@ -89,8 +91,8 @@ def examine(base: Path | None = None) -> list[Finding]:
 
 def lines(finding: Finding) -> list[str]:
     """The finding as text for a terminal."""
-    line = f"{MARKS[finding.level]} {finding.text}"
-    return [line, f"     -> {finding.mend}"] if finding.mend else [line]
+    return [f"{MARKS[finding.level]} {finding.text}",
+            *([f"     -> {finding.mend}"] if finding.mend else [])]
 
 
 def as_dict(finding: Finding) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def python() -> Iterator[Finding]:
              "system": platform.platform(terse=True), "bits": 64 if sys.maxsize > 2**32 else 32,
              "oldest": ".".join(map(str, OLDEST_PYTHON))}
     fit = sys.version_info >= OLDEST_PYTHON and facts["bits"] == 64
-    yield Finding("python" if fit else "python_unfit", "ok" if fit else "error", facts)
+    yield Finding("python", params=facts) if fit else Finding("python_unfit", "error", facts)
 
 
 def packages() -> Iterator[Finding]:
@@ -129,9 +131,9 @@ def packages() -> Iterator[Finding]:
     if installed:
         yield Finding("packages", params={"list": ", ".join(installed)})
     if unfit:
-        yield Finding("packages_unfit", "error",
-                      {"list": ", ".join(unfit), "python": sys.executable,
-                       "wanted": " ".join(f'"{requirement}"' for requirement in unfit)})
+        yield Finding("packages_unfit", "error", {
+            "list": ", ".join(unfit), "python": sys.executable,
+            "wanted": " ".join(f'"{requirement}"' for requirement in unfit)})
 
 
 def requirements() -> list[str]:
@@ -153,7 +155,7 @@ def requirements() -> list[str]:
 
 def cards(report: GpuReport) -> Iterator[Finding]:
     if (state := report.state) != "ok":
-        level: Level = ("error" if state in ("mismatch", "no_permission", "broken") else "warning")
+        level: Level = "error" if state in ("mismatch", "no_permission", "broken") else "warning"
         # That there is no NVIDIA card is no fault, unless one is built in.
         if state == "no_library" and not any(
                 chip.vendor == "nvidia" for chip in machine.accelerators()):
@@ -196,32 +198,30 @@ def torch(facts: dict[str, Any], report: GpuReport) -> Iterator[Finding]:
         return
     facts = facts | {"python": sys.executable, "index": TORCH_INDEX, "old": TORCH_INDEX_OLD}
     visible = gpu.visible(report)
-    unfit = [card for card in visible
-             if any(card.capability) and not runs_on(card.capability, facts["archs"])]
     if not visible:
         yield Finding("torch_mps" if facts["mps"] else "torch_cpu", params=facts)
-    elif not facts["cuda"] and not facts["hip"]:
-        yield Finding("torch_without_cuda", "error",
-                      facts | _facts(visible[0]) | {"index": index_for(visible)})
+        return
+    card, built = visible[0], _version(facts["cuda"])
+    about, supported = facts | _facts(card), _version(card.cuda_version)
+    unfit = [card for card in visible
+             if any(card.capability) and not runs_on(card.capability, facts["archs"])]
+    if not facts["cuda"] and not facts["hip"]:
+        yield Finding("torch_without_cuda", "error", about | {"index": index_for(visible)})
     elif not facts["available"]:
-        card = visible[0]
-        built, supported = _version(facts["cuda"])[0], _version(card.cuda_version)[0]
-        params = facts | _facts(card) | {"needed": DRIVERS.get(built, facts["cuda"])}
-        if not 0 < supported < built:
-            yield Finding("torch_no_contact", "error", params)
-        else:
-            # A driver older than torch's generation of CUDA. Torch for the older CUDA has no code
-            # for Blackwell, whose owners need the new driver.
-            yield Finding("driver_old" if card.capability < (10, 0) else "driver_old_new_card",
-                          "error", params)
+        # A driver older than torch's generation of CUDA. Torch for the older CUDA has no code for
+        # Blackwell, whose owners need the new driver.
+        key = ("torch_no_contact" if not 0 < supported[0] < built[0] else "driver_old"
+               if card.capability < (10, 0) else "driver_old_new_card")
+        needed = DRIVERS.get(built[0], facts["cuda"])
+        yield Finding(key, "error", about | {"needed": needed})
     elif unfit:
         key = "torch_too_new" if unfit[0].capability < (7, 5) else "torch_too_old"
         yield Finding(key, "error", facts | _facts(unfit[0]))
     else:
         yield Finding("torch_cuda", params=facts)
         # works within a generation of CUDA, but may lack what is newer than the driver
-        if _version(facts["cuda"]) > _version(visible[0].cuda_version) > (0, 0):
-            yield Finding("driver_minor", params=facts | _facts(visible[0]))
+        if built > supported > (0, 0):
+            yield Finding("driver_minor", params=about)
 
 
 def _version(text: str) -> tuple[int, int]:
@@ -233,17 +233,12 @@ def _version(text: str) -> tuple[int, int]:
 def runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:
     """Whether a card can run a torch that was built for `archs`. Code for sm_XY runs on cards of
     the same major version from X.Y on, compute_XY (PTX) on all later ones."""
-    major, minor = capability
     for arch in archs:
-        kind, _, number = arch.partition("_")
         # sm_90a: code for exactly that card
-        digits = number.rstrip("af")
-        if not digits.isdigit():
-            continue
-        built_for = divmod(int(digits), 10)
-        if kind == "sm" and built_for[0] == major and built_for[1] <= minor:
-            return True
-        if kind == "compute" and built_for <= (major, minor):
+        match = re.fullmatch(r"(sm|compute)_(\d+)[af]*", arch)
+        built_for = divmod(int(match[2]), 10) if match else (99, 0)
+        same_major = built_for[0] == capability[0]
+        if built_for <= capability and (same_major or arch.startswith("compute")):
             return True
     # a torch that doesn't tell: the first kernel will
     return not archs
@@ -287,8 +282,8 @@ def tell_torch(_: Sequence[str] = ()) -> int:
 
 def _facts(card: GpuInfo) -> dict[str, Any]:
     return {"card": card.name, "total": _gb(card.total_mb), "free": _gb(card.free_mb),
-            "driver": card.driver,
-            "capability": ".".join(map(str, card.capability)), "spoken": card.cuda_version or "?",
+            "driver": card.driver, "spoken": card.cuda_version or "?",
+            "capability": ".".join(map(str, card.capability)),
             "temperature": "?" if card.temperature_c is None else f"{card.temperature_c:.0f}",
             "reasons": ", ".join(card.throttled), "laptop": card.laptop, "uuid": card.uuid}
 
@@ -299,10 +294,9 @@ def _gb(mb: float) -> str:
 
 def _program(pid: int) -> str:
     import psutil
-    try:
+    with contextlib.suppress(psutil.Error):
         return str(psutil.Process(pid).name())
-    except psutil.Error:
-        return f"pid {pid}"
+    return f"pid {pid}"
 
 
 # --- memory, folders, text ---
@@ -311,10 +305,8 @@ def memory() -> Iterator[Finding]:
     total, free = machine.ram()
     facts = {"total": _gb(total), "free": _gb(free), "cores": machine.cores(),
              "cpu": machine.cpu_name()}
-    if free < LEAST["ram"] * 1024:
-        yield Finding("memory_low", "warning", facts)
-    else:
-        yield Finding("memory", params=facts)
+    yield (Finding("memory_low", "warning", facts) if free < LEAST["ram"] * 1024
+           else Finding("memory", params=facts))
 
 
 def power() -> Iterator[Finding]:
@@ -372,7 +364,7 @@ def weights(base: Path | None) -> Iterator[Finding]:
         yield Finding("base_pickled" if pickled else "base_empty", "error", shown)
         return
     try:
-        for path in (path for group in files.values() for path in group):
+        for path in itertools.chain(*files.values()):
             read_header(path)
     except UserError as fault:
         yield Finding("base_broken", "error", shown | {"reason": str(fault)})

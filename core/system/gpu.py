@@ -15,9 +15,7 @@ from typing import Any, Literal, Self
 
 import psutil
 
-from core import i18n
 from core.system.machine import MB, is_wsl, ram
-from core.system.machine import machine as machine
 
 State = Literal["ok", "no_driver", "no_library", "mismatch", "no_permission", "no_cards", "hidden",
                 "broken"]
@@ -56,9 +54,6 @@ class GpuInfo:
     users: tuple[GpuUser, ...] = ()
     cuda_version: str = ""              # the newest CUDA that the driver speaks, "13.0"
     temperature_c: float | None = None
-    power_w: float | None = None
-    power_limit_w: float | None = None
-    utilization: float | None = None    # % of the time in the last second
     throttled: tuple[Throttle, ...] = ()
     mig: bool = False
     speed: float = 0.0                  # cores x top clock in MHz; 0: unknown
@@ -76,14 +71,6 @@ class GpuReport:
     lost: tuple[int, ...] = ()          # cards that are there and don't answer
     wsl: bool = False                   # Windows' driver, seen from Linux
 
-    @property
-    def text(self) -> str:
-        """What the state means, and what to do about it."""
-        params = {"reason": self.problem}
-        text = i18n.tr(f"gpu.{self.state}", params)
-        mend = "" if self.state == "ok" else " " + i18n.tr(f"gpu.{self.state}_mend", params)
-        return text + mend
-
 
 @dataclass(frozen=True, slots=True)
 class GpuState:
@@ -92,8 +79,6 @@ class GpuState:
     free_mb: float | None = None
     total_mb: float | None = None
     ours_mb: float | None = None             # None: the system doesn't tell what we hold
-    # total - free - ours; where ours is None, what others and we hold together
-    used_by_others_mb: float | None = None
     users: tuple[GpuUser, ...] = ()
     temperature_c: float | None = None
     throttled: tuple[Throttle, ...] = ()
@@ -116,12 +101,11 @@ def report(environ: Mapping[str, str] | None = None) -> GpuReport:
                 pynvml.nvmlShutdown()
     except Exception as error:
         # a broken driver fails in many ways, ctypes' own included
-        return GpuReport(problem=_reason(error), state=_state(error), wsl=wsl)
+        return _failure(error, (), wsl)
     lost = tuple(refused)
     if not cards:
-        refusal = next(iter(refused.values()), None)
-        return (GpuReport(problem=_reason(refusal), state=_state(refusal), lost=lost, wsl=wsl)
-                if refusal else GpuReport(problem="0", state="no_cards", wsl=wsl))
+        return (_failure(refused[lost[0]], lost, wsl) if lost
+                else GpuReport(problem="0", state="no_cards", wsl=wsl))
     report = GpuReport(cards, lost=lost, wsl=wsl)
     if visible(report, environ):
         return report
@@ -129,14 +113,10 @@ def report(environ: Mapping[str, str] | None = None) -> GpuReport:
     return GpuReport(cards, f'CUDA_VISIBLE_DEVICES="{setting}"', "hidden", lost, wsl)
 
 
-def _state(error: Exception) -> State:
-    if isinstance(error, ImportError):
-        return "no_library"
-    return _STATES.get(getattr(error, "value", 0), "broken")
-
-
-def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
+def _failure(error: Exception, lost: tuple[int, ...], wsl: bool) -> GpuReport:
+    state: State = ("no_library" if isinstance(error, ImportError)
+                    else _STATES.get(getattr(error, "value", 0), "broken"))
+    return GpuReport(problem=str(error) or type(error).__name__, state=state, lost=lost, wsl=wsl)
 
 
 def _query_cards(nvml: Any) -> tuple[tuple[GpuInfo, ...], dict[int, Exception]]:
@@ -165,7 +145,6 @@ def _query(nvml: Any, index: int, card: Any, device: Any, driver: str) -> GpuInf
     """`device` is the card or an instance of it; some facts only the card itself has."""
     total, free = _memory(nvml, device)
     major, minor = _or((0, 0), nvml.nvmlDeviceGetCudaComputeCapability, card)
-    used = _or(None, nvml.nvmlDeviceGetUtilizationRates, card)
     clock = _or(0, nvml.nvmlDeviceGetMaxClockInfo, card, nvml.NVML_CLOCK_SM)
     # 12040 is CUDA 12.4
     cuda = _or(0, nvml.nvmlSystemGetCudaDriverVersion_v2)
@@ -174,12 +153,8 @@ def _query(nvml: Any, index: int, card: Any, device: Any, driver: str) -> GpuInf
         uuid=str(_or("", nvml.nvmlDeviceGetUUID, device)), total_mb=total, free_mb=free,
         driver=driver, capability=(int(major), int(minor)), users=_users(nvml, device),
         cuda_version=f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else "",
-        temperature_c=_number(nvml.nvmlDeviceGetTemperature, card, nvml.NVML_TEMPERATURE_GPU),
-        power_w=_number(nvml.nvmlDeviceGetPowerUsage, card, unit=1000),
-        power_limit_w=_number(nvml.nvmlDeviceGetEnforcedPowerLimit, card, unit=1000),
-        utilization=None if used is None else float(used.gpu),
-        throttled=_throttled(nvml, card), mig=device is not card,
-        speed=float(clock * _or(0, nvml.nvmlDeviceGetNumGpuCores, card)))
+        temperature_c=_temperature(nvml, card), throttled=_throttled(nvml, card),
+        mig=device is not card, speed=float(clock * _or(0, nvml.nvmlDeviceGetNumGpuCores, card)))
 
 
 # --- single facts ---
@@ -216,17 +191,16 @@ def _users(nvml: Any, card: Any) -> tuple[GpuUser, ...]:
     return tuple(GpuUser(pid, used) for pid, used in sorted(memory.items()))
 
 
-def _number(query: Callable[..., Any], *arguments: Any, unit: float = 1.0) -> float | None:
-    number = _or(None, query, *arguments)
-    return None if number is None else number / unit
+def _temperature(nvml: Any, card: Any) -> float | None:
+    degrees = _or(None, nvml.nvmlDeviceGetTemperature, card, nvml.NVML_TEMPERATURE_GPU)
+    return None if degrees is None else float(degrees)
 
 
 def _throttled(nvml: Any, card: Any) -> tuple[Throttle, ...]:
     """Why the clocks are lowered."""
     # drivers before 535 have the older name only
     bits = _or(None, nvml.nvmlDeviceGetCurrentClocksEventReasons, card)
-    if bits is None:
-        bits = _or(0, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, card)
+    bits = _or(0, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, card) if bits is None else bits
     return tuple(name for name, mask in _THROTTLES.items() if bits & mask)
 
 
@@ -276,18 +250,14 @@ def order_assumed(report: GpuReport, environ: Mapping[str, str] | None = None) -
 def _by_number(cards: list[GpuInfo], entries: list[str]) -> list[GpuInfo]:
     """The cards of CUDA_VISIBLE_DEVICES=0,1. As CUDA reads it, the first invalid entry ends the
     list, and a repeated one empties it."""
-    numbers: list[int] = []
-    for entry in entries:
-        # CUDA reads as strtoul does: '1gpu' is 1
-        digits = re.match(r"[+-]?[0-9]+", entry.strip())
-        number = int(digits[0]) if digits else -1
-        if number in numbers:
-            return []
-        if number < 0:
-            break
-        numbers.append(number)
-    valid = itertools.takewhile(lambda number: number < len(cards), numbers)
-    return [cards[number] for number in valid]
+    # CUDA reads as strtoul does: '1gpu' is 1
+    digits = (re.match(r"[+-]?[0-9]+", entry.strip()) for entry in entries)
+    numbers = list(itertools.takewhile(
+        lambda number: number >= 0, (int(match[0]) if match else -1 for match in digits)))
+    if len(set(numbers)) < len(numbers):
+        return []
+    return [cards[number] for number in itertools.takewhile(
+        lambda number: number < len(cards), numbers)]
 
 
 def _by_uuid(cards: list[GpuInfo], entries: list[str], prefix: str) -> list[GpuInfo]:
@@ -372,16 +342,13 @@ class Reader:
         ours = sum(used for used in held if used is not None) if held and None not in held else None
         return GpuState(
             free_mb=free, total_mb=total, ours_mb=ours, users=users,
-            used_by_others_mb=max(0.0, total - free - (ours or 0.0)),
-            temperature_c=_number(nvml.nvmlDeviceGetTemperature, card, nvml.NVML_TEMPERATURE_GPU),
-            throttled=_throttled(nvml, card))
+            temperature_c=_temperature(nvml, card), throttled=_throttled(nvml, card))
 
     def is_ours(self, pid: int) -> bool:
         """Whether a user of the card belongs to our process tree."""
         if (known := self._ours.get(pid)) is not None:
             return known
-        try:
+        with contextlib.suppress(psutil.Error):
             return pid == self.root or any(parent.pid == self.root
                                            for parent in psutil.Process(pid).parents())
-        except psutil.Error:
-            return False
+        return False

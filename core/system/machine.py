@@ -20,8 +20,6 @@ from typing import Literal, NamedTuple
 
 import psutil
 
-from core import i18n
-
 MB = 2**20                              # bytes; all sizes here are in MiB
 CGROUPS = Path("/sys/fs/cgroup")
 CARDS = Path("/sys/class/drm")
@@ -31,7 +29,7 @@ PROCESSOR = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
 
 Vendor = Literal["nvidia", "amd", "intel", "apple"]
 VENDORS: dict[int, Vendor] = {0x10de: "nvidia", 0x1002: "amd", 0x8086: "intel"}     # PCI
-MAKERS: dict[Vendor, str] = {"nvidia": "NVIDIA", "amd": "AMD", "intel": "Intel", "apple": "Apple"}
+MAKERS: dict[Vendor, str] = {"nvidia": "NVIDIA", "amd": "AMD", "intel": "Intel"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,33 +43,6 @@ class Accelerator:
     def support(self) -> Literal["cuda", "mps", "none"]:
         """The backend of torch that can train there."""
         return "cuda" if self.vendor == "nvidia" else "mps" if self.vendor == "apple" else "none"
-
-    @property
-    def text(self) -> str:
-        return i18n.tr(f"gpu.support_{self.support}", {"name": self.name})
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    system: str                         # Linux | Windows | Darwin
-    cpu: str
-    cores: int                          # that this process may use
-    ram_mb: float
-    ram_free_mb: float                  # what a program can get without swapping
-    disk_free_mb: float | None
-    accelerators: tuple[Accelerator, ...] = ()
-    wsl: bool = False
-    on_battery: bool | None = None      # None: no battery, or not told
-
-
-def machine(folder: Path | None = None) -> Machine:
-    """Facts about this computer and the disk of `folder` (default: the working folder).
-    Never raises."""
-    total, free = ram()
-    return Machine(
-        system=platform.system(), cpu=cpu_name(), cores=cores(), ram_mb=total, ram_free_mb=free,
-        disk_free_mb=disk_free(folder or Path()), accelerators=accelerators(), wsl=is_wsl(),
-        on_battery=on_battery())
 
 
 def ram() -> tuple[float, float]:
@@ -150,15 +121,12 @@ def cores() -> int:
 
 
 def cpu_name() -> str:
-    name = ""
-    if sys.platform == "win32":
-        name = _registry(PROCESSOR, "ProcessorNameString")
-    elif sys.platform == "darwin":
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
+    name = _registry(PROCESSOR, "ProcessorNameString")
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if sys.platform == "darwin":
             name = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], text=True,
                                   capture_output=True, timeout=5).stdout
-    else:
-        with contextlib.suppress(OSError):
+        elif sys.platform != "win32":
             cpuinfo = Path("/proc/cpuinfo").read_text("utf-8", "replace")
             # x86, Raspberry Pi, other ARM boards
             match = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
@@ -178,8 +146,7 @@ def disk_free(folder: Path) -> float | None:
 def on_battery() -> bool | None:
     # psutil lacks it on some systems and fails in many ways on others
     with contextlib.suppress(Exception):
-        battery = psutil.sensors_battery()
-        if battery is not None and battery.power_plugged is not None:
+        if (battery := psutil.sensors_battery()) and battery.power_plugged is not None:
             return not battery.power_plugged
     return None
 
@@ -208,16 +175,14 @@ def _linux(cards: Path) -> Iterator[Accelerator]:
             # card0-HDMI-A-1 is a plug
             if not vendor or "-" in device.parent.name:
                 continue
-            name = ""
+            name, product = f"{MAKERS[vendor]} GPU", ""
             with contextlib.suppress(OSError):
-                name = (device / "product_name").read_text("utf-8", "replace").strip()
-            if not name:
-                name = f"{MAKERS[vendor]} GPU"
-                with contextlib.suppress(OSError):
-                    uevent = (device / "uevent").read_text()
-                    if number := re.search(r"^PCI_ID=(\S+)", uevent, re.MULTILINE):
-                        name += f" ({number[1]})"
-            yield Accelerator(name, vendor)
+                uevent = (device / "uevent").read_text()
+                if number := re.search(r"^PCI_ID=(\S+)", uevent, re.MULTILINE):
+                    name += f" ({number[1]})"
+            with contextlib.suppress(OSError):
+                product = (device / "product_name").read_text("utf-8", "replace").strip()
+            yield Accelerator(product or name, vendor)
 
 
 def _windows() -> Iterator[Accelerator]:

@@ -82,12 +82,12 @@ def _page(text: str) -> bool:
 def browse(address: str) -> bool:
     """Opens an address in the user's browser. Returns False where none could be started. Never a
     text browser, which would take the terminal and can't show the window's pages."""
-    if not on_desktop() and "BROWSER" not in os.environ:
+    chosen = "BROWSER" in os.environ
+    if not chosen and not on_desktop():
         return False
-    opener = shutil.which("xdg-open") if "BROWSER" not in os.environ else None
     try:
         # xdg-open alone says whether there is a browser; webbrowser says yes in any case
-        if opener and sys.platform.startswith("linux"):
+        if not chosen and sys.platform.startswith("linux") and (opener := shutil.which("xdg-open")):
             child = subprocess.Popen([opener, address], stdin=subprocess.DEVNULL,
                                      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                      start_new_session=True)

@@ -52,9 +52,9 @@ def check(trainer: Trainer) -> dict[str, Any] | None:
             raise
         free_memory()
         return None
-    kind = trainer.diffusion.kind
     if not errors:
         return None
+    kind = trainer.diffusion.kind
     other: Any = OTHER.get(kind, "")
     fits_other = (errors.get(other, 9.0) <= CLEARLY * errors[kind] and errors[other] <= WELL)
     if fits_other and _is_unsaid(trainer):
@@ -74,12 +74,11 @@ def check(trainer: Trainer) -> dict[str, Any] | None:
     built_in = (trainer.parts.source == paths.DEMO / "base"
                 and config.prediction_type in ("auto", "v_prediction")
                 and not (config.vae or config.text_encoders or config.tokenizer))
-    verdict = ("fits" if error <= NEAR_THE_MEAN and not fits_other
-               else "new" if built_in
+    verdict = ("fits" if error <= NEAR_THE_MEAN and not fits_other else "new" if built_in
                else "wrong" if error > WORSE_THAN_THE_MEAN or fits_other else "near")
     helps = errors.get(other, WORSE_THAN_THE_MEAN) < WORSE_THAN_THE_MEAN
-    key = ("predicts_other" if fits_other and verdict == "wrong"
-           else "wrong_parts" if verdict == "wrong" and not helps else verdict)
+    key = verdict if verdict != "wrong" else "predicts_other" if fits_other else (
+        "wrong" if helps else "wrong_parts")
     _tell(trainer, key, errors, kind)
     return {"error": round(error, 3), "verdict": verdict, "prediction": kind,
             **({"other_error": round(errors[other], 3)} if other else {})}

@@ -30,10 +30,9 @@ class Callbacks:
 
     def __init__(self, names: list[str], emit: Callable[[Event], None], control: Control) -> None:
         self.emit, self.control, self.state = emit, control, "done"
-        loaded = [plugins.load(name, "callbacks") for name in names]
         self.heard: list[tuple[Extension, Any]] = [
             (extension, extension() if inspect.isclass(extension.found) else extension.found)
-            for extension in loaded]
+            for extension in [plugins.load(name, "callbacks") for name in names]]
         self._waiting: deque[Event] = deque()
         self._thread = threading.get_ident()
 

@@ -79,8 +79,7 @@ def save(folder: Path, position: Position, state: State,
     temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=final.parent))
     before = temporary.with_suffix(".old")
     try:
-        tensors = {f"{part}.{k}": v for part in _PARTS
-                   for k, v in getattr(state, part).items()}
+        tensors = {f"{part}.{k}": v for part in _PARTS for k, v in getattr(state, part).items()}
         paths.write_atomic(temporary / "state.safetensors", safetensors.torch.save(tensors))
         write_lora(temporary / f"{name}.safetensors")
         paths.write_atomic(temporary / STATE, json.dumps(asdict(position), indent=1))
@@ -128,8 +127,7 @@ def find(outputs: Iterable[Path], name: str, session: str = "") -> list[Path]:
             config = config if isinstance(config, dict) else {}
             # A run without a name of its own is called as its output folder.
             asked = str(config.get("output_name") or Path(str(config.get("output_dir", ""))).name)
-            if (facts.get("session") == session if session
-                    else name in (m["name"], asked)):
+            if facts.get("session") == session if session else name in (m["name"], asked):
                 dated.append((path.stat().st_mtime_ns, path))
     return [path for _, path in sorted(dated, reverse=True)]
 

@@ -23,14 +23,15 @@ def lower(trainer: Trainer, most: int = 0) -> Changes | None:
     at_once = min(trainer.micro_batch, most or trainer.micro_batch)
     offload = trainer.lowered.get("offload", trainer.config.offload)
     # `batch_size` stands for the micro-batch: the update keeps its samples.
-    changes: dict[str, Changes] = {
-        "batch": {"batch_size": -(-at_once // 2)} if at_once > 1 else {},
-        "checkpointing": {} if getattr(trainer.denoiser, "is_gradient_checkpointing", True)
-        else {"gradient_checkpointing": True},
-        "offload": {"offload": 0.5 if offload < 0.5 else 1.0}
-        if trainer.precision.device.type == "cuda" and offload < 1.0 else {}}
-    return next((apply(trainer, changes[name]) for name in relief.WHILE_RUNNING if changes[name]),
-                None)
+    changes: dict[str, Changes] = {}
+    if at_once > 1:
+        changes["batch"] = {"batch_size": -(-at_once // 2)}
+    if not getattr(trainer.denoiser, "is_gradient_checkpointing", True):
+        changes["checkpointing"] = {"gradient_checkpointing": True}
+    if trainer.precision.device.type == "cuda" and offload < 1.0:
+        changes["offload"] = {"offload": 0.5 if offload < 0.5 else 1.0}
+    return next((apply(trainer, changes[name]) for name in relief.WHILE_RUNNING
+                 if name in changes), None)
 
 
 def apply(trainer: Trainer, changes: Changes) -> Changes:

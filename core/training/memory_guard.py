@@ -50,9 +50,8 @@ class MemoryGuard:
         self.plan = self._plan(self.config)
         if self.plan is None:
             return
-        facts = plan.as_dict(self.plan)
-        self.emit(Planned(plan=facts))
-        if facts["verdict"] == "too_big":
+        self.emit(Planned(plan=plan.as_dict(self.plan)))
+        if self.plan.verdict() == "too_big":
             self.emit(Note(key="engine.plan_too_big", params={
                 "needs": round(self.plan.needs_mb), "free": round(self.machine.free_mb),
                 "phase": self.plan.peak.name}))
@@ -70,23 +69,18 @@ class MemoryGuard:
 
     def between_steps(self, trainer: Trainer, step_s: float) -> None:
         """Called after every update; cheap: it looks at two flags of the watching thread."""
-        if self.watch is None:
-            return
-        if self.watch.spilling(step_s):
+        if self.watch and self.watch.spilling(step_s):
             self.lower(trainer, "engine.lowered_for_spill")
-        if self.watch.pressure():
+        if self.watch and self.watch.pressure():
             self.lower(trainer, "engine.lowered_for_others")
 
     def lower(self, trainer: Trainer, why: str, most: int = 0) -> bool:
         """Takes the next gentler setting for the rest of the run; False where there is none. `why`
         is the key of the note; `most`: samples that were in memory at once."""
         changes = fallbacks.lower(trainer, most)
-        if changes is None:
-            return False
-        needs = self._planned_anew(trainer)
-        for key, value in changes.items():
-            self.emit(Note(key=why, params={"key": key, "value": value, "needs": needs}))
-        return True
+        if changes is not None:
+            self._tell(why, changes, trainer)
+        return changes is not None
 
     def ease(self, trainer: Trainer) -> dict[str, Any]:
         """Takes gentler numbers or a lower learning rate for the rest of the run, and returns the
@@ -99,10 +93,12 @@ class MemoryGuard:
         """Tells what stays lowered, where the run goes on from one that was."""
         self.lowered = trainer.lowered
         if self.lowered:
-            needs = self._planned_anew(trainer)
-            for key, value in self.lowered.items():
-                self.emit(Note(key="engine.stays_lowered", params={
-                    "key": key, "value": value, "needs": needs}))
+            self._tell("engine.stays_lowered", self.lowered, trainer)
+
+    def _tell(self, note: str, changes: dict[str, Any], trainer: Trainer) -> None:
+        needs = self._planned_anew(trainer)
+        for key, value in changes.items():
+            self.emit(Note(key=note, params={"key": key, "value": value, "needs": needs}))
 
     def _planned_anew(self, trainer: Trainer) -> int | str:
         """MB that the lowered run needs at its peak; "?" where no plan can be made."""
@@ -149,9 +145,7 @@ class MemoryGuard:
         if self.device.type == "cpu":
             return RamReader()
         card = gpu.chosen(gpu.report())
-        if card is None:
-            return None
-        return NvmlReader(card.uuid or card.index, held=lambda: (
+        return None if card is None else NvmlReader(card.uuid or card.index, held=lambda: (
             torch.cuda.memory_reserved(self.device) / MB + CONTEXT_MB))
 
 

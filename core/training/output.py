@@ -7,8 +7,8 @@ import io
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +20,7 @@ from core import __version__, hashes, paths
 from core.adapters import base_loras, from_file, lora
 from core.config import dump_yaml, size_of
 from core.dataset import captions, images
+from core.dataset.buckets import Size
 from core.dataset.examples import Example
 from core.dataset.image_folder import Picture
 from core.errors import UserError
@@ -73,10 +74,6 @@ class OutputWriter:
         self._writing: Future[Path] | None = None
         self._again: float | None = None        # monotonic, s: when to try a failed one again
 
-    @property
-    def name(self) -> str:
-        return self.output.name
-
     def resume(self, checkpoints: list[Path]) -> int:
         """Restores the newest of these checkpoints that can be read. Returns how many updates are
         done then; 0 where none can be read."""
@@ -102,7 +99,7 @@ class OutputWriter:
         state, content = self.trainer.snapshot(step), self._lora_content()
         sampler = self.trainer.sampler
         position = Position(
-            update=step, name=self.name, config=self.config.model_dump(mode="json"),
+            update=step, name=self.output.name, config=self.config.model_dump(mode="json"),
             session=self.output.session, started=self.began,
             seconds=self.before_s + time.time() - self._since,
             best_loss=self.best_loss, best_step=self.best_step, scaler=state.scaler,
@@ -154,7 +151,7 @@ class OutputWriter:
             # one that somebody put there), the new one gets the next free name. The very same
             # LoRA, left by a run that was killed after writing it, is taken as it is.
             folder.mkdir(parents=True, exist_ok=True)
-            name = self.name
+            name = self.output.name
             while True:
                 path = folder / formats.file_name(name, self.format)
                 with tempfile.TemporaryDirectory(prefix=f".{name}.", suffix=".tmp", dir=folder,
@@ -190,16 +187,16 @@ class OutputWriter:
         """The checkpoint with the lowest validation loss, where there is one."""
         if self.best_step is None:
             return None
-        folder = checkpoint.folder_of(self.output.folder, self.name, self.best_step)
+        folder = checkpoint.folder_of(self.output.folder, self.output.name, self.best_step)
         path = folder / f"{folder.name}.safetensors"
         return {"step": self.best_step, "validation": self.best_loss,
                 "lora": str(path) if path.exists() else None}
 
     def kept(self) -> list[str]:
         """The folders of the checkpoints that are left."""
-        folder = self.output.folder
-        return [str(checkpoint.folder_of(folder, self.name, step))
-                for step in sorted(checkpoint.steps_of(folder, self.name))]
+        folder, name = self.output.folder, self.output.name
+        return [str(checkpoint.folder_of(folder, name, step))
+                for step in sorted(checkpoint.steps_of(folder, name))]
 
     def _lora_content(self) -> LoraAndWord:
         """What a LoRA file would hold now: the adapter, or its average, and the new words."""
@@ -221,7 +218,7 @@ class OutputWriter:
         format_ = format_ or self.native_format
         if word is not None:
             textual_inversion.write(textual_inversion.beside(path), word, self.dtype)
-        adapter.metadata = build_metadata(self._facts(step, name or self.name))
+        adapter.metadata = build_metadata(self._facts(step, name or self.output.name))
         if format_ in formats.SINGLE:
             lora_file.write_lora(path, formats.spell(adapter, format_), adapter.metadata)
         else:
@@ -232,8 +229,8 @@ class OutputWriter:
         trainer, config, spec = self.trainer, self.config, self.trainer.family.spec
         examples, sampler = trainer.examples, trainer.sampler
         chosen = [examples.items[i] for i in examples.trained()]
-        counts = Counter({b: 0 for b in sorted({i.bucket for i in chosen})})
-        for item in chosen:
+        counts: Counter[Size] = Counter()
+        for item in sorted(chosen, key=lambda item: item.bucket):
             counts[item.bucket] += item.picture.repeats
         aspect_errors = [abs(item.picture.size[0] / item.picture.size[1]
                              - item.bucket[0] / item.bucket[1]) for item in chosen]
@@ -245,23 +242,20 @@ class OutputWriter:
         return TrainFacts(
             config=config.with_changes(output_name=name), config_text=dump_yaml(config),
             description=f"LoRA Darkroom {__version__}", thumbnail=self._thumbnail(),
-            base_version=spec.base_version,
-            architecture=architecture,
+            base_version=spec.base_version, architecture=architecture,
             implementation=spec.implementation, prediction_type=trainer.parts.objective,
             base_name=trainer.parts.source.name, base_sha256=self._base.sha256(),
             base_short_hash=self._base.short, folders=_folders(chosen),
-            buckets=counts,
-            aspect_error=sum(aspect_errors) / len(aspect_errors),
+            regular=_folders([examples.items[i] for i in sorted(examples.regular)]),
+            buckets=counts, aspect_error=sum(aspect_errors) / len(aspect_errors),
             resolution=size_of(config.max_resolution) or (native, native),
-            validation_pictures=len(examples.held_out), regular=_folders(
-                [examples.items[i] for i in sorted(examples.regular)]),
+            validation_pictures=len(examples.held_out),
             clip_skip=config.clip_skip if spec.skips else None,
             max_token_length=config.max_tokens if spec.chunked and config.max_tokens > 75 else None,
-            session_id=self.output.session,
-            started_at=self.began, finished_at=time.time(),
-            batches_per_epoch=sampler.batches_per_epoch,
+            session_id=self.output.session, started_at=self.began, finished_at=time.time(),
+            batches_per_epoch=sampler.batches_per_epoch, planned_steps=trainer.total,
             planned_epochs=-(-trainer.total // sampler.updates_per_epoch),
-            planned_steps=trainer.total, epoch=int(sampler.epoch_of(step)), step=step,
+            epoch=int(sampler.epoch_of(step)), step=step,
             optimizer=optimizers.describe(trainer.optimizer),
             mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(
                 trainer.precision.compute, "no"),
@@ -275,7 +269,7 @@ class OutputWriter:
         try:
             # A run of the same name that was killed before its first checkpoint left pictures, too.
             previews = [(drawn_at, path) for path in checkpoint.previews_of(
-                self.output.folder, self.name)
+                self.output.folder, self.output.name)
                 if (drawn_at := path.stat().st_mtime) > self.began - CLOCKS_S]
             path = max(previews)[1] if previews else self.trainer.examples.items[0].picture.path
             image = images.open_picture(path)
@@ -291,8 +285,7 @@ def _move_lora(fresh: Path, path: Path) -> None:
     """Moves a LoRA and its new words. Raises FileExistsError where one of the names is taken;
     then nothing has moved."""
     words, target = textual_inversion.beside(fresh), textual_inversion.beside(path)
-    brings_words = words.exists()
-    if brings_words:
+    if brings_words := words.exists():
         paths.move(words, target)
     try:
         paths.move(fresh, path)
@@ -344,23 +337,20 @@ class _BaseHash:
         return self._sha256
 
 
-def tag_frequency(pictures: Iterable[Picture]) -> dict[str, dict[str, int]]:
+def tag_frequency(pictures: Iterable[Picture]) -> Mapping[str, Mapping[str, int]]:
     """ss_tag_frequency: folder name -> tag in lower case -> number of pictures."""
-    counts: dict[str, dict[str, int]] = {}
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
     for picture in pictures:
-        tags = counts.setdefault(readable_name(picture.path.parent.name), {})
-        for tag in map(str.lower, captions.split_tags(picture.caption)):
-            tags[tag] = tags.get(tag, 0) + 1
+        counts[readable_name(picture.path.parent.name)].update(
+            map(str.lower, captions.split_tags(picture.caption)))
     return counts
 
 
 def _folders(items: list[Example]) -> dict[str, Folder]:
     """The data as kohya's metadata have it: folder name -> repeats, pictures, tags."""
-    pictures = [item.picture for item in items]
-    tags = tag_frequency(pictures)
-    by_name: dict[str, list[Picture]] = {}
-    for picture in pictures:
-        by_name.setdefault(picture.path.parent.name, []).append(picture)
+    tags = tag_frequency(item.picture for item in items)
+    by_name: dict[str, list[Picture]] = defaultdict(list)
+    for item in items:
+        by_name[item.picture.path.parent.name].append(item.picture)
     return {name: Folder(repeats=members[0].repeats, pictures=len(members),
-                         tags=tags[readable_name(name)])
-            for name, members in by_name.items()}
+                         tags=tags[readable_name(name)]) for name, members in by_name.items()}

@@ -59,23 +59,19 @@ class Output:
 
     def __exit__(self, *_: object) -> None:
         while self._claims:
-            self._release(self._claims.popitem())
+            self._release(*self._claims.popitem())
 
-    def _release(self, claim: tuple[Path, str]) -> None:
-        path, content = claim
+    def _release(self, path: Path, content: str) -> None:
         _OURS.discard(content)
         with contextlib.suppress(OSError, UnicodeDecodeError):
             # The folder may have gone and come back, with another run's claim.
             if path.read_text("utf-8") == content:
                 path.unlink()
 
-    def rename(self) -> None:
-        """Takes the next free name."""
-        self._call(self.next_name())
-
-    def _call(self, name: str) -> None:
-        """Sets the name. Later starts of this run find it in its journal (core/jobs/runs.py)."""
-        self.name = name
+    def rename(self, name: str = "") -> None:
+        """Sets the name, or takes the next free one. Later starts of this run find it in its
+        journal (core/jobs/runs.py)."""
+        self.name = name = name or self.next_name()
         self.emit(Note(key="engine.named", params={
             "name": name, "folder": str(self.folder), "session": self.session}))
 
@@ -143,7 +139,7 @@ class Output:
             if self.take(name):
                 self._sweep(name)
                 if len(self._claims) > held:
-                    self._release(self._claims.popitem())
+                    self._release(*self._claims.popitem())
         return checkpoint.find(folders, self.config.name, session)
 
     def go_on_as(self, name: str, session: str) -> None:
@@ -155,10 +151,7 @@ class Output:
         sessions = {checkpoint.session_of(checkpoint.folder_of(folder, name, step))
                     for folder in (self.folder, self.spare)
                     for step in checkpoint.steps_of(folder, name)} - {None}
-        if sessions == {session}:
-            self._call(name)
-        else:
-            self.rename()
+        self.rename(name if sessions == {session} else "")
 
     def _sweep(self, name: str) -> None:
         """Deletes what a killed run of this name was writing; the name must be claimed."""
@@ -178,10 +171,10 @@ class Output:
             for folder in (self.folder, self.spare))
 
     def _cant_save(self, reason: str) -> UserError:
-        fixes = [Fix("fixes.save_again", {"resume": True}),
-                 Fix("fixes.other_folder", {"output_dir": str(Path.home() / self.folder.name)})]
+        elsewhere = str(Path.home() / self.folder.name)
         return UserError("engine.cant_save", folder=self.folder, spare=self.spare, reason=reason,
-                         fixes=fixes)
+                         fixes=[Fix("fixes.save_again", {"resume": True}),
+                                Fix("fixes.other_folder", {"output_dir": elsewhere})])
 
 
 def _new_session() -> str:

@@ -85,8 +85,7 @@ class Previewer:
 
     def _one(self, index: int, prompt: str, step: int, name: str) -> str:
         """Draws one prompt and returns the file."""
-        config = self.config
-        side = self.parts.native_size
+        config, side = self.config, self.parts.native_size
         cfg, steps = distilled.drawing(
             config.sample_cfg, config.sample_inference_steps, self.family.spec.cfg,
             distilled.PREVIEW_STEPS, self.parts.distilled)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from core.jobs.events import Step
+from core.memory.monitor import Reading
 from core.training.memory_guard import MemoryGuard, held_mb
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ _SMOOTH = 0.7               # of the speed shown
 class ProgressMeter:
     """Measures a run and emits its Step events."""
 
-    def __init__(self, trainer: Trainer, start: int, guard: MemoryGuard | None = None) -> None:
+    def __init__(self, trainer: Trainer, start: int, guard: MemoryGuard) -> None:
         self.trainer, self.start, self.guard = trainer, start, guard
         self.shown = self.began = time.perf_counter()
         self.shown_step = self.done = start
@@ -45,26 +46,24 @@ class ProgressMeter:
         """Emits a Step; nothing where there is neither a new update nor a validation loss."""
         trainer, updates = self.trainer, done - self.shown_step
         if updates:
-            loss = trainer.mean_loss()
-            if loss is not None:
+            if (loss := trainer.mean_loss()) is not None:
                 self.losses.append(loss)
             self.steps += updates
             now = time.perf_counter()
             fresh = updates / max(1e-9, now - self.shown)
-            self.speed = fresh if not self.speed else _SMOOTH * self.speed + (1 - _SMOOTH) * fresh
+            self.speed = _SMOOTH * self.speed + (1 - _SMOOTH) * fresh if self.speed else fresh
             self.training_s += now - self.shown
             self.shown, self.shown_step = now, done
         elif validation is None:
             return
-        watch = self.guard.watch if self.guard else None
+        reading = self.guard.watch.reading if self.guard.watch else Reading()
         trainer.emit(Step(
             step=done, total=trainer.total, epoch=trainer.sampler.epoch_of(done),
-            loss=self.losses[-1] if self.losses else None,
+            loss=self.losses[-1] if self.losses else None, validation=validation,
             lr=float(trainer.optimizer.param_groups[0]["lr"]), steps_per_s=self.speed,
             eta_s=(trainer.total - done) / max(self.speed, 1e-9),
-            memory_mb=held_mb(trainer.precision.device), validation=validation,
-            free_mb=watch.reading.free_mb if watch else None,
-            temperature_c=watch.reading.temperature_c if watch else None))
+            memory_mb=held_mb(trainer.precision.device), free_mb=reading.free_mb,
+            temperature_c=reading.temperature_c))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

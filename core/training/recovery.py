@@ -82,10 +82,9 @@ class Recovery:
         if config.base_precision == "same":
             fixes["base"] = Fix("fixes.small_base", {"base_precision": "nf4", "resume": True})
         # Three quarters of the side: 56 % of the area, and about as much less memory.
-        sides = [item.bucket for item in self.trainer.examples.items]
-        area = max(width * height for width, height in sides)
+        area = max(math.prod(item.bucket) for item in self.trainer.examples.items)
         side = int(0.75 * math.sqrt(area)) // parts.bucket_step * parts.bucket_step
-        if side >= parts.bucket_step:
+        if side:
             fixes["resolution"] = Fix("fixes.smaller_pictures",
                                       {"max_resolution": f"{side},{side}"})
         return [fixes[name] for name in relief.ASK_FIRST if name in fixes]
@@ -118,11 +117,10 @@ class Recovery:
         if self._returns == RETURNS:
             compute = str(trainer.precision.compute).removeprefix("torch.")
             rate = trainer.lowered.get("learning_rate", trainer.config.learning_rate)
-            fixes = [Fix("fixes.half_rate", {"learning_rate": rate / 2})]
-            if compute != "float32":
-                fixes.insert(0, Fix("fixes.fp32", {"precision": "fp32"}))
+            fp32 = [] if compute == "float32" else [Fix("fixes.fp32", {"precision": "fp32"})]
             raise UserError("engine.not_finite", step=done, rate=f"{rate:g}", precision=compute,
-                            pictures=pictures, fixes=fixes)
+                            pictures=pictures, fixes=[
+                                *fp32, Fix("fixes.half_rate", {"learning_rate": rate / 2})])
         self._returns += 1
         good = self._good[0]
         self._good, trainer.skipped = [good], []

@@ -53,19 +53,20 @@ def shots(config: TrainConfig, examples: Examples, guidance: float = 7.0,
     cfg, steps = distilled.drawing(config.sample_cfg, config.sample_inference_steps, guidance,
                                    distilled.PREVIEW_STEPS, base)
     return [SampleRequest(captions.without_trigger(item.picture.caption, config.trigger_word), "",
-                          config.seed + n, steps, cfg, item.bucket,
-                          config.sample_sampler) for n, item in enumerate(chosen)]
+                          config.seed + n, steps, cfg, item.bucket, config.sample_sampler)
+            for n, item in enumerate(chosen)]
 
 
 def draw(config: TrainConfig, requests: list[SampleRequest], family: Family, parts: Parts,
          precision: Precision, emit: Callable[[Event], None], control: Control) -> Path:
     """Draws the pictures that no run has drawn yet, and returns their folder in the cache."""
     # The folder is named after all that decides how they look.
-    files = [fingerprint(family.weight_files(parts.source, part)) for part in PARTS]
+    weights = [fingerprint(family.weight_files(parts.source, part)) for part in PARTS]
     folder = paths.cache_dir() / "regular" / key(
-        *files, parts.objective, parts.scheduler, parts.distilled, [*map(astuple, requests)],
+        *weights, parts.objective, parts.scheduler, parts.distilled, [*map(astuple, requests)],
         *([reading_of(config)] if family.spec.chunked else []))[:20]
-    missing = [n for n in range(len(requests)) if not _picture(folder, n).exists()]
+    files = [folder / f"{number:05d}.png" for number in range(len(requests))]
+    missing = [pair for pair in zip(requests, files, strict=True) if not pair[1].exists()]
     if not missing:
         return folder
     texts = Encoder(family, parts.source, precision, config, emit, control).embeddings(
@@ -77,10 +78,9 @@ def draw(config: TrainConfig, requests: list[SampleRequest], family: Family, par
     loaded.distilled = parts.distilled
     loaded.denoiser = load_denoiser(config, family, parts.source, precision)
     pipeline: Any = family.pipeline(loaded)
-    for done, number in enumerate(missing, 1):
+    for done, (shot, path) in enumerate(missing, 1):
         if control.stopping:
             raise Stopped
-        shot, path = requests[number], _picture(folder, number)
         arguments = family.prompt_arguments(*(
             batched([texts[text]], precision.device) for text in (shot.prompt, "")))
         image = generate.draw(pipeline, loaded, shot, arguments, precision)
@@ -90,7 +90,3 @@ def draw(config: TrainConfig, requests: list[SampleRequest], family: Family, par
     del loaded, pipeline
     free_memory()
     return folder
-
-
-def _picture(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.png"

@@ -35,17 +35,14 @@ def choose(output: Output, config: TrainConfig, emit: Callable[[Event], None]) -
     names none."""
     # `resume` is true, a checkpoint's folder, or a session's number (core/jobs/runs.py).
     resume = config.resume
-    checkpoints: list[Path] = []
-    if isinstance(resume, str):
-        exactly = Path(resume).expanduser().absolute()
-        if (exactly / checkpoint.STATE).is_file():
-            checkpoints = [exactly]
-        elif resume.isdigit():
-            checkpoints = output.checkpoints(resume)
-        else:
-            raise UserError("engine.no_such_checkpoint", given=resume, folder=output.folder)
-    elif resume:
-        checkpoints = output.checkpoints()
+    if not isinstance(resume, str):
+        checkpoints = output.checkpoints() if resume else []
+    elif ((exactly := Path(resume).expanduser().absolute()) / checkpoint.STATE).is_file():
+        checkpoints = [exactly]
+    elif resume.isdigit():
+        checkpoints = output.checkpoints(resume)
+    else:
+        raise UserError("engine.no_such_checkpoint", given=resume, folder=output.folder)
 
     newest = next(filter(None, map(checkpoint.position_of, checkpoints)), None)
     if newest is not None:
@@ -102,8 +99,8 @@ def restore(checkpoints: list[Path], trainer: Trainer, output: Output, base: Map
         place = trainer.new_sampler(trainer.config.with_changes(**settings)).place(position.update)
     # With the same order of the same pictures it is as if the run had never stopped.
     whole = trainer.sampler
-    same = position.order == whole.order and position.start is not None
-    trainer.begin_at(Place(**position.start) if same and position.start else place)
+    same = position.order == whole.order
+    trainer.begin_at(Place(**position.start) if same and position.start is not None else place)
 
     trainer.emit(Note(key="engine.resumed", params={
         "step": position.update, "samples": place.samples, "path": str(path)}))
@@ -117,7 +114,7 @@ def restore(checkpoints: list[Path], trainer: Trainer, output: Output, base: Map
             "here": whole.samples_per_epoch, "there": position.samples}))
     for part in PARTS:
         if position.base.get(part, "") not in ("", base.get(part, "")):
-            trainer.emit(Note(key=f"engine.other_{part}", params={}))
+            trainer.emit(Note(key=f"engine.other_{part}"))
     return path, position
 
 

@@ -50,8 +50,9 @@ def train(config: TrainConfig, emit: Emit, control: Control,
     Returns the facts for the summary. Raises UserError for whatever a user can mend.
     """
     config = base_loras.located(importers.located(config, beside), beside)
-    with Callbacks(config.callbacks, emit, control) as callbacks, Output(
-            Path(config.output_dir).expanduser().absolute(), config, callbacks) as output:
+    folder = Path(config.output_dir).expanduser().absolute()
+    with (Callbacks(config.callbacks, emit, control) as callbacks,
+          Output(folder, config, callbacks) as output):
         result = _train(output, config, callbacks, control, beside)
         callbacks.state = "unproven" if result["state"] == "unproven" else "done"
         return result
@@ -189,7 +190,8 @@ class TrainingRun:
     def _preview(self, step: int) -> None:
         if self.config.sample_prompts:
             with self.trainer.averaged():
-                self.samples += self.previewer.draw(step, self.writer.name, self.trainer.text)
+                self.samples += self.previewer.draw(
+                    step, self.writer.output.name, self.trainer.text)
 
     def _finish(self, progress: ProgressMeter, start: int) -> dict[str, Any]:
         """Saves the LoRA and proves it. `state` of the result is "done"; "unproven" where the LoRA
@@ -220,11 +222,10 @@ class TrainingRun:
             self.emit(Note(key="engine.proof", params=proof))
         for key, params in said_first({**result, "proof": proof}):
             self.emit(Note(key=key, params=dict(params)))
-        return {**result, "name": writer.name, "steps": done,
+        return {**result, "name": writer.output.name, "steps": done,
                 "seconds": time.time() - self.began, "best": writer.best(),
                 "samples": self.samples, "proof": proof, "base": self.base,
                 "base_loras": trainer.base_loras.told or None,
-                "companions": lookup.summary(trainer.parts.beside),
-                "checkpoints": writer.kept(),
-                "parameters": sum(p.numel() for p in trainer.parameters), **progress.facts(),
-                **self.guard.facts()}
+                "companions": lookup.summary(trainer.parts.beside), "checkpoints": writer.kept(),
+                "parameters": sum(p.numel() for p in trainer.parameters),
+                **progress.facts(), **self.guard.facts()}

@@ -99,17 +99,18 @@ class Trainer:
         `mean_loss`: nothing here waits for the device."""
         # The text encoder stops learning at this update: its captions are embedded for the last
         # time, and its memory is free for the rest of the run.
-        if (self.text is not None and 0 < self.config.text_encoder_stop <= number
-                and self.text.live):
+        if self.text and self.text.live and 0 < self.config.text_encoder_stop <= number:
             if self.ema is not None:
                 self.ema.settle(self.text.parameters)
-            self.examples.texts = self.text.rest(
-                self.examples.captions(*prompts_of(self.config)))
+            self.examples.texts = self.text.rest(self.examples.captions(*prompts_of(self.config)))
             free_memory()
 
         shift = self._schedule_shift
         rate = optimizers.rate(self.config, max(0, number + shift), self.total + shift)
-        optimizers.set_rate(self.optimizer, rate * self.lr_scale())
+        # Less where the run has lowered its learning rate.
+        usual = self.config.learning_rate
+        rate *= float(min(1.0, self.lowered.get("learning_rate", usual) / usual))
+        optimizers.set_rate(self.optimizer, rate)
 
         # Dropout masks are the only use of torch's own generator: seeded by the update's number,
         # they are the same in a resumed run.
@@ -155,10 +156,8 @@ class Trainer:
             # accumulation and resuming change nothing.
             flips = [self.config.flip and self._dice(n, "flip") < 0.5 for n in batch.numbers]
             latents, weights = self.weighed(
-                torch.stack([self.view(i, flipped) for i, flipped
-                             in zip(batch.indices, flips, strict=True)]), batch.indices)
-            cond = (self.cond(self.captions_of(batch))
-                    | self.size_conditioning(batch.indices, flips))
+                torch.stack(list(map(self.view, batch.indices, flips))), batch.indices)
+            cond = self.cond(self.captions_of(batch)) | self.size_conditioning(batch.indices, flips)
             draw = self.diffusion.draw(self.config.seed, batch.numbers, latents.shape[1:])
             losses = self.losses(latents, draw, cond, weights)
             # Divided by all samples of the update and not by this part's: parts may differ in size.
@@ -191,10 +190,8 @@ class Trainer:
         texts = []
         for index, number in zip(batch.indices, batch.numbers, strict=True):
             variants = self.examples.items[index].captions
-            dropped = (self.config.caption_dropout > 0
-                       and self._dice(number, "drop") < self.config.caption_dropout)
-            choice = (int(self._dice(number, "caption") * len(variants)) if len(variants) > 1
-                      else 0)
+            dropped = self._dice(number, "drop") < self.config.caption_dropout
+            choice = int(self._dice(number, "caption") * len(variants))
             texts.append("" if dropped else variants[choice])
         return texts
 
@@ -213,10 +210,9 @@ class Trainer:
 
     def plain_sample(self, index: int) -> tuple[Tensor, Tensor | None, Cond]:
         """Latents, weights and embeddings of one picture (1, ...), nothing of it left to chance."""
-        latents, weights = self.weighed(self.view(index, False)[None], [index])
-        cond = (self.cond([self.examples.items[index].captions[0]])
-                | self.size_conditioning([index], [False]))
-        return latents, weights, cond
+        cond = self.cond([self.examples.items[index].captions[0]])
+        return (*self.weighed(self.view(index, False)[None], [index]),
+                cond | self.size_conditioning([index], [False]))
 
     def _dice(self, number: int, use: str) -> float:
         """A random number from 0 to 1 of sample `number`, another one for each use."""
@@ -250,18 +246,17 @@ class Trainer:
     def validate(self) -> float | None:
         """Mean loss over the held-out pictures at fixed timesteps and noise: comparable between
         steps and runs. None without held-out pictures."""
-        held_out = sorted(self.examples.held_out)
-        if not held_out:
+        if not self.examples.held_out:
             return None
         self.set_training(False)
-        total = 0.0
-        for i in held_out:
+        losses = []
+        for i in sorted(self.examples.held_out):
             latents, weights, cond = self.plain_sample(i)
             for share in VALIDATION_SHARES:
                 draw = self.diffusion.draw_fixed(_FIXED_SEED, [i], latents.shape[1:], share)
-                total += float(self.losses(latents, draw, cond, weights))
+                losses.append(float(self.losses(latents, draw, cond, weights)))
         self.set_training(True)
-        return total / (len(held_out) * len(VALIDATION_SHARES))
+        return sum(losses) / len(losses)
 
     # --- the course of the run ---
 
@@ -284,16 +279,11 @@ class Trainer:
 
         chosen, regular = examples.trained(), sorted(examples.regular)
         repeats = [examples.items[i].picture.repeats for i in chosen]
-        return BucketSampler(
-            chosen, buckets(chosen), repeats, config.batch_size,
-            config.gradient_accumulation_steps, config.seed,
-            Regular(regular, buckets(regular), sum(repeats), config.reg_share, config.seed)
-            if regular else None, examples.names(), start)
-
-    def lr_scale(self) -> float:
-        """The share of the learning rate that is left after a run lowered it (1: all of it)."""
-        rate = self.config.learning_rate
-        return float(min(1.0, self.lowered.get("learning_rate", rate) / rate))
+        prior = Regular(regular, buckets(regular), sum(repeats), config.reg_share,
+                        config.seed) if regular else None
+        return BucketSampler(chosen, buckets(chosen), repeats, config.batch_size,
+                             config.gradient_accumulation_steps, config.seed, prior,
+                             examples.names(), start)
 
     def new_scaler(self) -> torch.amp.GradScaler:
         """A gradient scaler that does nothing unless the run computes in fp16."""
@@ -328,8 +318,8 @@ class Trainer:
         """Puts back what `state` returned."""
         averages = {k: v for k, v in tensors.items() if k.startswith(EMA)}
         texts = {k: v for k, v in tensors.items() if self.text is not None and self.text.owns(k)}
-        lora.load_state(self.denoiser, {k: v for k, v in tensors.items()
-                                        if k not in averages and k not in texts})
+        lora.load_state(self.denoiser, {
+            k: v for k, v in tensors.items() if k not in averages.keys() | texts.keys()})
         if self.text is not None:
             self.text.load_state(texts)
         if self.ema is not None:
@@ -338,8 +328,8 @@ class Trainer:
     def snapshot(self, update: int) -> State:
         """The state of the training after `update` updates: all that decides how it goes on."""
         return State(update, self.state(), optimizers.state(self.optimizer),
-                     rng.state(self.precision.device),
-                     self.scaler.state_dict() or None, dict(self.lowered))
+                     rng.state(self.precision.device), self.scaler.state_dict() or None,
+                     dict(self.lowered))
 
     def restore(self, state: State) -> None:
         """Puts `state` back, except for what was lowered since. Raises UserError where the state

@@ -54,8 +54,7 @@ def verify(path: Path, config: GenerateConfig | None, emit: Callable[[Event], No
     studio.load()
     studio.read_as(config, [Lora(path, 1.0)])
     studio.predict_as(config, [Lora(path, 1.0)])
-    return report | _draw_and_compare(studio.family, studio.parts, studio.precision, path, "",
-                                      None)
+    return report | _draw_and_compare(studio.family, studio.parts, studio.precision, path, "", None)
 
 
 def verify_run(trainer: Trainer, path: Path) -> dict[str, Any]:
@@ -75,36 +74,37 @@ def verify_run(trainer: Trainer, path: Path) -> dict[str, Any]:
     parts.denoiser = trainer.denoiser = None
     free_memory()
     parts.denoiser = load_denoiser(trainer.config, family, parts.source, precision)
-    if trainer.text is None:
-        return _draw_and_compare(family, parts, precision, path, arguments, in_memory)
-    parts.text = family.load(parts.source, precision, frozenset({"text"})).text
-    return _draw_and_compare(family, parts, precision, path, prompt, in_memory)
+    if trainer.text is not None:
+        parts.text = family.load(parts.source, precision, frozenset({"text"})).text
+    return _draw_and_compare(family, parts, precision, path,
+                             arguments if trainer.text is None else prompt, in_memory)
 
 
 def _draw_and_compare(family: Family, parts: Parts, precision: Precision, path: Path,
                       prompt: str | dict[str, Any], expected: np.ndarray | None
                       ) -> dict[str, Any]:
     """Draws without and with the file. `prompt` is a text, or the pipeline's arguments for one."""
-    pipeline = family.pipeline(parts)
-    arguments = prompt if isinstance(prompt, dict) else generate.read_prompt(
-        family, parts, precision, prompt)
-    plain = _picture(pipeline, parts, arguments, precision)
+    pipeline, words = family.pipeline(parts), dict[str, str]()
+
+    def picture() -> np.ndarray:
+        arguments = prompt if isinstance(prompt, dict) else generate.read_prompt(
+            family, parts, precision, textual_inversion.expand(prompt, words))
+        return _picture(pipeline, parts, arguments, precision)
+
+    plain = picture()
     generate.load_adapter(pipeline, path, "proof", family.spec.id)
     modules = generate.modules_in(path, family.spec.id)
     matched = lora.count(pipeline.components.values(), "proof")
-    new = generate.load_words(parts, path)
-    if isinstance(prompt, str):
-        arguments = generate.read_prompt(family, parts, precision,
-                                         textual_inversion.expand(prompt, new))
-    drawn = _picture(pipeline, parts, arguments, precision)
+    words |= generate.load_words(parts, path)
+    drawn = picture()
     change = _difference(plain, drawn)
     report = {"modules": modules, "matched": matched, "drawn": True, "change": change,
               "faint": change < FAINT}
     ok = matched == modules and not np.array_equal(plain, drawn)
     if expected is not None:
-        report["from_memory"] = _difference(expected, drawn)
-        report["tolerance"] = TOLERANCE
-        ok = ok and report["from_memory"] <= TOLERANCE
+        distance = _difference(expected, drawn)
+        report |= {"from_memory": distance, "tolerance": TOLERANCE}
+        ok = ok and distance <= TOLERANCE
     return report | {"ok": ok}
 
 

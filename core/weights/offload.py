@@ -8,7 +8,7 @@ anew in the backward pass (core/weights/quantization.py), so that nothing else k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -79,26 +79,23 @@ class BlockPrefetcher:
             self._drop(other)
         self._fetch(block)
         self._wait(self._here[block])
-        ahead = self._next.get((now, block), -1)
-        if ahead >= 0:
+        if (ahead := self._next.get((now, block), -1)) >= 0:
             self._fetch(ahead)
 
     def _fetch(self, block: int) -> None:
         if block in self._here:
             return
         self.fetched += 1
-        waiting = self.blocks[block]
+        stream, waiting = self._copy_stream, self.blocks[block]
         tensors = [torch.empty_like(t, device=self.device) for t in waiting]
-        if self._copy_stream is None:
-            _copy(tensors, waiting)
-            self._here[block] = _Visit(tensors, None)
-            return
         # The memory belongs to the computing stream, which may still use what was there before: the
         # copy waits for it. The computation waits for the copy in turn (`_wait`).
-        self._copy_stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._copy_stream):
-            _copy(tensors, waiting)
-        self._here[block] = _Visit(tensors, self._copy_stream.record_event())
+        if stream:
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for tensor, source in zip(tensors, waiting, strict=True):
+                tensor.copy_(source, non_blocking=True)
+        self._here[block] = _Visit(tensors, stream.record_event() if stream else None)
 
     def _wait(self, visit: _Visit) -> None:
         if visit.arrived is not None:
@@ -108,11 +105,6 @@ class BlockPrefetcher:
     def _drop(self, block: int) -> None:
         # If it was fetched in vain, its copy must be over before its memory is used again.
         self._wait(self._here.pop(block))
-
-
-def _copy(tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    for tensor, source in zip(tensors, sources, strict=True):
-        tensor.copy_(source, non_blocking=True)
 
 
 def offload_(model: nn.Module, share: float, device: torch.device) -> Offloaded:
@@ -174,17 +166,16 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The units that travel: the elements of a model's ModuleLists. An element that is made of
     such lists itself, as a UNet's levels and its transformers are, is taken apart."""
     for part in repeated_blocks(model):
-        elements = part.children() if isinstance(part, nn.ModuleList) else _elements(part)
-        for element in elements:
+        for element in part.children() if isinstance(part, nn.ModuleList) else _elements(part):
             yield from _smallest(element)
 
 
 def _smallest(element: nn.Module) -> Iterator[nn.Module]:
     inner = list(_elements(element))
-    if not inner:
-        yield element
     for child in inner:
         yield from _smallest(child)
+    if not inner:
+        yield element
 
 
 def _elements(module: nn.Module) -> Iterator[nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,12 @@ class Precision:
     # Bytes that a large text encoder may take: the blocks of one that takes more wait in RAM.
     vram_budget: float | None = None
 
+    @classmethod
+    def of(cls, device: torch.device, numbers: Mapping[str, str]) -> Precision:
+        """From the names of the dtypes, as precision_rules gives them."""
+        return cls(device, DTYPES[numbers["weights"]], DTYPES[numbers["compute"]],
+                   DTYPES[numbers["vae"]])
+
 
 def pick_device(name: str) -> torch.device:
     """The device of a name (cuda, mps, cpu); for "auto" the first visible GPU, else the CPU.
@@ -50,13 +57,11 @@ def choose(precision: schema.Precision, device: str = "auto",
     picked = pick_device(device)
     capability = torch.cuda.get_device_capability(picked) if picked.type == "cuda" else (0, 0)
     numbers = precision_rules.numbers_for(precision, picked.type, capability, outgrows_fp16)
-    return Precision(device=picked, weights=DTYPES[numbers["weights"]],
-                     compute=DTYPES[numbers["compute"]], vae=DTYPES[numbers["vae"]])
+    return Precision.of(picked, numbers)
 
 
 def quantize_and_offload_(model: torch.nn.Module, device: torch.device,
-                          quantization: Quantization = "same",
-                          offload: float = 0.0) -> Offloaded:
+                          quantization: Quantization = "same", offload: float = 0.0) -> Offloaded:
     """Quantises a model's blocks, moves a share of them to RAM and the rest of it to `device`."""
     quantize_(model, quantization, device)
     done = offload_(model, offload, device)

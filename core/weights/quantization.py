@@ -318,40 +318,28 @@ def freeze_(layer: nn.Linear | nn.Conv2d, quantization: Quantization,
 
 
 def fill_(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype,
-          device: torch.device, quantize_on: torch.device | None = None) -> list[str]:
+          device: torch.device, quantize_on: torch.device | None = None) -> None:
     """Puts weights into a model on the meta device and quantises them one after the other, so that
     only one of them is in memory in full.
 
     `tensors` are (name in the model, weight), read one by one from a file; they are copied to
     `device`. Parameters keep the dtype of the empty model, buffers get `dtype`. The device
-    `quantize_on` does the arithmetic. Returns the names that the model doesn't have. What was not
-    among `tensors` stays on the meta device.
+    `quantize_on` does the arithmetic. What was not among `tensors` stays on the meta device.
     """
-    unknown = []
     for name, tensor in tensors:
         owner, _, leaf = name.rpartition(".")
-        try:
-            module = model.get_submodule(owner)
-        except AttributeError:
-            unknown.append(name)
-            continue
+        module = model.get_submodule(owner)
         if isinstance(module, Frozen) and leaf == "weight":
             module.codes = torch.empty(0, device=device)
             module.write(tensor.to(quantize_on or device, module.dtype))
             continue
-        is_parameter = leaf in module._parameters
-        if not is_parameter and leaf not in module._buffers:
-            unknown.append(name)
-            continue
-        empty = getattr(module, leaf)
+        empty, is_parameter = getattr(module, leaf), leaf in module._parameters
         layout = (torch.channels_last if tensor.ndim == 4 and empty.stride(1) == 1
                   else torch.contiguous_format)
         float_dtype = empty.dtype if is_parameter else dtype
         value = tensor.to(device, float_dtype if tensor.is_floating_point() else tensor.dtype,
                           copy=True, memory_format=layout)
-        setattr(module, leaf,
-                nn.Parameter(value, requires_grad=False) if is_parameter else value)
-    return unknown
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
 
 def repeated_blocks(model: nn.Module) -> Iterator[nn.Module]:

@@ -29,8 +29,7 @@ FOREIGN = {
     "absmax": "nf4 / fp4 (bitsandbytes)", "SCB": "int8 (bitsandbytes)", "scb": "int8",
     "qweight": "int4 (SVDQuant / AWQ / GPTQ)", "weight_packed": "int4 (compressed-tensors)",
     "weight_scale_2": "nvfp4", "weight_scale_inv": "fp8 (block scales)",
-    "pre_quant_scale": "AWQ", "weight_codebook": "w4a8",
-}
+    "pre_quant_scale": "AWQ", "weight_codebook": "w4a8"}
 Mark = Mapping[str, Any]                   # such as {"format": "float8_e4m3fn"}
 
 
@@ -51,13 +50,11 @@ def scaling_of(path: Path, header: Header) -> Scaling:
     for name, info in tensors.items():
         stem, _, leaf = name.rpartition(".")
         weight = stem if stem.endswith(".weight") else f"{stem}.weight"
+        if leaf in FOREIGN or leaf in INPUTS or (leaf in SCALES and weight in tensors):
+            helpers.add(name)
         if leaf in FOREIGN:
-            helpers.add(name)
             unread[weight] = FOREIGN[leaf]
-        elif leaf in INPUTS:
-            helpers.add(name)
         elif leaf in SCALES and weight in tensors:
-            helpers.add(name)
             if unread_format := _unread_format(marks.get(stem, {}), tensors[weight], info):
                 unread.setdefault(weight, unread_format)
             else:
@@ -76,20 +73,18 @@ def scaling_of(path: Path, header: Header) -> Scaling:
 
 def _marks(path: Path, header: Header) -> dict[str, Mark]:
     """Layer -> its mark, from the metadata and from tensors."""
-    marks: dict[str, Mark] = {}
     layers = json_of(header.metadata.get("_quantization_metadata", ""), dict).get("layers")
-    for layer, mark in layers.items() if isinstance(layers, dict) else ():
-        if isinstance(mark, dict):
-            marks[layer] = mark
+    marks: dict[str, Mark] = {
+        layer: mark for layer, mark in (layers.items() if isinstance(layers, dict) else ())
+        if isinstance(mark, dict)}
     # A larger one is no mark, and isn't worth reading.
-    names = [name for name, info in header.tensors.items()
-             if name.endswith(".comfy_quant") and info.nbytes < 10_000]
-    if names:
+    written = {name.removesuffix(".comfy_quant"): info for name, info in header.tensors.items()
+               if name.endswith(".comfy_quant") and info.nbytes < 10_000}
+    if written:
         with opened(path) as file:
-            for name in names:
-                file.seek(header.data_start + header.tensors[name].begin)
-                marks[name.removesuffix(".comfy_quant")] = json_of(
-                    file.read(header.tensors[name].nbytes).decode("utf-8", "replace"), dict)
+            for layer, info in written.items():
+                file.seek(header.data_start + info.begin)
+                marks[layer] = json_of(file.read(info.nbytes).decode("utf-8", "replace"), dict)
     return marks
 
 

@@ -29,12 +29,13 @@ from core.config import TrainConfig, size_of
 from core.dataset.examples import Example, Examples
 from core.families import detection
 from core.families.base import Parts
-from core.families.loading import load_denoiser
-from core.families.sd15.model import CONFIGS, TOKENIZER
+from core.families.loading import TOKENIZER, load_denoiser
 from core.memory import plan
 from core.training.trainer import Trainer
 from core.weights import precision_rules
 from core.weights.precision import choose, quantize_and_offload_
+
+CONFIGS = paths.family_configs("sd15")
 
 MB = 2**20
 

@@ -24,11 +24,12 @@ from core import families, paths
 from core.config import AdapterKind, TrainConfig
 from core.dataset.examples import Encoder, find
 from core.families.base import Parts
-from core.families.sd15.model import CONFIGS
 from core.jobs.control import Control
 from core.training.trainer import Trainer
 from core.weights.precision import choose
 from tests.bench.bare import BareLoop
+
+CONFIGS = paths.family_configs("sd15")
 
 
 def demo_trainer(batch: int = 8, **changes: object) -> Trainer:

@@ -327,7 +327,7 @@ def test_base_of_a_family_has_its_shapes(traces: Path) -> None:
     base = plan_inputs.base_of("sd15")
     assert base.family == "sd15"
     assert plan_inputs.base_of("sd15") == base                # written once, read again
-    facts = plan_inputs.base_sizes(base, advisor.card_of(8))
+    facts = plan_inputs.BatchPlanner(base, advisor.card_of(8)).facts
     assert facts["denoiser_parameters"] == 859_520_964
     assert (facts["native"], facts["step"]) == (512, 64)
 

@@ -145,7 +145,7 @@ def test_the_step_computes_what_the_pipeline_does(loaded: tuple[Family, Parts]) 
 
 def _grid(family: Family, parts: Parts, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Latents as the engine has them."""
-    from core.families.common import unpack
+    from core.families.flux.packed import unpack
     if x.ndim == 3:
         return unpack(x, height // 2, width // 2)
     return x if x.ndim == 4 else x[:, :, 0]

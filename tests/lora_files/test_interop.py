@@ -26,16 +26,17 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from core import families
+from core import families, paths
 from core.adapters import from_file, layers, lora
 from core.config import TrainConfig
-from core.families.sd15.model import CONFIGS
 from core.families.sd15.spec import NAMING as SD1
 from core.inference import generate
 from core.lora_files import formats
 from core.lora_files.layers import Lora
 from tests import tiny
 from tests.tiny import ldm_layout
+
+CONFIGS = paths.family_configs("sd15")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.xdist_group("interop")]
 

@@ -234,10 +234,10 @@ def test_cpu_short_of_memory_takes_bf16_before_it_quantises() -> None:
 
 
 def test_only_what_the_engine_can_do_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relief, "_has", lambda package: True)
+    monkeypatch.setattr(relief, "find_spec", lambda package: object())
     assert relief.capabilities(card(8)).optimizers == ("adamw", "adamw8bit")
     assert relief.capabilities(Machine("cpu", "", 8e3, 8e3)) == Capabilities("bf16", full=True)
-    monkeypatch.setattr(relief, "_has", lambda package: False)
+    monkeypatch.setattr(relief, "find_spec", lambda package: None)
     assert relief.capabilities(card(8)).optimizers == ("adamw",)
     assert relief.capabilities(card(8, ram_mb=4000), 4000).offloads == (0.25, 0.5)
     assert relief.capabilities(card(8), 4000).offloads == relief.OFFLOADS
@@ -286,17 +286,16 @@ def test_every_value_has_its_sentence(machine: Machine, lang: str) -> None:
 def test_nearest_fit_changes_as_little_as_it_can(traces: Path) -> None:
     base, cpu = plan_inputs.base_of("demo"), Machine("cpu", "CPU", 1e5, 1e5)
     config = TrainConfig(base_model="demo", batch_size=6, lora_alpha=4)
-    enough = advisor.nearest_fit(config, base, cpu)
+    enough = advisor.nearest_fit(config, base, cpu, plan_inputs.BatchPlanner(base, cpu))
     assert enough is not None
     assert enough[0] == {}
     machine = card(8)
-    found = advisor.nearest_fit(config, base, machine, None, Synthetic(machine))
+    found = advisor.nearest_fit(config, base, machine, Synthetic(machine))
     assert found is not None
     changes, planned = found
     assert changes == {"batch_size": 3, "gradient_accumulation_steps": 2}
     assert relief.fits(planned)
-    assert advisor.nearest_fit(config, base, card(1), None,
-                               Synthetic(card(1), drawing=4000)) is None
+    assert advisor.nearest_fit(config, base, card(1), Synthetic(card(1), drawing=4000)) is None
 
 
 def test_nearest_fit_keeps_the_scale_and_drops_previews_late(traces: Path) -> None:
@@ -411,7 +410,8 @@ def test_unknown_symptom_is_a_fault() -> None:
 
 def test_suggestion_for_the_demo_base_trains_on_any_cpu(traces: Path, tmp_path: Path) -> None:
     base = plan_inputs.base_of("demo")
-    found = advisor.suggest(Machine("cpu", "CPU", 4096, 3000), base)
+    machine = Machine("cpu", "CPU", 4096, 3000)
+    found = advisor.suggest(machine, base, None, "style", plan_inputs.BatchPlanner(base, machine))
     assert found.fits
     assert found.values["max_resolution"] == "64,64"
     assert found.values["target_modules"] == "all-linear"
@@ -425,7 +425,9 @@ def test_suggestion_for_the_demo_base_trains_on_any_cpu(traces: Path, tmp_path: 
 def test_sd15_on_small_and_large_cards(traces: Path) -> None:
     """Real shapes: the score rises with the card, and every suggestion fits it with the margin."""
     base = plan_inputs.base_of("sd15")
-    found = [advisor.suggest(advisor.card_of(gb), base) for gb in (4, 8, 24)]
+    cards = [advisor.card_of(gb) for gb in (4, 8, 24)]
+    found = [advisor.suggest(card_, base, None, "style", plan_inputs.BatchPlanner(base, card_))
+             for card_ in cards]
     assert [one.fits for one in found] == [True, True, True]
     assert sorted(one.score for one in found) == [one.score for one in found]
     for one in found:

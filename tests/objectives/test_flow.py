@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from core import families
 from core.config import TrainConfig
 from core.families.base import Cond, CropInfo, Family, Parts
-from core.families.common import pack
+from core.families.flux.packed import pack
 from core.families.timestep_sampling import (
     FLUX_LINE,
     STEPS,

@@ -19,13 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from core import families
+from core import families, paths
 from core.families.krea2.spec import NAMING as KREA2
 from core.families.layer_names import Part, to_native
 from core.families.registry import SPECS
-from core.families.sd15.model import CONFIGS
 from core.memory import plan_inputs
 from core.weights.precision import Precision
+
+CONFIGS = paths.family_configs("sd15")
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
           "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}

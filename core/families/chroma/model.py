@@ -12,24 +12,16 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, ChromaPipeline, ChromaTransformer2DModel
+from diffusers import ChromaPipeline, ChromaTransformer2DModel
 from torch import Tensor
-from transformers import T5EncoderModel
 
-from core.families import checkpoint_keys, text
+from core.families import text
 from core.families.base import Cond, Parts
 from core.families.chroma.spec import SPEC
-from core.families.common import (
-    FlowFamily,
-    TokenizerSpec,
-    denoiser_spec,
-    layer_count,
-    positions,
-    predict_packed,
-)
+from core.families.common import FlowFamily, TokenizerSpec, denoiser_spec, t5_spec, vae_spec
+from core.families.flux import packed
 from core.families.flux.model import LorasAsTheyAre
-from core.families.loading import CheckpointLayout, ComponentSpec
-from core.families.sd3.model import T5XXL
+from core.families.loading import CheckpointLayout, block_counts
 from core.families.timestep_sampling import TimestepSampling, by_share_and_step
 
 LENGTH = 512                                # tokens
@@ -48,20 +40,14 @@ class MaskedChromaPipeline(LorasAsTheyAre, ChromaPipeline):  # type: ignore[misc
 class Chroma(FlowFamily):
     kind = SPEC.id
     spec = SPEC
-    components = (
-        denoiser_spec(ChromaTransformer2DModel, SPEC),
-        ComponentSpec("vae", AutoencoderKL, "vae", ("vae.", "first_stage_model."),
-                      checkpoint_keys.vae, file_kind="vae_16"),
-        ComponentSpec("text_encoder", T5EncoderModel, "text", (T5XXL,), file_kind="t5"))
+    components = (denoiser_spec(ChromaTransformer2DModel, SPEC),
+                  vae_spec("vae_16", "vae.", "first_stage_model."), t5_spec("text_encoder"))
     tokenizers: ClassVar = {"text_encoder": TokenizerSpec("t5", LENGTH)}
     pipe = MaskedChromaPipeline
     sampling = TimestepSampling("parabola", bend=7.7, told=by_share_and_step)
 
     def adapt(self, layout: CheckpointLayout) -> None:
-        shapes = self.shapes(layout)
-        layout.configs["transformer"] |= {
-            "num_layers": layer_count(shapes, "transformer_blocks."),
-            "num_single_layers": layer_count(shapes, "single_transformer_blocks.")}
+        layout.configs["transformer"] |= block_counts(self.shapes(layout))
 
     def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
         return text.masked_tokens(parts.text["tokenizer"], prompts, LENGTH)
@@ -76,11 +62,11 @@ class Chroma(FlowFamily):
         return {"text": out.last_hidden_state, "mask": places <= mask.sum(1, keepdim=True)}
 
     def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        places = positions(noisy)
+        places = packed.positions(noisy)
         picture = torch.ones(len(noisy), len(places), dtype=torch.bool, device=noisy.device)
         mask = torch.cat([cond["mask"].bool(), picture], 1)
         with masked(denoiser, mask):
-            return predict_packed(
+            return packed.predict(
                 denoiser, noisy, t, cond["text"], img_ids=places, attention_mask=mask,
                 txt_ids=noisy.new_zeros(cond["text"].shape[1], 3))
 

@@ -13,9 +13,7 @@ RENAMES = (
     *renames((("linear_1", "in_layer"), ("linear_2", "out_layer")),
              "distilled_guidance_layer.layers.{}.", "distilled_guidance_layer.layers.{}."))
 NAMING: Naming = (
-    dit_part(RENAMES),
-    Part("text_encoder", "lora_te3", native="text_encoders.t5xxl.transformer"),
-)
+    dit_part(RENAMES), Part("text_encoder", "lora_te3", native="text_encoders.t5xxl.transformer"))
 
 
 def recognize(shapes: Shapes) -> Found | None:
@@ -32,10 +30,6 @@ SPEC = FamilySpec(
     lora_aliases=ALIASES, base_version="chroma",
     architecture="chroma", implementation="https://github.com/lodestone-rock/flow", cfg=4.0,
     model="Chroma", short_title="Chroma", file="denoiser", tokens=511,
-    naming=NAMING, recognize=recognize,
-    pipelines={"ChromaPipeline": "chroma"}, names_of="flux",
-    distilled=DistilledSigns(words="flash"),
-    lora_signs=(
-        (r"distilled_guidance_layer", None),
-    ),
+    naming=NAMING, recognize=recognize, pipelines={"ChromaPipeline": "chroma"}, names_of="flux",
+    distilled=DistilledSigns(words="flash"), lora_signs=((r"distilled_guidance_layer", None),),
     metadata_names=("chroma",))

@@ -8,6 +8,7 @@ holds the answer.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +110,8 @@ def find_file(source: Path, what: str, config: Mapping[str, Any], named_files: C
     model = vae_hashes.model_of(config) if is_vae else ""
     if model and files:
         models = {path: vae_hashes.model_in(path) for path in files}
-        if known := [path for path in files if models[path] == model]:
-            return known[0]
+        if model in models.values():
+            return next(path for path in files if models[path] == model)
         if not (files := [path for path in files if not models[path]]):
             path, other = next(iter(models.items()))
             raise UserError("families.companion_foreign", path=source, file=path,
@@ -143,11 +144,8 @@ def check_used(named_files: ComponentFiles, used: Iterable[UsedComponent], title
     # `used` has the named VAE whatever it is.
     if named_files.vae is not None and not identify(named_files.vae).what.startswith("vae"):
         parts.pop(named_files.vae, None)
-    for path in (named_files.vae, *named_files.text_encoders):
-        if path is None:
-            continue
-        is_wrong_part = path != named_files.vae and not parts.get(path, "text").startswith("text")
-        if path not in parts or is_wrong_part:
+    for path in filter(None, (named_files.vae, *named_files.text_encoders)):
+        if path not in parts or (path != named_files.vae and not parts[path].startswith("text")):
             raise UserError("families.companion_unused", path=path, found=identify(path).said(),
                             title=title)
 
@@ -158,10 +156,9 @@ def _fix_naming(key: str, path: Path, value: str | list[str]) -> Fix:
 
 
 def _is(path: Path, what: str) -> bool:
-    try:
+    with contextlib.suppress(UserError):
         return identify(path).what == what
-    except UserError:
-        return False
+    return False
 
 
 def _has_sizes(path: Path, config: Mapping[str, Any]) -> bool:
@@ -177,12 +174,6 @@ def _has_sizes(path: Path, config: Mapping[str, Any]) -> bool:
                if len(shapes.get(name, ())) > 1]
     return (all(shape == (rows, width) for shape in embeddings if rows)
             and all(count == channels for count in latents if channels))
-
-
-def missing(source: Path, what: str) -> UserError:
-    """The error where no file beside a base is a `what`."""
-    return UserError("families.companion_missing", path=source, folder=source.parent,
-                     part=i18n.tr(f"families.is_{what}"))
 
 
 # --- tokenizers ---
@@ -274,18 +265,18 @@ def announce(family: Any, source: Path, emit: Callable[[Event], None]) -> list[U
     anything is computed.
     """
     used: list[UsedComponent] = family.beside(source) if hasattr(family, "beside") else []
+    def note(key: str, **params: str) -> None:
+        emit(Note(key=key, params={"base": source.name, **params}))
+
     if files := [f"{component.path.name} ({component.part}, {component.digest[:10]})"
                  for component in used if component.path]:
-        emit(Note(key="families.companions_taken", params={
-            "base": source.name, "files": ", ".join(files)}))
+        note("families.companions_taken", files=", ".join(files))
     for component in used:
-        if component.path and component.other_model:
-            emit(Note(key="families.companion_odd", params={
-                "base": source.name, "file": component.path.name,
-                "made_for": component.other_model}))
-        elif component.path is None:
-            emit(Note(key="families.companion_without", params={
-                "base": source.name, "part": component.part}))
+        if component.path is None:
+            note("families.companion_without", part=component.part)
+        elif component.other_model:
+            note("families.companion_odd", file=component.path.name,
+                 made_for=component.other_model)
     return used
 
 
@@ -303,8 +294,7 @@ def tell_scale(used: Iterable[UsedComponent], latents: Sequence[Tensor], masked:
     measured = [picture[..., :-1, :, :] if masked else picture
                 for picture in latents[:MEASURED_PICTURES]]
     squares = torch.stack([picture.float().square().mean() for picture in measured])
-    size = squares.mean().sqrt().item()
-    if not LEAST_SIZE <= size <= MOST_SIZE:
+    if not LEAST_SIZE <= (size := squares.mean().sqrt().item()) <= MOST_SIZE:
         emit(Note(key="families.latents_scale", params={"size": f"{size:.2f}", "file": vae.name}))
 
 
@@ -320,11 +310,8 @@ def metadata(used: Iterable[UsedComponent]) -> dict[str, str]:
     for component in used:
         if component.path is None:
             continue
-        name, digest = component.path.name, component.digest
-        if component.part == "vae":
-            entries |= {"ss_vae_name": name, "ss_vae_hash": component.short_hash,
-                        "ss_new_vae_hash": digest}
-        else:
-            entries |= {f"darkroom.{component.part}_name": name,
-                        f"darkroom.{component.part}_hash": digest}
+        part, name = component.part, component.path.name
+        entries |= ({"ss_vae_name": name, "ss_vae_hash": component.short_hash,
+                     "ss_new_vae_hash": component.digest} if part == "vae" else
+                    {f"darkroom.{part}_name": name, f"darkroom.{part}_hash": component.digest})
     return entries

@@ -3,6 +3,7 @@ stands for all of them."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable
 from functools import lru_cache
@@ -47,13 +48,12 @@ def _dtype(file: TensorFile, name: str) -> torch.dtype:
 @lru_cache(maxsize=256)
 def _is_copy(finer: Path, coarser: Path, changed: tuple[int, int]) -> bool:
     fine, coarse = TensorFile(finer), TensorFile(coarser)
-    names = sorted(fine.names())
-    shapes = {name: fine.header.tensors[name].shape for name in names}
-    if names != sorted(coarse.names()) or any(
-            shapes[name] != coarse.header.tensors[name].shape for name in names):
+    shapes, others = ({name: file.header.tensors[name].shape for name in sorted(file.names())}
+                      for file in (fine, coarse))
+    if shapes != others:
         return False
-    matrices = [name for name in names if len(shapes[name]) == 2
-                and torch.Size(shapes[name]).numel() < LARGEST]
+    matrices = [name for name, shape in shapes.items()
+                if len(shape) == 2 and math.prod(shape) < LARGEST]
     # Two files in the same dtypes are two finetunes: exact copies were sorted out before.
     if not any(_dtype(fine, name) != _dtype(coarse, name) for name in matrices):
         return False
@@ -68,9 +68,8 @@ def _agree(fine: TensorFile, coarse: TensorFile, name: str) -> bool:
     """Whether a corner of the finer weight, rounded to the other's dtype, is the other's corner."""
     dtype = _dtype(coarse, name)
     ours, theirs = (file[name][:ROWS, :COLUMNS].float() for file in (fine, coarse))
-    scale = torch.ones(1)
-    if (scale_name := coarse.scaling.scales.get(name)) is not None:
-        scale = coarse[scale_name].float().reshape(-1, 1)[:ROWS]
+    scale_name = coarse.scaling.scales.get(name)
+    scale = coarse[scale_name].float().reshape(-1, 1)[:ROWS] if scale_name else torch.ones(1)
     ours = ours / scale
     if not dtype.is_floating_point:
         ours = ours.round().clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max)

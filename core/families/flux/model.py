@@ -10,23 +10,16 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
-from transformers import CLIPTextModel, T5EncoderModel
+from transformers import CLIPTextModel
 
-from core.families import checkpoint_keys
 from core.families.base import Cond, Parts
-from core.families.common import (
-    FlowFamily,
-    TokenizerSpec,
-    denoiser_spec,
-    layer_count,
-    positions,
-    predict_packed,
-)
+from core.families.common import FlowFamily, TokenizerSpec, denoiser_spec, t5_spec, vae_spec
+from core.families.flux import packed
 from core.families.flux.spec import SPEC
-from core.families.loading import CheckpointLayout, ComponentSpec
-from core.families.sd3.model import CLIP_L, T5XXL
+from core.families.loading import CheckpointLayout, ComponentSpec, block_counts
+from core.families.sd3.model import CLIP_L
 from core.families.timestep_sampling import FLUX_LINE, TimestepSampling, by_share_and_step
 
 GUIDANCE = 1.0                              # dev's input while it learns
@@ -55,22 +48,18 @@ class Flux1(FlowFamily):
     spec = SPEC
     components = (
         denoiser_spec(FluxTransformer2DModel, SPEC),
-        ComponentSpec("vae", AutoencoderKL, "vae", ("vae.", "first_stage_model."),
-                      checkpoint_keys.vae, file_kind="vae_16"),
+        vae_spec("vae_16", "vae.", "first_stage_model."),
         ComponentSpec("text_encoder", CLIPTextModel, "text", (CLIP_L,), file_kind="clip_l"),
-        ComponentSpec("text_encoder_2", T5EncoderModel, "text", (T5XXL,), file_kind="t5"))
+        t5_spec("text_encoder_2"))
     tokenizers: ClassVar = {"text_encoder": TokenizerSpec(),
                             "text_encoder_2": TokenizerSpec("t5", 512)}
     pipe = Flux1Pipeline
     sampling = DEV
 
     def adapt(self, layout: CheckpointLayout) -> None:
-        shapes = self.shapes(layout)
         guided = layout.found.what == "flux_dev"
         layout.configs["transformer"] |= {
-            "num_layers": layer_count(shapes, "transformer_blocks."),
-            "num_single_layers": layer_count(shapes, "single_transformer_blocks."),
-            "guidance_embeds": guided}
+            **block_counts(self.shapes(layout)), "guidance_embeds": guided}
         if not guided:
             layout.scheduler.update(use_dynamic_shifting=False, shift=1.0)
 
@@ -83,19 +72,16 @@ class Flux1(FlowFamily):
     def encode_tokens(self, parts: Parts, tokens: dict[str, Tensor]) -> Cond:
         cond: Cond = {}
         for name, ids in tokens.items():
-            encoder = parts.text[name]
-            out = encoder(ids.to(encoder.device))
-            if name == "text_encoder":
-                cond["pooled"] = out.pooler_output
-            else:
-                cond["text"] = out.last_hidden_state
+            out = parts.text[name](ids.to(parts.text[name].device))
+            cond |= ({"pooled": out.pooler_output} if name == "text_encoder"
+                     else {"text": out.last_hidden_state})
         return cond
 
     def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
         guidance = torch.full_like(t, GUIDANCE) if denoiser.config.guidance_embeds else None
-        return predict_packed(
+        return packed.predict(
             denoiser, noisy, t, cond["text"], guidance=guidance,
-            pooled_projections=cond["pooled"], img_ids=positions(noisy),
+            pooled_projections=cond["pooled"], img_ids=packed.positions(noisy),
             txt_ids=noisy.new_zeros(cond["text"].shape[1], 3))
 
     def prompt_arguments(self, cond: Cond, negative: Cond) -> dict[str, Tensor]:

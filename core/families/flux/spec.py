@@ -11,41 +11,42 @@ from core.serialization import json_object
 
 BLOCK, DOUBLE = "transformer_blocks.{}.", "double_blocks.{}."
 SINGLE_BLOCK, SINGLE = "single_transformer_blocks.{}.", "single_blocks.{}."
-RENAMES = (
+# Of Flux.2 as well.
+SHARED = (
     fused(f"{BLOCK}attn.to_*", f"{DOUBLE}img_attn.qkv"),
     fused(f"{BLOCK}attn.add_*_proj", f"{DOUBLE}txt_attn.qkv"),
-    # One matrix for attention and the first feed-forward layer, which is four times as wide.
-    Rename((*(f"{SINGLE_BLOCK}attn.to_{x}" for x in "qkv"), f"{SINGLE_BLOCK}proj_mlp"),
-           f"{SINGLE}linear1", (1, 1, 1, 4)),
     *renames((
         ("attn.to_out.0", "img_attn.proj"), ("attn.to_add_out", "txt_attn.proj"),
         ("attn.norm_q", "img_attn.norm.query_norm"), ("attn.norm_k", "img_attn.norm.key_norm"),
         ("attn.norm_added_q", "txt_attn.norm.query_norm"),
-        ("attn.norm_added_k", "txt_attn.norm.key_norm"),
+        ("attn.norm_added_k", "txt_attn.norm.key_norm")), BLOCK, DOUBLE),
+    *renames((("attn.norm_q", "norm.query_norm"), ("attn.norm_k", "norm.key_norm")),
+             SINGLE_BLOCK, SINGLE),
+    *renames((("x_embedder", "img_in"), ("context_embedder", "txt_in"),
+              ("proj_out", "final_layer.linear"))),
+    Rename(("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped=True))
+RENAMES = (
+    *SHARED,
+    # One matrix for attention and the first feed-forward layer, which is four times as wide.
+    Rename((*(f"{SINGLE_BLOCK}attn.to_{x}" for x in "qkv"), f"{SINGLE_BLOCK}proj_mlp"),
+           f"{SINGLE}linear1", (1, 1, 1, 4)),
+    *renames((
         ("ff.net.0.proj", "img_mlp.0"), ("ff.net.2", "img_mlp.2"),
         ("ff_context.net.0.proj", "txt_mlp.0"), ("ff_context.net.2", "txt_mlp.2"),
         ("norm1.linear", "img_mod.lin"), ("norm1_context.linear", "txt_mod.lin")),
         BLOCK, DOUBLE),
     *renames((
-        ("x_embedder", "img_in"), ("context_embedder", "txt_in"),
         ("time_text_embed.timestep_embedder.linear_1", "time_in.in_layer"),
         ("time_text_embed.timestep_embedder.linear_2", "time_in.out_layer"),
         ("time_text_embed.text_embedder.linear_1", "vector_in.in_layer"),
         ("time_text_embed.text_embedder.linear_2", "vector_in.out_layer"),
         ("time_text_embed.guidance_embedder.linear_1", "guidance_in.in_layer"),
         ("time_text_embed.guidance_embedder.linear_2", "guidance_in.out_layer"))),
-    *renames((
-        ("proj_out", "linear2"), ("norm.linear", "modulation.lin"),
-        ("attn.norm_q", "norm.query_norm"), ("attn.norm_k", "norm.key_norm")),
-        SINGLE_BLOCK, SINGLE),
-    *renames((("proj_out", "final_layer.linear"),)),
-    Rename(("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped=True))
+    *renames((("proj_out", "linear2"), ("norm.linear", "modulation.lin")), SINGLE_BLOCK, SINGLE))
 NAMING: Naming = (
     dit_part(RENAMES),
     clip_part("text_encoder", "lora_te1", "clip_l"),
-    Part("text_encoder_2", "lora_te3", native="text_encoders.t5xxl.transformer"),
-)
-
+    Part("text_encoder_2", "lora_te3", native="text_encoders.t5xxl.transformer"))
 
 # The parameter of a norm, in the original code and in newer files.
 SCALES = ("scale", "weight")
@@ -80,8 +81,7 @@ SPEC = FamilySpec(
     architecture="flux-1-dev", implementation="https://github.com/black-forest-labs/flux",
     encoders=("text_encoder", "text_encoder_2"), cfg=3.5,
     model="Flux1", short_title="Flux", file="denoiser", tokens=511,
-    naming=NAMING, recognize=recognize,
-    pipelines={"FluxPipeline": "flux_dev"}, variant=variant,
+    naming=NAMING, recognize=recognize, pipelines={"FluxPipeline": "flux_dev"}, variant=variant,
     relatives={"FluxFillPipeline": "flux_fill", "FluxControlPipeline": "flux_control",
                "FluxKontextPipeline": "flux_kontext"},
     namesakes={("flux_dev", "kontext"): "flux_kontext"},
@@ -91,7 +91,5 @@ SPEC = FamilySpec(
     vae=VaeSigns("Flux.1", (
         "afc8e28272cd15db3919bacdb6918ce9c1ed22e96cb12c4d5ed0fba823529e38",
         "f5b59a26851551b67ae1fe58d32e76486e1e812def4696a4bea97f16604d40a3"), scale=0.3611),
-    lora_signs=(
-        (r"double_blocks|single_blocks|single_transformer_blocks", None),
-    ),
+    lora_signs=((r"double_blocks|single_blocks|single_transformer_blocks", None),),
     metadata_names=("flux1", "flux-1"), trainer_names=("fluxlora", "fluxdev1"))

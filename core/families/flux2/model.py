@@ -20,17 +20,10 @@ from transformers import Qwen3Config, Qwen3Model
 
 from core.families import checkpoint_keys, text
 from core.families.base import Cond, Parts
-from core.families.common import (
-    FlowFamily,
-    TokenizerSpec,
-    denoiser_spec,
-    layer_count,
-    pack,
-    predict_packed,
-    unpack,
-)
+from core.families.common import FlowFamily, TokenizerSpec, denoiser_spec
+from core.families.flux import packed
 from core.families.flux2.spec import SPEC
-from core.families.loading import CheckpointLayout, ComponentSpec
+from core.families.loading import CheckpointLayout, ComponentSpec, block_counts
 from core.families.timestep_sampling import FLUX_LINE, TimestepSampling
 
 LENGTH = 512                                # tokens
@@ -74,10 +67,8 @@ class Flux2(FlowFamily):
         # 4B and 9B differ in sizes that the shapes tell.
         shapes = self.shapes(layout)
         config = layout.configs["transformer"]
-        config |= {"num_layers": layer_count(shapes, "transformer_blocks."),
-                   "num_single_layers": layer_count(shapes, "single_transformer_blocks."),
-                   "num_attention_heads":
-                       shapes["x_embedder.weight"][0] // config["attention_head_dim"],
+        heads = shapes["x_embedder.weight"][0] // config["attention_head_dim"]
+        config |= {**block_counts(shapes), "num_attention_heads": heads,
                    "joint_attention_dim": shapes["context_embedder.weight"][1]}
         if config["joint_attention_dim"] == len(LAYERS) * QWEN3_8B["hidden_size"]:
             layout.configs["text_encoder"] |= QWEN3_8B
@@ -97,12 +88,12 @@ class Flux2(FlowFamily):
             latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
             height, width = latents.shape[2] // 2, latents.shape[3] // 2
             spread = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
-            normal = (pack(latents) - vae.bn.running_mean) / spread
-            return unpack(normal.to(latents), height, width)
+            normal = (packed.pack(latents) - vae.bn.running_mean) / spread
+            return packed.unpack(normal.to(latents), height, width)
 
     def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = noisy.shape[2] // 2, noisy.shape[3] // 2
-        return predict_packed(
+        return packed.predict(
             denoiser, noisy, t, cond["text"], img_ids=places(noisy, (height, width), 1),
             txt_ids=places(noisy, (cond["text"].shape[1],), 3))
 

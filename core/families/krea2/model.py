@@ -16,26 +16,28 @@ from functools import cache
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKLQwenImage, Krea2Pipeline, Krea2Transformer2DModel
+from diffusers import Krea2Pipeline, Krea2Transformer2DModel
 from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLTextModel
 
 from core.families import checkpoint_keys, text
 from core.families.base import Cond, Parts
 from core.families.checkpoint_keys import Tensors
-from core.families.common import TokenizerSpec, index_of, layer_count, positions, predict_packed
+from core.families.common import TokenizerSpec, denoiser_spec
+from core.families.flux import packed
 from core.families.krea2.spec import SPEC
-from core.families.loading import CheckpointLayout, ComponentSpec
-from core.families.qwen.model import FilmVaeFamily
+from core.families.loading import CheckpointLayout, ComponentSpec, layer_count
+from core.families.qwen.model import FILM_VAE, FilmVaeFamily
 from core.families.timestep_sampling import TimestepSampling
+from core.serialization import json_object
 
 LENGTH = 512                                # tokens, the request's end among them
 
 
-def _diffusers_names(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    """The table, and the parameters that belong to no layer."""
+def _finish_names(tensors: Tensors) -> Tensors:
+    """Renames the parameters that belong to no layer."""
     converted: Tensors = {}
-    for name, value in checkpoint_keys.by_table(SPEC.naming[0])(tensors, config).items():
+    for name, value in tensors.items():
         # The original code has the six vectors of a block in a row.
         if match := re.fullmatch(r"blocks\.(\d+)\.mod\.lin", name):
             name, value = f"transformer_blocks.{match[1]}.scale_shift_table", value.reshape(6, -1)
@@ -49,24 +51,18 @@ class Krea2(FilmVaeFamily):
     kind = SPEC.id
     spec = SPEC
     components = (
-        ComponentSpec("transformer", Krea2Transformer2DModel, "denoiser", convert=_diffusers_names),
-        ComponentSpec("vae", AutoencoderKLQwenImage, "vae", ("vae.",), checkpoint_keys.film_vae,
-                      file_kind="vae_film"),
+        denoiser_spec(Krea2Transformer2DModel, SPEC, _finish_names), FILM_VAE,
         ComponentSpec("text_encoder", Qwen3VLTextModel, "text", (), checkpoint_keys.decoder,
                       file_kind="qwen3_vl", outgrows_fp16=True,
                       config=lambda config: Qwen3VLConfig.from_dict(config).text_config))
     tokenizers: ClassVar = {"text_encoder": TokenizerSpec("qwen3", LENGTH - 4)}
     pipe = Krea2Pipeline
     sampling = TimestepSampling(line=((256, 0.5), (6400, 1.15)))
+    no_guidance_value = 0.0
 
     def adapt(self, layout: CheckpointLayout) -> None:
         shapes = self.shapes(layout)
         layout.configs["transformer"]["num_layers"] = layer_count(shapes, "transformer_blocks.")
-
-    def empty(self, layout: CheckpointLayout) -> Parts:
-        parts = super().empty(layout)
-        parts.no_guidance_value = 0.0
-        return parts
 
     def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
         # The end of the request stands behind the padding.
@@ -91,8 +87,8 @@ class Krea2(FilmVaeFamily):
         return {"text": layers.take_along_dim(order[:, :, None, None], 1), "mask": mask}
 
     def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        places = torch.cat([noisy.new_zeros(cond["text"].shape[1], 3), positions(noisy)])
-        return predict_packed(denoiser, noisy, t, cond["text"], position_ids=places,
+        places = torch.cat([noisy.new_zeros(cond["text"].shape[1], 3), packed.positions(noisy)])
+        return packed.predict(denoiser, noisy, t, cond["text"], position_ids=places,
                               encoder_attention_mask=cond["mask"].bool())
 
     def prompt_arguments(self, cond: Cond, negative: Cond) -> dict[str, Tensor]:
@@ -107,7 +103,8 @@ class Krea2(FilmVaeFamily):
 
     def _layers(self, parts: Parts) -> tuple[int, ...]:
         """The layers of the text encoder that are read: the base's, else the pipeline's."""
-        layers = index_of(parts.source).get("text_encoder_select_layers")
+        index = json_object(parts.source / "model_index.json")
+        layers = index.get("text_encoder_select_layers")
         return tuple(layers or _request().text_encoder_select_layers)
 
 

@@ -44,9 +44,6 @@ SPEC = FamilySpec(
     base_version="krea2", architecture="krea-2",
     implementation="https://github.com/krea-ai/krea-2", cfg=5.5, lora_format="diffusers",
     model="Krea2", short_title="Krea 2", file="denoiser", tokens=507,
-    naming=NAMING, recognize=recognize,
-    pipelines={"Krea2Pipeline": "krea2"},
-    lora_signs=(
-        (r"txtfusion|text_fusion|blocks[._]\d+[._]attn[._](to_gate|w[qkvo])\b", None),
-    ),
+    naming=NAMING, recognize=recognize, pipelines={"Krea2Pipeline": "krea2"},
+    lora_signs=((r"txtfusion|text_fusion|blocks[._]\d+[._]attn[._](to_gate|w[qkvo])\b", None),),
     metadata_names=("krea2", "krea-2"))

@@ -13,18 +13,20 @@ from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, Lumina2Pipeline, Lumina2Transformer2DModel
+from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
 from torch import Tensor
 from transformers import Gemma2Model
 
 from core.families import checkpoint_keys, text
 from core.families.base import Cond, Parts
-from core.families.common import FlowFamily, TokenizerSpec, denoiser_spec, layer_count
-from core.families.loading import CheckpointLayout, ComponentSpec
+from core.families.common import FlowFamily, TokenizerSpec, denoiser_spec, vae_spec
+from core.families.loading import CheckpointLayout, ComponentSpec, layer_count
 from core.families.lumina2.spec import SPEC
 from core.families.timestep_sampling import FLUX_LINE, STEPS, TimestepSampling
 
 GEMMA = "text_encoders.gemma2_2b.transformer."
+TEXT_ENCODER = ComponentSpec("text_encoder", Gemma2Model, "text", (GEMMA,), checkpoint_keys.gemma,
+                             file_kind="gemma_2", outgrows_fp16=True)
 LENGTH = 256                                # tokens, the instruction's among them
 # The model's own words, part of every prompt that it has seen.
 INSTRUCTION = ("You are an assistant designed to generate superior images with the superior degree "
@@ -48,11 +50,7 @@ class Lumina2(FlowFamily):
     kind = SPEC.id
     spec = SPEC
     components = (
-        denoiser_spec(Lumina2Transformer2DModel, SPEC),
-        ComponentSpec("vae", AutoencoderKL, "vae", ("vae.",), checkpoint_keys.vae,
-                      file_kind="vae_16"),
-        ComponentSpec("text_encoder", Gemma2Model, "text", (GEMMA,), checkpoint_keys.gemma,
-                      file_kind="gemma_2", outgrows_fp16=True))
+        denoiser_spec(Lumina2Transformer2DModel, SPEC), vae_spec("vae_16", "vae."), TEXT_ENCODER)
     tokenizers: ClassVar = {"text_encoder": TokenizerSpec("gemma2", LENGTH)}
     pipe = Lumina2Pipeline
     sampling = TimestepSampling(line=FLUX_LINE)

@@ -17,9 +17,8 @@ def block_renames(block: str, norms: tuple[tuple[str, str], ...]) -> tuple[Renam
         *renames((
             ("attn.to_out.0", "attention.out"), ("attn.norm_q", "attention.q_norm"),
             ("attn.norm_k", "attention.k_norm"), *norms, ("norm2", "attention_norm2"),
-            ("feed_forward.linear_1", "feed_forward.w1"),
-            ("feed_forward.linear_2", "feed_forward.w2"),
-            ("feed_forward.linear_3", "feed_forward.w3")), block, block))
+            *((f"feed_forward.linear_{n}", f"feed_forward.w{n}") for n in (1, 2, 3))),
+            block, block))
 
 
 MODULATED = (("norm1.norm", "attention_norm1"), ("norm1.linear", "adaLN_modulation.1"))
@@ -33,10 +32,8 @@ RENAMES = (
         ("time_caption_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
         ("norm_out.linear_1", "final_layer.adaLN_modulation.1"),
         ("norm_out.linear_2", "final_layer.linear"))))
-NAMING: Naming = (
-    dit_part(RENAMES),
-    Part("text_encoder", "lora_te", native="text_encoders.gemma2_2b.transformer.model"),
-)
+GEMMA = Part("text_encoder", "lora_te", native="text_encoders.gemma2_2b.transformer.model")
+NAMING: Naming = (dit_part(RENAMES), GEMMA)
 
 
 def recognize(shapes: Shapes) -> Found | None:
@@ -56,6 +53,5 @@ SPEC = FamilySpec(
     pipelines={"Lumina2Pipeline": "lumina2", "Lumina2Text2ImgPipeline": "lumina2"},
     lora_signs=(
         (r"(layers|refiner)[._]\d+[._](attn[._]to_|adaLN_modulation[._]1\.)", None),
-        (r"(layers|refiner)[._]\d+[._](attention|feed_forward)[._].*(down|lora_A)", 2304),
-    ),
+        (r"(layers|refiner)[._]\d+[._](attention|feed_forward)[._].*(down|lora_A)", 2304)),
     metadata_names=("lumina",))

@@ -19,22 +19,23 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextModel
 
 from core.families import checkpoint_keys, text
 from core.families.base import Cond, Parts
-from core.families.common import (
-    FlowFamily,
-    TokenizerSpec,
-    checked_side,
-    layer_count,
-    predict_packed,
-)
-from core.families.loading import CheckpointLayout, ComponentSpec
+from core.families.common import FlowFamily, TokenizerSpec, checked_side
+from core.families.flux import packed
+from core.families.loading import CheckpointLayout, ComponentSpec, layer_count
 from core.families.qwen.spec import SIDE, SPEC
 from core.families.timestep_sampling import TimestepSampling, by_share
 
 LENGTH = 512                                # tokens after the request, its end among them
 
 
+FILM_VAE = ComponentSpec("vae", AutoencoderKLQwenImage, "vae", ("vae.",), checkpoint_keys.film_vae,
+                         file_kind="vae_film")
+
+
 class FilmVaeFamily(FlowFamily):
     """A family with Qwen-Image's VAE, which is one of videos."""
+
+    is_video_vae = True
 
     def encode_image(self, parts: Parts, pixels: Tensor) -> Tensor:
         with torch.no_grad():
@@ -51,19 +52,13 @@ class FilmVaeFamily(FlowFamily):
         return (checked_side(vae.get("sample_size", SIDE)),
                 8 * 2 ** len(vae["temperal_downsample"]))
 
-    def empty(self, layout: CheckpointLayout) -> Parts:
-        parts = super().empty(layout)
-        parts.is_video_vae = True
-        return parts
-
 
 class QwenImage(FilmVaeFamily):
     kind = SPEC.id
     spec = SPEC
     components = (
         ComponentSpec("transformer", QwenImageTransformer2DModel, "denoiser"),
-        ComponentSpec("vae", AutoencoderKLQwenImage, "vae", ("vae.",), checkpoint_keys.film_vae,
-                      file_kind="vae_film"),
+        FILM_VAE,
         ComponentSpec("text_encoder", Qwen2_5_VLTextModel, "text",
                       ("text_encoders.qwen25_7b.transformer.",), checkpoint_keys.decoder,
                       file_kind="qwen25_vl", outgrows_fp16=True,
@@ -72,15 +67,11 @@ class QwenImage(FilmVaeFamily):
     tokenizers: ClassVar = {"text_encoder": TokenizerSpec("qwen25", LENGTH - 4)}
     pipe = QwenImagePipeline
     sampling = TimestepSampling(line=((256, 0.5), (8192, 0.9)), told=by_share)
+    guidance = "true_cfg_scale"
 
     def adapt(self, layout: CheckpointLayout) -> None:
         shapes = self.shapes(layout)
         layout.configs["transformer"]["num_layers"] = layer_count(shapes, "transformer_blocks.")
-
-    def empty(self, layout: CheckpointLayout) -> Parts:
-        parts = super().empty(layout)
-        parts.guidance = "true_cfg_scale"
-        return parts
 
     def tokenize(self, parts: Parts, prompts: Sequence[str]) -> dict[str, Tensor]:
         request, start = _request()
@@ -94,7 +85,7 @@ class QwenImage(FilmVaeFamily):
 
     def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = noisy.shape[2] // 2, noisy.shape[3] // 2
-        return predict_packed(
+        return packed.predict(
             denoiser, noisy, t, cond["text"], encoder_hidden_states_mask=cond["mask"].bool(),
             img_shapes=[[(1, height, width)]] * len(noisy))
 

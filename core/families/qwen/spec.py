@@ -31,8 +31,7 @@ SPEC = FamilySpec(
     base_version="qwen_image", architecture="qwen-image",
     implementation="https://github.com/QwenLM/Qwen-Image", cfg=4.0, lora_format="diffusers",
     model="QwenImage", short_title="Qwen-Image", file="denoiser", tokens=507, fp16=False,
-    naming=NAMING, recognize=recognize,
-    pipelines={"QwenImagePipeline": "qwen"},
+    naming=NAMING, recognize=recognize, pipelines={"QwenImagePipeline": "qwen"},
     relatives={"QwenImageEditPipeline": "qwen_edit", "QwenImageEditPlusPipeline": "qwen_edit"},
     namesakes={("qwen", "edit"): "qwen_edit"},
     # qwen_image_vae.safetensors of ComfyUI's model lists
@@ -42,6 +41,5 @@ SPEC = FamilySpec(
     lora_signs=(
         (r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]", None),
         # Attention alone: a block beyond the last that Flux.1 has of them.
-        (r"transformer_blocks[._](19|[2-5]\d)[._]attn[._](to|add)_[qkv].*(down|lora_A)", 3072),
-    ),
+        (r"transformer_blocks[._](19|[2-5]\d)[._]attn[._](to|add)_[qkv].*(down|lora_A)", 3072)),
     metadata_names=("qwen_image", "qwen-image"))

@@ -15,14 +15,13 @@ from typing import Any, ClassVar
 import torch
 from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
 from torch import Tensor
-from transformers import Gemma2Model
 
 from core.families import checkpoint_keys, text
 from core.families.base import Cond, Parts
 from core.families.checkpoint_keys import Tensors
-from core.families.common import LARGEST_SIDE, FlowFamily, TokenizerSpec, layer_count
-from core.families.loading import CheckpointLayout, ComponentSpec
-from core.families.lumina2.model import GEMMA, gemma_states
+from core.families.common import LARGEST_SIDE, FlowFamily, TokenizerSpec, denoiser_spec
+from core.families.loading import CheckpointLayout, ComponentSpec, layer_count
+from core.families.lumina2.model import TEXT_ENCODER, gemma_states
 from core.families.sana.spec import SPEC
 from core.families.timestep_sampling import TimestepSampling
 
@@ -32,9 +31,8 @@ INSTRUCTION = "\n".join(
 HEAD = {2240: 112, 1152: 72}                # px of a cross-attention head, by the model's width
 
 
-def _diffusers_names(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    """The table, and a parameter that belongs to no layer."""
-    tensors = checkpoint_keys.by_table(SPEC.naming[0])(tensors, config)
+def _finish_names(tensors: Tensors) -> Tensors:
+    """Renames a parameter that belongs to no layer."""
     table = tensors.pop("final_layer.scale_shift_table", None)
     return tensors if table is None else tensors | {"scale_shift_table": table}
 
@@ -50,11 +48,9 @@ class Sana(FlowFamily):
     kind = SPEC.id
     spec = SPEC
     components = (
-        ComponentSpec("transformer", SanaTransformer2DModel, "denoiser", convert=_diffusers_names),
-        ComponentSpec("vae", AutoencoderDC, "vae", ("vae.",), checkpoint_keys.deep_vae,
-                      file_kind="vae_dc"),
-        ComponentSpec("text_encoder", Gemma2Model, "text", (GEMMA,), checkpoint_keys.gemma,
-                      file_kind="gemma_2", outgrows_fp16=True))
+        denoiser_spec(SanaTransformer2DModel, SPEC, _finish_names),
+        ComponentSpec("vae", AutoencoderDC, "vae", ("vae.",), checkpoint_keys.deep_vae, "vae_dc"),
+        TEXT_ENCODER)
     tokenizers: ClassVar = {"text_encoder": TokenizerSpec("gemma2", LENGTH)}
     pipe = Unbinned
     sampling = TimestepSampling("logit_normal")     # its shift is the scheduler's
@@ -63,12 +59,12 @@ class Sana(FlowFamily):
         shapes = self.shapes(layout)
         config, width = layout.configs["transformer"], shapes["patch_embed.proj.weight"][0]
         head = HEAD.get(width, config["cross_attention_head_dim"])
+        is_normed = "transformer_blocks.0.attn1.norm_q.weight" in shapes
         config |= {
             "num_layers": layer_count(shapes, "transformer_blocks."), "cross_attention_dim": width,
             "num_attention_heads": width // config["attention_head_dim"],
             "cross_attention_head_dim": head, "num_cross_attention_heads": width // head,
-            "qk_norm": ("rms_norm_across_heads"
-                        if "transformer_blocks.0.attn1.norm_q.weight" in shapes else None)}
+            "qk_norm": "rms_norm_across_heads" if is_normed else None}
 
     def sizes(self, layout: CheckpointLayout) -> tuple[int, int]:
         config, vae = layout.configs["transformer"], layout.configs["vae"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from core.families.layer_names import Naming, Part, dit_part, fused, renames
+from core.families.layer_names import Naming, dit_part, fused, renames
+from core.families.lumina2.spec import GEMMA
 from core.families.spec import FamilySpec, Found, Shapes
 from core.families.targets import ALIASES, ATTENTION
 
@@ -29,10 +30,7 @@ RENAMES = (
         ("caption_projection.linear_1", "y_embedder.y_proj.fc1"),
         ("caption_projection.linear_2", "y_embedder.y_proj.fc2"),
         ("caption_norm", "attention_y_norm"), ("proj_out", "final_layer.linear"))))
-NAMING: Naming = (
-    dit_part(RENAMES),
-    Part("text_encoder", "lora_te", native="text_encoders.gemma2_2b.transformer.model"),
-)
+NAMING: Naming = (dit_part(RENAMES), GEMMA)
 
 
 def recognize(shapes: Shapes) -> Found | None:
@@ -49,10 +47,8 @@ SPEC = FamilySpec(
     base_version="sana", architecture="sana",
     implementation="https://github.com/NVlabs/Sana", cfg=4.5, lora_format="diffusers",
     model="Sana", short_title="Sana", file="denoiser", tokens=299,
-    naming=NAMING, recognize=recognize,
-    pipelines={"SanaPipeline": "sana"},
+    naming=NAMING, recognize=recognize, pipelines={"SanaPipeline": "sana"},
     lora_signs=(
         (r"[._]ff[._]conv_(inverted|point)\b|attn1[._]to_[qkv]\.", 2240),
-        (r"[._]ff[._]conv_(inverted|point)\b", None),
-    ),
+        (r"[._]ff[._]conv_(inverted|point)\b", None)),
     metadata_names=("sana",))

@@ -7,20 +7,17 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from core import paths
 from core.errors import UserError
-from core.families import checkpoint_keys, clip
+from core.families import clip
 from core.families.base import Cond, Parts
-from core.families.common import TokenizerSpec, UNetFamily, denoiser_spec
-from core.families.loading import TOKENIZER, ComponentSpec
+from core.families.common import TokenizerSpec, UNetFamily, denoiser_spec, vae_spec
+from core.families.loading import ComponentSpec
 from core.families.sd15.spec import SPEC
 
-__all__ = ["CONFIGS", "TOKENIZER", "StableDiffusion1"]
-CONFIGS = paths.family_configs(SPEC.id)
 CLIP = "cond_stage_model.transformer."
 
 
@@ -28,9 +25,7 @@ class StableDiffusion1(UNetFamily):
     kind = SPEC.id
     spec = SPEC
     components = (
-        denoiser_spec(UNet2DConditionModel, SPEC),
-        ComponentSpec("vae", AutoencoderKL, "vae", ("first_stage_model.",), checkpoint_keys.vae,
-                      file_kind="vae"),
+        denoiser_spec(UNet2DConditionModel, SPEC), vae_spec("vae", "first_stage_model."),
         ComponentSpec("text_encoder", CLIPTextModel, "text", (CLIP,), file_kind="clip_l"))
     tokenizers: ClassVar = {"text_encoder": TokenizerSpec()}
     pipe = StableDiffusionPipeline

@@ -26,13 +26,10 @@ SPEC = FamilySpec(
     id="sd15", title="Stable Diffusion 1.x", native_size=512, bucket_step=64,
     lora_presets=UNET_PRESETS, lora_aliases=ALIASES, base_version="sd_v1",
     architecture="stable-diffusion-v1", implementation="diffusers", text_targets=TEXT_TARGETS,
-    chunked=True, skips=True,
-    model="StableDiffusion1", short_title="SD 1.x", file="whole",
-    naming=NAMING, recognize=recognize,
-    relatives={"StableDiffusionInpaintPipeline": "inpainting"},
+    chunked=True, skips=True, model="StableDiffusion1", short_title="SD 1.x", file="whole",
+    naming=NAMING, recognize=recognize, relatives={"StableDiffusionInpaintPipeline": "inpainting"},
     unet=is_its_unet, unet_what="sd1",
     lora_signs=(
         (r"attn2[._]to_[kv]\b.*(down|lora_A|weight$)", 768),
-        (r"lora_te_.*[qkv]_proj.*down", 768),
-    ),
+        (r"lora_te_.*[qkv]_proj.*down", 768)),
     metadata_names=("sd_v1", "stable-diffusion-v1"), trainer_names=("sdlora", "stablediffusion15"))

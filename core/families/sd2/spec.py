@@ -26,12 +26,9 @@ SPEC = FamilySpec(
     id="sd2", title="Stable Diffusion 2.x", native_size=768, bucket_step=64,
     lora_presets=UNET_PRESETS, lora_aliases=ALIASES, base_version="sd_v2",
     architecture="stable-diffusion-v2-768-v", implementation="diffusers", text_targets=TEXT_TARGETS,
-    chunked=True,
-    model="StableDiffusion2", short_title="SD 2.x", file="whole",
-    naming=NAMING, recognize=recognize,
-    unet=is_its_unet, unet_what="sd2",
+    chunked=True, model="StableDiffusion2", short_title="SD 2.x", file="whole",
+    naming=NAMING, recognize=recognize, unet=is_its_unet, unet_what="sd2",
     lora_signs=(
         (r"attn2[._]to_[kv]\b.*(down|lora_A|weight$)", 1024),
-        (r"lora_te_|text_encoder\..*[qkv]_proj.*(down|lora_A)", 1024),
-    ),
+        (r"lora_te_|text_encoder\..*[qkv]_proj.*(down|lora_A)", 1024)),
     metadata_names=("sd_v2", "stable-diffusion-v2"))

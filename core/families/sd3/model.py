@@ -10,25 +10,23 @@ from math import isqrt
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
-from transformers import CLIPTextModelWithProjection, T5EncoderModel
+from transformers import CLIPTextModelWithProjection
 
 from core.families import checkpoint_keys
 from core.families.base import Cond, Parts
 from core.families.checkpoint_keys import Tensors
-from core.families.common import FlowFamily, TokenizerSpec, dit_sizes, layer_count
-from core.families.loading import CheckpointLayout, ComponentSpec
+from core.families.common import FlowFamily, TokenizerSpec, denoiser_spec, t5_spec, vae_spec
+from core.families.loading import CheckpointLayout, ComponentSpec, layer_count
 from core.families.sd3.spec import SPEC
 from core.families.timestep_sampling import TimestepSampling
 
 T5_LENGTH = 256                             # tokens
-CLIP_L, CLIP_G, T5XXL = (f"text_encoders.{name}.transformer."
-                         for name in ("clip_l", "clip_g", "t5xxl"))
+CLIP_L, CLIP_G = (f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g"))
 
 
-def _diffusers_names(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    tensors = checkpoint_keys.by_table(SPEC.naming[0])(tensors, config)
+def _finish_names(tensors: Tensors) -> Tensors:
     # Only the original spelling has this name, the file is diffusers' own otherwise.
     if "pos_embed" not in tensors:
         return tensors
@@ -46,18 +44,16 @@ class StableDiffusion3(FlowFamily):
     kind = SPEC.id
     spec = SPEC
     components = (
-        ComponentSpec("transformer", SD3Transformer2DModel, "denoiser", convert=_diffusers_names),
-        ComponentSpec("vae", AutoencoderKL, "vae", ("first_stage_model.",), checkpoint_keys.vae,
-                      file_kind="vae_16"),
+        denoiser_spec(SD3Transformer2DModel, SPEC, _finish_names),
+        vae_spec("vae_16", "first_stage_model."),
         ComponentSpec("text_encoder", CLIPTextModelWithProjection, "text", (CLIP_L,),
                       checkpoint_keys.projected_clip, file_kind="clip_l"),
         ComponentSpec("text_encoder_2", CLIPTextModelWithProjection, "text", (CLIP_G,),
                       checkpoint_keys.projected_clip, file_kind="clip_g"),
-        ComponentSpec("text_encoder_3", T5EncoderModel, "text", (T5XXL,), file_kind="t5",
-                      optional=True))
-    tokenizers: ClassVar = {
-        "text_encoder": TokenizerSpec(), "text_encoder_2": TokenizerSpec(pad="!"),
-        "text_encoder_3": TokenizerSpec("t5", T5_LENGTH)}
+        t5_spec("text_encoder_3", optional=True))
+    tokenizers: ClassVar = {"text_encoder": TokenizerSpec(),
+                            "text_encoder_2": TokenizerSpec(pad="!"),
+                            "text_encoder_3": TokenizerSpec("t5", T5_LENGTH)}
     pipe = StableDiffusion3Pipeline
     sampling = TimestepSampling(shift=3.0)
 
@@ -76,7 +72,9 @@ class StableDiffusion3(FlowFamily):
             "qk_norm": "rms_norm" if f"{block.format(0)}attn.norm_q.weight" in shapes else None}
 
     def sizes(self, layout: CheckpointLayout) -> tuple[int, int]:
-        return dit_sizes(layout, layout.configs["transformer"]["patch_size"])
+        native, step = super().sizes(layout)
+        # The usual step is that of tokens of two latent pixels.
+        return native, step // 2 * layout.configs["transformer"]["patch_size"]
 
     def empty(self, layout: CheckpointLayout) -> Parts:
         parts = super().empty(layout)
@@ -88,12 +86,12 @@ class StableDiffusion3(FlowFamily):
         cond: Cond = {}
         for name, ids in tokens.items():
             encoder, number = parts.text[name], name.removeprefix("text_encoder")
+            out = encoder(ids.to(encoder.device), output_hidden_states=number != "_3")
             if number == "_3":
-                cond["text_3"] = encoder(ids.to(encoder.device)).last_hidden_state
-                continue
-            out = encoder(ids.to(encoder.device), output_hidden_states=True)
-            cond[f"text{number}"] = out.hidden_states[-2]
-            cond[f"pooled{number}"] = out.text_embeds
+                cond["text_3"] = out.last_hidden_state
+            else:
+                cond |= {f"text{number}": out.hidden_states[-2],
+                         f"pooled{number}": out.text_embeds}
         # The two CLIPs side by side must be as wide as T5.
         if "text_2" in cond:
             rest = parts.text_width - cond["text_2"].shape[2]
@@ -114,9 +112,7 @@ class StableDiffusion3(FlowFamily):
 
 def _text(cond: Cond) -> Tensor:
     clip = torch.cat([cond["text"], cond["text_2"]], -1)
-    t5 = cond.get("text_3")
-    if t5 is None:
-        t5 = clip.new_zeros(clip.shape[0], T5_LENGTH, clip.shape[2])
+    t5 = cond["text_3"] if "text_3" in cond else clip.new_zeros(len(clip), T5_LENGTH, clip.shape[2])
     return torch.cat([clip, t5.to(clip.dtype)], 1)
 
 

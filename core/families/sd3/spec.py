@@ -52,8 +52,7 @@ SPEC = FamilySpec(
     implementation="https://github.com/Stability-AI/sd3-ref",
     encoders=("text_encoder", "text_encoder_2", "text_encoder_3"), cfg=4.5, lora_format="diffusers",
     model="StableDiffusion3", short_title="SD 3", file="denoiser", tokens=255,
-    naming=NAMING, recognize=recognize,
-    pipelines={"StableDiffusion3Pipeline": "sd3"},
+    naming=NAMING, recognize=recognize, pipelines={"StableDiffusion3Pipeline": "sd3"},
     distilled=DistilledSigns(steps=4),
     # SD 3.5's in the original names, SD 3's in diffusers'
     vae=VaeSigns("Stable Diffusion 3", (
@@ -62,6 +61,5 @@ SPEC = FamilySpec(
     lora_signs=(
         (r"joint_blocks", None),
         *((r"(^|\.)transformer_blocks[._]\d+[._](attn2?|ff(_context)?)[._].*(down|lora_A)", width)
-          for width in (1536, 2432)),
-    ),
+          for width in (1536, 2432))),
     metadata_names=("sd3", "stable-diffusion-3"), trainer_names=("sd3lora",))

@@ -11,13 +11,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from core.families import checkpoint_keys, clip
 from core.families.base import Cond, CropInfo, Parts
-from core.families.common import TokenizerSpec, UNetFamily, denoiser_spec
+from core.families.common import TokenizerSpec, UNetFamily, denoiser_spec, vae_spec
 from core.families.loading import ComponentSpec
 from core.families.sdxl.spec import SPEC
 
@@ -28,9 +28,7 @@ class StableDiffusionXL(UNetFamily):
     kind = SPEC.id
     spec = SPEC
     components = (
-        denoiser_spec(UNet2DConditionModel, SPEC),
-        ComponentSpec("vae", AutoencoderKL, "vae", ("first_stage_model.",), checkpoint_keys.vae,
-                      file_kind="vae"),
+        denoiser_spec(UNet2DConditionModel, SPEC), vae_spec("vae", "first_stage_model."),
         ComponentSpec("text_encoder", CLIPTextModel, "text", (CLIP_L,), file_kind="clip_l"),
         ComponentSpec("text_encoder_2", CLIPTextModelWithProjection, "text", (CLIP_G,),
                       checkpoint_keys.open_clip, file_kind="clip_g"))

@@ -38,8 +38,7 @@ SPEC = FamilySpec(
     architecture="stable-diffusion-xl-v1-base",
     implementation="https://github.com/Stability-AI/generative-models",
     encoders=("text_encoder", "text_encoder_2"), text_targets=TEXT_TARGETS, chunked=True,
-    model="StableDiffusionXL", short_title="SDXL", file="whole",
-    naming=NAMING, recognize=recognize,
+    model="StableDiffusionXL", short_title="SDXL", file="whole", naming=NAMING, recognize=recognize,
     pipelines={"StableDiffusionXLPipeline": "sdxl"},
     relatives={"StableDiffusionXLInpaintPipeline": "inpainting",
                "StableDiffusionXLImg2ImgPipeline": "sdxl_refiner"},
@@ -47,7 +46,6 @@ SPEC = FamilySpec(
     lora_signs=(
         (r"lora_te2_|text_encoder_2\.|conditioner\.embedders", None),
         (r"attn2[._]to_[kv]\b.*(down|lora_A|weight$)", 2048),
-        (r"_blocks?[._].*[._]transformer_blocks[._][2-9][._]", None),
-    ),
+        (r"_blocks?[._].*[._]transformer_blocks[._][2-9][._]", None)),
     metadata_names=("sdxl", "stable-diffusion-xl"),
     trainer_names=("sdxllora", "stablediffusionxl10base"))

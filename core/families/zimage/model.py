@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
 from transformers import Qwen3Model
 
 from core.families import checkpoint_keys, text
 from core.families.base import Cond, Parts
-from core.families.common import FlowFamily, TokenizerSpec, denoiser_spec
+from core.families.common import FlowFamily, TokenizerSpec, denoiser_spec, vae_spec
 from core.families.loading import CheckpointLayout, ComponentSpec
 from core.families.timestep_sampling import STEPS, TimestepSampling
 from core.families.zimage.spec import SHIFT, SPEC, TURBO_SHIFT
@@ -33,19 +33,16 @@ class ZImage(FlowFamily):
     kind = SPEC.id
     spec = SPEC
     components = (
-        denoiser_spec(ZImageTransformer2DModel, SPEC),
-        ComponentSpec("vae", AutoencoderKL, "vae", ("vae.",), checkpoint_keys.vae,
-                      file_kind="vae_16"),
+        denoiser_spec(ZImageTransformer2DModel, SPEC), vae_spec("vae_16", "vae."),
         ComponentSpec("text_encoder", Qwen3Model, "text", QWEN3, checkpoint_keys.decoder,
                       file_kind="qwen3", outgrows_fp16=True))
-    tokenizers: ClassVar = {
-        "text_encoder": TokenizerSpec("qwen3", LENGTH, chat=text.QWEN3_CHAT)}
+    tokenizers: ClassVar = {"text_encoder": TokenizerSpec("qwen3", LENGTH, chat=text.QWEN3_CHAT)}
     pipe = ZImagePipeline
     sampling = TimestepSampling(shift=2.0)
+    no_guidance_value = 0.0
 
     def empty(self, layout: CheckpointLayout) -> Parts:
         parts = super().empty(layout)
-        parts.no_guidance_value = 0.0
         # Turbo draws with another shift, and one scheduler config is shipped for both.
         if not layout.source.is_dir():
             parts.shifts = (SHIFT, TURBO_SHIFT)

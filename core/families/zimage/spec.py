@@ -37,6 +37,5 @@ SPEC = FamilySpec(
     pipelines={"ZImagePipeline": "zimage"}, distilled=DistilledSigns(shift=TURBO_SHIFT),
     lora_signs=(
         (r"(layers|refiner)[._]\d+[._](attention[._]to_|adaLN_modulation[._]0\.)", None),
-        (r"(layers|refiner)[._]\d+[._](attention|feed_forward)[._].*(down|lora_A)", 3840),
-    ),
+        (r"(layers|refiner)[._]\d+[._](attention|feed_forward)[._].*(down|lora_A)", 3840)),
     metadata_names=("zimage", "z-image"))
