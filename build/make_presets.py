@@ -99,7 +99,7 @@ def made(family: str, only: str = "") -> Iterator[tuple[Path, dict[str, Any]]]:
             name = f"{size.slug}-{purpose}"
             if only in ("", name):
                 suggested = suggestion(family, size, purpose)
-                if not suggested.fits or relief.verdict(suggested.plan) != "fits" or (
+                if not suggested.fits or suggested.plan.verdict() != "fits" or (
                         not suggested.plan.ram):
                     raise SystemExit(f"{family} {name}: nothing fits")
                 yield (paths.PRESETS / family / f"{name}.yaml",

@@ -100,7 +100,7 @@ def _yaml_value(value: Any) -> str:
 def plan_command(options: argparse.Namespace) -> int:
     from core.cli.commands import found_beside, overrides
     from core.importers import load_train_config
-    from core.memory import advisor, plan, plan_inputs, relief
+    from core.memory import advisor, plan, plan_inputs
     config = found_beside(load_train_config(options.config, overrides(options.set)),
                           options.config.parent)
     if not config.base_model:
@@ -111,7 +111,7 @@ def plan_command(options: argparse.Namespace) -> int:
         pictures = plan_inputs.pictures_of(config) if config.train_data_dir else None
         planner = plan_inputs.BatchPlanner(base, machine, pictures)
         planned = planner(config)
-        verdict = relief.verdict(planned)
+        verdict = planned.verdict()
         nearest = None if verdict == "fits" else advisor.nearest_fit(
             config, base, machine, planner)
     length = advisor.length(config, pictures.repeats) if pictures else None

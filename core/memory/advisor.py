@@ -142,11 +142,11 @@ def suggest(machine: Machine, base: Base, data: Data | None, purpose: str, plann
     config = setting.config.with_changes(**course)
     reasons = {key: Reason(f"advisor.{name}", params) for key, (name, params) in {
         **_memory_reasons(purpose, config, setting, wish, shape), **course_reasons}.items()}
-    score = (int(fits), int(relief.fits(setting.plan)),
+    score = (int(fits), int(setting.plan.fits),
              *(-option for option in reversed(list(setting.chosen.values()))))
     return Suggestion(fits, purpose, memory | course, setting.plan, reasons,
                       tuple(_notes(fits, setting.plan, needs_mb, config, shape)), needs_mb,
-                      relief.room(setting.plan.machine), score)
+                      plan.room(setting.plan.machine), score)
 
 
 def nearest_fit(config: TrainConfig, base: Base, machine: Machine, planner: Planner
@@ -289,7 +289,7 @@ def _notes(fits: bool, planned: Plan, needs_mb: float, config: TrainConfig, shap
     if not fits:
         yield Reason("advisor.does_not_fit", {
             "needs": gigabytes(needs_mb), "room": gigabytes(_limit(machine))})
-        if relief.fits(planned):
+        if planned.fits:
             yield Reason("advisor.would_fit_at", {
                 "side": relief.side_of(config, shape.native), "native": shape.native})
         if machine.kind == "cuda" and (card := card_for(needs_mb)):
@@ -298,7 +298,7 @@ def _notes(fits: bool, planned: Plan, needs_mb: float, config: TrainConfig, shap
     yield Reason("advisor.cached_texts", {"saved": gigabytes(encoders)})
     if machine.total_mb > machine.free_mb:
         yield Reason("advisor.not_ours", {
-            "total": gigabytes(machine.total_mb), "room": gigabytes(relief.room(machine)),
+            "total": gigabytes(machine.total_mb), "room": gigabytes(plan.room(machine)),
             "held": gigabytes(machine.total_mb - machine.free_mb)})
     for name, params in lacking(planned).items():
         yield Reason(f"advisor.{name}_short", params)
@@ -327,12 +327,12 @@ def card_of(vram_gb: float, capability: tuple[int, int] = (8, 6)) -> Machine:
 
 def _limit(machine: Machine) -> float:
     """MiB at which a plan fits with its margin."""
-    return relief.room(machine) * (1 - plan.MARGIN)
+    return plan.room(machine) * (1 - plan.MARGIN)
 
 
 def as_dict(suggestion: Suggestion, lang: str | None = None) -> dict[str, Any]:
     """The suggestion for --json and the window, its reasons as text."""
-    return {"fits": suggestion.fits, "verdict": relief.verdict(suggestion.plan),
+    return {"fits": suggestion.fits, "verdict": suggestion.plan.verdict(),
             "purpose": suggestion.purpose, "values": dict(suggestion.values),
             "needs_mb": round(suggestion.needs_mb, 1), "room_mb": round(suggestion.room_mb, 1),
             "reasons": {key: reason.text(lang) for key, reason in suggestion.reasons.items()},

@@ -42,6 +42,7 @@ FRAGMENTS = 0.06                        # of the tensors: reserved by the alloca
 # kernels and the C library's allocator keep beside the tensors
 PROCESS_MB = {"cuda": 2600.0, "mps": 1200.0, "cpu": 600.0}
 MARGIN = 0.08                           # of the memory: "tight" below it
+GROWTH, MOST_GROWTH_MB = 0.25, 512.0    # what other programs may take on top of what they hold
 READ_MB = 256.0                         # RAM: of a file, mapped at a time while it is loaded
 PROOF_SIDE = {"cpu": 256, "mps": 512, "cuda": 512}      # px; the proof draws no larger
 
@@ -111,10 +112,23 @@ class Plan:
         return next(phase for phase in self.phases if phase.name == name)
 
     def verdict(self, memory_mb: float | None = None) -> Verdict:
-        """Against `memory_mb`, else what is free on the machine."""
-        room = self.machine.free_mb if memory_mb is None else memory_mb
-        return ("too_big" if self.needs_mb > room
-                else "fits" if self.needs_mb <= room * (1 - MARGIN) else "tight")
+        """Whether the plan fits the machine, or a card of its own with `memory_mb` free; "tight"
+        where it fits now, but another program may end that."""
+        free, sure = (self.machine.free_mb, room(self.machine)) if memory_mb is None else (
+            memory_mb, memory_mb)
+        return ("too_big" if self.needs_mb > free
+                else "fits" if self.needs_mb <= sure * (1 - MARGIN) else "tight")
+
+    @property
+    def fits(self) -> bool:
+        return self.verdict() == "fits"
+
+
+def room(machine: Machine) -> float:
+    """MiB that a run may count on: what is free, less what other programs (a desktop, a browser)
+    may still take. On a card without a screen next to nothing is held, so little is kept back."""
+    others = max(0.0, machine.total_mb - machine.free_mb)
+    return max(0.0, machine.free_mb - min(GROWTH * others, MOST_GROWTH_MB))
 
 
 # --- the plan ---

@@ -15,7 +15,7 @@ from math import isqrt
 from typing import Any
 
 from core.config import TrainConfig, size_of
-from core.memory.plan import MARGIN, Machine, Plan, Verdict, numbers_of
+from core.memory.plan import Machine, Plan, numbers_of
 
 Planner = Callable[[TrainConfig], Plan]
 Changes = Mapping[str, Any]
@@ -36,7 +36,6 @@ AFTER_FAILURE = {
     "oom_run": ("batch", "previews", "checkpointing", "precision", "resolution", "optimizer",
                 "base", "offload", "rank")}
 
-GROWTH, MOST_GROWTH_MB = 0.25, 512.0    # what other programs may take on top of what they hold
 LEAST_RANK = 4
 OFFLOADS = (0.25, 0.5, 0.75, 1.0)       # shares of the base that wait in RAM
 HONEST_SIDES = (7 / 8, 3 / 4)           # of the native side; 3/4: 56 % of the area
@@ -94,23 +93,6 @@ def capabilities(machine: Machine, weights_mb: float = 0.0, family: str = "") ->
     eight = machine.kind == "cuda" and find_spec("bitsandbytes") is not None
     return Capabilities(half, usual == "fp32", ("adamw", "adamw8bit") if eight else ("adamw",),
                         offloads=offloads)
-
-
-def room(machine: Machine) -> float:
-    """MiB that a run may count on: what is free, less what other programs (a desktop, a browser)
-    may still take. On a card without a screen next to nothing is held, so little is kept back."""
-    others = max(0.0, machine.total_mb - machine.free_mb)
-    return max(0.0, machine.free_mb - min(GROWTH * others, MOST_GROWTH_MB))
-
-
-def verdict(plan: Plan) -> Verdict:
-    """Whether the plan fits; "tight" where it fits now, but another program may end that."""
-    return ("too_big" if plan.needs_mb > plan.machine.free_mb
-            else "fits" if plan.needs_mb <= room(plan.machine) * (1 - MARGIN) else "tight")
-
-
-def fits(plan: Plan) -> bool:
-    return verdict(plan) == "fits"
 
 
 # --- the knobs ---
@@ -176,7 +158,7 @@ def side_of(config: TrainConfig, native: int) -> int:
 # --- the search ---
 
 def search(config: TrainConfig, knobs: Sequence[Knob], planner: Planner,
-           fit: Callable[[Plan], bool] = fits) -> Setting | None:
+           fit: Callable[[Plan], bool] = lambda plan: plan.fits) -> Setting | None:
     """The gentlest setting that fits, in a dozen plans at most; None where nothing does.
 
     Exact where giving up more never needs more memory; whatever the planner, the answer has been

@@ -93,7 +93,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
                 key: str(value) for key, value in fault.params.items()}}
     planner = plan_inputs.BatchPlanner(base, machine, pictures)
     planned = planner(config)
-    verdict = relief.verdict(planned)
+    verdict = planned.verdict()
     reply |= {"plan": plan.as_dict(planned), "verdict": verdict,
               "lacking": advisor.lacking(planned)}
     if pictures:

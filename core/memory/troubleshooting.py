@@ -68,7 +68,7 @@ def answer(symptom: str, config: TrainConfig, plan: Plan | None, facts: Facts) -
         if item.changes:
             changed = facts.planner(config.with_changes(**item.changes))
             saves = plan.needs_mb - changed.needs_mb
-            if saves < 0 and not relief.fits(changed):
+            if saves < 0 and not changed.fits:
                 continue
             item = replace(item, saves_mb=round(saves, 1))
         possible.append(item)
@@ -90,7 +90,7 @@ def out_of_memory(order: Sequence[str], config: TrainConfig, plan: Plan | None, 
     if plan and planner:
         limit = AFTER_OOM * plan.needs_mb
         setting = relief.search(config, knobs, planner,
-                              lambda new: relief.fits(new) and new.needs_mb <= limit)
+                              lambda new: new.fits and new.needs_mb <= limit)
         if setting and sum(option > 0 for option in setting.chosen.values()) > 1:
             together = config_changes(config, setting.config)
             yield Advice("advisor.do_together", {"changes": ", ".join(

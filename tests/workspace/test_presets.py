@@ -102,7 +102,7 @@ def test_preset_fits_its_needs_on_the_largest_bucket(preset: Preset) -> None:
     """The whole card: context, workspaces, fragments and a desktop beside it are counted."""
     machine, config = machine_of(preset), TrainConfig.model_validate(preset.set)
     planned = plan.plan_run(config, plan_inputs.base_of(preset.family), machine)
-    assert planned.needs_mb <= relief.room(machine) * (1 - plan.MARGIN)
+    assert planned.needs_mb <= plan.room(machine) * (1 - plan.MARGIN)
     assert planned.bucket[0] * planned.bucket[1] == relief.side_of(config, 0) ** 2
     assert sum(planned.ram.values()) <= preset.needs.ram_gb * 1024
     assert gigabytes(planned.needs_mb) in preset.said("about", "zh-CN")
