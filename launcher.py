@@ -38,11 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     # A terminal that lacks a character shows its code instead of failing; pipes get UTF-8.
     for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None and stream.isatty():
-            reconfigure(errors="backslashreplace")
-        elif reconfigure is not None:
-            reconfigure(encoding="utf-8", errors="backslashreplace")
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
     with _sigterm_interrupts():
         code = _prepared(arguments)
         if code is None:
@@ -134,6 +131,7 @@ def run(argv: list[str]) -> int:
 
 
 def _dispatch(argv: list[str], pytest_arguments: list[str]) -> int:
+    from core.cli.console import tr
     options = _parser().parse_args(argv)
     if options.command is None:
         from gui.window import open_window
@@ -142,30 +140,30 @@ def _dispatch(argv: list[str], pytest_arguments: list[str]) -> int:
         return _test(pytest_arguments)
     # From source `repair` and `setup` were done by _prepared, which needs no packages.
     if options.command == "repair":
-        print(_tr("commands.repair_app"))
+        print(tr("repair_app"))
         return 1
     if options.command == "setup":
-        print(_tr("commands.setup_done", {"python": sys.executable}))
+        print(tr("setup_done", python=sys.executable))
         return 0
     return int(options.run(options))
 
 
 def _parser() -> Any:
-    from core.cli.console import add_command, new_parser
+    from core.cli.console import add_argument, add_command, new_parser, tr
     parser = new_parser(_version())
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for room in ROOMS:
         importlib.import_module(room).add_commands(commands)
     add_command(commands, "test", line="test tests/config/test_config.py -q",
-                usage=_tr("commands.usage_test"))
+                usage=tr("usage_test"))
     add_command(commands, "repair", line="repair")
     setup = add_command(commands, "setup", line="setup --test")
     # _packages_for reads the options by their whole names, before argparse is there
     setup.allow_abbrev = False
     extras = setup.add_mutually_exclusive_group()
-    extras.add_argument("--test", action="store_true", help=_tr("commands.arg_setup_test"))
-    extras.add_argument("--app", action="store_true", help=_tr("commands.arg_setup_app"))
-    setup.add_argument("--newest", action="store_true", help=_tr("commands.arg_setup_newest"))
+    add_argument(extras, "--test", "setup_test", action="store_true")
+    add_argument(extras, "--app", "setup_app", action="store_true")
+    add_argument(setup, "--newest", "setup_newest", action="store_true")
     return parser
 
 
@@ -184,11 +182,6 @@ def _test(arguments: list[str]) -> int:
             # Arguments: a SIGTERM. Ctrl+C reaches pytest by itself, which ends in its own way.
             if interrupt.args:
                 child.terminate()
-
-
-def _tr(key: str, params: dict[str, Any] | None = None) -> str:
-    from core import i18n
-    return i18n.tr(key, params)
 
 
 def _index_of_command(argv: list[str]) -> int:

@@ -8,13 +8,9 @@ from typing import cast
 from captioner.base import Captioner
 from core.errors import UserError
 
-REGISTRY = {
-    "clip": "captioner.models.clip:ClipTagger",
-    "blip": "captioner.models.blip:Blip",
-    "wd": "captioner.models.wd:WdTagger",
-    "florence": "captioner.models.florence:Florence",
-    "endpoint": "captioner.models.endpoint:Endpoint",
-}
+REGISTRY = {"clip": "captioner.models.clip:ClipTagger", "blip": "captioner.models.blip:Blip",
+            "wd": "captioner.models.wd:WdTagger", "florence": "captioner.models.florence:Florence",
+            "endpoint": "captioner.models.endpoint:Endpoint"}
 
 
 def get(name: str) -> type[Captioner]:

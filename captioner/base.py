@@ -30,19 +30,10 @@ class Description:
     tags: tuple[Tag, ...] = ()              # best first
 
 
-@dataclass(frozen=True, slots=True)
-class CaptionerSpec:
-    id: str                                 # "blip"; the name after --with
-    title: str                              # "BLIP"
-    makes: str                              # sentence | tags | both
-    default_model: str                      # "demo", a hub repository or an address; see `models`
-    models: tuple[str, ...] = ()            # known good choices, as the user writes them
-
-
 class Captioner(Protocol):
     """Opened once per job. `prepare` may run in several threads; `describe` runs in one."""
 
-    spec: ClassVar[CaptionerSpec]
+    title: ClassVar[str]                    # "BLIP", as sentences name it
 
     def __init__(self, config: CaptionConfig) -> None:
         """Reads the options; cheap. Raises UserError where they make no sense."""

@@ -7,68 +7,59 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioner import edit_cli
-from captioner.edit_cli import add_common, add_rules, change_line, command, rules_of_lines, tr
-from core import i18n
+from captioner.edit_cli import add_argument, add_rules, change_line, rules_of_lines, tr
 from core.cli import console
-from core.cli.console import FAILED, FINE, INTERRUPTED, print_json, stop_on_ctrl_c
+from core.cli.console import FINE, INTERRUPTED, add_command, answer
 from core.errors import UserError
 
 if TYPE_CHECKING:
     from captioner.config import CaptionConfig
-    from core.cli.progress import Terminal
-    from core.jobs.events import Event
+    from core.jobs.control import Control
 
 # --- parsers ----------------------------------------------------------------------------------
 
 def add_commands(commands: Any) -> None:
-    caption = command(commands, "caption", _caption, "caption photos --with blip --trigger m1a")
-    caption.add_argument("folder", type=Path, metavar="DIR", help=tr("arg_folder"))
+    caption = add_command(commands, "caption", _caption, answers=True, says=tr,
+                          line="caption photos --with blip --trigger m1a")
+    add_argument(caption, "folder", type=Path, metavar="DIR")
     _add_captioning(caption)
-    caption.add_argument("--existing", choices=("keep", "add", "replace"),
-                         help=tr("arg_existing"))
-    caption.add_argument("--write-to", choices=("auto", "txt", "caption", "csv", "jsonl"),
-                         help=tr("arg_write_to"))
-    caption.add_argument("--metadata", dest="metadata_path", metavar="FILE",
-                         help=tr("arg_metadata"))
-    caption.add_argument("--dry-run", action="store_true", default=None, help=tr("arg_dry_run"))
-    _add_label(command(commands, "auto_label", _auto_label,
-                       "auto_label --input photos --output photos/metadata.csv"))
+    add_argument(caption, "--existing", choices=("keep", "add", "replace"))
+    add_argument(caption, "--write-to", choices=("auto", "txt", "caption", "csv", "jsonl"))
+    add_argument(caption, "--metadata", dest="metadata_path", metavar="FILE")
+    add_argument(caption, "--dry-run", action="store_true", default=None)
+    _add_label(add_command(commands, "auto_label", _auto_label, answers=True, says=tr,
+                           line="auto_label --input photos --output photos/metadata.csv"))
     edit_cli.add_commands(commands)
 
 
 def _add_captioning(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--with", dest="captioner", metavar="NAME", help=tr("arg_with"))
-    parser.add_argument("--model", action="append", default=[], dest="models",
-                        metavar="[NAME=]MODEL", help=tr("arg_model"))
-    parser.add_argument("--trigger", dest="trigger_word", metavar="WORD", help=tr("arg_trigger"))
-    parser.add_argument("--only", action="append", default=[], metavar="GLOB",
-                        help=tr("arg_only"))
+    add_argument(parser, "--with", dest="captioner", metavar="NAME")
+    add_argument(parser, "--model", action="append", default=[], dest="models",
+                 metavar="[NAME=]MODEL")
+    add_argument(parser, "--trigger", dest="trigger_word", metavar="WORD")
+    add_argument(parser, "--only", action="append", default=[], metavar="GLOB")
     add_rules(parser)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                        help=tr("arg_set"))
+    add_argument(parser, "--set", action="append", default=[], metavar="KEY=VALUE")
 
 
 def _add_label(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", type=Path, required=True, metavar="DIR",
-                        help=tr("arg_folder"))
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE",
-                        help=tr("arg_output"))
-    parser.add_argument("--overwrite", action="store_true", help=tr("arg_overwrite"))
+    add_argument(parser, "--input", "folder", type=Path, required=True, metavar="DIR")
+    add_argument(parser, "--output", type=Path, required=True, metavar="FILE")
+    add_argument(parser, "--overwrite", action="store_true")
     _add_captioning(parser)
 
 
 def auto_label_main(argv: Sequence[str] | None = None) -> int:
     """The console script `auto_label`. Returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="auto_label", description=tr("help_auto_label"),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common(parser, answers=True)
+    parser = argparse.ArgumentParser(prog="auto_label", description=tr("help_auto_label"),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    console.add_common(parser, answers=True)
     _add_label(parser)
     return console.guarded(lambda: _auto_label(parser.parse_args(arguments)), arguments)
 
@@ -92,46 +83,23 @@ def _auto_label(options: argparse.Namespace) -> int:
 
 def _job(options: argparse.Namespace, folder: Path, **more: Any) -> int:
     config = _config(options, folder, more)
-    from core.config import dump_yaml
-    from core.jobs import runs, worker
-    from core.jobs.control import Control
-    run = runs.create_run("caption", dump_yaml(config), Path(config.folder).name, queued=False)
-    control = Control()
-    with _listener() as terminal, stop_on_ctrl_c(control, terminal.stopping):
-        # In this process: the terminal shows each caption.
-        end = worker.run_job("caption", config, run, control, terminal)
-    result = {"run": run.name, "state": end.state, **end.result}
-    if end.state != "failed":
-        if options.json:
-            print_json({"ok": end.state == "done", **result})
-        else:
-            _print_result(result)
-        return INTERRUPTED if control.stopping else FINE
-    fault = terminal.fault
-    if fault and console.debugging(options):
-        print(fault.details, file=sys.stderr)
-    sentence = i18n.tr(fault.code, fault.params) if fault else ""
-    print(sentence, file=sys.stderr)
-    if options.json:
-        print_json({"ok": False, **result, "fault": fault and fault.code, "message": sentence})
-    # Bad input shows before the first caption.
-    crashed = fault is None or fault.code.startswith("jobs.")
-    return FAILED if terminal.stepped or crashed else console.BAD_INPUT
+    return console.run_job("caption", config, Path(config.folder).name, options, _finish)
 
 
-def _listener() -> Terminal:
-    from core.cli.progress import Terminal
-    from core.jobs.events import Captioned
-
-    class Listener(Terminal):
-        def __call__(self, event: Event) -> None:
-            if isinstance(event, Captioned):
-                # From here on an error is no bad input.
-                self.stepped = True
-                self.screen.write_line(f"{Path(event.path).name}  {event.caption}")
-            super().__call__(event)
-
-    return Listener()
+def _finish(result: Mapping[str, Any], control: Control, options: argparse.Namespace) -> int:
+    counts = {key: result.get(key) or 0 for key in ("resumed", "kept", "copied", "flattened")}
+    counts |= {key: len(result.get(key) or ()) for key in ("skipped", "left")}
+    captioned, dry = result.get("captioned") or 0, result.get("dry_run")
+    lines = [*(change_line(**change) for change in result.get("changes", ())),
+             tr("summary_dry" if dry else "summary", done=captioned, total=result.get("total", 0),
+                folder=result.get("folder", "")),
+             *(tr(f"summary_{key}", count=count) for key, count in counts.items() if count)]
+    if result["state"] == "stopped":
+        lines.append(tr("stopped"))
+    elif captioned and not dry:
+        lines.append(tr("can_undo", folder=result["folder"]))
+    answer(options, {"ok": result["state"] == "done", **result}, lines)
+    return INTERRUPTED if control.stopping else FINE
 
 
 def _config(options: argparse.Namespace, folder: Path, more: dict[str, Any]) -> CaptionConfig:
@@ -180,21 +148,3 @@ def _models(arguments: Sequence[str], captioner: str) -> dict[str, str]:
             raise UserError("captions.model_of", given=text, names=", ".join(names))
         models[name] = model
     return models
-
-
-def _print_result(result: dict[str, Any]) -> None:
-    counts = {key: result.get(key) or 0 for key in (
-        "captioned", "resumed", "kept", "copied", "flattened")}
-    counts |= {key: len(result.get(key) or ()) for key in ("skipped", "left")}
-    for change in result.get("changes", ()):
-        print(change_line(change["path"], change["before"], change["after"]))
-    dry = result.get("dry_run")
-    print(tr("summary_dry" if dry else "summary", done=counts["captioned"],
-             total=result.get("total", 0), folder=result.get("folder", "")))
-    for key in ("resumed", "kept", "copied", "flattened", "skipped", "left"):
-        if counts[key]:
-            print(tr(f"summary_{key}", count=counts[key]))
-    if result["state"] == "stopped":
-        print(tr("stopped"))
-    elif counts["captioned"] and not dry:
-        print(tr("can_undo", folder=result["folder"]))

@@ -10,84 +10,58 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core import i18n
 from core.cli import console
-from core.cli.console import FINE, print_json
+from core.cli.console import FINE, answer
 from core.errors import UserError
 
 if TYPE_CHECKING:
     from captioner.captions.store import Store
     from captioner.captions.undo import Outcome
 
-PURPOSES = ("person", "object", "style")
 SHOWN = 30                                  # rows of a table
 
-
-def tr(key: str, **params: Any) -> str:
-    return i18n.tr(f"captions.{key}", params)
+tr = i18n.translator("captions")
+add_argument = console.argument_adder(tr)
 
 
 # --- parsers ----------------------------------------------------------------------------------
 
 def add_commands(commands: Any) -> None:
-    captions = command(commands, "captions", None, "captions stats photos", answers=False)
-    inner = captions.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for name, run, line in (
-            ("stats", _stats, "captions stats photos --tag hat"),
-            ("filter", _filter, 'captions filter photos "cat and not dog"'),
-            ("apply", _apply, 'captions apply photos --rule "replace:girl=>woman"'),
-            ("undo", partial(_step, which="undo"), "captions undo photos"),
-            ("redo", partial(_step, which="redo"), "captions redo photos"),
-            ("history", _history, "captions history photos"),
-            ("outliers", _outliers, "captions outliers photos --purpose style")):
-        parser = command(inner, name, run, line, key=f"captions_{name}")
-        parser.add_argument("folder", type=Path, metavar="DIR", help=tr("arg_folder"))
-        if name in ("stats", "filter", "apply"):
-            parser.add_argument("--metadata", type=Path, metavar="FILE", help=tr("arg_metadata"))
-        if name in ("stats", "filter"):
-            parser.add_argument("--trigger", default="", metavar="WORD", help=tr("arg_has"))
-        if name in ("filter", "apply"):
-            parser.add_argument("--base", default="", metavar="MODEL", help=tr("arg_base"))
-    choices = inner.choices
-    choices["outliers"].add_argument("--model", default="demo", help=tr("arg_clip_model"))
-    choices["outliers"].add_argument("--purpose", default="", choices=["", *PURPOSES],
-                                     metavar="person|object|style", help=tr("arg_purpose"))
-    choices["stats"].add_argument("--tag", default="", help=tr("arg_tag"))
-    choices["filter"].add_argument("filter", metavar="FILTER", help=tr("arg_filter"))
-    add_rules(choices["apply"])
-    choices["apply"].add_argument("--trigger", default="", metavar="WORD",
-                                  help=tr("arg_trigger"))
-    choices["apply"].add_argument("--where", default="", metavar="FILTER", help=tr("arg_where"))
-    choices["apply"].add_argument("--dry-run", action="store_true", help=tr("arg_dry_run"))
+    add = console.add_group(commands, "captions", "captions stats photos", says=tr)
+    stats = add("stats", _stats, "captions stats photos --tag hat")
+    filter_ = add("filter", _filter, 'captions filter photos "cat and not dog"')
+    apply = add("apply", _apply, 'captions apply photos --rule "replace:girl=>woman"')
+    undo = add("undo", partial(_step, which="undo"), "captions undo photos")
+    redo = add("redo", partial(_step, which="redo"), "captions redo photos")
+    history = add("history", _history, "captions history photos")
+    outliers = add("outliers", _outliers, "captions outliers photos --purpose style")
+    for parser in (stats, filter_, apply, undo, redo, history, outliers):
+        add_argument(parser, "folder", type=Path, metavar="DIR")
+    for parser in (stats, filter_, apply):
+        add_argument(parser, "--metadata", type=Path, metavar="FILE")
+    for parser in (stats, filter_):
+        add_argument(parser, "--trigger", "has", default="", metavar="WORD")
+    for parser in (filter_, apply):
+        add_argument(parser, "--base", default="", metavar="MODEL")
+    add_argument(outliers, "--model", "clip_model", default="demo")
+    add_argument(outliers, "--purpose", default="", choices=["", "person", "object", "style"],
+                 metavar="person|object|style")
+    add_argument(stats, "--tag", default="")
+    add_argument(filter_, "filter", metavar="FILTER")
+    add_rules(apply)
+    add_argument(apply, "--trigger", default="", metavar="WORD")
+    add_argument(apply, "--where", default="", metavar="FILTER")
+    add_argument(apply, "--dry-run", action="store_true")
 
 
 def add_rules(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rule", action="append", default=[], metavar="RULE",
-                        help=tr("arg_rule"))
-
-
-def command(commands: Any, name: str, run: Any, line: str, *, key: str = "",
-             answers: bool = True) -> argparse.ArgumentParser:
-    """Like console.add_command, with the captioner's own sentences."""
-    help_ = tr(f"help_{key or name}")
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=help_, description=help_, epilog=console.example(line),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common(parser, answers)
-    if run is not None:
-        parser.set_defaults(run=run)
-    return parser
-
-
-def add_common(parser: argparse.ArgumentParser, answers: bool) -> None:
-    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
-                        help=console.tr("arg_debug"))
-    if answers:
-        parser.add_argument("--json", action="store_true", help=console.tr("arg_json"))
+    add_argument(parser, "--rule", action="append", default=[], metavar="RULE")
 
 
 def rules_of_lines(lines: Sequence[str]) -> list[dict[str, Any]]:
@@ -115,16 +89,12 @@ def _outliers(options: argparse.Namespace) -> int:
         count, finding = find_outliers(config, options.purpose, terminal)
     if options.model == "demo":
         print(i18n.tr("captioner.demo_only"), file=sys.stderr)
-    subjects = finding.subjects if finding else ()
-    if options.json:
-        print_json({"ok": True, "compared": count, "outliers": [
-            {"file": subject.name, **subject.params} for subject in subjects]})
-    elif finding:
-        print("\n".join([finding.text, *(f"  {finding.line(subject)}" for subject in subjects),
-                         finding.mend]))
-    else:
-        print(tr("no_outliers", count=count))
-    return FINE
+    facts, lines = [], [tr("no_outliers", count=count)]
+    if finding:
+        facts = [{"file": subject.name, **subject.params} for subject in finding.subjects]
+        lines = [finding.text, *(f"  {finding.line(subject)}" for subject in finding.subjects),
+                 finding.mend]
+    return answer(options, {"ok": True, "compared": count, "outliers": facts}, lines)
 
 
 # --- looking ----------------------------------------------------------------------------------
@@ -144,17 +114,13 @@ def _stats(options: argparse.Namespace) -> int:
              "words": search.count_words(captions)}
     if options.tag:
         stats["together"] = search.together(captions, options.tag)
-    if options.json:
-        print_json({"ok": True, **stats})
-        return FINE
-    print(tr("stats", **stats))
+    lines = [tr("stats", **stats)]
     if stats["with_trigger"] is not None:
-        print(tr("stats_trigger", trigger=options.trigger, **stats))
+        lines.append(tr("stats_trigger", trigger=options.trigger, **stats))
     for key in ("together",) if options.tag else ("top", "words"):
-        print("\n" + tr(f"stats_{key}", tag=options.tag))
         rows = [(str(row[0]), str(row[1])) for row in stats[key][:SHOWN]]
-        print("\n".join(progress.table(rows)))
-    return FINE
+        lines += ["", tr(f"stats_{key}", tag=options.tag), "\n".join(progress.table(rows))]
+    return answer(options, {"ok": True, **stats}, lines)
 
 
 def _filter(options: argparse.Namespace) -> int:
@@ -163,24 +129,20 @@ def _filter(options: argparse.Namespace) -> int:
     count = counter(options.base) if search.needs_tokens(options.filter) else None
     captions = _open(options).captions
     matching = search.find(options.filter, captions, options.trigger, count)
-    if options.json:
-        print_json({"ok": True, "found": {name: captions[name] for name in matching}})
-    else:
-        print("\n".join(f"{name}\t{captions[name]}" for name in matching))
+    answer(options, {"ok": True, "found": {name: captions[name] for name in matching}},
+           [f"{name}\t{captions[name]}" for name in matching])
+    if not options.json:
         print(tr("found", count=len(matching), total=len(captions)), file=sys.stderr)
     return FINE
 
 
 def _apply(options: argparse.Namespace) -> int:
     """Applies rules to existing captions; pictures without a caption stay without."""
-    from dataclasses import replace
-
     from captioner.captions import search
     from captioner.captions.rule_parser import parse
     from captioner.captions.rules import MaxTokens, preview, with_trigger_rule
-    from captioner.captions.tokens import counter
+    from captioner.captions.tokens import counter, tokens_of
     from captioner.captions.undo import Action, History
-    from captioner.job import tokens_of
     rules = with_trigger_rule(parse(rules_of_lines(options.rule)), options.trigger)
     if not rules:
         raise UserError("captions.no_rules")
@@ -193,27 +155,19 @@ def _apply(options: argparse.Namespace) -> int:
     selected = search.find(options.where, captions, options.trigger, count)
     changes = preview({name: captions[name] for name in selected}, rules, tokens_of(rules))
     if options.dry_run:
-        if options.json:
-            print_json({"ok": True, "dry_run": True, "changes": [
-                {"path": change.path, "before": change.before, "after": change.after}
-                for change in changes]})
-            return FINE
-        for change in changes:
-            print(change_line(change.path, change.before, change.after))
-        print(tr("would_change", count=len(changes), total=len(selected)))
-        return FINE
+        rows = [asdict(change) for change in changes]
+        return answer(options, {"ok": True, "dry_run": True, "changes": rows}, [
+            *(change_line(**row) for row in rows),
+            tr("would_change", count=len(changes), total=len(selected))])
     history = History(store.folder)
     swaps = store.swaps({change.path: change.after for change in changes})
     flattened = sum(store.entries[swap.picture].several_lines for swap in swaps if swap.picture)
     outcome = history.carry_out(Action("apply", {"rules": options.rule}), swaps)
-    if options.json:
-        print_json({"ok": not outcome.left, **_outcome_json(outcome), "flattened": flattened})
-        return FINE
-    print(tr("applied", count=_pictures(outcome.done), folder=store.folder))
+    facts, left = _facts(outcome)
+    lines = [tr("applied", count=len(facts["changed"]), folder=store.folder)]
     if flattened:
-        print(tr("summary_flattened", count=flattened))
-    _print_left(outcome)
-    return FINE
+        lines.append(tr("summary_flattened", count=flattened))
+    return answer(options, {**facts, "flattened": flattened}, [*lines, *left])
 
 
 def _step(options: argparse.Namespace, which: str) -> int:
@@ -225,47 +179,33 @@ def _step(options: argparse.Namespace, which: str) -> int:
     outcome = history.undo() if which == "undo" else history.redo()
     if outcome is None:
         raise UserError(f"captions.nothing_to_{which}", folder=options.folder)
-    if options.json:
-        print_json({"ok": not outcome.left, **_outcome_json(outcome)})
-        return FINE
-    print(tr("undone" if which == "undo" else "redone", count=_pictures(outcome.done),
-             what=tr(f"what_{outcome.action.what}")))
-    _print_left(outcome)
-    return FINE
+    facts, left = _facts(outcome)
+    return answer(options, facts, [
+        tr("undone" if which == "undo" else "redone", count=len(facts["changed"]),
+           what=tr(f"what_{outcome.action.what}")), *left])
 
 
 def _history(options: argparse.Namespace) -> int:
     from captioner.captions.undo import History
     actions = History(options.folder).actions()
-    if options.json:
-        print_json({"ok": True, "actions": [
-            {"id": action.id, "what": action.what, "params": action.params, "at": action.at,
-             "undone": action.undone} for action in actions]})
-        return FINE
+    lines = []
     for action in actions:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(action.at))
-        print(f"{action.id}  {when}  {tr(f'what_{action.what}')}  "
-              f"{tr('is_undone') * action.undone}")
-    if not actions:
-        print(tr("no_history", folder=options.folder))
-    return FINE
+        lines.append(f"{action.id}  {when}  {tr(f'what_{action.what}')}  "
+                     f"{tr('is_undone') * action.undone}")
+    facts = [{"id": action.id, **asdict(action)} for action in actions]
+    return answer(options, {"ok": True, "actions": facts},
+                  lines or [tr("no_history", folder=options.folder)])
 
 
-def _outcome_json(outcome: Outcome) -> dict[str, Any]:
-    return {"action": outcome.action.id, "what": outcome.action.what,
-            "changed": [swap.picture for swap in outcome.done if swap.picture],
-            "left": [swap.picture for swap in outcome.left if swap.picture]}
+def _facts(outcome: Outcome) -> tuple[dict[str, Any], list[str]]:
+    """The answer for programs, and a sentence for each picture that was left."""
+    changed, left = ([swap.picture for swap in swaps if swap.picture]
+                     for swaps in (outcome.done, outcome.left))
+    return ({"ok": not outcome.left, "action": outcome.action.id, "what": outcome.action.what,
+             "changed": changed, "left": left},
+            [i18n.tr("runner.edited", {"picture": picture}) for picture in left])
 
 
-def _pictures(swaps: Sequence[Any]) -> int:
-    return sum(bool(swap.picture) for swap in swaps)
-
-
-def _print_left(outcome: Outcome) -> None:
-    for swap in outcome.left:
-        if swap.picture:
-            print(i18n.tr("runner.edited", {"picture": swap.picture}))
-
-
-def change_line(name: str, before: str, after: str) -> str:
-    return f"{name}\n  - {before}\n  + {after}"
+def change_line(path: str, before: str, after: str) -> str:
+    return f"{path}\n  - {before}\n  + {after}"

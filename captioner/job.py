@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -18,21 +18,13 @@ from typing import Any, ClassVar
 from PIL import Image
 
 import captioner as captioners
-from captioner.base import Captioner, CaptionerSpec, Description
+from captioner.base import Captioner, Description
 from captioner.captions.edits import check_writable
 from captioner.captions.rule_parser import parse
-from captioner.captions.rules import (
-    About,
-    MaxTokens,
-    Rule,
-    Sort,
-    Underscores,
-    apply,
-    with_trigger_rule,
-)
+from captioner.captions.rules import About, Rule, Sort, Underscores, apply, with_trigger_rule
 from captioner.captions.store import Entry, Store
 from captioner.captions.text import join, merge, tag_key
-from captioner.captions.tokens import counter
+from captioner.captions.tokens import tokens_of
 from captioner.captions.undo import Action, History
 from captioner.config import CaptionConfig
 from captioner.models.interrogate import combine
@@ -42,9 +34,9 @@ from core import i18n
 from core.config.flat_yaml import read_flat_yaml, refuse_unknown, validated
 from core.dataset.captions import one_line
 from core.errors import UserError
+from core.importers.lines import text_of
 from core.jobs.control import Control
 from core.jobs.events import Captioned, Event, Note, Phase
-from core.serialization import decode_text
 
 FLUSH_S = 1.0                               # captions of this time are written together
 FLUSH_SHARE = 0.1                           # of the time at most for writing large tables
@@ -55,13 +47,7 @@ Emit = Callable[[Event], None]
 
 def load(path: Path) -> CaptionConfig:
     """A run's config.yaml. Raises UserError with the file, the line and the key."""
-    try:
-        text = decode_text(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError("config.missing", file=path, folder=Path.cwd()) from None
-    except (OSError, ValueError) as error:
-        raise UserError("config.unreadable", file=path, reason=error) from None
-    data, lines = read_flat_yaml(text, str(path))
+    data, lines = read_flat_yaml(text_of(path), str(path))
     return checked(data, str(path), lines)
 
 
@@ -84,12 +70,6 @@ def rules_of(config: CaptionConfig) -> tuple[Rule, ...]:
     return rules
 
 
-def tokens_of(rules: Iterable[Rule]) -> Callable[[str], int] | None:
-    """Counts tokens as the rules' base model does; None where no rule needs it."""
-    limits = [rule for rule in rules if isinstance(rule, MaxTokens)]
-    return counter(limits[0].base) if limits else None
-
-
 # --- captioners -------------------------------------------------------------------------------
 
 _DEMO = ("clip", "blip")                # captioners whose default model knows only the demo world
@@ -98,7 +78,7 @@ _DEMO = ("clip", "blip")                # captioners whose default model knows o
 class Together:
     """Several captioners as one: a picture is decoded once, and each describes it."""
 
-    spec: ClassVar[CaptionerSpec] = CaptionerSpec("together", "Together", "both", "")
+    title: ClassVar[str] = "Together"
 
     def __init__(self, members: Sequence[Captioner]) -> None:
         self.members = members
@@ -327,7 +307,16 @@ class _Job:
         """Writes all waiting captions together, as metadata.csv is one file for all."""
         began = time.monotonic()
         captions, self.unwritten = self.unwritten, {}
-        edited = self._write(captions) if self.history else set()
+        # pictures whose captions somebody else has changed meanwhile
+        edited: set[str] = set()
+        if self.history and (swaps := self.store.swaps(captions)):
+            if not self.action.id:
+                self.history.begin(self.action)
+            # Before the write: a job that is killed in between still finds its action.
+            if self.progress:
+                self.progress.belongs_to(self.action.id)
+            outcome = self.history.carry_out(self.action, swaps)
+            edited = {swap.picture for swap in outcome.left if swap.picture}
         for name in edited:
             self._leave(name)
         for name, caption in captions.items():
@@ -348,19 +337,6 @@ class _Job:
             self.emit(Captioned(path=str(entry.path), caption=caption))
         now = time.monotonic()
         self.flush_at = now + max(FLUSH_S, (now - began) / FLUSH_SHARE)
-
-    def _write(self, captions: dict[str, str]) -> set[str]:
-        """Returns the pictures whose captions somebody else has changed meanwhile."""
-        swaps = self.store.swaps(captions)
-        if not swaps or self.history is None:
-            return set()
-        if not self.action.id:
-            self.history.begin(self.action)
-        # Before the write: a job that is killed in between still finds its action.
-        if self.progress:
-            self.progress.belongs_to(self.action.id)
-        outcome = self.history.carry_out(self.action, swaps)
-        return {swap.picture for swap in outcome.left if swap.picture}
 
     def _leave(self, name: str) -> None:
         self.result.left.append(name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def describe_all(captioner: Captioner, paths: Sequence[Path], batch_size: int,
             while not control.stopping:
                 control.wait_while_paused()
                 refill()
-                batch = list(_collect(waiting, describer.batch_size, on_fault))
+                batch = _collect(waiting, describer.batch_size, on_fault)
                 if not batch and not waiting:
                     return
                 refill()
@@ -73,20 +73,18 @@ def describe_all(captioner: Captioner, paths: Sequence[Path], batch_size: int,
                 future.cancel()
 
 
-def _collect(waiting: Waiting, size: int, on_fault: OnFault | None) -> Iterator[tuple[Path, Any]]:
+def _collect(waiting: Waiting, size: int, on_fault: OnFault | None) -> list[tuple[Path, Any]]:
     """Up to `size` pictures that could be read; Ctrl+C and memory errors pass through."""
-    count = 0
-    while waiting and count < size:
+    batch: list[tuple[Path, Any]] = []
+    while waiting and len(batch) < size:
         path, future = waiting.popleft()
         try:
-            picture = future.result()
+            batch.append((path, future.result()))
         except UserError as fault:
             if on_fault is None:
                 raise
             on_fault(path, fault)
-            continue
-        count += 1
-        yield path, picture
+    return batch
 
 
 class _Describer:
@@ -125,8 +123,7 @@ class _Describer:
                 from core.weights.precision import free_memory
                 free_memory()
                 if len(part) <= 1:
-                    raise UserError("captioner.out_of_memory",
-                                    captioner=self.captioner.spec.title)
+                    raise UserError("captioner.out_of_memory", captioner=self.captioner.title)
                 self.batch_size = len(part) // 2
                 if self.on_halved:
                     self.on_halved(self.batch_size)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,14 @@ from core.jobs.journal import append_line, tail_lines
 from core.serialization import from_json
 
 
-@dataclass(frozen=True, slots=True)
-class _Remembered:
-    size: int
-    mtime_ns: int
-    sha256: str
-    description: Description
-
-
 class Progress:
     def __init__(self, folder: Path, key: str, read_only: bool = False) -> None:
         """`folder`: the dataset's; `key`: of captioner and way of writing, as hex."""
         self.file = state_dir(folder) / f"progress-{key}.jsonl"
         self.read_only = read_only
         self.action = 0                     # its number in the history; 0: none yet
-        self._remembered: dict[str, _Remembered] = {}
+        # by picture name: size, mtime_ns, SHA-256, and the description
+        self._remembered: dict[str, tuple[int, int, str, Description]] = {}
         for line in tail_lines(self.file, 0)[0]:
             # A damaged line costs one picture's description, not the job.
             with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -43,23 +35,22 @@ class Progress:
                     continue
                 tags = tuple(Tag(name, float(score), category)
                              for name, score, category in data["tags"])
-                self._remembered[data["name"]] = _Remembered(
-                    data["size"], data["mtime_ns"], data["sha256"],
-                    Description(data["sentence"], tags))
+                self._remembered[data["name"]] = (data["size"], data["mtime_ns"], data["sha256"],
+                                                  Description(data["sentence"], tags))
 
     def recall(self, name: str, picture: Path) -> Description | None:
         """The picture's description, or None if the file holds another picture by now."""
-        remembered = self._remembered.get(name)
-        if remembered is None:
+        if name not in self._remembered:
             return None
+        size, mtime_ns, sha256, description = self._remembered[name]
         try:
             stat = picture.stat()
             # A hash takes long, so size and time are compared first.
-            same = ((stat.st_size, stat.st_mtime_ns) == (remembered.size, remembered.mtime_ns)
-                    or hashes.sha256(picture) == remembered.sha256)
+            same = ((stat.st_size, stat.st_mtime_ns) == (size, mtime_ns)
+                    or hashes.sha256(picture) == sha256)
         except OSError:
             return None
-        return remembered.description if same else None
+        return description if same else None
 
     def remember(self, name: str, picture: Path, description: Description) -> None:
         try:

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from captioner.base import CaptionerSpec, Description, Tag
+from captioner.base import Description, Tag
 
 PALETTE = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 60, 220),
            "yellow": (240, 220, 40), "black": (0, 0, 0), "white": (255, 255, 255),
@@ -20,7 +20,7 @@ PALETTE = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 60, 220),
 
 
 class Colours:
-    spec = CaptionerSpec("colours", "Colours", "both", "none")
+    title = "Colours"
 
     def __init__(self, config):
         self.config = config

@@ -69,12 +69,9 @@ def check_writable(folders: Iterable[Path]) -> None:
     """
     for folder in sorted(set(folders)):
         try:
-            handle, name = tempfile.mkstemp(prefix=".darkroom.", suffix=".tmp", dir=folder)
-            try:
-                os.write(handle, b"x" * 64)
-            finally:
-                os.close(handle)
-                os.unlink(name)
+            with tempfile.NamedTemporaryFile(prefix=".darkroom.", suffix=".tmp", dir=folder,
+                                             buffering=0) as file:
+                file.write(b"x" * 64)
         except OSError as error:
             raise cannot_write(error, folder) from None
 

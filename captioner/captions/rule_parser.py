@@ -9,7 +9,7 @@ from typing import Any
 import regex  # type: ignore[import-untyped]
 from pydantic import TypeAdapter, ValidationError
 
-from captioner.captions.rules import RULES, Replace, Rule, name_of
+from captioner.captions.rules import RULES, Replace, Rule
 from core import i18n
 from core.config.flat_yaml import problem_of
 from core.errors import UserError
@@ -35,21 +35,11 @@ def parse(rules: Iterable[Mapping[str, Any]]) -> tuple[Rule, ...]:
     return tuple(parsed)
 
 
-def as_dict(rule: Rule) -> dict[str, Any]:
-    """The dict that `parse` takes, without the defaults."""
-    data: dict[str, Any] = {"rule": name_of(rule)}
-    for option in fields(rule):
-        value = getattr(rule, option.name)
-        if value != option.default:
-            data[option.name.rstrip("_")] = list(value) if isinstance(value, tuple) else value
-    return data
-
-
 def _fault(number: int, name: str, data: Mapping[str, Any], error: ValidationError) -> UserError:
     first = error.errors()[0]
     key = str(first["loc"][0]).rstrip("_") if first["loc"] else "?"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = [option.name.rstrip("_") for option in fields(RULES[name])]
+        known = ["only", *_keys_of(name)]
         nearest = i18n.nearest(key, known, 1)
         return UserError("rules.unknown_key", number=number, rule=name, key=key,
                          known=", ".join(nearest or known))
@@ -57,6 +47,11 @@ def _fault(number: int, name: str, data: Mapping[str, Any], error: ValidationErr
         return UserError("rules.missing_key", number=number, rule=name, key=key)
     return UserError("rules.bad_value", number=number, rule=name, key=key, value=data.get(key),
                      problem=problem_of(first))
+
+
+def _keys_of(name: str) -> list[str]:
+    """The rule's own keys, as a dict has them: `with` for the field `with_`."""
+    return [option.name.rstrip("_") for option in fields(RULES[name]) if option.name != "only"]
 
 
 def _check_regex(number: int, rule: Rule) -> None:
@@ -76,12 +71,8 @@ def _check_regex(number: int, rule: Rule) -> None:
                         reason=error) from None
 
 
-# The keys that a line `rule:first=>second` fills.
-_LINES: dict[str, tuple[str, ...]] = {
-    "trigger": ("word",), "prefix": ("text",), "suffix": ("text",),
-    "replace": ("find", "with"), "remove": ("tags",), "sort": ("by",), "underscores": ("to",),
-    "escape": ("to",), "case": ("to",), "max_tokens": ("limit",),
-    "override": ("picture", "caption"), "dedupe": ()}
+# A line `rule:first` fills the rule's first key, one of these `rule:first=>second` two.
+_TWO_KEYS = ("replace", "override")
 # Short names for a rule with some keys filled.
 _SHORT: dict[str, dict[str, Any]] = {
     "regex": {"rule": "replace", "regex": True}, "rename": {"rule": "replace", "match": "tag"},
@@ -96,7 +87,7 @@ def parse_line(line: str, number: int = 1) -> dict[str, Any]:
     if data["rule"] not in RULES:
         raise UserError("rules.unknown", number=number, rule=name,
                         known=", ".join((*RULES, *_SHORT)))
-    keys = _LINES[str(data["rule"])]
+    keys = _keys_of(data["rule"])[:2 if data["rule"] in _TWO_KEYS else 1]
     parts = rest.split("=>", 1) if len(keys) == 2 else [rest] if rest else []
     if len(parts) > len(keys) or (len(keys) == 2 and len(parts) < 2):
         raise UserError("rules.bad_line", number=number, line=line,

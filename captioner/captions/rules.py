@@ -155,8 +155,7 @@ class Replace(Rule):
             except TimeoutError:
                 raise _RuleError("regex_slow", find=self.find, seconds=TIME_LIMIT_S) from None
             except (regex.error, IndexError) as error:
-                raise _RuleError("bad_regex", key="with", find=self.with_,
-                                 reason=error) from None
+                raise _RuleError("bad_regex", key="with", find=self.with_, reason=error) from None
         elif self.match == "word" and not self.case:
             changed = phrase(self.find).sub(lambda _: self.with_, caption)
         else:

@@ -60,29 +60,6 @@ def together(captions: Iterable[str], tag: str) -> list[tuple[str, int, float]]:
     return [(other, n, n / len(having)) for other, n in count(having) if tag_key(other) != key]
 
 
-def pairs(captions: Iterable[str], most: int = 100) -> list[tuple[str, str, int]]:
-    """(tag, tag, captions that have both) for the 200 most frequent tags, most frequent first."""
-    captions = list(captions)
-    # 200 tags have 20,000 pairs; all tags of a large folder could have millions.
-    known = {tag_key(tag): tag for tag, _ in count(captions)[:200]}
-    counts: Counter[tuple[str, str]] = Counter()
-    for caption in captions:
-        keys = sorted({tag_key(tag) for tag in split_tags(caption)} & known.keys())
-        counts.update((a, b) for i, a in enumerate(keys) for b in keys[i + 1:])
-    ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:most]
-    return [(known[a], known[b], n) for (a, b), n in ranked]
-
-
-def rename(old: str, new: str) -> dict[str, Any]:
-    """The rule that renames a tag everywhere; a caption with both has the new one once."""
-    return {"rule": "replace", "find": old, "with": new, "match": "tag"}
-
-
-def remove(*tags: str) -> dict[str, Any]:
-    """The rule that removes tags everywhere."""
-    return {"rule": "remove", "tags": list(tags)}
-
-
 # --- filters ----------------------------------------------------------------------------------
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +192,7 @@ class _Parser:
 
     def _and(self) -> Test:
         tests = [self._not()]
-        while self._keyword("and") or not (
-                self.token.kind in (")", "end") or self._keyword("or")):
+        while self._keyword("and") or not (self.token.kind in (")", "end") or self._keyword("or")):
             if self._keyword("and"):
                 self._take()
             tests.append(self._not())
@@ -240,8 +216,7 @@ class _Parser:
                 _wrong(self.expression, opened)
             test = self._or()
             if self.token.kind != ")":
-                raise UserError("captions.filter_bracket", filter=self.expression,
-                                column=opened.at)
+                raise UserError("captions.filter_bracket", filter=self.expression, column=opened.at)
             self._take()
             self.depth -= 1
             return test
@@ -315,7 +290,5 @@ def counted(captions: Sequence[str], trigger: str = "") -> dict[str, Any]:
     filled = [caption for caption in captions if caption]
     return {"pictures": len(captions), "captioned": len(filled),
             "with_trigger": sum(bool(phrase(trigger).search(caption)) for caption in filled)
-            if trigger.strip() else None,
-            "tags": len(count(filled)),
-            "mean_tags": sum(len(split_tags(caption)) for caption in filled)
-            / max(1, len(filled))}
+            if trigger.strip() else None, "tags": len(count(filled)),
+            "mean_tags": sum(len(split_tags(caption)) for caption in filled) / max(1, len(filled))}

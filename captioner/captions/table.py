@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from core.dataset import captions
 from core.dataset.captions import CAPTION_KEYS, NAME_KEYS, one_line, split_tags
@@ -37,14 +37,6 @@ class Record:
     removed: bool = False
 
 
-class _Syntax(Protocol):
-    def records(self, text: str) -> Iterator[Record]: ...
-    def with_caption(self, raw: str, caption: str) -> str: ...
-    def new_row(self, name: str, caption: str) -> str: ...
-    def caption_of(self, raw: str) -> str: ...
-    def closing(self, raw: str) -> str: ...
-
-
 class Table:
     """The records of a file. It is written as UTF-8; a .csv gets a byte order mark if it had one or
     was no UTF-8 before, as Excel would take it for the system's encoding otherwise."""
@@ -53,7 +45,7 @@ class Table:
         """Raises ValueError if the file is no text, UserError where the columns are missing."""
         text = decode_text(data)
         is_json = path.suffix.lower() in JSON_SUFFIXES
-        self.syntax: _Syntax = _Jsonl() if is_json else _Csv(text, path)
+        self.syntax: _Csv | _Jsonl = _Jsonl() if is_json else _Csv(text, path)
         self.has_mark = not is_json and (data.startswith(_BOMS) or not _is_utf8(data))
         self.records = list(self.syntax.records(text))
         self._by_name: dict[str, list[Record]] = {}

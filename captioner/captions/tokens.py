@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from captioner.captions.rules import MaxTokens, Rule
 from core.dataset.crops import TokenCounter
 
 
@@ -24,3 +25,9 @@ def counter(base: str = "") -> Callable[[str], int]:
                                 only=frozenset({"text"}))
         count = functools.partial(family.count_tokens, parts)
     return functools.lru_cache(maxsize=65536)(lambda text: count([text])[0])
+
+
+def tokens_of(rules: Iterable[Rule]) -> Callable[[str], int] | None:
+    """Counts tokens as the rules' base model does; None where no rule needs it."""
+    limits = [rule for rule in rules if isinstance(rule, MaxTokens)]
+    return counter(limits[0].base) if limits else None

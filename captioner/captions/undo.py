@@ -132,8 +132,7 @@ class History:
             with contextlib.suppress(ValueError):
                 data = from_json(line)
                 place = Place(self.folder / data["file"], data["kind"], data["row"])
-                swap = Swap(data["picture"], place, _unpack(data["before"]),
-                            _unpack(data["after"]))
+                swap = Swap(data["picture"], place, _unpack(data["before"]), _unpack(data["after"]))
                 if do == "change":
                     swaps.append(swap)
                 else:
@@ -212,10 +211,7 @@ class History:
         self._append(lines)
 
     def _compact(self) -> None:
-        try:
-            if self.file.stat().st_size <= self.most_bytes:
-                return
-        except FileNotFoundError:
+        if not self.file.exists() or self.file.stat().st_size <= self.most_bytes:
             return
         done, undone = self._stacks()
         sizes: Counter[int] = Counter()

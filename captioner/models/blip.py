@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from captioner.base import CaptionerSpec, Description
+from captioner.base import Description
 from captioner.config import CaptionConfig
 from captioner.models import weights
 from core.errors import UserError
@@ -35,17 +35,14 @@ Prepared = NDArray[np.float32]              # (3, H, W), from the model's own pr
 
 
 class Blip:
-    spec: ClassVar[CaptionerSpec] = CaptionerSpec(
-        "blip", "BLIP", "sentence", "demo",
-        ("demo", "Salesforce/blip-image-captioning-base",
-         "Salesforce/blip-image-captioning-large", "Salesforce/blip2-opt-2.7b"))
+    title: ClassVar[str] = "BLIP"
 
     def __init__(self, config: CaptionConfig) -> None:
         self.most = config.max_tokens or LENGTH
         if config.min_tokens > self.most:
             raise UserError("blip.lengths", least=config.min_tokens, most=self.most)
         self.config = config
-        self.name = config.models.get("blip", self.spec.default_model)
+        self.name = config.models.get("blip", "demo")
 
     def load(self) -> None:
         folder = weights.find("blip", self.name)
@@ -58,8 +55,7 @@ class Blip:
             self.processor = transformers.AutoProcessor.from_pretrained(
                 folder, local_files_only=True)
             model = getattr(transformers, CLASSES[kind]).from_pretrained(
-                folder, local_files_only=True, use_safetensors=True,
-                dtype=self.precision.weights)
+                folder, local_files_only=True, use_safetensors=True, dtype=self.precision.weights)
         except BROKEN as error:
             raise weights.broken("blip", self.name, folder, error) from None
         self.model = model.eval().requires_grad_(False).to(self.precision.device)
@@ -104,8 +100,7 @@ class Blip:
             if c.top_p < 1:
                 steps.append(transformers.TopPLogitsWarper(c.top_p))
             steps.append(GumbelNoise([seed_of(picture, c.seed) for picture in batch]))
-            options = {"num_beams": 1,
-                       "logits_processor": transformers.LogitsProcessorList(steps)}
+            options = {"num_beams": 1, "logits_processor": transformers.LogitsProcessorList(steps)}
         ids = self.model.generate(pixel_values=pixels, **prompt, do_sample=False,
                                   max_new_tokens=self.most, min_new_tokens=c.min_tokens, **options)
         texts = self.processor.batch_decode(ids, skip_special_tokens=True)

@@ -29,7 +29,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from captioner.base import CaptionerSpec, Description
+from captioner.base import Description
 from captioner.config import CaptionConfig
 from captioner.models import tagging, weights
 from core.dataset.cache import Cache, key
@@ -49,14 +49,11 @@ BROKEN = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, Asserti
 
 
 class ClipTagger:
-    spec: ClassVar[CaptionerSpec] = CaptionerSpec(
-        "clip", "CLIP", "tags", "demo",
-        ("demo", "ViT-B-32/laion2b_s34b_b79k", "ViT-L-14/laion2b_s32b_b82k",
-         "ViT-H-14/laion2b_s32b_b79k"))
+    title: ClassVar[str] = "CLIP"
 
     def __init__(self, config: CaptionConfig) -> None:
         self.config = config
-        self.name = config.models.get("clip", self.spec.default_model)
+        self.name = config.models.get("clip", "demo")
         self.most = config.most_tags or MOST_TAGS
         self.user_vocabulary = (tagging.load_vocabulary(Path(config.vocabulary).expanduser())
                                 if config.vocabulary else None)
@@ -76,9 +73,8 @@ class ClipTagger:
             raise weights.broken("clip", self.name, folder, error) from None
         self.model.eval().requires_grad_(False)
         self.model.to(self.precision.device, self.precision.weights)
-        steps = image_transform_v2(
-            PreprocessCfg(**self.model.visual.preprocess_cfg),
-            is_train=False).transforms
+        preprocess = PreprocessCfg(**self.model.visual.preprocess_cfg)
+        steps = image_transform_v2(preprocess, is_train=False).transforms
         # The last two steps, x / 255 and (x - mean) / std, are done on the model's device.
         self._resize = steps[:-2]
         self._mean, self._std = (torch.tensor(v, device=self.precision.device).view(3, 1, 1)
@@ -205,8 +201,7 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
         model = open_clip.get_model_config(architecture)
         if model is None or not tag:
             raise UserError("clip.no_config", folder=folder, file=CONFIG) from None
-        return {"model_cfg": model,
-                "preprocess_cfg": get_pretrained_cfg(architecture, tag)}
+        return {"model_cfg": model, "preprocess_cfg": get_pretrained_cfg(architecture, tag)}
 
 
 def _open(folder: Path, settings: dict[str, Any]) -> tuple[Any, Any]:
@@ -237,20 +232,19 @@ def _quiet_and_offline() -> Iterator[None]:
     It logs through the root logger, which would install a handler for the whole application, and
     warns of random weights before it gets the right ones.
     """
+    def drop(_: logging.LogRecord) -> bool:
+        return False
+
     root, silent = logging.getLogger(), logging.NullHandler()
     root.addHandler(silent)
     # A filter of the root drops only what is logged at the root itself.
-    root.addFilter(_drop)
+    root.addFilter(drop)
     try:
         with mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True):
             yield
     finally:
-        root.removeFilter(_drop)
+        root.removeFilter(drop)
         root.removeHandler(silent)
-
-
-def _drop(_: logging.LogRecord) -> bool:
-    return False
 
 
 def _fingerprint(folder: Path) -> str:

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 import httpx
 from PIL import Image
 
-from captioner.base import CaptionerSpec, Description
+from captioner.base import Description
 from captioner.config import CaptionConfig
 from captioner.models.sentences import clean, is_refusal, whole_sentences
 from captioner.pipeline import CONTEXT
@@ -70,13 +70,11 @@ class PreparedPicture:
 
 
 class Endpoint:
-    spec: ClassVar[CaptionerSpec] = CaptionerSpec(
-        id="endpoint", title="Local server", makes="sentence", default_model="auto",
-        models=("auto",))
+    title: ClassVar[str] = "Local server"
     # Faults of one picture: the next one may well succeed.
-    of_one_picture: ClassVar[frozenset[str]] = frozenset(
-        {"endpoint.empty", "endpoint.thinking", "endpoint.too_long", "endpoint.refused",
-         "endpoint.html"})
+    of_one_picture: ClassVar[frozenset[str]] = frozenset({
+        "endpoint.empty", "endpoint.thinking", "endpoint.too_long", "endpoint.refused",
+        "endpoint.html"})
 
     def __init__(self, config: CaptionConfig) -> None:
         self.config = config
@@ -86,8 +84,6 @@ class Endpoint:
         # A template that can't work is reported before any picture is read.
         _fill_template(self.prompt, {})
         self.length = config.max_tokens or LENGTH
-        # The runner shows these after `load`.
-        self.notes: list[Note] = []
         # The system's proxy, but none for this machine: pictures would leave it.
         parts = urlsplit(self.address)
         host = parts.hostname or ""
@@ -105,8 +101,8 @@ class Endpoint:
     def load(self) -> None:
         """Asks the server for its models, and checks or chooses the one to use."""
         host = urlsplit(self.address).hostname or ""
-        self.notes = [] if is_here(host) else [
-            Note(key="endpoint.leaves", params={"host": host})]
+        # The runner shows these after `load`.
+        self.notes = [] if is_here(host) else [Note(key="endpoint.leaves", params={"host": host})]
         listed = self._call("models").get("data")
         known = [str(row["id"]) for row in (listed if isinstance(listed, list) else [])
                  if isinstance(row, dict) and row.get("id")]

@@ -10,14 +10,13 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from captioner.base import CaptionerSpec, Description
+from captioner.base import Description
 from captioner.config import CaptionConfig
 from captioner.models.sentences import whole_sentences
 from core.base_models import hub
@@ -25,6 +24,7 @@ from core.errors import UserError
 from core.serialization import from_json
 from core.weights import precision
 
+DEFAULT_MODEL = "florence-community/Florence-2-base"
 FILES = ("config.json", "*.safetensors")
 TASKS = {"": "<DETAILED_CAPTION>", "caption": "<CAPTION>", "short": "<CAPTION>",
          "detailed": "<DETAILED_CAPTION>", "detailed caption": "<DETAILED_CAPTION>",
@@ -36,18 +36,13 @@ LENGTH = 256                            # tokens; the model mostly ends long bef
 
 
 class Florence:
-    spec: ClassVar[CaptionerSpec] = CaptionerSpec(
-        id="florence", title="Florence-2", makes="sentence",
-        default_model="florence-community/Florence-2-base",
-        models=("florence-community/Florence-2-base", "florence-community/Florence-2-large"))
+    title: ClassVar[str] = "Florence-2"
 
     def __init__(self, config: CaptionConfig) -> None:
         self.config = config
-        self.model_name = config.models.get("florence") or self.spec.default_model
+        self.model_name = config.models.get("florence") or DEFAULT_MODEL
         self.task = task_of(config.prompt)
         self.length = config.max_tokens or LENGTH
-        self.model: Any = None
-        self.processor: Any = None
 
     def load(self) -> None:
         path = hub.find(self.model_name, FILES)
@@ -61,12 +56,31 @@ class Florence:
             raise UserError("vision.other_model", folder=folder, kind=kind)
         # The first releases came with code of their own instead of transformers' classes.
         if "auto_map" in config:
-            raise UserError("vision.old_layout", folder=folder, model=self.spec.default_model)
+            raise UserError("vision.old_layout", folder=folder, model=DEFAULT_MODEL)
         if not any(folder.glob("*.safetensors")):
             raise UserError("vision.no_safetensors", folder=folder)
         self.precision = precision.choose(self.config.precision, self.config.device)
-        self.model, self.processor = _open(folder, self.precision.weights)
-        self.model.to(self.precision.device)
+        from transformers import AutoProcessor, Florence2ForConditionalGeneration
+        from transformers.utils import logging
+        # Its progress bar would break ours.
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        try:
+            self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+            self.model, info = Florence2ForConditionalGeneration.from_pretrained(
+                folder, dtype=self.precision.weights, local_files_only=True, use_safetensors=True,
+                output_loading_info=True)
+        # It is a RuntimeError too, and the runner has a sentence for it.
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, ValueError, RuntimeError, LookupError, AttributeError, TypeError,
+                SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "?"
+            raise UserError("vision.unreadable", folder=folder, reason=reason) from None
+        if missing := sorted(info["missing_keys"]):
+            raise UserError("vision.incomplete", folder=folder, count=len(missing),
+                            first=missing[0])
+        self.model.eval().to(self.precision.device)
         # The prompt is the same for all pictures. The processor wants one beside it.
         blank = Image.new("RGB", (8, 8))
         self.prompt_ids = self.processor(text=self.task, images=blank,
@@ -118,8 +132,7 @@ class Florence:
             text = " ".join(re.sub(r"<[\w/]+>", " ", text).split())
             # At the limit the model forces an end token: only an earlier one is its own.
             complete = bool((row[1:self.length] == end).any())
-            descriptions.append(Description(
-                sentence=text if complete else whole_sentences(text)))
+            descriptions.append(Description(text if complete else whole_sentences(text)))
         return descriptions
 
 
@@ -134,31 +147,3 @@ def task_of(prompt: str) -> str:
     if task in NO_SENTENCE or (known and task not in TASKS.values()):
         raise UserError("vision.task", prompt=prompt)
     return task
-
-
-def _tidy(text: str, ended: bool) -> str:
-    text = " ".join(re.sub(r"<[\w/]+>", " ", text).split())
-    return text if ended else whole_sentences(text)
-
-
-def _open(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoProcessor, Florence2ForConditionalGeneration
-    from transformers.utils import logging
-    # Its progress bar would break ours.
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        model, info = Florence2ForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True,
-            output_loading_info=True)
-    # It is a RuntimeError too, and the runner has a sentence for it.
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, RuntimeError, LookupError, AttributeError, TypeError,
-            SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "?"
-        raise UserError("vision.unreadable", folder=folder, reason=reason) from None
-    if missing := sorted(info["missing_keys"]):
-        raise UserError("vision.incomplete", folder=folder, count=len(missing), first=missing[0])
-    return model.eval(), processor

@@ -33,7 +33,7 @@ _REFUSAL = re.compile(
 def clean(answer: str) -> str:
     """The answer as one line, without thoughts, politeness, introduction, markup, bullets, quotes.
     """
-    text = without_thoughts(answer).strip()
+    text = _OPENED.sub("", _CLOSED.sub("", _THINKING.sub("", answer))).strip()
     if fenced := _FENCE.match(text):
         text = fenced[1].strip()
     text = _MARKUP.sub(lambda match: match[1] or match[2] or "", text)
@@ -51,11 +51,6 @@ def clean(answer: str) -> str:
     if len(lines) > 1 and all(_BULLET.match(line) for line in lines):
         text = ", ".join(_BULLET.sub("", line).strip().rstrip(",;") for line in lines)
     return " ".join(text.split())
-
-
-def without_thoughts(answer: str) -> str:
-    """Removes thoughts. Some servers swallow the opening tag; a cut answer has no closing one."""
-    return _OPENED.sub("", _CLOSED.sub("", _THINKING.sub("", answer)))
 
 
 def unquoted(text: str) -> str:

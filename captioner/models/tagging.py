@@ -149,8 +149,7 @@ def parse_yaml(text: str, path: Path) -> Vocabulary:
             options = {"entries": options}
         unknown = sorted(map(str, options.keys() - _KEYS))
         if unknown:
-            raise _bad(path,
-                       f"{name}: unknown key {unknown[0]}; known: {', '.join(sorted(_KEYS))}")
+            raise _bad(path, f"{name}: unknown key {unknown[0]}; known: {', '.join(sorted(_KEYS))}")
         entries = options.get("entries")
         if isinstance(entries, str):
             entries = entries.replace("\n", ",").split(",")
@@ -165,8 +164,7 @@ def parse_yaml(text: str, path: Path) -> Vocabulary:
                                     for text in texts):
                 raise _bad(path, f"{name}: {key} needs {{}} where the entry goes")
             values[key] = tuple(texts) if key == "templates" else texts[0].replace("{a}", "{}")
-        for key, kind, top in (("most", int, 500), ("threshold", float, 1),
-                               ("relative", float, 1)):
+        for key, kind, top in (("most", int, 500), ("threshold", float, 1), ("relative", float, 1)):
             if (value := options.get(key)) is None:
                 continue
             # YAML's true is an int in Python.

@@ -11,55 +11,41 @@ import csv
 import importlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from captioner.base import CaptionerSpec, Description, Tag
+from captioner.base import Description, Tag
 from captioner.captions.text import is_face, tag_key
 from captioner.config import CaptionConfig
 from core.base_models import hub
 from core.errors import UserError
 
+DEFAULT_MODEL = "SmilingWolf/wd-vit-tagger-v3"
 FILES = ("model.onnx", "selected_tags.csv")
 CATEGORIES = {0: "general", 4: "character"}     # ratings (9) and all others are left out
 GENERAL, CHARACTER = 0.35, 0.85                 # thresholds as published with the models
 PACKAGE = "onnxruntime"
 
+Label = tuple[str, str]                         # the tag as captions have it; category, "": none
 Pixels = npt.NDArray[np.uint8]                  # (side, side, 3), BGR
 
 
-@dataclass(frozen=True, slots=True)
-class Label:
-    """A row of the csv."""
-
-    tag: str                                    # as it goes into captions
-    category: str                               # "": never written
-
-
 class WdTagger:
-    spec: ClassVar[CaptionerSpec] = CaptionerSpec(
-        id="wd", title="WD tagger", makes="tags",
-        default_model="SmilingWolf/wd-vit-tagger-v3",
-        models=("SmilingWolf/wd-vit-tagger-v3", "SmilingWolf/wd-swinv2-tagger-v3",
-                "SmilingWolf/wd-convnext-tagger-v3", "SmilingWolf/wd-eva02-large-tagger-v3",
-                "SmilingWolf/wd-v1-4-moat-tagger-v2"))
+    title: ClassVar[str] = "WD tagger"
 
     def __init__(self, config: CaptionConfig) -> None:
         self.config = config
-        self.model = config.models.get("wd") or self.spec.default_model
+        self.model = config.models.get("wd") or DEFAULT_MODEL
         self.thresholds = {
             "general": GENERAL if config.tag_threshold is None else config.tag_threshold,
             "character": (CHARACTER if config.character_threshold is None
                           else config.character_threshold)}
         # The thresholds alone decide, as published, unless the user sets a number.
         self.most = config.most_tags
-        self.session: Any = None
-        self.side, self.one_by_one, self.labels = 0, False, list[Label]()
 
     def load(self) -> None:
         try:
@@ -68,19 +54,33 @@ class WdTagger:
             raise UserError("wd.no_runtime", reason=error) from None
         folder = hub.find(self.model, FILES)
         folder = folder.parent if folder.is_file() else folder
-        for name in FILES:
-            if not (folder / name).is_file():
-                raise UserError("wd.incomplete", folder=folder, file=name)
-        self.labels = read_labels(folder / FILES[1], self.config)
-        self.session = _session(runtime, folder / FILES[0], self.config.device)
+        file, table = (folder / name for name in FILES)
+        for path in (file, table):
+            if not path.is_file():
+                raise UserError("wd.incomplete", folder=folder, file=path.name)
+        self.labels = read_labels(table, self.config)
+        has_cuda = "CUDAExecutionProvider" in runtime.get_available_providers()
+        device = self.config.device
+        # `auto` falls back to the CPU; a GPU that the user asked for must be there.
+        if device == "cuda" and not has_cuda:
+            raise UserError("wd.no_cuda")
+        gpu = ["CUDAExecutionProvider"] if has_cuda and device in ("auto", "cuda") else []
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3              # errors only
+        try:
+            self.session = runtime.InferenceSession(
+                str(file), options, providers=[*gpu, "CPUExecutionProvider"])
+        # Its classes come from C++ and have no common base.
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError("wd.unreadable", path=file, reason=reason) from None
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         shape, tags = inputs[0].shape, outputs[0].shape[-1]
         # A dimension that may be of any size has a name instead of a number.
         if len(inputs) != 1 or len(shape) != 4 or shape[3] != 3 or not isinstance(shape[1], int):
-            raise UserError("wd.not_a_tagger", path=folder / FILES[0], shape=shape)
+            raise UserError("wd.not_a_tagger", path=file, shape=shape)
         if isinstance(tags, int) and tags != len(self.labels):
-            raise UserError("wd.other_tags", path=folder / FILES[0], tags=tags,
-                            rows=len(self.labels))
+            raise UserError("wd.other_tags", path=file, tags=tags, rows=len(self.labels))
         self.side, self.one_by_one = shape[1], shape[0] == 1
 
     def prepare(self, image: Image.Image) -> Pixels:
@@ -91,10 +91,10 @@ class WdTagger:
         groups = [[pixels] for pixels in batch] if self.one_by_one else [list(batch)]
         descriptions = []
         for scores in (row for group in groups if group for row in self._run(group)):
-            tags = [Tag(label.tag, float(scores[at]), label.category)
+            tags = [Tag(tag, float(scores[at]), category)
                     for at in np.argsort(-scores, kind="stable")
-                    if (label := self.labels[at]).category
-                    and scores[at] >= self.thresholds[label.category]]
+                    for tag, category in [self.labels[at]]
+                    if category and scores[at] >= self.thresholds[category]]
             descriptions.append(Description(tags=tuple(tags[:self.most])))
         return descriptions
 
@@ -118,24 +118,6 @@ class WdTagger:
 
 # --- files ---
 
-def _session(runtime: Any, path: Path, device: str) -> Any:
-    """An ONNX session, on the GPU where this ONNX Runtime can (onnxruntime-gpu)."""
-    has_cuda = "CUDAExecutionProvider" in runtime.get_available_providers()
-    # `auto` falls back to the CPU; a GPU that the user asked for must be there.
-    if device == "cuda" and not has_cuda:
-        raise UserError("wd.no_cuda")
-    gpu = ["CUDAExecutionProvider"] if has_cuda and device in ("auto", "cuda") else []
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3              # errors only
-    try:
-        return runtime.InferenceSession(str(path), options,
-                                        providers=[*gpu, "CPUExecutionProvider"])
-    # Its classes come from C++ and have no common base.
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError("wd.unreadable", path=path, reason=reason) from None
-
-
 def read_labels(path: Path, config: CaptionConfig) -> list[Label]:
     """One label a row, in the model's order. Raises UserError `wd.bad_tags` with file and line."""
     labels, excluded = [], {tag_key(tag) for tag in config.exclude}
@@ -144,8 +126,8 @@ def read_labels(path: Path, config: CaptionConfig) -> list[Label]:
             for row in csv.DictReader(file):
                 category = CATEGORIES.get(int(row["category"]), "")
                 name = row["name"].strip()
-                labels.append(Label(written(name, config.underscores, config.escape_brackets),
-                                    "" if tag_key(name) in excluded else category))
+                labels.append((written(name, config.underscores, config.escape_brackets),
+                               "" if tag_key(name) in excluded else category))
     except (KeyError, ValueError, AttributeError, TypeError, csv.Error):
         raise UserError("wd.bad_tags", path=path, line=len(labels) + 2) from None
     if not labels:

@@ -37,11 +37,8 @@ def safetensors_of(captioner: str, folder: Path, preferred: Sequence[str]) -> Pa
     Raises UserError where there is none, or only a pickle, which could run code.
     """
     files = sorted(folder.glob("*.safetensors"))
-    for name in preferred:
-        if folder / name in files:
-            return folder / name
-    if files:
-        return files[0]
+    if chosen := [folder / name for name in preferred if folder / name in files] + files:
+        return chosen[0]
     for path in sorted(folder.glob("*")):
         if path.suffix in PICKLES:
             raise UserError("captioner.pickle", file=path)

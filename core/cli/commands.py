@@ -16,21 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core import i18n
+from core.cli import console
 from core.cli import lora as lora_commands
-from core.cli.console import (
-    FAILED,
-    FINE,
-    INTERRUPTED,
-    add_command,
-    add_group,
-    answer,
-    fact_lines,
-    job_failed,
-    job_terminal,
-    model_path,
-    print_json,
-    tr,
-)
+from core.cli.console import FAILED, FINE, INTERRUPTED, add_argument, add_command, answer, tr
 from core.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,50 +45,47 @@ DRAW_OPTIONS: dict[str, dict[str, Any]] = {
 
 def add_commands(commands: Any) -> None:
     demo = add_command(commands, "demo", demo_command, line="demo --out my-demo", answers=True)
-    demo.add_argument("--out", type=Path, default=Path("output/demo"), metavar="DIR",
-                      help=tr("arg_demo_out"))
+    add_argument(demo, "--out", "demo_out", type=Path, default=Path("output/demo"), metavar="DIR")
 
     train = add_command(commands, "train", train_command, answers=True, add_help=False,
                         line="train --config my_style.yaml --set epochs=5")
     train.add_argument("-h", "--help", action=_HelpWithKeys, nargs=0, help=tr("arg_help"))
-    train.add_argument("--config", type=Path, default=None, metavar="FILE",
-                       help=tr("arg_config"))
-    train.add_argument("--preset", metavar="NAME", help=tr("arg_preset"))
-    train.add_argument("--purpose", default="style", help=tr("arg_preset_purpose"))
-    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                       help=tr("arg_set"))
+    add_argument(train, "--config", type=Path, metavar="FILE")
+    add_argument(train, "--preset", metavar="NAME")
+    add_argument(train, "--purpose", "preset_purpose", default="style")
+    add_argument(train, "--set", action="append", default=[], metavar="KEY=VALUE")
 
     generate = add_command(commands, "generate", generate_command, answers=True,
                            line='generate --prompt "a red apple <lora:my_style:0.8>"')
     _add_draw_options(generate, DRAW_OPTIONS)
 
-    add = add_group(commands, "lora", "lora info my_style.safetensors")
+    add = console.add_group(commands, "lora", "lora info my_style.safetensors")
     info = add("info", lora_info_command, "lora info my_style.safetensors")
     verify = add("verify", lora_verify_command,
                  "lora verify my_style.safetensors --base model.safetensors")
     lora_commands.add_actions(add)
     for parser in (info, verify):
-        parser.add_argument("file", type=Path, metavar="FILE", help=tr("arg_lora_file"))
-    verify.add_argument("--base", metavar="MODEL", help=tr("arg_lora_base"))
+        add_argument(parser, "file", "lora_file", type=Path, metavar="FILE")
+    add_argument(verify, "--base", "lora_base", metavar="MODEL")
     _add_draw_options(verify, BASE_OPTIONS)
 
-    add = add_group(commands, "runs", "runs list")
+    add = console.add_group(commands, "runs", "runs list")
     add("list", runs_list_command, "runs list")
     for name, run in (("show", runs_show_command), ("resume", runs_resume_command),
                       ("stop", runs_stop_command)):
-        add(name, run, f"runs {name} last").add_argument("id", metavar="RUN", help=tr("arg_run"))
+        add_argument(add(name, run, f"runs {name} last"), "id", "run", metavar="RUN")
 
     doctor = add_command(commands, "doctor", doctor_command, answers=True,
                          line="doctor --base model.safetensors")
-    doctor.add_argument("--base", metavar="MODEL", help=tr("arg_doctor_base"))
+    add_argument(doctor, "--base", "doctor_base", metavar="MODEL")
 
 
 def _add_draw_options(parser: argparse.ArgumentParser, options: Mapping[str, dict[str, Any]]
                       ) -> None:
     """Options that are not given stay away from the result, so that DrawConfig's defaults hold."""
     for name, arguments in options.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
-                            help=tr(f"arg_generate_{name}"), **arguments)
+        add_argument(parser, f"--{name.replace('_', '-')}", f"generate_{name}",
+                     default=argparse.SUPPRESS, **arguments)
 
 
 class _HelpWithKeys(argparse.Action):
@@ -125,7 +110,7 @@ class _HelpWithKeys(argparse.Action):
 
 def demo_command(options: argparse.Namespace) -> int:
     from core.demo.run import run_demo
-    with job_terminal() as (terminal, control):
+    with console.job_terminal() as (terminal, control):
         result = run_demo(options.out.expanduser().absolute(), terminal, control)
     return _finish(result, control, options)
 
@@ -148,7 +133,8 @@ def train_command(options: argparse.Namespace) -> int:
     if path and path.suffix.lower() in importers.FOREIGN:
         # what another trainer's config says and is not taken over, line by line
         print("\n".join(importers.told(importers.read(path))), file=sys.stderr)
-    return _run("train", found_beside(config, path.parent if path else Path.cwd()), options)
+    config = found_beside(config, path.parent if path else Path.cwd())
+    return console.run_job("train", config, config.name, options, _finish)
 
 
 def _is_first_process() -> bool:
@@ -158,28 +144,13 @@ def _is_first_process() -> bool:
     if well: the launcher would stop the first one, before it has spoken, at the first failure.
     """
     def number(*names: str) -> int:
-        return max((int(text) for name in names
-                    if (text := os.environ.get(name, "").strip()).isdigit()), default=0)
+        texts = [os.environ.get(name, "").strip() for name in names]
+        return max((int(text) for text in texts if text.isdigit()), default=0)
     count = number("WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
     rank = number("RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
     if max(count, rank + 1) > 1 and not (count > 1 and rank):
         raise UserError("commands.several_processes", count=max(count, rank + 1))
     return not rank
-
-
-def _run(job: str, config: TrainConfig, options: argparse.Namespace,
-         resumed_from: str = "") -> int:
-    """Runs a job in this process; its folder under runs/ tells everyone else about it."""
-    from core.config import dump_yaml
-    from core.jobs import runs, worker
-    folder = runs.create_run(job, dump_yaml(config), config.name, resumed_from=resumed_from,
-                             queued=False)
-    with job_terminal() as (terminal, control):
-        end = worker.run_job(job, config, folder, control, terminal)
-    result = {"run": folder.name, "state": end.state, **end.result}
-    if end.state == "failed":
-        return job_failed(result, terminal, options)
-    return _finish(result, control, options)
 
 
 def _finish(result: Mapping[str, Any], control: Control, options: argparse.Namespace) -> int:
@@ -229,7 +200,7 @@ def generate_command(options: argparse.Namespace) -> int:
     from core.inference.draw import draw
     from core.jobs.events import Sample
     config = _draw_config(options)
-    with job_terminal() as (terminal, control):
+    with console.job_terminal() as (terminal, control):
         def emit(event: Event) -> None:
             # a picture's path is the answer, given below
             if not isinstance(event, Sample):
@@ -242,7 +213,7 @@ def generate_command(options: argparse.Namespace) -> int:
 def _draw_config(options: argparse.Namespace) -> DrawConfig:
     from core.config.draw import of_options
     values = vars(options)
-    return of_options(values | {"base": str(model_path(values.get("base") or "demo"))})
+    return of_options(values | {"base": str(console.model_path(values.get("base") or "demo"))})
 
 
 def lora_info_command(options: argparse.Namespace) -> int:
@@ -251,12 +222,9 @@ def lora_info_command(options: argparse.Namespace) -> int:
     info = describe(weights_file(options.file))
     facts = asdict(info)
     # the metadata's facts, on the level of the others; the tensors know the family better
-    rows = {key: value for key, value in facts.items() if key != "facts"} | {
-        "size": f"{info.size / 2**20:.2f} MB"}
-    rows |= {key: value for key, value in facts["facts"].items() if key != "family"}
-    answer(options, {"ok": True, **facts},
-           fact_lines({**rows, "tags": dict(info.facts.tags)}, "info"))
-    return FINE
+    rows = facts | {"size": f"{info.size / 2**20:.2f} MB"} | facts["facts"] | {
+        "family": info.family, "tags": dict(info.facts.tags)}
+    return answer(options, {"ok": True, **facts}, console.fact_lines(rows, "info"))
 
 
 def lora_verify_command(options: argparse.Namespace) -> int:
@@ -264,7 +232,7 @@ def lora_verify_command(options: argparse.Namespace) -> int:
     from core.training.verify import verify
     with Terminal() as terminal:
         proof = verify(options.file, _draw_config(options) if options.base else None, terminal)
-    answer(options, proof, fact_lines(proof, "proof"))
+    answer(options, proof, console.fact_lines(proof, "proof"))
     return FINE if proof.get("ok", True) else FAILED
 
 
@@ -275,9 +243,8 @@ def runs_list_command(options: argparse.Namespace) -> int:
     views = runs.list_runs()
     lines = [tr("run_line", id=view.id, state=tr(f"state_{view.state}"), step=view.step,
                 total=view.total or "?", name=view.name) for view in views]
-    answer(options, {"ok": True, "runs": [_brief(view) for view in views]},
-           lines or [tr("no_runs")])
-    return FINE
+    return answer(options, {"ok": True, "runs": [_brief(view) for view in views]},
+                  lines or [tr("no_runs")])
 
 
 def runs_show_command(options: argparse.Namespace) -> int:
@@ -286,13 +253,13 @@ def runs_show_command(options: argparse.Namespace) -> int:
     view = runs.load_run(_run_id(options.id))
     # before the lines: a damaged record may hold what can't be put into sentences
     if options.json:
-        print_json({"ok": True, **asdict(view)})
+        console.print_json({"ok": True, **asdict(view)})
         return FINE
-    lines = fact_lines(
-        {**_brief(view), "state": tr(f"state_{view.state}"),
-         "loss": "" if view.loss is None else f"{view.loss:.4f}", "folder": view.folder,
-         "checkpoints": [point.path for point in view.checkpoints],
-         "pictures": len(view.samples)}, "run")
+    lines = console.fact_lines({
+        **_brief(view), "state": tr(f"state_{view.state}"),
+        "loss": "" if view.loss is None else f"{view.loss:.4f}", "folder": view.folder,
+        "checkpoints": [point.path for point in view.checkpoints],
+        "pictures": len(view.samples)}, "run")
     if view.plan and "memory" not in view.result:
         # the record of an older version, or a damaged one, may lack parts of a plan
         with contextlib.suppress(TypeError, ValueError, KeyError):
@@ -319,15 +286,14 @@ def runs_resume_command(options: argparse.Namespace) -> int:
     # relative paths mean what they meant
     with contextlib.suppress(OSError):
         os.chdir(view.cwd)
-    return _run(view.job, config, options, resumed_from=view.id)
+    return console.run_job(view.job, config, config.name, options, _finish, resumed_from=view.id)
 
 
 def runs_stop_command(options: argparse.Namespace) -> int:
     from core.jobs import runs
     run_id = _run_id(options.id)
     runs.ask(run_id, "stop")
-    answer(options, {"ok": True, "run": run_id}, [tr("stop_asked", id=run_id)])
-    return FINE
+    return answer(options, {"ok": True, "run": run_id}, [tr("stop_asked", id=run_id)])
 
 
 def _run_id(text: str) -> str:
@@ -349,7 +315,7 @@ def _brief(view: Any) -> dict[str, Any]:
 
 def doctor_command(options: argparse.Namespace) -> int:
     from core.system import doctor
-    findings = doctor.examine(model_path(options.base) if options.base else None)
+    findings = doctor.examine(console.model_path(options.base) if options.base else None)
     ill = any(finding.level == "error" for finding in findings)
     answer(options, {"ok": not ill, "findings": [doctor.as_dict(f) for f in findings]},
            (line for finding in findings for line in doctor.lines(finding)))

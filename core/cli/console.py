@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FINE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 Run = Callable[[argparse.Namespace], int]           # a command: its options -> the exit code
+Finish = Callable[[Mapping[str, Any], "Control", argparse.Namespace], int]    # of a job's result
 
 tr = i18n.translator("commands")
 
@@ -34,54 +35,64 @@ tr = i18n.translator("commands")
 # --- parsers ---
 
 def new_parser(version: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="darkroom", description=tr("about"),
-                                     epilog=example("demo"),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="darkroom", description=tr("about"), epilog=tr("example", line="demo"),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"LoRA Darkroom {version}")
-    _add_debug(parser)
+    add_common(parser, answers=False)
     return parser
 
 
 def add_command(commands: Any, name: str, run: Run | None = None, *, line: str,
-                answers: bool = False, **more: Any) -> argparse.ArgumentParser:
+                answers: bool = False, key: str = "", says: Callable[..., str] = tr,
+                **more: Any) -> argparse.ArgumentParser:
     """Adds a command with its help, its example `line`, --debug and, if it `answers`, --json.
 
-    `key` names its help sentence where that is not `help_<name>`.
+    Its help is the sentence `help_<name>` of `says`, or `help_<key>`.
     """
-    help_ = tr(f"help_{more.pop('key', name)}")
+    help_ = says(f"help_{key or name}")
     parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=help_, description=help_, epilog=example(line),
+        name, help=help_, description=help_, epilog=tr("example", line=line),
         formatter_class=argparse.RawDescriptionHelpFormatter, **more)
-    _add_debug(parser)
-    if answers:
-        parser.add_argument("--json", action="store_true", help=tr("arg_json"))
+    add_common(parser, answers)
     if run is not None:
         parser.set_defaults(run=run)
     return parser
 
 
-def add_group(commands: Any, group: str, line: str
+def add_group(commands: Any, group: str, line: str, says: Callable[..., str] = tr
               ) -> Callable[[str, Run, str], argparse.ArgumentParser]:
     """Adds a command that has actions, as `darkroom lora` has `info` and `merge`.
 
     Returns the function that adds an action: its name, its command, its example line.
     """
-    actions = add_command(commands, group, line=line).add_subparsers(
+    actions = add_command(commands, group, line=line, says=says).add_subparsers(
         dest="action", metavar="ACTION", required=True)
 
     def add_action(name: str, run: Run, line: str) -> argparse.ArgumentParser:
-        return add_command(actions, name, run, key=f"{group}_{name}", answers=True, line=line)
+        return add_command(actions, name, run, answers=True, line=line, key=f"{group}_{name}",
+                           says=says)
     return add_action
 
 
-def example(line: str) -> str:
-    return tr("example", line=line)
+def argument_adder(says: Callable[..., str]) -> Callable[..., None]:
+    """add_argument(parser, "--no-window", ...): the argument's help is the sentence
+    `arg_no_window` of `says`, or `arg_<key>`."""
+    def add_argument(parser: argparse.ArgumentParser, name: str, key: str = "",
+                     **more: Any) -> None:
+        key = key or name.removeprefix("--").replace("-", "_")
+        parser.add_argument(name, help=says(f"arg_{key}"), **more)
+    return add_argument
 
 
-def _add_debug(parser: argparse.ArgumentParser) -> None:
+add_argument = argument_adder(tr)
+
+
+def add_common(parser: argparse.ArgumentParser, answers: bool) -> None:
     # SUPPRESS: the parser of an action would else reset what its group's parser read
-    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
-                        help=tr("arg_debug"))
+    add_argument(parser, "--debug", action="store_true", default=argparse.SUPPRESS)
+    if answers:
+        add_argument(parser, "--json", action="store_true")
 
 
 def model_path(name: str) -> Path:
@@ -123,28 +134,30 @@ def guarded(call: Callable[[], int], argv: Sequence[str],
         return exit_code
 
 
-def debugging(options: argparse.Namespace) -> bool:
-    return "debug" in options or os.environ.get("DARKROOM_DEBUG") == "1"
+# --- jobs ---
 
-
-def job_failed(result: Mapping[str, Any], terminal: Terminal, options: argparse.Namespace) -> int:
-    """Says why a job failed and returns the exit code. What a user can mend before the first step
-    is bad input; all else is a run that failed."""
+def run_job(job: str, config: Any, name: str, options: argparse.Namespace, finish: Finish,
+            resumed_from: str = "") -> int:
+    """Runs a job in this process and returns the exit code; its folder under runs/ tells everyone
+    else about it. `finish` answers where the job did not fail."""
+    from core.config import dump_yaml
+    from core.jobs import runs, worker
+    folder = runs.create_run(job, dump_yaml(config), name, resumed_from=resumed_from, queued=False)
+    with job_terminal() as (terminal, control):
+        end = worker.run_job(job, config, folder, control, terminal)
+    result = {"run": folder.name, "state": end.state, **end.result}
+    if end.state != "failed":
+        return finish(result, control, options)
     fault = terminal.fault
     code, params = (fault.code, fault.params) if fault else ("commands.unexpected", {})
-    if fault and debugging(options):
+    if fault and ("debug" in options or os.environ.get("DARKROOM_DEBUG") == "1"):
         print(fault.details, file=sys.stderr)
     sentence = i18n.tr(code, params)
     print(sentence, file=sys.stderr)
     if options.json:
         print_json({"ok": False, **result, "fault": code, "message": sentence})
+    # What a user can mend before the first step is bad input; all else is a run that failed.
     return FAILED if terminal.stepped or code.startswith(("jobs.", "commands.")) else BAD_INPUT
-
-
-# --- Ctrl+C ---
-
-# the terminal closed; Windows has no such signal
-_HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
 
 
 @contextlib.contextmanager
@@ -155,6 +168,12 @@ def job_terminal() -> Iterator[tuple[Terminal, Control]]:
     control = Control()
     with Terminal() as terminal, stop_on_ctrl_c(control, terminal.stopping):
         yield terminal, control
+
+
+# --- Ctrl+C ---
+
+# the terminal closed; Windows has no such signal
+_HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
 
 
 @contextlib.contextmanager
@@ -188,12 +207,14 @@ def stop_on_ctrl_c(control: Control, tell: Callable[[str], None]) -> Iterator[No
 
 # --- answers ---
 
-def answer(options: argparse.Namespace, facts: Mapping[str, Any], lines: Iterable[str]) -> None:
-    """The answer of a command: with --json `facts` as one JSON object, else the lines."""
+def answer(options: argparse.Namespace, facts: Mapping[str, Any], lines: Iterable[str]) -> int:
+    """Prints the answer of a command: with --json `facts` as one JSON object, else the lines.
+    Returns FINE, the exit code of most commands that have an answer."""
     if options.json:
         print_json(facts)
     else:
         print("\n".join(lines))
+    return FINE
 
 
 def print_json(facts: Mapping[str, Any]) -> None:

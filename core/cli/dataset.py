@@ -7,50 +7,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core import i18n
-from core.cli.console import (
-    FAILED,
-    FINE,
-    INTERRUPTED,
-    add_group,
-    answer,
-    job_terminal,
-    model_path,
-)
+from core.cli import console
+from core.cli.console import FAILED, FINE, INTERRUPTED, answer, job_terminal
 from core.errors import UserError
 
 if TYPE_CHECKING:
     from core.dataset.crops import BaseFacts
 
 tr = i18n.translator("checks")
+add_argument = console.argument_adder(tr)
 
 
 def add_commands(commands: Any) -> None:
-    add = add_group(commands, "dataset", "dataset check my-pictures")
+    add = console.add_group(commands, "dataset", "dataset check my-pictures")
     check = add("check", check_command, "dataset check my-pictures --trigger m1a")
-    prepare = add("prepare", prepare_command,
-                  "dataset prepare my-pictures --out mended --dedupe")
+    prepare = add("prepare", prepare_command, "dataset prepare my-pictures --out mended --dedupe")
     for parser in (check, prepare):
-        parser.add_argument("folder", type=Path, metavar="DIR", help=tr("arg_folder"))
-        parser.add_argument("--base", default=None, metavar="MODEL", help=tr("arg_base"))
-        parser.add_argument("--resolution", default="", metavar="W,H", help=tr("arg_resolution"))
-        parser.add_argument("--no-upscale", action="store_true", help=tr("arg_no_upscale"))
-        parser.add_argument("--metadata", type=Path, default=None, metavar="FILE",
-                            help=tr("arg_metadata"))
-        parser.add_argument("--crop-about", choices=("center", "subject"), default="center",
-                            help=tr("arg_crop_about"))
-    check.add_argument("--trigger", default="", metavar="WORD", help=tr("arg_trigger"))
-    check.add_argument("--purpose", choices=("person", "object", "style"), default="",
-                       help=tr("arg_purpose"))
-    check.add_argument("--most", type=int, default=5, metavar="N", help=tr("arg_most"))
-    prepare.add_argument("--out", type=Path, required=True, metavar="DIR", help=tr("arg_out"))
-    prepare.add_argument("--convert", choices=("png", "jpg", "webp", "keep"), default="keep",
-                         help=tr("arg_convert"))
-    prepare.add_argument("--resize", type=int, default=0, metavar="PX", help=tr("arg_resize"))
-    for flag in ("crop", "dedupe", "remove_borders"):
-        prepare.add_argument(f"--{flag.replace('_', '-')}", action="store_true",
-                             help=tr(f"arg_{flag}"))
-    prepare.add_argument("--background", default="white", metavar="COLOUR",
-                         help=tr("arg_background"))
+        add_argument(parser, "folder", type=Path, metavar="DIR")
+        add_argument(parser, "--base", metavar="MODEL")
+        add_argument(parser, "--resolution", default="", metavar="W,H")
+        add_argument(parser, "--no-upscale", action="store_true")
+        add_argument(parser, "--metadata", type=Path, metavar="FILE")
+        add_argument(parser, "--crop-about", choices=("center", "subject"), default="center")
+    add_argument(check, "--trigger", default="", metavar="WORD")
+    add_argument(check, "--purpose", choices=("person", "object", "style"), default="")
+    add_argument(check, "--most", type=int, default=5, metavar="N")
+    add_argument(prepare, "--out", type=Path, required=True, metavar="DIR")
+    add_argument(prepare, "--convert", choices=("png", "jpg", "webp", "keep"), default="keep")
+    add_argument(prepare, "--resize", type=int, default=0, metavar="PX")
+    for flag in ("--crop", "--dedupe", "--remove-borders"):
+        add_argument(prepare, flag, action="store_true")
+    add_argument(prepare, "--background", default="white", metavar="COLOUR")
 
 
 def check_command(options: argparse.Namespace) -> int:
@@ -65,9 +52,8 @@ def check_command(options: argparse.Namespace) -> int:
                 control=control)
         except Stopped:
             return _stopped(options, "stopped")
-    answer(options, {"ok": True, **report.as_dict()},
-           dataset_report.lines(report, max(options.most, 0)))
-    return FINE
+    return answer(options, {"ok": True, **report.as_dict()},
+                  dataset_report.lines(report, max(options.most, 0)))
 
 
 def prepare_command(options: argparse.Namespace) -> int:
@@ -115,4 +101,4 @@ def _base_facts(options: argparse.Namespace) -> BaseFacts:
         raise UserError("checks.bad_resolution", given=options.resolution) from None
     if options.base is None:
         return crops.assumed_facts(config)
-    return crops.base_facts(model_path(options.base), plan.sizes, config)
+    return crops.base_facts(console.model_path(options.base), plan.sizes, config)

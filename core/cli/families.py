@@ -7,26 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from core import families, i18n
-from core.cli.console import BAD_INPUT, FINE, add_command, answer, tr
+from core.cli.console import BAD_INPUT, FINE, add_argument, add_command, answer
 
 
 def add_commands(commands: Any) -> None:
     parser = add_command(commands, "families", families_command, answers=True,
                          line="families model.safetensors")
-    parser.add_argument("file", type=Path, nargs="?", metavar="FILE",
-                        help=tr("arg_families_file"))
+    add_argument(parser, "file", "families_file", type=Path, nargs="?", metavar="FILE")
 
 
 def families_command(options: argparse.Namespace) -> int:
     if options.file is None:
         from core.cli.progress import table
-        rows = [{"id": name, "title": spec.title, "size": spec.native_size,
-                 "files": i18n.tr(f"families.files_{spec.file}")}
-                for name, spec in families.SPECS.items()]
-        answer(options, {"ok": True, "families": rows}, table(
-            [(f"{row['id']}  ({row['title']}, {row['size']} px)", str(row["files"]))
-             for row in rows]))
-        return FINE
+        rows: list[dict[str, Any]] = [
+            {"id": name, "title": spec.title, "size": spec.native_size,
+             "files": i18n.tr(f"families.files_{spec.file}")}
+            for name, spec in families.SPECS.items()]
+        return answer(options, {"ok": True, "families": rows}, table([
+            (f"{row['id']}  ({row['title']}, {row['size']} px)", row["files"]) for row in rows]))
     from core.families.detection import identify
     base = identify(options.file.expanduser())
     trains = base.family in families.SPECS

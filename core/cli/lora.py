@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core import i18n
-from core.cli.console import FINE, Run, answer
+from core.cli.console import Run, answer, argument_adder
 from core.errors import UserError
 from core.safetensors_header import PICKLES
 
@@ -23,47 +23,44 @@ FORMATS = ("kohya", "peft", "diffusers", "comfyui")
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}     # names in torch
 
 tr = i18n.translator("lora_convert")
+add_argument = argument_adder(tr)
 
 
 def add_actions(add: Callable[[str, Run, str], argparse.ArgumentParser]) -> None:
     """The actions that `darkroom lora` has besides info and verify."""
     convert = add("convert", convert_command, "lora convert style.safetensors --to comfyui")
-    convert.add_argument("file", type=Path, metavar="IN", help=tr("arg_in"))
-    convert.add_argument("--to", choices=FORMATS, help=tr("arg_to"))
-    convert.add_argument("--family", default="", metavar="NAME", help=tr("arg_family"))
-    merge = add("merge", merge_command,
-                "lora merge a.safetensors:0.8 b.safetensors:0.5 --out ab")
-    merge.add_argument("files", nargs="+", metavar="FILE[:WEIGHT]", help=tr("arg_files"))
-    merge.add_argument("--rank", type=_rank, default=0, metavar="N", help=tr("arg_merge_rank"))
+    add_argument(convert, "file", "in", type=Path, metavar="IN")
+    add_argument(convert, "--to", choices=FORMATS)
+    add_argument(convert, "--family", default="", metavar="NAME")
+    merge = add("merge", merge_command, "lora merge a.safetensors:0.8 b.safetensors:0.5 --out ab")
+    add_argument(merge, "files", nargs="+", metavar="FILE[:WEIGHT]")
+    add_argument(merge, "--rank", "merge_rank", type=rank, default=0, metavar="N")
     resize = add("resize", resize_command, "lora resize style.safetensors --rank 8")
-    resize.add_argument("file", type=Path, metavar="IN", help=tr("arg_in"))
-    resize.add_argument("--rank", type=_rank, default=0, metavar="N", help=tr("arg_rank"))
-    resize.add_argument("--energy", type=_share, default=1.0, metavar="SHARE",
-                        help=tr("arg_energy"))
+    add_argument(resize, "file", "in", type=Path, metavar="IN")
+    add_argument(resize, "--rank", type=rank, default=0, metavar="N")
+    add_argument(resize, "--energy", type=share, default=1.0, metavar="SHARE")
     extract = add("extract", extract_command,
                   "lora extract tuned.safetensors base.safetensors --rank 32 --out style")
-    extract.add_argument("tuned", type=Path, metavar="TUNED", help=tr("arg_tuned"))
-    extract.add_argument("base", type=Path, metavar="BASE", help=tr("arg_base"))
-    extract.add_argument("--rank", type=_rank, required=True, metavar="N", help=tr("arg_rank"))
-    extract.add_argument("--conv-rank", type=int, default=None, metavar="N",
-                         help=tr("arg_conv_rank"))
+    add_argument(extract, "tuned", type=Path, metavar="TUNED")
+    add_argument(extract, "base", type=Path, metavar="BASE")
+    add_argument(extract, "--rank", type=rank, required=True, metavar="N")
+    add_argument(extract, "--conv-rank", type=int, metavar="N")
     for parser in (convert, merge, resize, extract):
-        parser.add_argument("--out", type=Path, default=None, metavar="FILE", help=tr("arg_out"))
-        parser.add_argument("--precision", choices=tuple(PRECISIONS), default=None,
-                            help=tr("arg_precision"))
+        add_argument(parser, "--out", type=Path, metavar="FILE")
+        add_argument(parser, "--precision", choices=tuple(PRECISIONS))
 
 
-# argparse makes its own sentence of a ValueError
-def _rank(text: str) -> int:
+# argparse makes its sentence of a ValueError: "invalid rank value: '0'" names the function.
+def rank(text: str) -> int:
     if (number := int(text)) < 1:
         raise ValueError
     return number
 
 
-def _share(text: str) -> float:
-    if not 0 < (share := float(text)) <= 1:
+def share(text: str) -> float:
+    if not 0 < (number := float(text)) <= 1:
         raise ValueError
-    return share
+    return number
 
 
 # --- actions ---
@@ -181,8 +178,7 @@ def _merged_metadata(sources: list[dict[str, str]], files: list[Path], merged: L
     triggers = dict.fromkeys(source["modelspec.trigger_phrase"] for source in sources
                              if "modelspec.trigger_phrase" in source)
     phrase = {"modelspec.trigger_phrase": ", ".join(triggers)} if triggers else {}
-    trained_upon = dict.fromkeys(name for source in sources
-                                 for name in facts_of(source).base_loras)
+    trained_upon = dict.fromkeys(name for source in sources for name in facts_of(source).base_loras)
     return shared | phrase | base_loras.metadata(list(trained_upon)) | _size_metadata(merged) | {
         "modelspec.merged_from": ", ".join(path.name for path in files)}
 
@@ -190,9 +186,7 @@ def _merged_metadata(sources: list[dict[str, str]], files: list[Path], merged: L
 def _report(options: argparse.Namespace, key: str, path: Path, **facts: Any) -> int:
     left_out = facts.pop("left_out", ())
     if left_out:
-        print(tr("left_out", count=len(left_out), keys=", ".join(left_out[:3])),
-              file=sys.stderr)
+        print(tr("left_out", count=len(left_out), keys=", ".join(left_out[:3])), file=sys.stderr)
     params = {**facts, "kept": f"{100 * facts['kept']:.4g}"} if "kept" in facts else facts
-    answer(options, {"ok": True, "file": path, **facts, "left_out": left_out},
-           [tr(key, file=path, **params)])
-    return FINE
+    return answer(options, {"ok": True, "file": path, **facts, "left_out": left_out},
+                  [tr(key, file=path, **params)])

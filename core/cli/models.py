@@ -7,21 +7,22 @@ import sys
 from typing import Any
 
 from core import i18n
-from core.cli.console import FINE, INTERRUPTED, add_group, answer, job_terminal
+from core.cli.console import FINE, INTERRUPTED, add_group, answer, argument_adder, job_terminal
 from core.errors import UserError
 from core.units import file_size
 
 tr = i18n.translator("hub")
+add_argument = argument_adder(tr)
 
 
 def add_commands(commands: Any) -> None:
     add = add_group(commands, "models", "models list")
     add("list", list_command, "models list")
     get = add("get", get_command, "models get SmilingWolf/wd-vit-tagger-v3")
-    get.add_argument("repo", metavar="REPO", help=tr("arg_repo"))
-    get.add_argument("--mirror", default="", metavar="URL", help=tr("arg_mirror"))
-    get.add_argument("--revision", default="", metavar="NAME", help=tr("arg_revision"))
-    get.add_argument("--yes", action="store_true", help=tr("arg_yes"))
+    add_argument(get, "repo", metavar="REPO")
+    add_argument(get, "--mirror", default="", metavar="URL")
+    add_argument(get, "--revision", default="", metavar="NAME")
+    add_argument(get, "--yes", action="store_true")
 
 
 def list_command(options: argparse.Namespace) -> int:
@@ -37,10 +38,10 @@ def list_command(options: argparse.Namespace) -> int:
                 state = tr("here", path=path) if path else tr("not_here")
                 lines += [f"  {entry.repo}  ({file_size(entry.mb)}, {entry.licence})  {state}",
                           f"      {entry.about[language]}"]
-    answer(options, {"ok": True, "models": [
-        {"repo": entry.repo, "purpose": entry.purpose, "mb": entry.mb, "licence": entry.licence,
-         "about": entry.about[language], "path": path} for entry, path in models]}, lines)
-    return FINE
+    facts = [{"repo": entry.repo, "purpose": entry.purpose, "mb": entry.mb,
+              "licence": entry.licence, "about": entry.about[language], "path": path}
+             for entry, path in models]
+    return answer(options, {"ok": True, "models": facts}, lines)
 
 
 def get_command(options: argparse.Namespace) -> int:

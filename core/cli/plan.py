@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core import i18n
-from core.cli.console import FAILED, FINE, add_command, answer
+from core.cli.console import FAILED, FINE, add_command, answer, argument_adder
 from core.errors import UserError
 from core.families.registry import STANDARD
 from core.units import gigabytes
@@ -23,28 +23,25 @@ if TYPE_CHECKING:
 PATIENCE_S = 2.0                # until it is said that planning takes a while
 
 tr = i18n.translator("plan")
+add_argument = argument_adder(tr)
 
 
 def add_commands(commands: Any) -> None:
     suggest = add_command(commands, "suggest", suggest_command, answers=True,
                           line="suggest --vram-gb 8 --purpose character")
-    suggest.add_argument("--base", default=STANDARD.id, metavar="MODEL", help=tr("arg_base"))
-    suggest.add_argument("--data", type=Path, default=None, metavar="DIR", help=tr("arg_data"))
-    suggest.add_argument("--purpose", default="style", help=tr("arg_purpose"),
-                         metavar="style|character|object|concept")
-    suggest.add_argument("--yaml", action="store_true", help=tr("arg_yaml"))
+    add_argument(suggest, "--base", default=STANDARD.id, metavar="MODEL")
+    add_argument(suggest, "--data", type=Path, metavar="DIR")
+    add_argument(suggest, "--purpose", default="style", metavar="style|character|object|concept")
+    add_argument(suggest, "--yaml", action="store_true")
     plan = add_command(commands, "plan", plan_command, answers=True,
                        line="plan --config my_style.yaml --vram-gb 8")
-    plan.add_argument("--config", type=Path, required=True, metavar="FILE",
-                      help=tr("arg_config"))
-    plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                      help=tr("arg_set"))
+    add_argument(plan, "--config", type=Path, required=True, metavar="FILE")
+    add_argument(plan, "--set", action="append", default=[], metavar="KEY=VALUE")
     for parser in (suggest, plan):
-        parser.add_argument("--vram-gb", type=float, default=None, metavar="GB",
-                            help=tr("arg_vram_gb"))
+        add_argument(parser, "--vram-gb", type=float, metavar="GB")
     presets = add_command(commands, "presets", presets_command, answers=True,
                           line="presets --family sd15")
-    presets.add_argument("--family", default=None, help=tr("arg_family"))
+    add_argument(presets, "--family")
 
 
 # --- suggest ---
@@ -125,18 +122,18 @@ def plan_command(options: argparse.Namespace) -> int:
 
 def _report(planned: Plan, verdict: str, nearest: tuple[dict[str, Any], Plan] | None) -> list[str]:
     """The plan as text: a table of parts down and phases across, RAM, disk, and what would fit."""
+    from core.cli.progress import label
     from core.memory.advisor import lacking
     phases = planned.phases
-    rows = [["", *(_label("phase", phase.name) for phase in phases)]]
-    rows += [[_label("part", part), *(_cell(phase.parts.get(part)) for phase in phases)]
+    rows = [["", *(label("plan.phase", phase.name) for phase in phases)]]
+    rows += [[label("plan.part", part), *(_cell(phase.parts.get(part)) for phase in phases)]
              for part in dict.fromkeys(part for phase in phases for part in phase.parts)]
     rows.append([tr("sum"), *(_cell(phase.mb) for phase in phases)])
     lines = [_headline(planned), "", *aligned(rows), ""]
-    lines += [tr("outside", part=_label("part", name), mb=round(mb))
+    lines += [tr("outside", part=label("plan.part", name), mb=round(mb))
               for name, mb in planned.outside.items()]
-    lines += ["", tr(verdict, needs=gigabytes(planned.needs_mb),
-                     free=gigabytes(planned.machine.free_mb),
-                     phase=_label("phase", planned.peak.name))]
+    lines += ["", tr(verdict, needs=gigabytes(planned.needs_mb), free=gigabytes(
+        planned.machine.free_mb), phase=label("plan.phase", planned.peak.name))]
     short = lacking(planned)
     for name, parts, free in (("ram", planned.ram, planned.machine.ram_mb),
                               ("disk", planned.disk, planned.machine.disk_mb)):
@@ -159,23 +156,15 @@ def _cell(mb: float | None) -> str:
     return "" if mb is None else f"{mb:.0f} MB" if mb >= 10 else f"{mb:.1f} MB"
 
 
-def _label(kind: str, name: str) -> str:
-    """A name's label; a part that only a family's own code knows has none, and keeps its name."""
-    text = tr(f"{kind}_{name}")
-    return name if text == f"plan.{kind}_{name}" else text
-
-
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """The first column to the left, the others to the right; by width on screen."""
     from core.cli.progress import width
     widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        pads = [" " * (wide - width(cell)) for cell, wide in zip(row, widths, strict=True)]
-        cells = [row[0] + pads[0], *(pad + cell for pad, cell in zip(pads[1:], row[1:],
-                                                                     strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+
+    def padded(column: int, cell: str) -> str:
+        pad = " " * (widths[column] - width(cell))
+        return pad + cell if column else cell + pad
+    return ["  ".join(padded(*item) for item in enumerate(row)).rstrip() for row in rows]
 
 
 # --- presets ---
@@ -188,15 +177,16 @@ def presets_command(options: argparse.Namespace) -> int:
     listed = presets.list_presets(family=options.family)
     if not listed:
         raise presets.no_family(options.family)
-    rows = [(preset, presets.badge(preset, machine)) for preset in listed]
-    answer(options, {"ok": True, "machine": machine.name, "presets": [
-        {**preset.model_dump(mode="json"), "slug": preset.slug, "badge": badge}
-        for preset, badge in rows]},
-        [tr("presets_for", name=machine.name, total=gigabytes(machine.total_mb)), *table([
-            (f"{preset.family}  {preset.said('title')}  "
-             f"{i18n.tr(f'presets.purpose_{preset.purpose}')}",
-             f"{tr(f'badge_{badge}')}  {preset.said('about')}") for preset, badge in rows])])
-    return FINE
+    facts, rows = [], []
+    for preset in listed:
+        badge = presets.badge(preset, machine)
+        facts.append({**preset.model_dump(mode="json"), "slug": preset.slug, "badge": badge})
+        purpose = i18n.tr(f"presets.purpose_{preset.purpose}")
+        rows.append((f"{preset.family}  {preset.said('title')}  {purpose}",
+                     f"{tr(f'badge_{badge}')}  {preset.said('about')}"))
+    head = tr("presets_for", name=machine.name, total=gigabytes(machine.total_mb))
+    return answer(options, {"ok": True, "machine": machine.name, "presets": facts},
+                  [head, *table(rows)])
 
 
 # --- shared ---

@@ -10,37 +10,21 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from core import i18n
-from core.jobs.events import (
-    Checkpoint,
-    Event,
-    Faulted,
-    JobEnded,
-    Note,
-    Phase,
-    Planned,
-    Sample,
-    Step,
-)
+from core.jobs import events
 from core.jobs.outcome import said_first
 from core.units import MovingAverage, duration, gigabytes, speed
 
 EVERY_S = 5.0                           # between plain lines
 SMOOTHING = 0.1                         # weight of the newest loss in the shown one
 
-
-class Screen(Protocol):
-    """Where progress appears: Bars on a terminal, Lines elsewhere."""
-
-    def show(self, name: str, done: int, total: int, facts: str) -> None: ...
-    def write_line(self, text: str) -> None: ...
-    def close(self) -> None: ...
+tr = i18n.translator("terminal")
 
 
 class Terminal:
@@ -50,11 +34,12 @@ class Terminal:
         # rich asks for a TextIO; Steady passes on what it lacks itself
         steady: Any = Steady(file or sys.stderr)
         console = Console(file=steady, highlight=False, soft_wrap=True)
-        self.screen: Screen = Bars(console) if console.is_terminal else Lines(console, every_s)
+        plain = Lines(console, every_s)
+        self.screen: Bars | Lines = Bars(console) if console.is_terminal else plain
         self.loss = MovingAverage(SMOOTHING)
         # The caller prints the fault, as the last line.
-        self.fault: Faulted | None = None
-        # Once a step was made, a fault is no longer bad input.
+        self.fault: events.Faulted | None = None
+        # After a first step or a first caption, a fault is no longer bad input.
         self.stepped = False
         # keys of notes that are not printed
         self.hushed: set[str] = set()
@@ -65,25 +50,28 @@ class Terminal:
     def __exit__(self, *_: object) -> None:
         self.screen.close()
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         match event:
-            case Phase():
-                self.screen.show(phase_name(event.name), event.done, event.total, "")
-            case Step():
+            case events.Phase():
+                self.screen.show(label("terminal.phase", event.name), event.done, event.total, "")
+            case events.Step():
                 self.stepped = True
                 facts = step_facts(event, self.loss.add(event.loss))
-                self.screen.show(phase_name("train"), event.step, event.total, facts)
-            case Planned():
+                self.screen.show(label("terminal.phase", "train"), event.step, event.total, facts)
+            case events.Planned():
                 self.screen.write_line(planned(event.plan))
-            case Note() if event.key not in self.hushed:
+            case events.Note() if event.key not in self.hushed:
                 self.screen.write_line(i18n.tr(event.key, event.params))
-            case Faulted():
+            case events.Faulted():
                 self.fault = event
-            case Checkpoint():
-                self.screen.write_line(i18n.tr("terminal.saved", {"path": event.path}))
-            case Sample():
-                self.screen.write_line(i18n.tr("terminal.picture", {"path": event.path}))
-            case JobEnded():
+            case events.Checkpoint():
+                self.screen.write_line(tr("saved", path=event.path))
+            case events.Sample():
+                self.screen.write_line(tr("picture", path=event.path))
+            case events.Captioned():
+                self.stepped = True
+                self.screen.write_line(f"{Path(event.path).name}  {event.caption}")
+            case events.JobEnded():
                 self.screen.close()
 
     def stopping(self, text: str) -> None:
@@ -175,15 +163,14 @@ class Lines:
         self.console.print(Text(f"{time.strftime('%H:%M:%S')}  {text}"))
 
 
-def step_facts(step: Step, loss: float | None) -> str:
+def step_facts(step: events.Step, loss: float | None) -> str:
     """'loss 0.1234 · 3.1 steps/s · 1:20 left (14:05) · 812 MB'"""
     left = time.strftime("%H:%M", time.localtime(step.at + step.eta_s))
-    facts = [i18n.tr("terminal.loss", {"loss": "?" if loss is None else f"{loss:.4f}"})]
+    facts = [tr("loss", loss="?" if loss is None else f"{loss:.4f}")]
     if step.validation is not None:
-        facts.append(i18n.tr("terminal.validation", {"loss": f"{step.validation:.4f}"}))
+        facts.append(tr("validation", loss=f"{step.validation:.4f}"))
     if step.steps_per_s > 0:
-        facts.append(speed(step.steps_per_s))
-        facts.append(i18n.tr("terminal.left", {"duration": duration(step.eta_s), "clock": left}))
+        facts += [speed(step.steps_per_s), tr("left", duration=duration(step.eta_s), clock=left)]
     if step.memory_mb:
         facts.append(megabytes(step.memory_mb))
     return " · ".join(facts)
@@ -198,18 +185,19 @@ def counted(done: int, total: int) -> str:
     return f"{done} / {total}" if total else str(done or "")
 
 
-def phase_name(name: str) -> str:
-    """The phase in the user's language; a family's own phase has no sentence and keeps its name."""
-    key = f"terminal.phase_{name}"
+def label(group: str, name: str) -> str:
+    """The name in the user's language; a family's own phase or part has none and keeps its
+    name."""
+    key = f"{group}_{name}"
     text = i18n.tr(key)
     return name if text == key else text
 
 
 def planned(plan: Mapping[str, Any]) -> str:
     """'Memory: about 2.9 GB at the peak (train), 7.4 GB free: fits.'"""
-    return i18n.tr("terminal.planned", {
-        "needs": megabytes(plan["needs_mb"]), "free": megabytes(plan["machine"]["free_mb"]),
-        "phase": phase_name(plan["peak"]), "verdict": i18n.tr(f"terminal.{plan['verdict']}")})
+    return tr("planned", needs=megabytes(plan["needs_mb"]), verdict=tr(plan["verdict"]),
+              free=megabytes(plan["machine"]["free_mb"]),
+              phase=label("terminal.phase", plan["peak"]))
 
 
 # --- the end ---
@@ -221,20 +209,18 @@ def _percent(value: Any) -> str:
 # A result's key -> how its value reads, in the order in which they are printed.
 SHOWN: dict[str, Callable[[Any], str]] = {
     "lora": str,
-    "best": lambda best: i18n.tr(
-        "terminal.best" if best["lora"] else "terminal.best_not_saved",
-        {"path": best["lora"], "step": best["step"], "loss": f"{best['validation']:.4f}"}),
+    "best": lambda best: tr("best" if best["lora"] else "best_not_saved", path=best["lora"],
+                            step=best["step"], loss=f"{best['validation']:.4f}"),
     "proof": lambda proof: i18n.tr(
         "terminal.proven" if proof["ok"] else "terminal.not_proven", proof),
-    "base": lambda base: i18n.tr(
-        f"terminal.base_{base['verdict']}", {"error": f"{base['error']:.2f}"}),
+    "base": lambda base: tr(f"base_{base['verdict']}", error=f"{base['error']:.2f}"),
     "base_loras": ", ".join,
     "sheet": str, "checkpoint": str,
     "steps": str, "seconds": duration, "steps_per_second": "{:.2f}".format,
     "style_covered": _percent, "content_kept": _percent,
-    "memory": lambda memory: i18n.tr(
-        "terminal.memory_more" if memory.get("more_than_planned") else "terminal.memory",
-        {"planned": megabytes(memory["planned_mb"]), "real": megabytes(memory["real_mb"])}),
+    "memory": lambda memory: tr(
+        "memory_more" if memory.get("more_than_planned") else "memory",
+        planned=megabytes(memory["planned_mb"]), real=megabytes(memory["real_mb"])),
 }
 
 
@@ -250,9 +236,8 @@ def summary(result: Mapping[str, Any]) -> list[str]:
                 rows.append((key, show(result[key])))
     if pictures := result.get("samples"):
         folder = Path(pictures[-1]).parent
-        rows.append(("samples", i18n.tr("terminal.many", {"count": len(pictures),
-                                                          "folder": folder})))
-    return first + table([(i18n.tr(f"terminal.result_{key}"), text) for key, text in rows])
+        rows.append(("samples", tr("many", count=len(pictures), folder=folder)))
+    return first + table([(tr(f"result_{key}"), text) for key, text in rows])
 
 
 def table(rows: list[tuple[str, str]]) -> list[str]:

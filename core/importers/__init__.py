@@ -1,17 +1,7 @@
 """Configs from anywhere: our YAML, a LoRA file's metadata, other trainers' TOML and JSON."""
 
-from core.importers.load import (
-    EXTENSIONS,
-    FOREIGN,
-    is_ours,
-    load_train_config,
-    located,
-    named_in,
-    read,
-    to_yaml,
-    told,
-)
+from core.importers.load import FOREIGN, load_train_config, located, named_in, read, to_yaml, told
 from core.importers.reader import Imported
 
-__all__ = ["EXTENSIONS", "FOREIGN", "Imported", "is_ours", "load_train_config", "located",
-           "named_in", "read", "to_yaml", "told"]
+__all__ = ["FOREIGN", "Imported", "load_train_config", "located", "named_in", "read", "to_yaml",
+           "told"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from core.config import resolve
 from core.importers import lines, tables
-from core.importers.lines import Entry, Keys, Lines
+from core.importers.lines import Entry, Lines
 from core.importers.reader import Imported, Reader, absent, number, plain
 
 _OPTIONS = re.compile(r"\s--[a-z]+(\s|$)")            # kohya's prompts: `a cat --w 512 --n blurry`
@@ -19,6 +19,9 @@ class Kohya(Reader):
     for the eye."""
 
     table = tables.KOHYA
+    choices = tables.KOHYA_CHOICES
+    switches = tables.KOHYA_SWITCHES
+    defaults = tables.KOHYA_DEFAULTS
 
     def name(self, entry: Entry) -> str:
         return entry.keys[-1]
@@ -30,13 +33,12 @@ class Kohya(Reader):
 
     def finish(self) -> None:
         # a key that is left out has another default there than here
-        self.assume("network_dim", "lora_rank", tables.KOHYA_DEFAULTS["network_dim"])
-        self.assume("network_alpha", "lora_alpha", tables.KOHYA_DEFAULTS["network_alpha"])
+        self.assume("network_dim")
+        self.assume("network_alpha")
         if not {"epochs", "max_train_steps"} & self.result.values.keys():
-            self.assume("max_train_epochs", "max_train_steps",
-                        tables.KOHYA_DEFAULTS["max_train_steps"])
-        if not {"learning_rate", "unet_lr"} & self.theirs.keys():
-            self.assume("learning_rate", "learning_rate", tables.KOHYA_DEFAULTS["learning_rate"])
+            self.assume("max_train_epochs")
+        if "unet_lr" not in self.theirs:
+            self.assume("learning_rate")
 
     # rates
 
@@ -52,10 +54,6 @@ class Kohya(Reader):
         value = value[0] if isinstance(value, list) and len(set(map(str, value))) == 1 else value
         if not self.theirs.get("network_train_unet_only"):
             self.put("text_encoder_lr", value, entry)
-
-    def take_network_train_text_encoder_only(self, value: Any, entry: Entry) -> None:
-        if value:
-            self.leave(entry, "unknown")
 
     # how long
 
@@ -73,8 +71,7 @@ class Kohya(Reader):
         if number(value) and not number(self.theirs.get("max_train_epochs")):
             self.put("max_train_steps", value, entry)
 
-    def take_lr_warmup_steps(self, value: Any, entry: Entry) -> None:
-        self.warm_up(value, entry)
+    take_lr_warmup_steps = Reader.warm_up
 
     def take_lr_warmup(self, value: Any, entry: Entry) -> None:
         """kohya_ss gives it in percent."""
@@ -108,7 +105,7 @@ class Kohya(Reader):
         if "." in str(value):
             self.put("optimizer", value, entry)
         else:
-            self.choose("optimizer", tables.OPTIMIZERS, value, entry)
+            self.choose("optimizer", tables.OPTIMIZERS, entry)
 
     take_optimizer = take_optimizer_type
 
@@ -116,42 +113,16 @@ class Kohya(Reader):
         if value and "optimizer_type" not in self.theirs:
             self.put("optimizer", "adamw8bit", entry)
 
-    def take_lr_scheduler(self, value: Any, entry: Entry) -> None:
-        self.choose("lr_scheduler", tables.SCHEDULES, value, entry)
-
-    def take_mixed_precision(self, value: Any, entry: Entry) -> None:
-        self.choose("precision", tables.PRECISIONS, value, entry)
-
-    def take_save_precision(self, value: Any, entry: Entry) -> None:
-        self.choose("save_precision", tables.PRECISIONS, value, entry)
-
-    def take_fp8_base(self, value: Any, entry: Entry) -> None:
-        if value:
-            self.put("base_precision", "fp8", entry)
-
     def take_network_module(self, value: Any, entry: Entry) -> None:
         # of LyCORIS, network_args say which kind
         if str(value) != "lycoris.kohya":
-            self.choose("adapter", tables.ADAPTERS, value, entry)
-
-    def take_algo(self, value: Any, entry: Entry) -> None:
-        self.choose("adapter", tables.ADAPTERS, value, entry)
-
-    take_LoRA_type = take_algo
+            self.choose("adapter", tables.ADAPTERS, entry)
 
     def take_dora_wd(self, value: Any, entry: Entry) -> None:
         if str(value).lower() == "true":
             self.put("adapter", "dora", entry)
 
-    def take_factor(self, value: Any, entry: Entry) -> None:
-        self.put("lokr_factor", value, entry)
-
-    def take_v_parameterization(self, value: Any, entry: Entry) -> None:
-        if value:
-            self.put("prediction_type", "v_prediction", entry)
-
-    def take_model_train_type(self, value: Any, entry: Entry) -> None:
-        self.family(value, entry)
+    take_model_train_type = Reader.family
 
     def take_sdxl(self, value: Any, entry: Entry) -> None:
         if value:
@@ -176,7 +147,7 @@ class Kohya(Reader):
         kind = plain(value)
         if kind == "sigma":
             return
-        self.choose("timestep_sampling", tables.LEVELS, value, entry)
+        self.choose("timestep_sampling", tables.LEVELS, entry)
         # of these, kohya takes no discrete_flow_shift
         if kind in ("uniform", "sigmoid"):
             self.put("flow_shift", 1.0, entry)
@@ -186,7 +157,7 @@ class Kohya(Reader):
         if plain(value) in ("sigmasqrt", "cosmap"):
             self.leave(entry, "value")
         elif self.by_scheme:
-            self.choose("timestep_sampling", tables.SCHEMES, value, entry)
+            self.choose("timestep_sampling", tables.SCHEMES, entry)
 
     def take_discrete_flow_shift(self, value: Any, entry: Entry) -> None:
         if self.by_scheme or plain(self.theirs["timestep_sampling"]) == "shift":
@@ -212,11 +183,6 @@ class Kohya(Reader):
         return plain(self.theirs.get("timestep_sampling", "sigma")) == "sigma"
 
     # lists and texts
-
-    def take_resolution(self, value: Any, entry: Entry) -> None:
-        self.put("max_resolution", value, entry)
-
-    take_max_resolution = take_resolution
 
     def take_network_args(self, value: Any, entry: Entry) -> None:
         for key, text in _pairs(value):
@@ -251,9 +217,6 @@ class Kohya(Reader):
             self.leave(entry, "prompt_options")
         self.put("sample_prompts", [prompt for prompt in prompts if prompt], entry)
 
-    def take_sample_sampler(self, value: Any, entry: Entry) -> None:
-        self.choose("sample_sampler", tables.SAMPLERS, value, entry)
-
     def take_resume(self, value: Any, entry: Entry) -> None:
         self.leave(entry, "state")
 
@@ -272,26 +235,17 @@ class Dataset(Kohya):
     """kohya's dataset TOML: [general], [[datasets]], [[datasets.subsets]]. One subset is one
     folder; of several, the first one is taken."""
 
+    table = tables.KOHYA_DATASET
+
     def take(self, data: Mapping[str, Any], line_of: Lines) -> Imported:
         for entry in lines.entries(data, line_of):
-            if not absent(entry.value):
-                self.dispatch(entry.keys[-1] if self.is_first(entry.keys) else "", entry)
+            if absent(entry.value):
+                continue
+            if any(key.isdigit() and key != "0" for key in entry.keys[:-1]):
+                self.leave(entry, "second")
+            else:
+                self.dispatch(entry.keys[-1], entry)
         return self.result
-
-    def is_first(self, keys: Keys) -> bool:
-        return all(key == "0" for key in keys[:-1] if key.isdigit())
-
-    def dispatch(self, name: str, entry: Entry) -> None:
-        if not name:
-            self.leave(entry, "second")
-        else:
-            super().dispatch(name, entry)
-
-    def take_image_dir(self, value: Any, entry: Entry) -> None:
-        self.put("train_data_dir", value, entry)
-
-    def take_batch_size(self, value: Any, entry: Entry) -> None:
-        self.put("batch_size", value, entry)
 
     def take_num_repeats(self, value: Any, entry: Entry) -> None:
         if value != 1:
@@ -305,10 +259,6 @@ class Dataset(Kohya):
             self.put("metadata_path", value, entry)
         else:
             self.leave(entry, "value")
-
-    def take_is_reg(self, value: Any, entry: Entry) -> None:
-        if value:
-            self.leave(entry, "unknown")
 
 
 def _pairs(value: Any) -> list[tuple[str, str]]:

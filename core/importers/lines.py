@@ -34,17 +34,22 @@ class Entry:
         return ".".join(self.keys)
 
 
-def read(path: Path) -> tuple[dict[str, Any], Lines]:
-    """-> the data and the line of each key. Raises UserError with the line where the text is no
-    TOML or JSON."""
+def text_of(path: Path) -> str:
+    """A config's text. Raises UserError where there is no file, or no text in it."""
     try:
         if path.stat().st_size > LARGEST:
             raise UserError("config.unreadable", file=path, reason=f"> {LARGEST} bytes")
-        text = serialization.decode_text(path.read_bytes())
+        return serialization.decode_text(path.read_bytes())
     except FileNotFoundError:
         raise UserError("config.missing", file=path, folder=Path.cwd()) from None
     except (OSError, ValueError) as error:
         raise UserError("config.unreadable", file=path, reason=error) from None
+
+
+def read(path: Path) -> tuple[dict[str, Any], Lines]:
+    """-> the data and the line of each key. Raises UserError with the line where the text is no
+    TOML or JSON."""
+    text = text_of(path)
     toml = path.suffix.lower() == ".toml"
     kind = "TOML" if toml else "JSON"
     try:

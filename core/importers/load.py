@@ -43,7 +43,7 @@ def read(path: Path) -> Imported:
     """Reads a TOML or JSON config of ours or of another trainer. Raises UserError where the file is
     neither."""
     data, line_of = lines.read(path)
-    if is_ours(data):
+    if set(data) <= set(TrainConfig.model_fields):
         return Reader(path, "LoRA Darkroom").take(data, line_of)
     if "datasets" in data:
         return kohya.Dataset(path, "kohya dataset").take(data, line_of)
@@ -51,11 +51,6 @@ def read(path: Path) -> Imported:
         return onetrainer.OneTrainer(path, "OneTrainer").take(data, line_of)
     gui = path.suffix.lower() == ".json"
     return kohya.Kohya(path, "kohya_ss" if gui else "kohya").take(data, line_of)
-
-
-def is_ours(data: Mapping[str, Any]) -> bool:
-    """Whether all keys are TrainConfig's."""
-    return set(data) <= set(TrainConfig.model_fields)
 
 
 def to_yaml(imported: Imported) -> str:

@@ -16,10 +16,14 @@ NO_FLOWS = ("stablediffusion15", "stablediffusion2", "stablediffusionxl")
 
 class OneTrainer(Reader):
     table = tables.ONETRAINER
+    choices = tables.ONETRAINER_CHOICES
+    switches = tables.ONETRAINER_SWITCHES
+    defaults = tables.ONETRAINER_DEFAULTS
 
     def entries(self, data: Mapping[str, Any], line_of: Lines) -> Iterable[Entry]:
         """A group that has no meaning here is reported in one line."""
-        known = {name.split(".")[0] for name in (*self.table, *self.special)} | {"concepts"}
+        known = {name.split(".")[0] for name in (
+            *self.table, *self.special, *self.choices, *self.switches)}
         for key, value in data.items():
             if key in known:
                 yield from lines.entries(value, line_of, (key,))
@@ -27,27 +31,20 @@ class OneTrainer(Reader):
                 yield Entry((key,), value, line_of.get((key,), 1))
 
     def finish(self) -> None:
-        for name, key in (("lora_rank", "lora_rank"), ("lora_alpha", "lora_alpha"),
-                          ("epochs", "epochs")):
-            self.assume(name, key, tables.ONETRAINER_DEFAULTS[name])
+        for name in self.defaults:
+            self.assume(name)
 
     def dispatch(self, name: str, entry: Entry) -> None:
-        if name.startswith("concepts."):
+        if name.startswith("concepts.") and name not in self.table:
             self.concept(entry)
         elif not name.startswith("__"):
             super().dispatch(name, entry)
 
     def concept(self, entry: Entry) -> None:
-        if entry.keys[1] != "0":
-            if entry.keys[2:] == ("path",):
-                self.leave(entry, "second")
-            return
         name = ".".join(entry.keys[2:])
-        ours = {"path": "train_data_dir", "image.enable_random_flip": "flip",
-                "text.enable_tag_shuffling": "shuffle_tags",
-                "text.keep_tags_count": "keep_tokens"}.get(name)
-        if ours:
-            self.put(ours, entry.value, entry)
+        if entry.keys[1] != "0":
+            if name == "path":
+                self.leave(entry, "second")
         elif name in ("balancing", "image_variations", "text_variations") and number(
                 entry.value) != 1:
             self.leave(entry, "repeats" if name == "balancing" else "unknown")
@@ -56,8 +53,7 @@ class OneTrainer(Reader):
         if "concepts.0.path" not in self.theirs:
             self.leave(entry, "concepts")
 
-    def take_model_type(self, value: Any, entry: Entry) -> None:
-        self.family(value, entry)
+    take_model_type = Reader.family
 
     def take_training_method(self, value: Any, entry: Entry) -> None:
         if value != "LORA":
@@ -75,29 +71,16 @@ class OneTrainer(Reader):
         else:
             self.put("max_resolution", value, entry)
 
-    def take_optimizer__optimizer(self, value: Any, entry: Entry) -> None:
-        self.choose("optimizer", tables.OPTIMIZERS, value, entry)
-
-    def take_learning_rate_scheduler(self, value: Any, entry: Entry) -> None:
-        self.choose("lr_scheduler", tables.SCHEDULES, value, entry)
-
-    def take_learning_rate_warmup_steps(self, value: Any, entry: Entry) -> None:
-        self.warm_up(value, entry)
+    take_learning_rate_warmup_steps = Reader.warm_up
 
     def take_gradient_checkpointing(self, value: Any, entry: Entry) -> None:
         self.put("gradient_checkpointing", value not in ("OFF", False), entry)
         if value == "CPU_OFFLOADED":
             self.leave(entry, "unknown")
 
-    def take_train_dtype(self, value: Any, entry: Entry) -> None:
-        self.choose("precision", tables.PRECISIONS, value, entry)
-
-    def take_output_dtype(self, value: Any, entry: Entry) -> None:
-        self.choose("save_precision", tables.PRECISIONS, value, entry)
-
     def take_unet__weight_dtype(self, value: Any, entry: Entry) -> None:
         if plain(value) not in {**tables.PRECISIONS, "none": ""}:
-            self.choose("base_precision", tables.BASE_PRECISIONS, value, entry)
+            self.choose("base_precision", tables.BASE_PRECISIONS, entry)
 
     def take_unet__train(self, value: Any, entry: Entry) -> None:
         if value is False:
@@ -107,22 +90,13 @@ class OneTrainer(Reader):
         if value and not self.theirs.get("text_encoder.learning_rate"):
             self.put("text_encoder_lr", self.theirs.get("learning_rate", 0), entry)
 
-    def take_peft_type(self, value: Any, entry: Entry) -> None:
-        self.choose("adapter", tables.ADAPTERS, value, entry)
-
-    def take_lora_decompose(self, value: Any, entry: Entry) -> None:
-        if value:
-            self.put("adapter", "dora", entry)
-
     def take_loss_weight_fn(self, value: Any, entry: Entry) -> None:
-        match value:
-            case "MIN_SNR_GAMMA":
-                self.put("min_snr_gamma", self.theirs.get("loss_weight_strength", 5.0), entry)
-            case "DEBIASED_ESTIMATION":
-                self.put("debiased_estimation", True, entry)
-            case "CONSTANT": ...
-            case _:
-                self.leave(entry, "value")
+        if value == "MIN_SNR_GAMMA":
+            self.put("min_snr_gamma", self.theirs.get("loss_weight_strength", 5.0), entry)
+        elif value == "DEBIASED_ESTIMATION":
+            self.put("debiased_estimation", True, entry)
+        elif value != "CONSTANT":
+            self.leave(entry, "value")
 
     def take_timestep_distribution(self, value: Any, entry: Entry) -> None:
         """Of flows: what noise schedules draw is uniform here. Its normal distribution of the
@@ -131,7 +105,7 @@ class OneTrainer(Reader):
             if value != "UNIFORM":
                 self.leave(entry, "value")
             return
-        self.choose("timestep_sampling", tables.SCHEMES, value, entry)
+        self.choose("timestep_sampling", tables.SCHEMES, entry)
         if not self.theirs.get("dynamic_timestep_shifting"):
             self.put("flow_shift", number(self.theirs.get("timestep_shift", 1.0)), entry)
         if value == "LOGIT_NORMAL":
@@ -141,10 +115,6 @@ class OneTrainer(Reader):
     def take_ema(self, value: Any, entry: Entry) -> None:
         if value not in ("OFF", False):
             self.put("ema_decay", self.theirs.get("ema_decay", 0.999), entry)
-
-    def take_force_v_prediction(self, value: Any, entry: Entry) -> None:
-        if value:
-            self.put("prediction_type", "v_prediction", entry)
 
     def take_text_encoder_layer_skip(self, value: Any, entry: Entry) -> None:
         """0 is the last layer there, 1 here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -58,11 +59,14 @@ def absent(value: Any) -> bool:
 
 
 class Reader:
-    """Goes through the entries of a file. Each is taken by a method, taken by the table, or left.
+    """Goes through the entries of a file. Each is taken by a method, taken by a table, or left.
 
     A method `take_network_dim(value, entry)` takes the key `network_dim`; `__` stands for a dot."""
 
-    table: Mapping[str, str] = OURS
+    table: Mapping[str, str] = OURS                             # their key -> ours
+    choices: Mapping[str, tuple[str, Mapping[str, str]]] = {}   # -> ours, their words -> ours
+    switches: Mapping[str, tuple[str, Any]] = {}                # -> ours, its value if theirs is on
+    defaults: Mapping[str, tuple[str, Any]] = {}                # -> ours, its value if left out
 
     def __init__(self, path: Path, kind: str) -> None:
         self.result = Imported(path, kind)
@@ -87,9 +91,13 @@ class Reader:
         return entry.name
 
     def dispatch(self, name: str, entry: Entry) -> None:
-        method = self.special.get(name)
-        if method is not None:
+        if method := self.special.get(name):
             method(entry.value, entry)
+        elif choice := self.choices.get(name):
+            self.choose(*choice, entry)
+        elif switch := self.switches.get(name):
+            if entry.value:
+                self.put(*switch, entry)
         elif name in self.table or self.table is OURS:
             self.put(self.table.get(name, name), entry.value, entry)
         elif name in tables.EPOCHS:
@@ -98,7 +106,7 @@ class Reader:
         elif entry.value not in (0, False) and entry.value != "0":
             self.leave(entry, "by_itself" if name.split(".")[0] in tables.BY_ITSELF else "unknown")
 
-    def put(self, key: str, value: Any, entry: Entry, why: str = "value") -> None:
+    def put(self, key: str, value: Any, entry: Entry) -> None:
         """Our key, if TrainConfig has it and takes the value; else the entry is left."""
         if key not in TrainConfig.model_fields:
             if value not in (0, False):
@@ -107,11 +115,11 @@ class Reader:
         try:
             self.result.values[key] = getattr(TrainConfig.model_validate({key: value}), key)
         except (ValidationError, TypeError):
-            self.leave(entry, why)
+            self.leave(entry, "value")
 
-    def choose(self, key: str, choices: Mapping[str, str], value: Any, entry: Entry) -> None:
+    def choose(self, key: str, choices: Mapping[str, str], entry: Entry) -> None:
         """Our key with our word for their value, where `choices` has one."""
-        if ours := choices.get(plain(value)):
+        if ours := choices.get(plain(entry.value)):
             self.put(key, ours, entry)
         else:
             self.leave(entry, "value")
@@ -119,8 +127,9 @@ class Reader:
     def leave(self, entry: Entry, why: str) -> None:
         self.result.left.append(Left(self.result.file, entry.line, entry.name, entry.value, why))
 
-    def assume(self, name: str, key: str, value: Any) -> None:
-        """Sets our `key` to the other trainer's default where the file lacks its key `name`."""
+    def assume(self, name: str) -> None:
+        """Sets our key to the other trainer's default where the file lacks its key `name`."""
+        key, value = self.defaults[name]
         if name not in self.theirs:
             self.result.values[key] = self.result.assumed[name] = value
 
@@ -146,8 +155,9 @@ class Reader:
 
 
 def number(value: Any) -> float:
-    """A number, also one that is text; 0 where it is none."""
+    """A number, also one that is text; 0 where it is none, or infinite."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        result = float(value)
+    except (TypeError, ValueError, OverflowError):
         return 0.0
+    return result if math.isfinite(result) else 0.0

@@ -8,33 +8,28 @@ from __future__ import annotations
 from typing import Any
 
 # Their key -> ours, the value as it is.
-KOHYA = {
-    "pretrained_model_name_or_path": "base_model", "train_data_dir": "train_data_dir",
-    "output_dir": "output_dir", "output_name": "output_name",
+KOHYA = {key: key for key in (
+    "train_data_dir", "max_resolution", "output_dir", "output_name", "conv_alpha", "rank_dropout",
+    "module_dropout", "gradient_accumulation_steps", "gradient_checkpointing", "seed",
+    "max_grad_norm", "keep_tokens", "min_snr_gamma", "noise_offset", "multires_noise_iterations",
+    "multires_noise_discount", "ip_noise_gamma", "zero_terminal_snr", "loss_type", "huber_c",
+    "huber_schedule", "masked_loss", "reg_data_dir", "prior_loss_weight", "bucket_no_upscale",
+    "vae", "validation_split", "weight_decay")} | {
+    "pretrained_model_name_or_path": "base_model", "resolution": "max_resolution",
     "network_dim": "lora_rank", "network_alpha": "lora_alpha", "network_dropout": "lora_dropout",
-    "conv_dim": "conv_rank", "conv_alpha": "conv_alpha", "rank_dropout": "rank_dropout",
-    "module_dropout": "module_dropout", "loraplus_lr_ratio": "lora_plus_ratio",
+    "conv_dim": "conv_rank", "factor": "lokr_factor", "loraplus_lr_ratio": "lora_plus_ratio",
     "loraplus_unet_lr_ratio": "lora_plus_ratio",
     "network_weights": "init_lora_weights", "lora_network_weights": "init_lora_weights",
-    "train_batch_size": "batch_size", "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "gradient_checkpointing": "gradient_checkpointing", "seed": "seed",
-    "lr_scheduler_num_cycles": "lr_cycles", "lr_scheduler_power": "lr_power",
-    "max_grad_norm": "max_grad_norm", "save_every_n_steps": "save_steps",
+    "train_batch_size": "batch_size", "lr_scheduler_num_cycles": "lr_cycles",
+    "lr_scheduler_power": "lr_power", "save_every_n_steps": "save_steps",
     "sample_every_n_steps": "sample_every", "shuffle_caption": "shuffle_tags",
-    "keep_tokens": "keep_tokens", "caption_dropout_rate": "caption_dropout",
-    "flip_aug": "flip", "min_snr_gamma": "min_snr_gamma", "noise_offset": "noise_offset",
-    "multires_noise_iterations": "multires_noise_iterations",
-    "multires_noise_discount": "multires_noise_discount", "ip_noise_gamma": "ip_noise_gamma",
-    "zero_terminal_snr": "zero_terminal_snr", "debiased_estimation_loss": "debiased_estimation",
-    "loss_type": "loss_type", "huber_c": "huber_c", "huber_schedule": "huber_schedule",
-    "masked_loss": "masked_loss", "alpha_mask": "masked_loss", "reg_data_dir": "reg_data_dir",
-    "prior_loss_weight": "prior_loss_weight", "bucket_no_upscale": "bucket_no_upscale",
-    "min_bucket_reso": "min_bucket_side", "max_bucket_reso": "max_bucket_side",
-    "vae": "vae", "ae": "vae", "cache_latents_to_disk": "cache_to_disk",
-    "vae_batch_size": "cache_batch_size",
-    "validation_split": "validation_split", "validate_every_n_steps": "validation_steps",
-    "clip_skip": "clip_skip", "weight_decay": "weight_decay",
+    "caption_dropout_rate": "caption_dropout", "flip_aug": "flip",
+    "debiased_estimation_loss": "debiased_estimation", "alpha_mask": "masked_loss",
+    "min_bucket_reso": "min_bucket_side", "max_bucket_reso": "max_bucket_side", "ae": "vae",
+    "cache_latents_to_disk": "cache_to_disk", "vae_batch_size": "cache_batch_size",
+    "validate_every_n_steps": "validation_steps",
 }
+KOHYA_DATASET = KOHYA | {"image_dir": "train_data_dir", "batch_size": "batch_size"}
 ONETRAINER = {
     "base_model_name": "base_model", "lora_rank": "lora_rank", "lora_alpha": "lora_alpha",
     "dropout_probability": "lora_dropout", "lora_model_name": "init_lora_weights",
@@ -47,13 +42,15 @@ ONETRAINER = {
     "optimizer.weight_decay": "weight_decay", "optimizer.beta1": "adam_beta1",
     "optimizer.beta2": "adam_beta2", "unet.learning_rate": "learning_rate",
     "text_encoder.learning_rate": "text_encoder_lr", "vae.model_name": "vae",
+    "concepts.0.path": "train_data_dir", "concepts.0.image.enable_random_flip": "flip",
+    "concepts.0.text.enable_tag_shuffling": "shuffle_tags",
+    "concepts.0.text.keep_tags_count": "keep_tokens",
 }
 
 # Their value -> ours, compared without case and signs.
-OPTIMIZERS = {
-    "adamw": "adamw", "adamw8bit": "adamw8bit", "adafactor": "adafactor", "prodigy": "prodigy",
-    "lion": "lion", "came": "came", "adamwschedulefree": "schedulefree",
-    "schedulefreeadamw": "schedulefree"}
+OPTIMIZERS = {"adamw": "adamw", "adamw8bit": "adamw8bit", "adafactor": "adafactor",
+              "prodigy": "prodigy", "lion": "lion", "came": "came",
+              "adamwschedulefree": "schedulefree", "schedulefreeadamw": "schedulefree"}
 SCHEDULES = {"constant": "constant", "constantwithwarmup": "constant", "linear": "linear",
              "cosine": "cosine", "cosinewithrestarts": "cosine_with_restarts",
              "polynomial": "polynomial", "warmupstabledecay": "warmup_stable_decay"}
@@ -75,11 +72,27 @@ SAMPLERS = {"ddim": "ddim", "euler": "euler", "keuler": "euler", "eulera": "eule
             "keulera": "euler_a", "heun": "heun", "dpmsolver++": "dpm++2m", "dpmsolver": "dpm++2m",
             "pndm": "pndm"}
 
-# Where a key is left out, the other trainer takes this: (key, value).
-KOHYA_DEFAULTS: dict[str, Any] = {"network_dim": 4, "network_alpha": 1, "learning_rate": 2e-6,
-                                  "max_train_steps": 1600}
-ONETRAINER_DEFAULTS: dict[str, Any] = {"lora_rank": 16, "lora_alpha": 1.0, "epochs": 100,
-                                       "learning_rate": 3e-6}
+# Their key -> ours, and the table of its words.
+KOHYA_CHOICES: dict[str, tuple[str, dict[str, str]]] = {
+    "lr_scheduler": ("lr_scheduler", SCHEDULES), "mixed_precision": ("precision", PRECISIONS),
+    "save_precision": ("save_precision", PRECISIONS), "algo": ("adapter", ADAPTERS),
+    "LoRA_type": ("adapter", ADAPTERS), "sample_sampler": ("sample_sampler", SAMPLERS)}
+ONETRAINER_CHOICES: dict[str, tuple[str, dict[str, str]]] = {
+    "optimizer.optimizer": ("optimizer", OPTIMIZERS), "train_dtype": ("precision", PRECISIONS),
+    "learning_rate_scheduler": ("lr_scheduler", SCHEDULES), "peft_type": ("adapter", ADAPTERS),
+    "output_dtype": ("save_precision", PRECISIONS)}
+# Their key -> our key and its value where theirs is on.
+KOHYA_SWITCHES = {"fp8_base": ("base_precision", "fp8"),
+                  "v_parameterization": ("prediction_type", "v_prediction")}
+ONETRAINER_SWITCHES = {"lora_decompose": ("adapter", "dora"),
+                       "force_v_prediction": ("prediction_type", "v_prediction")}
+
+# Where a key is left out, the other trainer takes this: (our key, its value).
+KOHYA_DEFAULTS: dict[str, tuple[str, Any]] = {
+    "network_dim": ("lora_rank", 4), "network_alpha": ("lora_alpha", 1),
+    "max_train_epochs": ("max_train_steps", 1600), "learning_rate": ("learning_rate", 2e-6)}
+ONETRAINER_DEFAULTS: dict[str, tuple[str, Any]] = {
+    "lora_rank": ("lora_rank", 16), "lora_alpha": ("lora_alpha", 1.0), "epochs": ("epochs", 100)}
 
 # Things that this program settles by itself: nothing is lost with them.
 BY_ITSELF = frozenset((

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,18 +53,19 @@ class SampleRequest:
 class PipelineSession:
     """A loaded base that draws; LoRA files are read once and switched by weight."""
 
-    def __init__(self, source: Path, config: GenerateConfig,
-                 emit: Callable[[Event], None]) -> None:
+    def __init__(self, source: Path, config: GenerateConfig, emit: Callable[[Event], None]) -> None:
         self.source, self.emit, self.distilled = source, emit, config.distilled
         kind = families.detect(source) if config.family == "auto" else config.family
         self.family: Family = families.get(kind, lookup.files_from_config(config))
-        self.precision = choose(config.precision, config.device,
-                                families.outgrows_fp16(kind))
+        self.precision = choose(config.precision, config.device, families.outgrows_fp16(kind))
         tell_numbers(config.precision, kind, self.precision, emit)
         self._adapters: dict[Path, str] = {}
         self._words: dict[Path, dict[str, str]] = {}
         self._active_words: dict[str, str] = {}     # new words -> their tokens
         self._negative_unused_reported = False
+
+    def _note(self, key: str, **params: Any) -> None:
+        self.emit(Note(key=key, params=params))
 
     def shot(self, config: GenerateConfig, prompt: str) -> SampleRequest:
         """The request for one picture; the base's own numbers where the config has none. Raises
@@ -81,19 +82,17 @@ class PipelineSession:
         cfg, steps = distilled.drawing(config.cfg, config.steps, self.family.spec.cfg,
                                        distilled.STEPS, self.parts.distilled)
         if (few := self.parts.distilled) and None in (config.cfg, config.steps):
-            self.emit(Note(key="distilled.drawn", params={
-                "sign": few.sign, "steps": steps, "cfg": f"{cfg:g}"}))
-        return SampleRequest(prompt, config.negative, config.seed, steps, cfg, size,
-                             config.sampler)
+            self._note("distilled.drawn", sign=few.sign, steps=steps, cfg=f"{cfg:g}")
+        return SampleRequest(prompt, config.negative, config.seed, steps, cfg, size, config.sampler)
 
     def tell_unread(self, shot: SampleRequest) -> None:
         """Reports the end of a prompt that is beyond the base's token limit."""
         for key, text in (("prompt", shot.prompt), ("negative", shot.negative)):
             text = textual_inversion.expand(text, self._active_words)
             if rest := unread(self.family, self.parts, text):
-                self.emit(Note(key=f"generate.{key}_too_long", params={
-                    "tokens": self.family.count_tokens(self.parts, [text])[0],
-                    "limit": self.family.token_limit(self.parts), "rest": rest[:200]}))
+                self._note(f"generate.{key}_too_long", rest=rest[:200],
+                           tokens=self.family.count_tokens(self.parts, [text])[0],
+                           limit=self.family.token_limit(self.parts))
 
     def read_as(self, config: GenerateConfig, loras: Sequence[Lora]) -> None:
         """Sets how prompts are read. Where the config leaves clip skip open, it is that of the
@@ -105,16 +104,14 @@ class PipelineSession:
                 skips[item.path.stem] = int(skip)
         reading = reading_of(config, next(iter(skips.values()), 1))
         if unused := unused_of(self.family, reading):
-            self.emit(Note(key="engine.not_for_family", params={
-                "keys": ", ".join(unused), "family": self.family.spec.title}))
+            self._note("engine.not_for_family", keys=", ".join(unused),
+                       family=self.family.spec.title)
         others = ", ".join(f"{name} ({skip})" for name, skip in skips.items()
                            if skip != reading.clip_skip)
         if others:
-            self.emit(Note(key="generate.other_clip_skip", params={
-                "clip_skip": reading.clip_skip, "loras": others}))
+            self._note("generate.other_clip_skip", clip_skip=reading.clip_skip, loras=others)
         elif config.clip_skip is None and reading.clip_skip > 1:
-            self.emit(Note(key="generate.clip_skip", params={
-                "clip_skip": reading.clip_skip, "loras": ", ".join(skips)}))
+            self._note("generate.clip_skip", clip_skip=reading.clip_skip, loras=", ".join(skips))
         self.parts.reading = reading
 
     def predict_as(self, config: GenerateConfig, loras: Sequence[Lora]) -> None:
@@ -123,7 +120,7 @@ class PipelineSession:
         parts = self.parts
         if parts.flow is not None:
             if config.prediction_type != "auto":
-                self.emit(Note(key="engine.not_for_flows", params={"keys": "prediction_type"}))
+                self._note("engine.not_for_flows", keys="prediction_type")
             return
         trained = [(item.path.stem, trained_as) for item in loras
                    if (trained_as := TrainedAs.of(item.path))]
@@ -131,20 +128,20 @@ class PipelineSession:
                         if trained_as.on(self.family, self.source)]
         prediction = on_this_base[0][1].prediction if on_this_base else parts.objective
         if config.prediction_type == "auto" and prediction != parts.objective:
-            self.emit(Note(key="generate.prediction", params={
-                "prediction": prediction, "base": parts.objective, "lora": on_this_base[0][0]}))
+            self._note("generate.prediction", prediction=prediction, base=parts.objective,
+                       lora=on_this_base[0][0])
         parts.objective = prediction if config.prediction_type == "auto" else config.prediction_type
         parts.scheduler["prediction_type"] = parts.objective
         others = [f"{name} ({trained_as.prediction})" for name, trained_as in trained
                   if trained_as.prediction != parts.objective]
         if others:
-            self.emit(Note(key="generate.other_prediction", params={
-                "prediction": parts.objective, "loras": ", ".join(others)}))
+            self._note("generate.other_prediction", prediction=parts.objective,
+                       loras=", ".join(others))
         zero = [name for name, trained_as in on_this_base if trained_as.zero_snr]
         if zero and parts.objective == "v_prediction" and not parts.scheduler.get(
                 "rescale_betas_zero_snr"):
             zero_terminal(parts)
-            self.emit(Note(key="generate.zero_snr", params={"loras": ", ".join(zero)}))
+            self._note("generate.zero_snr", loras=", ".join(zero))
 
     def load(self) -> None:
         lookup.announce(self.family, self.source, self.emit)
@@ -168,21 +165,18 @@ class PipelineSession:
             name = load_adapter(self.pipeline, path, f"lora{len(self._adapters)}", family)
             found, expected = lora.count(components.values(), name), modules_in(path, family)
             if found < expected:
-                self.emit(Note(key="generate.lora_partly", params={
-                    "file": str(path), "found": found, "expected": expected}))
+                self._note("generate.lora_partly", file=str(path), found=found, expected=expected)
             self._adapters[path] = name
             self._words[path] = load_words(self.parts, path, self.emit)
         self._active_words = {word: tokens for item in active
                               for word, tokens in self._words[item.path].items()}
         # text encoders may have a weight of their own
-        text_encoders = [model for _, model
-                         in textual_inversion.encoders(self.parts.text).values()]
+        text_encoders = [model for _, model in textual_inversion.encoders(self.parts.text).values()]
         others = [component for component in components.values()
                   if not any(component is model for model in text_encoders)]
         lora.use(others, {self._adapters[item.path]: item.weight for item in active})
-        lora.use(text_encoders, {
-            self._adapters[item.path]: item.weight if item.text is None else item.text
-            for item in active})
+        lora.use(text_encoders, {self._adapters[item.path]: (
+            item.weight if item.text is None else item.text) for item in active})
 
     def draw(self, shot: SampleRequest,
              each_step: Callable[[], None] = lambda: None) -> Image.Image:
@@ -196,14 +190,13 @@ class PipelineSession:
         if shot.negative and not self._negative_unused_reported and (
                 shot.cfg <= 1 or not any("negative" in name for name in arguments)):
             self._negative_unused_reported = True
-            self.emit(Note(key="generate.negative_unused", params={
-                "cfg": f"{shot.cfg:g}", "family": self.family.spec.title}))
+            self._note("generate.negative_unused", cfg=f"{shot.cfg:g}",
+                       family=self.family.spec.title)
         return draw(self.pipeline, self.parts, shot,
                     {**arguments, "callback_on_step_end": on_step_end}, self.precision)
 
-    def describe(self, shot: SampleRequest, loras: Iterable[Lora]) -> str:
+    def describe(self, shot: SampleRequest, loras: Sequence[Lora]) -> str:
         """The parameters in A1111's form, as other programs read them from the PNG."""
-        loras = list(loras)
         lines = [shot.prompt + "".join(f" {item.tag}" for item in loras)]
         if shot.negative:
             lines.append(f"Negative prompt: {shot.negative}")
@@ -213,11 +206,10 @@ class PipelineSession:
         if self.parts.reading.clip_skip > 1:
             facts.append(f"Clip skip: {self.parts.reading.clip_skip}")
         facts.append(f"Model: {self.source.stem}")
-        hashes = ", ".join(
-            f"{item.path.stem}: {data_hash(formats.weights_file(item.path))[:12]}"
-            for item in loras)
-        if hashes:
-            facts.append(f'Lora hashes: "{hashes}"')
+        if loras:
+            hashes = [f"{item.path.stem}: {data_hash(formats.weights_file(item.path))[:12]}"
+                      for item in loras]
+            facts.append(f'Lora hashes: "{", ".join(hashes)}"')
         return "\n".join([*lines, ", ".join(facts)])
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 INK, PAPER, SOFT = (34, 32, 40), (250, 249, 246), (120, 116, 128)
-_CJK_FONTS = (
-    "C:/Windows/Fonts/msyh.ttc", "/System/Library/Fonts/PingFang.ttc",
-    "/System/Library/Fonts/STHeiti Light.ttc",
-    "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
-    "/usr/share/fonts/truetype/wqy/wqy-microhei.ttc")
+_CJK_FONTS = ("C:/Windows/Fonts/msyh.ttc", "/System/Library/Fonts/PingFang.ttc",
+              "/System/Library/Fonts/STHeiti Light.ttc",
+              "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
+              "/usr/share/fonts/truetype/wqy/wqy-microhei.ttc")
 
 Row = tuple[str, Sequence[Image.Image]]
 
@@ -27,14 +26,12 @@ def font(size: int, cjk: bool = False) -> ImageFont.FreeTypeFont | ImageFont.Ima
     return ImageFont.load_default(size)
 
 
-def draw_sheet(columns: Sequence[str], rows: Sequence[Row], caption: str = "",
-               cell: int = 0) -> Image.Image:
-    """Pictures in rows under column labels. `cell`: width of a picture in px; 0: that of the first
-    picture. Small pictures grow in whole multiples, so that their pixels stay square."""
+def draw_sheet(columns: Sequence[str], rows: Sequence[Row], caption: str = "") -> Image.Image:
+    """Pictures in rows under column labels, all of the first picture's size. Small pictures grow in
+    whole multiples, so that their pixels stay square."""
     first = rows[0][1][0]
-    if not cell:
-        # below 128 px labels could not be read
-        cell = max(first.width, first.width * (128 // max(1, first.width)))
+    # below 128 px labels could not be read
+    cell = max(first.width, first.width * (128 // max(1, first.width)))
     height = round(cell * first.height / first.width)
     gap, text = max(4, cell // 24), max(11, min(22, cell // 9))
     label_width = max((_width(label, text) for label, _ in rows), default=0)
@@ -52,8 +49,7 @@ def draw_sheet(columns: Sequence[str], rows: Sequence[Row], caption: str = "",
         for x, picture in enumerate(pictures):
             sharp = picture.width * 2 <= cell
             grown = picture.convert("RGB").resize(
-                (cell, height),
-                Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS)
+                (cell, height), Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS)
             sheet.paste(grown, (left + x * (cell + gap), top + y * (height + gap)))
     if caption:
         _write(pen, (left, sheet.height - gap * 2), caption, text, "ls",

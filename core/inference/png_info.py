@@ -11,15 +11,17 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from core.errors import UserError
 from core.families.schedulers import SAMPLERS
+
+Number = TypeVar("Number", int, float)
 
 MOST_TEXT = 200_000                         # characters; longer ones are no settings of ours
 MOST_NODES = 2000
@@ -92,10 +94,11 @@ def parse(text: str) -> Settings:
     label, schedule = facts.get("Sampler", ""), facts.get("Schedule type", "")
     names = {text.casefold(): name for name, (text, _, _) in SAMPLERS.items()}
     sampler = names.get(f"{label} {schedule}".casefold()) or names.get(label.casefold(), "")
-    return Settings("\n".join(lines[:at]).strip(), negative, _whole(facts.get("Seed"), 2**63 - 1),
-                    _whole(facts.get("Steps"), 1000, 1), _number(facts.get("CFG scale")),
-                    _size(facts.get("Size", "")), sampler, "" if sampler else label,
-                    facts.get("Model", ""), _whole(facts.get("Clip skip"), 12, 1))
+    return Settings(
+        "\n".join(lines[:at]).strip(), negative, _number(int, facts.get("Seed"), 2**63 - 1),
+        _number(int, facts.get("Steps"), 1000, 1), _number(float, facts.get("CFG scale"), 50.0),
+        _size(facts.get("Size", "")), sampler, "" if sampler else label,
+        facts.get("Model", ""), _number(int, facts.get("Clip skip"), 12, 1))
 
 
 def _size(text: str) -> str:
@@ -104,20 +107,14 @@ def _size(text: str) -> str:
     return f"{sides[0]},{sides[1]}" if all(8 <= side <= 16384 for side in sides) else ""
 
 
-def _whole(value: Any, most: int, least: int = 0) -> int | None:
+def _number(kind: Callable[[Any], Number], value: Any, most: Number, least: int = 0
+            ) -> Number | None:
+    """A number from `least` to `most`; None for all else, NaN too."""
     try:
-        number = int(value)
+        number = kind(value)
     except (TypeError, ValueError, OverflowError):
         return None
     return number if least <= number <= most else None
-
-
-def _number(value: Any, most: float = 50.0) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) and 0 <= number <= most else None
 
 
 # --- ComfyUI ---
@@ -146,13 +143,14 @@ def parse_comfy(text: str, path: Path) -> Settings:
     seed = _value(nodes, main.get("seed", main.get("noise_seed")))
     return Settings(
         (_text(nodes, main.get("positive")) + tags).strip(),
-        _text(nodes, main.get("negative")), _whole(seed, 2**63 - 1),
-        _whole(_value(nodes, main.get("steps")), 1000, 1),
-        _number(_value(nodes, main.get("cfg"))), size, sampler, "" if sampler else name,
+        _text(nodes, main.get("negative")), _number(int, seed, 2**63 - 1),
+        _number(int, _value(nodes, main.get("steps")), 1000, 1),
+        _number(float, _value(nodes, main.get("cfg")), 50.0),
+        size, sampler, "" if sampler else name,
         next((str(file) for node in nodes.values()
               if isinstance(file := node["inputs"].get("ckpt_name"), str)), ""),
         # ComfyUI counts layers from the end: -2 is a clip skip of 2
-        _whole(next((-layer for node in nodes.values() if isinstance(
+        _number(int, next((-layer for node in nodes.values() if isinstance(
             layer := node["inputs"].get("stop_at_clip_layer"), int)), None), 12, 1))
 
 
@@ -195,7 +193,7 @@ def _loras(nodes: Mapping[str, Any], main: Mapping[str, Any]) -> list[tuple[str,
     for inputs in _chain(nodes, main.get("model"), ("model",)):
         name: Any = inputs.get("lora_name")
         strength: Any = inputs.get("strength_model")
-        size = _number(abs(strength)) if isinstance(strength, int | float) else None
+        size = _number(float, abs(strength), 50.0) if isinstance(strength, int | float) else None
         if isinstance(name, str) and size is not None:
             stem = re.sub(r"\.safetensors$", "", re.split(r"[\\/]", name)[-1])
             # a colon would end the name in a <lora:...> tag

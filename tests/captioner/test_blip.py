@@ -16,7 +16,7 @@ import transformers
 from PIL import Image
 
 from captioner import get
-from captioner.base import CaptionerSpec, Description
+from captioner.base import Description
 from captioner.config import CaptionConfig
 from captioner.models.blip import Blip, GumbelNoise, seed_of, with_prompt
 from captioner.pipeline import describe_all
@@ -171,7 +171,7 @@ def test_wrong_folders_are_told(folder: Path, tmp_path: Path) -> None:
 class Counting:
     """A captioner that tells the shapes it was given; memory for `fits` pictures at once."""
 
-    spec = CaptionerSpec("counting", "Counting", "sentence", "demo")
+    title = "Counting"
 
     def __init__(self, fits: int = 99, error: type[Exception] = MemoryError) -> None:
         self.fits, self.error = fits, error

@@ -260,9 +260,13 @@ def test_every_sentence_of_the_commands_exists() -> None:
     known, found = i18n.catalogue("en"), set()
     for name in ("cli", "edit_cli"):
         for node in ast.walk(ast.parse((ROOT / f"captioner/{name}.py").read_text("utf-8"))):
-            if (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "tr"
-                    and isinstance(node.args[0], ast.Constant)):
-                found.add(f"captions.{node.args[0].value}")
+            if not isinstance(node, ast.Call):
+                continue
+            words_ = [word.value for word in node.args if isinstance(word, ast.Constant)]
+            if getattr(node.func, "id", "") == "tr" and words_:
+                found.add(f"captions.{words_[0]}")
+            elif getattr(node.func, "id", "") == "add_argument":
+                found.add(f"captions.arg_{words_[-1].removeprefix('--').replace('-', '_')}")
     assert len(found) > 25
     assert sorted(found - known.keys()) == []
     computed = [f"captions.summary_{key}" for key in (

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from captioner import job, pipeline
-from captioner.base import CaptionerSpec, Description
+from captioner.base import Description
 from captioner.config import CaptionConfig
 from core import paths
 from core.errors import UserError
@@ -41,7 +41,7 @@ def test_clip_and_blip_together_name_the_demo_pictures(tmp_path: Path) -> None:
 class Choosy:
     """Refuses dark pictures, and says what it was told of the others."""
 
-    spec: ClassVar[CaptionerSpec] = CaptionerSpec("choosy", "Choosy", "sentence", "")
+    title: ClassVar[str] = "Choosy"
     of_one_picture: ClassVar[frozenset[str]] = frozenset({"endpoint.refused"})
 
     def __init__(self, config: CaptionConfig) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioner.captions.rule_parser import as_dict, parse, parse_line
+from captioner.captions.rule_parser import parse, parse_line
 from captioner.captions.rules import (
     RULES,
     About,
@@ -228,11 +228,17 @@ def test_bad_lines(line: str) -> None:
     assert caught.value.params["number"] == 3
 
 
-@pytest.mark.parametrize("rule", [
-    Replace("a", "b", match="tag", only=("x.png",)), Remove(("a",), "b"), Sort("name", 2),
-    Trigger("x", "move"), MaxTokens(5, "base"), Dedupe(), Override("a", "b")])
-def test_dicts_come_back(rule: Any) -> None:
-    assert parse([as_dict(rule)]) == (rule,)
+@pytest.mark.parametrize(("data", "rule"), [
+    ({"rule": "replace", "find": "a", "with": "b", "match": "tag", "only": ["x.png"]},
+     Replace("a", "b", match="tag", only=("x.png",))),
+    ({"rule": "remove", "tags": ["a"], "text": "b"}, Remove(("a",), "b")),
+    ({"rule": "sort", "by": "name", "keep_first": 2}, Sort("name", 2)),
+    ({"rule": "trigger", "word": "x", "inside": "move"}, Trigger("x", "move")),
+    ({"rule": "max_tokens", "limit": 5, "base": "base"}, MaxTokens(5, "base")),
+    ({"rule": "dedupe"}, Dedupe()),
+    ({"rule": "override", "picture": "a", "caption": "b"}, Override("a", "b"))])
+def test_dicts(data: dict[str, Any], rule: Any) -> None:
+    assert parse([data]) == (rule,)
 
 
 # --- properties -------------------------------------------------------------------------------

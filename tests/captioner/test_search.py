@@ -43,7 +43,6 @@ def test_words_of_sentences() -> None:
 def test_what_stands_together() -> None:
     captions = ["cat, hat, mat", "cat, Hat", "hat, mat", "cat"]
     assert search.together(captions, "CAT") == [("hat", 2, 2 / 3), ("mat", 1, 1 / 3)]
-    assert search.pairs(captions) == [("cat", "hat", 2), ("hat", "mat", 2), ("cat", "mat", 1)]
     assert search.together(captions, "dog") == []
 
 
@@ -55,7 +54,9 @@ def test_a_folder_in_figures() -> None:
 
 
 def test_rename_and_remove_everywhere_are_rules() -> None:
-    rules = parse_rules([search.rename("red hair", "red_haired"), search.remove("hat*", "sks")])
+    rules = parse_rules([
+        {"rule": "replace", "find": "red hair", "with": "red_haired", "match": "tag"},
+        {"rule": "remove", "tags": ["hat*", "sks"]}])
     assert {one.path: one.after for one in preview(CAPTIONS, rules)} == {
         "1.png": "cat, red_haired", "2.png": "dog, red_haired", "sub/5.jpg": "catalogue, cats"}
 

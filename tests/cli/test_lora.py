@@ -112,7 +112,9 @@ def test_extract(run: Run, tmp_path: Path) -> None:  # noqa: F811
     (["convert", "gone.safetensors", "--to", "peft"], "gone.safetensors"),
     (["convert", "style.safetensors"], "--to"),
     (["resize", "style.safetensors"], "--energy"),
-    (["resize", "style.safetensors", "--rank", "0"], "--rank"),
+    (["resize", "style.safetensors", "--rank", "0"], "argument --rank: invalid rank value: '0'"),
+    (["resize", "style.safetensors", "--energy", "2"],
+     "argument --energy: invalid share value: '2'"),
     (["convert", "loha.safetensors", "--to", "diffusers"], "loha"),
     (["merge", "style.safetensors", "loha.safetensors"], "loha"),
     (["convert", "style.safetensors", "--to", "kohya", "--family", "sd99"], "sd15")])

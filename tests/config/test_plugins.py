@@ -53,7 +53,7 @@ def run(config: TrainConfig, beside: Path) -> tuple[dict[str, Any], list[Event]]
 
 # --- the guide --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("key", importers.EXTENSIONS)
+@pytest.mark.parametrize("key", importers.load.EXTENSIONS)
 def test_the_guides_example_runs_as_printed(key: str, tmp_path: Path,
                                             monkeypatch: pytest.MonkeyPatch,
                                             capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,7 +240,7 @@ def test_installed_modules_and_files_beside_the_yaml(tmp_path: Path) -> None:
 
 
 def test_a_lora_file_may_not_name_code(tmp_path: Path) -> None:
-    for key in importers.EXTENSIONS:
+    for key in importers.load.EXTENSIONS:
         text = dump_yaml(TrainConfig.model_validate({key: "os:abort"}))
         save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors", {CONFIG_KEY: text})
         with pytest.raises(UserError, match="never run code") as caught:

@@ -334,11 +334,10 @@ json_value = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner,
                                                                 max_size=3), max_leaves=8)
-known = st.sampled_from(sorted({*importers.kohya.Kohya.table,
-                                *importers.onetrainer.OneTrainer.table,
-                                *(n.removeprefix("take_") for c in (
-                                    importers.kohya.Kohya, importers.onetrainer.OneTrainer)
-                                  for n in dir(c) if n.startswith("take_"))}))
+known = st.sampled_from(sorted({name for c in (
+    importers.kohya.Kohya, importers.onetrainer.OneTrainer) for name in (
+        *c.table, *c.choices, *c.switches,
+        *(n.removeprefix("take_") for n in dir(c) if n.startswith("take_")))}))
 
 
 @settings(deadline=None, max_examples=300,
@@ -437,7 +436,8 @@ def test_files_beside_the_base(tmp_path: Path) -> None:
 # What each key of theirs means, in our words, where the names differ: from sd-scripts' and
 # OneTrainer's own help, written down apart from core/importers/tables.py.
 MEANINGS = {
-    "pretrained_model_name_or_path": "base_model", "network_dim": "lora_rank",
+    "pretrained_model_name_or_path": "base_model", "resolution": "max_resolution",
+    "network_dim": "lora_rank", "factor": "lokr_factor",
     "network_alpha": "lora_alpha", "network_dropout": "lora_dropout", "conv_dim": "conv_rank",
     "loraplus_lr_ratio": "lora_plus_ratio", "loraplus_unet_lr_ratio": "lora_plus_ratio",
     "network_weights": "init_lora_weights", "lora_network_weights": "init_lora_weights",
@@ -457,6 +457,9 @@ MEANINGS = {
     "optimizer.weight_decay": "weight_decay", "optimizer.beta1": "adam_beta1",
     "optimizer.beta2": "adam_beta2", "unet.learning_rate": "learning_rate",
     "text_encoder.learning_rate": "text_encoder_lr", "vae.model_name": "vae",
+    "concepts.0.path": "train_data_dir", "concepts.0.image.enable_random_flip": "flip",
+    "concepts.0.text.enable_tag_shuffling": "shuffle_tags",
+    "concepts.0.text.keep_tags_count": "keep_tokens",
 }
 
 
