@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from core.importers import load_train_config
 from core.jobs import history, journal
 from core.workspace import presets
 from core.workspace.project import Project
-from gui.state.app_state import AppState, Context, Updates
+from gui.state.app_state import AppState, Context
 from gui.state.desktop import open_folder
 from gui.state.run_files import folder_of
 
@@ -24,14 +25,12 @@ PLANNED = frozenset({"preset", "advice", "nearest", "demo", "reload", "use_base"
                      "set_output", "native_output"})
 
 
-def act(ctx: Context, name: str, id: str) -> Updates | None:
+def act(ctx: Context, name: str, id: str) -> None:
     """Runs the handler of a button; a name that none has does nothing."""
-    handler = _HANDLERS.get(name)
-    if handler is not None:
+    if handler := _HANDLERS.get(name):
         handler(ctx, id)
     if name in PLANNED:
         ctx.app_state.replan(ctx.language)
-    return None
 
 
 # --- presets and advice ---
@@ -41,10 +40,8 @@ def choose_preset(app_state: AppState, slug: str) -> None:
     def choose(project: Project) -> Project:
         fresh = project.model_copy(update={"preset": slug, "advised": {}, "invalid": {}})
         preset = fresh.chosen()
-        if preset is None:
-            return project
-        return fresh.model_copy(update={"purpose": preset.purpose,
-                                        "edits": _without(project.edits, preset.set)})
+        return project if preset is None else fresh.model_copy(update={
+            "purpose": preset.purpose, "edits": _without(project.edits, preset.set)})
     app_state.projects.update(choose)
 
 
@@ -85,9 +82,8 @@ def save_preset(ctx: Context, title: str) -> None:
     plan = snap.plan_state.answer.get("plan") or {}
     card = (plan.get("machine") or {}).get("kind") == "cuda"
     family = presets.family_of(snap.config.base_model, family=snap.config.family)
-    preset = presets.save_own(
-        title, family, snap.project.purpose, snap.config,
-        presets.needs_of(plan.get("needs_mb", 0), card))
+    preset = presets.save_own(title, family, snap.project.purpose, snap.config,
+                              presets.needs_of(plan.get("needs_mb", 0), card))
     app_state.projects.change(preset=preset.slug)
     ctx.page.tell(ctx.tr("presets.own_saved", title=title))
 
@@ -117,15 +113,15 @@ def restore_preset(ctx: Context, id: str) -> None:
 
 # --- the base ---
 
-def use_base(app_state: AppState, path: str) -> None:
-    app_state.projects.edit(base_model=path or None)
+def use_base(ctx: Context, path: str) -> None:
+    ctx.app_state.projects.edit(base_model=path or None)
 
 
 def use_found(ctx: Context, id: str) -> None:
     """Chooses a model that was found on this machine; `id` is its number."""
     models = ctx.app_state.bases.now.found
     if id.isdigit() and int(id) < len(models):
-        use_base(ctx.app_state, str(models[int(id)].path))
+        use_base(ctx, str(models[int(id)].path))
 
 
 def fetch(ctx: Context, repo: str) -> None:
@@ -133,12 +129,12 @@ def fetch(ctx: Context, repo: str) -> None:
     the catalogue doesn't have."""
     if repo not in (entry.repo for entry in catalogue()):
         raise UserError("base_model.unknown_model", repo=repo)
-    app_state, language = ctx.app_state, ctx.language
+    app_state = ctx.app_state
 
     def then(path: str) -> None:
-        use_base(app_state, path)
+        use_base(ctx, path)
         app_state.filled()
-        app_state.replan(language)
+        app_state.replan(ctx.language)
     app_state.bases.download(repo, app_state.settings.now.mirror, then)
 
 
@@ -146,15 +142,10 @@ def search_bases(app_state: AppState) -> None:
     app_state.bases.look(tuple(app_state.settings.now.model_folders))
 
 
-def choose_natively(ctx: Context, what: str) -> None:
+def choose_natively(what: str, ctx: Context, id: str) -> None:
     """Opens the system's dialog and waits for it. `what`: pictures | output | file | folder."""
-    path = ctx.app_state.desktop.choose(folder=what != "file")
-    if path and what == "pictures":
-        set_pictures(ctx, path)
-    elif path and what == "output":
-        set_output(ctx, path)
-    elif path:
-        use_base(ctx.app_state, path)
+    if path := ctx.app_state.desktop.choose(folder=what != "file"):
+        {"pictures": set_pictures, "output": set_output}.get(what, use_base)(ctx, path)
 
 
 def set_pictures(ctx: Context, text: str) -> None:
@@ -165,7 +156,7 @@ def set_output(ctx: Context, text: str) -> None:
     """Sets the output folder of all projects; one of this project's own is removed, since it would
     come first."""
     folder = absolute(text) if text.strip() else None
-    if folder is not None:
+    if folder:
         folder.mkdir(parents=True, exist_ok=True)
     ctx.app_state.settings.change(output_root=str(folder or ""))
     ctx.app_state.projects.update(lambda project: project.model_copy(update={"edits": {
@@ -204,16 +195,14 @@ def keep(app_state: AppState, tab: str, **changes: Any) -> None:
 
 def keep_drawing(app_state: AppState, values: Mapping[str, Any]) -> None:
     """Saves values of the Inference tab in the project."""
-    app_state.projects.update(lambda project: project.model_copy(update={
-        "inference": {**project.inference, **values}}))
+    app_state.projects.update(lambda project: project.model_copy(
+        update={"inference": {**project.inference, **values}}))
 
 
 def choose_to_compare(ctx: Context, id: str) -> None:
     """Adds a run to the two that are compared, or takes it away again; "": no run any more."""
     before = list(map(str, ctx.app_state.projects.now.tabs.get("runs", {}).get("compare", [])))
-    chosen = [run for run in before if run != id]
-    if id not in before:
-        chosen.append(id)
+    chosen = [run for run in before if run != id] + [id] * (id not in before)
     keep(ctx.app_state, "runs", compare=chosen[-2:] if id else [])
 
 
@@ -250,13 +239,11 @@ _HANDLERS: dict[str, Callable[[Context, str], Any]] = {
     "step": lambda ctx, id: ctx.app_state.settings.change(first_step=number(id)),
     "set_pictures": set_pictures,
     "set_output": set_output,
-    "native_pictures": lambda ctx, id: choose_natively(ctx, "pictures"),
-    "native_output": lambda ctx, id: choose_natively(ctx, "output"),
-    "native_file": lambda ctx, id: choose_natively(ctx, "file"),
-    "native_folder": lambda ctx, id: choose_natively(ctx, "folder"),
+    **{f"native_{what}": functools.partial(choose_natively, what)
+       for what in ("pictures", "output", "file", "folder")},
     "look": lambda ctx, id: search_bases(ctx.app_state),
     "use_base": use_found,
-    "use_repo": lambda ctx, id: use_base(ctx.app_state, str(hub.local(id) or "")),
+    "use_repo": lambda ctx, id: use_base(ctx, str(hub.local(id) or "")),
     "ask": lambda ctx, id: ctx.app_state.bases.ask(id),
     "fetch": fetch,
     "stop_fetch": lambda ctx, id: ctx.app_state.bases.stop(),

@@ -12,8 +12,8 @@ from gui.html import ASSETS
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
-import importlib
 import threading
+from collections.abc import Callable
 
 import gradio as gr
 from fastapi import FastAPI
@@ -25,14 +25,20 @@ from gui.dataset_routes import add_dataset_routes
 from gui.header import Header
 from gui.routes import add_live_route, add_routes
 from gui.server import Served, listen
-from gui.state.app_state import AppState, Context, pictures_folder
+from gui.state.app_state import AppState, Context, Tab, pictures_folder
 from gui.state.page import Page
 from gui.state.plan_client import Planning
+from gui.tabs.captioning import CaptioningTab
+from gui.tabs.dataset import DatasetTab
+from gui.tabs.inference import Inference
+from gui.tabs.parameters import Parameters
+from gui.tabs.settings import SettingsTab
 from gui.theme import HEAD, theme
 
-# Files in gui/tabs, in their order on the page.
-TABS = ("dataset", "captioning", "parameters", "inference", "settings")
-STYLES = [ASSETS / name for name in ("style.css", "panels.css")]
+# In their order on the page.
+TABS: dict[str, Callable[[Context], Tab]] = {
+    "dataset": DatasetTab, "captioning": CaptioningTab, "parameters": Parameters,
+    "inference": Inference, "settings": SettingsTab}
 # The first page comes first: what is likely to be wanted next begins after so many seconds.
 WARM_AFTER_S = 3.0
 
@@ -43,10 +49,9 @@ def build(ctx: Context, page: Page) -> gr.Blocks:
                    delete_cache=(3600, 86_400)) as blocks:
         page.header = Header(ctx)
         with gr.Tabs(elem_id="tabs", selected="parameters") as page.frame:
-            for name in TABS:
+            for name, tab in TABS.items():
                 with gr.Tab(ctx.tr(f"tab_{name}"), id=name, elem_id=f"tab-{name}"):
-                    module = importlib.import_module(f"gui.tabs.{name}")
-                    page.tabs.append((name, module.build(ctx)))
+                    page.tabs.append((name, tab(ctx)))
         page.wire(ctx, blocks.load)
     # Our handlers bypass Gradio's queue, whose loops look for work a thousand times a second.
     blocks._queue.sleep_when_free = blocks._queue.progress_update_sleep_when_free = 0.2
@@ -68,7 +73,8 @@ def application(app_state: AppState) -> FastAPI:
             allowed_paths=[str(pictures_folder())],
             blocked_paths=[str(paths.data_dir() / "settings.yaml")],
             max_file_size="2gb", ssr_mode=False, enable_monitoring=False, pwa=False,
-            mcp_server=False, theme=theme(), css_paths=STYLES,
+            mcp_server=False, theme=theme(),
+            css_paths=[ASSETS / "style.css", ASSETS / "panels.css"],
             head=HEAD.replace("LANGUAGE", language).replace("LOST", ctx.tr("lost")),
             app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None})
     return app

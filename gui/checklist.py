@@ -46,8 +46,8 @@ def ready(ctx: Context, snap: Snapshot) -> bool:
 
 
 def html(ctx: Context, snap: Snapshot) -> str:
-    lines = "".join(f'<li class="{item.mark}"><span aria-hidden="true">{_SIGNS[item.mark]}</span> '
-                    f'{esc(item.text)}</li>' for item in items(ctx, snap))
+    lines = "".join(f'<li class="{mark}"><span aria-hidden="true">{_SIGNS[mark]}</span> '
+                    f'{esc(text)}</li>' for mark, text in items(ctx, snap))
     return f'<ul class="checklist" aria-label="{esc(ctx.tr("checklist"))}">{lines}</ul>'
 
 
@@ -63,10 +63,11 @@ def _pictures(ctx: Context, snap: Snapshot) -> Item:
         return Item("wait", ctx.tr("counting"))
     if fault := answer.get("pictures_fault"):
         return Item("bad", ctx.tr(fault["code"], **fault["params"]))
-    if not (count := answer.get("pictures", 0)):
-        return Item("wait", ctx.tr("counting"))
-    return Item("ok" if count >= 5 else "warn", ctx.tr(
-        "pictures_n" if count >= 5 else "pictures_few", count=count))
+    count = answer.get("pictures", 0)
+    if count >= 5:
+        return Item("ok", ctx.tr("pictures_n", count=count))
+    return (Item("warn", ctx.tr("pictures_few", count=count)) if count
+            else Item("wait", ctx.tr("counting")))
 
 
 def _base(ctx: Context, snap: Snapshot) -> Item:
@@ -93,12 +94,12 @@ def _unfit(path: Path, changed_ns: int, language: str) -> str:
     """Why a file or folder is no base that can be trained; "": it is one. `changed_ns` is only a
     key of the cache: a file that changes is looked at anew."""
     try:
-        model = search.look(path)
+        if model := search.look(path):
+            return model.why(language) if model.reason else ""
+        key = "no_base"
     except UserError:
-        return i18n.tr("base_model.damaged", {"base": path.name}, language)
-    if model is None:
-        return i18n.tr("base_model.no_base", {"base": path.name}, language)
-    return model.why(language) if model.reason else ""
+        key = "damaged"
+    return i18n.tr(f"base_model.{key}", {"base": path.name}, language)
 
 
 def _machine(ctx: Context, snap: Snapshot) -> list[Item]:
@@ -117,7 +118,6 @@ def _machine(ctx: Context, snap: Snapshot) -> list[Item]:
     lacking = answer.get("lacking") or {}
     checks += [Item("warn", ctx.tr(f"advisor.{resource}_short", **params))
                for resource, params in lacking.items()]
-    disk_mb = plan.get("machine", {}).get("disk_mb")
-    if disk_mb and "disk" not in lacking:
+    if (disk_mb := plan.get("machine", {}).get("disk_mb")) and "disk" not in lacking:
         checks.append(Item("ok", ctx.tr("disk_free", free=gigabytes(disk_mb))))
     return checks

@@ -16,8 +16,7 @@ class Header:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
         self.panel, self.dialog = panel("header"), panel("close-dialog")
-        for area in (self.panel, self.dialog):
-            ctx.page.on_panel(area, self.act, fill=True)
+        ctx.page.on(self.act, self.panel, self.dialog, fill=True)
 
     def paint(self, snap: Snapshot) -> Updates:
         return {self.panel: header(self.ctx, snap), self.dialog: close_dialog(self.ctx, snap)}
@@ -25,29 +24,27 @@ class Header:
     def act(self, act: str, id: str) -> Updates | None:
         """Buttons of the header and of the dialog."""
         app_state = self.ctx.app_state
-        if act == "job":
-            run = app_state.snapshot().run(id)
-            if run and run.job == "train":
-                app_state.projects.change(run=id)
-            tabs = {"train": "parameters", "caption": "captioning"}
-            return self.ctx.page.select(tabs.get(run.job if run else "", "inference"))
-        if act in ("open", "new"):
-            base = app_state.projects.now.edits.get("base_model", "demo")
-            # A new project starts on the same base.
-            if not app_state.projects.open(id).edits:
-                app_state.projects.edit(base_model=base)
-            app_state.projects.change(run="")
-            app_state.settings.change(project=app_state.projects.now.name)
-            app_state.replan(self.ctx.language)
-        desktop = app_state.desktop
+        projects, desktop = app_state.projects, app_state.desktop
         match act:
+            case "job":
+                run = app_state.snapshot().run(id)
+                if run and run.job == "train":
+                    projects.change(run=id)
+                tabs = {"train": "parameters", "caption": "captioning"}
+                return self.ctx.page.select(tabs.get(run.job if run else "", "inference"))
+            case "open" | "new":
+                base = projects.now.edits.get("base_model", "demo")
+                # A new project starts on the same base.
+                if not projects.open(id).edits:
+                    projects.edit(base_model=base)
+                projects.change(run="")
+                app_state.settings.change(project=projects.now.name)
+                app_state.replan(self.ctx.language)
             case "dismiss":
                 app_state.dismiss()
-            case "quit":
-                if desktop.may_close():
+            case "quit" | "keep_run":
+                if act == "keep_run" or desktop.may_close():
                     desktop.end()
-            case "keep_run":
-                desktop.end()
             case "stop_run":
                 desktop.stop_first(app_state.stop_all)
             case "stay":
@@ -63,31 +60,24 @@ def header(ctx: Context, snap: Snapshot) -> str:
         f'<a href="/language/{code}" target="_self" lang="{code}" hreflang="{code}"'
         f'{" aria-current=true" if code == ctx.language else ""}>{name}</a>'
         for code, name in (("en", "EN"), ("zh-CN", "中文")))
-    theme = snap.settings.theme
-    theme_name = esc(tr(f"theme_{theme}"))
+    theme, theme_name = snap.settings.theme, esc(tr(f"theme_{snap.settings.theme}"))
     # Damaged files are put aside: the app goes on without them.
-    broken = "".join(
-        f'<section class="card warning" role="alert"><p>{esc(ctx.error_text(error))} '
-        f'{button(tr("close.dismiss"), "dismiss")}</p></section>'
-        for error in ctx.app_state.broken)
-    return (f'<div class="header">{_project(ctx, snap)}{_memory(ctx, snap.gauge)}'
-            f'{_run(ctx, snap)}<span class="spring"></span>'
-            f'<span class="language">{languages}</span>'
+    dismiss = button(tr("close.dismiss"), "dismiss")
+    broken = "".join(f'<section class="card warning" role="alert"><p>{esc(ctx.error_text(error))} '
+                     f'{dismiss}</p></section>' for error in ctx.app_state.broken)
+    # The project's name opens a menu of the others.
+    names = [name for name in ctx.app_state.projects.names() if name != snap.project.name]
+    others = "".join(button(name, "open", name, kind="link") for name in names[:30])
+    label = esc(tr("new_project"))
+    project = (f'<details class="menu"><summary><b aria-hidden="true">◆</b> {esc(tr("project"))}: '
+               f'<b>{esc(snap.project.name)}</b></summary><div>{others}<form data-act="new">'
+               f'<input required maxlength="60" placeholder="{label}" aria-label="{label}">'
+               f'<button class="act">+</button></form></div></details>')
+    return (f'<div class="header">{project}{_memory(ctx, snap.gauge)}{_run(ctx, snap)}'
+            f'<span class="spring"></span><span class="language">{languages}</span>'
             f'<a class="theme" href="/theme/{NEXT_THEME[theme]}" target="_self" '
             f'title="{theme_name}" aria-label="{theme_name}">{THEME_SIGN[theme]}</a>'
             f'{button(tr("close.quit"), "quit", kind="link")}</div>{broken}')
-
-
-def _project(ctx: Context, snap: Snapshot) -> str:
-    """The project's name, which opens a menu of the others."""
-    names = [name for name in ctx.app_state.projects.names() if name != snap.project.name]
-    others = "".join(button(name, "open", name, kind="link") for name in names[:30])
-    label = esc(ctx.tr("new_project"))
-    return (f'<details class="menu"><summary><b aria-hidden="true">◆</b> '
-            f'{esc(ctx.tr("project"))}: <b>{esc(snap.project.name)}</b></summary>'
-            f'<div>{others}<form data-act="new"><input required maxlength="60" '
-            f'placeholder="{label}" aria-label="{label}"><button class="act">+</button></form>'
-            f'</div></details>')
 
 
 def _memory(ctx: Context, gauge: Gauge) -> str:
@@ -98,7 +88,7 @@ def _memory(ctx: Context, gauge: Gauge) -> str:
     name = gauge.name if card else ctx.tr(f"device_{gauge.kind}")
     degrees = "" if gauge.temperature_c is None else f" · {gauge.temperature_c} °C"
     return (f'<span class="gauge" title="{esc(text)}"><span>{esc(name)}</span>'
-            f'{bar(gauge.used_mb / gauge.total_mb, text)}<span>{gauge.used_mb / 1024:.1f} / '
+            f'{bar(gauge.used_mb, gauge.total_mb, text)}<span>{gauge.used_mb / 1024:.1f} / '
             f'{gigabytes(gauge.total_mb)}{degrees}</span></span>')
 
 
@@ -118,5 +108,4 @@ def _run(ctx: Context, snap: Snapshot) -> str:
         text += f" · {duration(ctx, view.eta_s)}"
     if waiting:
         text += f" +{waiting}"
-    return button(f"● {text}", "job", view.id, kind=f"pill {view.state}",
-                  hint=ctx.tr("go_to_run"))
+    return button(f"● {text}", "job", view.id, kind=f"pill {view.state}", hint=ctx.tr("go_to_run"))

@@ -54,9 +54,9 @@ def field(act: str, label: str, go: str, value: str = "") -> str:
             f'<button class="act">{esc(go)}</button></form>')
 
 
-def bar(share: float, label: str, kind: str = "") -> str:
-    """A progress bar; `share` 0..1. `label` is what a screen reader says."""
-    percent = 100 * min(1.0, max(0.0, share))
+def bar(done: float, total: float, label: str, kind: str = "") -> str:
+    """A progress bar, empty while `total` is 0. `label` is what a screen reader says."""
+    percent = 100 * min(1.0, max(0.0, done / total)) if total else 0.0
     return (f'<div class="bar {kind}" role="progressbar" aria-valuemin="0" aria-valuemax="100" '
             f'aria-valuenow="{percent:.0f}" aria-label="{esc(label)}">'
             f'<i style="width:{percent:.1f}%"></i></div>')
@@ -84,15 +84,14 @@ def small(text: str, *, status: bool = False) -> str:
 
 def acts(*html: str) -> str:
     """A row of buttons; empty without any."""
-    row = "".join(html)
-    return f'<p class="acts">{row}</p>' if row else ""
+    return f'<p class="acts">{"".join(html)}</p>' if any(html) else ""
 
 
 def details(title: str, html: str, kind: str = "", key: str = "") -> str:
     """HTML that is folded away below its title. `kind`: CSS classes. `key`: with another
     key live.js takes it for another element when the panel is painted anew."""
-    css, mark = f' class="{kind}"' if kind else "", f' data-key="{key}"' if key else ""
-    return f"<details{css}{mark}><summary>{esc(title)}</summary>{html}</details>"
+    extra = (f' class="{kind}"' if kind else "") + (f' data-key="{key}"' if key else "")
+    return f"<details{extra}><summary>{esc(title)}</summary>{html}</details>"
 
 
 def option(value: str, label: str, selected: bool = False, extra: str = "") -> str:
@@ -103,26 +102,24 @@ def option(value: str, label: str, selected: bool = False, extra: str = "") -> s
 
 def fact_table(facts: Iterable[tuple[str, object]]) -> str:
     """A table of (label, value)."""
-    rows = "".join(f"<tr><th>{esc(label)}</th><td>{esc(value)}</td></tr>"
-                   for label, value in facts)
-    return f'<table class="facts">{rows}</table>'
+    rows = (f"<tr><th>{esc(label)}</th><td>{esc(value)}</td></tr>" for label, value in facts)
+    return f'<table class="facts">{"".join(rows)}</table>'
 
 
 # --- numbers with their units ---
 
 def clock(when: float) -> str:
     """The local time of a Unix time: 14:37, with the date if it isn't today."""
-    then, today = time.localtime(when), time.localtime()
-    same = then[:3] == today[:3]
-    return time.strftime("%H:%M" if same else "%m-%d %H:%M", then)
+    then = time.localtime(when)
+    return time.strftime("%H:%M" if then[:3] == time.localtime()[:3] else "%m-%d %H:%M", then)
 
 
 def duration(ctx: Context, seconds: float) -> str:
     """45 s, 12 min, 3 h 05 min."""
     whole = max(0, round(seconds))
+    minutes = round(whole / 60)
     if whole < 90:
         return ctx.tr("seconds", count=whole)
-    minutes = round(whole / 60)
     if minutes < 90:
         return ctx.tr("minutes", count=minutes)
     return ctx.tr("hours", hours=minutes // 60, minutes=f"{minutes % 60:02d}")

@@ -18,6 +18,7 @@ from core.dataset import thumbnails
 from core.errors import UserError
 from core.jobs import bug_report
 from core.jobs.runs import JobView
+from gui.dataset_routes import CACHED
 from gui.html import ASSETS
 from gui.state.app_state import AppState, Context
 from gui.state.page import Page
@@ -26,7 +27,6 @@ from gui.state.run_files import lora_file
 THUMB_PX = 320
 # Bytes: a smaller file is sent as it is.
 SMALL = 60_000
-ICON, LIVE = (ASSETS / name for name in ("icon.svg", "live.js"))
 
 
 class Shown(BaseModel):
@@ -57,32 +57,32 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
 
     @app.get("/picture/{run_id}/{number}")
     def picture(run_id: str, number: int, full: bool = False) -> FileResponse:
-        path = _file([sample.path for sample in _run(app_state, run_id).samples], number)
-        return FileResponse(path if full else thumbnail(path),
-                            headers={"cache-control": "private, max-age=86400, immutable"})
+        path = _file([Path(sample.path) for sample in _run(app_state, run_id).samples], number)
+        # A small file stays as it is, pixel for pixel; so does one that can't be read.
+        with contextlib.suppress(UserError, OSError):
+            if not full and path.stat().st_size >= SMALL:
+                path = thumbnails.thumbnail(path, THUMB_PX)
+        return FileResponse(path, headers=CACHED)
 
     @app.get("/lora/{run_id}/{number}")
     def lora(run_id: str, number: int) -> FileResponse:
-        path = _file([str(lora_file(point)) for point in _run(app_state, run_id).checkpoints],
-                     number)
+        points = _run(app_state, run_id).checkpoints
+        path = _file([lora_file(point) for point in points], number)
         return FileResponse(path, filename=path.name, media_type="application/octet-stream")
 
     @app.get("/diagnostics")
-    def report() -> PlainTextResponse:
-        return PlainTextResponse(bug_report.text())
-
     @app.get("/diagnostics/{run_id}")
-    def report_of_run(run_id: str) -> PlainTextResponse:
-        return PlainTextResponse(bug_report.text(_run(app_state, run_id)))
+    def report(run_id: str = "") -> PlainTextResponse:
+        return PlainTextResponse(bug_report.text(_run(app_state, run_id) if run_id else None))
 
     @app.get("/live.js")
     def script() -> FileResponse:
-        return FileResponse(LIVE, media_type="text/javascript",
+        return FileResponse(ASSETS / "live.js", media_type="text/javascript",
                             headers={"cache-control": "no-store"})
 
     @app.get("/favicon.ico")
     def favicon() -> FileResponse:
-        return FileResponse(ICON, media_type="image/svg+xml")
+        return FileResponse(ASSETS / "icon.svg", media_type="image/svg+xml")
 
 
 def add_live_route(app: FastAPI, ctx: Context, page: Page) -> None:
@@ -90,17 +90,16 @@ def add_live_route(app: FastAPI, ctx: Context, page: Page) -> None:
     would take every address below it."""
     @app.post(f"/{ctx.language}/live")
     def live(shown: Shown) -> Response:
-        news = page.live(ctx, shown.version, shown.marks)
-        return Response(status_code=204) if news is None else Response(
-            json.dumps(news, ensure_ascii=False).encode("utf-8", "replace"),
-            media_type="application/json")
+        if news := page.live(ctx, shown.version, shown.marks):
+            body = json.dumps(news, ensure_ascii=False).encode("utf-8", "replace")
+            return Response(body, media_type="application/json")
+        return Response(status_code=204)
 
 
 def _to(app_state: AppState) -> RedirectResponse:
     settings = app_state.settings.now
     look = "" if settings.theme == "auto" else f"?__theme={settings.theme}"
-    return RedirectResponse(f"/{settings.spoken}/{look}", 303, headers={
-        "cache-control": "no-store"})
+    return RedirectResponse(f"/{settings.spoken}/{look}", 303, {"cache-control": "no-store"})
 
 
 def _run(app_state: AppState, run_id: str) -> JobView:
@@ -110,15 +109,8 @@ def _run(app_state: AppState, run_id: str) -> JobView:
     return view
 
 
-def _file(files: list[str], number: int) -> Path:
-    if not 0 <= number < len(files) or not (path := Path(files[number])).is_file():
+def _file(files: list[Path], number: int) -> Path:
+    if not 0 <= number < len(files) or not files[number].is_file():
         raise HTTPException(404)
-    return path
-
-
-def thumbnail(path: Path) -> Path:
-    """A small WebP of a run's picture; a small file stays as it is, pixel for pixel."""
-    with contextlib.suppress(UserError, OSError):
-        return path if path.stat().st_size < SMALL else thumbnails.thumbnail(path, THUMB_PX)
-    return path
+    return files[number]
 

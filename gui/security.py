@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -54,7 +54,7 @@ class Guard:
         elif scope["type"] != "http":
             # 1008: a policy forbids it. Nothing here uses websockets.
             await send({"type": "websocket.close", "code": 1008})
-        elif (refusal := self._refusal(_headers(scope))) is not None:
+        elif refusal := self._refusal(_headers(scope)):
             await answer(send, refusal, b"refused")
         elif scope["method"] == "GET" and self._is_token(dict(_query(scope)).get("token", "")):
             await self._hand_cookie(scope, send)
@@ -69,12 +69,9 @@ class Guard:
         """400 for a foreign host name, 403 for another site's request; None: it may pass."""
         if headers.get("host", "") not in self.hosts:
             return 400
-        origin = headers.get("origin")
-        if origin is not None and origin not in self.origins:
-            return 403
-        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-            return 403
-        return None
+        own_site = headers.get("sec-fetch-site", "none") in ("none", "same-origin")
+        own_origin = "origin" not in headers or headers["origin"] in self.origins
+        return None if own_site and own_origin else 403
 
     def _has_cookie(self, headers: dict[str, str]) -> bool:
         try:
@@ -89,10 +86,9 @@ class Guard:
 
     async def _hand_cookie(self, scope: Scope, send: Send) -> None:
         """Redirects to the same address without the token, which leaves the address bar at once."""
-        rest = [(key, value) for key, value in _query(scope) if key != "token"]
+        rest = urlencode([(key, value) for key, value in _query(scope) if key != "token"])
         # "//host" would lead to another site.
-        path = "/" + scope["path"].lstrip("/\\")
-        target = path + (f"?{urlencode(rest)}" if rest else "")
+        target = "/" + scope["path"].lstrip("/\\") + (f"?{rest}" if rest else "")
         cookie = f"{self.cookie}={self.token}; Path=/; HttpOnly; SameSite=Strict"
         await answer(send, 303, b"", [(b"location", target.encode("ascii", "ignore")),
                                        (b"set-cookie", cookie.encode())])
@@ -124,8 +120,8 @@ def _headers(scope: Scope) -> dict[str, str]:
 
 
 async def answer(send: Send, status: int, body: bytes,
-                 headers: list[tuple[bytes, bytes]] | None = None) -> None:
+                 headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
     """Sends a whole answer that no browser stores."""
     await send({"type": "http.response.start", "status": status,
-                "headers": [*HEADERS, (b"cache-control", b"no-store"), *(headers or [])]})
+                "headers": [*HEADERS, (b"cache-control", b"no-store"), *headers]})
     await send({"type": "http.response.body", "body": body})

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from http.cookiejar import CookieJar
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import urljoin
 
 import captioner
@@ -57,42 +58,41 @@ class Bench:
 def run(tell: Callable[[Facts], None]) -> Facts:
     """-> {"ok", "version", "frozen", "seconds", "parts": [{"part", "ok", "seconds", ...}]}; `tell`
     hears each part as it ends. Never raises: what fails is a part that is not ok."""
-    began, parts = time.perf_counter(), [_timed("folders", folders)]
-    tell(parts[0])
+    started = time.perf_counter()
+    parts: list[Facts] = []
+
+    def carry_out(part: Callable[..., Facts], *arguments: Any) -> None:
+        began = time.perf_counter()
+        try:
+            facts = {"ok": True, **part(*arguments)}
+        except Exception as error:
+            facts = {"ok": False, "error": f"{type(error).__name__}: {error}",
+                     "details": traceback.format_exc()}
+        seconds = round(time.perf_counter() - began, 2)
+        parts.append({"part": part.__name__, "seconds": seconds, **facts})
+        tell(parts[-1])
+
+    carry_out(folders)
     with _own_home() as home, JobManager() as jobs:
         bench = Bench(home, jobs)
         for part in (card, torch, modules, plan, train, verify, convert, caption, window):
-            parts.append(_timed(part.__name__, part, bench))
-            tell(parts[-1])
+            carry_out(part, bench)
     return {"ok": all(part["ok"] for part in parts), "version": __version__,
             "frozen": processes.frozen(), "system": platform.platform(),
-            "seconds": round(time.perf_counter() - began, 1), "parts": parts}
-
-
-def _timed(name: str, part: Callable[..., Facts], *arguments: Any) -> Facts:
-    began = time.perf_counter()
-    try:
-        facts = {"ok": True, **part(*arguments)}
-    except Exception as error:
-        facts = {"ok": False, "error": f"{type(error).__name__}: {error}",
-                 "details": traceback.format_exc()}
-    return {"part": name, "seconds": round(time.perf_counter() - began, 2), **facts}
+            "seconds": round(time.perf_counter() - started, 1), "parts": parts}
 
 
 @contextlib.contextmanager
 def _own_home() -> Iterator[Path]:
     """A temporary data folder. Windows can't delete files that are still open: they are left."""
-    before, where = os.environ.get("DARKROOM_HOME"), os.getcwd()
-    with tempfile.TemporaryDirectory(prefix="darkroom-", ignore_cleanup_errors=True) as home:
-        os.environ["DARKROOM_HOME"] = home
+    where = os.getcwd()
+    with (tempfile.TemporaryDirectory(prefix="darkroom-", ignore_cleanup_errors=True) as home,
+          mock.patch.dict(os.environ, DARKROOM_HOME=home)):
         paths.cache_dir().mkdir()
         try:
             yield Path(home)
         finally:
             os.chdir(where)
-            os.environ.pop("DARKROOM_HOME")
-            if before is not None:
-                os.environ["DARKROOM_HOME"] = before
 
 
 # --- the parts ---
@@ -129,13 +129,10 @@ def modules(_: Bench) -> Facts:
 
 def plan(bench: Bench) -> Facts:
     """The window's child process answers with a plan."""
-    planning = Planning()
-    try:
+    with contextlib.closing(Planning()) as planning:
         planning.ask({"config": _config(bench).model_dump(mode="json"), "purpose": "style",
                       "language": "en"})
-        answer = planning.wait(PATIENCE_S).answer or {}
-    finally:
-        planning.close()
+        answer = planning.wait(PATIENCE_S).answer
     if "plan" not in answer:
         raise RuntimeError(f"no plan: {answer}")
     return {"needs_mb": answer["plan"]["needs_mb"]}
@@ -152,8 +149,7 @@ def train(bench: Bench) -> Facts:
     if not (again.folder / journal.LOG).stat().st_size:
         raise RuntimeError("the worker wrote no log")
     bench.lora = Path(again.result["lora"])
-    return {"steps": again.step, "resumed_at": first.step,
-            "proof": again.result["proof"]}
+    return {"steps": again.step, "resumed_at": first.step, "proof": again.result["proof"]}
 
 
 def verify(bench: Bench) -> Facts:
@@ -189,10 +185,9 @@ def window(bench: Bench) -> Facts:
     """The server sends its page, and the first script that the page asks for."""
     # Gradio takes seconds to import: the parts before this one needn't wait for it.
     from gui.window import pages
-    served = pages().serve(0, jobs=bench.jobs, warm=False)
-    try:
-        opener = urllib.request.build_opener(
-            urllib.request.ProxyHandler({}), urllib.request.HTTPCookieProcessor(CookieJar()))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}),
+                                         urllib.request.HTTPCookieProcessor(CookieJar()))
+    with contextlib.closing(pages().serve(jobs=bench.jobs, warm=False)) as served:
         with opener.open(served.url, timeout=60) as answer:
             page, address = answer.read().decode(), answer.url
         script = re.search(r'src="([^"]*/assets/[^"]+\.js)"', page)
@@ -200,8 +195,6 @@ def window(bench: Bench) -> Facts:
             raise RuntimeError(f"not our page: {page[:200]}")
         with opener.open(urljoin(address, script[1]), timeout=60) as answer:
             return {"page_bytes": len(page), "asset_bytes": len(answer.read())}
-    finally:
-        served.close()
 
 
 def _config(bench: Bench) -> TrainConfig:

@@ -35,7 +35,6 @@ QUIET_S = 60.0
 FAREWELL_S = 2.0
 # A header of pages that are not the app's; its value: waiting | fault.
 WAITING = "x-darkroom"
-_PAGE = ASSETS / "waiting.html"
 
 
 class Front:
@@ -61,7 +60,7 @@ def page(fault: str = "") -> str:
     lines = fault.split("\n") if fault else [
         i18n.tr("window.waiting", lang=language) for language in i18n.LANGUAGES]
     body = "".join(f"<p>{escape(line)}</p>" for line in lines)
-    return (_PAGE.read_text("utf-8").replace("{body}", body)
+    return ((ASSETS / "waiting.html").read_text("utf-8").replace("{body}", body)
             .replace("{state}", "fault" if fault else "waiting"))
 
 
@@ -70,7 +69,7 @@ class Served:
     """A running server. `url` opens a page once; whoever has it has the token."""
 
     guard: Guard
-    server: uvicorn.Server
+    server: _Server
     thread: threading.Thread
     port: int
     front: Front
@@ -101,8 +100,7 @@ class Served:
                 await self._ended.wait()
 
         # uvicorn runs in a thread, and an app that comes later has no lifespan of its own there.
-        loop = self.server.loop         # type: ignore[attr-defined]  # see _Server
-        self._lifespan = asyncio.run_coroutine_threadsafe(live(), loop)
+        self._lifespan = asyncio.run_coroutine_threadsafe(live(), self.server.loop)
         self._lifespan.add_done_callback(lambda _: begun.set())
         begun.wait()
         if self._lifespan.done():
@@ -129,8 +127,8 @@ class Served:
 
     def close(self) -> None:
         """Ends the server. A run goes on: its worker writes its own journal."""
-        if self._lifespan is not None and not self._lifespan.done():
-            self.server.loop.call_soon_threadsafe(self._ended.set)  # type: ignore[attr-defined]
+        if self._lifespan and not self._lifespan.done():
+            self.server.loop.call_soon_threadsafe(self._ended.set)
         self.server.should_exit = True
         # The heartbeats of open pages get 2 s by timeout_graceful_shutdown.
         self.thread.join(6)
@@ -167,8 +165,7 @@ def listen(port: int = 0, focus: Callable[[], bool] = bool) -> Served:
     server = _Server(uvicorn.Config(
         guard, log_level="warning", access_log=False, timeout_graceful_shutdown=2,
         server_header=False, ws="none", lifespan="off", log_config=None))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True,
-                              name="server")
+    thread = threading.Thread(target=server.run, args=[[listener]], daemon=True, name="server")
     thread.start()
     while thread.is_alive() and not server.started:
         time.sleep(0.01)

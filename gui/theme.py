@@ -4,26 +4,11 @@ from __future__ import annotations
 
 import gradio as gr
 
+from gui.html import ASSETS
+
 # The page's language decides Gradio's own words too (it reads navigator.language); a page of a
 # fixed language also tells screen readers and hyphenation.
-HEAD = """
-<script>
-Object.defineProperty(navigator, 'language', {get: () => 'LANGUAGE'});
-Object.defineProperty(navigator, 'languages', {get: () => ['LANGUAGE']});
-document.documentElement.lang = 'LANGUAGE';
-document.addEventListener('keydown', event => {
-  if (event.ctrlKey && event.key === 'Enter') {
-    const primary = [...document.querySelectorAll('button.primary')]
-      .find(button => button.offsetParent !== null && !button.disabled);
-    if (primary) { event.preventDefault(); document.activeElement?.blur(); primary.click(); }
-  }
-});
-</script>
-<script>document.documentElement.dataset.lost = 'LOST';</script>
-<script src="/live.js"></script>
-<meta name="referrer" content="no-referrer">
-<meta name="color-scheme" content="light dark">
-"""
+HEAD = (ASSETS / "head.html").read_text("utf-8")
 
 ACCENT = gr.themes.Color(
     name="ember", c50="#fff4ef", c100="#ffe4d9", c200="#ffc7b2", c300="#ffa182", c400="#f87850",

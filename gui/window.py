@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 from unittest import mock
 from urllib.parse import parse_qs, urlsplit
@@ -45,8 +44,10 @@ def open_window(port: int = 0, show: bool = True) -> int:
     the exit code, 1 where the window shows why it has no pages. Raises UserError where no server
     can be opened: a port that is taken, a data folder that can't be used.
     """
-    with _writable(paths.data_dir()):
+    try:
         paths.data_dir().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _error_of(error) from None
     lock = _lock()
     if lock is None:
         url = _running()
@@ -79,24 +80,16 @@ def _lock() -> FileLock | None:
         return None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EROFS) or not path.exists():
-            raise _error_of(error, paths.data_dir()) from None
+            raise _error_of(error) from None
         raise UserError("window.lock_broken", file=path, reason=error.strerror) from None
     return lock
 
 
-@contextlib.contextmanager
-def _writable(folder: Path) -> Any:
-    try:
-        yield
-    except OSError as error:
-        raise _error_of(error, folder) from None
-
-
-def _error_of(error: OSError, folder: Path) -> UserError:
-    """The reason why a folder of ours can't be used."""
+def _error_of(error: OSError) -> UserError:
+    """The reason why the data folder can't be used."""
     if error.errno == errno.ENOSPC:
-        return UserError("window.disk_full", folder=folder)
-    return UserError("window.folder_locked", folder=error.filename or folder,
+        return UserError("window.disk_full", folder=paths.data_dir())
+    return UserError("window.folder_locked", folder=error.filename or paths.data_dir(),
                      reason=error.strerror or error)
 
 
@@ -108,8 +101,10 @@ def _serve(port: int, show: bool) -> int:
         raise UserError("window.port_taken", port=port, reason=error) from None
     file = paths.data_dir() / ADDRESS
     try:
-        with _writable(paths.data_dir()):
+        try:
             paths.write_atomic(file, json.dumps({"url": served.url, "pid": os.getpid()}))
+        except OSError as error:
+            raise _error_of(error) from None
         # It holds the token: other users of this computer must not read it.
         with contextlib.suppress(OSError):
             os.chmod(file, 0o600)
@@ -149,10 +144,9 @@ class _Start:
 
     def focus(self) -> bool:
         """Brings the native window forward; False where there is none."""
-        if self.window is None:
-            return False
-        self.window.forward()
-        return True
+        if self.window:
+            self.window.forward()
+        return self.window is not None
 
     def _make_pages(self) -> None:
         """Gradio's import is most of it. What goes wrong becomes the page that is shown."""
@@ -163,7 +157,7 @@ class _Start:
             print(tr("open", url=self.served.url), flush=True)
         except BaseException as raised:
             _log.exception("no pages")
-            error = _error_of(raised, paths.data_dir()) if isinstance(raised, OSError) else raised
+            error = _error_of(raised) if isinstance(raised, OSError) else raised
             if isinstance(error, UserError):
                 text = i18n.tr(error.code, error.params, _language())
             else:

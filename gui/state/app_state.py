@@ -1,7 +1,7 @@
 """What a tab gets: the state that all pages share, a language, and sentences in it.
 
-A tab is one file in gui/tabs with `build(ctx) -> Tab`, called inside its gr.Tab; its name stands
-in `TABS` of gui/app.py. Nothing lives in the page: handlers act on `ctx.app_state`, and the page is
+A tab is one file in gui/tabs with a class, a `Tab`, which is made inside its gr.Tab; it stands in
+`TABS` of gui/app.py. Nothing lives in the page: handlers act on `ctx.app_state`, and the page is
 painted from a Snapshot: on load, after each handler, and once a second.
 """
 
@@ -60,7 +60,7 @@ class Snapshot:
     project: Project = field(default_factory=Project)
     settings: Settings = field(default_factory=Settings)
     config: TrainConfig = field(default_factory=TrainConfig)
-    problem: Exception | None = None    # why the project's config can't be used
+    problem: ValidationError | UserError | None = None      # why the config can't be used
     gauge: Gauge = field(default_factory=Gauge)
     machine: plan.Machine | None = None
     plan_state: PlanState = field(default_factory=PlanState)
@@ -87,8 +87,7 @@ class Snapshot:
     def shown(self) -> JobView | None:
         """The training that stands in the Parameters tab instead of the form."""
         active = self.active
-        return self.run(self.project.run) or (
-            active if active and active.job == "train" else None)
+        return self.run(self.project.run) or (active if active and active.job == "train" else None)
 
     def run(self, run_id: str) -> JobView | None:
         return next((view for view in self.runs if view.id == run_id), None)
@@ -119,8 +118,7 @@ class AppState:
         self._marks = (f"{time.time_ns():x}-{n}" for n in itertools.count())
         self._snapshot = Snapshot()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._pulse, name="pulse", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
 
     def shared(self, kind: Callable[[Callable[[], None]], Shared]) -> Shared:
         """The one object of a class that all pages share, made when it is first asked for. Its
@@ -162,8 +160,7 @@ class AppState:
 
     def running(self) -> list[str]:
         """The ids of all runs that have begun and aren't over."""
-        return [view.id for view in self.jobs.views()
-                if not view.over and view.state != "queued"]
+        return [view.id for view in self.jobs.views() if not view.over and view.state != "queued"]
 
     def stop_all(self, seconds: float = 120.0) -> None:
         """Stops what runs, with its work saved, and waits for it. What waits stays where it is."""
@@ -202,8 +199,7 @@ class AppState:
             while True:
                 # A driver that is being replaced raises all kinds of errors.
                 with contextlib.suppress(Exception):
-                    if self.machine is None or self.machine.kind == "cpu":
-                        self.machine = self.machine or plan_inputs.machine_here()
+                    self.machine = self.machine or plan_inputs.machine_here()
                     if self._card is None and self.machine.kind == "cuda":
                         self._card = gpu.chosen(gpu.report())
                     self.gauge = self._read_memory(reader)
@@ -215,25 +211,21 @@ class AppState:
         assert self.machine is not None
         if self._card is None:
             memory = psutil.virtual_memory()
-            used = round((memory.total - memory.available) / 2**20, -2)
-            return Gauge(self.machine.name, self.machine.kind, int(used),
+            return Gauge(self.machine.name, self.machine.kind,
+                         int(round((memory.total - memory.available) / 2**20, -2)),
                          round(memory.total / 2**20))
         sample = reader.poll(self._card.uuid or self._card.index)
-        total = sample.total_mb or self._card.total_mb
+        total, degrees = sample.total_mb or self._card.total_mb, sample.temperature_c
         used = 0 if sample.free_mb is None else total - sample.free_mb
-        degrees = None if sample.temperature_c is None else round(sample.temperature_c)
-        return Gauge(self._card.name, "cuda", int(round(used, -1)), round(total), degrees)
+        return Gauge(self._card.name, "cuda", int(round(used, -1)), round(total),
+                     None if degrees is None else round(degrees))
 
 
 class Registers(Protocol):
     """The page under construction as tabs see it; its class is gui.state.page.Page."""
 
-    def on(self, event: Any, handler: Callable[..., Updates | None], inputs: Sequence[Any] = (),
-           fill: bool = False, outputs: Sequence[Any] = ()) -> None: ...
-
-    def on_panel(self, panel: Any, handler: Callable[..., Updates | None],
-                 inputs: Sequence[Any] = (), fill: bool = False,
-                 outputs: Sequence[Any] = ()) -> None: ...
+    def on(self, handler: Callable[..., Updates | None], *events: Any, inputs: Sequence[Any] = (),
+           outputs: Sequence[Any] = (), fill: bool = False) -> None: ...
 
     def select(self, tab: str) -> Updates: ...
 
@@ -244,8 +236,8 @@ class Registers(Protocol):
 class Context:
     """The state of the app, a language, and the page that the tab stands on.
 
-    Handlers are registered with `ctx.page.on` and `ctx.page.on_panel`, never with Gradio's own
-    listeners: the page then turns faults into messages and sends what changed at once.
+    Handlers are registered with `ctx.page.on`, never with Gradio's own listeners: the page then
+    turns faults into messages and sends what changed at once.
     """
 
     app_state: AppState
@@ -254,8 +246,7 @@ class Context:
 
     def tr(self, key: str, /, **params: Any) -> str:
         """A sentence: `key` of strings/<language>/gui.yaml, or with its subject (`checks.x`)."""
-        full = key if "." in key else f"gui.{key}"
-        return i18n.tr(full, params, self.language)
+        return i18n.tr(key if "." in key else f"gui.{key}", params, self.language)
 
     def error_text(self, error: UserError) -> str:
         return i18n.tr(error.code, error.params, self.language)
@@ -271,17 +262,14 @@ Updates = dict[Any, Any]
 
 
 class Tab(Protocol):
-    """What `build` returns. Of `paint` only what differs from the last time is sent."""
+    """What the page asks of a tab. Of `paint` only what differs from the last time is sent."""
 
     def label(self, snap: Snapshot) -> str:
         """The tab's name with its live status."""
-        ...
 
     def paint(self, snap: Snapshot) -> Updates:
         """Everything but what the user types in: on load, and whenever the version changes.
         A panel's is its HTML."""
-        ...
 
     def fill(self, snap: Snapshot) -> Updates:
         """Inputs, from the project: on load, and after a project was changed as a whole."""
-        ...

@@ -96,18 +96,20 @@ class BaseModels:
                 self._set(fetch=Fetch(repo, event.done, event.total))
 
         def work() -> None:
+            path = fault = None
             try:
                 path = hub.fetch(repo, emit, control, mirror)
             except UserError as error:
-                self._ended(fault=error)
+                fault = error
             except Exception as error:
                 _log.exception("download of %s", repo)
-                self._ended(fault=UserError("gui.no_access", reason=error))
-            else:
-                # None: it was stopped.
-                self._ended(path=str(path or ""))
-                if path is not None:
-                    then(str(path))
+                fault = UserError("gui.no_access", reason=error)
+            if self.now.fetch:
+                self._set(fetch=replace(self.now.fetch, over=True, path=str(path or ""),
+                                        fault=fault))
+            # None: it was stopped.
+            if path is not None:
+                then(str(path))
         threading.Thread(target=work, name="bases", daemon=True).start()
 
     def stop(self) -> None:
@@ -123,7 +125,3 @@ class BaseModels:
         with self._lock:
             self.now = replace(self.now, **changes)
         self._changed()
-
-    def _ended(self, **changes: Any) -> None:
-        if self.now.fetch:
-            self._set(fetch=replace(self.now.fetch, over=True, **changes))

@@ -65,7 +65,6 @@ class DatasetView:
         self._todo: set[str] = set()
         self._control = Control()
         self._superseded = threading.Event()
-        self._thread: threading.Thread | None = None
         self._keys: dict[str, str] = {}
         # The captioning job as it was read last: id, pictures that have a caption, ended.
         self._job: tuple[str, int, bool] = ("", 0, False)
@@ -100,8 +99,7 @@ class DatasetView:
         # Another folder: nothing of what was known holds. Another base or purpose of the same
         # folder only changes what the check says.
         if (old.folder, old.metadata) != (question.folder, question.metadata):
-            self.now, self.shown, self._store = State(), Shown(), None
-            self._keys = {}
+            self.now, self.shown, self._store, self._keys = State(), Shown(), None, {}
             self._begin(STEPS if question.folder else ())
         elif question.folder:
             self._begin(("check",))
@@ -161,9 +159,8 @@ class DatasetView:
         with self._lock:
             if self._store is None:
                 raise UserError("tab_captioning.not_read")
-            swaps = self._store.swaps(captions)
-            outcome = History(self._store.folder).carry_out(Action(what, params), swaps)
-            return self._written(outcome)
+            return self._written(History(self._store.folder).carry_out(
+                Action(what, params), self._store.swaps(captions)))
 
     def step(self, which: str) -> Outcome:
         """`which`: undo | redo. Raises UserError where there is nothing to undo or redo."""
@@ -198,10 +195,10 @@ class DatasetView:
                     doing="copy", done=done, total=total))
             except UserError as fault:
                 self._put(doing="", fault=fault)
-                return
-            self._put(doing="")
-            then(taken)
-            self._begin(STEPS)
+            else:
+                self._put(doing="")
+                then(taken)
+                self._begin(STEPS)
         threading.Thread(target=work, name="intake", daemon=True).start()
 
     # --- the thread ---
@@ -217,10 +214,8 @@ class DatasetView:
                 self._todo.clear()
                 self._mark()
                 return
-            self._thread = threading.Thread(
-                target=self._work, name="dataset", daemon=True,
-                args=(self._question, self._control, self._superseded, after_s))
-            self._thread.start()
+            task = (self._question, self._control, self._superseded, after_s)
+            threading.Thread(target=self._work, args=task, name="dataset", daemon=True).start()
 
     def wait(self, seconds: float = 60.0) -> State:
         """Blocks until nothing is left to do; for tests and scripts."""
@@ -238,7 +233,7 @@ class DatasetView:
             if step not in self._todo or control.stopping:
                 continue
             self._tell(control, doing=step, done=0, total=0)
-            error: UserError | None = None
+            error = None
             try:
                 getattr(self, f"_{step}")(question, folder, control)
             except UserError as raised:
@@ -308,16 +303,16 @@ def facts_of(question: Question) -> BaseFacts:
     """Of the base; where none is chosen or it can't be told, of Stable Diffusion 1.5: a folder can
     be looked at before a choice."""
     config = TrainConfig.model_validate(dict(question.rule))
-    if question.base:
-        source = paths.DEMO / "base" if question.base == "demo" else Path(question.base)
-        try:
-            return crops.base_facts(source.expanduser(), sizes_beside, config)
-        except UserError as error:
-            return crops.assumed_facts(config, error)
-        except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
-            return crops.assumed_facts(config, UserError(
-                "checks.base_not_read", base=question.base, reason=one_line(error)))
-    return crops.assumed_facts(config)
+    if not question.base:
+        return crops.assumed_facts(config)
+    source = paths.DEMO / "base" if question.base == "demo" else Path(question.base)
+    try:
+        return crops.base_facts(source.expanduser(), sizes_beside, config)
+    except UserError as error:
+        return crops.assumed_facts(config, error)
+    except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
+        return crops.assumed_facts(config, UserError(
+            "checks.base_not_read", base=question.base, reason=one_line(error)))
 
 
 def caption_job(snap: Snapshot) -> JobView | None:
@@ -344,6 +339,5 @@ def _question(snap: Snapshot) -> Question | None:
 
 def _steps(history: History) -> dict[str, str]:
     actions = history.actions()
-    done = [action for action in actions if not action.undone]
-    undone = [action for action in actions if action.undone]
-    return {"undo": done[-1].what if done else "", "redo": undone[0].what if undone else ""}
+    return {"undo": next((action.what for action in reversed(actions) if not action.undone), ""),
+            "redo": next((action.what for action in actions if action.undone), "")}

@@ -9,41 +9,27 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from core.errors import UserError
 
 Closing = Literal["", "asked", "stopping", "closed"]
 
 
-class Window(Protocol):
-    """A native window, as far as it is needed here; see `gui/window.py` for pywebview's."""
-
-    def choose(self, folder: bool, start: str) -> str:
-        """A path from the system's dialog; "": nothing was chosen."""
-        ...
-
-    def close(self) -> None: ...
-
-    def forward(self) -> None:
-        """Brings the window before all others."""
-        ...
-
-
 class Desktop:
     """`state` "asked" makes all pages show the question; `quit` is set to end the server."""
 
     def __init__(self, changed: Callable[[], None], busy: Callable[[], bool]) -> None:
-        self.window: Window | None = None
+        self.window: WebviewWindow | None = None
         self.state: Closing = ""
         self.quit = threading.Event()
         self._changed, self._busy = changed, busy
 
-    def choose(self, folder: bool, start: str = "") -> str:
+    def choose(self, folder: bool) -> str:
         """Opens a dialog and waits for it. Raises UserError where there is no native window."""
         if self.window is None:
             raise UserError("close.no_dialog")
-        return self.window.choose(folder, start)
+        return self.window.choose(folder)
 
     def may_close(self) -> bool:
         """True: nothing runs, or the user has decided. Else the pages ask the user."""
@@ -89,39 +75,38 @@ def open_folder(folder: Path) -> None:
     command = "open" if sys.platform == "darwin" else "xdg-open"
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     # xdg-open without a display would start a browser in the terminal.
-    if command == "xdg-open" and not (display and shutil.which("xdg-open")):
+    if command == "xdg-open" and not (display and shutil.which(command)):
         raise UserError("close.no_manager", folder=folder)
     subprocess.Popen([command, str(folder)], stdin=subprocess.DEVNULL,
                      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
 class WebviewWindow:
-    """pywebview's window behind `Window`."""
+    """pywebview's window, as far as it is needed here."""
 
     def __init__(self, window: Any) -> None:
         self._window = window
         # pywebview can't be asked for it, and restore() makes a maximised window small.
         self._minimised = False
-        window.events.minimized += lambda: self._note(True)
-        window.events.restored += lambda: self._note(False)
-        window.events.maximized += lambda: self._note(False)
+        window.events.minimized += lambda: setattr(self, "_minimised", True)
+        window.events.restored += lambda: setattr(self, "_minimised", False)
+        window.events.maximized += lambda: setattr(self, "_minimised", False)
 
-    def _note(self, minimised: bool) -> None:
-        self._minimised = minimised
-
-    def choose(self, folder: bool, start: str) -> str:
+    def choose(self, folder: bool) -> str:
+        """A path from the system's dialog; "": nothing was chosen."""
         import webview
         # pywebview 6 names the kinds otherwise than 5.
         kinds = getattr(webview, "FileDialog", None)
         kind = ((kinds.FOLDER if folder else kinds.OPEN) if kinds
                 else webview.FOLDER_DIALOG if folder else webview.OPEN_DIALOG)
-        chosen = self._window.create_file_dialog(kind, directory=start)
+        chosen = self._window.create_file_dialog(kind)
         return str(chosen[0]) if chosen else ""
 
     def close(self) -> None:
         self._window.destroy()
 
     def forward(self) -> None:
+        """Brings the window before all others."""
         if self._minimised:
             self._window.restore()
         self._window.show()

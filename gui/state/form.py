@@ -11,7 +11,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import gradio as gr
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
 from core.config import OPTIMIZERS, AdapterKind, TrainConfig
 from core.config.flat_yaml import first_problem
@@ -39,38 +38,35 @@ class Form:
         """Builds inputs in the layout that is open."""
         for key in keys:
             component = self.inputs[key] = _input(self.ctx, key)
-            self.ctx.page.on(component.input, functools.partial(self.edited, key), [component])
+            self.ctx.page.on(functools.partial(self.edited, key), component.input,
+                             inputs=[component])
 
-    def edited(self, key: str, raw: Any) -> Updates | None:
+    def edited(self, key: str, raw: Any) -> None:
         """Puts what was typed into the project, or marks it as invalid."""
         app_state = self.ctx.app_state
         try:
             # A number of steps would win over the epochs.
             more = {"max_train_steps": 0} if key == "epochs" else {}
             app_state.projects.edit(**{key: parsed(key, raw)}, **more)
-        except (ValidationError, ValueError):
+        # A ValidationError among them.
+        except ValueError:
             app_state.projects.refuse(key, str(raw))
         app_state.replan(self.ctx.language)
-        return None
 
     def paint(self, snap: Snapshot) -> Updates:
         """Labels, which tell who decided a value."""
         labels = self._labels(snap)
-        return {component: gr.update(label=labels[key])
-                for key, component in self.inputs.items()}
+        return {component: gr.update(label=labels[key]) for key, component in self.inputs.items()}
 
     def fill(self, snap: Snapshot) -> Updates:
         """Labels and values; what can't be used stands in its field as it was typed."""
         updates, labels = {}, self._labels(snap)
         for key, component in self.inputs.items():
             value = shown(key, getattr(snap.config, key))
-            raw = snap.project.invalid.get(key)
-            if raw is not None and not isinstance(component, gr.Number):
-                value = raw
-            elif raw is not None:
+            if (raw := snap.project.invalid.get(key)) is not None:
                 # A number field shows numbers only.
                 with contextlib.suppress(ValueError):
-                    value = float(raw)
+                    value = float(raw) if isinstance(component, gr.Number) else raw
             updates[component] = gr.update(value=value, label=labels[key])
         return updates
 
@@ -78,21 +74,19 @@ class Form:
         sources = snap.project.sources()
         if snap.config.max_train_steps:
             sources = {**sources, "epochs": "unused"}
-        return {key: label(self.ctx, key) + (
-            f" · {self.ctx.tr(f'source_{sources[key]}')}" if sources.get(key) else "")
-            for key in self.inputs}
+        return {key: label(self.ctx, key) + (f" · {self.ctx.tr(f'source_{sources[key]}')}"
+                                             if sources.get(key) else "") for key in self.inputs}
 
 
 def keys_of(level: str) -> list[str]:
     """Config keys of a level: basic | advanced | expert."""
-    return [key for key, about in TrainConfig.model_fields.items()
-            if _extra(about)["level"] == level and key not in ELSEWHERE]
+    return [key for key in TrainConfig.model_fields
+            if _extra(key)["level"] == level and key not in ELSEWHERE]
 
 
 def label(ctx: Context, key: str) -> str:
     """A setting's name with its unit."""
-    unit = _extra(TrainConfig.model_fields[key]).get("unit", "")
-    name = ctx.tr(f"config_help.{key}")
+    unit, name = _extra(key).get("unit", ""), ctx.tr(f"config_help.{key}")
     return f"{name} ({ctx.tr(f'unit_{unit}')})" if unit else name
 
 
@@ -102,12 +96,10 @@ def problems(ctx: Context, snap: Snapshot) -> list[str]:
             for key, raw in snap.project.invalid.items() if key in TrainConfig.model_fields]
 
 
-def error_text(ctx: Context, error: Exception) -> str:
+def error_text(ctx: Context, error: ValidationError | UserError) -> str:
     """A config that can't be used, in one sentence of the page's language."""
     if isinstance(error, UserError):
         return ctx.error_text(error)
-    if not isinstance(error, ValidationError):
-        return str(error)
     key, value = first_problem(error)[0], error.errors()[0].get("input")
     if key not in TrainConfig.model_fields:
         return ctx.tr("bad_setting", name=key, value=value)
@@ -126,11 +118,11 @@ def parsed(key: str, raw: Any) -> Any:
     if kind in (int, float):
         number = float(raw)
         return int(number) if kind is int and number == int(number) else number
-    if kind is list:
-        return [line.strip() for line in str(raw).splitlines() if line.strip()]
-    if key == "target_modules" and "," in str(raw):
-        return [part.strip() for part in str(raw).split(",") if part.strip()]
-    return str(raw).strip()
+    text = str(raw)
+    if kind is list or (key == "target_modules" and "," in text):
+        parts = text.splitlines() if kind is list else text.split(",")
+        return [part.strip() for part in parts if part.strip()]
+    return text.strip()
 
 
 def shown(key: str, value: Any) -> Any:
@@ -144,20 +136,19 @@ def shown(key: str, value: Any) -> Any:
 
 
 def _input(ctx: Context, key: str) -> Any:
-    about = TrainConfig.model_fields[key]
-    settings: dict[str, Any] = {"label": label(ctx, key), "info": ctx.tr(
-        f"config_help.{key}_help"), "elem_id": f"field-{key}", "interactive": True,
-        "min_width": 120}
+    settings: dict[str, Any] = {
+        "label": label(ctx, key), "info": ctx.tr(f"config_help.{key}_help"),
+        "elem_id": f"field-{key}", "interactive": True, "min_width": 120}
     kind = _kind(key)
+    choice = _choice(key)
     if kind is bool:
         return gr.Checkbox(**settings)
-    if kind is Literal:
-        return gr.Dropdown(list(get_args(_choice(key))), allow_custom_value=(
-            _choice(key) is not about.annotation), **settings)
+    if choice or key in CHOICES:
+        return gr.Dropdown(
+            list(get_args(choice)) or CHOICES[key],
+            allow_custom_value=choice is not TrainConfig.model_fields[key].annotation, **settings)
     if kind in (int, float):
         return gr.Number(precision=0 if kind is int else None, **settings)
-    if key in CHOICES:
-        return gr.Dropdown(CHOICES[key], allow_custom_value=True, **settings)
     many = kind in (list, dict)
     return gr.Textbox(lines=2 if many else 1, max_lines=8 if many else 1, **settings)
 
@@ -183,15 +174,14 @@ def _range(ctx: Context, key: str) -> str:
     """What a setting takes, in words."""
     if key in ("max_resolution", "sample_size"):
         return ctx.tr("range_size")
-    names = [name for name in get_args(TrainConfig.model_fields[key].annotation)
-             if isinstance(name, str)]
-    if names:
+    about = TrainConfig.model_fields[key]
+    if names := [name for name in get_args(about.annotation) if isinstance(name, str)]:
         return ctx.tr("one_of", names=", ".join(names))
     return ctx.tr("comma").join(
-        ctx.tr(LIMITS[name], value=f"{value:g}")
-        for limit in TrainConfig.model_fields[key].metadata for name in LIMITS
+        ctx.tr(LIMITS[name], value=f"{value:g}") for limit in about.metadata for name in LIMITS
         if (value := getattr(limit, name, None)) is not None)
 
 
-def _extra(about: FieldInfo) -> dict[str, Any]:
-    return about.json_schema_extra if isinstance(about.json_schema_extra, dict) else {}
+def _extra(key: str) -> dict[str, Any]:
+    extra = TrainConfig.model_fields[key].json_schema_extra
+    return extra if isinstance(extra, dict) else {}

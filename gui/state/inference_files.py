@@ -19,7 +19,7 @@ from core.jobs.runs import JobView
 from core.lora_files import files as lora_file
 from core.lora_files import library
 from core.lora_files.export import Place, convert_to, copy_to, find_places, fits
-from gui.state.app_state import Snapshot, pictures_folder
+from gui.state.app_state import Context, Snapshot, pictures_folder
 
 # Seconds between two looks at the folders of LoRAs.
 LOOK_S = 10.0
@@ -42,14 +42,13 @@ class InferenceFiles:
         self.places: list[Place] | None = None
         # Pictures that were deleted: where they are, where they were; the newest last.
         self.deleted: list[tuple[Path, Path]] = []
-        self._changed = changed
+        self._changed, self._lock = changed, threading.Lock()
         # When it was looked for last, in which folder, and what was found.
         self._loras: tuple[float, str, tuple[Path, ...]] = (0.0, "", ())
         # By path, time of the last change and size: a file that changes is read anew.
         self._infos: dict[tuple[str, int, int], lora_file.Info | None] = {}
         # What the list was made of, and the list.
         self._pictures: tuple[Any, list[tuple[JobView, int]]] = ((), [])
-        self._lock = threading.Lock()
 
     def show(self, **changes: Any) -> None:
         """Sets attributes, and has all pages painted."""
@@ -87,9 +86,7 @@ class InferenceFiles:
         if kind:
             library.checked(file, kind)
         clean = file.with_name(f"{import_files.clean(file.stem)}.safetensors")
-        if clean != file:
-            file = file.rename(clean)
-        copy = copy_to(file, dropped_folder())
+        copy = copy_to(file if clean == file else file.rename(clean), dropped_folder())
         self._loras = (0.0, "", ())
         self.dropped = lora_file.describe(copy)
         return self.dropped
@@ -101,10 +98,9 @@ class InferenceFiles:
         drawings = [view for view in snap.runs if view.samples and is_of(view, snap)]
         key = (tuple((view.id, len(view.samples)) for view in drawings), len(self.deleted))
         if self._pictures[0] != key:
-            pictures = [(view, number) for view in drawings
-                        for number in reversed(range(len(view.samples)))
-                        if Path(view.samples[number].path).is_file()]
-            self._pictures = (key, pictures)
+            self._pictures = (key, [
+                (view, number) for view in drawings for number in reversed(range(len(view.samples)))
+                if Path(view.samples[number].path).is_file()])
         return self._pictures[1]
 
     def delete(self, file: Path) -> None:
@@ -116,10 +112,9 @@ class InferenceFiles:
     def undelete(self) -> None:
         """Brings back what was deleted last."""
         with self._lock:
-            if not self.deleted:
-                return
-            trash.restore(*self.deleted[-1])
-            self.deleted.pop()
+            if self.deleted:
+                trash.restore(*self.deleted[-1])
+                self.deleted.pop()
         self._changed()
 
     # --- other programs ---
@@ -131,23 +126,22 @@ class InferenceFiles:
             threading.Thread(target=lambda: self.show(places=find_places()), name="places",
                              daemon=True).start()
 
-    def export(self, file: Path, program: str, folder: Path, tr: Callable[..., str],
-               language: str) -> None:
-        """A copy at once, or a conversion in a thread; `message` tells how it went. `tr`: makes a
-        sentence of a key, or of an error's code, with parameters."""
+    def export(self, ctx: Context, file: Path, program: str, folder: Path) -> None:
+        """A copy at once, or a conversion in a thread; `message` tells how it went."""
         if fits(file, program):
-            self.show(message=tr("tab_inference.exported", file=copy_to(file, folder)))
+            self.show(message=ctx.tr("tab_inference.exported", file=copy_to(file, folder)))
             return
 
         def work() -> None:
             try:
-                copy = convert_to(file, program, folder, language)
-                self.show(message=tr("tab_inference.exported", file=copy))
-            except (UserError, OSError, subprocess.TimeoutExpired) as raised:
-                error = raised if isinstance(raised, UserError) else UserError(
-                    "tab_inference.not_converted", file=file.name, reason=raised)
-                self.show(message=tr(error.code, **error.params))
-        self.show(message=tr("tab_inference.converting", file=file.name))
+                copy = convert_to(file, program, folder, ctx.language)
+                self.show(message=ctx.tr("tab_inference.exported", file=copy))
+            except UserError as error:
+                self.show(message=ctx.error_text(error))
+            except (OSError, subprocess.TimeoutExpired) as error:
+                self.show(message=ctx.tr("tab_inference.not_converted", file=file.name,
+                                         reason=error))
+        self.show(message=ctx.tr("tab_inference.converting", file=file.name))
         threading.Thread(target=work, name="export", daemon=True).start()
 
 

@@ -35,9 +35,6 @@ MOST_ADDED = 8
 LEAST, MOST = -1.0, 2.0
 # Keys of a config that say what a base is.
 TAKEN_FOR = ("family", "prediction_type", "distilled")
-# What the tab's inputs are called in the project, in their order on the page.
-TYPED = ("prompt", "negative", "seed", "steps", "cfg", "size", "sampler", "clip_skip", "count",
-         "same_seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +81,12 @@ def _of_runs(snap: Snapshot) -> Iterator[Choice]:
         first = lora_of(view)
         if view.job != "train" or first is None:
             continue
-        rest = [n for n in reversed(range(len(view.checkpoints))) if n != first]
-        for number in [first, *rest]:
-            point = view.checkpoints[number]
+        newest = view.checkpoints[first]
+        # The last step is saved twice: as a checkpoint and as the final file.
+        others = [point for point in reversed(view.checkpoints) if point.step != newest.step]
+        for point in [newest, *others]:
             file = lora_file(point)
-            # The last step is saved twice: as a checkpoint and as the final file.
-            twice = number != first and point.step == view.checkpoints[first].step
-            if str(file) not in seen and not twice and file.is_file():
+            if str(file) not in seen and file.is_file():
                 seen.add(str(file))
                 yield Choice(str(file), view, point.step,
                              "final" if point.final else "best" if point.best else "")
@@ -123,17 +119,15 @@ def used(snap: Snapshot) -> dict[str, str]:
 def checkpoints(snap: Snapshot, file: str) -> list[Choice]:
     """All files of the run that made a LoRA, and of those it went on from; by step."""
     choices = list(_of_runs(snap))
-    view = run_of(file, choices)
-    by_step: dict[int, Choice] = {}
+    view, by_step = run_of(file, choices), dict[int, Choice]()
     # A run that went on from another has its steps only; limited, since records may be damaged
     # and name each other.
     for _ in range(20):
-        if view is None:
-            break
-        for choice in choices:
-            if choice.run is not None and choice.run.id == view.id:
-                by_step.setdefault(choice.step, choice)
-        view = snap.run(view.resumed_from) if view.resumed_from else None
+        if view is not None:
+            for choice in choices:
+                if choice.run is not None and choice.run.id == view.id:
+                    by_step.setdefault(choice.step, choice)
+            view = snap.run(view.resumed_from)
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -144,8 +138,7 @@ def added(snap: Snapshot, choices: list[Choice]) -> list[Added]:
     saved = snap.project.inference
     if saved.get("lora") != (newest(choices) or "-"):
         return [Added(choices[0].file)] if newest(choices) else []
-    entries = saved.get("loras")
-    loras: list[Added] = []
+    entries, loras = saved.get("loras"), list[Added]()
     # The project's file may have been edited by hand.
     for entry in entries if isinstance(entries, list) else ():
         match entry:
@@ -182,7 +175,7 @@ def bases(snap: Snapshot, choices: list[Choice]) -> list[str]:
     """What can be drawn with: the base as it stands, the project's, the demo's, those of runs."""
     used = [base_of(snap, choices), snap.config.base_model, "demo",
             *(str(view.config.get("base_model", "")) for view in snap.runs)]
-    return [path for path in dict.fromkeys(used) if path]
+    return list(filter(None, dict.fromkeys(used)))
 
 
 def folder_of(base: str) -> Path:
@@ -190,8 +183,7 @@ def folder_of(base: str) -> Path:
     return paths.DEMO / "base" if base == "demo" else Path(base).expanduser()
 
 
-def triggers(snap: Snapshot, loras: list[Added], choices: list[Choice],
-             files: InferenceFiles) -> list[str]:
+def triggers(loras: list[Added], choices: list[Choice], files: InferenceFiles) -> list[str]:
     """Words that call the added LoRAs: the runs' own, else what the files tell."""
     words: list[str] = []
     for lora in loras:
@@ -199,7 +191,7 @@ def triggers(snap: Snapshot, loras: list[Added], choices: list[Choice],
             words.append(str(run.config.get("trigger_word") or ""))
         elif info := files.info(Path(lora.file)):
             words += info.facts.trigger_words[:4]
-    return list(dict.fromkeys(word for word in words if word))
+    return list(filter(None, dict.fromkeys(words)))
 
 
 def typed(snap: Snapshot, choices: list[Choice]) -> dict[str, Any]:
@@ -213,7 +205,7 @@ def typed(snap: Snapshot, choices: list[Choice]) -> dict[str, Any]:
     defaults = {"prompt": prompts[0] if prompts else trigger, "negative": "", "seed": 42,
                 "steps": 16 if demo else None, "cfg": 1.5 if demo else None, "size": "",
                 "sampler": "auto", "clip_skip": None, "count": 1, "same_seed": True}
-    return {key: snap.project.inference.get(key, defaults[key]) for key in TYPED}
+    return {key: snap.project.inference.get(key, usual) for key, usual in defaults.items()}
 
 
 # --- the job ---
@@ -229,23 +221,22 @@ def job(snap: Snapshot, files: InferenceFiles, kind: str, values: Mapping[str, A
     for lora in loras:
         if not Path(lora.file).is_file():
             raise UserError("tab_inference.lora_gone", file=lora.file)
-    columns: dict[str, Any] = {}
+    prompt = str(values.get("prompt") or "")
+    data = {"base": base, "prompt": prompt, "negative": values.get("negative") or "",
+            "loras": [f"{lora.file}:{lora.weight:g}" for lora in loras],
+            "size": values.get("size") or "", "sampler": values.get("sampler") or "auto",
+            "device": device, "out": str(pictures_folder() / snap.project.name)}
     if kind == "compare":
-        columns = {"weights": [0.0, loras[0].weight or DEFAULT_WEIGHT]}
+        data["weights"] = [0.0, loras[0].weight or DEFAULT_WEIGHT]
     elif kind == "sweep":
-        columns = {"weights": list(SWEEP)}
+        data["weights"] = list(SWEEP)
     elif kind == "checkpoints":
         points = checkpoints(snap, loras[0].file)
         if len(points) < 2:
             raise UserError("tab_inference.one_checkpoint")
-        columns = {"checkpoints": [point.file for point in points],
-                   "labels": [f"step {point.step}" for point in points]}
-    prompt = str(values.get("prompt") or "")
-    data = {"base": base, "prompt": prompt, "negative": values.get("negative") or "",
-            "loras": [f"{lora.file}:{lora.weight:g}" for lora in loras], **columns,
-            "names": _files_of_tags(prompt, names(choices)), "size": values.get("size") or "",
-            "sampler": values.get("sampler") or "auto", "device": device,
-            "out": str(pictures_folder() / snap.project.name)}
+        data |= {"checkpoints": [point.file for point in points],
+                 "labels": [f"step {point.step}" for point in points]}
+    data["names"] = _files_of_tags(prompt, names(choices))
     data |= {key: values[key] for key in ("seed", "steps", "cfg", "count", "clip_skip")
              if values.get(key) is not None}
     return _checked(data | _companions(snap, base)), loras[0].name if loras else snap.project.name
@@ -266,9 +257,9 @@ def kind_of(snap: Snapshot, choices: list[Choice]) -> str:
     any."""
     base = base_of(snap, choices)
     family = str(_companions(snap, base).get("family", "auto"))
-    if plugins.is_named(family):
-        return ""
-    return families.detect(folder_of(base)) if family == "auto" else family
+    if family == "auto":
+        return families.detect(folder_of(base))
+    return "" if plugins.is_named(family) else family
 
 
 def again(view: JobView, changes: Mapping[str, Any]) -> DrawConfig:
@@ -280,14 +271,13 @@ def _files_of_tags(prompt: str, known: Mapping[str, str]) -> dict[str, str]:
     """The files of the prompt's <lora:name> tags. Raises UserError for a name that nothing has."""
     tags = library.split_prompt(prompt)[1]
     library.refuse_paths(tags)
-    names = [tag.name for tag in tags]
-    for name in names:
+    for tag in tags:
         # Names that the page doesn't know may still be files of the library.
         with contextlib.suppress(UserError):
-            if name in known or library.find_lora(name, DEFAULT_WEIGHT):
+            if tag.name in known or library.find_lora(tag.name, DEFAULT_WEIGHT):
                 continue
-        raise library.unknown(name, known)
-    return {name: known[name] for name in names if name in known}
+        raise library.unknown(tag.name, known)
+    return {tag.name: known[tag.name] for tag in tags if tag.name in known}
 
 
 def _checked(data: dict[str, Any]) -> DrawConfig:

@@ -11,7 +11,6 @@ import contextvars
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -38,16 +37,6 @@ Seen = dict[str, str]
 _messages: contextvars.ContextVar[list[dict[str, str]]] = contextvars.ContextVar("messages")
 
 
-@dataclass(frozen=True, slots=True)
-class _Handler:
-    event: Any
-    handler: Handler
-    inputs: Sequence[Any]
-    outputs: Sequence[Any]
-    fill: bool
-    panel: bool
-
-
 class Page:
     """Collects handlers while the tabs are built; `wire` connects them all at the end."""
 
@@ -58,21 +47,16 @@ class Page:
         self.header: Any = None
         # What the button is called that closes a message.
         self.close = "×"
-        self._handlers: list[_Handler] = []
+        # Event, handler, inputs, outputs, fill: see `on`.
+        self._handlers: list[tuple[Any, Handler, Sequence[Any], Sequence[Any], bool]] = []
 
-    def on(self, event: Any, handler: Handler, inputs: Sequence[Any] = (), fill: bool = False,
-           outputs: Sequence[Any] = ()) -> None:
-        """`event`: a component's listener, such as button.click. The handler gets the inputs'
-        values and returns updates of `outputs`, or None; with `fill` the inputs of all tabs are
-        set from the project afterwards, if it changed."""
-        self._handlers.append(_Handler(event, handler, list(inputs), list(outputs), fill, False))
-
-    def on_panel(self, panel: gr.HTML, handler: Handler, inputs: Sequence[Any] = (),
-                 fill: bool = False, outputs: Sequence[Any] = ()) -> None:
-        """Clicks on `data-act` buttons inside a panel (gui/widgets/panel.py): the handler gets
-        (act, id, *inputs)."""
-        self._handlers.append(
-            _Handler(panel.click, handler, list(inputs), list(outputs), fill, True))
+    def on(self, handler: Handler, *events: Any, inputs: Sequence[Any] = (),
+           outputs: Sequence[Any] = (), fill: bool = False) -> None:
+        """`events`: listeners of components, such as button.click, and panels
+        (gui/widgets/panel.py), whose `data-act` buttons give (act, id). The handler gets these and
+        the values of `inputs`, and returns updates of `outputs`, or None; with `fill` the inputs of
+        all tabs are set from the project afterwards, if it changed."""
+        self._handlers += [(event, handler, inputs, outputs, fill) for event in events]
 
     def select(self, tab: str) -> Updates:
         """For handlers: brings a tab to the front."""
@@ -80,8 +64,7 @@ class Page:
 
     def tell(self, text: str, title: str = "", kind: str = "info") -> None:
         """For handlers: a message at the edge of the page; `kind`: info | warning."""
-        _messages.get([]).append(
-            {"kind": kind, "title": title, "text": text, "close": self.close})
+        _messages.get([]).append({"kind": kind, "title": title, "text": text, "close": self.close})
 
     # --- what it shows ---
 
@@ -140,34 +123,30 @@ class Page:
         # The page (gui/assets/live.js) presses these, one at a time: no answer overtakes another.
         repaint.click(paint, [seen], [seen, *painted], trigger_mode="always_last", **QUIET)
         refill.click(fill, [], [filling, *filled], trigger_mode="always_last", **QUIET)
-        for entry in self._handlers:
+        for event, handler, inputs, outputs, refilled in self._handlers:
+            panel, shown = isinstance(event, gr.HTML), [self.frame, *outputs]
             # Every click counts; of what is typed only the last state does.
-            entry.event(self._handled(ctx, entry), entry.inputs,
-                        [messages, self.frame, *entry.outputs],
-                        trigger_mode="multiple" if entry.panel else "always_last", **QUIET)
+            (event.click if panel else event)(
+                self._handled(ctx, handler, shown, refilled, panel), list(inputs),
+                [messages, *shown], trigger_mode="multiple" if panel else "always_last", **QUIET)
 
-    def _handled(self, ctx: Context, entry: _Handler) -> Callable[..., Any]:
+    def _handled(self, ctx: Context, handler: Handler, outputs: Sequence[Any], fill: bool,
+                 panel: bool) -> Callable[..., Any]:
         """The function that Gradio calls: an error of the handler becomes a message in the page's
         language, and the page is painted all the same."""
-        outputs = [self.frame, *entry.outputs]
-
         def act(*values: Any) -> Any:
-            app_state, problem = ctx.app_state, ""
+            app_state = ctx.app_state
             messages: list[dict[str, str]] = []
             _messages.set(messages)
             before = (app_state.projects.now, app_state.settings.now)
             updates: Updates = {}
             try:
-                updates = entry.handler(*values) or {}
-            except UserError as error:
-                problem = ctx.error_text(error)
-            except ValidationError as error:
-                problem = form.error_text(ctx, error)
+                updates = handler(*values) or {}
+            except (UserError, ValidationError) as error:
+                self.tell(form.error_text(ctx, error), ctx.tr("not_done"), "warning")
             except OSError as error:
-                problem = ctx.tr("no_access", reason=str(error))
-            if problem:
-                ctx.page.tell(problem, ctx.tr("not_done"), "warning")
-            if entry.fill and before != (app_state.projects.now, app_state.settings.now):
+                self.tell(ctx.tr("no_access", reason=str(error)), ctx.tr("not_done"), "warning")
+            if fill and before != (app_state.projects.now, app_state.settings.now):
                 app_state.filled()
             return [json.dumps(messages) if messages else gr.skip(),
                     *(updates.get(component, gr.skip()) for component in outputs)]
@@ -176,7 +155,7 @@ class Page:
             data = event._data or {}
             return act(str(data.get("act", "")), str(data.get("id", "")), *values)
 
-        return act_panel if entry.panel else act
+        return act_panel if panel else act
 
 
 def _mark(text: str) -> str:

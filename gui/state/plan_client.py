@@ -128,8 +128,7 @@ class Planning:
                 child.stdin.write(json.dumps(question) + "\n")
                 child.stdin.flush()
                 if line := child.stdout.readline():
-                    answer: dict[str, Any] = json.loads(line)
-                    return answer
+                    return dict(json.loads(line))
             except (OSError, ValueError) as error:
                 _log.warning("planning: %s", error)
             self._drop()

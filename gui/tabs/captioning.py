@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,6 @@ SENTENCES, TAGS = ("blip", "florence", "endpoint"), ("wd", "clip")
 TAB = "captioning"
 
 
-def build(ctx: Context) -> CaptioningTab:
-    return CaptioningTab(ctx)
-
-
 class CaptioningTab:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
@@ -45,9 +42,8 @@ class CaptioningTab:
         tr, page = self._tr, ctx.page
         with gr.Row():
             with gr.Column(scale=7, min_width=440):
-                self.search = gr.Textbox(
-                    label=tr("search"), placeholder=tr("search_hint"),
-                    elem_id="caption-search", max_lines=1)
+                self.search = gr.Textbox(label=tr("search"), placeholder=tr("search_hint"),
+                                         elem_id="caption-search", max_lines=1)
                 self.rows = panel("caption-rows", "caption_editor", dense=True)
                 self.texts = panel("captions-texts", "caption_texts")
             with gr.Column(scale=5, min_width=340):
@@ -57,18 +53,16 @@ class CaptioningTab:
                         info=tr("rules_help"), lines=3, max_lines=8, elem_id="caption-rules")
                     self.first = gr.Checkbox(label=tr("trigger_first"), elem_id="trigger-first")
                     with gr.Row():
-                        preview_button = gr.Button(tr("preview"), size="sm",
-                                                   elem_id="rules-preview")
-                        apply_button = gr.Button(tr("apply"), size="sm", elem_id="rules-apply")
+                        trial = gr.Button(tr("preview"), size="sm", elem_id="rules-preview")
+                        apply = gr.Button(tr("apply"), size="sm", elem_id="rules-apply")
                     self.would = panel("rules-changes")
                 self.stats = panel("caption-stats", dense=True)
-        page.on(preview_button.click, self.try_rules, [self.rules, self.first])
-        page.on(apply_button.click, self.apply_rules, [self.rules, self.first])
-        page.on(self.rules.blur, self.keep_rules, [self.rules, self.first])
-        for event in (self.search.submit, self.search.blur):
-            page.on(event, self.look_for, [self.search])
-        for area in (self.rows, self.stats):
-            page.on_panel(area, self.act)
+        rules = [self.rules, self.first]
+        page.on(self.try_rules, trial.click, inputs=rules)
+        page.on(self.apply_rules, apply.click, inputs=rules)
+        page.on(self.keep_rules, self.rules.blur, inputs=rules)
+        page.on(self.look_for, self.search.submit, self.search.blur, inputs=[self.search])
+        page.on(self.act, self.job, self.rows, self.stats)
 
     def _tr(self, key: str, **params: Any) -> str:
         return self.ctx.tr(f"tab_captioning.{key}", **params)
@@ -87,35 +81,31 @@ class CaptioningTab:
                                       elem_id="caption-trigger", scale=2, min_width=140)
             self.start = gr.Button(tr("start"), variant="primary", elem_id="caption-start",
                                    scale=2, min_width=160)
-        self.endpoint = gr.Textbox(label=tr("endpoint"), elem_id="caption-endpoint",
-                                   visible=False)
+        self.endpoint = gr.Textbox(label=tr("endpoint"), elem_id="caption-endpoint", visible=False)
         self.job = panel("caption-job", dense=True)
-        choices: list[Any] = [self.sentence, self.tags, self.existing]
         # An address is kept once it is complete, a choice at once.
-        for event in (*(component.input for component in choices), self.endpoint.blur):
-            page.on(event, self.keep, [*choices, self.endpoint])
-        for event in (self.trigger.submit, self.trigger.blur):
-            page.on(event, self.name, [self.trigger], fill=True)
-        page.on(self.start.click, self.begin)
-        page.on_panel(self.job, self.act)
+        page.on(self.keep, self.sentence.input, self.tags.input, self.existing.input,
+                self.endpoint.blur,
+                inputs=[self.sentence, self.tags, self.existing, self.endpoint])
+        page.on(functools.partial(actions.set_trigger, self.ctx), self.trigger.submit,
+                self.trigger.blur, inputs=[self.trigger], fill=True)
+        page.on(self.begin, self.start.click)
 
     # --- painting ---
 
     def label(self, snap: Snapshot) -> str:
         state = self.dataset.now
-        count = len(state.training)
-        done = f" ✓{state.captioned}/{count}" if count else ""
+        done = f" ✓{state.captioned}/{len(state.training)}" if state.training else ""
         return f"2 {self.ctx.tr('tab_captioning')}{done}"
 
     def paint(self, snap: Snapshot) -> Updates:
         ctx, dataset = self.ctx, self.dataset
-        job, options = caption_job(snap), options_of(snap)
-        names = self._matching(snap)
+        job, options, names = caption_job(snap), options_of(snap), self._matching(snap)
         running = job is not None and not job.over
         count = len(dataset.now.training)
         return {self.job: status(ctx, snap, job, options),
                 self.start: gr.update(interactive=bool(count) and not running, value=self._tr(
-                    "start_n", count=count) if count else self._tr("start")),
+                    "start_n" if count else "start", count=count)),
                 self.endpoint: gr.update(visible=options["sentence"].startswith("endpoint")),
                 self.rows: caption_rows.rows(ctx, dataset, names),
                 self.texts: caption_rows.texts(ctx, dataset, names),
@@ -142,9 +132,6 @@ class CaptioningTab:
     def keep(self, sentence: str, tagger: str, existing: str, endpoint: str) -> None:
         actions.keep(self.ctx.app_state, TAB, sentence=sentence, tags=tagger, existing=existing,
                      endpoint=endpoint)
-
-    def name(self, word: str) -> None:
-        actions.set_trigger(self.ctx, word)
 
     def begin(self) -> None:
         """Queues the job. Raises UserError where its weights are not here."""
@@ -211,15 +198,12 @@ class CaptioningTab:
 
     def try_rules(self, text: str, first: bool) -> Updates:
         self.keep_rules(text, first)
-        rules, _ = self._rules(text, first)
-        captions = self._rulable()
-        return {self.would: caption_rows.changes(
-            self.ctx, self._preview(captions, rules), len(captions))}
+        changes, total = self._preview(self._rules(text, first)[0])
+        return {self.would: caption_rows.changes(self.ctx, changes, total)}
 
     def apply_rules(self, text: str, first: bool) -> Updates:
         self.keep_rules(text, first)
-        rules, lines = self._rules(text, first)
-        count = self._apply(rules, lines)
+        count = self._apply(*self._rules(text, first))
         return {self.would: small(self._tr("applied", count=count))}
 
     def _rules(self, text: str, first: bool) -> tuple[list[Rule], list[str]]:
@@ -232,20 +216,19 @@ class CaptioningTab:
             raise UserError("tab_captioning.no_rules")
         return list(rules), [*lines, *([f"trigger:{trigger}"] if trigger.strip() else [])]
 
-    def _rulable(self) -> dict[str, str]:
-        """The captions that rules are applied to: all that the search finds, but empty ones."""
+    def _preview(self, rules: list[Rule]) -> tuple[list[Change], int]:
+        """-> what rules change, and how many captions they are applied to: all that the search
+        finds, but empty ones."""
         captions = self.dataset.now.captions
-        names = self._matching(self.ctx.app_state.snapshot())
-        return {name: captions[name] for name in names if captions.get(name)}
-
-    def _preview(self, captions: dict[str, str], rules: list[Rule]) -> list[Change]:
+        rulable = {name: captions[name] for name in self._matching(self.ctx.app_state.snapshot())
+                   if captions.get(name)}
         needs = any(isinstance(rule, MaxTokens) for rule in rules)
         if needs and self.dataset.count_tokens is None:
             raise UserError("tab_captioning.no_tokenizer")
-        return preview(captions, rules, self.dataset.count_tokens)
+        return preview(rulable, rules, self.dataset.count_tokens), len(rulable)
 
     def _apply(self, rules: list[Rule], lines: list[str]) -> int:
-        changes = self._preview(self._rulable(), rules)
+        changes, _ = self._preview(rules)
         outcome = self.dataset.write({change.path: change.after for change in changes}, "apply",
                                      rules=lines)
         self._say_left(outcome)
@@ -268,10 +251,8 @@ def options_of(snap: Snapshot) -> dict[str, Any]:
 
 def offers(ctx: Context, kind: str) -> list[tuple[str, str]]:
     """(label, captioner=model) of all that write sentences or tags; labels say what isn't here."""
-    ids = SENTENCES if kind == "sentence" else TAGS
-    choices = [(ctx.tr("tab_captioning.none"), ""),
-               (ctx.tr(f"tab_captioning.demo_{kind}"),
-                "blip=demo" if kind == "sentence" else "clip=demo")]
+    ids, demo = (SENTENCES, "blip=demo") if kind == "sentence" else (TAGS, "clip=demo")
+    choices = [(ctx.tr("tab_captioning.none"), ""), (ctx.tr(f"tab_captioning.demo_{kind}"), demo)]
     for entry in catalogue():
         captioner = OWNERS.get(entry.repo.partition("/")[0], "")
         if entry.purpose in ("caption", "tag", "clip") and captioner in ids:
@@ -291,13 +272,12 @@ def config_of(options: dict[str, Any], dataset: DatasetView, trigger: str,
         raise UserError("tab_captioning.nothing_chosen")
     if state.folder is None or not state.training:
         raise UserError("tab_captioning.no_pictures")
-    some = len(state.training) < len(state.names)
     return CaptionConfig(
         folder=str(state.folder), captioner="+".join(name for name, _, _ in pairs),
         models={name: model for name, _, model in pairs if name != "endpoint"},
         existing=options["existing"], trigger_word=trigger, endpoint=options["endpoint"],
         metadata_path=str(Path(metadata).expanduser().absolute()) if metadata else "",
-        only=list(state.training) if some else [])
+        only=list(state.training) if state.training != state.names else [])
 
 
 # --- how it goes ---
@@ -307,20 +287,19 @@ def status(ctx: Context, snap: Snapshot, job: JobView | None, options: dict[str,
     if job is not None and not job.over:
         stop = button(ctx.tr("stop"), "stop", job.id, once=True,
                       why_not=ctx.tr("not_while_stopping") if job.state == "stopping" else "")
-        share = job.phase_done / job.phase_total if job.phase_total else 0.0
         text = progress(ctx, snap, job)
+        progress_bar = bar(job.phase_done, job.phase_total, text, job.state)
         row = acts(f"<span>{esc(text)}</span>", stop)
-        return f'<section class="box">{bar(share, text, job.state)}{row}</section>'
+        return f'<section class="box">{progress_bar}{row}</section>'
     chosen = [choice.partition("=")[2] for choice in (options["sentence"], options["tags"])
               if choice]
     # The built-in captioner says plainly what it is; one that isn't here, how it is fetched.
     if "demo" in chosen:
-        hints = card("warning", ctx.tr("tab_captioning.demo_title"),
-                     ctx.tr("captioner.demo_only"))
+        hints = card("warning", ctx.tr("tab_captioning.demo_title"), ctx.tr("captioner.demo_only"))
     else:
-        hints = "".join(card("info", ctx.tr("tab_captioning.to_fetch"),
-                             ctx.tr("hub.missing", name=model))
-                        for model in chosen if model != "auto" and hub.local(model) is None)
+        missing = [model for model in chosen if model != "auto" and hub.local(model) is None]
+        hints = "".join(card("info", ctx.tr("tab_captioning.to_fetch"), ctx.tr(
+            "hub.missing", name=model)) for model in missing)
     return (_ended(ctx, job) if job else "") + hints
 
 
@@ -332,11 +311,10 @@ def progress(ctx: Context, snap: Snapshot, job: JobView) -> str:
     if job.phase != "caption" or not job.phase_total:
         return ctx.tr("tab_captioning.loading")
     text = ctx.tr("tab_captioning.doing", done=job.phase_done, total=job.phase_total)
-    took = job.updated - job.started
     # One picture tells nothing: the model was loaded before it.
-    if job.phase_done < 2 or took <= 0:
+    if job.phase_done < 2 or job.updated <= job.started:
         return text
-    each = took / job.phase_done
+    each = (job.updated - job.started) / job.phase_done
     left = duration(ctx, each * (job.phase_total - job.phase_done))
     return f"{text} · {ctx.tr('tab_captioning.each', seconds=f'{each:.1f}', left=left)}"
 
@@ -346,10 +324,9 @@ def _ended(ctx: Context, job: JobView) -> str:
         return fault_card(ctx, job)
     result, done = job.result, job.state == "done"
     parts = [ctx.tr("tab_captioning.ended", count=result.get("captioned", 0),
-                    kept=result.get("kept", 0))]
-    for key in ("skipped", "left"):
-        if result.get(key):
-            parts.append(ctx.tr(f"tab_captioning.ended_{key}", count=len(result[key])))
+                    kept=result.get("kept", 0)),
+             *(ctx.tr(f"tab_captioning.ended_{key}", count=len(result[key]))
+               for key in ("skipped", "left") if result.get(key))]
     return card("good" if done else "info",
                 ctx.tr(f"tab_captioning.state_{'done' if done else 'stopped'}"), " ".join(parts))
 

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import functools
 
 import gradio as gr
 
 from core.dataset import image_folder, import_files
-from core.errors import UserError
 from gui import actions
 from gui.state.app_state import Context, Snapshot, Updates
 from gui.state.dataset_view import DatasetView
-from gui.widgets import dataset_report
+from gui.widgets import dataset_report, picture_grid
 from gui.widgets.drop_zone import drop_zone, uploaded
 from gui.widgets.panel import panel
-from gui.widgets.picture_grid import (
-    PER_PAGE,
-    filtered,
-    grid,
-    large,
-    neighbour,
-    of_finding,
-    page_of,
-)
+from gui.widgets.picture_grid import of_finding
 
 DROPPED = [*sorted(image_folder.SUFFIXES), *sorted(import_files.CAPTIONS)]
-
-
-def build(ctx: Context) -> DatasetTab:
-    return DatasetTab(ctx)
 
 
 class DatasetTab:
@@ -55,16 +42,14 @@ class DatasetTab:
                     self.again = gr.Button(tr("tab_dataset.look_again"), size="sm")
                     self.next = gr.Button(tr("tab_dataset.to_captions"), variant="primary",
                                           size="sm", elem_id="to-captions")
-        page = ctx.page
-        for event in (self.folder.submit, self.folder.blur):
-            page.on(event, self.choose, [self.folder], fill=True)
-        for event in (self.trigger.submit, self.trigger.blur):
-            page.on(event, self.name, [self.trigger], fill=True)
-        page.on_panel(self.dropped, self.take, fill=True)
-        page.on(self.again.click, self.dataset.look_again)
-        page.on(self.next.click, lambda: page.select("captioning"))
-        for area in (self.grid, self.large, self.report):
-            page.on_panel(area, self.act)
+        page, folder, trigger = ctx.page, self.folder, self.trigger
+        page.on(self.choose, folder.submit, folder.blur, inputs=[folder], fill=True)
+        page.on(functools.partial(actions.set_trigger, ctx), trigger.submit, trigger.blur,
+                inputs=[trigger], fill=True)
+        page.on(self.take, self.dropped, fill=True)
+        page.on(self.dataset.look_again, self.again.click)
+        page.on(lambda: page.select("captioning"), self.next.click)
+        page.on(self.act, self.grid, self.large, self.report)
 
     # --- painting ---
 
@@ -79,7 +64,8 @@ class DatasetTab:
                   + dataset_report.buckets(ctx, dataset.now))
         # Both boxes tell the project when they are left, so that painting can't disturb typing.
         return {self.folder: snap.config.train_data_dir, self.trigger: snap.config.trigger_word,
-                self.grid: grid(ctx, dataset), self.large: large(ctx, dataset), self.report: report,
+                self.grid: picture_grid.grid(ctx, dataset),
+                self.large: picture_grid.large(ctx, dataset), self.report: report,
                 self.next: gr.update(interactive=bool(dataset.now.names)),
                 self.again: gr.update(interactive=dataset.now.folder is not None)}
 
@@ -94,28 +80,24 @@ class DatasetTab:
         app_state = self.ctx.app_state
         if folder == app_state.snapshot().config.train_data_dir:
             return
-        if folder and not Path(folder).expanduser().is_absolute():
-            raise UserError("gui.not_absolute", folder=folder)
+        if folder:
+            # Only to refuse a relative path: the project keeps what was typed.
+            actions.absolute(folder)
         app_state.projects.edit(train_data_dir=folder or None)
         app_state.replan(self.ctx.language)
 
-    def name(self, word: str) -> None:
-        actions.set_trigger(self.ctx, word)
-
     def take(self, act: str, message: str) -> None:
         """Copies what was dropped into a folder of ours and shows that folder."""
-        app_state, language = self.ctx.app_state, self.ctx.language
-        files = uploaded(message)
+        app_state, files = self.ctx.app_state, uploaded(message)
         folder = import_files.folder_for(app_state.projects.now.name)
 
         def then(taken: import_files.Taken) -> None:
             if taken.copied or taken.same:
                 app_state.projects.edit(train_data_dir=str(folder))
-                app_state.replan(language)
+                app_state.replan(self.ctx.language)
         if act == "dropped" and files:
             self.dataset.receive(files, folder, then)
-            self.ctx.page.tell(self.ctx.tr("tab_dataset.copying", count=len(files),
-                                           folder=folder))
+            self.ctx.page.tell(self.ctx.tr("tab_dataset.copying", count=len(files), folder=folder))
 
     def act(self, act: str, id: str) -> Updates | None:
         """Buttons, tiles and keys of the three panels."""
@@ -130,22 +112,25 @@ class DatasetTab:
             case "close":
                 dataset.show(open="")
             case "step" if id in ("1", "-1"):
-                self._step(int(id))
-            case "leave_out":
-                dataset.leave_out([dataset.named(key) for key in id.split(",") if key])
-            case "take_in":
-                dataset.take_in([dataset.named(key) for key in id.split(",") if key])
+                # The next picture of the filter, and the page that it stands on.
+                state, shown = dataset.now, dataset.shown
+                names = picture_grid.filtered(state, shown.filter) or state.names
+                at = picture_grid.neighbour(names, shown.open, int(id))
+                dataset.show(open=names[at], page=at // picture_grid.PER_PAGE)
+            case "leave_out" | "take_in":
+                names = tuple(dataset.named(key) for key in id.split(",") if key)
+                (dataset.take_in if act == "take_in" else dataset.leave_out)(names)
             case "focus":
                 key, x, y = id.split("/")
                 dataset.set_focus(dataset.named(key), (float(x), float(y)))
             case "unfocus":
                 dataset.set_focus(dataset.named(id), None)
             case "edit":
-                return self._captions([dataset.named(id)])
+                return self._captions((dataset.named(id),))
             # The buttons of a finding: `id` is its code.
             case "finding":
                 names = of_finding(dataset.now, id)
-                dataset.show(filter=f"finding:{id}", open=names[0] if names else "")
+                dataset.show(filter=f"finding:{id}", open=next(iter(names), ""))
             case "keep_best":
                 dataset.leave_out(dataset_report.copies(dataset.now, id))
             case "leave_finding":
@@ -157,14 +142,7 @@ class DatasetTab:
                 return self._captions(of_finding(dataset.now, id))
         return None
 
-    def _captions(self, names: list[str] | tuple[str, ...]) -> Updates:
+    def _captions(self, names: tuple[str, ...]) -> Updates:
         """Shows these pictures in the caption editor."""
-        self.dataset.show(search="", only=tuple(names))
+        self.dataset.show(search="", only=names)
         return self.ctx.page.select("captioning")
-
-    def _step(self, by: int) -> None:
-        """Opens the next picture of the filter, and the page that it stands on."""
-        dataset = self.dataset
-        names = filtered(dataset.now, dataset.shown.filter) or dataset.now.names
-        at = neighbour(names, dataset.shown.open, by)
-        dataset.show(open=names[at], page=page_of(len(names), at // PER_PAGE)[0])

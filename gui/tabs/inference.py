@@ -25,19 +25,14 @@ from gui.state.inference_files import PER_PAGE, InferenceFiles
 from gui.state.inference_request import Added, Choice
 from gui.widgets import drawings
 from gui.widgets.drop_zone import drop_zone, uploaded
-from gui.widgets.fault_card import fix_of, keep_companions
-from gui.widgets.lora_export import lora_export as export_panel
-from gui.widgets.lora_list import lora_list
-from gui.widgets.lora_list import lora_names as names_panel
+from gui.widgets.fault_card import chosen_fix
+from gui.widgets.lora_export import lora_export
+from gui.widgets.lora_list import lora_list, lora_names
 from gui.widgets.panel import panel
 from gui.widgets.picture_grid import neighbour
 
 DROPPED = [".png", ".safetensors"]
 KINDS = ("draw", "compare", "sweep", "checkpoints")
-
-
-def build(ctx: Context) -> Inference:
-    return Inference(ctx)
 
 
 class Inference:
@@ -59,56 +54,49 @@ class Inference:
                 self.large = panel("draw-large", "drawing_view", dense=True)
         self.gallery = panel("gallery", dense=True)
 
-        page = ctx.page
+        page, seed = ctx.page, self.inputs["seed"]
         for name, component in self.inputs.items():
-            page.on(component.input, functools.partial(self._typed, name), [component])
-        # What a script put in (lora_completion.js) is told when the box is left.
-        for name in ("prompt", "negative"):
-            page.on(self.inputs[name].blur, functools.partial(self._typed, name),
-                    [self.inputs[name]])
-        page.on(self.dice.click, self.roll, outputs=[self.seed])
-        page.on_panel(self.actions, self.start, list(self.inputs.values()), outputs=[self.seed])
-        page.on_panel(self.loras, self.change)
-        page.on_panel(self.drop, self.take, fill=True)
-        page.on_panel(self.export, self.send)
-        for area in (self.status, self.large, self.gallery):
-            page.on_panel(area, self.act, fill=True)
+            # What a script put in (lora_completion.js) is told when the box is left.
+            blur = [component.blur] if name in ("prompt", "negative") else []
+            page.on(functools.partial(self._typed, name), component.input, *blur,
+                    inputs=[component])
+        page.on(self.roll, self.dice.click, outputs=[seed])
+        page.on(self.start, self.actions, inputs=list(self.inputs.values()), outputs=[seed])
+        page.on(self.change, self.loras)
+        page.on(self.take, self.drop, fill=True)
+        page.on(self.send, self.export)
+        page.on(self.act, self.status, self.large, self.gallery, fill=True)
 
     def _build_inputs(self) -> None:
-        tr = self.ctx.tr
-        self.prompt = gr.Textbox(label=tr("prompt"), lines=2, max_lines=5, elem_id="prompt",
-                                 placeholder=tr("tab_inference.prompt_hint"))
-        self.negative = gr.Textbox(label=tr("negative"), lines=1, max_lines=4,
-                                   elem_id="negative")
+        tr, auto = self.ctx.tr, self.ctx.tr("tab_inference.auto")
+        # By the names that the project knows them by.
+        inputs = self.inputs = dict[str, Any]()
+        inputs["prompt"] = gr.Textbox(label=tr("prompt"), lines=2, max_lines=5, elem_id="prompt",
+                                      placeholder=tr("tab_inference.prompt_hint"))
+        inputs["negative"] = gr.Textbox(label=tr("negative"), max_lines=4, elem_id="negative")
         with gr.Row(elem_id="draw-numbers"):
-            self.seed = gr.Number(label=tr("seed"), precision=0, value=42, min_width=110,
-                                  elem_id="seed", minimum=0)
+            inputs["seed"] = gr.Number(
+                label=tr("seed"), precision=0, value=42, minimum=0, min_width=110, elem_id="seed")
             with gr.Column(min_width=130, elem_id="seed-acts"):
                 self.dice = gr.Button(tr("new_seed"), size="sm", min_width=90, elem_id="dice")
-                self.same = gr.Checkbox(label=tr("tab_inference.same_seed"), value=True,
-                                        container=False, elem_id="same-seed")
-            self.count = gr.Number(label=tr("count"), precision=0, value=1, min_width=80,
-                                   elem_id="draw-count", minimum=1)
-            self.steps = gr.Number(label=tr("draw_steps"), precision=0, min_width=80,
-                                   elem_id="draw-steps", minimum=1,
-                                   placeholder=tr("tab_inference.auto"))
+                inputs["same_seed"] = gr.Checkbox(label=tr("tab_inference.same_seed"), value=True,
+                                                  container=False, elem_id="same-seed")
+            inputs["count"] = gr.Number(label=tr("count"), precision=0, value=1, minimum=1,
+                                        min_width=80, elem_id="draw-count")
+            inputs["steps"] = gr.Number(label=tr("draw_steps"), precision=0, minimum=1,
+                                        placeholder=auto, min_width=80, elem_id="draw-steps")
         with gr.Row(elem_id="draw-more"):
-            self.cfg = gr.Number(label=tr("cfg"), min_width=100, elem_id="draw-cfg", minimum=0,
-                                 placeholder=tr("tab_inference.auto"))
-            self.sampler = gr.Dropdown(
-                [(tr("tab_inference.auto"), "auto"),
-                 *((label, name) for name, (label, _, _) in SAMPLERS.items())],
-                value="auto", label=tr("tab_inference.sampler"), min_width=150,
-                elem_id="draw-sampler")
-            self.size = gr.Textbox(label=tr("size"), placeholder=tr("size_hint"), min_width=130,
-                                   elem_id="size")
-            self.skip = gr.Number(label=tr("tab_inference.clip_skip"), precision=0, minimum=1,
-                                  maximum=12, placeholder=tr("tab_inference.auto"),
-                                  min_width=90, elem_id="draw-clip-skip")
-        self.inputs = {"prompt": self.prompt, "negative": self.negative, "seed": self.seed,
-                       "steps": self.steps, "cfg": self.cfg, "size": self.size,
-                       "sampler": self.sampler, "clip_skip": self.skip, "count": self.count,
-                       "same_seed": self.same}
+            inputs["cfg"] = gr.Number(
+                label=tr("cfg"), minimum=0, placeholder=auto, min_width=100, elem_id="draw-cfg")
+            samplers = [(label, name) for name, (label, _, _) in SAMPLERS.items()]
+            inputs["sampler"] = gr.Dropdown(
+                [(auto, "auto"), *samplers], value="auto", label=tr("tab_inference.sampler"),
+                min_width=150, elem_id="draw-sampler")
+            inputs["size"] = gr.Textbox(
+                label=tr("size"), placeholder=tr("size_hint"), min_width=130, elem_id="size")
+            inputs["clip_skip"] = gr.Number(
+                label=tr("tab_inference.clip_skip"), precision=0, minimum=1, maximum=12,
+                placeholder=auto, min_width=90, elem_id="draw-clip-skip")
 
     def _typed(self, name: str, value: Any) -> None:
         self._keep_typed({name: value})
@@ -117,8 +105,7 @@ class Inference:
         """Saves values that differ from those shown: untouched defaults stay defaults."""
         snap = self.ctx.app_state.snapshot()
         shown = request.typed(snap, request.lora_choices(snap, self.files))
-        if changed := {name: value for name, value in values.items() if value != shown[name]}:
-            self._keep(changed)
+        self._keep({name: value for name, value in values.items() if value != shown[name]})
 
     def _keep(self, values: Mapping[str, Any]) -> None:
         actions.keep_drawing(self.ctx.app_state, values)
@@ -137,12 +124,11 @@ class Inference:
         if self._ready not in (None, ready):
             ctx.app_state.filled()
         self._ready = ready
-        return {self.loras: lora_list(ctx, snap, files), self.names: names_panel(snap, files),
-                self.actions: drawings.actions(ctx, snap, files),
-                self.status: drawings.status(ctx, snap, files),
-                self.large: drawings.large(ctx, snap, files),
-                self.gallery: drawings.gallery(ctx, snap, files),
-                self.export: export_panel(ctx, snap, files)}
+        painters = {self.loras: lora_list, self.export: lora_export, self.large: drawings.large,
+                    self.actions: drawings.actions, self.status: drawings.status,
+                    self.gallery: drawings.gallery}
+        return {self.names: lora_names(snap, files),
+                **{area: html(ctx, snap, files) for area, html in painters.items()}}
 
     def fill(self, snap: Snapshot) -> Updates:
         self.files.look_for_places()
@@ -159,10 +145,10 @@ class Inference:
             self.ctx.page.tell(self.ctx.tr("tab_inference.preview_asked"))
         if act not in KINDS:
             return None
-        values = dict(zip(self.inputs, inputs, strict=True))
-        updates = None if values["same_seed"] else self.roll()
-        if updates:
-            values["seed"] = updates[self.seed]
+        values, updates = dict(zip(self.inputs, inputs, strict=True)), None
+        if not values["same_seed"]:
+            updates = self.roll()
+            values["seed"] = updates[self.inputs["seed"]]
         config, name = request.job(app_state.snapshot(), self.files, act, values, id or "auto")
         app_state.jobs.start(config, name=name, job="generate")
         self._keep_typed(values)
@@ -173,14 +159,13 @@ class Inference:
         """Chooses another seed."""
         seed = random.randrange(2**31)
         self._keep({"seed": seed})
-        return {self.seed: seed}
+        return {self.inputs["seed"]: seed}
 
     # --- LoRAs ---
 
     def change(self, act: str, id: str) -> Updates | None:
         """Buttons, lists and sliders of the LoRA box."""
-        app_state = self.ctx.app_state
-        snap = app_state.snapshot()
+        app_state, snap = self.ctx.app_state, self.ctx.app_state.snapshot()
         choices = request.lora_choices(snap, self.files)
         loras = request.added(snap, choices)
         match act:
@@ -256,9 +241,8 @@ class Inference:
                  if tag.name in known and request.LEAST <= tag.weight <= request.MOST
                  and tag.text is None}
 
-        def without_listed(tag: Any) -> str:
-            return "" if known.get(tag[1].strip()) in loras else str(tag[0])
-        prompt = library.TAG.sub(without_listed, picture.prompt).strip()
+        prompt = library.TAG.sub(lambda tag: "" if known.get(tag[1].strip()) in loras else tag[0],
+                                 picture.prompt).strip()
         values = {"prompt": prompt, "negative": picture.negative, "seed": picture.seed,
                   "steps": picture.steps, "cfg": picture.cfg, "size": picture.size,
                   "sampler": picture.sampler or "auto", "same_seed": True, "count": 1}
@@ -269,13 +253,12 @@ class Inference:
                    | {"clip_skip": picture.clip_skip} | request.own_list(added, choices))
         missing = [tag.name for tag in library.split_prompt(prompt)[1]
                    if tag.name not in request.names(choices)]
-        self.ctx.page.tell(tr("tab_inference.picture_taken", file=file))
+        tell = self.ctx.page.tell
+        tell(tr("tab_inference.picture_taken", file=file))
         if missing:
-            self.ctx.page.tell(tr("tab_inference.loras_missing", names=", ".join(missing)),
-                               kind="warning")
+            tell(tr("tab_inference.loras_missing", names=", ".join(missing)), kind="warning")
         if picture.unknown_sampler:
-            self.ctx.page.tell(tr("tab_inference.other_sampler", name=picture.unknown_sampler),
-                               kind="warning")
+            tell(tr("tab_inference.other_sampler", name=picture.unknown_sampler), kind="warning")
 
     # --- pictures ---
 
@@ -295,26 +278,20 @@ class Inference:
                 files.undelete()
             case "step" if id in ("1", "-1"):
                 # The next picture, and the page that it stands on.
-                ids = [drawings.id_of(*picture)
-                       for picture in files.pictures(app_state.snapshot())]
-                if ids:
+                if ids := [drawings.id_of(*picture)
+                           for picture in files.pictures(app_state.snapshot())]:
                     at = neighbour(ids, files.open, int(id))
                     files.show(open=ids[at], page=at // PER_PAGE)
             case "fix":
-                # 'run/2': the drawing with its fault's third fix, which the project keeps.
-                run_id, _, number = id.rpartition("/")
-                view = app_state.jobs.view(run_id)
-                changes = fix_of(view, number)
-                keep_companions(self.ctx, str(view.config.get("base", "")), changes)
-                app_state.jobs.start(request.again(view, changes), name=view.name,
-                                     job="generate")
+                view, changes = chosen_fix(self.ctx, id)
+                app_state.jobs.start(request.again(view, changes), name=view.name, job="generate")
             case "again" | "delete" | "as_preview":
                 self._use(act, id)
         return None
 
     def _use(self, act: str, id: str) -> None:
         """Deletes a picture, or takes its settings or its prompt."""
-        snap, tr, app_state = self.ctx.app_state.snapshot(), self.ctx.tr, self.ctx.app_state
+        snap, tr = self.ctx.app_state.snapshot(), self.ctx.tr
         picture = drawings.find(self.files.pictures(snap), id)
         if picture is None:
             raise UserError("tab_inference.picture_gone")
@@ -328,8 +305,8 @@ class Inference:
             self._keep(request.settings_of(view, number) | loras)
             self.ctx.page.tell(tr("tab_inference.again_done"))
         else:
-            prompts, every = snap.config.sample_prompts, snap.config.sample_every
-            app_state.projects.edit(sample_prompts=[*dict.fromkeys([*prompts, sample.prompt])])
+            every, prompts = snap.config.sample_every, [*snap.config.sample_prompts, sample.prompt]
+            self.ctx.app_state.projects.edit(sample_prompts=[*dict.fromkeys(prompts)])
             key = "preview_added" if every else "preview_never"
             self.ctx.page.tell(tr(f"tab_inference.{key}", every=every))
 
@@ -337,14 +314,12 @@ class Inference:
 
     def send(self, act: str, message: str) -> None:
         """`message`: file, program and folder as JSON. The file must be one that is added."""
-        form = json_of(message, dict)
-        app_state = self.ctx.app_state
-        snap = app_state.snapshot()
-        loras = request.added(snap, request.lora_choices(snap, self.files))
+        form, snap = json_of(message, dict), self.ctx.app_state.snapshot()
         file, program = str(form.get("file", "")), str(form.get("program", ""))
-        if act != "export" or program not in export.PROGRAMS or not any(
-                lora.file == file for lora in loras):
-            return
-        folder = export.target_folder(str(form.get("folder", "")), program)
-        self.files.export(Path(file), program, folder, self.ctx.tr, self.ctx.language)
-        app_state.settings.change(exports={**snap.settings.exports, program: str(folder)})
+        loras = request.added(snap, request.lora_choices(snap, self.files))
+        if (act == "export" and program in export.PROGRAMS
+                and any(lora.file == file for lora in loras)):
+            folder = export.target_folder(str(form.get("folder", "")), program)
+            self.files.export(self.ctx, Path(file), program, folder)
+            self.ctx.app_state.settings.change(
+                exports={**snap.settings.exports, program: str(folder)})

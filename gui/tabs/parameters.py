@@ -5,6 +5,7 @@ What its panels' buttons do stands in gui/actions.py.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import gradio as gr
@@ -17,6 +18,7 @@ from core.workspace import presets
 from gui import actions, checklist
 from gui.html import acts, button
 from gui.state.app_state import Context, Snapshot, Updates
+from gui.state.dataset_view import absolute
 from gui.state.form import Form, keys_of
 from gui.tabs.run import RunView
 from gui.widgets.base_chooser import base_chooser
@@ -32,10 +34,6 @@ BASIC = ("output_name", "epochs", "learning_rate", "lora_rank", "batch_size", "m
 CONFIG_FILES = (".yaml", ".yml", ".safetensors", *FOREIGN)
 
 
-def build(ctx: Context) -> Parameters:
-    return Parameters(ctx)
-
-
 class Parameters:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
@@ -47,18 +45,17 @@ class Parameters:
                 self.checks = panel("checklist", scale=3)
                 self.start = gr.Button(ctx.tr("start"), variant="primary", elem_id="start",
                                        scale=1, interactive=False, min_width=220)
-        ctx.page.on(self.start.click, self.begin, fill=True)
         self.run = RunView(ctx)
         self.compare, self.history = panel("run-compare"), panel("history")
-        ctx.page.on_panel(self.compare, self.act, fill=True)
-        ctx.page.on_panel(self.history, self.act, fill=True)
+        ctx.page.on(self.begin, self.start.click, fill=True)
+        ctx.page.on(functools.partial(actions.act, ctx), self.welcome, self.bases, self.native,
+                    self.presets, self.memory, self.compare, self.history, fill=True)
 
     # --- building ---
 
     def _build_setup(self) -> None:
         ctx = self.ctx
         self.welcome = panel("welcome")
-        ctx.page.on_panel(self.welcome, self.act, fill=True)
         with gr.Row(equal_height=True):
             self.base = gr.Dropdown([(ctx.tr("base_demo"), "demo")], allow_custom_value=True,
                                     label=ctx.tr("base_model"), info=ctx.tr("base_model_help"),
@@ -78,17 +75,15 @@ class Parameters:
                 for keys in (BASIC[:3], BASIC[3:], ["output_dir"]):
                     with gr.Row():
                         self.form.add(keys)
-        ctx.page.on(self.base.input, self.choose_base, [self.base], fill=True)
-        ctx.page.on(self.purpose.input, self.choose_purpose, [self.purpose], fill=True)
-        for area in (self.bases, self.native, self.presets, self.memory):
-            ctx.page.on_panel(area, self.act, fill=True)
+        ctx.page.on(self.choose_base, self.base.input, inputs=[self.base], fill=True)
+        ctx.page.on(self.choose_purpose, self.purpose.input, inputs=[self.purpose], fill=True)
 
     def _build_more(self) -> None:
         ctx = self.ctx
         for level in ("advanced", "expert"):
             keys = keys_of(level)
-            title = ctx.tr(f"level_{level}", count=len(keys))
-            with gr.Accordion(title, open=False, elem_id=f"level-{level}"):
+            with gr.Accordion(ctx.tr(f"level_{level}", count=len(keys)), open=False,
+                              elem_id=f"level-{level}"):
                 for n in range(0, len(keys), 4):
                     with gr.Row():
                         self.form.add(keys[n:n + 4])
@@ -98,15 +93,14 @@ class Parameters:
             with gr.Row():
                 take = gr.Button(ctx.tr("yaml_take"), elem_id="yaml-take")
                 self.file = drop_zone(ctx, "yaml-file", CONFIG_FILES, "drop_config", ("files",))
-        ctx.page.on(take.click, self.take_yaml, [self.yaml], fill=True)
-        ctx.page.on_panel(self.file, self.take_file, fill=True)
+        ctx.page.on(self.take_yaml, take.click, inputs=[self.yaml], fill=True)
+        ctx.page.on(self.take_file, self.file, fill=True)
 
     # --- painting ---
 
     def label(self, snap: Snapshot) -> str:
-        active = snap.active
-        mark = " ●" if active and active.job == "train" else ""
-        return f"3 {self.ctx.tr('tab_parameters')}{mark}"
+        training = snap.active and snap.active.job == "train"
+        return f"3 {self.ctx.tr('tab_parameters')}" + (" ●" if training else "")
 
     def paint(self, snap: Snapshot) -> Updates:
         ctx, shown = self.ctx, snap.shown
@@ -127,37 +121,31 @@ class Parameters:
                 **self.form.paint(snap), **self.run.paint(snap)}
 
     def fill(self, snap: Snapshot) -> Updates:
-        project = snap.project
-        base = str(project.edits.get("base_model", ""))
+        base = str(snap.project.edits.get("base_model", ""))
         return {self.base: gr.update(value=base or None, choices=bases(self.ctx, snap)),
-                self.purpose: project.purpose, self.yaml: dump_yaml(snap.config),
+                self.purpose: snap.project.purpose, self.yaml: dump_yaml(snap.config),
                 **self.form.fill(snap)}
 
     # --- acting ---
-
-    def act(self, act: str, id: str) -> Updates | None:
-        """Buttons of the tab's panels."""
-        return actions.act(self.ctx, act, id)
 
     def choose_base(self, value: str | None) -> None:
         app_state = self.ctx.app_state
         text = str(value or "").strip().strip('"')
         app_state.projects.edit(base_model=text or None)
-        family = app_state.projects.now.edits.get("family", "auto")
         # Raises UserError where nothing is there: the page tells it at once.
-        presets.family_of(text, family=family)
+        presets.family_of(text, family=app_state.projects.now.edits.get("family", "auto"))
         app_state.replan(self.ctx.language)
 
     def choose_purpose(self, value: str) -> None:
         app_state = self.ctx.app_state
-        project = app_state.projects.now
+        chosen = app_state.projects.now.chosen()
         app_state.projects.change(purpose=value)
         # A chosen preset is exchanged for the same card of the other purpose.
-        if chosen := project.chosen():
-            same = next((preset for preset in presets.list_presets(family=chosen.family)
-                         if preset.purpose == value and preset.title == chosen.title), None)
-            if same:
-                actions.choose_preset(app_state, same.slug)
+        same = chosen and next((
+            preset for preset in presets.list_presets(family=chosen.family)
+            if (preset.purpose, preset.title) == (value, chosen.title)), None)
+        if same:
+            actions.choose_preset(app_state, same.slug)
         app_state.replan(self.ctx.language)
 
     def take_yaml(self, text: str) -> None:
@@ -220,11 +208,10 @@ def native(ctx: Context, snap: Snapshot) -> str:
 
 def startable(config: TrainConfig) -> TrainConfig:
     """The config with absolute paths: users don't know the working folder of the window."""
-    def full(text: str) -> str:
-        return str(Path(text).expanduser().absolute()) if text else ""
-    base = config.base_model if config.base_model == "demo" else full(config.base_model)
-    tokenizer = config.tokenizer if config.tokenizer == "shipped" else full(config.tokenizer)
+    # Words that are no paths.
+    words = {"base_model": "demo", "tokenizer": "shipped"}
+    keys = ("train_data_dir", "base_model", "vae", "tokenizer", "output_dir", "metadata_path")
+    paths = {key: absolute(path) for key in keys
+             if (path := getattr(config, key)) != words.get(key)}
     return config.with_changes(
-        train_data_dir=full(config.train_data_dir), base_model=base, vae=full(config.vae),
-        text_encoders=[full(path) for path in config.text_encoders], tokenizer=tokenizer,
-        output_dir=full(config.output_dir), metadata_path=full(config.metadata_path))
+        text_encoders=[absolute(path) for path in config.text_encoders], **paths)

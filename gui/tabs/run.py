@@ -17,17 +17,8 @@ from core.jobs.runs import JobView, resume_of
 from gui import actions
 from gui.html import acts, bar, box, button, card, clock, duration, esc, small, speed
 from gui.state.app_state import Context, Snapshot, Updates
-from gui.state.desktop import open_folder
-from gui.state.run_files import folder_of, lora_file, lora_of
-from gui.widgets.fault_card import (
-    fault_card,
-    fix_of,
-    folder,
-    keep_companions,
-    known_remedies,
-    remedies,
-    unhappy,
-)
+from gui.state.run_files import lora_file, lora_of
+from gui.widgets import fault_card
 from gui.widgets.memory_bar import memory_bar
 from gui.widgets.panel import panel
 from gui.widgets.runs.loss_chart import ema, loss_chart
@@ -54,14 +45,13 @@ class RunView:
                 with gr.Column(scale=2, min_width=340):
                     self.memory = panel("run-memory")
                     self.notes = panel("run-notes")
-        ctx.page.on_panel(self.head, self.act, fill=True)
+        ctx.page.on(self.act, self.head, fill=True)
 
     def paint(self, snap: Snapshot) -> Updates:
-        view = snap.shown
+        ctx, view = self.ctx, snap.shown
         if view is None:
             return {self.column: gr.update(visible=False), self.head: "", self.chart: "",
                     self.previews: "", self.memory: "", self.notes: ""}
-        ctx = self.ctx
         return {self.column: gr.update(visible=True), self.head: head(ctx, view, snap),
                 self.chart: loss_chart(ctx, view.losses, view.validations, view.total),
                 self.previews: box(ctx.tr("previews"), previews(ctx, view)),
@@ -76,29 +66,22 @@ class RunView:
                 app_state.jobs.ask(id, act)
             case "stop":
                 app_state.jobs.stop(id)
-            case "resume":
-                app_state.projects.change(run=app_state.jobs.resume(id))
+            case "resume" | "folder":
+                actions.act(self.ctx, act, id)
             case "fix":
-                # 'run/2': the run's config with the changes of its fault's third fix.
-                run_id, _, number = id.rpartition("/")
-                view = app_state.jobs.view(run_id)
-                changes = fix_of(view, number)
-                keep_companions(self.ctx, str(view.config.get("base_model", "")), changes)
-                self._again(view, changes)
+                self._again(*fault_card.chosen_fix(self.ctx, id))
             case "remedy":
                 # 'run/oom_start/advisor.do_batch': the same with that remedy of the symptom.
                 run_id, symptom, key = [*id.split("/"), "", ""][:3]
                 view = app_state.jobs.view(run_id)
-                remedy = next((remedy for remedy in known_remedies(self.ctx, view, symptom)
-                               if remedy["key"] == key), None)
-                if not remedy or not remedy["changes"]:
+                changes = next((remedy["changes"] for remedy in fault_card.known_remedies(
+                    self.ctx, view, symptom) if remedy["key"] == key), None)
+                if not changes:
                     raise UserError("gui.no_fix")
-                self._again(view, remedy["changes"])
+                self._again(view, changes)
             case "symptom":
                 run_id, _, symptom = id.partition("/")
-                remedies(self.ctx, app_state.jobs.view(run_id), symptom, "")
-            case "folder":
-                open_folder(folder_of(app_state.jobs.view(id)))
+                fault_card.remedies(self.ctx, app_state.jobs.view(run_id), symptom, "")
             case "back":
                 app_state.projects.change(run="")
             case "try":
@@ -124,17 +107,15 @@ class RunView:
 
 def head(ctx: Context, view: JobView, snap: Snapshot) -> str:
     """What happens and can be done; below it, what must be known of the run."""
+    # A bar of the updates; before there are any, of the phase.
+    done, total = (view.step, view.total) if view.total else (view.phase_done, view.phase_total)
     log = log_end(view) if view.fault and view.over else ""
-    return (f'<section class="box run {view.state}">{title(ctx, view)}{progress(ctx, view)}'
-            f'{phases(ctx, view)}{buttons(ctx, view, snap)}</section>'
-            f'{fault_card(ctx, view, log)}{verdicts(ctx, view)}{alarms(ctx, view)}'
-            f'{finished(ctx, view)}')
-
-
-def alarms(ctx: Context, view: JobView) -> str:
-    """Notes that decide whether the LoRA will be of use."""
-    return "".join(card("warning", ctx.tr("look_at_this"), ctx.tr(note.key, **note.params))
-                   for note in view.notes if note.key in ALARMS)
+    alarms = "".join(card("warning", ctx.tr("look_at_this"), ctx.tr(note.key, **note.params))
+                     for note in view.notes if note.key in ALARMS)
+    return (f'<section class="box run {view.state}">{title(ctx, view)}'
+            f'{bar(done, total, ctx.tr("progress"), view.state)}{phases(ctx, view)}'
+            f'{buttons(ctx, view, snap)}</section>{fault_card.fault_card(ctx, view, log)}'
+            f'{verdicts(ctx, view)}{alarms}{finished(ctx, view)}')
 
 
 def verdicts(ctx: Context, view: JobView) -> str:
@@ -159,10 +140,8 @@ def title(ctx: Context, view: JobView) -> str:
     tr, running = ctx.tr, view.state == "running"
     state = tr(f"phase_{ALIAS.get(view.phase, view.phase)}" if running and view.phase
                else f"state_{view.state}")
-    facts = []
-    if view.total:
-        facts.append(tr("step_of", step=view.step, total=view.total))
-        facts.append(tr("epoch_n", epoch=f"{view.epoch:.1f}"))
+    facts = [tr("step_of", step=view.step, total=view.total),
+             tr("epoch_n", epoch=f"{view.epoch:.1f}")] if view.total else []
     if running and view.phase == "train" and view.steps_per_s:
         facts.append(speed(ctx, view.steps_per_s))
         if view.eta_s:
@@ -180,28 +159,20 @@ def title(ctx: Context, view: JobView) -> str:
     return f'<p class="title" aria-live="off">{line}</p>'
 
 
-def progress(ctx: Context, view: JobView) -> str:
-    """A bar of the updates; before there are any, of the phase."""
-    share = view.step / view.total if view.total else 0.0
-    if not view.total and view.phase_total:
-        share = view.phase_done / view.phase_total
-    return bar(share, ctx.tr("progress"), view.state)
-
-
 def phases(ctx: Context, view: JobView) -> str:
     """download ✓ load ✓ cache ✓ train ● save: colour is not the only sign."""
     now = ALIAS.get(view.phase, view.phase)
     at = PHASES.index(now) if now in PHASES else -1
     done = len(PHASES) if view.state == "done" else at
-    items = []
+    items = ""
     for number, name in enumerate(PHASES):
         sign, kind = ("✓", "done") if number < done else ("○", "")
         if number == at and view.state != "done":
             sign, kind = ("■", "") if view.over else ("●", "now")
         count = (f" {view.phase_done}/{view.phase_total}" if number == at and view.phase_total
                  and name != "train" and not view.over else "")
-        items.append(f'<li class="{kind}">{esc(ctx.tr(f"phase_{name}"))}{count} {sign}</li>')
-    return f'<ol class="phases">{"".join(items)}</ol>'
+        items += f'<li class="{kind}">{esc(ctx.tr(f"phase_{name}"))}{count} {sign}</li>'
+    return f'<ol class="phases">{items}</ol>'
 
 
 def buttons(ctx: Context, view: JobView, snap: Snapshot) -> str:
@@ -213,7 +184,7 @@ def buttons(ctx: Context, view: JobView, snap: Snapshot) -> str:
         if view.state != "done" and view.fault is None:
             resume = button(tr("resume"), "resume", view.id, once=True,
                             why_not="" if view.checkpoints else tr("no_checkpoint"),
-                            kind="" if lora_of(view) is not None else "primary")
+                            kind="" if view.checkpoints else "primary")
         return acts(resume, button(tr("back_to_settings"), "back"))
     if view.state == "queued":
         reason = tr("waits_for", name=snap.active.name) if snap.active else tr("starts_soon")
@@ -223,10 +194,9 @@ def buttons(ctx: Context, view: JobView, snap: Snapshot) -> str:
     if view.state not in ("running", "paused"):
         why_not = tr(f"not_while_{view.state}")
     paused = view.state == "paused"
-    return acts(button(tr("go_on" if paused else "pause"), "go" if paused else "pause", view.id,
-                       why_not=why_not),
-                button(tr("preview_now"), "sample", view.id, why_not=why_not),
-                button(tr("save_now"), "save", view.id, why_not=why_not),
+    turn = ("go_on", "go") if paused else ("pause", "pause")
+    return acts(*(button(tr(key), act, view.id, why_not=why_not)
+                  for key, act in (turn, ("preview_now", "sample"), ("save_now", "save"))),
                 button(tr("stop_and_save"), "stop", view.id, kind="primary",
                        why_not=tr("not_while_stopping") if view.state == "stopping" else ""))
 
@@ -236,15 +206,14 @@ def finished(ctx: Context, view: JobView) -> str:
     number = lora_of(view)
     if not view.over or number is None:
         return ""
-    point = view.checkpoints[number]
-    first = said_first(view.result)
+    point, first = view.checkpoints[number], said_first(view.result)
     key = "finished" if view.state == "done" and not first else "saved_at"
     buttons = acts(
-        button(ctx.tr("try_it"), "try", view.id, kind="primary"), folder(ctx, view),
+        button(ctx.tr("try_it"), "try", view.id, kind="primary"), fault_card.folder(ctx, view),
         f'<a class="act" href="/lora/{esc(view.id)}/{number}" download>'
         f'{esc(ctx.tr("download_lora"))}</a>')
-    return card("info" if first else "good", ctx.tr(key, step=point.step),
-                ctx.tr("saved_as", file=lora_file(point)), html=buttons + unhappy(ctx, view))
+    return card("info" if first else "good", ctx.tr(key, step=point.step), ctx.tr(
+        "saved_as", file=lora_file(point)), html=buttons + fault_card.unhappy(ctx, view))
 
 
 # --- the sides ---
@@ -261,9 +230,8 @@ def memory(ctx: Context, view: JobView) -> str:
 
 def notes(ctx: Context, view: JobView) -> str:
     """The run's notes in words, the newest first."""
-    lines = [(note.at, ctx.tr(note.key, **note.params)) for note in view.notes]
-    lines += [(point.at, ctx.tr("note_saved", step=point.step)) for point in view.checkpoints]
-    lines.sort(key=lambda line: line[0], reverse=True)
-    items = "".join(f"<li><time>{clock(at)}</time> {esc(text)}</li>"
-                    for at, text in lines[:MOST_NOTES])
+    lines = [*((note.at, ctx.tr(note.key, **note.params)) for note in view.notes),
+             *((point.at, ctx.tr("note_saved", step=point.step)) for point in view.checkpoints)]
+    newest = sorted(lines, key=lambda line: line[0], reverse=True)[:MOST_NOTES]
+    items = "".join(f"<li><time>{clock(at)}</time> {esc(text)}</li>" for at, text in newest)
     return f'<ul class="notes">{items}</ul>' if items else small(ctx.tr("no_notes"))

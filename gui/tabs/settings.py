@@ -16,27 +16,25 @@ from gui.widgets.fault_card import diagnostics
 from gui.widgets.panel import panel
 
 
-def build(ctx: Context) -> SettingsTab:
-    return SettingsTab(ctx)
-
-
 class SettingsTab:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
+        tr = ctx.tr
         with gr.Row():
-            self.output = gr.Textbox(label=ctx.tr("output_root"), info=ctx.tr("output_root_help"),
-                                     elem_id="output-root")
-            self.mirror = gr.Textbox(label=ctx.tr("tab_settings.mirror"), elem_id="mirror",
-                                     info=ctx.tr("tab_settings.mirror_help"))
-        self.folders = gr.Textbox(label=ctx.tr("tab_settings.model_folders"), lines=2, max_lines=8,
-                                  info=ctx.tr("tab_settings.model_folders_help"),
-                                  elem_id="model-folders")
+            self.output = gr.Textbox(
+                label=tr("output_root"), info=tr("output_root_help"), elem_id="output-root")
+            self.mirror = gr.Textbox(label=tr("tab_settings.mirror"), elem_id="mirror",
+                                     info=tr("tab_settings.mirror_help"))
+        self.folders = gr.Textbox(
+            label=tr("tab_settings.model_folders"), info=tr("tab_settings.model_folders_help"),
+            lines=2, max_lines=8, elem_id="model-folders")
         with gr.Row():
-            save = gr.Button(ctx.tr("save_settings"), variant="primary", elem_id="save-settings",
+            save = gr.Button(tr("save_settings"), variant="primary", elem_id="save-settings",
                              scale=0, min_width=200)
         self.facts = panel("facts")
-        ctx.page.on(save.click, self.save, [self.output, self.mirror, self.folders], fill=True)
-        ctx.page.on_panel(self.facts, self.act, fill=True)
+        ctx.page.on(self.save, save.click, inputs=[self.output, self.mirror, self.folders],
+                    fill=True)
+        ctx.page.on(self.act, self.facts, fill=True)
 
     def label(self, snap: Snapshot) -> str:
         return self.ctx.tr("tab_settings")
@@ -59,8 +57,8 @@ class SettingsTab:
     def act(self, act: str, id: str) -> Updates | None:
         app_state = self.ctx.app_state
         if act == "open":
-            folder = (bug_report.log_folder() if id == "logs"
-                      else app_state.settings.now.output_folder)
+            output = app_state.settings.now.output_folder
+            folder = bug_report.log_folder() if id == "logs" else output
             folder.mkdir(parents=True, exist_ok=True)
             open_folder(folder)
         elif act == "introduction":

@@ -32,10 +32,9 @@ def matching(dataset: DatasetView, trigger: str = "") -> tuple[str, ...]:
     read."""
     state, shown = dataset.now, dataset.shown
     scope = frozenset(shown.only or state.names)
-    names = tuple(name for name in state.names if name in scope)
+    captions = {name: state.captions.get(name, "") for name in state.names if name in scope}
     if not shown.search.strip():
-        return names
-    captions = {name: state.captions.get(name, "") for name in names}
+        return tuple(captions)
     return tuple(caption_search.find(shown.search, captions, trigger,
                                      dataset.count_tokens or count_words))
 
@@ -44,19 +43,11 @@ def count_words(text: str) -> int:
     return len(text.split())
 
 
-def token_limit(dataset: DatasetView) -> int:
-    """The most tokens of a caption that the base reads; the folder was checked for that base."""
-    report = dataset.now.report
-    return report.facts.token_limit if report else TrainConfig().max_tokens
-
-
 def next_empty(names: Sequence[str], captions: Mapping[str, str], page: int) -> int | None:
     """The page after this one that has a picture without caption, from the start again at the
     end; None: all have one."""
-    _, pages = page_of(len(names), 0, PER_PAGE)
-    without = {at // PER_PAGE for at, name in enumerate(names) if not captions.get(name)}
-    following = (number % pages for number in range(page + 1, page + 1 + pages))
-    return next((number for number in following if number in without), None)
+    without = [at // PER_PAGE for at, name in enumerate(names) if not captions.get(name)]
+    return next((number for number in without if number > page), next(iter(without), None))
 
 
 # --- rows ---
@@ -70,8 +61,8 @@ def rows(ctx: Context, dataset: DatasetView, names: Sequence[str]) -> str:
         button(tr(f"tab_captioning.{key}"), "search", search,
                pressed=shown.search == search and not shown.only)
         for search, key in (("", "all"), ("empty", "without")))
-    only = f'<span>{esc(tr("tab_captioning.only", count=len(shown.only)))}</span>' \
-        if shown.only else ""
+    if shown.only:
+        filters += f'<span>{esc(tr("tab_captioning.only", count=len(shown.only)))}</span>'
     # The buttons tell what would be undone or done again.
     history = "".join(
         button(tr(f"tab_captioning.{step}"), step,
@@ -79,21 +70,19 @@ def rows(ctx: Context, dataset: DatasetView, names: Sequence[str]) -> str:
                why_not="" if action else tr(f"tab_captioning.no_{step}"))
         for step, action in (("undo", state.undo), ("redo", state.redo)))
     page, pages = page_of(len(names), shown.rows, PER_PAGE)
-    items = "".join(_row(ctx, dataset, name)
-                    for name in names[page * PER_PAGE:(page + 1) * PER_PAGE])
+    items = "".join(_row(ctx, dataset, name) for name in names[page * PER_PAGE:][:PER_PAGE])
     empty = "" if items else f'<p class="none">{esc(tr("tab_captioning.none_found"))}</p>'
-    return (f'<div class="tools">{filters}{only}<span class="spring"></span>{history}</div>'
+    return (f'<div class="tools">{filters}<span class="spring"></span>{history}</div>'
             f'{empty}<ul class="rows">{items}</ul>{pager(ctx, page, pages, len(names))}'
             + small(tr("tab_captioning.keys")))
 
 
 def _row(ctx: Context, dataset: DatasetView, name: str) -> str:
-    state = dataset.now
-    left_out = name in state.chosen.left_out
-    css = ' class="out"' if left_out else ""
-    title = f"{name} · {ctx.tr('tab_dataset.is_left_out')}" if left_out else name
-    locked = state.locked.get(name, "")
-    reason = small(ctx.tr(f"captions.{locked}", picture=name, file="")) if locked else ""
+    css, title, reason = "", name, ""
+    if name in dataset.now.chosen.left_out:
+        css, title = ' class="out"', f"{name} · {ctx.tr('tab_dataset.is_left_out')}"
+    if locked := dataset.now.locked.get(name):
+        reason = small(ctx.tr(f"captions.{locked}", picture=name, file=""))
     return (f'<li{css}><img src="{address(dataset, name)}" alt="" loading="lazy"><div>'
             f'<span class="name">{esc(title)}</span>'
             f'<textarea data-key="{dataset.key(name)}" rows="2" spellcheck="true" '
@@ -103,21 +92,22 @@ def _row(ctx: Context, dataset: DatasetView, name: str) -> str:
 
 def texts(ctx: Context, dataset: DatasetView, names: Sequence[str]) -> str:
     """The captions of the page, by key, as JSON in an attribute."""
+    state, report = dataset.now, dataset.now.report
+    # The most tokens that the base reads; the folder was checked for that base.
+    limit = report.facts.token_limit if report else TrainConfig().max_tokens
     # The tokenizer is loaded in a thread: words are counted until it is there.
-    exact, limit = dataset.count_tokens is not None, token_limit(dataset)
-    count = dataset.count_tokens or count_words
+    exact, count = dataset.count_tokens is not None, dataset.count_tokens or count_words
     page, _ = page_of(len(names), dataset.shown.rows, PER_PAGE)
     data: dict[str, dict[str, Any]] = {}
-    for name in names[page * PER_PAGE:(page + 1) * PER_PAGE]:
-        caption = dataset.now.captions.get(name, "")
+    for name in names[page * PER_PAGE:][:PER_PAGE]:
+        caption = state.captions.get(name, "")
         length = count(caption)
+        shown = f"{length}/{limit}" if exact else ctx.tr("tab_captioning.words_n", count=length)
+        said = ctx.tr(f"tab_captioning.count_{'tokens' if exact else 'words'}", count=length,
+                      limit=limit)
         data[dataset.key(name)] = {
-            "text": caption, "locked": dataset.now.locked.get(name, ""),
-            "count": (f"{length}/{limit}" if exact
-                      else ctx.tr("tab_captioning.words_n", count=length)),
-            "over": exact and length > limit,
-            "said": ctx.tr(f"tab_captioning.count_{'tokens' if exact else 'words'}",
-                           count=length, limit=limit)}
+            "text": caption, "locked": state.locked.get(name, ""), "count": shown,
+            "over": exact and length > limit, "said": said}
     return f'<div hidden data-texts="{esc(json.dumps(data, ensure_ascii=False))}"></div>'
 
 
@@ -153,10 +143,10 @@ def statistics(ctx: Context, state: State) -> str:
                   f'<small>{count}</small></button>'
                   f'<button type="button" data-act="remove_{kind}" data-id="{esc(word)}" '
                   f'title="{remove}" aria-label="{remove}">×</button></li>')
-    more = len(counts) - MOST_TAGS
-    rest = small(tr("tab_captioning.more_words", count=more)) if more > 0 else ""
-    return box(tr(f"tab_captioning.most_{kind}"), f'<ul class="tags">{items}</ul>{rest}'
-               + small(tr("tab_captioning.stats_help")))
+    html = f'<ul class="tags">{items}</ul>'
+    if (more := len(counts) - MOST_TAGS) > 0:
+        html += small(tr("tab_captioning.more_words", count=more))
+    return box(tr(f"tab_captioning.most_{kind}"), html + small(tr("tab_captioning.stats_help")))
 
 
 def search_of(kind: str, word: str) -> str:
@@ -183,11 +173,9 @@ def difference(before: str, after: str) -> str:
     old, new = before.split(" "), after.split(" ")
     parts: list[str] = []
     for kind, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        gone, come = esc(" ".join(old[a:b])), esc(" ".join(new[c:d]))
         if kind == "equal":
-            parts.append(esc(" ".join(old[a:b])))
-            continue
-        if a < b:
-            parts.append(f"<del>{esc(' '.join(old[a:b]))}</del>")
-        if c < d:
-            parts.append(f"<ins>{esc(' '.join(new[c:d]))}</ins>")
+            parts.append(gone)
+        else:
+            parts += [f"<del>{gone}</del>"] * (a < b) + [f"<ins>{come}</ins>"] * (c < d)
     return " ".join(parts)

@@ -17,7 +17,7 @@ def close_dialog(ctx: Context, snap: Snapshot) -> str:
     stay = acts(button(tr("close.stay"), "stay").replace("<button", "<button data-cancel", 1))
     if snap.closing == "stopping":
         text = tr("close.stopping", name=name)
-        return _dialog("stopping", text, bar(1.0, text, "busy") + stay)
+        return _dialog("stopping", text, bar(1, 1, text, "busy") + stay)
     choices = "".join(
         f'<p>{button(tr(f"close.{choice}"), f"{choice}_run", kind=kind)}'
         f'<br><small>{esc(tr(f"close.{choice}_about", name=name))}</small></p>'

@@ -37,27 +37,21 @@ def holder(snap: Snapshot) -> JobView | None:
 def actions(ctx: Context, snap: Snapshot, files: InferenceFiles) -> str:
     """The buttons that draw; while a run holds the machine also those that don't wait for it."""
     tr, busy = ctx.tr, holder(snap)
-    choices = request.lora_choices(snap, files)
-    loras = request.added(snap, choices)
+    loras = request.added(snap, request.lora_choices(snap, files))
     points = request.checkpoints(snap, loras[0].file) if loras else []
     no_lora = "" if loras else tr("gui.no_lora")
     no_points = no_lora or ("" if len(points) > 1 else tr("tab_inference.one_checkpoint"))
-    steps = " · ".join(str(point.step) for point in points[:4]) + (
-        " …" if len(points) > 4 else "")
+    steps = " · ".join(str(point.step) for point in points[:4]) + " …" * (len(points) > 4)
     sweep = " · ".join(f"{weight:g}" for weight in request.SWEEP)
     weight = f"{(loras[0].weight if loras else 0) or DEFAULT_WEIGHT:g}"
     # Of several LoRAs the first alone is compared; the others stay as they are.
     hint = tr("tab_inference.of_first") if len(loras) > 1 else ""
-    if busy:
-        draw = (button(tr("tab_inference.queue_after"), "draw", kind="primary", hint="Ctrl+Enter")
-                + button(tr("tab_inference.on_cpu"), "draw", "cpu",
-                         hint=tr("tab_inference.on_cpu_help")))
-    else:
-        drawing = any(not view.over and view.job == "generate" for view in snap.runs)
-        draw = button(tr("generate_queued" if drawing else "generate"), "draw", kind="primary",
-                      hint="Ctrl+Enter")
+    drawing = any(not view.over and view.job == "generate" for view in snap.runs)
+    key = "tab_inference.queue_after" if busy else "generate_queued" if drawing else "generate"
     return (_busy(ctx, snap, busy) if busy else "") + acts(
-        draw,
+        button(tr(key), "draw", kind="primary", hint="Ctrl+Enter"),
+        button(tr("tab_inference.on_cpu"), "draw", "cpu", hint=tr("tab_inference.on_cpu_help"))
+        if busy else "",
         button(tr("tab_inference.compare", weight=weight), "compare", why_not=no_lora, hint=hint),
         button(tr("tab_inference.sweep", weights=sweep), "sweep", why_not=no_lora, hint=hint),
         button(tr("tab_inference.checkpoints", steps=steps), "checkpoints", why_not=no_points,
@@ -74,9 +68,9 @@ def _busy(ctx: Context, snap: Snapshot, busy: JobView) -> str:
         why_not = tr("tab_inference.no_training")
     preview = button(tr("tab_inference.preview_in_run"), "preview", busy.id, why_not=why_not,
                      hint=tr("tab_inference.preview_help"))
-    key = "busy_gpu" if snap.gauge.kind != "cpu" else "busy_cpu"
-    return card("info", tr(f"tab_inference.{key}", name=busy.name),
-                tr("tab_inference.busy_help"), html=acts(preview))
+    key = "busy_cpu" if snap.gauge.kind == "cpu" else "busy_gpu"
+    return card("info", tr(f"tab_inference.{key}", name=busy.name), tr("tab_inference.busy_help"),
+                html=acts(preview))
 
 
 # --- how it goes ---
@@ -112,19 +106,18 @@ def _progress(ctx: Context, snap: Snapshot, view: JobView) -> str:
         return card("info", text, html=acts(button(tr("leave_queue"), "stop", view.id)))
     total = request.total_of(view)
     done = min(sum(sample.step != SHEET for sample in view.samples) + 1, total)
-    text = tr("drawing", done=done, total=total) if drawing else tr("tab_inference.loading")
+    text = tr("drawing" if drawing else "tab_inference.loading", done=done, total=total)
     parts = [text]
     if view.eta_s and drawing:
         parts.append(tr("left", time=duration(ctx, view.eta_s),
                         clock=clock(view.updated + view.eta_s)))
     if view.beside:
         parts.append(tr("tab_inference.cpu"))
-    stop = button(tr("stop"), "stop", view.id,
-                  why_not=tr("not_while_stopping") if view.state == "stopping" else "")
-    share = view.phase_done / view.phase_total if view.phase_total else 0.0
-    row = acts(f'<span>{esc(" · ".join(parts))}</span><span class="spring"></span>', stop)
-    return (f'<section class="box" data-key="{esc(view.id)}">{bar(share, text, view.state)}{row}'
-            f'</section>{_notes(ctx, view)}')
+    html = bar(view.phase_done, view.phase_total, text, view.state) + acts(
+        f'<span>{esc(" · ".join(parts))}</span><span class="spring"></span>',
+        button(tr("stop"), "stop", view.id,
+               why_not=tr("not_while_stopping") if view.state == "stopping" else ""))
+    return f'<section class="box" data-key="{esc(view.id)}">{html}</section>{_notes(ctx, view)}'
 
 
 # --- one of them, large ---
@@ -137,9 +130,9 @@ def large(ctx: Context, snap: Snapshot, files: InferenceFiles) -> str:
         last = pictures[0][0]
         if compared := slider(ctx, last):
             return compared
-        newest = [picture for picture in pictures if picture[0] is last]
-        sheets = [(view, number) for view, number in newest if view.samples[number].step == SHEET]
-        chosen = (sheets or newest)[0]
+        sheets = ((view, number) for view, number in pictures
+                  if view is last and view.samples[number].step == SHEET)
+        chosen = next(sheets, pictures[0])
     return _large(ctx, files, *chosen) if chosen else ""
 
 
@@ -178,8 +171,7 @@ def _scaling(view: JobView) -> str:
 
 def _large(ctx: Context, files: InferenceFiles, view: JobView, number: int) -> str:
     tr, id, sample = ctx.tr, id_of(view, number), view.samples[number]
-    address = f"/picture/{esc(view.id)}/{number}?full=1"
-    sheet = sample.step == SHEET
+    address, sheet = f"/picture/{esc(view.id)}/{number}?full=1", sample.step == SHEET
     buttons = [
         button(tr("tab_inference.use_again"), "again", id),
         "" if sheet else button(tr("tab_inference.as_preview"), "as_preview", id,
@@ -190,16 +182,21 @@ def _large(ctx: Context, files: InferenceFiles, view: JobView, number: int) -> s
         buttons = [button("←", "step", "-1", hint=tr("tab_dataset.previous_picture")),
                    button("→", "step", "1", hint=tr("tab_dataset.next_picture")), *buttons,
                    button(tr("tab_dataset.close"), "close")]
-    table = fact_table((label, text) for label, text in facts(ctx, view, number) if text)
+    table = fact_table(fact for fact in facts(ctx, view, number) if fact[1])
     return (f'<section class="box drawn" data-key="{esc(id)}" tabindex="-1"><a href="{address}" '
             f'target="_blank"><img class="{"sheet" if sheet else _scaling(view)}" '
             f'src="{address}" alt="{esc(sample.prompt)}"></a>{acts(*buttons)}{table}</section>')
 
 
+def _loras(ctx: Context, view: JobView, number: int) -> str:
+    """mia-v1 0.8, other 1"""
+    loras = request.loras_of(view, number)
+    return ", ".join(f"{lora.name} {lora.weight:g}" for lora in loras) or ctx.tr("base_alone")
+
+
 def facts(ctx: Context, view: JobView, number: int) -> list[tuple[str, str]]:
     """What made a picture, as (label, text)."""
     tr, config, sample = ctx.tr, view.config, view.samples[number]
-    loras = ", ".join(f"{lora.name} {lora.weight:g}" for lora in request.loras_of(view, number))
     steps, cfg = config.get("steps"), config.get("cfg")
     # Numbers that the job left to the base stand in the picture itself.
     if None in (steps, cfg):
@@ -207,12 +204,11 @@ def facts(ctx: Context, view: JobView, number: int) -> list[tuple[str, str]]:
             written = png_info.read(Path(sample.path))
             steps, cfg = steps or written.steps, written.cfg if cfg is None else cfg
     numbers = [f"{tr('seed')} {sample.seed}", f"{tr('draw_steps')} {steps}" if steps else "",
-               f"CFG {cfg:g}" if cfg is not None else "",
-               str(config.get("sampler") or ""),
+               f"CFG {cfg:g}" if cfg is not None else "", str(config.get("sampler") or ""),
                str(config.get("size") or "").replace(",", " × ")]
     return [(tr("prompt"), str(config.get("prompt") or sample.prompt)),
             (tr("negative"), str(config.get("negative") or "")),
-            ("LoRA", loras or tr("base_alone")),
+            ("LoRA", _loras(ctx, view, number)),
             (tr("base_model"), base_name(ctx, str(config.get("base") or ""))),
             (tr("tab_inference.numbers"), " · ".join(filter(None, numbers))),
             (tr("tab_inference.when"), clock(sample.at))]
@@ -222,14 +218,14 @@ def facts(ctx: Context, view: JobView, number: int) -> list[tuple[str, str]]:
 
 def gallery(ctx: Context, snap: Snapshot, files: InferenceFiles) -> str:
     """Newest first, each with what made it."""
-    tr, pictures = ctx.tr, files.pictures(snap)
-    undo = button(tr("tab_inference.undelete", count=len(files.deleted)), "undelete") \
-        if files.deleted else ""
+    tr, pictures, undo = ctx.tr, files.pictures(snap), ""
+    if files.deleted:
+        undo = button(tr("tab_inference.undelete", count=len(files.deleted)), "undelete")
     if not pictures:
         return acts(undo)
     page, pages = page_of(len(pictures), files.page, PER_PAGE)
-    cells = "".join(_picture(ctx, files, view, number)
-                    for view, number in pictures[page * PER_PAGE:(page + 1) * PER_PAGE])
+    cells = "".join(_picture(ctx, files, *picture)
+                    for picture in pictures[page * PER_PAGE:][:PER_PAGE])
     turn = pager(ctx, page, pages, len(pictures)) if pages > 1 else ""
     return (f'<div class="tools"><h3>{esc(tr("tab_inference.gallery", count=len(pictures)))}</h3>'
             f'<span class="spring"></span>{undo}</div><div class="gallery">{cells}</div>{turn}')
@@ -237,8 +233,7 @@ def gallery(ctx: Context, snap: Snapshot, files: InferenceFiles) -> str:
 
 def _picture(ctx: Context, files: InferenceFiles, view: JobView, number: int) -> str:
     tr, id, sample = ctx.tr, id_of(view, number), view.samples[number]
-    loras = ", ".join(f"{lora.name} {lora.weight:g}"
-                      for lora in request.loras_of(view, number)) or tr("base_alone")
+    loras = _loras(ctx, view, number)
     kind = tr("tab_inference.sheet") if sample.step == SHEET else f"{tr('seed')} {sample.seed}"
     buttons = acts(button(tr("tab_inference.again_short"), "again", id, kind="link"),
                    button(tr("tab_inference.delete"), "delete", id, kind="link"))

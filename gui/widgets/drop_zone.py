@@ -18,9 +18,8 @@ def drop_zone(ctx: Context, name: str, suffixes: Iterable[str],
               subject: str = "tab_dataset", choose: Iterable[str] = ("files", "folder")) -> gr.HTML:
     """Its clicks tell ("dropped", paths as JSON): see `uploaded`. `subject`: whose sentences tell
     which files fit. `choose`: the buttons, files | folder."""
-    tr = ctx.tr
-    known = list(suffixes)
-    pattern = "(" + "|".join(re.escape(suffix) for suffix in known) + ")$"
+    tr, known = ctx.tr, list(suffixes)
+    pattern = f"({'|'.join(map(re.escape, known))})$"
     # These buttons open a dialog in the page (drop_zone.js) and report nothing by themselves.
     buttons = acts(*(button(tr(f"tab_dataset.choose_{kind}"), "").replace(
         'data-act=""', f'data-choose="{kind}"') for kind in choose))

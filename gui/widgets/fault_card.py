@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from core.config import COMPANIONS, TrainConfig
@@ -17,6 +16,7 @@ from gui.state.app_state import Context
 MOST_REMEDIES = 5
 # What can be wrong with the pictures of a run that went through.
 SYMPTOMS = ("weak", "overtrained", "loss_swings")
+MEMORY_FAULTS = ("jobs.out_of_gpu_memory", "jobs.out_of_memory", "jobs.killed")
 
 
 def fault_card(ctx: Context, view: JobView, log: str = "") -> str:
@@ -31,40 +31,42 @@ def fault_card(ctx: Context, view: JobView, log: str = "") -> str:
     if view.checkpoints and view.job == "train":
         fixes.append(button(tr("resume"), "resume", view.id, once=True,
                             kind="" if fixes else "primary"))
-    symptom = symptom_of(view)
-    answers = remedies(ctx, view, symptom, tr("remedies.memory")) if symptom else ""
+    answers = ""
+    if view.job == "train" and fault.code in MEMORY_FAULTS:
+        symptom = "oom_run" if view.step > 1 else "oom_start"
+        answers = remedies(ctx, view, symptom, tr("remedies.memory"))
     trace = "\n".join(filter(None, (fault.code, fault.details.strip(), log.strip())))
-    more = details(tr("details"), f"<pre>{esc(trace)}</pre>") if trace else ""
+    more = details(tr("details"), f"<pre>{esc(trace)}</pre>")
     # Sentences format numbers by themselves; a path or an error comes as its text.
     params = {key: value if isinstance(value, (int, float)) else str(value)
               for key, value in fault.params.items()}
     where = tr("fault_at_step", step=view.step) if view.step else ""
-    return card(
-        "fault", tr("fault_interrupted" if view.state == "interrupted" else "fault_failed",
-                    name=view.name),
-        " ".join(filter(None, (where, tr(fault.code, **params)))),
-        html=acts(*fixes, diagnostics(ctx, view.id), folder(ctx, view)) + answers + more)
+    key = "fault_interrupted" if view.state == "interrupted" else "fault_failed"
+    return card("fault", tr(key, name=view.name), f"{where} {tr(fault.code, **params)}".lstrip(),
+                html=acts(*fixes, diagnostics(ctx, view.id), folder(ctx, view)) + answers + more)
 
 
-def fix_of(view: JobView, number: str) -> dict[str, Any]:
-    """The changes of a fault's fix. Raises UserError where there is none of that number."""
+def chosen_fix(ctx: Context, id: str) -> tuple[JobView, dict[str, Any]]:
+    """'run/2' -> the run, and the changes of its fault's third fix. Raises UserError where there is
+    no such fix."""
+    run_id, _, number = id.rpartition("/")
+    view = ctx.app_state.jobs.view(run_id)
     if view.fault is None or not number.isdigit() or int(number) >= len(view.fault.fixes):
         raise UserError("gui.no_fix")
     changes: dict[str, Any] = view.fault.fixes[int(number)]["changes"]
-    return changes
-
-
-def keep_companions(ctx: Context, base: str, changes: Mapping[str, Any]) -> None:
-    """Saves in the project which files belong to its base, so that it is asked once only."""
+    # The project keeps which files belong to its base, so that it is asked once only. A training
+    # names its base `base_model`, a drawing `base`.
     companions = {key: value for key, value in changes.items() if key in COMPANIONS}
+    base = view.config.get("base_model", view.config.get("base"))
     if companions and base == ctx.app_state.projects.now.edits.get("base_model", "demo"):
         ctx.app_state.projects.edit(**companions)
         ctx.app_state.filled()
+    return view, changes
 
 
 def diagnostics(ctx: Context, run_id: str = "") -> str:
     """The button that copies the diagnostics; see live.js, which shows the three sentences."""
-    address = f"/diagnostics/{run_id}" if run_id else "/diagnostics"
+    address = "/diagnostics" + (f"/{run_id}" if run_id else "")
     sentences = "".join(
         f' data-{key.replace("_", "-")}="{esc(ctx.tr(f"close.{key}", lines="LINES"))}"'
         for key in ("copying", "copied", "copy_failed"))
@@ -79,14 +81,6 @@ def folder(ctx: Context, view: JobView) -> str:
 
 # --- what to change ---
 
-def symptom_of(view: JobView) -> str | None:
-    """The kind of a memory fault: before the first update or after; None: it is no memory fault."""
-    if view.fault is None or view.job != "train" or view.fault.code not in (
-            "jobs.out_of_gpu_memory", "jobs.out_of_memory", "jobs.killed"):
-        return None
-    return "oom_run" if view.step > 1 else "oom_start"
-
-
 def remedies(ctx: Context, view: JobView, symptom: str, title: str) -> str:
     """Answers of core/memory/troubleshooting.py, with what each saves by the plan."""
     key = f"{view.id}/{symptom}"
@@ -95,13 +89,13 @@ def remedies(ctx: Context, view: JobView, symptom: str, title: str) -> str:
     waits = small(ctx.tr("remedies.looking"), status=True) if planned is None else ""
     items = ""
     for remedy in known_remedies(ctx, view, symptom)[:MOST_REMEDIES]:
-        saves = remedy.get("saves_mb") or 0
-        gain = f' <small>{esc(ctx.tr("remedies.saves", mb=gigabytes(saves)))}</small>' \
-            if saves > 0 else ""
-        action = button(ctx.tr("remedies.retry"), "remedy", f"{key}/{remedy['key']}", once=True) \
-            if remedy["changes"] else '<span aria-hidden="true">•</span>'
-        items += (f'<li>{action}<span>{esc(ctx.tr(remedy["key"], **remedy["params"]))}{gain}'
-                  f'</span></li>')
+        text = esc(ctx.tr(remedy["key"], **remedy["params"]))
+        if (saves := remedy.get("saves_mb") or 0) > 0:
+            text += f' <small>{esc(ctx.tr("remedies.saves", mb=gigabytes(saves)))}</small>'
+        action = '<span aria-hidden="true">•</span>'
+        if remedy["changes"]:
+            action = button(ctx.tr("remedies.retry"), "remedy", f"{key}/{remedy['key']}", once=True)
+        items += f"<li>{action}<span>{text}</span></li>"
     if items:
         return f'<h4>{esc(title)}</h4><ul class="fixes">{items}</ul>{waits}'
     return waits or small(ctx.tr("remedies.none"))
@@ -112,11 +106,10 @@ def known_remedies(ctx: Context, view: JobView, symptom: str) -> list[dict[str, 
     planned = ctx.app_state.planning.now.remedies.get(f"{view.id}/{symptom}")
     if planned is not None:
         return planned
-    question = _question(ctx, view, symptom)
-    machine = ctx.app_state.machine
-    capabilities = relief.capabilities(machine) if machine else relief.Capabilities()
-    facts = core_remedies.Facts(capabilities=capabilities, updates=question["updates"],
-                                best_step=question["best_step"])
+    question, machine = _question(ctx, view, symptom), ctx.app_state.machine
+    facts = core_remedies.Facts(
+        capabilities=relief.capabilities(machine) if machine else relief.Capabilities(),
+        updates=question["updates"], best_step=question["best_step"])
     config = TrainConfig.model_validate(question["config"])
     # A smaller resolution needs the base's own size, which the planner alone reads.
     return [{"key": remedy.key, "params": dict(remedy.params), "changes": dict(remedy.changes)}

@@ -21,15 +21,14 @@ def lora_export(ctx: Context, snap: Snapshot, files: InferenceFiles) -> str:
         return ""
     titles = {choice.file: title_of(ctx, choice) for choice in choices}
     lora_options = "".join(option(lora.file, titles.get(lora.file, lora.name)) for lora in loras)
-    folders = {program: snap.settings.exports.get(program, "") for program in PROGRAMS}
+    folders, places = {program: snap.settings.exports.get(program, "") for program in PROGRAMS}, ""
     for place in files.places or ():
         folders[place.program] = folders[place.program] or str(place.folder)
+        places += option(str(place.folder), LABELS[place.program])
     first = next((program for program in PROGRAMS if folders[program]), "a1111")
     # The page's script puts the folder of the chosen program into the box.
     programs = "".join(option(program, LABELS[program], program == first,
                               f' data-folder="{esc(folders[program])}"') for program in PROGRAMS)
-    places = "".join(option(str(place.folder), LABELS[place.program])
-                     for place in files.places or ())
     form = (f'<form data-act="export" data-fields>'
             f'<label>LoRA <select name="file">{lora_options}</select></label>'
             f'<label>{esc(tr("tab_inference.program"))} <select name="program" data-folders>'

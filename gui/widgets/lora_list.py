@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 from core import paths
@@ -16,21 +17,18 @@ from gui.state.inference_request import Added, Choice
 
 def lora_list(ctx: Context, snap: Snapshot, files: InferenceFiles) -> str:
     """The whole box: base, added LoRAs with their weights, trigger words, what can be added."""
-    tr = ctx.tr
-    choices = request.lora_choices(snap, files)
-    loras = request.added(snap, choices)
-    base = request.base_of(snap, choices)
+    tr, choices = ctx.tr, request.lora_choices(snap, files)
+    loras, base = request.added(snap, choices), request.base_of(snap, choices)
     bases = "".join(option(path, base_name(ctx, path), path == base)
                     for path in request.bases(snap, choices))
     rows = "".join(_row(ctx, number, lora, choices, files) for number, lora in enumerate(loras))
-    triggers = ""
-    if words := request.triggers(snap, loras, choices, files):
-        chips = "".join(
-            f'<button type="button" class="act" data-word="{esc(word)}" '
-            f'title="{esc(tr("tab_inference.insert", word=word))}">+ {esc(word)}</button>'
-            for word in words)
+    triggers = "".join(
+        f'<button type="button" class="act" data-word="{esc(word)}" '
+        f'title="{esc(tr("tab_inference.insert", word=word))}">+ {esc(word)}</button>'
+        for word in request.triggers(loras, choices, files))
+    if triggers:
         triggers = (f'<p class="words"><span class="small">{esc(tr("tab_inference.triggers"))}'
-                    f'</span> {chips}</p>')
+                    f'</span> {triggers}</p>')
     return (f'<section class="box loras"><div class="tools"><h3>LoRA</h3>'
             f'<span class="spring"></span><label>{esc(tr("base_model"))} '
             f'<select data-pick="base" data-value="{esc(base)}">{bases}</select></label></div>'
@@ -48,19 +46,19 @@ def title_of(ctx: Context, choice: Choice) -> str:
     """mia-v1 · step 1500 · best"""
     if choice.run is None:
         return choice.name
-    kind = ctx.tr(choice.kind) if choice.kind else ""
-    return " · ".join(filter(None, (choice.run.name, ctx.tr("step_n", step=choice.step), kind)))
+    kind = f" · {ctx.tr(choice.kind)}" if choice.kind else ""
+    return f'{choice.run.name} · {ctx.tr("step_n", step=choice.step)}{kind}'
 
 
 def _row(ctx: Context, number: int, lora: Added, choices: list[Choice], files: InferenceFiles
          ) -> str:
     choice = next((choice for choice in choices if choice.file == lora.file), None)
     name = title_of(ctx, choice) if choice else lora.name
-    info = files.info(Path(lora.file))
-    gone = "" if info else (f'<small class="bad">'
-                            f'{esc(ctx.tr("tab_inference.lora_gone", file=lora.file))}</small>')
-    facts = ""
-    if info is not None and info.format not in NOT_LORA:
+    info, facts, gone = files.info(Path(lora.file)), "", ""
+    if info is None:
+        text = ctx.tr("tab_inference.lora_gone", file=lora.file)
+        gone = f'<small class="bad">{esc(text)}</small>'
+    elif info.format not in NOT_LORA:
         # The smallest and the largest rank, once where they are the same.
         ranks = "-".join(map(str, dict.fromkeys((*info.ranks[:1], *info.ranks[-1:]))))
         facts = " · ".join(filter(None, (info.family.upper(), f"rank {ranks}" if ranks else "",
@@ -84,20 +82,18 @@ def base_name(ctx: Context, base: str) -> str:
 def _adder(ctx: Context, loras: list[Added], choices: list[Choice]) -> str:
     """A list of the LoRAs that can be added, by run, and a box for a path."""
     tr = ctx.tr
-    added = {lora.file for lora in loras}
-    groups: dict[str, str] = {}
+    added, groups = {lora.file for lora in loras}, defaultdict[str, str](str)
     for choice in choices:
         if choice.file not in added:
             group = (f"{choice.run.name} · {clock(choice.run.created)}" if choice.run
                      else tr("tab_inference.files"))
-            groups[group] = groups.get(group, "") + option(choice.file, title_of(ctx, choice))
+            groups[group] += option(choice.file, title_of(ctx, choice))
     options = "".join(f'<optgroup label="{esc(group)}">{entries}</optgroup>'
                       for group, entries in groups.items())
     add, path = tr("tab_inference.add"), esc(tr("tab_inference.path"))
-    return (f'<div class="add"><select data-pick="add" aria-label="{esc(add)}">'
-            f'{option("", add)}{options}</select>'
-            f'<form data-act="add"><input type="text" placeholder="{path}" aria-label="{path}" '
-            f'autocomplete="off" spellcheck="false"><button class="act">'
+    return (f'<div class="add"><select data-pick="add" aria-label="{esc(add)}">{option("", add)}'
+            f'{options}</select><form data-act="add"><input type="text" placeholder="{path}" '
+            f'aria-label="{path}" autocomplete="off" spellcheck="false"><button class="act">'
             f'{esc(tr("tab_inference.add_path"))}</button></form></div>')
 
 
@@ -114,12 +110,11 @@ def _dropped(ctx: Context, files: InferenceFiles) -> str:
         tr("pictures_n", count=facts.pictures) if facts.pictures else "",
         facts.resolution.replace("x", " × ") + " px" if facts.resolution else "",
         f"LR {facts.learning_rate:g}" if facts.learning_rate else "", facts.made_by)))
-    lines = [(tr("tab_inference.trigger"), ", ".join(facts.trigger_words)),
-             (tr("tab_inference.best_base"), " · ".join(filter(None, (facts.base_model, family)))),
-             (tr("tab_inference.trained"), training),
-             (tr("tab_inference.common_tags"), ", ".join(tag for tag, _ in facts.tags[:8]))]
-    table = fact_table((label, text) for label, text in lines if text)
+    lines = {"trigger": ", ".join(facts.trigger_words),
+             "best_base": " · ".join(filter(None, (facts.base_model, family))),
+             "trained": training, "common_tags": ", ".join(tag for tag, _ in facts.tags[:8])}
+    table = fact_table((tr(f"tab_inference.{key}"), text) for key, text in lines.items() if text)
     take = button(tr("tab_inference.use_training"), "take_config") if facts.has_config else ""
-    buttons = acts(take, button(tr("tab_dataset.close"), "close_dropped"))
-    return (f'<section class="card info" data-key="dropped">'
-            f'<h3>{esc(facts.title or info.path.stem)}</h3>{table}{buttons}</section>')
+    return (f'<section class="card info" data-key="dropped"><h3>'
+            f'{esc(facts.title or info.path.stem)}</h3>{table}'
+            f'{acts(take, button(tr("tab_dataset.close"), "close_dropped"))}</section>')

@@ -20,21 +20,18 @@ SIGNS = {"fits": "✓", "tight": "⚠", "too_big": "✖"}
 
 def grouped(plan: Mapping[str, Any]) -> dict[str, float]:
     """MiB at the peak, by group; parts that no group names count as the system's."""
-    parts = {**plan["phases"].get(plan["peak"], {}), **plan["outside"]}
-    group_of = {part: group for group, members in _GROUPS.items() for part in members}
     groups = dict.fromkeys(_GROUPS, 0.0)
-    for part, mb in parts.items():
-        groups[group_of.get(part, "system")] += mb
+    for part, mb in {**plan["phases"].get(plan["peak"], {}), **plan["outside"]}.items():
+        group = next((group for group, members in _GROUPS.items() if part in members), "system")
+        groups[group] += mb
     return groups
 
 
-def memory_bar(ctx: Context, plan: Mapping[str, Any], live_mb: float | None = None,
+def memory_bar(ctx: Context, plan: Mapping[str, Any], held: float = 0.0,
                pending: bool = False) -> str:
-    """`plan`: core.memory.plan.as_dict's. `live_mb`: what the run holds now, MiB."""
-    machine = plan["machine"]
-    needs, free, total = plan["needs_mb"], machine["free_mb"], machine["total_mb"]
-    scale = max(needs, total) or 1.0
-    held = live_mb or 0.0
+    """`plan`: core.memory.plan.as_dict's. `held`: what the run holds now, MiB; 0: not known."""
+    needs, free = plan["needs_mb"], plan["machine"]["free_mb"]
+    scale = max(needs, plan["machine"]["total_mb"]) or 1.0
     # What is measured counts for more than what was planned.
     over = held > needs * (1 + MARGIN)
     verdict = ("too_big" if held > free else "tight") if over else plan["verdict"]

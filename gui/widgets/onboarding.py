@@ -28,20 +28,19 @@ def first_start(ctx: Context, snap: Snapshot, known: list[presets.Preset]) -> st
     marks = "".join(
         f'<li{" aria-current=step" if number == step else ""}>{number} '
         f'{esc(tr(f"first_start.step_{name}"))}</li>' for number, name in enumerate(STEPS, 1))
-    if STEPS[step - 1] == "folders":
-        body = _folders(ctx, snap)
-    elif STEPS[step - 1] == "machine":
-        body = _machine(ctx, snap.machine)
-    else:
-        body = f'<p>{esc(tr("first_start.choose"))}</p>' + preset_cards(
-            ctx, known, snap.project.preset, snap.project.purpose, snap.machine)
     back = button(tr("first_start.back"), "step", str(step - 1)) if step > 1 else ""
-    following = (button(tr("first_start.next"), "step", str(step + 1), kind="primary")
-                 if step < len(STEPS)
-                 else button(tr("first_start.end"), "welcomed", kind="primary"))
-    skip = button(tr("first_start.skip"), "welcomed", kind="link")
+    following = button(tr("first_start.next"), "step", str(step + 1), kind="primary")
+    match STEPS[step - 1]:
+        case "folders":
+            body = _folders(ctx, snap)
+        case "machine":
+            body = _machine(ctx, snap.machine)
+        case _:
+            body = f'<p>{esc(tr("first_start.choose"))}</p>' + preset_cards(
+                ctx, known, snap.project.preset, snap.project.purpose, snap.machine)
+            following = button(tr("first_start.end"), "welcomed", kind="primary")
     row = acts(back, following, button(tr("try_demo"), "demo"), '<span class="spring"></span>',
-               skip)
+               button(tr("first_start.skip"), "welcomed", kind="link"))
     title = esc(tr("welcome"))
     return (f'<section class="card info first" aria-label="{title}"><h3>{title}</h3>'
             f'<ol class="phases">{marks}</ol>{body}{row}</section>')
@@ -56,13 +55,10 @@ def _folders(ctx: Context, snap: Snapshot) -> str:
     rows = ""
     for kind, folder in (("pictures", snap.config.train_data_dir),
                          ("output", str(snap.settings.output_folder))):
-        if not folder:
-            state = "later"
-        elif Path(folder).expanduser().is_dir():
-            state = "is_there"
-        else:
-            # An output folder is made by the first run, pictures are not.
-            state = "not_there" if kind == "pictures" else "is_made"
+        # An output folder is made by the first run, pictures are not.
+        absent = "not_there" if kind == "pictures" else "is_made"
+        there = Path(folder).expanduser().is_dir()
+        state = "later" if not folder else "is_there" if there else absent
         choose = button(tr("close.choose_folder"), f"native_{kind}") if snap.native else ""
         rows += (f'<tr><th>{esc(tr(f"first_start.{kind}"))}</th><td>'
                  f'{field(f"set_{kind}", tr("first_start.path"), tr("first_start.take"), folder)}'
@@ -85,15 +81,16 @@ def _machine(ctx: Context, machine: Machine | None) -> str:
 
 def _what_fits(ctx: Context, machine: Machine, family: str) -> str:
     """The richest preset of a family that fits, else what the smallest would need."""
-    title = (ctx.tr("first_start.demo") if family == "demo"
-             else families.SPECS[family].short_title)
-    candidates = [preset for preset in presets.list_presets(family=family)
-                  if preset.purpose == presets.PURPOSE]
+    title = ctx.tr("first_start.demo") if family == "demo" else families.SPECS[family].short_title
+    # The richest first.
+    candidates = sorted(
+        (preset for preset in presets.list_presets(family=family)
+         if preset.purpose == presets.PURPOSE),
+        key=lambda preset: (preset.needs.vram_gb, preset.needs.ram_gb), reverse=True)
     for verdict, sign in (("fits", "✓"), ("tight", "⚠")):
-        if fitting := [preset for preset in candidates
-                       if presets.badge(preset, machine) == verdict]:
-            best = max(fitting, key=lambda preset: (preset.needs.vram_gb, preset.needs.ram_gb))
-            name = best.said("title", ctx.language)
-            return f'{sign} {ctx.tr(f"first_start.{verdict}", family=title, preset=name)}'
+        for preset in candidates:
+            if presets.badge(preset, machine) == verdict:
+                name = preset.said("title", ctx.language)
+                return f'{sign} {ctx.tr(f"first_start.{verdict}", family=title, preset=name)}'
     least = min((preset.needs.vram_gb or preset.needs.ram_gb for preset in candidates), default=0)
     return f'✖ {ctx.tr("first_start.too_big", family=title, gb=f"{least:g}")}'

@@ -17,22 +17,20 @@ FILTERS = ("all", "problems", "uncaptioned", "left_out")
 
 def filtered(state: State, filter: str) -> tuple[str, ...]:
     """The names that a filter leaves, in the folder's order; copies of a group stand together."""
-    match filter.partition(":"):
-        case ("problems", _, _):
-            return tuple(name for name in state.names if name in state.troubled)
-        case ("uncaptioned", _, _):
-            return tuple(name for name in state.training if not state.captions.get(name))
-        case ("left_out", _, _):
-            return tuple(name for name in state.names if name in state.chosen.left_out)
-        case ("finding", _, code):
-            return of_finding(state, code)
+    if filter.startswith("finding:"):
+        return of_finding(state, filter.removeprefix("finding:"))
+    if filter == "uncaptioned":
+        return tuple(name for name in state.training if not state.captions.get(name))
+    if filter in ("problems", "left_out"):
+        names = state.troubled if filter == "problems" else state.chosen.left_out
+        return tuple(name for name in state.names if name in names)
     return state.names
 
 
 def of_finding(state: State, code: str) -> tuple[str, ...]:
     """The pictures that findings of a code are about; copies of a group stand together."""
-    every = state.report.findings if state.report else ()
-    findings = [finding for finding in every if finding.code == code]
+    findings = [finding for finding in (state.report.findings if state.report else ())
+                if finding.code == code]
     names = [name for finding in findings for group in finding.groups for name in group]
     names = names or [subject.name for finding in findings for subject in finding.subjects]
     # A finding may be about a file that is no picture, or that was deleted since.
@@ -60,22 +58,20 @@ def grid(ctx: Context, dataset: DatasetView) -> str:
     tr, state, shown = ctx.tr, dataset.now, dataset.shown
     if not state.names:
         return ""
-    filters = [(tr(f"tab_dataset.filter_{key}"), key) for key in FILTERS]
-    if shown.filter.startswith("finding:"):
-        filters.append((tr("tab_dataset.filter_finding"), shown.filter))
-    toggles = "".join(button(label, "filter", key, pressed=key == shown.filter)
-                      for label, key in filters)
+    filters = [*FILTERS, *[shown.filter] * shown.filter.startswith("finding:")]
+    toggles = "".join(button(tr(f"tab_dataset.filter_{key.partition(':')[0]}"), "filter", key,
+                             pressed=key == shown.filter) for key in filters)
     # picture_grid.js enables these while tiles are selected, and writes how many into <b>.
     why_not = esc(tr("tab_dataset.select_first"))
     selected = "".join(
-        f'<button type="button" class="act" data-act="{act}" data-selected disabled '
-        f'data-whynot="{why_not}" title="{why_not}">{esc(tr(f"tab_dataset.{act}"))}<b></b>'
-        f'</button>' for act in ("leave_out", "take_in"))
+        f'<button type="button" class="act" data-act="{act}" data-selected disabled data-whynot='
+        f'"{why_not}" title="{why_not}">{esc(tr(f"tab_dataset.{act}"))}<b></b></button>'
+        for act in ("leave_out", "take_in"))
     names = filtered(state, shown.filter)
     page, pages = page_of(len(names), shown.page)
     troubled = state.troubled
     tiles = "".join(_tile(ctx, dataset, name, name in troubled)
-                    for name in names[page * PER_PAGE:(page + 1) * PER_PAGE])
+                    for name in names[page * PER_PAGE:][:PER_PAGE])
     empty = "" if tiles else f'<p class="none">{esc(tr("tab_dataset.none_here"))}</p>'
     return (f'<div class="tools">{toggles}<span class="spring"></span>{selected}</div>{empty}'
             f'<ul class="grid">{tiles}</ul>{pager(ctx, page, pages, len(names))}'
@@ -105,13 +101,14 @@ def pager(ctx: Context, page: int, pages: int, count: int) -> str:
     tr = ctx.tr
     first = "" if page else tr("tab_dataset.first_page")
     last = "" if page + 1 < pages else tr("tab_dataset.last_page")
-    turns = [button(tr(f"tab_dataset.{name}"), "page", str(to), why_not=why_not)
-             for name, to, why_not in (("first", 0, first), ("previous", page - 1, first),
-                                       ("next", page + 1, last), ("last", pages - 1, last))
-             if pages > 2 or name in ("previous", "next")]
+
+    def turn(name: str, to: int, why_not: str) -> str:
+        return button(tr(f"tab_dataset.{name}"), "page", str(to), why_not=why_not)
     where = f'<span>{esc(tr("tab_dataset.page", page=page + 1, pages=pages, count=count))}</span>'
-    half = len(turns) // 2
-    return f'<div class="tools">{"".join([*turns[:half], where, *turns[half:]])}</div>'
+    html = turn("previous", page - 1, first) + where + turn("next", page + 1, last)
+    if pages > 2:
+        html = turn("first", 0, first) + html + turn("last", pages - 1, last)
+    return f'<div class="tools">{html}</div>'
 
 
 def address(dataset: DatasetView, name: str, view: bool = False) -> str:
@@ -129,26 +126,21 @@ def large(ctx: Context, dataset: DatasetView) -> str:
         return ""
     tr, key = ctx.tr, dataset.key(name)
     toggle = "take_in" if name in state.chosen.left_out else "leave_out"
-    buttons = acts(
-        button(tr("tab_dataset.previous_picture"), "step", "-1"),
-        button(tr("tab_dataset.next_picture"), "step", "1"),
-        button(tr(f"tab_dataset.{toggle}"), toggle, key),
-        button(tr("tab_dataset.clear_focus"), "unfocus", key)
-        if name in state.chosen.focus else "",
-        button(tr("tab_dataset.edit_caption"), "edit", key),
-        button(tr("tab_dataset.close"), "close"))
+    unfocus = [("clear_focus", "unfocus", key)] * (name in state.chosen.focus)
+    buttons = acts(*(button(tr(f"tab_dataset.{label}"), act, id) for label, act, id in (
+        ("previous_picture", "step", "-1"), ("next_picture", "step", "1"), (toggle, toggle, key),
+        *unfocus, ("edit_caption", "edit", key), ("close", "close", ""))))
     planned, frame, facts = state.planned(name), "", tr("tab_dataset.not_planned")
     point = state.chosen.focus.get(name) or (planned.focus if planned else None)
-    if planned is not None:
+    if planned:
         (width, height), (wide, high) = planned.size, planned.crop.size
         facts = tr("tab_dataset.cut_none" if planned.cut == 0 else "tab_dataset.cut_some",
                    width=width, height=height, wide=wide, high=high,
                    cut=f"{100 * planned.cut:.0f}", scale=f"{planned.scale:.2f}")
         if planned.cut > 0:
-            left, top, wide_share, high_share = frame_of(planned.crop.source(planned.size),
-                                                         planned.size)
-            frame = (f'<i class="kept" style="left:{left:.2f}%;top:{top:.2f}%;'
-                     f'width:{wide_share:.2f}%;height:{high_share:.2f}%"></i>')
+            frame = ('<i class="kept" style="left:{:.2f}%;top:{:.2f}%;width:{:.2f}%;'
+                     'height:{:.2f}%"></i>').format(
+                         *frame_of(planned.crop.source(planned.size), planned.size))
     dot = at = ""
     if point:
         dot = f'<i class="dot" style="left:{100 * point[0]:.2f}%;top:{100 * point[1]:.2f}%"></i>'
@@ -164,6 +156,6 @@ def large(ctx: Context, dataset: DatasetView) -> str:
 
 def frame_of(source: Sequence[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
     """The part that a crop keeps, in % of the picture: left, top, width, height."""
-    left, top, right, bottom = source
-    return (100 * left / size[0], 100 * top / size[1], 100 * (right - left) / size[0],
-            100 * (bottom - top) / size[1])
+    (left, top, right, bottom), (width, height) = source, size
+    return (100 * left / width, 100 * top / height, 100 * (right - left) / width,
+            100 * (bottom - top) / height)

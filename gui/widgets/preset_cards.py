@@ -32,20 +32,18 @@ def preset_cards(ctx: Context, known: Sequence[Preset], chosen: str, purpose: st
                   f'aria-pressed="{str(pressed).lower()}">'
                   f'<b>{esc(preset.said("title", ctx.language))}</b>{badge}'
                   f'<span>{esc(preset.said("about", ctx.language))}</span></button>')
-    return (f'<div class="presets" role="group" aria-label="{esc(ctx.tr("presets"))}">'
-            f'{cards}</div>')
+    return f'<div class="presets" role="group" aria-label="{esc(ctx.tr("presets"))}">{cards}</div>'
 
 
 def own_presets(ctx: Context, chosen: Preset | None, removed: str) -> str:
     """Saves the settings as a preset, and renames or deletes a preset of the user's own."""
     tr = ctx.tr
-    save = field("save_preset", tr("presets.own_title"), tr("presets.own_save"))
-    change = undo = ""
-    if chosen is not None and presets.is_own(chosen):
-        change = (field("rename_preset", tr("presets.own_new_title"), tr("presets.own_rename"),
-                        chosen.said("title", ctx.language))
-                  + button(tr("presets.own_remove"), "remove_preset", chosen.slug))
+    html = field("save_preset", tr("presets.own_title"), tr("presets.own_save"))
+    if chosen and presets.is_own(chosen):
+        html += (field("rename_preset", tr("presets.own_new_title"), tr("presets.own_rename"),
+                       chosen.said("title", ctx.language))
+                 + button(tr("presets.own_remove"), "remove_preset", chosen.slug))
     if removed:
-        undo = (f'<span class="small" role="status">{esc(tr("presets.own_removed"))} '
-                f'{button(tr("run_history.undo"), "restore_preset", removed, kind="link")}</span>')
-    return details(tr("presets.own"), f'<div class="acts">{save}{change}{undo}</div>', "mine")
+        html += (f'<span class="small" role="status">{esc(tr("presets.own_removed"))} '
+                 f'{button(tr("run_history.undo"), "restore_preset", removed, kind="link")}</span>')
+    return details(tr("presets.own"), f'<div class="acts">{html}</div>', "mine")

@@ -30,8 +30,7 @@ def suggestion(ctx: Context, snap: Snapshot) -> str:
         # The gentlest changes that make it fit.
         nearest = answer.get("nearest") or {}
         if nearest.get("changes"):
-            changes = ", ".join(f"{tr(f'config_help.{key}')} {value_text(ctx, value)}"
-                                for key, value in nearest["changes"].items())
+            changes = ", ".join(setting(ctx, *change) for change in nearest["changes"].items())
             text = tr("nearest", changes=changes, needs=gigabytes(nearest["needs_mb"]))
             html += f'<p>{esc(text)} {button(tr("apply"), "nearest")}</p>'
         else:
@@ -39,16 +38,18 @@ def suggestion(ctx: Context, snap: Snapshot) -> str:
     return box(tr("this_machine"), html + _advice(ctx, snap, answer.get("suggestion")))
 
 
+def setting(ctx: Context, key: str, value: Any) -> str:
+    return f"{ctx.tr(f'config_help.{key}')} {value_text(ctx, value)}"
+
+
 def _advice(ctx: Context, snap: Snapshot, advice: dict[str, Any] | None) -> str:
     tr = ctx.tr
     # The suggestion comes after the plan: it weighs many plans.
     if not advice:
         return small(tr("advising"))
-    values = advice["values"]
-    current = snap.config.model_dump()
+    values, current = advice["values"], snap.config.model_dump()
     differs = [key for key in values if current.get(key) != values[key]]
-    short = " · ".join(f"{tr(f'config_help.{key}')} {value_text(ctx, values[key])}"
-                       for key in FIRST if key in values
+    short = " · ".join(setting(ctx, key, values[key]) for key in FIRST if key in values
                        and values[key] != TrainConfig.model_fields[key].default)
     action = (button(tr("apply"), "advice") if differs
               else f'<span class="small">✓ {esc(tr("advice_taken"))}</span>')

@@ -282,5 +282,5 @@ def test_handlers_refuse_strange_input(album: DatasetView) -> None:
     with pytest.raises(UserError):
         DatasetTab.act(tab, "leave_out", "abc")     # type: ignore[arg-type]
     DatasetTab.act(tab, "open", album.key("wide.png"))      # type: ignore[arg-type]
-    DatasetTab._step(tab, -1)                   # type: ignore[arg-type]
+    DatasetTab.act(tab, "step", "-1")                       # type: ignore[arg-type]
     assert album.shown.open == "torn.png"

@@ -105,7 +105,7 @@ def test_the_last_lora_is_ready_at_its_trigger(ctx: Context, tmp_path: Path) -> 
     assert wanted.added(snap, found) == [Added(found[0].file, 0.8)]
     usual = wanted.typed(snap, found)
     assert (usual["prompt"], usual["steps"], usual["cfg"]) == ("m1a", 16, 1.5)
-    assert wanted.triggers(snap, wanted.added(snap, found), found, desk()) == ["m1a"]
+    assert wanted.triggers(wanted.added(snap, found), found, desk()) == ["m1a"]
     tags = Tags(lora_list(ctx, snap, desk()))
     assert [a["value"] for tag, a in tags.seen if tag == "input" and "data-weight" in a] == [
         "0.8", "0.8"]
@@ -341,7 +341,7 @@ def test_what_is_dropped_is_taken(tab: Any, app_state: AppState, own_home: Path,
     snap = app_state.snapshot()
     found = wanted.lora_choices(snap, tab.files)
     assert wanted.added(snap, found) == [Added(str(kept))]
-    assert wanted.triggers(snap, wanted.added(snap, found), found, tab.files) == ["inky"]
+    assert wanted.triggers(wanted.added(snap, found), found, tab.files) == ["inky"]
     assert "inky" in lora_list(tab.ctx, snap, tab.files)
 
     from tests.inference.test_png_info import png

@@ -173,8 +173,8 @@ class Fake:
     def __init__(self) -> None:
         self.closed = threading.Event()
 
-    def choose(self, folder: bool, start: str) -> str:
-        return str(Path(start or "/") / ("folder" if folder else "file"))
+    def choose(self, folder: bool) -> str:
+        return str(Path("/") / ("folder" if folder else "file"))
 
     def close(self) -> None:
         self.closed.set()

@@ -239,7 +239,7 @@ def test_memory_is_grouped_and_nothing_is_lost(ctx: Context) -> None:
     assert shares == {"base": 3000.0, "activations": 2900.0, "lora": 400.0, "system": 700.0}
     assert sum(shares.values()) == 7000.0
     for verdict, sign in (("fits", "✓"), ("tight", "⚠"), ("too_big", "✖")):
-        text = memory_bar(ctx, plan_dict(verdict), live_mb=6000)
+        text = memory_bar(ctx, plan_dict(verdict), held=6000)
         Tags(text)
         assert sign in text
         assert "6.8 GB" in text
@@ -406,11 +406,11 @@ def test_header_names_card_project_and_queue(ctx: Context, tmp_path: Path) -> No
 
 
 def test_faults_of_handlers_become_messages(ctx: Context) -> None:
-    from gui.state.page import _Handler, _messages
+    from gui.state.page import _messages
 
     def fails() -> None:
         raise UserError("gui.no_lora")
-    said, *_ = ctx.page._handled(ctx, _Handler(None, fails, [], [], False, False))()
+    said, *_ = ctx.page._handled(ctx, fails, [], False, False)()
     (told,) = json.loads(said)
     assert told["text"] == i18n.tr("gui.no_lora", {}, ctx.language)
     assert told["kind"] == "warning"

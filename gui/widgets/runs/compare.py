@@ -21,8 +21,8 @@ NAMES = ("A", "B")
 def compare(ctx: Context, snap: Snapshot) -> str:
     """Empty until two runs are chosen that are still there."""
     tr = ctx.tr
-    chosen = [snap.run(str(id)) for id in snap.project.tabs.get("runs", {}).get("compare", [])]
-    views = [view for view in chosen if view is not None]
+    chosen = snap.project.tabs.get("runs", {}).get("compare", [])
+    views = list(filter(None, (snap.run(str(id)) for id in chosen)))
     if len(views) < 2:
         return small(tr("run_history.one_more") if views else "", status=True)
     names = " · ".join(f"{name}: {view.name}" for name, view in zip(NAMES, views, strict=False))
@@ -30,12 +30,11 @@ def compare(ctx: Context, snap: Snapshot) -> str:
     lines = [Curve(kind, f"{name} {view.name}", tuple(ema(view.losses)))
              for name, kind, view in zip(NAMES, ("smooth", "other"), views, strict=False)
              if len(view.losses) > 1]
-    losses = curves(ctx, lines, max(view.total for view in views)) if lines else small(
-        tr("no_loss_yet"))
-    stop = acts(button(tr("run_history.stop_comparing"), "compare", ""))
-    return (f'<section class="box" id="compared"><h3>{esc(tr("run_history.compared"))} '
-            f'{esc(names)}</h3>{losses}{_settings(ctx, views)}{_previews(ctx, views)}{stop}'
-            f'</section>')
+    losses = (curves(ctx, lines, max(view.total for view in views)) if lines
+              else small(tr("no_loss_yet")))
+    stop = acts(button(tr("run_history.stop_comparing"), "compare"))
+    return (f'<section class="box" id="compared"><h3>{esc(tr("run_history.compared"))} {esc(names)}'
+            f'</h3>{losses}{_settings(ctx, views)}{_previews(ctx, views)}{stop}</section>')
 
 
 def differences(first: JobView, second: JobView) -> list[tuple[str, object, object]]:
@@ -49,9 +48,8 @@ def differences(first: JobView, second: JobView) -> list[tuple[str, object, obje
 def _settings(ctx: Context, views: Sequence[JobView]) -> str:
     rows = ""
     for key, *values in differences(views[0], views[1]):
-        cells = "".join(
-            f'<td>{esc("–" if value in ("", None, []) else value_text(ctx, value))}</td>'
-            for value in values)
+        texts = ["–" if value in ("", None, []) else value_text(ctx, value) for value in values]
+        cells = "".join(f"<td>{esc(text)}</td>" for text in texts)
         rows += f"<tr><th>{esc(label(ctx, key))}</th>{cells}</tr>"
     if not rows:
         return small(ctx.tr("run_history.same_settings"))
@@ -61,13 +59,13 @@ def _settings(ctx: Context, views: Sequence[JobView]) -> str:
 
 def _previews(ctx: Context, views: Sequence[JobView]) -> str:
     """A row a run and prompt, a column a step; the same prompts stand below each other."""
-    steps = picked(sorted({sample.step for view in views for sample in view.samples}))
-    prompts = dict.fromkeys(sample.prompt for view in views for sample in view.samples)
-    if not steps:
+    samples = [sample for view in views for sample in view.samples]
+    if not samples:
         return small(ctx.tr("run_history.no_previews"))
+    steps = picked(sorted({sample.step for sample in samples}))
     head = "".join(f"<th>{esc(ctx.tr('step_n', step=step))}</th>" for step in steps)
     body = ""
-    for prompt in prompts:
+    for prompt in dict.fromkeys(sample.prompt for sample in samples):
         for name, view in zip(NAMES, views, strict=False):
             numbers = {sample.step: number for number, sample in enumerate(view.samples)
                        if sample.prompt == prompt}

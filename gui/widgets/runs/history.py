@@ -6,6 +6,7 @@ from core.jobs import history as records
 from core.jobs.runs import JobView
 from gui.html import acts, box, button, clock, duration, esc
 from gui.state.app_state import Context, Snapshot
+from gui.widgets.fault_card import folder
 from gui.widgets.picture_grid import page_of
 
 PER_PAGE = 10
@@ -35,8 +36,8 @@ def history(ctx: Context, snap: Snapshot) -> str:
             for sign, to, key in (("‹", page - 1, "newer"), ("›", page + 1, "older")))
         where = tr("run_history.page", page=page + 1, pages=pages)
         pager = acts(newer, f'<span class="small">{esc(where)}</span>', older)
-    table = f'<table class="history">{rows}</table>'
-    return _queue(ctx, snap) + box(tr("run_history.title"), table + pager + undo)
+    return _queue(ctx, snap) + box(tr("run_history.title"),
+                                   f'<table class="history">{rows}</table>{pager}{undo}')
 
 
 def _queue(ctx: Context, snap: Snapshot) -> str:
@@ -56,17 +57,17 @@ def _queue(ctx: Context, snap: Snapshot) -> str:
 def _row(ctx: Context, view: JobView, snap: Snapshot, compared: list[str]) -> str:
     tr = ctx.tr
     shown = snap.shown is not None and snap.shown.id == view.id
-    buttons = [button(tr("show"), "show", view.id, why_not=tr("is_shown") if shown else ""),
-               button(("✓ " if view.id in compared else "") + tr("run_history.compare"),
-                      "compare", view.id, hint=tr("run_history.compare_hint"))]
+    buttons = (button(tr("show"), "show", view.id, why_not=tr("is_shown") if shown else "")
+               + button("✓ " * (view.id in compared) + tr("run_history.compare"), "compare",
+                        view.id, hint=tr("run_history.compare_hint")))
     if view.over:
-        buttons.append(button(tr("reload_settings"), "reload", view.id))
+        buttons += button(tr("reload_settings"), "reload", view.id)
     if view.state in ("interrupted", "stopped", "failed"):
-        buttons.append(button(tr("resume"), "resume", view.id, once=True,
-                              why_not="" if view.checkpoints else tr("no_checkpoint")))
-    buttons.append(button(tr("close.open_folder"), "folder", view.id, hint=view.output_dir))
+        buttons += button(tr("resume"), "resume", view.id, once=True,
+                          why_not="" if view.checkpoints else tr("no_checkpoint"))
+    buttons += folder(ctx, view)
     if view.over:
-        buttons.append(button("×", "remove", view.id, hint=tr("run_history.remove")))
+        buttons += button("×", "remove", view.id, hint=tr("run_history.remove"))
     loss = f"{view.losses[-1][1]:.4f}" if view.losses else "–"
     steps = tr("step_of", step=view.step, total=view.total) if view.total else ""
     took = duration(ctx, view.ended - view.started) if view.ended and view.started else ""
@@ -74,4 +75,4 @@ def _row(ctx: Context, view: JobView, snap: Snapshot, compared: list[str]) -> st
             f'{SIGNS.get(view.state, "●")} {esc(tr(f"state_{view.state}"))}</td>'
             f"<td><b>{esc(view.name)}</b></td><td>{clock(view.created)}</td>"
             f"<td>{esc(steps)}</td><td>{esc(took)}</td><td>{esc(tr('loss'))} {loss}</td>"
-            f'<td class="acts">{"".join(buttons)}</td></tr>')
+            f'<td class="acts">{buttons}</td></tr>')

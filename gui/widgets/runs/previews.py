@@ -18,27 +18,24 @@ def previews(ctx: Context, view: JobView) -> str:
     numbers = {(sample.step, sample.prompt, sample.seed): number
                for number, sample in enumerate(view.samples)}
     head = "".join(f"<th>{esc(ctx.tr('step_n', step=step))}</th>" for step in steps)
-    body = "".join(
-        "<tr>" + "".join(cell(ctx, view, numbers.get((step, prompt, seed)), step)
-                         for step in steps)
-        + f'</tr><tr><td class="prompt" colspan="{len(steps)}">{esc(prompt)} '
-        f'<small>{esc(ctx.tr("seed"))} {seed}</small></td></tr>' for prompt, seed in rows)
+    body = ""
+    for prompt, seed in rows:
+        cells = "".join(cell(ctx, view, numbers.get((step, prompt, seed)), step) for step in steps)
+        body += (f'<tr>{cells}</tr><tr><td class="prompt" colspan="{len(steps)}">{esc(prompt)} '
+                 f'<small>{esc(ctx.tr("seed"))} {seed}</small></td></tr>')
     return f'<div class="previews"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def picked(steps: list[int]) -> list[int]:
     """At most MOST_STEPS of them."""
-    if len(steps) <= MOST_STEPS:
-        return steps
-    last = len(steps) - 1
-    return [steps[round(i * last / (MOST_STEPS - 1))] for i in range(MOST_STEPS)]
+    share = (len(steps) - 1) / (MOST_STEPS - 1)
+    return steps if share <= 1 else [steps[round(i * share)] for i in range(MOST_STEPS)]
 
 
 def cell(ctx: Context, view: JobView, number: int | None, step: int) -> str:
     """A preview in its column; `number` None: there is none of that step."""
     if number is None:
         return "<td></td>"
-    address = f"/picture/{esc(view.id)}/{number}"
-    alt = esc(ctx.tr("preview_at", step=step))
+    address, alt = f"/picture/{esc(view.id)}/{number}", esc(ctx.tr("preview_at", step=step))
     return (f'<td><a href="{address}?full=1" target="_blank"><img src="{address}" alt="{alt}" '
             f'loading="lazy"></a></td>')
