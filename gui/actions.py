@@ -22,7 +22,7 @@ from gui.state.run_files import folder_of
 # After these the memory is planned anew.
 PLANNED = frozenset({"preset", "advice", "nearest", "demo", "reload", "use_base", "use_repo",
                      "native_file", "native_folder", "native_pictures", "set_pictures",
-                     "set_output", "native_output"})
+                     "set_output", "native_output", "remove_preset", "restore_preset"})
 
 
 def act(ctx: Context, name: str, id: str) -> None:

@@ -286,7 +286,7 @@ def runs_resume_command(options: argparse.Namespace) -> int:
     # relative paths mean what they meant
     with contextlib.suppress(OSError):
         os.chdir(view.cwd)
-    return console.run_job(view.job, config, config.name, options, _finish, resumed_from=view.id)
+    return console.run_job(view.job, config, view.name, options, _finish, resumed_from=view.id)
 
 
 def runs_stop_command(options: argparse.Namespace) -> int:

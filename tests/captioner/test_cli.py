@@ -53,6 +53,11 @@ def test_caption_undo_redo(run: Run, folder: Path) -> None:
     told = run("captions", "undo", folder)
     assert (told.code, told.out) == (0, "Undone (captioning): 3 captions are as they were.\n")
     assert texts(folder) == {}
+    told = run("runs", "resume", "last")
+    assert told.code == 0, told.err
+    assert texts(folder) == whole
+    told = run("captions", "undo", folder)
+    assert texts(folder) == {}
     assert run("captions", "redo", folder, "--json").json["changed"] == [
         "1.png", "2.png", "sub/3.png"]
     assert texts(folder) == whole

@@ -285,6 +285,20 @@ def test_own_presets_keep_how_and_not_what(own_home: Path) -> None:
         presets.save_own("  ", "sd15", "style", config, again.needs)
 
 
+def test_a_preset_that_goes_or_comes_back_is_planned_anew(
+        ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    projects, asked = ctx.app_state.projects, []
+    projects.edit(base_model="sd15")
+    made = presets.save_own("Mine", "sd15", "style", TrainConfig(lora_rank=13),
+                            presets.needs_of(5000, True))
+    actions.choose_preset(ctx.app_state, made.slug)
+    monkeypatch.setattr(ctx.app_state.planning, "ask", asked.append)
+    actions.act(ctx, "remove_preset", made.slug)
+    actions.act(ctx, "restore_preset", f"sd15/{made.slug}")
+    assert projects.now.preset == made.slug
+    assert [request["config"].get("lora_rank") for request in asked] == [None, 13]
+
+
 def test_diagnostics_name_nobody(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("USERPROFILE", "/home/me")
