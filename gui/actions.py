@@ -82,23 +82,23 @@ def save_preset(ctx: Context, title: str) -> None:
     plan = snap.plan_state.answer.get("plan") or {}
     card = (plan.get("machine") or {}).get("kind") == "cuda"
     family = presets.family_of(snap.config.base_model, family=snap.config.family)
-    preset = presets.save_own(title, family, snap.project.purpose, snap.config,
+    preset = presets.save_user_preset(title, family, snap.project.purpose, snap.config,
                               presets.needs_of(plan.get("needs_mb", 0), card))
     app_state.projects.change(preset=preset.slug)
     ctx.page.tell(ctx.tr("presets.own_saved", title=title))
 
 
-def own(app_state: AppState) -> presets.Preset:
+def user_preset(app_state: AppState) -> presets.Preset:
     """The chosen preset. Raises UserError where it isn't one of the user's own."""
     chosen = app_state.projects.now.chosen()
-    if chosen is None or not presets.is_own(chosen):
+    if chosen is None or not presets.is_user_preset(chosen):
         raise UserError("presets.own_gone")
     return chosen
 
 
 def remove_preset(ctx: Context, id: str) -> None:
-    chosen = own(ctx.app_state)
-    presets.remove_own(chosen)
+    chosen = user_preset(ctx.app_state)
+    presets.remove_user_preset(chosen)
     keep(ctx.app_state, "presets", removed=f"{chosen.family}/{chosen.slug}")
     ctx.app_state.projects.change(preset="")
 
@@ -106,7 +106,7 @@ def remove_preset(ctx: Context, id: str) -> None:
 def restore_preset(ctx: Context, id: str) -> None:
     """Brings back a preset that was deleted, and chooses it. `id`: 'family/slug'."""
     family, _, slug = id.partition("/")
-    presets.restore_own(Path(family).name, slug)
+    presets.restore_user_preset(Path(family).name, slug)
     keep(ctx.app_state, "presets", removed="")
     choose_preset(ctx.app_state, slug)
 
@@ -228,7 +228,7 @@ def reload_run(ctx: Context, id: str) -> None:
 _HANDLERS: dict[str, Callable[[Context, str], Any]] = {
     "preset": lambda ctx, id: choose_preset(ctx.app_state, id),
     "save_preset": save_preset,
-    "rename_preset": lambda ctx, id: presets.rename_own(own(ctx.app_state), id),
+    "rename_preset": lambda ctx, id: presets.rename_user_preset(user_preset(ctx.app_state), id),
     "remove_preset": remove_preset,
     "restore_preset": restore_preset,
     "advice": lambda ctx, id: take_advice(ctx.app_state),

@@ -73,7 +73,7 @@ def run(tell: Callable[[Facts], None]) -> Facts:
         tell(parts[-1])
 
     carry_out(folders)
-    with _own_home() as home, JobManager() as jobs:
+    with _temporary_home() as home, JobManager() as jobs:
         bench = Bench(home, jobs)
         for part in (card, torch, modules, plan, train, verify, convert, caption, window):
             carry_out(part, bench)
@@ -83,7 +83,7 @@ def run(tell: Callable[[Facts], None]) -> Facts:
 
 
 @contextlib.contextmanager
-def _own_home() -> Iterator[Path]:
+def _temporary_home() -> Iterator[Path]:
     """A temporary data folder. Windows can't delete files that are still open: they are left."""
     where = os.getcwd()
     with (tempfile.TemporaryDirectory(prefix="darkroom-", ignore_cleanup_errors=True) as home,

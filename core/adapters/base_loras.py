@@ -84,8 +84,8 @@ def attach(model: Any, config: TrainConfig, family: str, precision: Precision,
                             example=next(iter(file.layers), "-"))
         for path, layer in fitting.items():
             _add(attached, lora, path, layer, modules[path.replace(".", "_")], precision)
-        attached.told.append(f"{lora.path.stem}:{lora.weight:g}:"
-                             f"{data_hash(formats.weights_file(lora.path))[:12]}")
+        attached.labels.append(f"{lora.path.stem}:{lora.weight:g}:"
+                               f"{data_hash(formats.weights_file(lora.path))[:12]}")
         emit(Note(key="base_loras.used", params={
             "file": str(lora.path), "weight": f"{lora.weight:g}", "layers": len(fitting)}))
         if left := len(file.layers) - len(fitting) + len(file.unknown):
@@ -115,13 +115,13 @@ def _add(attached: Attached, lora: Lora, path: str, layer: Layer, base: Any,
 def tags(attached: Attached | None) -> str:
     """Their tags in a prompt, for a picture that is drawn with them."""
     # "name:weight:hash"; a name may hold colons
-    parts = [text.rsplit(":", 2) for text in attached.told] if attached else []
+    parts = [text.rsplit(":", 2) for text in attached.labels] if attached else []
     return "".join(f" <lora:{name}:{weight}>" for name, weight, _ in parts)
 
 
-def metadata(told: Sequence[str]) -> dict[str, str]:
+def metadata(labels: Sequence[str]) -> dict[str, str]:
     """Metadata for the trained LoRA: what it was trained upon and doesn't contain."""
-    return {BASE_LORAS_KEY: json.dumps(list(told))} if told else {}
+    return {BASE_LORAS_KEY: json.dumps(list(labels))} if labels else {}
 
 
 def refuse_others(here: Sequence[str], there: Sequence[str], before: Sequence[str]) -> None:

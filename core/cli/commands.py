@@ -124,7 +124,7 @@ def train_command(options: argparse.Namespace) -> int:
     if options.preset:
         config, preset, fields = presets.train_config(options.preset, path, settings,
                                                       options.purpose)
-        print(i18n.tr("presets.applied", {"title": preset.said("title"),
+        print(i18n.tr("presets.applied", {"title": preset.localized("title"),
                                           "fields": ", ".join(fields)}), file=sys.stderr)
     elif path:
         config = importers.load_train_config(path, settings)
@@ -132,7 +132,7 @@ def train_command(options: argparse.Namespace) -> int:
         raise UserError("commands.no_config")
     if path and path.suffix.lower() in importers.FOREIGN:
         # what another trainer's config says and is not taken over, line by line
-        print("\n".join(importers.told(importers.read(path))), file=sys.stderr)
+        print("\n".join(importers.report_lines(importers.read(path))), file=sys.stderr)
     config = found_beside(config, path.parent if path else Path.cwd())
     return console.run_job("train", config, config.name, options, _finish)
 

@@ -27,7 +27,7 @@ def import_command(options: argparse.Namespace) -> int:
     imported = importers.read(options.file)
     out = (options.out or options.file.with_suffix(".yaml")).expanduser()
     out = paths.create(out, lambda path: path.write_text(importers.to_yaml(imported), "utf-8"))
-    print("\n".join(importers.told(imported)), file=sys.stderr)
+    print("\n".join(importers.report_lines(imported)), file=sys.stderr)
     facts = {"ok": True, "file": out, "kind": imported.kind, "values": imported.values,
              "assumed": imported.assumed, "left": [asdict(entry) for entry in imported.left]}
     return answer(options, facts, [tr("written", file=out)])

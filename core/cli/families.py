@@ -28,10 +28,10 @@ def families_command(options: argparse.Namespace) -> int:
     from core.families.detection import identify
     base = identify(options.file.expanduser())
     trains = base.family in families.SPECS
-    lines = [i18n.tr("families.told", {"path": options.file, "found": base.said()})]
+    lines = [i18n.tr("families.told", {"path": options.file, "found": base.description()})]
     if trains:
         lines.append(i18n.tr("families.trains_as", {"family": base.family}))
     answer(options, {"ok": trains, "what": base.what, "family": base.family if trains else "",
-                     "said": base.said(), "v_prediction": base.v_prediction,
+                     "said": base.description(), "v_prediction": base.v_prediction,
                      "zero_snr": base.zero_snr}, lines)
     return FINE if trains else BAD_INPUT

@@ -182,8 +182,8 @@ def presets_command(options: argparse.Namespace) -> int:
         badge = presets.badge(preset, machine)
         facts.append({**preset.model_dump(mode="json"), "slug": preset.slug, "badge": badge})
         purpose = i18n.tr(f"presets.purpose_{preset.purpose}")
-        rows.append((f"{preset.family}  {preset.said('title')}  {purpose}",
-                     f"{tr(f'badge_{badge}')}  {preset.said('about')}"))
+        rows.append((f"{preset.family}  {preset.localized('title')}  {purpose}",
+                     f"{tr(f'badge_{badge}')}  {preset.localized('about')}"))
     head = tr("presets_for", name=machine.name, total=gigabytes(machine.total_mb))
     return answer(options, {"ok": True, "machine": machine.name, "presets": facts},
                   [head, *table(rows)])

@@ -49,11 +49,11 @@ def detect(source: Path) -> str:
     what it is instead, and where nothing is there."""
     found = identify(source)
     if found.by_shapes and found.by_shapes.family in SPECS:
-        raise UserError("families.by_name", path=source, found=found.said(),
-                        plain=found.by_shapes.said(), family=found.by_shapes.family,
+        raise UserError("families.by_name", path=source, found=found.description(),
+                        plain=found.by_shapes.description(), family=found.by_shapes.family,
                         fixes=[Fix("fixes.family_anyway", {"family": found.by_shapes.family})])
     if found.family not in SPECS:
-        raise UserError("families.not_a_base", path=source, found=found.said(),
+        raise UserError("families.not_a_base", path=source, found=found.description(),
                         known=", ".join(spec.title for spec in SPECS.values()))
     return found.family
 
@@ -65,7 +65,7 @@ def expect(path: Path, family: str) -> Found:
     if found.by_shapes and found.by_shapes.family == family:
         return found.by_shapes
     if found.family != family:
-        raise UserError("families.other_model", path=path, found=found.said(),
+        raise UserError("families.other_model", path=path, found=found.description(),
                         wanted=SPECS[family].title)
     return found
 

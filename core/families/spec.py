@@ -30,7 +30,7 @@ class Found:
     unread_format: str = ""                 # of its weights, where it can't be read here
     by_shapes: Found | None = None          # what the shapes alone say, where the name differs
 
-    def said(self, language: str | None = None) -> str:
+    def description(self, language: str | None = None) -> str:
         sentence = i18n.tr(f"families.is_{self.what}", lang=language)
         if self.unread_format:
             return i18n.tr("families.in_numbers", {

@@ -53,7 +53,7 @@ class TimestepSampling:
     line: Line | None = None
     patch: int = 2                          # side of a token in latent pixels
     # (t of 0 to 1000, the network's dtype) -> the timestep that the network reads in fact.
-    told: Callable[[Tensor, torch.dtype], Tensor] = exactly
+    model_times: Callable[[Tensor, torch.dtype], Tensor] = exactly
 
     def shift_at(self, height: int, width: int) -> float:
         """The shift for latents of this size."""

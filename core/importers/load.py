@@ -55,12 +55,12 @@ def read(path: Path) -> Imported:
 
 def to_yaml(imported: Imported) -> str:
     """Our YAML; settings that could not be taken over are listed in comments at its top."""
-    comments = [f"# {line}" for line in told(imported)]
+    comments = [f"# {line}" for line in report_lines(imported)]
     config = TrainConfig.model_validate(imported.values)
     return "\n".join([*comments, dump_yaml(config)])
 
 
-def told(imported: Imported, lang: str | None = None) -> list[str]:
+def report_lines(imported: Imported, lang: str | None = None) -> list[str]:
     """Sentences for the user: what was taken over, the other trainer's defaults, what is left."""
     head = i18n.tr("config_import.carried", {
         "file": imported.file.name, "kind": imported.kind, "count": len(imported.values),

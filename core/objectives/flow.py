@@ -88,7 +88,7 @@ class Flow:
         """
         # Rounding keeps the order, so that this comes to an end.
         while self.numbers != torch.float32 and not torch.equal(
-                read := self.sampling.told(times, self.numbers), times):
+                read := self.sampling.model_times(times, self.numbers), times):
             times = read
         return times
 

@@ -162,7 +162,7 @@ def here(kind: str) -> Machine:
     return local
 
 
-def weigh(items: Sequence[Example], config: TrainConfig, family: str = "") -> Data:
+def memory_data(items: Sequence[Example], config: TrainConfig, family: str = "") -> Data:
     """The bucket whose batch is the largest, and how much the cache holds."""
     bucket, batch = heaviest_batch([item.bucket for item in items],
                                    [item.picture.repeats for item in items], config.batch_size)

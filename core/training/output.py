@@ -105,7 +105,7 @@ class OutputWriter:
             best_loss=self.best_loss, best_step=self.best_step, scaler=state.scaler,
             lowered=state.lowered, samples=sampler.samples_per_epoch,
             place=asdict(sampler.place(step)), start=asdict(sampler.start), order=sampler.order,
-            base_loras=self.trainer.base_loras.told, base=self._base.parts)
+            base_loras=self.trainer.base_loras.labels, base=self._base.parts)
         if last:
             self._saved(self.output.somewhere(
                 lambda folder: self._save(folder, position, state, content)))
@@ -260,7 +260,7 @@ class OutputWriter:
             mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(
                 trainer.precision.compute, "no"),
             extra=({metadata.BASE_KEY: denoiser} if denoiser else {})
-            | base_loras.metadata(trainer.base_loras.told)
+            | base_loras.metadata(trainer.base_loras.labels)
             | lookup.metadata(trainer.parts.beside))
 
     def _thumbnail(self) -> bytes:

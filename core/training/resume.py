@@ -78,7 +78,7 @@ def restore(checkpoints: list[Path], trainer: Trainer, output: Output, base: Map
         return None
 
     optimizers.check_same(position.config.get("optimizer", "adamw"), trainer.config.optimizer)
-    base_loras.refuse_others(trainer.base_loras.told, position.base_loras,
+    base_loras.refuse_others(trainer.base_loras.labels, position.base_loras,
                              position.config.get("base_loras", []))
     fallbacks.apply(trainer, position.lowered)
     changed = differences(position.config, trainer.config)

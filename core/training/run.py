@@ -29,7 +29,7 @@ from core.lora_files.library import prompts_of
 from core.objectives.diffusion import zero_terminal
 from core.training import base_check, preflight, regularization, resume, rng
 from core.training.callbacks import Callbacks
-from core.training.memory_guard import MemoryGuard, weigh
+from core.training.memory_guard import MemoryGuard, memory_data
 from core.training.output import OutputWriter
 from core.training.output_names import Output
 from core.training.previews import Previewer
@@ -99,7 +99,7 @@ def _train(output: Output, config: TrainConfig, emit: Callbacks, control: Contro
         if config.regularized:
             regularization.add(config, examples, family, parts, precision, beside, emit, control)
         guard = MemoryGuard(config, Base.of(source, kind), precision.device,
-                            weigh(examples.items, config, kind), emit)
+                            memory_data(examples.items, config, kind), emit)
         guard.announce()
         Encoder(family, source, precision, config, emit, control).fill(
             examples, prompts_of(config))
@@ -225,7 +225,7 @@ class TrainingRun:
         return {**result, "name": writer.output.name, "steps": done,
                 "seconds": time.time() - self.began, "best": writer.best(),
                 "samples": self.samples, "proof": proof, "base": self.base,
-                "base_loras": trainer.base_loras.told or None,
+                "base_loras": trainer.base_loras.labels or None,
                 "companions": lookup.summary(trainer.parts.beside), "checkpoints": writer.kept(),
                 "parameters": sum(p.numel() for p in trainer.parameters),
                 **progress.facts(), **self.guard.facts()}

@@ -17,7 +17,7 @@ class Attached:
     """The LoRAs that a run's denoiser has besides the adapter in training."""
 
     on: bool = True
-    told: list[str] = field(default_factory=list)       # "name:weight:hash" of each file
+    labels: list[str] = field(default_factory=list)     # "name:weight:hash" of each file
 
     @contextmanager
     def switched(self, on: bool) -> Iterator[None]:

@@ -59,7 +59,7 @@ class Preset(BaseModel):
     def names(self) -> tuple[str, ...]:
         return (*self.title.values(), self.slug)
 
-    def said(self, field: str, lang: str | None = None) -> str:
+    def localized(self, field: str, lang: str | None = None) -> str:
         """The `title` or `about` in a language (None: the user's), else in English."""
         texts: dict[str, str] = getattr(self, field)
         return texts.get(lang or i18n.language()) or texts.get("en") or next(iter(texts.values()))
@@ -72,7 +72,7 @@ def list_presets(lang: str | None = None, family: str | None = None) -> list[Pre
     needed and title. Raises UserError for a file that can't be used."""
     presets = []
     # the user's first, so that they win where titles are the same
-    for folder in (own_folder(), paths.PRESETS):
+    for folder in (user_folder(), paths.PRESETS):
         for path in sorted(folder.glob("*/*.yaml")):
             try:
                 preset = _read(path, paths.stamp(path))
@@ -82,7 +82,7 @@ def list_presets(lang: str | None = None, family: str | None = None) -> list[Pre
             if preset is not None and family in (None, preset.family):
                 presets.append(preset)
     return sorted(presets, key=lambda preset: (
-        preset.family, preset.needs.vram_gb, preset.said("title", lang), preset.purpose))
+        preset.family, preset.needs.vram_gb, preset.localized("title", lang), preset.purpose))
 
 
 def find(name: str, family: str, purpose: str = PURPOSE) -> Preset:
@@ -105,7 +105,8 @@ def find(name: str, family: str, purpose: str = PURPOSE) -> Preset:
     close = i18n.nearest(name, titles, 1)
     raise UserError("presets.unknown", name=name, family=family,
                     nearest=close[0] if close else titles[0],
-                    known=", ".join(dict.fromkeys(preset.said("title") for preset in of_family)))
+                    known=", ".join(dict.fromkeys(
+                        preset.localized("title") for preset in of_family)))
 
 
 def no_family(family: str | None) -> UserError:
@@ -167,22 +168,23 @@ NOT_KEPT = frozenset({"train_data_dir", "base_model", "output_dir", "output_name
                       "metadata_path", *COMPANIONS, "resume", "device", "sample_prompts", "family"})
 
 
-def own_folder() -> Path:
+def user_folder() -> Path:
     return paths.data_dir() / "presets"
 
 
-def is_own(preset: Preset) -> bool:
-    return preset.path.is_relative_to(own_folder())
+def is_user_preset(preset: Preset) -> bool:
+    return preset.path.is_relative_to(user_folder())
 
 
-def save_own(title: str, family: str, purpose: str, config: TrainConfig, needs: Needs) -> Preset:
+def save_user_preset(title: str, family: str, purpose: str, config: TrainConfig,
+                     needs: Needs) -> Preset:
     """Saves the config's settings as a preset; one of that title and purpose is replaced. Raises
     UserError for a title that is no name."""
     title = _checked_title(title)
-    same = next((preset for preset in list_presets(family=family) if is_own(preset)
+    same = next((preset for preset in list_presets(family=family) if is_user_preset(preset)
                  and preset.purpose == purpose and title in preset.names()), None)
     plain = re.sub(r"[^\w-]+", "-", title.casefold()).strip("-") or "preset"
-    path = same.path if same else own_folder() / family / f"own-{plain}.yaml"
+    path = same.path if same else user_folder() / family / f"own-{plain}.yaml"
     values = config.model_dump(mode="json", exclude_defaults=True, exclude=set(NOT_KEPT))
     about = {lang: i18n.tr("presets.own_about", {"fields": len(values)}, lang)
              for lang in i18n.LANGUAGES}
@@ -203,7 +205,7 @@ def needs_of(mb: float, card: bool) -> Needs:
     return Needs(vram_gb=next(fitting, CARDS[-1]), ram_gb=0)
 
 
-def rename_own(preset: Preset, title: str) -> None:
+def rename_user_preset(preset: Preset, title: str) -> None:
     """Raises UserError for a title that is no name."""
     titles = dict.fromkeys(i18n.LANGUAGES, _checked_title(title))
     paths.write_atomic(preset.path, _yaml(preset.model_copy(update={"title": titles})))
@@ -216,14 +218,14 @@ def _checked_title(title: str) -> str:
     return title
 
 
-def remove_own(preset: Preset) -> None:
-    """The file stays beside the others as .removed, for `restore_own`."""
-    if is_own(preset):
+def remove_user_preset(preset: Preset) -> None:
+    """The file stays beside the others as .removed, for `restore_user_preset`."""
+    if is_user_preset(preset):
         preset.path.replace(preset.path.with_suffix(".removed"))
 
 
-def restore_own(family: str, slug: str) -> None:
-    removed = own_folder() / family / f"{Path(slug).name}.removed"
+def restore_user_preset(family: str, slug: str) -> None:
+    removed = user_folder() / family / f"{Path(slug).name}.removed"
     if removed.is_file():
         removed.replace(removed.with_suffix(".yaml"))
 

@@ -160,7 +160,7 @@ class Parameters:
         self.ctx.page.tell(self.ctx.tr("drop_config.taken", file=files[0].name))
         # A config of another trainer may say more than ours can.
         if files[0].suffix.lower() in FOREIGN:
-            head, *lines = importers.told(importers.read(files[0]), self.ctx.language)
+            head, *lines = importers.report_lines(importers.read(files[0]), self.ctx.language)
             self.ctx.page.tell("\n".join(lines), head, "warning")
 
     def _replace(self, config: TrainConfig) -> None:

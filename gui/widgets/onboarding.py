@@ -90,7 +90,7 @@ def _what_fits(ctx: Context, machine: Machine, family: str) -> str:
     for verdict, sign in (("fits", "✓"), ("tight", "⚠")):
         for preset in candidates:
             if presets.badge(preset, machine) == verdict:
-                name = preset.said("title", ctx.language)
+                name = preset.localized("title", ctx.language)
                 return f'{sign} {ctx.tr(f"first_start.{verdict}", family=title, preset=name)}'
     least = min((preset.needs.vram_gb or preset.needs.ram_gb for preset in candidates), default=0)
     return f'✖ {ctx.tr("first_start.too_big", family=title, gb=f"{least:g}")}'

@@ -30,8 +30,8 @@ def preset_cards(ctx: Context, known: Sequence[Preset], chosen: str, purpose: st
         cards += (f'<button type="button" class="preset{" chosen" if pressed else ""}" '
                   f'data-act="preset" data-id="{esc(preset.slug)}" '
                   f'aria-pressed="{str(pressed).lower()}">'
-                  f'<b>{esc(preset.said("title", ctx.language))}</b>{badge}'
-                  f'<span>{esc(preset.said("about", ctx.language))}</span></button>')
+                  f'<b>{esc(preset.localized("title", ctx.language))}</b>{badge}'
+                  f'<span>{esc(preset.localized("about", ctx.language))}</span></button>')
     return f'<div class="presets" role="group" aria-label="{esc(ctx.tr("presets"))}">{cards}</div>'
 
 
@@ -39,9 +39,9 @@ def own_presets(ctx: Context, chosen: Preset | None, removed: str) -> str:
     """Saves the settings as a preset, and renames or deletes a preset of the user's own."""
     tr = ctx.tr
     html = field("save_preset", tr("presets.own_title"), tr("presets.own_save"))
-    if chosen and presets.is_own(chosen):
+    if chosen and presets.is_user_preset(chosen):
         html += (field("rename_preset", tr("presets.own_new_title"), tr("presets.own_rename"),
-                       chosen.said("title", ctx.language))
+                       chosen.localized("title", ctx.language))
                  + button(tr("presets.own_remove"), "remove_preset", chosen.slug))
     if removed:
         html += (f'<span class="small" role="status">{esc(tr("presets.own_removed"))} '

@@ -140,7 +140,7 @@ def test_the_network_computes_what_it_does_with_the_lora_loaded(
     torch.testing.assert_close(predicted(family, found[1]), with_it, rtol=1e-4, atol=2e-5)
     with attached.switched(False):
         assert torch.equal(predicted(family, found[1]), plain)
-    assert attached.told[0].startswith(f"{file.stem}:0.7:")
+    assert attached.labels[0].startswith(f"{file.stem}:0.7:")
 
 
 def test_convolutions_and_several_files_add_up(base: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from core.families.detection import Base
-from core.training.memory_guard import MemoryGuard, weigh
+from core.training.memory_guard import MemoryGuard, memory_data
 from core.training.recovery import Recovery
 from core.training.trainer import Trainer
 from tests.bench.bare import BareLoop
@@ -52,7 +52,7 @@ def _rescued(trainer: Trainer) -> Callable[[int], None]:
     """The step as a run makes it, with its good states in RAM and its loss read now and then."""
     config = trainer.config
     guard = MemoryGuard(config, Base.of(Path(config.base_model)), trainer.precision.device,
-                        weigh(trainer.examples.items, config), lambda event: None)
+                        memory_data(trainer.examples.items, config), lambda event: None)
     recovery = Recovery(trainer, guard, lambda event: None)
     recovery.begin(0)
 

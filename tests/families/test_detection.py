@@ -169,7 +169,7 @@ def test_files(name: str, tmp_path: Path) -> None:
     found = identify(write(tmp_path / "model.safetensors", shapes))
     assert (found.what, found.family) == (what, family)
     for language in i18n.LANGUAGES:
-        assert not found.said(language).startswith("families.")
+        assert not found.description(language).startswith("families.")
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
@@ -287,7 +287,7 @@ def test_only_the_denoisers_numbers_decide(beside: dict[str, Any], kind: str, tm
                      {f"{place}weight": [3072, 64]} | plain | marks)
         found = identify(path)
         assert (found.what, bool(found.family)) == ("flux_dev", trains)
-        assert (kind in found.said("en")) is not trains
+        assert (kind in found.description("en")) is not trains
         if not trains:
             with pytest.raises(UserError, match=kind):
                 families.detect(path)

@@ -268,28 +268,30 @@ def test_the_queue_is_kept_in_the_order_given(app_state: AppState) -> None:
 
 def test_own_presets_keep_how_and_not_what(own_home: Path) -> None:
     config = TrainConfig(lora_rank=13, train_data_dir="/x", base_model="/y", seed=5)
-    made = presets.save_own(" My  way ", "sd15", "style", config, presets.needs_of(5000, True))
+    made = presets.save_user_preset(" My  way ", "sd15", "style", config,
+                                    presets.needs_of(5000, True))
     again = presets.find("my way", "sd15")
     assert again == made
     assert again.set == {"lora_rank": 13, "seed": 5}
     assert again.needs.vram_gb == 6
-    assert presets.save_own("My way", "sd15", "style", config, again.needs).path == made.path
-    presets.rename_own(made, "Other")
+    same = presets.save_user_preset("My way", "sd15", "style", config, again.needs)
+    assert same.path == made.path
+    presets.rename_user_preset(made, "Other")
     assert presets.find("Other", "sd15").slug == made.slug
-    presets.remove_own(made)
+    presets.remove_user_preset(made)
     with pytest.raises(UserError):
         presets.find("Other", "sd15")
-    presets.restore_own("sd15", made.slug)
-    assert presets.is_own(presets.find("Other", "sd15"))
+    presets.restore_user_preset("sd15", made.slug)
+    assert presets.is_user_preset(presets.find("Other", "sd15"))
     with pytest.raises(UserError):
-        presets.save_own("  ", "sd15", "style", config, again.needs)
+        presets.save_user_preset("  ", "sd15", "style", config, again.needs)
 
 
 def test_a_preset_that_goes_or_comes_back_is_planned_anew(
         ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     projects, asked = ctx.app_state.projects, []
     projects.edit(base_model="sd15")
-    made = presets.save_own("Mine", "sd15", "style", TrainConfig(lora_rank=13),
+    made = presets.save_user_preset("Mine", "sd15", "style", TrainConfig(lora_rank=13),
                             presets.needs_of(5000, True))
     actions.choose_preset(ctx.app_state, made.slug)
     monkeypatch.setattr(ctx.app_state.planning, "ask", asked.append)

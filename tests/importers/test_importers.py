@@ -187,8 +187,8 @@ def test_sections_arguments_and_the_other_trainers_defaults(tmp_path: Path) -> N
     numbers = {one.key: one.line for one in imported.left}
     assert SECTIONS.splitlines()[numbers["training.optimizer_type"] - 1] == (
         'optimizer_type = "Sophia"')
-    assert "kohya" in importers.told(imported)[0]
-    assert "network_alpha" in importers.told(imported)[1]
+    assert "kohya" in importers.report_lines(imported)[0]
+    assert "network_alpha" in importers.report_lines(imported)[1]
 
 
 def test_kohyas_datasets(tmp_path: Path) -> None:

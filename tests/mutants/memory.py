@@ -29,7 +29,7 @@ MUTANTS = [
            ("memory/test_plan.py::test_needs_are_the_largest_phase_and_what_lies_outside",)),
     Mutant("plan-without-margin", _PLAN, "MARGIN = 0.08 ", "MARGIN = 0.0 ",
            ("memory/test_plan.py::test_verdicts",)),
-    Mutant("plan-always-fits", _PLAN, '"too_big" if self.needs_mb > room',
+    Mutant("plan-always-fits", _PLAN, '"too_big" if self.needs_mb > free',
            '"too_big" if self.needs_mb < 0', ("memory/test_plan.py::test_verdicts",)),
     Mutant("plan-of-no_guidance_value-previews", _PLAN,
            "(size, 1 if _unguided(config, base) else 2)",

@@ -130,7 +130,8 @@ def test_every_family_draws_every_curve_by_that_curves_own_parameters(
     expected: Curve = ("parabola" if name == "chroma" else "logit_normal") if (
         curve == "auto") else curve
     assert learned.curve == expected
-    plain = Sampling(expected, line=own.line, shift=own.shift, patch=own.patch, told=own.told)
+    plain = Sampling(expected, line=own.line, shift=own.shift, patch=own.patch,
+                     model_times=own.model_times)
     assert learned == plain
     assert_distributed(learned)
 
@@ -292,13 +293,13 @@ def test_the_network_is_told_the_level_that_its_input_has(flow_family: tuple[str
 def test_drawn_times_are_told_as_they_are_and_near_what_the_curve_wants(told: Any, numbers: Any
                                                                        ) -> None:
     fine = Flow(Sampling("uniform")).draw(1, range(DRAWS), (1, 2, 2)).timesteps
-    held = Flow(Sampling("uniform", told=told), numbers=numbers).draw(
+    held = Flow(Sampling("uniform", model_times=told), numbers=numbers).draw(
         1, range(DRAWS), (1, 2, 2)).timesteps
     assert torch.equal(told(held, numbers), held)
     step = 2 ** -8 if numbers == torch.bfloat16 else 2 ** -11       # half a unit, at the worst
     assert float(((held - fine) / fine).abs().max()) <= 2.1 * step
     assert len(held.unique()) > 300
-    exact = Flow(Sampling("uniform", told=told)).draw(1, range(DRAWS), (1, 2, 2)).timesteps
+    exact = Flow(Sampling("uniform", model_times=told)).draw(1, range(DRAWS), (1, 2, 2)).timesteps
     assert torch.equal(exact, fine)         # fp32: as ever
 
 
@@ -306,7 +307,7 @@ def test_drawn_times_are_told_as_they_are_and_near_what_the_curve_wants(told: An
        st.sampled_from([torch.bfloat16, torch.float16]))
 @settings(max_examples=300, deadline=None)
 def test_any_time_settles(t: float, told: Any, numbers: Any) -> None:
-    held = Flow(Sampling(told=told), numbers=numbers).draw_fixed(
+    held = Flow(Sampling(model_times=told), numbers=numbers).draw_fixed(
         1, [1], (1, 2, 2), t / STEPS).timesteps
     assert torch.equal(told(held, numbers), held)
     assert float(held) == pytest.approx(t, rel=0.01)

@@ -105,7 +105,7 @@ def test_preset_fits_its_needs_on_the_largest_bucket(preset: Preset) -> None:
     assert planned.needs_mb <= plan.room(machine) * (1 - plan.MARGIN)
     assert planned.bucket[0] * planned.bucket[1] == relief.side_of(config, 0) ** 2
     assert sum(planned.ram.values()) <= preset.needs.ram_gb * 1024
-    assert gigabytes(planned.needs_mb) in preset.said("about", "zh-CN")
+    assert gigabytes(planned.needs_mb) in preset.localized("about", "zh-CN")
     if preset.needs.vram_gb:
         assert planned.outside["context"] >= 400
 
@@ -196,7 +196,7 @@ def test_each_base_shows_its_own(family: str) -> None:
     for one in found:
         assert re.fullmatch(r"\d+GB (显存|笔记本|台式机|工作站)(，\d+ 像素)?", one.said(
             "title", "zh-CN"))
-        assert presets.find(one.said("title", "zh-CN"), family, one.purpose) == one
+        assert presets.find(one.localized("title", "zh-CN"), family, one.purpose) == one
 
 
 def test_larger_cards_get_no_worse_presets() -> None:
@@ -238,7 +238,7 @@ def test_unknown_family_and_purpose_are_faults() -> None:
 def test_listed_by_family_and_size() -> None:
     found = [one.needs.vram_gb for one in presets.list_presets("zh-CN", "sd15")]
     assert found == sorted(found)
-    assert presets.list_presets(family="sd15")[0].said("title", "zh-CN") == "4GB 显存"
+    assert presets.list_presets(family="sd15")[0].localized("title", "zh-CN") == "4GB 显存"
 
 
 def test_families_of_bases(tmp_path: Path, base: Path) -> None:
@@ -268,7 +268,7 @@ def test_own_presets_stand_beside_ours(own_home: Path) -> None:
     path = write_own(own_home)
     found = presets.find("mine", "sd15")
     assert (found.path, found.set) == (path, {"lora_rank": 3})
-    assert found.said("about", "zh-CN") == "x"
+    assert found.localized("about", "zh-CN") == "x"
 
 
 @pytest.mark.parametrize(("changes", "what"), [

@@ -44,7 +44,7 @@ class Chroma(FlowFamily):
                   vae_spec("vae_16", "vae.", "first_stage_model."), t5_spec("text_encoder"))
     tokenizers: ClassVar = {"text_encoder": TokenizerSpec("t5", LENGTH)}
     pipe = MaskedChromaPipeline
-    sampling = TimestepSampling("parabola", bend=7.7, told=by_share_and_step)
+    sampling = TimestepSampling("parabola", bend=7.7, model_times=by_share_and_step)
 
     def adapt(self, layout: CheckpointLayout) -> None:
         layout.configs["transformer"] |= block_counts(self.shapes(layout))

@@ -23,8 +23,8 @@ from core.families.sd3.model import CLIP_L
 from core.families.timestep_sampling import FLUX_LINE, TimestepSampling, by_share_and_step
 
 GUIDANCE = 1.0                              # dev's input while it learns
-DEV = TimestepSampling(line=FLUX_LINE, told=by_share_and_step)
-SCHNELL = TimestepSampling(told=by_share_and_step)
+DEV = TimestepSampling(line=FLUX_LINE, model_times=by_share_and_step)
+SCHNELL = TimestepSampling(model_times=by_share_and_step)
 
 
 class LorasAsTheyAre:

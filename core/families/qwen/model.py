@@ -66,7 +66,7 @@ class QwenImage(FilmVaeFamily):
     # Four of its tokens are the end of the request.
     tokenizers: ClassVar = {"text_encoder": TokenizerSpec("qwen25", LENGTH - 4)}
     pipe = QwenImagePipeline
-    sampling = TimestepSampling(line=((256, 0.5), (8192, 0.9)), told=by_share)
+    sampling = TimestepSampling(line=((256, 0.5), (8192, 0.9)), model_times=by_share)
     guidance = "true_cfg_scale"
 
     def adapt(self, layout: CheckpointLayout) -> None:
