@@ -56,7 +56,7 @@ def check(config: TrainConfig, family: str) -> None:
             checked(formats.weights_file(lora.path), family)
 
 
-def held(config: TrainConfig, bytes_each: int) -> float:
+def size_in_bytes(config: TrainConfig, bytes_each: int) -> float:
     """Bytes that they take beside the base, at `bytes_each` a number; for memory plans."""
     return sum(bytes_each * math.prod(info.shape) for lora in loras_of(config)
                for info in read_header(formats.weights_file(lora.path)).tensors.values()

@@ -146,8 +146,8 @@ def check_used(named_files: ComponentFiles, used: Iterable[UsedComponent], title
         parts.pop(named_files.vae, None)
     for path in filter(None, (named_files.vae, *named_files.text_encoders)):
         if path not in parts or (path != named_files.vae and not parts[path].startswith("text")):
-            raise UserError("families.companion_unused", path=path, found=identify(path).description(),
-                            title=title)
+            raise UserError("families.companion_unused", path=path, title=title,
+                            found=identify(path).description())
 
 
 def _fix_naming(key: str, path: Path, value: str | list[str]) -> Fix:
