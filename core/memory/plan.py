@@ -142,7 +142,8 @@ def plan_run(config: TrainConfig, base: Base, machine: Machine, data: Data | Non
     kept = base_settings(config, machine.kind)
     facts = {**ask("base", base, numbers), "waiting": 0.0,
              **(ask("kept", base, numbers, **kept) if kept else {}),
-             "base_loras": base_loras.size_in_bytes(config, 4 if numbers["compute"] == "fp32" else 2)}
+             "base_loras": base_loras.size_in_bytes(
+                 config, 4 if numbers["compute"] == "fp32" else 2)}
     rule = buckets.BucketRule.of(config, facts["native"], facts["step"])
     bucket = data.bucket or rule.largest()
     step = ask("step", base, numbers, **step_settings(config, machine, bucket, data))
