@@ -194,7 +194,7 @@ def test_each_base_shows_its_own(family: str) -> None:
     assert {one.family for one in found} == {family}
     assert {one.purpose for one in found} == set(PURPOSES)
     for one in found:
-        assert re.fullmatch(r"\d+GB (显存|笔记本|台式机|工作站)(，\d+ 像素)?", one.said(
+        assert re.fullmatch(r"\d+GB (显存|笔记本|台式机|工作站)(，\d+ 像素)?", one.localized(
             "title", "zh-CN"))
         assert presets.find(one.localized("title", "zh-CN"), family, one.purpose) == one
 
