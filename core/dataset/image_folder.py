@@ -102,8 +102,8 @@ def scan(folder: Path, metadata: Path | None = None,
     Captions come from `metadata` if given, else from the metadata.csv / .jsonl found beside the
     pictures; then from .txt, then .caption, then the name of an `N_name` folder. `left_out` are
     pictures that the user doesn't want, by `relative_name`. `look_all` looks at the files, in
-    order, in another way (see core/dataset/checks/image_stats.py). Raises UserError where nothing
-    is found.
+    order, in another way (see core/dataset/checks/image_stats.py); its generator is closed at the
+    end. Raises UserError where nothing is found.
     """
     folder = Path(os.path.abspath(folder.expanduser()))
     tree = walk(folder)

@@ -213,6 +213,7 @@ def _begin_log(out: Path, settings: dict[str, Any]) -> dict[str, Done]:
             if any(out.iterdir()):
                 raise UserError("checks.out_not_empty", out=out)
             paths.write_atomic(path, _line(settings) + "\n")
+        open(path, "ab").close()                    # one that can't grow is told before the work
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise _cannot_write(path, error) from None

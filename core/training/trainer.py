@@ -318,8 +318,8 @@ class Trainer:
         """Puts back what `state` returned."""
         averages = {k: v for k, v in tensors.items() if k.startswith(EMA)}
         texts = {k: v for k, v in tensors.items() if self.text is not None and self.text.owns(k)}
-        lora.load_state(self.denoiser, {
-            k: v for k, v in tensors.items() if k not in averages.keys() | texts.keys()})
+        others = averages.keys() | texts.keys()
+        lora.load_state(self.denoiser, {k: v for k, v in tensors.items() if k not in others})
         if self.text is not None:
             self.text.load_state(texts)
         if self.ema is not None:

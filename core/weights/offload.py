@@ -8,6 +8,7 @@ anew in the backward pass (core/weights/quantization.py), so that nothing else k
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -92,7 +93,8 @@ class BlockPrefetcher:
         # copy waits for it. The computation waits for the copy in turn (`_wait`).
         if stream:
             stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        # not cuda.stream(None): it asks for the current card, which a CPU or a Mac has not
+        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
             for tensor, source in zip(tensors, waiting, strict=True):
                 tensor.copy_(source, non_blocking=True)
         self._here[block] = _Visit(tensors, stream.record_event() if stream else None)

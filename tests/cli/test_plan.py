@@ -364,7 +364,7 @@ def test_long_captions_weigh_as_their_chunks(tmp_path: Path) -> None:
                                    {"native": 64, "step": 16}, family)
         assert (data.captions, data.chunks) == (chunks, longest)
         items = find(config, folder, None, 64, 16, lambda event: None).items
-        there = memory_guard.weigh(items, config, family)
+        there = memory_guard.memory_data(items, config, family)
         assert (there.captions, there.chunks) == (chunks, longest)
     # a preview's prompt weighs where it is drawn, without its tags; the step learns captions
     (folder / "000.txt").write_text("cat", "utf-8")
@@ -373,6 +373,6 @@ def test_long_captions_weigh_as_their_chunks(tmp_path: Path) -> None:
             sample_prompts=prompts.sample_prompts[1:]), 1)):
         data = plan_inputs.data_of(wanted, plan_inputs.pictures_of(config),
                                    {"native": 64, "step": 16}, "sd2")
-        there = memory_guard.weigh(find(wanted, folder, None, 64, 16, lambda event: None).items,
-                                   wanted, "sd2")
+        items = find(wanted, folder, None, 64, 16, lambda event: None).items
+        there = memory_guard.memory_data(items, wanted, "sd2")
         assert {(one.chunks, one.drawn_chunks) for one in (data, there)} == {(2, drawn)}

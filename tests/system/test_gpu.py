@@ -211,12 +211,12 @@ def test_any_failure_is_an_answer(monkeypatch: pytest.MonkeyPatch, error: Except
     assert report.problem == (str(error) or "ValueError")
 
 
-@pytest.mark.parametrize("state", gpu.State.__args__)
+@pytest.mark.parametrize("state", [state for state in gpu.State.__args__ if state != "ok"])
 def test_every_state_says_what_it_is_and_what_to_do(state: gpu.State) -> None:
     for lang in i18n.LANGUAGES:
         known = i18n.catalogue(lang)
         assert f"gpu.{state}" in known
-        assert (f"gpu.{state}_mend" in known) == (state != "ok")
+        assert f"gpu.{state}_mend" in known
     assert "{" not in i18n.tr(f"gpu.{state}", {"reason": "x"})
 
 

@@ -142,7 +142,7 @@ def test_memory_that_spills_into_ram_lowers_the_run(make: Make) -> None:
     trainer = trainer_of(config)
     sentinel = memory_guard.MemoryGuard(config, Base.of(Path(config.base_model)),
                                         torch.device("cpu"),
-                                        memory_guard.weigh(trainer.examples.items, config),
+                                        memory_guard.memory_data(trainer.examples.items, config),
                                         events.append)
 
     def steps(*seconds: float) -> list[int]:

@@ -20,7 +20,7 @@ from core.families.detection import Base
 from core.jobs.control import Control
 from core.jobs.events import Event, Note, Sample, Step
 from core.training import checkpoint, fallbacks, previews, progress, recovery
-from core.training.memory_guard import MemoryGuard, weigh
+from core.training.memory_guard import MemoryGuard, memory_data
 from core.training.recovery import Recovery
 from core.training.run import train
 from core.training.trainer import Trainer
@@ -50,7 +50,7 @@ class Drive:
         self.events: list[Event] = []
         self.trainer = trainer_of(config)
         guard = MemoryGuard(config, Base.of(Path(config.base_model)), torch.device("cpu"),
-                            weigh(self.trainer.examples.items, config), self.events.append)
+                            memory_data(self.trainer.examples.items, config), self.events.append)
         self.recovery = Recovery(self.trainer, guard, self.events.append)
 
     def to_end(self, read: bool = True) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from diffusers import Krea2Pipeline, Krea2Transformer2DModel
 from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLTextModel
 
-from core.families import checkpoint_keys, text
+from core.families import checkpoint_keys, loading, text
 from core.families.base import Cond, Parts
 from core.families.checkpoint_keys import Tensors
 from core.families.common import TokenizerSpec, denoiser_spec
@@ -29,7 +29,6 @@ from core.families.krea2.spec import SPEC
 from core.families.loading import CheckpointLayout, ComponentSpec, layer_count
 from core.families.qwen.model import FILM_VAE, FilmVaeFamily
 from core.families.timestep_sampling import TimestepSampling
-from core.serialization import json_object
 
 LENGTH = 512                                # tokens, the request's end among them
 
@@ -103,7 +102,8 @@ class Krea2(FilmVaeFamily):
 
     def _layers(self, parts: Parts) -> tuple[int, ...]:
         """The layers of the text encoder that are read: the base's, else the pipeline's."""
-        index = json_object(parts.source / "model_index.json")
+        source = parts.source
+        index = loading.read_json(source / "model_index.json", source) if source.is_dir() else {}
         layers = index.get("text_encoder_select_layers")
         return tuple(layers or _request().text_encoder_select_layers)
 
