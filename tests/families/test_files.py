@@ -534,3 +534,13 @@ def test_gemma_reads_for_a_single_file(made: tuple[str, Path, Any], tmp_path: Pa
         cond = family.encode_text(encoder, ["red", ""])
     assert cond["text"].dtype == encoder.text["text_encoder"].dtype == torch.bfloat16
     assert cond["mask"].sum(1)[0] > cond["mask"].sum(1)[1]
+
+
+def test_a_damaged_index_is_told_and_not_taken_for_an_empty_one(tmp_path: Path) -> None:
+    """It says which layers of Krea 2's text encoder are read: others would be trained on."""
+    folder, family = tiny_families.base("krea2", tmp_path / "base"), families.get("krea2")
+    parts = family.load(folder, FP32)
+    assert family.pipe_options(parts)["text_encoder_select_layers"]
+    (folder / "model_index.json").write_text("{")
+    with pytest.raises(UserError, match=r"model_index\.json"):
+        family.pipe_options(parts)

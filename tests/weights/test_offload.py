@@ -47,6 +47,18 @@ def step(model: Any) -> tuple[Tensor, list[Tensor]]:
     return out.detach(), gradients
 
 
+def test_a_copy_without_a_card_asks_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a Mac torch would look for its current device and find no such function."""
+    def current_device() -> int:
+        raise AttributeError("module 'torch.mps' has no attribute 'current_device'")
+    monkeypatch.setattr(torch.accelerator, "current_device_index", current_device)
+    monkeypatch.setattr(torch.cuda, "current_device", current_device)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: current_device())
+    model, done = model_of("same", 1.0)
+    step(model)
+    assert done.blocks > 0
+
+
 class Chain(nn.Module):
     """A transformer as far as offload looks at it."""
 
