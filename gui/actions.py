@@ -83,7 +83,7 @@ def save_preset(ctx: Context, title: str) -> None:
     card = (plan.get("machine") or {}).get("kind") == "cuda"
     family = presets.family_of(snap.config.base_model, family=snap.config.family)
     preset = presets.save_user_preset(title, family, snap.project.purpose, snap.config,
-                              presets.needs_of(plan.get("needs_mb", 0), card))
+                                      presets.needs_of(plan.get("needs_mb", 0), card))
     app_state.projects.change(preset=preset.slug)
     ctx.page.tell(ctx.tr("presets.own_saved", title=title))
 

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from http.cookiejar import CookieJar
 from pathlib import Path
 from typing import Any
-from unittest import mock
 from urllib.parse import urljoin
 
 import captioner
@@ -85,14 +84,17 @@ def run(tell: Callable[[Facts], None]) -> Facts:
 @contextlib.contextmanager
 def _temporary_home() -> Iterator[Path]:
     """A temporary data folder. Windows can't delete files that are still open: they are left."""
-    where = os.getcwd()
-    with (tempfile.TemporaryDirectory(prefix="darkroom-", ignore_cleanup_errors=True) as home,
-          mock.patch.dict(os.environ, DARKROOM_HOME=home)):
+    before, where = os.environ.get("DARKROOM_HOME"), os.getcwd()
+    with tempfile.TemporaryDirectory(prefix="darkroom-", ignore_cleanup_errors=True) as home:
+        os.environ["DARKROOM_HOME"] = home
         paths.cache_dir().mkdir()
         try:
             yield Path(home)
         finally:
             os.chdir(where)
+            os.environ.pop("DARKROOM_HOME")
+            if before is not None:
+                os.environ["DARKROOM_HOME"] = before
 
 
 # --- the parts ---

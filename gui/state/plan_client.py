@@ -129,7 +129,7 @@ class Planning:
                 child.stdin.flush()
                 if line := child.stdout.readline():
                     return dict(json.loads(line))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, TypeError) as error:
                 _log.warning("planning: %s", error)
             self._drop()
         return {"fault": {"code": "gui.no_plan", "params": {}}}

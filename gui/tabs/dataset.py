@@ -76,7 +76,7 @@ class DatasetTab:
 
     def choose(self, text: str) -> None:
         """Chooses a folder by its path. Raises UserError for a relative path."""
-        folder = (text or "").strip().strip('"')
+        folder = (text or "").strip().strip('"').strip()
         app_state = self.ctx.app_state
         if folder == app_state.snapshot().config.train_data_dir:
             return
