@@ -14,10 +14,11 @@ import json
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from PIL import Image
+
+from tests.servers import Handler, serve
 
 ANSWERS: dict[str, str] = {
     "good": "A {colour} picture.",
@@ -48,7 +49,7 @@ def seen(body: dict[str, Any]) -> tuple[str, str]:
                 "red" if red > 128 else "blue" if blue > 128 else "black")
 
 
-class Chat(BaseHTTPRequestHandler):
+class Chat(Handler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
@@ -164,23 +165,6 @@ class Chat(BaseHTTPRequestHandler):
     def reply(self, status: int, answer: object, headers: dict[str, str] | None = None) -> None:
         self.raw(status, json.dumps(answer).encode(), headers)
 
-    def raw(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-
-class Quiet(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *_: object) -> None:         # clients that gave up
-        pass
-
 
 if __name__ == "__main__":
-    server = Quiet(("127.0.0.1", 0), Chat)
-    print(server.server_address[1], flush=True)
-    server.serve_forever()
+    serve(Chat)

@@ -15,8 +15,9 @@ import random
 import re
 import socket
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+from tests.servers import Handler, serve
 
 COMMIT = "c0ffee" + "0" * 34
 SIZE = 1_500_000
@@ -58,7 +59,7 @@ def listing(owner: str, repo: str) -> dict[str, object]:
             "tags": ["license:mit"], "cardData": {"license": "mit"}}
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Handler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
@@ -70,7 +71,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         if path == "/log":
-            return self.reply(200, json.dumps(log).encode())
+            return self.raw(200, json.dumps(log).encode())
         log.append((self.command, path, self.headers.get("Range", ""),
                     "Authorization" in self.headers))
         if match := re.fullmatch(r"/api/models/((\w+)/[\w.-]+)/revision/(.+)", path):
@@ -79,32 +80,32 @@ class Hub(BaseHTTPRequestHandler):
             return self.resolve(match[2], match[4])
         if match := re.fullmatch(r"/cdn/(\w+)/(.+)", path):
             return self.body(match[1], match[2])
-        return self.reply(404, b"no")
+        return self.raw(404, b"no")
 
     def index(self, repo: str, owner: str, revision: str) -> None:
         if owner == "gone":
-            return self.reply(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+            return self.raw(401, b"{}", {"X-Error-Code": "RepoNotFound"})
         if owner == "portal":
-            return self.reply(200, b"<html>log in</html>", {"Content-Type": "text/html"})
+            return self.raw(200, b"<html>log in</html>", {"Content-Type": "text/html"})
         if owner == "sick":
-            return self.reply(500, b"{}")
+            return self.raw(500, b"{}")
         if owner == "gated":
-            return self.reply(403, b"{}", {"X-Error-Code": "GatedRepo"})
+            return self.raw(403, b"{}", {"X-Error-Code": "GatedRepo"})
         if revision not in ("main", COMMIT):
-            return self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        return self.reply(200, json.dumps(listing(owner, repo)).encode())
+            return self.raw(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        return self.raw(200, json.dumps(listing(owner, repo)).encode())
 
     def resolve(self, owner: str, name: str) -> None:
         if name not in FILES:
-            return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
+            return self.raw(404, b"", {"X-Error-Code": "EntryNotFound"})
         if owner == "redirect" and name in LARGE:
             port = self.server.server_address[1]
-            return self.reply(302, b"", {"Location": f"http://localhost:{port}/cdn/good/{name}"})
+            return self.raw(302, b"", {"Location": f"http://localhost:{port}/cdn/good/{name}"})
         if owner in ("refused", "secret") and name in LARGE:
-            return self.reply(403 if owner == "refused" else 401, b"")
+            return self.raw(403 if owner == "refused" else 401, b"")
         turn = seen[f"{owner}/{name}"] = seen.get(f"{owner}/{name}", 0) + 1
         if owner == "busy" and turn <= 2:
-            return self.reply(429 if turn == 1 else 503, b"", {"Retry-After": "0"})
+            return self.raw(429 if turn == 1 else 503, b"", {"Retry-After": "0"})
         return self.body(owner, name)
 
     def body(self, owner: str, name: str) -> None:
@@ -112,7 +113,7 @@ class Hub(BaseHTTPRequestHandler):
         if (asked := self.headers.get("Range")) and owner != "norange":
             start = int(asked.removeprefix("bytes=").rstrip("-"))
         if start >= len(data) > 0:
-            return self.reply(416, b"")
+            return self.raw(416, b"")
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(data) - start))
         self.send_header("ETag", f'"{digest(name)}"')
@@ -136,24 +137,6 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self.wfile.write(data)
 
-    def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-
-class Quiet(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *_: object) -> None:         # clients that were killed
-        pass
-
 
 if __name__ == "__main__":
-    server = Quiet(("127.0.0.1", 0), Hub)
-    print(server.server_address[1], flush=True)
-    server.serve_forever()
+    serve(Hub)
