@@ -103,7 +103,10 @@ def _open(options: argparse.Namespace) -> Store:
     from captioner.captions.store import Store
     if options.metadata and not options.metadata.is_file():
         raise UserError("dataset.metadata_missing", file=options.metadata)
-    return Store(options.folder, options.metadata)
+    store = Store(options.folder, options.metadata)
+    for problem in store.problems:
+        print(problem, file=sys.stderr)
+    return store
 
 
 def _stats(options: argparse.Namespace) -> int:
@@ -160,6 +163,10 @@ def _apply(options: argparse.Namespace) -> int:
             *(change_line(**row) for row in rows),
             tr("would_change", count=len(changes), total=len(selected))])
     history = History(store.folder)
+    locked = [store.entries[change.path] for change in changes if store.entries[change.path].locked]
+    for entry in locked:
+        print(i18n.tr(f"captions.{entry.locked}", {
+            "picture": entry.name, "file": store.name(entry.place.file)}), file=sys.stderr)
     swaps = store.swaps({change.path: change.after for change in changes})
     flattened = sum(store.entries[swap.picture].several_lines for swap in swaps if swap.picture)
     outcome = history.carry_out(Action("apply", {"rules": options.rule}), swaps)
@@ -167,7 +174,8 @@ def _apply(options: argparse.Namespace) -> int:
     lines = [tr("applied", count=len(facts["changed"]), folder=store.folder)]
     if flattened:
         lines.append(tr("summary_flattened", count=flattened))
-    return answer(options, {**facts, "flattened": flattened}, [*lines, *left])
+    return answer(options, {**facts, "flattened": flattened,
+                            "locked": [entry.name for entry in locked]}, [*lines, *left])
 
 
 def _step(options: argparse.Namespace, which: str) -> int:

@@ -149,6 +149,8 @@ class _Job:
         emit(Phase(name="scan"))
         metadata = Path(config.metadata_path) if config.metadata_path else None
         self.store = Store(Path(config.folder), metadata, config.write_to)
+        for problem in self.store.problems:
+            self._note(problem.code, **problem.params)
         # After the scan: a captioner may import torch, and a wrong folder is reported at once.
         self.captioner = open_captioner(config)
         self.count_tokens = tokens_of(self.rules)

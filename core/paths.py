@@ -24,6 +24,8 @@ CLIP_TOKENIZER = DEMO / "base" / "tokenizer"    # CLIP's own: SD 1.x, and the fi
 FAMILIES = ROOT / "core" / "families"
 TOKENIZERS = FAMILIES / "tokenizers"        # those that several families use
 
+MARK = ".lora-darkroom"         # a file in folders of pictures that we drew: they never train
+
 _SUFFIXES = frozenset((".safetensors", ".yaml", ".yml", ".png", ".jpg", ".jpeg", ".webp"))
 # what Windows refuses in a file name, and halves of surrogate pairs, which are no text
 BAD_CHARACTERS = re.compile(r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]')
@@ -57,6 +59,13 @@ def _home(folder: str) -> Path | None:
 
 def runs_dir() -> Path:
     return data_dir() / "runs"
+
+
+def mark(folder: Path) -> None:
+    """Makes a folder for pictures that we draw, and marks it as such."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        (folder / MARK).touch()
 
 
 def is_file_name(name: str) -> bool:

@@ -5,7 +5,6 @@ broken, so that nobody has to think of RecursionError.
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
 import re
@@ -14,21 +13,13 @@ from typing import Any, TypeVar
 
 import yaml
 
+from core.text_encoding import decode_text as decode_text
+from core.text_encoding import read
+
 Kind = TypeVar("Kind", dict[str, Any], list[Any])
 MOST_DEEP = 30                              # nested brackets
 # characters; PyYAML reads some 100 kB a second, so that a larger file would hang the window
 MOST_YAML = 2**18
-
-# UTF-32's mark begins as UTF-16's does, and is looked for first.
-_BOMS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-         (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"),
-         (codecs.BOM_UTF16_BE, "utf-16"))
-_HAN = re.compile(r"[\0-\x7f\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]+")
-# text in one script: Greek, Cyrillic, Armenian, Hebrew, Arabic, or Latin with plain letters
-_ONE_SCRIPT = re.compile("|".join(
-    rf"[\0-\x7f\xa0-\xbf{script}]*" for script in (
-        r"\u0370-\u03ff", r"\u0400-\u045f\u0490\u0491", r"\u0531-\u058a", r"\u05be-\u05ea",
-        r"\u0600-\u06ff")) + r"|(?=.*[A-Za-z])[\0-\x7f\xa0-\u024f\u0300-\u036f]*", re.DOTALL)
 
 
 class Loader(yaml.SafeLoader):
@@ -130,45 +121,6 @@ def construct(node: yaml.Node) -> Any:
                       node.start_mark.line + 1) from None
 
 
-# --- text ---
-
-def decode_text(data: bytes) -> str:
-    """Text from bytes: UTF-8 with or without BOM, UTF-16 or UTF-32 with BOM, else GB18030, else
-    Windows-1252. Raises ValueError for binary data."""
-    text = data.decode(encoding_of(data))
-    if "\0" in text:
-        raise ValueError("it holds binary data")
-    return text
-
-
-def encoding_of(data: bytes) -> str:
-    """The encoding of a text, by its mark or by trial. Raises ValueError."""
-    # cp1252, the last, takes nearly any bytes, so that the order decides
-    for bom, encoding in _BOMS:
-        if data.startswith(bom):
-            return encoding
-    for encoding in ("utf-8", "gb18030", "cp1252"):
-        try:
-            text = data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        if encoding != "utf-8" or not _is_chinese_misread(text, data):
-            return encoding
-    raise ValueError("it is neither UTF-8, UTF-16 nor GB18030")
-
-
-def _is_chinese_misread(text: str, data: bytes) -> bool:
-    """Whether `text`, decoded as UTF-8, is short Chinese text in GB18030 that is valid UTF-8 by
-    chance: the bytes of "one cat" read as a Cyrillic, a Hebrew and a French letter. No language
-    mixes scripts so."""
-    if text.isascii() or max(text) > "\u07ff" or _ONE_SCRIPT.fullmatch(text):
-        return False
-    try:
-        return bool(_HAN.fullmatch(data.decode("gb18030")))
-    except UnicodeDecodeError:
-        return False
-
-
 def readable_name(name: str) -> str:
     """A file name as text, also where it isn't UTF-8: Chinese archives unpacked on Linux."""
     try:
@@ -177,6 +129,6 @@ def readable_name(name: str) -> str:
     except UnicodeEncodeError:
         pass
     try:
-        return decode_text(os.fsencode(name))
+        return read(os.fsencode(name)).text
     except ValueError:
         return name.encode("utf-8", "replace").decode()

@@ -13,12 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from captioner.captions.edits import Place, Swap
-from captioner.captions.table import HEADER, JSON_SUFFIXES, Table, caption_in, encoded
+from captioner.captions.table import HEADER, Table
 from captioner.config import WriteTo
 from core.dataset import image_folder
-from core.dataset.captions import caption_places, metadata_files
+from core.dataset.caption_files.places import SIDECARS
+from core.dataset.caption_files.reader import caption_in
+from core.dataset.caption_files.tables import JSON_SUFFIXES
 from core.errors import UserError
 from core.serialization import readable_name
+from core.text_encoding import read
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,10 @@ class Store:
     def captions(self) -> dict[str, str]:
         return {name: entry.caption for name, entry in self.entries.items()}
 
+    def name(self, file: Path) -> str:
+        """A file's name for people."""
+        return image_folder.relative_name(file, self.folder)
+
     def swaps(self, captions: Mapping[str, str]) -> list[Swap]:
         """The changes that give the named pictures these captions; none where a picture has its
         caption already. The beginning of a new table comes before its rows."""
@@ -74,7 +81,7 @@ class Store:
                 continue
             if place.kind == "sidecar":
                 end = b"\n" if (old or b"").endswith(b"\n") else b""
-                changes.append(Swap(name, place, old, encoded(caption) + end))
+                changes.append(Swap(name, place, old, caption.encode("utf-8", "replace") + end))
                 continue
             if place.file not in self.tables:
                 is_json = place.file.suffix.lower() in JSON_SUFFIXES
@@ -98,7 +105,7 @@ class Store:
             if swap.after is None:
                 caption = ""
             elif swap.place.kind == "sidecar":
-                caption = caption_in(swap.after)
+                caption = caption_in(swap.place.file, read(swap.after).text)
             else:
                 syntax = self.tables[swap.place.file].syntax
                 caption = syntax.caption_of(swap.after.decode("utf-8"))
@@ -122,34 +129,46 @@ class _Reader:
     def __init__(self, folder: Path, metadata: Path | None, write_to: WriteTo) -> None:
         self.folder, self.write_to = folder, write_to
         self.metadata = metadata and Path(os.path.abspath(metadata.expanduser()))
-        if self.metadata and self.metadata.suffix.lower() not in (".csv", *JSON_SUFFIXES):
+        if self.metadata and self.metadata.suffix.lower() not in (".csv", ".tsv", ".txt",
+                                                                  *JSON_SUFFIXES):
             raise UserError("captions.table_suffix", file=self.metadata)
         self.tables: dict[Path, Table] = {}
         self.tree = image_folder.walk(folder)
-        self.table_files = [self.metadata] if self.metadata else metadata_files(self.tree.files)
+        self.files = self.tree.caption_files_of(self.metadata)
+        # What training would say of them; a table that the user names may be yet to come.
+        if self.metadata is None or self.metadata.is_file():
+            image_folder.read_captions(self.tree, self.files)
+        owners = Counter(file for own in self.files.sidecars.values() for file in own)
+        # New texts of pictures that have a file in common go into files of their own.
+        self.shared = {file for file, count in owners.items() if count > 1}
+        stems = Counter(path.with_suffix("") for path in self.tree.pictures)
+        self.same_stem = {stem for stem, count in stems.items() if count > 1}
 
     def entries(self) -> dict[str, Entry]:
         # Rows of tables before sidecars, as training reads them.
         stored: dict[Path, list[_Stored]] = {path: [] for path in self.tree.pictures}
         for path, row in self._rows():
             stored[path].append(row)
-        for path, files in caption_places(self.tree.pictures, self.tree.files).items():
+        for path, files in self.files.sidecars.items():
             stored[path] += map(self._read_sidecar, files)
         # New sidecars are named like most of the folder's: 01.txt or 01.png.txt.
-        forms = Counter((one.place.file.name.startswith(path.name), one.place.file.suffix.lower())
-                        for path, places in stored.items() for one in places
-                        if one.place.kind == "sidecar")
+        forms = Counter(form for path, places in stored.items() for one in places
+                        if one.place.kind == "sidecar" and (form := _form(path, one.place.file)))
         (after_name, suffix), _ = forms.most_common(1)[0] if forms else ((False, ".txt"), 0)
         entries = {}
         for path, places in stored.items():
             home = next((one for one in places if one.caption), None)
-            sidecar = path.with_name((path.name if after_name else path.stem) + suffix)
+            whole = after_name or path.with_suffix("") in self.same_stem
+            sidecar = path.with_name((path.name if whole else path.stem) + suffix)
             place = self._target(path, places, home, sidecar)
             there = next((one for one in places if one.place == place), None)
+            locked = there.locked if there else ""
+            if place.kind == "row" and place.file in self.tables:
+                locked = locked or self._table_lock(place.file)
             name = self.tree.name(path)
             entries[name] = Entry(path, name, home.caption if home else "",
                                   home.place if home else None, place,
-                                  there.content if there else None, there.locked if there else "")
+                                  there.content if there else None, locked)
         # Training reads the first place that holds a caption, never what is written behind it.
         shadowed = [entry for entry in entries.values() if entry.home is not None and entry.strays
                     and self._rank(entry.home) < self._rank(entry.place)]
@@ -161,55 +180,70 @@ class _Reader:
 
     def _rows(self) -> Iterator[tuple[Path, _Stored]]:
         """Each picture with the rows that name it, in the order in which training reads them."""
-        index = image_folder.Index(self.tree)
-        for file in self.table_files:
+        for file in self.files.tables:
             try:
-                table = self.tables[file] = Table(file, file.read_bytes())
+                data = self.files.content(file)
+                table = self.tables[file] = Table(file, data, self.files.text_of_table(file))
             except FileNotFoundError:
                 # The user named a table that doesn't exist yet.
                 continue
             except (OSError, ValueError) as error:
                 raise UserError("dataset.metadata_unreadable", file=file, reason=error) from None
-            for record in table.records:
-                if not record.name:
-                    continue
-                pictures = index.find(record.name.replace("\\", "/"), file.parent)
+            records = [record for record in table.records if record.name]
+            matches = self.files.index.match([record.name for record in records], file.parent)
+            for record, pictures in zip(records, matches, strict=True):
                 # A row that names several pictures can't get the caption of one of them.
                 locked = "shared_row" if len(pictures) > 1 else ""
                 for path in pictures:
                     yield path, _Stored(Place(file, "row", record.name), record.raw.encode(),
                                         record.caption, locked)
 
+    def _table_lock(self, file: Path) -> str:
+        """Why no row of a table can be written: a key of captions.yaml."""
+        table, text = self.tables[file], self.files.text_of_table(file)
+        alone = read(self.files.content(file))
+        # It would be written back in another reading.
+        if alone.text != text or (alone.doubt and alone.encoding != "utf-8"):
+            return "in_doubt"
+        return "whole_json" if table.syntax.whole else ""
+
     def _read_sidecar(self, file: Path) -> _Stored:
+        place = Place(file)
         try:
-            content = file.read_bytes()
-        except OSError as error:
-            self.tree.report(file, "caption_unreadable", reason=error.strerror)
-            return _Stored(Place(file), b"", "", "not_readable")
+            content = self.files.content(file)
+        except OSError:
+            return _Stored(place, b"", "", "not_readable")
         try:
-            return _Stored(Place(file), content, caption_in(content))
+            reading = self.files.decoder.read(content)
+            in_doubt = reading.doubt and reading.encoding != "utf-8"
+            return _Stored(place, content, caption_in(file, reading.text),
+                           "in_doubt" if in_doubt else "")
         except ValueError:
-            return _Stored(Place(file), content, "", "not_text")
+            return _Stored(place, content, "", "not_text")
 
     def _target(self, path: Path, places: Sequence[_Stored], home: _Stored | None,
                 sidecar: Path) -> Place:
         """Where a new caption of the picture goes; `sidecar`: if there is no place for it yet."""
         if self.metadata is not None:
             return self._row_place(path, self.metadata, places)
-        if self.write_to == "auto" and home is not None:
+        # A .json is only read, a shared file stays: what is written is read before them.
+        places = [one for one in places if one.place.kind == "row" or (
+            one.place.file.suffix.lower() != ".json" and one.place.file not in self.shared)]
+        if self.write_to == "auto" and home in places and home is not None:
             return home.place
         if self.write_to in ("csv", "jsonl"):
             return self._row_place(path, self.folder / f"metadata.{self.write_to}", places)
         if self.write_to in ("txt", "caption"):
             suffix = f".{self.write_to}"
+            own = path.name if path.with_suffix("") in self.same_stem else path.stem
             return next((one.place for one in places if one.place.kind == "sidecar"
                          and one.place.file.suffix.lower() == suffix),
-                        Place(path.with_suffix(suffix)))
+                        Place(path.with_name(own + suffix)))
         # An empty row or file is meant for the caption.
         if places:
             return places[0].place
-        for table in self.table_files:
-            if path.is_relative_to(table.parent):
+        for table in self.tables:
+            if not self.tables[table].syntax.whole and path.is_relative_to(table.parent):
                 return self._row_place(path, table, places)
         return Place(sidecar)
 
@@ -226,4 +260,15 @@ class _Reader:
         """Smaller for places that training reads earlier; also for places that are yet to come."""
         if place.kind == "row":
             return (0, -len(place.file.parts), self.tree.name(place.file))
-        return (1 if place.file.suffix.lower() == ".txt" else 2, 0, "")
+        name = place.file.name.lower()
+        return (1 + max(i for i, suffix in enumerate(SIDECARS) if name.endswith(suffix)), 0, "")
+
+
+def _form(path: Path, file: Path) -> tuple[bool, str] | None:
+    """How a picture's sidecar is named: after its whole name or its stem, and with what behind
+    it; None where new ones are not to be named so."""
+    for whole, name in ((True, path.name), (False, path.stem)):
+        suffix = file.name[len(name):].lower()
+        if suffix in SIDECARS and suffix != ".json":
+            return whole, suffix
+    return None

@@ -1,6 +1,6 @@
 """A folder of pictures: what is in it, each picture's caption, and what is wrong. Only ever read.
 
-Flat and nested folders, kohya's `N_name` folders, metadata.csv / .jsonl, .txt and .caption.
+Flat and nested folders, kohya's `N_name` folders; captions by core.dataset.caption_files.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ import contextlib
 import functools
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from core import i18n, serialization, threads
-from core.dataset import captions
+from core import i18n, paths, serialization, threads
+from core.dataset.caption_files.places import natural
+from core.dataset.caption_files.reader import CaptionFiles
 from core.dataset.images import Look, look_at, prepare
 from core.dataset.masks import STEMS as MASK_STEMS
 from core.errors import UserError
@@ -29,12 +29,21 @@ SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp",
 CANT_READ = frozenset((".heic", ".heif", ".jxl", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef",
                        ".arw"))
 MOST_REPEATS = 999                          # 2024_summer is a year
+MOST_NAMED, MOST_SHOWN = 5, 80              # files and letters in one remark
 
 _REPEATS = re.compile(r"([0-9]+)_(.+)")
 _IGNORED = re.compile(r"\..*|_left_out|__macosx", re.IGNORECASE)
+# What network drives and recycle bins hold, thumbnails among it.
+_OF_SYSTEMS = re.compile(r"@eadir|#recycle|#snapshot|@recycle|@recently-snapshot|\$recycle\.bin|"
+                         r"recycler|system volume information|lost\+found", re.IGNORECASE)
+# Beside kohya's `N_name` folders, or beside the img that holds them.
+_KOHYA = re.compile(r"regs?|regulari[sz]ation(_images)?|class_images|logs?|models?", re.IGNORECASE)
+_IMG = ("img", "image", "images", "train")
+_WEIGHTS = (".safetensors", ".ckpt", ".pt")
 _MASKS = re.compile(r"masks?|.*[_-]masks?", re.IGNORECASE)
 _SKIPPED = frozenset(f"dataset.{what}" for what in (
-    "unreadable", "empty", "truncated", "not_a_picture", "corrupt", "too_large", "unsupported"))
+    "unreadable", "empty", "truncated", "not_a_picture", "corrupt", "too_large", "unsupported",
+    "is_other_format"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +80,11 @@ class Problem:
 class Dataset:
     """What `scan` found in a folder."""
 
-    pictures: tuple[Picture, ...]           # by relative path
+    pictures: tuple[Picture, ...]           # by relative path, 2 before 10
     problems: tuple[Problem, ...]
     folder: Path
+    # Caption files in another encoding than UTF-8, by its name.
+    encodings: dict[Path, str] = field(default_factory=dict, compare=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,14 +111,15 @@ def scan(folder: Path, metadata: Path | None = None,
     """Decodes every picture under `folder` once in full, and returns them with all findings.
 
     Captions come from `metadata` if given, else from the metadata.csv / .jsonl found beside the
-    pictures; then from .txt, then .caption, then the name of an `N_name` folder. `left_out` are
-    pictures that the user doesn't want, by `relative_name`. `look_all` looks at the files, in
-    order, in another way (see core/dataset/checks/image_stats.py); its generator is closed at the
-    end. Raises UserError where nothing is found.
+    pictures; then from the pictures' own text files, then the name of an `N_name` folder.
+    `left_out` are pictures that the user doesn't want, by `relative_name`. `look_all` looks at the
+    files, in order, in another way (see core/dataset/checks/image_stats.py); its generator is
+    closed at the end. Raises UserError where nothing is found.
     """
     folder = Path(os.path.abspath(folder.expanduser()))
     tree = walk(folder)
-    texts = _read_captions(tree, metadata)
+    files = tree.caption_files_of(metadata and Path(os.path.abspath(metadata.expanduser())))
+    texts = read_captions(tree, files, explicit=metadata is not None)
     wanted = [path for path in tree.pictures if tree.name(path) not in left_out]
     if count := len(tree.pictures) - len(wanted):
         if not wanted:
@@ -134,7 +146,7 @@ def scan(folder: Path, metadata: Path | None = None,
                         first=str(first))
     if bare := sum(not picture.caption for picture in pictures):
         tree.report(folder, "dataset.captions_missing", count=bare, total=len(pictures))
-    return Dataset(tuple(pictures), tuple(tree.problems), folder)
+    return Dataset(tuple(pictures), tuple(tree.problems), folder, tree.encodings)
 
 
 @dataclass(slots=True)
@@ -148,7 +160,14 @@ class Tree:
     repeats: dict[Path, int] = field(default_factory=dict)      # by folder
     tokens: dict[Path, str] = field(default_factory=dict)       # class token by folder
     caption_files: dict[Path, Path] = field(default_factory=dict)   # by picture
+    systems: list[Path] = field(default_factory=list)           # of drives and recycle bins
     problems: list[Problem] = field(default_factory=list)
+    encodings: dict[Path, str] = field(default_factory=dict)        # see Dataset
+
+    def caption_files_of(self, metadata: Path | None) -> CaptionFiles:
+        """Reads the text files. `metadata`: the only table, where the user names one."""
+        return CaptionFiles(self.folder, {self.name(path): path for path in self.pictures},
+                            self.files, metadata)
 
     def report(self, path: Path, code: str, /, **params: Any) -> None:
         # Only what JSON can hold: problems also go into events and reports.
@@ -180,8 +199,10 @@ def walk(folder: Path) -> Tree:
         raise UserError("dataset.not_a_folder", folder=folder)
     tree = Tree(folder)
     _enter(tree, folder, 1, "", set())
-    tree.files.sort(key=tree.name)
-    tree.pictures.sort(key=tree.name)
+    if tree.systems:
+        tree.report(tree.systems[0], "dataset.system_left_out", count=len(tree.systems))
+    for files in (tree.files, tree.pictures):
+        files.sort(key=lambda path: natural(tree.name(path)))
     if not tree.pictures:
         kinds = Counter(path.suffix.lower() or path.name for path in tree.files)
         raise UserError("dataset.no_pictures", folder=folder, folders=tree.folders,
@@ -213,6 +234,11 @@ def _enter(tree: Tree, folder: Path, repeats: int, token: str, seen: set[str]) -
     except OSError as error:
         tree.report(folder, "dataset.folder_unreadable", reason=error.strerror)
         return
+    names = {entry.name.lower() for entry in entries}
+    if paths.MARK in names and folder != tree.folder:
+        tree.report(folder, "dataset.own_folder")
+        return
+    holds_weights = any(name.endswith(_WEIGHTS) for name in names)
     for entry in entries:
         if _IGNORED.fullmatch(entry.name):
             continue
@@ -230,29 +256,43 @@ def _enter(tree: Tree, folder: Path, repeats: int, token: str, seen: set[str]) -
                 tree.pictures.append(path)
         elif _MASKS.fullmatch(path.name) and not _REPEATS.fullmatch(path.name):
             tree.report(path, "dataset.masks_left_out")
+        elif _OF_SYSTEMS.fullmatch(entry.name):
+            tree.systems.append(path)
+        elif _KOHYA.fullmatch(entry.name) and (
+                _has_repeats(folder) or any(map(_has_repeats, map(folder.joinpath, _IMG)))):
+            tree.report(path, "dataset.kohya_left_out")
+        elif entry.name.lower() in ("sample", "samples") and holds_weights:
+            tree.report(path, "dataset.samples_left_out")
+        elif os.path.realpath(path) in (os.path.realpath(paths.data_dir()),
+                                        os.path.realpath(paths.cache_dir())):
+            tree.report(path, "dataset.own_folder")
         else:
             tree.folders += 1
             _enter(tree, path, repeats, token, seen)
 
 
+def _has_repeats(folder: Path) -> bool:
+    """Whether it holds kohya's `N_name` folders."""
+    with contextlib.suppress(OSError), os.scandir(folder) as listing:
+        return any(_REPEATS.fullmatch(entry.name) and entry.is_dir() for entry in listing)
+    return False
+
+
 # --- captions ---------------------------------------------------------------------------------
 
-def _read_captions(tree: Tree, metadata: Path | None) -> dict[Path, str]:
+def read_captions(tree: Tree, files: CaptionFiles, explicit: bool = False) -> dict[Path, str]:
     """Returns each picture's caption, "" where there is none, and fills `tree.caption_files`.
 
     Metadata counts before sidecars, the first sidecar that isn't empty before the others, and the
-    name of an `N_name` folder where nothing else says anything.
+    name of an `N_name` folder where nothing else says anything. `explicit`: the user named the
+    table; UserError is raised where it is of no use.
     """
     texts: dict[Path, str] = {}
-    # A file that the user names is the only one.
-    tables = (captions.metadata_files(tree.files) if metadata is None
-              else [Path(os.path.abspath(metadata.expanduser()))])
-    index: Index | None = None
-    for file in tables:
-        index = index or Index(tree)
-        texts = _captions_of(tree, index, file, explicit=metadata is not None) | texts
+    for file in files.tables:
+        texts = _captions_of(tree, files, file, explicit) | texts
     unused = 0
-    for path, sidecars in captions.caption_places(tree.pictures, tree.files).items():
+    unreadable: dict[Path, UserError] = {}
+    for path, sidecars in files.sidecars.items():
         if path in texts:
             unused += bool(sidecars)
             continue
@@ -262,89 +302,79 @@ def _read_captions(tree: Tree, metadata: Path | None) -> dict[Path, str]:
             tree.caption_files[path] = sidecars[0]
         for file in sidecars:
             try:
-                caption = captions.read_caption(file)
+                caption = files.caption(file)
             except UserError as fault:
-                tree.report(file, fault.code, **fault.params)
+                unreadable[file] = fault
                 continue
             if caption:
                 texts[path], tree.caption_files[path] = caption, file
                 break
+    for file, why in unreadable.items():
+        tree.report(file, why.code, **why.params)
     if unused:
         tree.report(tree.folder, "dataset.sidecars_unused", count=unused)
+    _report_shared(tree, files)
+    if files.unused:
+        tree.report(tree.folder, "dataset.texts_unused", count=len(files.unused),
+                    names=_listed(tree, files.unused))
+    tree.encodings = {file: reading.title for file, reading in files.odd.items()}
+    if doubtful := {file: reading for file, reading in files.odd.items() if reading.doubt}:
+        file, reading = next(iter(doubtful.items()))
+        tree.report(file, "dataset.encoding_doubt", count=len(doubtful), encoding=reading.title,
+                    text=" ".join(reading.text.split())[:MOST_SHOWN])
     return texts
 
 
-def _captions_of(tree: Tree, index: Index, file: Path, explicit: bool) -> dict[Path, str]:
-    """Returns the captions of one metadata file, and reports every row that helps nobody.
+def _report_shared(tree: Tree, files: CaptionFiles) -> None:
+    """Names sidecars that several pictures have in common: a.txt of a.png and a.jpg."""
+    owners: dict[Path, list[Path]] = {}
+    for path, file in tree.caption_files.items():
+        if file not in files.tables:
+            owners.setdefault(file, []).append(path)
+    shared = {file: own for file, own in owners.items() if len(own) > 1}
+    if shared:
+        file, own = next(iter(shared.items()))
+        tree.report(file, "dataset.caption_shared", count=len(shared), names=_listed(tree, own))
+
+
+def _listed(tree: Tree, files: Sequence[Path]) -> str:
+    return ", ".join(map(tree.name, files[:MOST_NAMED])) + " …" * (len(files) > MOST_NAMED)
+
+
+def _captions_of(tree: Tree, files: CaptionFiles, file: Path, explicit: bool) -> dict[Path, str]:
+    """Returns the captions of one metadata file, and reports the rows that help nobody: one remark
+    a kind, with the first such row.
 
     `explicit`: the user named this file; UserError is raised where it is of no use.
     """
     texts: dict[Path, str] = {}
     try:
-        rows, faults = captions.read_metadata(file)
+        rows, faults = files.rows(file)
     except UserError as fault:
         if explicit:
             raise
         tree.report(file, fault.code, **fault.params)
         return {}
+    said: dict[str, list[dict[str, Any]]] = {}
     for bad_line in faults:
-        tree.report(file, bad_line.code, **bad_line.params)
-    matched_any = False
-    for row in rows:
-        name = row.name.replace("\\", "/")
-        pictures: list[Path] = []
-        # What lies outside of the folder is refused.
-        if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name):
-            tree.report(file, "dataset.row_outside", line=row.line, name=row.name)
-        elif not (pictures := index.find(name, file.parent)):
-            tree.report(file, "dataset.row_without_picture", line=row.line, name=row.name)
-        matched_any |= bool(pictures)
-        if not texts.keys().isdisjoint(pictures):
-            tree.report(file, "dataset.row_twice", line=row.line, name=row.name)
+        said.setdefault(bad_line.code, []).append(bad_line.params)
+    for row, pictures in rows:
+        about = {"line": row.line, "name": row.name}
+        if not pictures:
+            outside = files.index.is_elsewhere(row.name)
+            said.setdefault("dataset.row_outside" if outside else "dataset.row_without_picture",
+                            []).append(about)
+        elif not texts.keys().isdisjoint(pictures):
+            said.setdefault("dataset.row_twice", []).append(about)
         for path in pictures if row.caption else ():
             texts.setdefault(path, row.caption)
             tree.caption_files.setdefault(path, file)
-    if explicit and not matched_any:
-        raise UserError("dataset.metadata_no_match", file=file, folder=tree.folder, count=len(rows),
-                        name=rows[0].name if rows else "-")
+    for code, cases in said.items():
+        tree.report(file, code, **cases[0] | {"count": len(cases)})
+    if explicit and not any(pictures for _, pictures in rows):
+        raise UserError("dataset.metadata_no_match", file=file, folder=tree.folder,
+                        count=len(rows), name=rows[0][0].name if rows else "-")
     return texts
-
-
-class Index:
-    """Finds pictures by the names that rows of metadata use.
-
-    Names may start from the metadata's folder or from the dataset's, with or without suffix, in
-    any case and Unicode form.
-    """
-
-    def __init__(self, tree: Tree) -> None:
-        self.folder = tree.folder
-        self.exact = {tree.name(path): path for path in tree.pictures}
-        self.loose: dict[str, list[Path]] = {}
-        for name, path in self.exact.items():
-            for key in {_fold(name), _fold(str(PurePosixPath(name).with_suffix("")))}:
-                self.loose.setdefault(key, []).append(path)
-
-    def find(self, name: str, beside: Path) -> list[Path]:
-        """Returns the pictures of a name in a metadata file that lies in the folder `beside`."""
-        parts = PurePosixPath(name).parts
-        names = [PurePosixPath(*parts)]
-        if beside != self.folder and beside.is_relative_to(self.folder):
-            names.insert(0, PurePosixPath(beside.relative_to(self.folder).as_posix(), *parts))
-        # The name may be written from further up, such as data/cats/01.png for the folder cats.
-        for cut in range(1, len(parts)):
-            if self.folder.parts[-cut:] == parts[:cut]:
-                names.append(PurePosixPath(*parts[cut:]))
-        for candidate in map(str, names):
-            if candidate in self.exact:
-                return [self.exact[candidate]]
-            if _fold(candidate) in self.loose:
-                return self.loose[_fold(candidate)]
-        return []
-
-
-def _fold(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
 
 
 # --- held-out pictures ------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import threading
 import warnings
 from contextlib import nullcontext, suppress
@@ -12,10 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageColor, ImageFile, UnidentifiedImageError
+from PIL import (
+    ExifTags,
+    Image,
+    ImageCms,
+    ImageColor,
+    ImageFile,
+    PngImagePlugin,
+    UnidentifiedImageError,
+)
 
 from core.errors import UserError
 
+# Text and profiles in a PNG may be large: workflows of node editors, print profiles.
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "AVIF", "TIFF", "GIF")
 MAX_MEGAPIXELS = 175                        # more is a bomb; below Pillow's own limit of 179
 BIG = 24_000_000                            # px; such pictures are decoded one at a time
@@ -35,6 +46,10 @@ class Decoded:
     tables: dict[int, list[int]] = field(default_factory=dict)      # of a JPEG's quantisation
 
 
+_OTHERS = ((b"\xff\x0a", "JPEG XL"), (b"\0\0\0\x0cJXL ", "JPEG XL"), (b"8BPS", "PSD"),
+           (b"%PDF", "PDF"), (b"<!DOCTYPE html", "HTML"), (b"<!doctype html", "HTML"),
+           (b"<html", "HTML"), (b"<svg", "SVG"), (b"PK\x03\x04", "ZIP"),
+           (b"\0\0\0\x0cjP  ", "JPEG 2000"), (b"\x1a\x45\xdf\xa3", "WebM"))
 # By the orientation in EXIF; 5 to 8 are those of pictures that lie on a side.
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
@@ -138,7 +153,9 @@ def _upright(image: ImageFile.ImageFile, path: Path, least: int | None) -> Decod
 def _unknown(path: Path) -> UserError:
     """The error for a file with which no reader could begin: no picture, or only its beginning."""
     with open(path, "rb") as file:
-        head = file.read(16)
+        head = file.read(64)
+    if kind := _kind_of(head):
+        return UserError("dataset.is_other_format", file=path, kind=kind)
     for name in FORMATS:
         # Readers fail on the shortest files, and some are not built in.
         with suppress(Exception):
@@ -146,6 +163,17 @@ def _unknown(path: Path) -> UserError:
             if accept and accept(head) is True:
                 return UserError("dataset.corrupt", file=path, reason=f"incomplete {name}")
     return UserError("dataset.not_a_picture", file=path)
+
+
+def _kind_of(head: bytes) -> str:
+    """What a file is that is sometimes called .jpg, by its beginning; "" for anything else."""
+    if head[4:8] == b"ftyp":
+        brands = head[8:max(16, min(int.from_bytes(head[:4]), len(head)))]
+        if b"avi" in brands:
+            return ""
+        # Phones write it, whatever the name.
+        return "HEIC/HEIF" if re.search(rb"mif1|msf1|he[iv][a-z]", brands) else "MP4"
+    return next((kind for start, kind in _OTHERS if head.lstrip().startswith(start)), "")
 
 
 def _too_large(path: Path) -> UserError:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from core import paths
 from core.dataset import image_folder
+from core.dataset.caption_files.places import SIDECARS
 from core.errors import UserError
 
-CAPTIONS = frozenset((".txt", ".caption", ".csv", ".jsonl"))
+CAPTIONS = frozenset((*SIDECARS, ".csv", ".tsv", ".jsonl"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +50,46 @@ def copy_all(files: Sequence[Path], folder: Path,
     except OSError as error:
         raise UserError("tab_dataset.not_copied", file=files[0].name if files else "",
                         folder=folder, reason=error.strerror or error) from None
-    groups: dict[str, list[Path]] = {}
+    stems: dict[str, list[Path]] = {}
     for file in good:
-        groups.setdefault(clean(file.stem), []).append(file)
-    for stem, group in groups.items():
-        copied += _copy_group(stem, group, folder)
-        done += len(group)
-        progress(done, len(good))
+        stems.setdefault(clean(_split(file)[0]).casefold(), []).append(file)
+    for files_of_stem in stems.values():
+        for group in _groups(files_of_stem):
+            copied += _copy_group(clean(_split(group[0])[0]), group, folder)
+            done += len(group)
+            progress(done, len(good))
     return Taken(copied, done - copied, refused)
+
+
+def _split(file: Path) -> tuple[str, str]:
+    """A file's name as that of its picture and what comes behind: 1.png.txt, 1.caption.txt."""
+    stem = file.name
+    for suffixes in (sorted(SIDECARS, key=len), sorted(image_folder.SUFFIXES)):
+        ends = [suffix for suffix in suffixes if stem.lower().endswith(suffix)]
+        stem = stem[:len(stem) - len(ends[-1])] if ends else stem
+    stem = stem if len(stem) < len(file.name) else file.stem
+    return stem, file.name[len(stem):]
+
+
+def _groups(files: Sequence[Path]) -> list[list[Path]]:
+    """Parts files of one stem into pictures with their captions: of two files of the same name,
+    from different folders, the second one begins a group of its own."""
+    groups: list[dict[str, Path]] = []
+    for file in files:
+        name = _split(file)[1].casefold()
+        free = [group for group in groups if name not in group]
+        # A browser's upload has a folder a file; then the order tells.
+        own = [group for group in free if any(one.parent == file.parent for one in group.values())]
+        if not free:
+            groups.append({})
+        (own or free or groups[-1:])[0][name] = file
+    return [list(group.values()) for group in groups]
 
 
 def _copy_group(stem: str, group: Sequence[Path], folder: Path) -> int:
     """Copies files of one stem under the first free name; returns how many were not there yet."""
     for free in paths.numbered(folder / stem):
-        targets = {file: free.with_name(f"{free.name}{file.name[len(file.stem):]}")
+        targets = {file: free.with_name(f"{free.name}{_split(file)[1]}")
                    for file in group}
         if any(target.exists() and not filecmp.cmp(file, target, shallow=False)
                for file, target in targets.items()):

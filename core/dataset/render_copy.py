@@ -11,14 +11,14 @@ from zlib import crc32
 import numpy as np
 from PIL import Image
 
-from core import serialization
 from core.dataset import images
 from core.dataset.buckets import Point, Size
-from core.dataset.captions import SIDECARS
+from core.dataset.captions import one_line
 from core.dataset.checks import measures
 from core.dataset.checks.report import CropAbout
 from core.dataset.crops import BaseFacts, plan_crops
 from core.dataset.image_folder import Picture
+from core.text_encoding import read
 
 Format = Literal["keep", "png", "jpg", "webp"]
 # Suffixes of the formats that we write; others become PNG.
@@ -157,8 +157,11 @@ def caption_of(picture: Picture) -> tuple[str, str] | None:
     file = picture.caption_file
     if file is None:
         return None
-    if file.suffix.lower() in SIDECARS:
+    if file.suffix.lower() in (".txt", ".caption", ".tags", ".cap"):
         # Where it can't be read, the scan has said so: dataset.caption_unreadable.
         with contextlib.suppress(OSError, ValueError):
-            return file.suffix.lower(), serialization.decode_text(file.read_bytes())
+            text = read(file.read_bytes()).text
+            # Its lines stay, unless the folder's other files tell another encoding.
+            if one_line(text) in ("", picture.caption):
+                return file.suffix.lower(), text
     return ".txt", picture.caption + "\n"

@@ -339,7 +339,7 @@ def write_png(image: Image.Image, path: Path, parameters: str) -> None:
 
 def save_numbered(image: Image.Image, folder: Path, parameters: str, stem: str = "") -> Path:
     """Saves under the next free number: nothing is overwritten, whoever else draws there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    paths.mark(folder)
     # deleted pictures count: they may be restored
     taken = [int(m[1]) for p in (*folder.glob("*.png"), *folder.glob(f"{TRASH}/*.png"))
              if (m := re.search(r"(\d+)$", p.stem))]

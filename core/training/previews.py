@@ -102,6 +102,7 @@ class Previewer:
                  f"CFG scale: {shot.cfg:g}, Seed: {shot.seed}, "
                  f"Size: {shot.size[0]}x{shot.size[1]}"
                  + (f", Clip skip: {skip}" if (skip := self.parts.reading.clip_skip) > 1 else ""))
+        paths.mark(self.folder)
         path = paths.create(self.folder / f"{name}-{step:06d}-{index}.png",
                             lambda fresh: generate.write_png(image, fresh, facts), once=True)
         self.emit(Sample(step=step, path=str(path), prompt=prompt, seed=shot.seed))

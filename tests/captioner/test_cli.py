@@ -294,3 +294,14 @@ def test_help(run: Run, words_: list[str], lang: str) -> None:
     assert "captions." not in told.out
 
 
+def test_what_can_not_be_written_is_told(run: Run, folder: Path) -> None:
+    (folder / "1.txt").write_bytes("ä".encode("cp1252"))
+    (folder / "2.txt").write_text("a cat")
+    (folder / "4.txt").write_text("of nobody")
+    told = run("captions", "apply", folder, "--rule", "suffix:wet", "--json")
+    assert told.code == 0
+    for words in ("1.png: the encoding of 1.txt is in doubt", "as Windows-1252 it says: ä",
+                  "4.txt"):
+        assert words in told.err
+    assert (folder / "1.txt").read_bytes() == "ä".encode("cp1252")
+    assert (folder / "2.txt").read_text() == "a cat, wet"

@@ -41,6 +41,38 @@ def test_another_picture_of_that_name_takes_its_caption_along(tmp_path: Path) ->
     assert found == {"one.png": "1", "one.txt": "a cat", "one-2.png": "2", "one-2.txt": "a dog"}
 
 
+def test_files_of_one_name_from_two_folders_are_both_kept(tmp_path: Path) -> None:
+    """In one drop, each with its caption; the very same file twice is one."""
+    files = [*drop(tmp_path / "a", one_png="1", one_txt="a cat"),
+             *drop(tmp_path / "b", one_png="2", one_txt="a dog"),
+             *drop(tmp_path / "c", one_png="1")]
+    taken = import_files.copy_all(files, tmp_path / "to")
+    found = {path.name: path.read_text() for path in (tmp_path / "to").iterdir()}
+    assert found == {"one.png": "1", "one.txt": "a cat", "one-2.png": "2", "one-2.txt": "a dog"}
+    assert (taken.copied, taken.same) == (4, 1)
+
+
+def test_a_browser_drops_each_file_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    files = [path for n, (name, text) in enumerate(
+        [("one_png", "1"), ("one_txt", "a cat"), ("one_png", "2"), ("one_txt", "a dog")])
+        for path in drop(tmp_path / str(n), **{name: text})]
+    import_files.copy_all(files, tmp_path / "to")
+    assert (tmp_path / "to" / "one-2.txt").read_text() == "a dog"
+
+
+def test_every_kind_of_caption_stays_beside_its_picture(tmp_path: Path) -> None:
+    for folder, text in (("a", "1"), ("b", "2")):
+        (tmp_path / folder).mkdir()
+        names = ["x.png", "x.caption.txt", "x.png.txt", "x.json", "X.tags", "y?.png", "y*.png"]
+        for name in names:
+            (tmp_path / folder / name).write_text(text + name[:2])
+        import_files.copy_all([tmp_path / folder / name for name in names], tmp_path / "to")
+    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == sorted(
+        [f"x{n}{rest}" for n in ("", "-2") for rest in (
+            ".png", ".caption.txt", ".png.txt", ".json", ".tags")]
+        + [f"y_{n}.png" for n in ("", "-2", "-3", "-4")])
+
+
 def test_progress_reaches_its_end(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     import_files.copy_all(drop(tmp_path / "a", x_png="1", y_png="2"), tmp_path / "to",

@@ -5,6 +5,8 @@ from tests.mutants import Mutant, key
 _EXAMPLES, _BUCKETS = "core/dataset/examples.py", "core/dataset/buckets.py"
 _COURSE = "core/dataset/sampler.py"
 _RESUMED = ("dataset/test_sampler.py::test_other_batches_learn_what_the_epoch_lacks",)
+_TABLES = "core/dataset/caption_files/tables.py"
+_PLACES = "core/dataset/caption_files/places.py"
 _CAPTIONS, _DATASET = "core/dataset/captions.py", "core/dataset/image_folder.py"
 _CACHE = "core/dataset/cache.py"
 
@@ -163,12 +165,17 @@ MUTANTS = [
            ("dataset/test_captions.py::test_trigger",)),
     Mutant("chinese-commas-are-no-commas", _CAPTIONS, '_COMMA = re.compile("[,，]")',
            '_COMMA = re.compile("[,]")', ("dataset/test_captions.py",)),
-    Mutant("chinese-as-latin", "core/serialization.py", '("utf-8", "gb18030", "cp1252")',
-           '("utf-8", "cp1252", "gb18030")', ("dataset/test_captions.py::test_every_encoding_is_read",)),
+    Mutant("chinese-as-latin", "core/text_encoding.py", "sorted(total, key=lambda name: total[name])",
+           "sorted(total)", ("test_text_encoding.py::test_every_encoding_is_read",)),
+    Mutant("each-file-for-itself", "core/text_encoding.py",
+           "others.get(name, 0.0) - least, MOST_FROM_OTHERS)", "0.0, MOST_FROM_OTHERS)",
+           ("test_text_encoding.py::test_a_folder_is_read_as_one",)),
+    Mutant("no-doubt", "core/text_encoding.py", "total[rest[0]] - total[best] < CLEAR", "False",
+           ("test_text_encoding.py::test_what_could_be_two_encodings_is_told",)),
     Mutant("first-line-only", _CAPTIONS, '        return " ".join(lines)\n',
            "        return lines[0]\n", ("dataset/test_captions.py::test_one_line",)),
-    Mutant("last-caption-column", _CAPTIONS, "next(filter(None, captions), \"\"))",
-           "next(filter(None, reversed([*captions])), \"\"))",
+    Mutant("last-caption-column", _TABLES, "for key in keys)), \"\")",
+           "for key in reversed(keys))), \"\")",
            ("dataset/test_captions.py::test_of_several_caption_columns_the_first_that_is_filled_counts",)),
 
     # --- other trainers' configs ---
@@ -188,12 +195,18 @@ MUTANTS = [
            "token = serialization.readable_name(match[2]).strip()",
            ("dataset/test_image_folder.py::test_nested_and_repeat_folders",)),
     Mutant("outer-metadata-wins", _DATASET,
-           "texts = _captions_of(tree, index, file, explicit=metadata is not None) | texts",
-           "texts |= _captions_of(tree, index, file, explicit=metadata is not None)",
+           "texts = _captions_of(tree, files, file, explicit) | texts",
+           "texts |= _captions_of(tree, files, file, explicit)",
            ("dataset/test_image_folder.py::test_metadata_in_a_subfolder_counts_there_and_before_the_outer",)),
-    Mutant("caption-files-before-txt", _CAPTIONS, 'for suffix in SIDECARS\n',
+    Mutant("caption-files-before-txt", _PLACES, 'for suffix in SIDECARS\n',
            'for suffix in reversed(SIDECARS)\n',
            ("dataset/test_image_folder.py::test_sidecars_and_their_order",)),
+    Mutant("end-of-a-path-before-the-whole", _PLACES, "if least[path] == parts]", "if True]",
+           ("dataset/test_caption_files.py::test_a_picture_belongs_to_the_path_that_says_most",)),
+    Mutant("any-end-of-a-path", _PLACES, "if len(best) != 1 or", "if",
+           ("dataset/test_caption_files.py::test_an_end_that_fits_twice_fits_nothing",)),
+    Mutant("own-previews-train", _DATASET, "if paths.MARK in names and folder != tree.folder:",
+           "if False:", ("dataset/test_image_folder.py::test_folders_that_hold_nothing_to_train_on",)),
     Mutant("masks-are-pictures", _DATASET, " and not path.stem.endswith(MASK_STEMS):", ":",
            ("dataset/test_masks.py::test_masks_are_found_and_are_no_pictures",)),
     Mutant("left-out-comes-back", _DATASET, "if tree.name(path) not in left_out]",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from core import serialization, threads
 from core.dataset.captions import split_tags, with_trigger
 from core.dataset.checks.findings import Finding, Level, Subject, worst_first
 from core.dataset.crops import BaseFacts
@@ -17,27 +16,30 @@ FEWEST_FOR_TAGS = 4             # captioned pictures; of fewer, all may share a 
 SHOWN = 8                       # tags named in a sentence
 TAG_WORDS = 4                   # a longer one is a clause, not a tag
 COUNTED_AT_ONCE = 1000          # captions; so that the tokenizer needs little memory
-ODD_ENCODINGS = {"utf-32": "UTF-32", "utf-16": "UTF-16", "gb18030": "GB18030",
-                 "cp1252": "Windows-1252"}
 SHORTEST_FUSED = 3              # letters of a trigger; shorter ones lie in many words by chance
 
 Named = Sequence[tuple[str, Picture]]       # image_folder.relative_name of each picture
 
 
 def check_captions(names: Sequence[str], pictures: Sequence[Picture], facts: BaseFacts,
-                   trigger: str = "") -> Iterator[Finding]:
-    """Yields all findings about captions; `names` are those of the pictures, in their order."""
+                   trigger: str = "", encodings: Mapping[Path, str] | None = None,
+                   unreadable: Collection[Path] = ()) -> Iterator[Finding]:
+    """Yields all findings about captions; `names` are those of the pictures, in their order.
+
+    `encodings`: image_folder.Dataset.encodings; `unreadable`: caption files of which that was said.
+    """
     trigger = trigger.strip()
     named = list(zip(names, pictures, strict=True))
     missing = [Subject(name) for name, picture in named
                if not picture.caption and picture.caption_file is None]
     empty = [Subject(name, {"sidecar": picture.caption_file.name}) for name, picture in named
-             if not picture.caption and picture.caption_file is not None]
+             if not picture.caption and picture.caption_file is not None
+             and picture.caption_file not in unreadable]
     yield from _finding("caption_missing", "warning", missing, total=len(named))
     yield from _finding("caption_empty", "warning", empty)
     yield from check_repeated(named)
     yield from check_length(named, facts, trigger)
-    yield from check_encodings(named)
+    yield from check_encodings(named, encodings or {})
     if trigger:
         yield from check_trigger(named, trigger)
     yield from check_tags(named, trigger)
@@ -79,28 +81,14 @@ def check_length(named: Named, facts: BaseFacts, trigger: str) -> Iterator[Findi
 
 # --- encodings --------------------------------------------------------------------------------
 
-def check_encodings(named: Named) -> Iterator[Finding]:
-    files = {picture.caption_file: name for name, picture in named
-             if picture.caption_file is not None}
-    encodings = threads.in_order(odd_encoding, files, "captions")
-    odd = [Subject(files[path], {"sidecar": path.name, "encoding": encoding})
-           for path, encoding in zip(files, encodings, strict=True) if encoding]
-    yield from _finding("caption_encoding", "note", odd)
+def check_encodings(named: Named, encodings: Mapping[Path, str]) -> Iterator[Finding]:
+    odd = {file: Subject(name, {"sidecar": file.name, "encoding": encodings[file]})
+           for name, picture in named if (file := picture.caption_file) in encodings
+           and file is not None and encodings[file] != "UTF-8"}
+    yield from _finding("caption_encoding", "note", list(odd.values()))
     garbled = [Subject(name, {"caption": picture.caption[:80]}) for name, picture in named
                if is_garbled(picture.caption)]
     yield from _finding("caption_garbled", "warning", garbled)
-
-
-def odd_encoding(path: Path) -> str:
-    """Returns the encoding of a file that others won't read as UTF-8; "" where they will."""
-    # Where it can't be read, the scan says so: dataset.caption_unreadable.
-    try:
-        data = path.read_bytes()
-        encoding = serialization.encoding_of(data)
-    except (OSError, ValueError):
-        return ""
-    is_binary = b"\0" in data and not encoding.startswith("utf")
-    return "" if is_binary else ODD_ENCODINGS.get(encoding, "")
 
 
 def is_garbled(text: str) -> bool:

@@ -104,7 +104,9 @@ def check(folder: Path, facts: BaseFacts, *, metadata: Path | None = None, trigg
     points = focus_points(data, choices, table if crop_about == "subject" else None)
     planned = plan_crops([picture.size for picture in data.pictures], facts, points)
     findings = [*check_scan(data), *check_pictures(Pictures(names, table, planned, purpose)),
-                *check_captions(names, data.pictures, facts, trigger)]
+                *check_captions(names, data.pictures, facts, trigger, data.encodings,
+                                {problem.path for problem in data.problems
+                                 if problem.code == "dataset.caption_unreadable"})]
     left_out = sum(int(problem.params["count"]) for problem in data.problems
                    if problem.code == "dataset.left_out")
     findings.sort(key=lambda finding: LEVELS.index(finding.level))
