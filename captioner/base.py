@@ -49,5 +49,10 @@ class Captioner(Protocol):
         """One description per prepared picture, in order; the batch size must not change them.
         A torch.OutOfMemoryError or MemoryError makes the runner halve the batch."""
 
+    # Optional: `each(batch)` yields (place in the batch, Description or UserError) as answers come;
+    # `of_one_picture` and `may_pass` are the codes of faults that belong to a picture, the latter
+    # unless several follow one another; `listen(tell, control)` gets a function for notes that any
+    # thread may call, and the job's control; `notes` are told after `load`.
+
     def identity(self) -> str:
         """Names weights and options: the same identity gives the same descriptions."""

@@ -88,7 +88,7 @@ def _job(options: argparse.Namespace, folder: Path, **more: Any) -> int:
 
 def _finish(result: Mapping[str, Any], control: Control, options: argparse.Namespace) -> int:
     counts = {key: result.get(key) or 0 for key in ("resumed", "kept", "copied", "flattened")}
-    counts |= {key: len(result.get(key) or ()) for key in ("skipped", "left")}
+    counts |= {key: len(result.get(key) or ()) for key in ("skipped", "left", "failed")}
     captioned, dry = result.get("captioned") or 0, result.get("dry_run")
     lines = [*(change_line(**change) for change in result.get("changes", ())),
              tr("summary_dry" if dry else "summary", done=captioned, total=result.get("total", 0),

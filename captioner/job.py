@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -28,7 +28,8 @@ from captioner.captions.tokens import tokens_of
 from captioner.captions.undo import Action, History
 from captioner.config import CaptionConfig
 from captioner.models.interrogate import combine
-from captioner.pipeline import describe_all
+from captioner.models.sentences import printable
+from captioner.pipeline import KINDS, describe_all, each_of, in_order
 from captioner.progress import Progress
 from core import i18n
 from core.config.flat_yaml import read_flat_yaml, refuse_unknown, validated
@@ -91,6 +92,15 @@ class Together:
     def of_one_picture(self) -> frozenset[str]:
         return frozenset().union(*(getattr(m, "of_one_picture", ()) for m in self.members))
 
+    @property
+    def may_pass(self) -> frozenset[str]:
+        return frozenset().union(*(getattr(m, "may_pass", ()) for m in self.members))
+
+    def listen(self, tell: Callable[[Note], None], control: Control) -> None:
+        for member in self.members:
+            if hasattr(member, "listen"):
+                member.listen(tell, control)
+
     def load(self) -> None:
         for member in self.members:
             member.load()
@@ -99,9 +109,23 @@ class Together:
         return tuple(member.prepare(image) for member in self.members)
 
     def describe(self, batch: Sequence[tuple[Any, ...]]) -> list[Description]:
-        by_member = [member.describe([picture[i] for picture in batch])
-                     for i, member in enumerate(self.members)]
-        return [combine(descriptions) for descriptions in zip(*by_member, strict=True)]
+        return in_order(self.each(batch))
+
+    def each(self, batch: Sequence[tuple[Any, ...]]
+             ) -> Iterator[tuple[int, Description | UserError]]:
+        """A picture is complete when the last captioner that answers by picture has described it,
+        so those come last."""
+        order = sorted(range(len(self.members)), key=lambda i: hasattr(self.members[i], "each"))
+        told: list[dict[int, Description | UserError]] = [{} for _ in batch]
+        for i in order:
+            for place, outcome in each_of(self.members[i], [picture[i] for picture in batch]):
+                told[place][i] = outcome
+                if i != order[-1]:
+                    continue
+                faults = [one for one in told[place].values() if isinstance(one, UserError)]
+                yield place, faults[0] if faults else combine(
+                    [one for _, one in sorted(told[place].items())
+                     if isinstance(one, Description)])
 
     def identity(self) -> str:
         return "+".join(member.identity() for member in self.members)
@@ -139,6 +163,8 @@ class Result:
     flattened: int = 0                      # had several lines, and one now
     skipped: list[str] = field(default_factory=list)        # pictures that can't be read
     left: list[str] = field(default_factory=list)           # not written; a note says why
+    # pictures that the captioner failed at or whose answer is doubtful: picture, code, params
+    failed: list[dict[str, Any]] = field(default_factory=list)
     changes: list[dict[str, str]] = field(default_factory=list)     # with dry_run
 
 
@@ -159,7 +185,9 @@ class _Job:
         self.progress: Progress | None = None
         self.unwritten: dict[str, str] = {}             # captions by picture name
         self.copying: set[str] = set()
-        self.flush_at = time.monotonic() + FLUSH_S
+        members = getattr(self.captioner, "members", [self.captioner])
+        self.by_picture = any(hasattr(member, "each") for member in members)
+        self.flush_at = time.monotonic() + (0.0 if self.by_picture else FLUSH_S)
         self.done, self.total = 0, 0
         self.result = Result()
 
@@ -189,7 +217,8 @@ class _Job:
                     self.unwritten[entry.name] = entry.caption
                     self.copying.add(entry.name)
         self.flush()
-        if self.progress and not self.control.stopping:
+        # The same job again asks only for what failed.
+        if self.progress and not self.control.stopping and not self.result.failed:
             self.progress.forget()
         return {**asdict(self.result), "total": len(names), "action": self.action.id,
                 "folder": str(self.store.folder), "dry_run": self.config.dry_run,
@@ -216,6 +245,8 @@ class _Job:
             self._note("captioner.demo_only")
         for note in notes_of(self.captioner):
             self.emit(note)
+        if hasattr(self.captioner, "listen"):
+            self.captioner.listen(self.emit, self.control)
         # The same job again is one with the same captioner and the same way of writing.
         options = self.config.model_dump(include={
             "existing", "rules", "trigger_word", "write_to", "metadata_path", "underscores",
@@ -236,14 +267,27 @@ class _Job:
 
         def on_fault(path: Path, fault: UserError) -> None:
             name = names_by_path[path]
-            self.result.skipped.append(name)
-            self._note(fault.code, **{**fault.params, "file": name})
+            if any(fault.code in getattr(self.captioner, kind, ()) for kind in KINDS):
+                params = {key: value if isinstance(value, int | float) else str(value)
+                          for key, value in fault.params.items()}
+                self.result.failed.append({"picture": name, "code": fault.code, "params": params})
+                self.emit(Note(key="runner.failed", params={
+                    "picture": name, "reason": {"say": fault.code, **params}}))
+            else:
+                self.result.skipped.append(name)
+                self._note(fault.code, **{**fault.params, "file": name})
             self._count()
 
-        describe_all(self.captioner, list(names_by_path), self.config.batch_size,
-                     lambda path, description: self._on_result(names_by_path[path], description),
-                     self.control, on_fault=on_fault, about=about,
-                     on_halved=lambda size: self._note("runner.batch_halved", size=size))
+        try:
+            describe_all(
+                self.captioner, list(names_by_path), self.config.batch_size,
+                lambda path, description: self._on_result(names_by_path[path], description),
+                self.control, on_fault=on_fault, about=about,
+                on_halved=lambda size: self._note("runner.batch_halved", size=size))
+        except UserError:
+            # What had come before a fault that ends the job.
+            self.flush()
+            raise
         self.flush()
 
     def _resume(self, names: list[str], progress: Progress) -> list[str]:
@@ -297,7 +341,7 @@ class _Job:
         if self.config.underscores:
             about = About(scores={tag_key(tag): 1.0 for tag in tags})
             tags = [Underscores("underscores").change(tag, about) for tag in tags]
-        return one_line(join([description.sentence.strip(), *tags]))
+        return one_line(printable(join([description.sentence.strip(), *tags])))
 
     def _count(self) -> None:
         self.done += 1
@@ -338,7 +382,10 @@ class _Job:
                 self.result.captioned += 1
             self.emit(Captioned(path=str(entry.path), caption=caption))
         now = time.monotonic()
-        self.flush_at = now + max(FLUSH_S, (now - began) / FLUSH_SHARE)
+        # Who answers by picture may take minutes for the next; what has come is written at once,
+        # unless that takes long.
+        at_once = self.by_picture and now - began < FLUSH_S
+        self.flush_at = now if at_once else now + max(FLUSH_S, (now - began) / FLUSH_SHARE)
 
     def _leave(self, name: str) -> None:
         self.result.left.append(name)

@@ -1,9 +1,8 @@
 """Sentences from any OpenAI-compatible server: Ollama, LM Studio, llama.cpp, vLLM.
 
 POST {endpoint}/chat/completions with the picture as a JPEG in a data URL. The address is on this
-machine unless the user writes another one; then a note tells so. Redirects are never followed, so
-pictures go nowhere else. If a server needs a key, it is read from DARKROOM_ENDPOINT_KEY.
-Source of the format: the OpenAI API reference, chat completions.
+machine unless the user writes another one; then a note tells so. If a server needs a key, it is
+read from DARKROOM_ENDPOINT_KEY. Source of the format: the OpenAI API reference, chat completions.
 """
 
 from __future__ import annotations
@@ -11,53 +10,40 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import ipaddress
 import json
-import os
+import queue
 import re
-import ssl
-import time
-import urllib.request
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
 
-import httpx
 from PIL import Image
 
 from captioner.base import Description
 from captioner.config import CaptionConfig
-from captioner.models.sentences import clean, is_refusal, whole_sentences
-from captioner.pipeline import CONTEXT
+from captioner.models import sight
+from captioner.models.sentences import read, whole_parts
+from captioner.models.server import Refused, Server, is_here, joined
+from captioner.pipeline import CONTEXT, in_order
 from core.errors import UserError
+from core.jobs.control import Control
 from core.jobs.events import Note
 
 PROMPT = ("Describe this picture in one to three sentences for training an image model: subject, "
           "setting, style, colours, light and composition. Only what can be seen, no "
           "introduction.")
-KEY = "DARKROOM_ENDPOINT_KEY"
+TRIAL = "What colour is this picture? Answer with one word."
+MOST_TRIALS = 5                         # models that are tried for whether they see
 SIDE = 1024                             # px; longer sides are scaled down to it
 QUALITY = 90                            # of the JPEG
 # Tokens: thinking models need many before they answer.
 LENGTH = 1024
 # Characters; a longer text is a model that repeats itself.
 LONGEST = 4000
-# Bytes: more than any answer has, little enough to hold in memory.
-LARGEST = 4_000_000
-LONGEST_REASON = 20_000          # bytes of an error's own page
+SHOWN = 300                             # characters of an answer that isn't saved
 AT_ONCE = 4                             # requests; servers queue those that they can't serve
-TRIES = 4
-BACKOFF_S = 0.5                         # doubles with each try; a Retry-After header replaces it
-LONGEST_WAIT_S = 30.0
-# HTTP status codes that may pass: timeout, too early, too many requests, errors of the server.
-BUSY = {408, 425, 429, 500, 502, 503, 504}
-# By their names, as servers don't tell which models see.
-VISION_MODELS = re.compile(
-    r"vl\b|vision|llava|bakllava|moondream|minicpm-?v|gemma-?3|pixtral|internvl|joycaption|"
-    r"idefics|smolvlm|florence|molmo|cogvlm|qwen[\d.]*-?vl|llama-?4", re.IGNORECASE)
-TEXT_MODELS = re.compile(r"embed|bge-|rerank|whisper|tts|nomic|all-minilm", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,46 +59,91 @@ class Endpoint:
     title: ClassVar[str] = "Local server"
     # Faults of one picture: the next one may well succeed.
     of_one_picture: ClassVar[frozenset[str]] = frozenset({
-        "endpoint.empty", "endpoint.thinking", "endpoint.too_long", "endpoint.refused",
-        "endpoint.html"})
+        "endpoint.too_long", "endpoint.refused", "endpoint.html", "endpoint.unclear",
+        "endpoint.filtered"})
+    # Theirs too, but where several follow one another they are the server's or the model's.
+    may_pass: ClassVar[frozenset[str]] = frozenset({
+        "endpoint.empty", "endpoint.thinking", "endpoint.context",
+        "endpoint.slow", "endpoint.fails", "endpoint.breaks", "endpoint.refuses",
+        "endpoint.no_route", "endpoint.web_page", "endpoint.not_json", "endpoint.other_format",
+        "endpoint.huge"})
 
     def __init__(self, config: CaptionConfig) -> None:
         self.config = config
-        self.address = address_of(config.endpoint)
+        self.server = Server(config.endpoint, config.timeout_s)
+        self.address = self.server.address
         self.model = config.models.get("endpoint") or "auto"
         self.prompt = config.prompt or PROMPT
         # A template that can't work is reported before any picture is read.
         _fill_template(self.prompt, {})
         self.length = config.max_tokens or LENGTH
-        # The system's proxy, but none for this machine: pictures would leave it.
-        parts = urlsplit(self.address)
-        host = parts.hostname or ""
-        self.proxy = (None if is_here(host) or urllib.request.proxy_bypass(parts.netloc)
-                      else urllib.request.getproxies().get(parts.scheme))
-        # Many write the variable without a scheme, which httpx refuses.
-        if self.proxy and "://" not in self.proxy:
-            self.proxy = f"http://{self.proxy}"
-        # The certificates of the system, not httpx's own: a home server may have a private one.
-        self.certificates = ssl.create_default_context()
-        key = os.environ.get(KEY, "")
-        if not key.isascii() or not key.isprintable():
-            raise UserError("endpoint.bad_key", variable=KEY)
+        # What a server may refuse; what it does refuse is left out for the rest of the job.
+        self.options: dict[str, Any] = {
+            "max_tokens": self.length, "seed": config.seed, "stream": False,
+            **({"temperature": config.temperature, "top_p": config.top_p} if config.sample
+               else {"temperature": 0.0})}
+        self.lock = threading.Lock()
+        self.notes: list[Note] = []             # the runner shows these after `load`
+        self.server.tell = self.notes.append
+
+    def listen(self, tell: Callable[[Note], None], control: Control) -> None:
+        """From now on notes go to `tell`, from any thread, and a stop ends waiting."""
+        self.server.tell = tell
+        self.server.given_up = lambda: control.stopping
 
     def load(self) -> None:
         """Asks the server for its models, and checks or chooses the one to use."""
-        host = urlsplit(self.address).hostname or ""
-        # The runner shows these after `load`.
-        self.notes = [] if is_here(host) else [Note(key="endpoint.leaves", params={"host": host})]
-        listed = self._call("models").get("data")
-        known = [str(row["id"]) for row in (listed if isinstance(listed, list) else [])
-                 if isinstance(row, dict) and row.get("id")]
+        if not is_here(self.server.host):
+            self.server.tell(Note(key="endpoint.leaves", params={"host": self.server.host}))
+        try:
+            rows = sight.rows_of(self.server.call("models"))
+        except UserError as fault:
+            # Some servers have no list. A named model needs none.
+            if self.model == "auto" or fault.code == "endpoint.down":
+                raise
+            return
         if self.model == "auto":
-            if not known:
+            if not rows:
                 raise UserError("endpoint.no_models", address=self.address)
-            self.model = best_of(known)
-            self.notes.append(Note(key="endpoint.chosen", params={"model": self.model}))
-        elif known and self.model not in known and f"{self.model}:latest" not in known:
-            raise UserError("endpoint.no_model", model=self.model, known=", ".join(known[:8]))
+            self.model = self._best_of(rows)
+            self.server.tell(Note(key="endpoint.chosen", params={"model": self.model}))
+            return
+        wanted = {self.model.lower(), f"{self.model}:latest".lower()}
+        listed = [name for name in rows if name.lower() in wanted]
+        # Proxies know more names than they list.
+        if rows and not listed and self._try(self.model) is None:
+            raise UserError("endpoint.no_model", model=self.model, known=", ".join([*rows][:8]))
+        if not all(sight.seeing(rows, listed, self.server.ask).values()):
+            self.server.tell(Note(key="endpoint.may_be_blind", params={"model": self.model}))
+
+    def _best_of(self, rows: dict[str, dict[str, Any]]) -> str:
+        """The model that sees: as the server says, as names say, as a trial shows."""
+        names = sight.by_name(rows) or [*rows]
+        told = sight.seeing(rows, names, self.server.ask)
+        if sees := [name for name, said in told.items() if said]:
+            return sees[0]
+        names = [name for name in names if name not in told]
+        if len(names) == 1 or any(map(sight.VISION_MODELS.search, names[:1])):
+            return names[0]
+        answers = {}
+        for name in names[:MOST_TRIALS]:
+            if (said := self._try(name)) is not None:
+                answers[name] = said
+                if re.search(r"\bred\b|红|紅|赤", said, re.IGNORECASE):
+                    return name
+        if not answers:
+            raise UserError("endpoint.blind", address=self.address, models=", ".join([*rows][:8]))
+        return next(iter(answers))
+
+    def _try(self, model: str) -> str | None:
+        """What a model says of a red picture; None where the server refuses to ask it."""
+        try:
+            return str(_message(self._ask(model, self.prepare(Image.new("RGB", (64, 64), "red")),
+                                          TRIAL))[1])
+        except UserError as fault:
+            if fault.code not in self.of_one_picture | self.may_pass:
+                raise
+            return None
 
     def prepare(self, image: Image.Image) -> PreparedPicture:
         """Scales the picture down. The runner puts what it knows of it into image.info."""
@@ -127,12 +158,51 @@ class Endpoint:
                                str(known.get("caption", "")), str(known.get("tags", "")))
 
     def describe(self, batch: Sequence[PreparedPicture]) -> list[Description]:
-        """Sends a few requests at once; the first fault of the batch is raised."""
-        # Ctrl+C ends a single request at once; leaving a pool would wait for it.
-        if len(batch) == 1:
-            return [Description(sentence=self._describe_one(batch[0]))]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return [Description(sentence=text) for text in pool.map(self._describe_one, batch)]
+        return in_order(self.each(batch))
+
+    def each(self, batch: Sequence[PreparedPicture]
+             ) -> Iterator[tuple[int, Description | UserError]]:
+        """Sends a few requests at once; each answer comes as soon as the server gives it."""
+        todo = deque(enumerate(batch))
+        outcomes: queue.SimpleQueue[tuple[int, Description | Exception] | None] = (
+            queue.SimpleQueue())
+
+        def work() -> None:
+            # IndexError: another thread has taken the last one.
+            with contextlib.suppress(IndexError):
+                while todo and not self.server.given_up():
+                    place, picture = todo.popleft()
+                    try:
+                        outcomes.put((place, Description(self._describe_one(picture))))
+                    except Exception as error:
+                        # A fault that ends the job: nothing more is asked.
+                        if getattr(error, "code", "") not in self.of_one_picture | self.may_pass:
+                            todo.clear()
+                        outcomes.put((place, error))
+            outcomes.put(None)
+
+        # Not a pool: at its end the program would wait for requests that nobody wants any more.
+        working = min(AT_ONCE, len(batch))
+        for _ in range(working):
+            threading.Thread(target=work, daemon=True).start()
+        last: list[tuple[int, UserError]] = []
+        try:
+            while working:
+                if (answer := outcomes.get()) is None:
+                    working -= 1
+                    continue
+                place, outcome = answer
+                if not isinstance(outcome, Description | UserError):
+                    raise outcome
+                # It comes last: what is under way is still told.
+                if isinstance(outcome, UserError) and (
+                        outcome.code not in self.of_one_picture | self.may_pass):
+                    last.append((place, outcome))
+                else:
+                    yield place, outcome
+            yield from last
+        finally:
+            todo.clear()
 
     def identity(self) -> str:
         config = self.config
@@ -143,134 +213,49 @@ class Endpoint:
     def _describe_one(self, picture: PreparedPicture) -> str:
         text = _fill_template(self.prompt, {"trigger": self.config.trigger_word,
                                             "caption": picture.caption, "tags": picture.tags})
+        return caption_of(self._ask(self.model, picture, text), self.length)
+
+    def _ask(self, model: str, picture: PreparedPicture, text: str) -> dict[str, Any]:
+        """The server's answer. What it refuses of the options is left out, or named otherwise."""
         content = [{"type": "text", "text": text},
                    {"type": "image_url",
                     "image_url": {"url": f"data:image/jpeg;base64,{picture.jpeg}"}}]
-        sampling = ({"temperature": self.config.temperature, "top_p": self.config.top_p}
-                    if self.config.sample else {"temperature": 0.0})
-        answer = self._call("chat/completions", {
-            "model": self.model, "messages": [{"role": "user", "content": content}],
-            "max_tokens": self.length, "seed": self.config.seed, "stream": False, **sampling})
-        return caption_of(answer, self.length)
-
-    # --- requests ---
-
-    def _call(self, route: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Returns the JSON object of the answer. Tries again where the server is busy or the
-        connection breaks. Raises UserError."""
-        for attempt in range(TRIES):
+        while True:
+            options = dict(self.options)
             try:
-                return _parse(self._request(route, body), self.address)
-            except _Retry as retry:
-                if attempt == TRIES - 1:
-                    raise retry.fault from None
-                time.sleep(min(retry.wait_s or BACKOFF_S * 2 ** attempt, LONGEST_WAIT_S))
-        raise AssertionError("unreachable")
+                return self.server.call("chat/completions", {
+                    "model": model, "messages": [{"role": "user", "content": content}], **options})
+            except Refused as fault:
+                fault.params["model"] = model
+                name = refused_option(fault.answer, options)
+                if name is None:
+                    raise
+                with self.lock:
+                    # Another request may have changed it meanwhile.
+                    if self.options.get(name) == options[name]:
+                        self._change(name, fault.answer)
 
-    def _request(self, route: str, body: dict[str, Any] | None) -> bytes:
-        key, timeout_s = os.environ.get(KEY), self.config.timeout_s
-        # Not packed: a few bytes could unpack to more than the memory holds.
-        headers = {"Accept-Encoding": "identity"} | (
-            {"Authorization": f"Bearer {key}"} if key else {})
-        data = b""
-        # httpx limits the time of each read; the deadline is for the whole, dripping answer.
-        deadline = time.monotonic() + timeout_s
-        try:
-            with httpx.stream("POST" if body else "GET", f"{self.address}/{route}", json=body,
-                              headers=headers, timeout=timeout_s, proxy=self.proxy,
-                              trust_env=False, verify=self.certificates) as response:
-                if not response.is_success:
-                    raise self._status_fault(response, deadline)
-                if (packed := response.headers.get("Content-Encoding", "identity")) != "identity":
-                    raise UserError("endpoint.not_json", address=self.address, answer=packed)
-                for chunk in response.iter_raw():
-                    data += chunk
-                    if len(data) > LARGEST:
-                        raise UserError("endpoint.huge", most=LARGEST // 1_000_000)
-                    if time.monotonic() > deadline:
-                        raise httpx.ReadTimeout("")
-        except httpx.TimeoutException:
-            # Not tried again: who has waited two minutes needn't wait eight.
-            raise UserError("endpoint.slow", address=self.address, seconds=timeout_s) from None
-        # ImportError: a SOCKS proxy, for which httpx wants another package.
-        except (httpx.HTTPError, httpx.InvalidURL, ImportError, ValueError) as error:
-            raise _Retry(UserError("endpoint.down", address=self.address,
-                                   reason=str(error) or type(error).__name__)) from None
-        return data
-
-    def _status_fault(self, response: httpx.Response, deadline: float) -> Exception:
-        """The fault that an unsuccessful HTTP status stands for."""
-        data = b""
-        # The status decides. A body that is cut, slow or long leaves the reason short.
-        with contextlib.suppress(httpx.HTTPError):
-            for chunk in response.iter_raw():
-                data += chunk
-                if len(data) > LONGEST_REASON or time.monotonic() > deadline:
-                    break
-        status = response.status_code
-        reason = data[:LONGEST_REASON].decode("utf-8", "replace")
-        with contextlib.suppress(ValueError):
-            reason = _error_message(json.loads(reason))
-        reason = " ".join(re.sub(r"<[^>]*>", " ", reason).split())[:200] or "?"
-        if status in BUSY:
-            code = "endpoint.too_busy" if status == 429 else "endpoint.fails"
-            wait = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*", response.headers.get("Retry-After", ""))
-            return _Retry(UserError(code, address=self.address, status=status, reason=reason),
-                          float(wait[1]) if wait else 0.0)
-        if 300 <= status < 400:
-            return UserError("endpoint.redirects", address=self.address,
-                             target=response.headers.get("Location", "?"))
-        if status in (401, 403):
-            return UserError("endpoint.key", address=self.address, variable=KEY)
-        if status in (404, 405):
-            return UserError("endpoint.no_route", address=self.address, model=self.model,
-                             reason=reason)
-        return UserError("endpoint.refuses", address=self.address, model=self.model,
-                         status=status, reason=reason)
+    def _change(self, name: str, answer: str) -> None:
+        options = {key: value for key, value in self.options.items() if key != name}
+        if name == "max_tokens":
+            options["max_completion_tokens"] = self.length
+        elif name == "stream" and not self.options["stream"] and re.search(
+                "must|only|require|enable", answer, re.IGNORECASE):
+            options["stream"] = True
+        elif name != "stream":
+            self.server.tell(Note(key="endpoint.left_out", params={"name": name}))
+        self.options = options
 
 
-class _Retry(Exception):
-    """A fault that may pass; it is raised as `fault` when all tries have failed."""
-
-    def __init__(self, fault: UserError, wait_s: float = 0.0) -> None:
-        super().__init__(fault.code)
-        self.fault, self.wait_s = fault, wait_s
-
-
-# --- addresses and models ---
-
-def address_of(text: str) -> str:
-    """`localhost:1234` -> `http://localhost:1234/v1`; a path that the user wrote stays.
-
-    Raises UserError `endpoint.bad_address`.
-    """
-    address = text.strip() if "://" in text else f"http://{text.strip()}"
-    address = address.rstrip("/").removesuffix("/chat/completions")
-    try:
-        parts = urlsplit(address)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        valid = False
-    if not valid or re.search(r"[\s@?#]", address):
-        raise UserError("endpoint.bad_address", address=text)
-    return address if parts.path else f"{address}/v1"
-
-
-def is_here(host: str) -> bool:
-    """Whether the host is this machine."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def best_of(models: Sequence[str]) -> str:
-    """The first model whose name says that it sees, else the first that isn't for text alone."""
-    others = [name for name in models if not TEXT_MODELS.search(name)]
-    seeing = [name for name in others if VISION_MODELS.search(name)]
-    return [*seeing, *others, *models][0]
+def refused_option(answer: str, options: dict[str, Any]) -> str | None:
+    """Which of the options an error's text is about: its own field for that, else the first that it
+    names."""
+    field = re.search(r'"param"\s*:\s*"(\w+)"', answer)
+    if field and field[1] in options:
+        return field[1]
+    places = {name: found.start() for name in options
+              if (found := re.search(rf"(?<!\w){name}(?!\w)", answer))}
+    return min(places, key=places.__getitem__, default=None)
 
 
 def _fill_template(template: str, values: dict[str, str]) -> str:
@@ -283,49 +268,36 @@ def _fill_template(template: str, values: dict[str, str]) -> str:
 
 # --- answers ---
 
-def caption_of(answer: dict[str, Any], length: int) -> str:
-    """The caption in a chat completion. Raises UserError where the answer holds none."""
+def _message(answer: dict[str, Any]) -> tuple[dict[str, Any], str, str]:
+    """-> the message of a chat completion, its text, and why it ended."""
     try:
         choice = answer["choices"][0]
-        content, finish_reason = choice["message"]["content"], choice.get("finish_reason")
+        message = choice.get("message") or {"content": choice["text"]}
+        content = message["content"] if "content" in message else message["refusal"]
     except (KeyError, IndexError, TypeError, AttributeError):
         raise UserError("endpoint.other_format", answer=json.dumps(answer)[:200]) from None
-    # Some servers answer in parts.
-    if isinstance(content, list):
-        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    raw = content if isinstance(content, str) else ""
-    text = clean(raw)
-    if not text:
+    return message, joined(content), str(choice.get("finish_reason"))
+
+
+def caption_of(answer: dict[str, Any], length: int) -> str:
+    """The caption in a chat completion. Raises UserError where the answer holds none, or one that
+    shouldn't be saved unseen."""
+    message, raw, finish_reason = _message(answer)
+    if re.search("filter|safety|prohibited|sensitive", finish_reason, re.IGNORECASE):
+        raise UserError("endpoint.filtered", reason=raw[:SHOWN] or finish_reason)
+    said = read(raw)
+    if refusal := message.get("refusal"):
+        raise UserError("endpoint.refused", answer=str(refusal)[:SHOWN])
+    if not said.text:
+        thoughts = message.get("reasoning_content") or message.get("reasoning")
+        # All in the field for thoughts, yet complete: servers mix it up, too.
+        if thoughts and finish_reason != "length":
+            raise UserError("endpoint.unclear", answer=" ".join(str(thoughts).split())[-SHOWN:])
         # Thoughts used up the tokens: unfinished in the answer, or in a field of their own.
-        thinking = "think" in raw or (finish_reason == "length" and not raw.strip())
+        thinking = raw.strip() or finish_reason == "length"
         raise UserError("endpoint.thinking" if thinking else "endpoint.empty", tokens=length)
-    if is_refusal(text):
-        raise UserError("endpoint.refused", answer=text[:100])
-    if re.match(r"<!doctype|<html", text, re.IGNORECASE):
-        raise UserError("endpoint.html", answer=text[:60])
-    if len(text) > LONGEST:
-        raise UserError("endpoint.too_long", count=len(text), most=LONGEST)
-    return whole_sentences(text) if finish_reason == "length" else text
-
-
-def _parse(data: bytes, address: str) -> dict[str, Any]:
-    try:
-        answer = json.loads(data)
-    except (ValueError, RecursionError):
-        start = data[:60].decode("utf-8", "replace").strip()
-        page = re.match(r"\s*(<!doctype|<html)", start, re.IGNORECASE)
-        raise UserError("endpoint.web_page" if page else "endpoint.not_json", address=address,
-                        answer=start) from None
-    if not isinstance(answer, dict):
-        raise UserError("endpoint.other_format", answer=str(answer)[:200])
-    # Some servers report an error with status 200.
-    if answer.get("error") and "choices" not in answer:
-        raise UserError("endpoint.refuses", address=address, model="", status=200,
-                        reason=_error_message(answer))
-    return answer
-
-
-def _error_message(answer: Any) -> str:
-    """{"error": {"message": "..."}} -> the message; servers leave out either level."""
-    error = answer.get("error", answer) if isinstance(answer, dict) else answer
-    return str(error.get("message", error) if isinstance(error, dict) else error)
+    if said.doubt:
+        raise UserError(f"endpoint.{said.doubt}", answer=said.text[:SHOWN])
+    if len(said.text) > LONGEST:
+        raise UserError("endpoint.too_long", count=len(said.text), most=LONGEST)
+    return whole_parts(said.text) if finish_reason == "length" else said.text

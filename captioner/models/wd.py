@@ -2,17 +2,19 @@
 
 A model is a folder with model.onnx and selected_tags.csv (tag_id, name, category, count; the
 category is 0 general, 4 character, 9 rating). The input is NHWC, BGR, 0..255: the whole picture on
-a white square. The output is one probability for each row of the csv.
+a white square. The output is one probability for each row of the csv. Other taggers with such a csv
+take NCHW, which is RGB, normalized as the config beside it says; some give logits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +25,20 @@ from captioner.captions.text import is_face, tag_key
 from captioner.config import CaptionConfig
 from core.base_models import hub
 from core.errors import UserError
+from core.jobs.events import Note
+from core.serialization import from_json
 
 DEFAULT_MODEL = "SmilingWolf/wd-vit-tagger-v3"
 FILES = ("model.onnx", "selected_tags.csv")
 CATEGORIES = {0: "general", 4: "character"}     # ratings (9) and all others are left out
 GENERAL, CHARACTER = 0.35, 0.85                 # thresholds as published with the models
 PACKAGE = "onnxruntime"
+SIDE = 448                              # px, where a model takes any size and its config says none
+# Of normalized inputs, where the config says nothing: -1..1.
+MEAN, STD = 0.5, 0.5
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+# Of several outputs with a score for each tag, the first that is named so.
+OUTPUTS = ("refined", "prob", "pred", "output", "logit")
 
 Label = tuple[str, str]                         # the tag as captions have it; category, "": none
 Pixels = npt.NDArray[np.uint8]                  # (side, side, 3), BGR
@@ -74,14 +84,41 @@ class WdTagger:
         except Exception as error:
             reason = str(error).strip().splitlines()[0][:200]
             raise UserError("wd.unreadable", path=file, reason=reason) from None
+        self._read_signature(file)
+        self.logits, self.notes = False, list[Note]()
+        try:
+            tried = self._run([square(Image.new("RGB", (8, 8), "gray"), self.side)])
+        except MemoryError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError("wd.unreadable", path=file, reason=reason) from None
+        if tried.shape != (1, len(self.labels)):
+            raise UserError("wd.other_tags", path=file, tags=tried.shape[-1],
+                            rows=len(self.labels))
+
+    def _read_signature(self, file: Path) -> None:
+        """What the model takes and gives. A dimension of any size has a name, not a number."""
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
-        shape, tags = inputs[0].shape, outputs[0].shape[-1]
-        # A dimension that may be of any size has a name instead of a number.
-        if len(inputs) != 1 or len(shape) != 4 or shape[3] != 3 or not isinstance(shape[1], int):
+        shape = list(inputs[0].shape)
+        known = [(size if isinstance(size, int) and size > 0 else None) for size in shape]
+        if len(inputs) != 1 or len(shape) != 4 or inputs[0].type not in DTYPES:
             raise UserError("wd.not_a_tagger", path=file, shape=shape)
-        if isinstance(tags, int) and tags != len(self.labels):
-            raise UserError("wd.other_tags", path=file, tags=tags, rows=len(self.labels))
-        self.side, self.one_by_one = shape[1], shape[0] == 1
+        self.channels_first = known[1] == 3 and known[3] != 3
+        channels, *sides = known[1:] if self.channels_first else [known[3], *known[1:3]]
+        if channels not in (3, None) or len(set(sides) - {None}) > 1:
+            raise UserError("wd.not_a_tagger", path=file, shape=shape)
+        fitting = [one for one in outputs if one.shape and one.shape[-1] == len(self.labels)]
+        if not fitting:
+            tags = outputs[0].shape[-1] if outputs[0].shape else 0
+            if isinstance(tags, int) and tags > 0:
+                raise UserError("wd.other_tags", path=file, tags=tags, rows=len(self.labels))
+            fitting = outputs[:1]
+        self.output = next((one.name for word in OUTPUTS for one in fitting
+                            if word in one.name.lower()), fitting[0].name)
+        self.dtype, self.one_by_one = DTYPES[inputs[0].type], known[0] == 1
+        own_side, self.mean, self.std = preprocessing(file.parent)
+        self.side = next(filter(None, sides), own_side)
 
     def prepare(self, image: Image.Image) -> Pixels:
         return square(image, self.side)
@@ -105,18 +142,49 @@ class WdTagger:
 
     def _run(self, group: list[Pixels]) -> npt.NDArray[np.float32]:
         """(N, side, side, 3) -> (N, tags)"""
-        pixels = np.stack(group).astype(np.float32)
+        pixels: npt.NDArray[Any] = np.stack(group)
+        if self.channels_first:
+            rgb = pixels[..., ::-1].transpose(0, 3, 1, 2)
+            pixels = rgb if self.dtype is np.uint8 else (rgb / 255 - self.mean) / self.std
+        given = {self.session.get_inputs()[0].name: np.ascontiguousarray(pixels, self.dtype)}
         try:
-            scores = self.session.run(None, {self.session.get_inputs()[0].name: pixels})[0]
+            scores = self.session.run([self.output], given)[0]
         # onnxruntime has no class of its own for a lack of memory.
         except Exception as error:
             if re.search(r"alloc|out of memory", str(error), re.IGNORECASE):
                 raise MemoryError(str(error)) from None
             raise
-        return np.asarray(scores, dtype=np.float32)
+        found: npt.NDArray[np.float32] = np.asarray(scores, dtype=np.float32)
+        # No probability is outside of 0..1, but for what half precision rounds.
+        if not self.logits and (found.min() < -0.01 or found.max() > 1.01):
+            self.logits = True
+            self.notes.append(Note(key="wd.logits"))
+        if self.logits:
+            # The sigmoid, in a form that doesn't overflow.
+            found = (0.5 + 0.5 * np.tanh(found / 2)).astype(np.float32)
+        return found
 
 
 # --- files ---
+
+def preprocessing(folder: Path) -> tuple[int, npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Side, mean and standard deviation as the config beside a model has them (timm's or
+    transformers'), else the usual ones."""
+    found: dict[str, Any] = {}
+    for name in ("config.json", "preprocessor_config.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            data = from_json((folder / name).read_text("utf-8"))
+            found |= data | dict(data.get("pretrained_cfg") or {})
+    size, mean, std = (found.get("input_size"), found.get("mean", found.get("image_mean")),
+                       found.get("std", found.get("image_std")))
+    # By channel, as the pixels are.
+    by_channel = (3, 1, 1)
+    side = size[-1] if isinstance(size, list) and size and isinstance(size[-1], int) else SIDE
+    with contextlib.suppress(TypeError, ValueError):
+        return (side, np.array(mean, np.float32).reshape(by_channel),
+                np.array(std, np.float32).reshape(by_channel))
+    return side, np.full(by_channel, MEAN, np.float32), np.full(by_channel, STD, np.float32)
+
 
 def read_labels(path: Path, config: CaptionConfig) -> list[Label]:
     """One label a row, in the model's order. Raises UserError `wd.bad_tags` with file and line."""

@@ -32,6 +32,7 @@ OWNERS = {"florence-community": "florence", "Salesforce": "blip", "SmilingWolf":
 SENTENCES, TAGS = ("blip", "florence", "endpoint"), ("wd", "clip")
 # The key of this tab in Project.tabs.
 TAB = "captioning"
+MOST_FAILED = 20                        # pictures whose faults are shown; the log has all
 
 
 class CaptioningTab:
@@ -182,6 +183,10 @@ class CaptioningTab:
                 self._apply(list(parse([{"rule": "remove", **rule}])), [f"remove:{id}"])
             case "stop":
                 app_state.jobs.stop(id)
+            case "again":
+                # The same job: its captioner recalls what it has described.
+                job = app_state.jobs.view(id)
+                app_state.jobs.start(CaptionConfig(**job.config), name=job.name, job="caption")
         return None
 
     def _say_left(self, outcome: Outcome) -> None:
@@ -326,9 +331,20 @@ def _ended(ctx: Context, job: JobView) -> str:
     parts = [ctx.tr("tab_captioning.ended", count=result.get("captioned", 0),
                     kept=result.get("kept", 0)),
              *(ctx.tr(f"tab_captioning.ended_{key}", count=len(result[key]))
-               for key in ("skipped", "left") if result.get(key))]
-    return card("good" if done else "info",
-                ctx.tr(f"tab_captioning.state_{'done' if done else 'stopped'}"), " ".join(parts))
+               for key in ("skipped", "left", "failed") if result.get(key))]
+    failed, html = result.get("failed"), ""
+    if failed:
+        lines = []
+        for one in failed[:MOST_FAILED]:
+            match one:
+                case {"picture": str(picture), "code": str(code), "params": dict(params)}:
+                    lines.append(ctx.tr("runner.failed", picture=picture,
+                                        reason={**params, "say": code}))
+        html = "".join(map(small, lines)) + acts(button(
+            ctx.tr("tab_captioning.again"), "again", job.id, kind="primary", once=True))
+    return card("good" if done and not failed else "info",
+                ctx.tr(f"tab_captioning.state_{'done' if done else 'stopped'}"), " ".join(parts),
+                html=html)
 
 
 def _count(outcome: Outcome) -> int:

@@ -19,6 +19,7 @@ from captioner import cli
 from core import i18n
 from core.dataset.image_folder import scan
 from tests.calls import ROOT, Run, run
+from tests.servers.scripted import scripted
 
 __all__ = ["run"]
 
@@ -71,6 +72,23 @@ def test_only_and_keep_and_json(run: Run, folder: Path) -> None:
     assert {key: told.json[key] for key in ("ok", "state", "captioned", "kept", "total")} == {
         "ok": True, "state": "done", "captioned": 1, "kept": 1, "total": 2}
     assert texts(folder) == {"1": "mine", "sub/3": "mostly blue, blue"}
+
+
+def test_what_failed_is_named_and_the_same_command_tries_it_again(run: Run, folder: Path) -> None:
+    answers = {"red": "I’m sorry, I can’t."}
+    with scripted(lambda body, colour, n: answers.get("red" if colour[0] > 200 else "", "A disc.")
+                  ) as script:
+        command = ("caption", folder, "--with", "endpoint", "--set", f"endpoint={script.address}")
+        told = run(*command)
+        assert (told.code, list(texts(folder))) == (0, ["2", "sub/3"])
+        assert "1.png: no caption was written. The model refused: `I’m sorry, I can’t.`" in told.err
+        assert "1 got no caption" in told.out
+        answers.clear()
+        told = run(*command, lang="zh-CN")
+        assert (told.code, list(texts(folder))) == (0, ["1", "2", "sub/3"])
+        assert len(script.asked) == 4
+        told = run(*command, "--json")
+    assert told.json["failed"] == []
 
 
 def test_dry_run(run: Run, folder: Path) -> None:

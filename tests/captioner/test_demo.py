@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from captioner import job, pipeline
-from captioner.base import Description
+from captioner.base import Description, Tag
 from captioner.config import CaptionConfig
 from core import paths
 from core.errors import UserError
@@ -82,6 +82,36 @@ def test_a_refused_picture_does_not_end_the_job(tmp_path: Path) -> None:
     assert said == {"0": "was number 0", "2": "was number 2", "3": "was number 3"}
     assert refused == [("1", "endpoint.refused")]
     assert captioner.calls == [4, 1, 1, 1, 1]
+
+
+def test_together_with_one_that_answers_by_picture(tmp_path: Path) -> None:
+    """A picture is told when both have described it; a fault of one is the picture's alone."""
+    class Single(Choosy):
+        def describe(self, batch: Sequence[Any]) -> list[Description]:
+            return [Description(tags=(Tag(f"light {light}", 1.0),)) for light, _ in batch]
+
+    class Each(Choosy):
+        def each(self, batch: Sequence[Any]) -> Iterator[tuple[int, Description | UserError]]:
+            for place in reversed(range(len(batch))):
+                light, _ = batch[place]
+                yield place, (Description(f"grey of {light}") if light > 100
+                              else UserError("endpoint.refused", answer="too dark"))
+
+    config = CaptionConfig(folder=str(tmp_path))
+    together = job.Together([Each(config), Single(config)])
+    said: list[tuple[str, str, str]] = []
+    refused: list[str] = []
+    pipeline.describe_all(
+        together, pictures(tmp_path, [200, 0, 220]), 3, lambda path, d: said.append(
+            (path.stem, d.sentence, d.tags[0].name)), Control(),
+        on_fault=lambda path, fault: refused.append(path.stem),
+        about=lambda path: {"caption": ""})
+    assert said == [("2", "grey of 660", "light 660"), ("0", "grey of 600", "light 600")]
+    assert refused == ["1"]
+    with pytest.raises(UserError, match="too dark"):
+        together.describe([((0, ""), (0, ""))])
+    assert [d.sentence for d in together.describe([((300, ""),) * 2, ((400, ""),) * 2])] == [
+        "grey of 300", "grey of 400"]
 
 
 def test_other_faults_do(tmp_path: Path) -> None:

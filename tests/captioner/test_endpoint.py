@@ -17,6 +17,7 @@ from PIL import Image
 
 from captioner.config import CaptionConfig
 from captioner.models import endpoint
+from captioner.models import server as client
 from core.errors import UserError
 from tests.calls import ROOT, serving
 
@@ -28,7 +29,9 @@ def server() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(client, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(client, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(client, "BLIND_PATIENCE_S", 0.1)
 
 
 def opened(server: str, mode: str = "good", **options: Any) -> endpoint.Endpoint:
@@ -112,7 +115,7 @@ def test_a_cut_answer_ends_at_a_sentence(server: str) -> None:
 
 def test_key_comes_from_the_environment(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code(lambda: opened(server, "secret")) == "endpoint.key"
-    monkeypatch.setenv(endpoint.KEY, "open")
+    monkeypatch.setenv(client.KEY, "open")
     assert described(opened(server, "secret"), "red") == ["A red picture."]
     assert posts(server, "secret")[-1]["key"] == "Bearer open"
 
@@ -121,9 +124,9 @@ def test_key_comes_from_the_environment(server: str, monkeypatch: pytest.MonkeyP
 def test_a_key_that_no_header_can_hold_is_told(server: str, monkeypatch: pytest.MonkeyPatch,
                                                key: str) -> None:
     if "\x00" in key:                   # the environment can't hold it either
-        monkeypatch.setattr(endpoint.os, "environ", {endpoint.KEY: key})
+        monkeypatch.setattr(client.os, "environ", {client.KEY: key})
     else:
-        monkeypatch.setenv(endpoint.KEY, key)
+        monkeypatch.setenv(client.KEY, key)
     with pytest.raises(UserError) as caught:
         endpoint.Endpoint(CaptionConfig(folder="", endpoint=server))
     assert caught.value.code == "endpoint.bad_key"
@@ -133,7 +136,7 @@ def test_a_key_that_no_header_can_hold_is_told(server: str, monkeypatch: pytest.
 def test_no_proxy_heeds_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "nas:11434")
-    proxies = [endpoint.Endpoint(CaptionConfig(folder="", endpoint=f"http://nas:{port}")).proxy
+    proxies = [endpoint.Endpoint(CaptionConfig(folder="", endpoint=f"http://nas:{port}")).server.proxy
                for port in (11434, 8080)]
     assert proxies == [None, "http://127.0.0.1:9"]
 
@@ -200,7 +203,7 @@ def test_one_clear_fault_each(server: str, mode: str, fault: str) -> None:
 def test_the_servers_own_reason_is_told(server: str) -> None:
     with pytest.raises(UserError, match="CUDA out of memory"):
         described(opened(server, "broken"), "red")
-    assert len(posts(server, "broken")) % endpoint.TRIES == 0
+    assert len(posts(server, "broken")) % client.TRIES == 0
     with pytest.raises(UserError, match="does not support images"):
         described(opened(server, "blind"), "red")
 
@@ -242,19 +245,19 @@ def test_faults_of_one_picture_are_named() -> None:
     ("https://box.lan/openai/v1", "https://box.lan/openai/v1"),
     ("[::1]:80", "http://[::1]:80/v1")])
 def test_addresses(written: str, address: str) -> None:
-    assert endpoint.address_of(written) == address
+    assert client.address_of(written) == address
 
 
 @pytest.mark.parametrize("written", ["", "ftp://x/v1", "http://", "http://a b", "http://u:p@h/v1",
                                      "http://h:99999/", "http://h/v1?x=1", "file:///etc/passwd"])
 def test_bad_addresses(written: str) -> None:
-    assert code(lambda: endpoint.address_of(written)) == "endpoint.bad_address"
+    assert code(lambda: client.address_of(written)) == "endpoint.bad_address"
 
 
 @given(st.text(max_size=30))
 def test_any_text_is_an_address_or_a_fault(text: str) -> None:
     with contextlib.suppress(UserError):
-        address = endpoint.address_of(text)
+        address = client.address_of(text)
         assert address.startswith(("http://", "https://"))
         assert not any(sign.isspace() for sign in address)
 
@@ -263,7 +266,7 @@ def test_any_text_is_an_address_or_a_fault(text: str) -> None:
     ("localhost", True), ("127.0.0.1", True), ("127.8.0.1", True), ("::1", True),
     ("192.0.2.7", False), ("localhost.example.com", False), ("0.0.0.0", False)])
 def test_what_stays_on_this_machine(host: str, here: bool) -> None:
-    assert endpoint.is_here(host) is here
+    assert client.is_here(host) is here
 
 
 def test_pictures_that_leave_are_told_of(server: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Florence-2 on the real classes with tiny random weights; captioner/models/sentences.py."""
+"""Florence-2 on the real classes with tiny random weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from captioner.config import CaptionConfig
@@ -218,58 +216,3 @@ def test_processor_missing(folder: Path, tmp_path: Path) -> None:
     broken = copied(folder, tmp_path)
     (broken / "tokenizer.json").unlink()
     assert code(lambda: opened(broken)) == "vision.unreadable"
-
-
-# --- sentences ---
-
-@pytest.mark.parametrize(("answer", "caption"), [
-    ("A red disc.", "A red disc."),
-    ('"A red disc."', "A red disc."),
-    ("“一个红色圆盘。”", "一个红色圆盘。"),
-    ("Here is a caption:\n\nA red disc.", "A red disc."),
-    ("Sure! Here's a short description for the image: \"A red\ndisc.\"", "A red disc."),
-    ("**Caption:** A red disc.", "A red disc."),
-    ("Image description: a disc", "a disc"),
-    ("以下是图片的描述：一个圆盘", "一个圆盘"),
-    ("好的，描述：一个圆盘", "一个圆盘"),
-    ("<think>It is red.\nOr not?</think>\n\nA red disc.", "A red disc."),
-    ("It is red.</think>A red disc.", "A red disc."),
-    ("<think>It is red and", ""),
-    ("```\nA red disc.\n```", "A red disc."),
-    ("```text\nA red disc.\n```", "A red disc."),
-    ("- red disc\n- white paper", "red disc, white paper"),
-    ("1. red disc\n2. flat", "red disc, flat"),
-    ('A sign that says "go": red.', 'A sign that says "go": red.'),
-    ('"Go" and "stop"', '"Go" and "stop"'),
-    ("This is a red disc on a table", "This is a red disc on a table"),
-    ("ok", "ok"),
-    ("A clock at 10:30 on a wall", "A clock at 10:30 on a wall"),
-    ("", "")])
-def test_answers_become_captions(answer: str, caption: str) -> None:
-    assert sentences.clean(answer) == caption
-
-
-@given(st.text(alphabet="a:\"“”<>/think*-.\n 是描述：", max_size=60))
-def test_cleaning_is_calm_and_settles(answer: str) -> None:
-    once = sentences.clean(answer)
-    assert "\n" not in once
-    assert once == once.strip()
-    assert len(once) <= len(answer) + answer.count("\n")
-
-
-def test_cut_answers_end_at_a_sentence() -> None:
-    assert sentences.whole_sentences("One. Two is cu") == "One."
-    assert sentences.whole_sentences("No end in si") == "No end in si"
-    assert sentences.whole_sentences("一。二。三没") == "一。二。"
-    assert sentences.whole_sentences("3.5 m of rope and") == "3.5 m of rope and"
-
-
-@pytest.mark.parametrize("text", ["I'm sorry, but I can't help.", "I cannot describe people.",
-                                  "抱歉，我不能描述。", "Sorry, no."])
-def test_refusals(text: str) -> None:
-    assert sentences.is_refusal(text)
-
-
-def test_captions_that_are_no_refusals() -> None:
-    assert not sentences.is_refusal("A sorry-looking dog")
-    assert not sentences.is_refusal("I love you written on a wall")

@@ -151,6 +151,98 @@ def test_square_keeps_the_whole_picture_on_white() -> None:
     assert wd.square(Image.new("L", (8, 8)), 16).shape == (16, 16, 3)
 
 
+# --- taggers of other kinds ---
+
+def other_tagger(folder: Path, shape: list[int | str], kind: str = "FLOAT",
+                 outputs: tuple[str, ...] = ("output",)) -> Path:
+    """Like tiny_tagger; its answers are logits: the channels' means times weights, then twice and
+    so on for each further output."""
+    from onnx import TensorProto, helper, numpy_helper
+    tiny_tagger(folder)
+    weights = np.random.default_rng(3).normal(0, 1, (3, len(TAGS))).astype(np.float32)
+    axes = [2, 3] if shape[1] == 3 else [1, 2]
+    nodes = [helper.make_node("Cast", ["x"], ["pixels"], to=TensorProto.FLOAT),
+             helper.make_node("ReduceMean", ["pixels", "axes"], ["mean"], keepdims=0),
+             helper.make_node("MatMul", ["mean", "weights"], ["once"])]
+    made, last = [], "once"
+    for name in outputs:
+        nodes.append(helper.make_node("Identity" if last == "once" else "Neg", [last], [name]))
+        made.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [shape[0], len(TAGS)]))
+        last = name
+    made.insert(0, helper.make_tensor_value_info("mean", TensorProto.FLOAT, [shape[0], 3]))
+    graph = helper.make_graph(
+        nodes, "tagger",
+        [helper.make_tensor_value_info("x", getattr(TensorProto, kind), shape)], made,
+        [numpy_helper.from_array(weights, "weights"),
+         numpy_helper.from_array(np.array(axes, np.int64), "axes")])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10),
+              str(folder / "model.onnx"))
+    return folder
+
+
+def scores_of(tagger: wd.WdTagger, image: Image.Image) -> dict[str, float]:
+    return {tag.name: tag.score for tag in tagger.describe([tagger.prepare(image)])[0].tags}
+
+
+def wanted_scores(means: np.ndarray, sign: int = 1) -> dict[str, float]:
+    weights = np.random.default_rng(3).normal(0, 1, (3, len(TAGS))).astype(np.float32)
+    with np.errstate(over="ignore"):
+        scores = 1 / (1 + np.exp(-sign * (means @ weights)))
+    return {wd.written(name): float(score) for (name, category), score
+            in zip(TAGS, scores, strict=True) if category in (0, 4)}
+
+
+COLOUR = (200, 100, 50)
+
+
+@pytest.mark.parametrize(("shape", "kind", "side"), [
+    (["N", 3, SIDE, SIDE], "FLOAT", SIDE), (["N", 3, "H", "W"], "FLOAT", wd.SIDE),
+    ([1, 3, SIDE, SIDE], "FLOAT16", SIDE), (["N", "H", "W", 3], "FLOAT", wd.SIDE),
+    (["N", SIDE, "W", 3], "UINT8", SIDE), (["N", "H", "W", "C"], "FLOAT", wd.SIDE),
+    (["N", 3, SIDE, SIDE], "UINT8", SIDE)])
+def test_shapes_and_kinds_of_inputs(tmp_path: Path, shape: list[int | str], kind: str,
+                                    side: int) -> None:
+    folder = other_tagger(tmp_path / "other", shape, kind)
+    tagger = opened(folder, tag_threshold=0.0, character_threshold=0.0)
+    assert tagger.side == side
+    assert [note.key for note in tagger.notes] == ["wd.logits"]
+    means = np.array(COLOUR if shape[1] == 3 else COLOUR[::-1], np.float32)
+    if shape[1] == 3 and kind != "UINT8":
+        means = (means / 255 - 0.5) / 0.5           # RGB, -1..1
+    assert scores_of(tagger, Image.new("RGB", (20, 20), COLOUR)) == pytest.approx(
+        wanted_scores(means), abs=2e-3)
+
+
+@pytest.mark.parametrize("text", [
+    '{"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 2, 4], "input_size": [3, 32, 32]}}',
+    '{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 4]}', '{"pretrained_cfg": 3}', "[]", "{"])
+def test_the_config_beside_it_says_how_pixels_are_normalized(tmp_path: Path, text: str) -> None:
+    folder = other_tagger(tmp_path / "other", ["N", 3, "H", "W"])
+    (folder / "config.json").write_text(text)
+    tagger = opened(folder, tag_threshold=0.0, character_threshold=0.0)
+    mean, std = ([.1, .2, .3], [1, 2, 4]) if "0.1" in text else ([.5] * 3, [.5] * 3)
+    assert tagger.side == (32 if "input_size" in text else wd.SIDE)
+    means = (np.array(COLOUR, np.float32) / 255 - mean) / std
+    assert scores_of(tagger, Image.new("RGB", (20, 20), COLOUR)) == pytest.approx(
+        wanted_scores(means), abs=1e-4)
+
+
+@pytest.mark.parametrize(("outputs", "sign"), [
+    (("initial_predictions", "refined_predictions"), -1), (("logits", "prediction"), -1),
+    (("output", "logit"), 1)])
+def test_of_several_outputs_the_one_for_the_tags(tmp_path: Path, outputs: tuple[str, ...],
+                                                 sign: int) -> None:
+    tagger = opened(other_tagger(tmp_path / "other", ["N", 3, SIDE, SIDE], outputs=outputs),
+                    tag_threshold=0.0, character_threshold=0.0)
+    means = (np.array(COLOUR, np.float32) / 255 - 0.5) / 0.5
+    assert scores_of(tagger, Image.new("RGB", (20, 20), COLOUR)) == pytest.approx(
+        wanted_scores(means, sign), abs=1e-4)
+
+
+def test_probabilities_stay_as_they_are(folder: Path) -> None:
+    assert opened(folder).notes == []
+
+
 # --- what can be wrong ---
 
 def code(call: object) -> str:

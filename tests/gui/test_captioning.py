@@ -281,6 +281,37 @@ def test_the_job_is_told(ctx: Context, folder: Path) -> None:
     assert "tab_captioning" not in html
 
 
+@pytest.mark.parametrize("ctx", [ENGLISH, CHINESE], ids=["en", "zh-CN"])
+def test_what_failed_is_listed_and_tried_again(ctx: Context, folder: Path) -> None:
+    failed: list[Any] = [
+        {"picture": f"{n}.png", "code": "endpoint.unclear", "params": {"answer": "<b>1. A?"}}
+        for n in range(30)]
+    view = JobView(id="run1", folder=folder, job="caption", name="photos", state="done",
+                   started=100.0, config={"folder": str(folder)},
+                   result={"captioned": 5, "kept": 0, "failed": failed})
+    html = status(ctx, snapshot(folder, view), view, options_of(snapshot(folder)))
+    assert "0.png" in html
+    assert "&lt;b&gt;1. A?" in html
+    assert html.count(".png") == captioning.MOST_FAILED
+    assert re.search(r'data-act="again"[^>]*data-id="run1"', html)
+    assert "endpoint." not in html
+    # Of a record that another program has written.
+    odd = replace(view, result={"failed": [3, {}, {"picture": None, "params": 5}]})
+    assert "again" in status(ctx, snapshot(folder, odd), odd, options_of(snapshot(folder)))
+
+
+def test_trying_again_starts_the_same_job(tab: CaptioningTab, folder: Path) -> None:
+    config = {"folder": str(folder), "captioner": "endpoint", "existing": "replace"}
+    started: list[Any] = []
+    tab.ctx.app_state.jobs = SimpleNamespace(       # type: ignore[assignment]
+        view=lambda id: JobView(id=id, folder=folder, job="caption", name="n", config=config),
+        start=lambda config, name, job: started.append((config, name, job)))
+    tab.act("again", "run1")
+    config_, name, job = started[0]
+    assert (name, job) == ("n", "caption")
+    assert config_ == captioner.config.CaptionConfig(**config)
+
+
 def test_captions_of_a_running_job_come_in(album: DatasetView, folder: Path) -> None:
     view = JobView(id="r", folder=folder, job="caption", state="running",
                    config={"folder": str(folder)})

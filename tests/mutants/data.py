@@ -254,4 +254,13 @@ MUTANTS = [
     Mutant("transparency-before-the-profile", "core/dataset/images.py",
            'painted.putalpha(image.getchannel("A"))', "pass",
            ("dataset/test_images.py::test_alpha_lies_on_the_background",)),
+    # --- what captioners answer ---
+    Mutant("logits-as-scores", "captioner/models/wd.py", "        if self.logits:\n",
+           "        if False:\n", ("captioner/test_wd.py::test_shapes_and_kinds_of_inputs",)),
+    Mutant("doubtful-captions-are-saved", "captioner/models/endpoint.py",
+           "    if said.doubt:\n", "    if False:\n",
+           ("captioner/test_server.py::test_a_fault_belongs_to_its_picture",)),
+    Mutant("answers-wait-for-others", "captioner/job.py",
+           "at_once = self.by_picture and", "at_once = False and",
+           ("captioner/test_server.py::test_a_picture_that_hangs_keeps_none_of_the_others_waiting",)),
 ]

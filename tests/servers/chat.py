@@ -26,7 +26,7 @@ ANSWERS: dict[str, str] = {
     "chatty": 'Sure! Here is a caption for the image:\n\n"A {colour}\npicture."',
     "empty": "  ",
     "thinkonly": "<think>well, it is",
-    "huge": "word " * 2000,
+    "huge": " ".join(f"word{n}" for n in range(2000)),
     "html": "<html><body>A page</body></html>",
     "refuses": "I'm sorry, but I can't help with that.",
 }
@@ -99,7 +99,7 @@ class Chat(Handler):
         log.append({"path": self.path, "picture": picture, "body": body,
                     "key": self.headers.get("Authorization", "")})
         time.sleep(0.1 if mode == "good" else 0)
-        if self.trouble(mode, turn):
+        if self.trouble(mode, turn, body["model"]):
             return
         text = ANSWERS.get(mode, ANSWERS["good"]).replace("{colour}", colour)
         content: Any = [{"type": "text", "text": text}] if mode == "parts" else text
@@ -112,7 +112,7 @@ class Chat(Handler):
                       "message": {"content": "", "reasoning_content": "let me see"}}
         self.reply(200, {"choices": [choice]})
 
-    def trouble(self, mode: str, turn: int) -> bool:
+    def trouble(self, mode: str, turn: int, model: str) -> bool:
         """True where it has answered, or never will."""
         if mode == "busy" and turn <= 2:
             self.reply(429 if turn == 1 else 503, {"error": "queue is full"},
@@ -121,6 +121,8 @@ class Chat(Handler):
             self.reply(429, {"error": {"message": "rate limit"}}, {"Retry-After": "0.01"})
         elif mode == "broken":
             self.reply(500, {"error": {"message": "CUDA out of memory"}})
+        elif mode == "many" and model not in MODELS["many"]:
+            self.reply(404, {"error": {"message": f"model '{model}' not found"}})
         elif mode == "blind":
             self.reply(400, {"error": {"message": "this model does not support images"}})
         elif mode == "error200":
