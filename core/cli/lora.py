@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from core import i18n
 from core.cli.console import Run, answer, argument_adder
 from core.errors import UserError
-from core.safetensors_header import PICKLES
+from core.safetensors_header import PICKLES, read_header
 
 if TYPE_CHECKING:
     from core.lora_files.layers import Lora
@@ -96,11 +96,12 @@ def merge_command(options: argparse.Namespace) -> int:
     families = {describe(path).family for path in files if path.is_file()} - {"unknown"}
     if len(families) > 1 or len({lora.naming for lora in loras}) > 1:
         raise UserError("lora_convert.other_families", families=", ".join(sorted(families)))
-    merged = lora_algebra.merge(list(zip(loras, weights, strict=True)))
-    kept_energy = 1.0
+    weighted, kept_energy = list(zip(loras, weights, strict=True)), 1.0
     if options.rank:
-        resized = lora_algebra.resize(merged, lora_algebra.Cut(options.rank))
+        resized = lora_algebra.merge_to(weighted, lora_algebra.Cut(options.rank))
         merged, kept_energy = resized.lora, resized.kept
+    else:
+        merged = lora_algebra.merge(weighted)
     options.precision = options.precision or "fp32"
     merged.metadata = _merged_metadata([lora.metadata for lora in loras], files, merged)
     path = _save(merged, options, "kohya", files[0], "merged")
@@ -109,7 +110,6 @@ def merge_command(options: argparse.Namespace) -> int:
 
 
 def resize_command(options: argparse.Namespace) -> int:
-    from core.lora_files import files as lora_file
     from core.lora_files import formats
     from core.lora_files import merge as lora_algebra
     if not options.rank and options.energy == 1:
@@ -117,9 +117,10 @@ def resize_command(options: argparse.Namespace) -> int:
     lora = formats.read(options.file)
     resized = lora_algebra.resize(lora, lora_algebra.Cut(options.rank, options.energy))
     low, high = resized.ranks
-    resized.lora.metadata = lora.metadata | _size_metadata(resized.lora)
-    to = "peft" if options.file.is_dir() else lora_file.describe(options.file).format
-    path = _save(resized.lora, options, to if to in FORMATS else "kohya", options.file, f"r{high}")
+    # arguments of the network hold other ranks, and kinds that became plain
+    resized.lora.metadata = {key: value for key, value in lora.metadata.items()
+                             if key != "ss_network_args"} | _size_metadata(resized.lora)
+    path = _save(resized.lora, options, _format_of(options.file), options.file, f"r{high}")
     return _report(options, "resized", path, low=low, high=high, kept=resized.kept,
                    left_out=lora.unknown)
 
@@ -139,21 +140,43 @@ def extract_command(options: argparse.Namespace) -> int:
 
 # --- what they share ---
 
+def _format_of(source: Path) -> str:
+    """The format in which a changed LoRA is written again: its own."""
+    from core.lora_files.files import describe
+    if source.is_dir():
+        return "peft"
+    format_ = describe(source).format
+    if format_ == "comfyui":
+        return format_
+    # one file in diffusers' words, whichever of its versions wrote it
+    names = read_header(source).tensors
+    return "diffusers" if format_ in ("peft", "diffusers-old") or any(
+        ".lora_A." in name for name in names) else "kohya"
+
+
 def _save(lora: Lora, options: argparse.Namespace, to: str, source: Path, mark: str) -> Path:
-    """Writes to --out, else beside the source as `<source>-<mark>`."""
+    """Writes to --out, else beside the source as `<source>-<mark>`. Raises UserError where PEFT's
+    folder is to have the name of a file."""
     import torch
 
     from core.lora_files import formats
-    out = options.out or source.with_name(f"{source.stem}-{mark}.safetensors")
-    out = out.expanduser()
+    out = options.out.expanduser() if options.out else source.with_name(f"{source.stem}-{mark}")
     suffix = out.suffix.lower() == ".safetensors"
     # peft's format is a folder, the others are files
-    if to == "peft":
-        out = out.with_suffix("") if suffix else out
-    elif not suffix:
+    if to == "peft" and suffix:
+        # asked for by name, or the source's own
+        if getattr(options, "to", "") == "peft":
+            raise UserError("lora_convert.peft_folder", out=out, folder=out.with_suffix(""))
+        to = "diffusers"
+    if to != "peft" and out.is_dir():
+        out /= f"{source.stem}-{mark}.safetensors"
+    elif to != "peft" and not suffix:
         out = out.with_name(f"{out.name}.safetensors")
     dtype = getattr(torch, PRECISIONS[options.precision]) if options.precision else None
-    return formats.save(lora, to, out, dtype)
+    path = formats.save(lora, to, out, dtype)
+    if to == "kohya" and (unread := formats.beyond_kohya(lora)):
+        print(tr("kohya_unread", count=len(unread), layers=", ".join(unread[:3])), file=sys.stderr)
+    return path
 
 
 def _size_metadata(lora: Lora) -> dict[str, str]:

@@ -4,6 +4,7 @@ UserError that names the file, the line and the key.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from core import i18n
+from core.config.other_names import BY_ITSELF, EPOCHS, ours
 from core.config.schema import TrainConfig
 from core.errors import UserError
 from core.serialization import (
@@ -71,6 +73,7 @@ def read_flat_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, in
     """The values and the line numbers by key. Keys without a value are left out, as if they were
     not there. Raises UserError."""
     lines: dict[str, int] = {}
+    refuse_backslashes(text, source)
     try:
         node = compose(text)
         if node is None:
@@ -85,9 +88,25 @@ def read_flat_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, in
             lines[key] = line
         data = construct(node)
     except BadYaml as error:
+        refuse_backslashes(text, source, error.line, error.reason)
         raise UserError("config.bad_yaml", file=source, line=error.line, reason=error.reason
                         ) from None
     return {str(k): v for k, v in data.items() if v is not None}, lines
+
+
+# "C:\new", ".\new", "..\new" outside of comments: nobody means C:, then a line break
+_LONE_BACKSLASH = re.compile(
+    r'^(?![ \t]*#)[^\n]*"(?:[A-Za-z]:\\|\.{1,2}\\(?!n))(?![\\"]|u[0-9A-Fa-f]{4})', re.MULTILINE)
+
+
+def refuse_backslashes(text: str, source: object, line: int = 0, reason: object = "") -> None:
+    """Raises UserError for a Windows path that stands in double quotes with single backslashes:
+    TOML, JSON and YAML take these for special characters. `line` and `reason`: where and why the
+    text could not be read, if it could not."""
+    found = _LONE_BACKSLASH.search(text)
+    if found or re.search("escape|hex", str(reason), re.IGNORECASE):
+        raise UserError("config.backslashes", file=source,
+                        line=text.count("\n", 0, found.start()) + 1 if found else line)
 
 
 def shortened(value: Any) -> str:
@@ -113,10 +132,13 @@ def refuse_unknown(data: Mapping[str, Any], known: Collection[str], lines: Mappi
     """Raises UserError, with the nearest known key, for the first key that is not known."""
     for key in data:
         if key not in known:
-            close = i18n.nearest(key, known, 1)
-            raise UserError("config.unknown_key" if close else "config.unknown_key_plain",
-                            file=source, line=lines.get(key, "--set"), key=key,
-                            nearest=close[0] if close else "")
+            # another trainer's name for it, else one that is spelled alike
+            named = ours(key) if ours(key) in known else ""
+            close = named or next(iter(i18n.nearest(key, known, 1)), "")
+            kind = ("_epochs" if named and key in EPOCHS else
+                    "_by_itself" if not named and key in BY_ITSELF else "" if close else "_plain")
+            raise UserError(f"config.unknown_key{kind}", file=source,
+                            line=lines.get(key, "--set"), key=key, nearest=close)
 
 
 # --- what pydantic found wrong ---

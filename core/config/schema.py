@@ -203,6 +203,9 @@ class TrainConfig(BaseModel):
         "fp16", "expert", "number format in the LoRA file")
     save_format: Literal["auto", "kohya", "peft", "diffusers", "comfyui"] = _field(
         "auto", "expert", "names of the layers in the LoRA file")
+    metadata: Literal["public", "full"] = _field(
+        "public", "expert", "what the LoRA file tells of its maker; full: whole paths, and a "
+        "training picture as thumbnail where no preview was drawn")
     init_lora_resize: bool = _field(
         False, "expert", "change the rank of init_lora_weights by SVD where it differs")
     sample_size: Size = _field("", "expert", "'W,H' of previews; empty: the base's own", "px")
@@ -250,6 +253,16 @@ class TrainConfig(BaseModel):
         words = {"": False, "0": False, "no": False, "off": False, "false": False,
                  "1": True, "yes": True, "on": True, "true": True}
         return words.get(str(value).casefold(), str(value) if isinstance(value, int) else value)
+
+    @field_validator("train_data_dir", "base_model", "output_dir", "vae", "text_encoders",
+                     "tokenizer", "metadata_path", "init_lora_weights", "base_loras",
+                     "reg_data_dir")
+    @classmethod
+    def _no_escapes(cls, value: str | list[str]) -> str | list[str]:
+        """In double quotes "data\new" is no path: \n became a line break."""
+        if re.search(r"[\0-\x1f]", "".join(value)):
+            raise PydanticCustomError("path", "expected a path without line breaks and tabs")
+        return value
 
     @field_validator("output_name")
     @classmethod

@@ -1,17 +1,23 @@
-"""kohya's arguments: lora-scripts' TOML, `--config_file`, kohya_ss' presets; its dataset TOML."""
+"""kohya's arguments: lora-scripts' TOML, `--config_file`, kohya_ss' presets; its dataset TOML,
+and musubi's."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from core.config import other_names as tables
 from core.config import resolve
-from core.importers import lines, tables
+from core.importers import lines
 from core.importers.lines import Entry, Lines
 from core.importers.reader import Imported, Reader, absent, number, plain
+from core.serialization import json_of
 
-_OPTIONS = re.compile(r"\s--[a-z]+(\s|$)")            # kohya's prompts: `a cat --w 512 --n blurry`
+_OPTIONS = re.compile(r"\s--([a-z]+)(?=\s|$)")        # kohya's prompts: `a cat --w 512 --n blurry`
+# Of a prompt's options those that have a key here; of two, a size is made.
+_SHOTS = {"s": "sample_inference_steps", "l": "sample_cfg"}
 
 
 class Kohya(Reader):
@@ -22,23 +28,41 @@ class Kohya(Reader):
     choices = tables.KOHYA_CHOICES
     switches = tables.KOHYA_SWITCHES
     defaults = tables.KOHYA_DEFAULTS
+    act_with = tables.KOHYA_ACT_WITH
 
     def name(self, entry: Entry) -> str:
         return entry.keys[-1]
 
     def entries(self, data: Mapping[str, Any], line_of: Lines) -> Iterable[Entry]:
         """The keys that others depend on come first."""
-        first = ("max_train_steps", "network_module")
+        first = ("max_train_steps", "network_module", "LoRA_type")
         return sorted(lines.entries(data, line_of), key=lambda entry: entry.keys[-1] not in first)
 
     def finish(self) -> None:
         # a key that is left out has another default there than here
         self.assume("network_dim")
         self.assume("network_alpha")
+        if self.result.values.get("save_steps"):
+            self.assume("save_last_n_steps")
+        if plain(self.theirs.get("network_module")) == "lycoriskohya":
+            self.lycoris()
         if not {"epochs", "max_train_steps"} & self.result.values.keys():
             self.assume("max_train_epochs")
         if "unet_lr" not in self.theirs:
             self.assume("learning_rate")
+
+    def lycoris(self) -> None:
+        """Its preset `full`, taken where none is named, trains the convolutions at the same rank
+        where conv_dim is left out."""
+        values = self.result.values
+        presets = dict(_pairs(self.theirs.get("network_args", "")))
+        presets |= dict(_pairs(self.theirs.get("network_args_custom", "")))
+        if presets.get("preset", "full") != "full":
+            return
+        values.setdefault("target_modules", "all-linear")
+        if "conv_dim" not in presets and "conv_rank" not in values:
+            values["conv_rank"] = self.result.assumed["conv_dim"] = values["lora_rank"]
+            values["conv_alpha"] = values["lora_alpha"]
 
     # rates
 
@@ -98,6 +122,8 @@ class Kohya(Reader):
         self.put("text_encoders", [*known, str(value)], entry)
 
     take_clip_g = take_t5xxl = take_gemma2 = take_qwen3 = take_text_encoder = take_clip_l
+    take_flux1_clip_l = take_flux1_t5xxl = take_sd3_clip_l = take_sd3_clip_g = take_clip_l
+    take_sd3_t5xxl = take_clip_l
 
     # choices
 
@@ -114,13 +140,26 @@ class Kohya(Reader):
             self.put("optimizer", "adamw8bit", entry)
 
     def take_network_module(self, value: Any, entry: Entry) -> None:
+        """networks.lora, networks.loha; networks.lora_flux ...: one for each family."""
+        _, _, module = str(value).partition("networks.")
+        kind, _, family = module.partition("_")
+        if family and family != "fa":
+            self.family(family, entry)
         # of LyCORIS, network_args say which kind
         if str(value) != "lycoris.kohya":
-            self.choose("adapter", tables.ADAPTERS, entry)
+            ours = "" if family == "fa" else tables.ADAPTERS.get(kind, "")
+            self.choose("adapter", {plain(value): ours}, entry)
 
     def take_dora_wd(self, value: Any, entry: Entry) -> None:
-        if str(value).lower() == "true":
+        if str(value).lower() != "true":
+            return
+        algo = dict(_pairs(self.theirs.get("network_args", ""))).get("algo", "lora")
+        kind = tables.ADAPTERS.get(plain(self.theirs.get("LoRA_type", algo)))
+        # LoHa and LoKr have no such form here
+        if kind == "lora":
             self.put("adapter", "dora", entry)
+        else:
+            self.leave(entry, "value")
 
     take_model_train_type = Reader.family
 
@@ -130,7 +169,12 @@ class Kohya(Reader):
 
     def take_v2(self, value: Any, entry: Entry) -> None:
         if value:
-            self.leave(entry, "family")
+            self.family("sd2-lora", entry)
+
+    take_flux1_checkbox = take_sd3_checkbox = Reader.read_with_another_key
+    take_noise_offset_type = take_enable_preview = Reader.read_with_another_key
+    take_enable_base_weight = take_enable_block_weights = Reader.read_with_another_key
+    take_sample_height = take_randomly_choice_prompt = Reader.read_with_another_key
 
     def take_clip_skip(self, value: Any, entry: Entry) -> None:
         if number(value) > 1:
@@ -139,6 +183,27 @@ class Kohya(Reader):
     def take_max_token_length(self, value: Any, entry: Entry) -> None:
         """lora-scripts writes 255, of which kohya uses three chunks of 75."""
         self.put("max_tokens", int(number(value)) // 75 * 75 or value, entry)
+
+    def take_caption_prefix(self, value: Any, entry: Entry) -> None:
+        self.put("trigger_word", str(value).strip(" ,"), entry)
+
+    def take_save_last_n_steps(self, value: Any, entry: Entry) -> None:
+        """How many steps a checkpoint is kept, beside the newest."""
+        every = number(self.theirs.get("save_every_n_steps"))
+        if number(value) and every:
+            self.put("keep_checkpoints", int(number(value) // every) + 1, entry)
+
+    def take_lr_decay_steps(self, value: Any, entry: Entry) -> None:
+        """Steps, or a share of them (below 1)."""
+        steps = number(value)
+        if steps >= 1:
+            steps /= self.result.values.get("max_train_steps", 0) or steps * 2
+        if plain(self.theirs.get("lr_scheduler")) == "warmupstabledecay":
+            self.put("lr_decay_share", steps, entry)
+
+    def take_blocks_to_swap(self, value: Any, entry: Entry) -> None:
+        if number(value):
+            self.leave(entry, "blocks")
 
     # noise levels of flows
 
@@ -185,9 +250,12 @@ class Kohya(Reader):
     # lists and texts
 
     def take_network_args(self, value: Any, entry: Entry) -> None:
-        for key, text in _pairs(value):
+        # the algorithm before its variant
+        for key, text in sorted(_pairs(value), key=lambda pair: pair[0] == "dora_wd"):
             self.dispatch({"dropout": "network_dropout"}.get(key, key),
                           Entry((*entry.keys, key), text, entry.line))
+
+    take_network_args_custom = take_network_args
 
     def take_optimizer_args(self, value: Any, entry: Entry) -> None:
         rest = {}
@@ -202,6 +270,8 @@ class Kohya(Reader):
         if rest:
             self.put("optimizer_args", rest, Entry(entry.keys, rest, entry.line))
 
+    take_optimizer_args_custom = take_optimizer_args
+
     def take_sample_prompts(self, value: Any, entry: Entry) -> None:
         """The prompts themselves, or a text file of them."""
         text = str(value) if not isinstance(value, list) else "\n".join(map(str, value))
@@ -209,13 +279,14 @@ class Kohya(Reader):
             file = resolve(text, self.result.file.parent)
             if file.suffix != ".txt" or not file.is_file():
                 return self.leave(entry, "file")
-            text = file.read_text("utf-8", "replace")
-        lines = [line.strip() for line in text.splitlines()]
-        prompts = [_OPTIONS.split(f" {line}")[0].strip() for line in lines
-                   if line and not line.startswith("#")]
-        if any(_OPTIONS.search(line) for line in lines):
-            self.leave(entry, "prompt_options")
-        self.put("sample_prompts", [prompt for prompt in prompts if prompt], entry)
+            text = lines.text_of(file)
+        self.prompts([_shot(line) for line in map(str.strip, text.splitlines())
+                      if line and not line.startswith("#")], entry)
+
+    take_prompt_file = take_positive_prompts = take_sample_prompts
+
+    def take_sample_width(self, value: Any, entry: Entry) -> None:
+        self.put("sample_size", f"{value},{self.theirs.get('sample_height', value)}", entry)
 
     def take_resume(self, value: Any, entry: Entry) -> None:
         self.leave(entry, "state")
@@ -226,26 +297,54 @@ class Kohya(Reader):
             return self.leave(entry, "file")
         data, line_of = lines.read(file)
         reader = Dataset if "datasets" in data else Kohya
-        inner = reader(file, "kohya dataset").take(data, line_of)
-        self.result.values |= inner.values
-        self.result.left += inner.left
+        self.include(reader(file, "kohya dataset").take(data, line_of))
 
 
 class Dataset(Kohya):
-    """kohya's dataset TOML: [general], [[datasets]], [[datasets.subsets]]. One subset is one
-    folder; of several, the first one is taken."""
+    """A dataset TOML: [general], [[datasets]], [[datasets.subsets]]; musubi's has no subsets. One
+    folder is trained, and one is of regularisation pictures: of several, the first one is taken."""
 
     table = tables.KOHYA_DATASET
+    folders = ("image_dir", "image_directory", "image_jsonl_file", "metadata_file")
 
     def take(self, data: Mapping[str, Any], line_of: Lines) -> Imported:
-        for entry in lines.entries(data, line_of):
-            if absent(entry.value):
-                continue
-            if any(key.isdigit() and key != "0" for key in entry.keys[:-1]):
+        # general keys first: those of a dataset, then of a subset, override them
+        entries = sorted((entry for entry in lines.entries(data, line_of)
+                          if not absent(entry.value)), key=lambda entry: len(entry.keys))
+        regular = {entry.keys[:-1] for entry in entries
+                   if entry.keys[-1] == "is_reg" and entry.value is True}
+        places = [entry.keys[:-1] for entry in entries if entry.keys[-1] in self.folders]
+        chosen = next((place for place in places if place not in regular), ("datasets", "0"))
+        self.regular = next((place for place in places if place in regular), ())
+        for entry in entries:
+            above, key = entry.keys[:-1], entry.keys[-1]
+            if above == self.regular and key in self.folders:
+                self.put("reg_data_dir", entry.value, entry)
+            elif above == chosen[:len(above)] or above == ("general",) or key == "num_repeats":
+                self.dispatch(key, entry)
+            elif key in self.folders:
                 self.leave(entry, "second")
-            else:
-                self.dispatch(entry.keys[-1], entry)
         return self.result
+
+    def take_image_dir(self, value: Any, entry: Entry) -> None:
+        self.put("train_data_dir", value, entry)
+
+    take_image_directory = take_image_dir
+
+    def take_image_jsonl_file(self, value: Any, entry: Entry) -> None:
+        """musubi's captions, each with the path of its picture, which lie in one folder."""
+        self.put("metadata_path", value, entry)
+        file = resolve(str(value), self.result.file.parent)
+        rows = [json_of(line, dict) for line in lines.text_of(file).splitlines()
+                ] if file.is_file() else []
+        folders = {str(Path(str(row["image_path"]).replace("\\", "/")).parent)
+                   for row in rows if "image_path" in row}
+        if len(folders) == 1:
+            self.put("train_data_dir", folders.pop(), entry)
+        else:
+            self.leave(entry, "jsonl")
+
+    take_is_reg = Reader.read_with_another_key
 
     def take_num_repeats(self, value: Any, entry: Entry) -> None:
         if value != 1:
@@ -259,6 +358,16 @@ class Dataset(Kohya):
             self.put("metadata_path", value, entry)
         else:
             self.leave(entry, "value")
+
+
+def _shot(line: str) -> dict[str, Any]:
+    """One line of kohya's prompts by our keys; options that have none keep their letters."""
+    prompt, *rest = _OPTIONS.split(f" {line}")
+    options = {key: value.strip() for key, value in zip(rest[::2], rest[1::2], strict=True)}
+    shot: dict[str, Any] = {"prompt": prompt.strip()}
+    if {"w", "h"} <= options.keys():
+        shot["sample_size"] = f"{options.pop('w')},{options.pop('h')}"
+    return shot | {_SHOTS.get(key, f"--{key}"): value for key, value in options.items()}
 
 
 def _pairs(value: Any) -> list[tuple[str, str]]:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from core import serialization
+from core.config.flat_yaml import refuse_backslashes
 from core.errors import UserError
 
 DEEPEST = 64                               # levels; more is no config
 LARGEST = 16 * 2**20                       # bytes
+LIST = "concepts"                          # the key of a file that is a list of tables alone
 _HEADER = re.compile(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]\]?\s*(?:#.*)?")
 _KEY = re.compile(r"""\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]|[^\s{}\[\]:,"]+')
@@ -50,8 +52,11 @@ def read(path: Path) -> tuple[dict[str, Any], Lines]:
     """-> the data and the line of each key. Raises UserError with the line where the text is no
     TOML or JSON."""
     text = text_of(path)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        raise UserError("config_import.yaml", file=path)
     toml = path.suffix.lower() == ".toml"
     kind = "TOML" if toml else "JSON"
+    refuse_backslashes(text, path)
     try:
         data = tomllib.loads(text) if toml else json.loads(text)
     except RecursionError:
@@ -61,11 +66,15 @@ def read(path: Path) -> tuple[dict[str, Any], Lines]:
         # tomllib of Python 3.11 tells the line in its message alone
         line = getattr(error, "lineno", None) or (
             int(match[1]) if (match := re.search(r"line (\d+)", str(error))) else 1)
+        refuse_backslashes(text, path, line, error)
         raise UserError("config_import.bad_text", file=path, line=line, kind=kind,
                         reason=getattr(error, "msg", error)) from None
+    lines = _toml_lines(text) if toml else _json_lines(text)
+    if isinstance(data, list) and data and all(isinstance(row, dict) for row in data):
+        return {LIST: data}, {(LIST, *keys): line for keys, line in lines.items()}
     if not isinstance(data, dict) or not data:
         raise UserError("config_import.not_settings", file=path)
-    return data, _toml_lines(text) if toml else _json_lines(text)
+    return data, lines
 
 
 def entries(data: Any, lines: Lines, keys: Keys = ()) -> Iterator[Entry]:

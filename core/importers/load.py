@@ -47,6 +47,8 @@ def read(path: Path) -> Imported:
         return Reader(path, "LoRA Darkroom").take(data, line_of)
     if "datasets" in data:
         return kohya.Dataset(path, "kohya dataset").take(data, line_of)
+    if data.keys() == {lines.LIST}:
+        return onetrainer.Concepts(path, "OneTrainer").take(data, line_of)
     if "training_method" in data or "base_model_name" in data:
         return onetrainer.OneTrainer(path, "OneTrainer").take(data, line_of)
     gui = path.suffix.lower() == ".json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from pydantic import ValidationError
 
 from core import i18n
 from core.config import TrainConfig
+from core.config import other_names as tables
 from core.families.registry import SPECS
-from core.importers import lines, tables
+from core.importers import lines
 from core.importers.lines import Entry, Lines
 
 OURS: dict[str, str] = {}                  # the table of our own keys: every key means itself
@@ -67,6 +68,8 @@ class Reader:
     choices: Mapping[str, tuple[str, Mapping[str, str]]] = {}   # -> ours, their words -> ours
     switches: Mapping[str, tuple[str, Any]] = {}                # -> ours, its value if theirs is on
     defaults: Mapping[str, tuple[str, Any]] = {}                # -> ours, its value if left out
+    # their switch, its values as a pattern, the keys that act with these alone
+    act_with: Sequence[tuple[str, str, tuple[str, ...]]] = ()
 
     def __init__(self, path: Path, kind: str) -> None:
         self.result = Imported(path, kind)
@@ -91,6 +94,8 @@ class Reader:
         return entry.name
 
     def dispatch(self, name: str, entry: Entry) -> None:
+        if not self.acts(name):
+            return
         if method := self.special.get(name):
             method(entry.value, entry)
         elif choice := self.choices.get(name):
@@ -106,6 +111,12 @@ class Reader:
         elif entry.value not in (0, False) and entry.value != "0":
             self.leave(entry, "by_itself" if name.split(".")[0] in tables.BY_ITSELF else "unknown")
 
+    def acts(self, name: str) -> bool:
+        """Whether the other trainer reads a key, with its switches as they stand in the file."""
+        return all(re.search(values, plain(self.theirs[switch]))
+                   for switch, values, names in self.act_with
+                   if name in names and switch in self.theirs)
+
     def put(self, key: str, value: Any, entry: Entry) -> None:
         """Our key, if TrainConfig has it and takes the value; else the entry is left."""
         if key not in TrainConfig.model_fields:
@@ -114,8 +125,10 @@ class Reader:
             return
         try:
             self.result.values[key] = getattr(TrainConfig.model_validate({key: value}), key)
-        except (ValidationError, TypeError):
-            self.leave(entry, "value")
+        except (ValidationError, TypeError) as error:
+            # "data\new" in double quotes
+            escaped = isinstance(error, ValidationError) and error.errors()[0]["type"] == "path"
+            self.leave(entry, "backslashes" if escaped else "value")
 
     def choose(self, key: str, choices: Mapping[str, str], entry: Entry) -> None:
         """Our key with our word for their value, where `choices` has one."""
@@ -132,6 +145,22 @@ class Reader:
         key, value = self.defaults[name]
         if name not in self.theirs:
             self.result.values[key] = self.result.assumed[name] = value
+
+    def include(self, inner: Imported) -> None:
+        """Adds what another file, or a part of this one, has told."""
+        self.result.values |= inner.values
+        self.result.left += inner.left
+
+    def prompts(self, shots: Sequence[Mapping[str, Any]], entry: Entry) -> None:
+        """Previews by our keys (prompt, sample_size ...). What isn't the same in all is left."""
+        self.put("sample_prompts", [shot["prompt"] for shot in shots if shot["prompt"]], entry)
+        for key in dict.fromkeys(key for shot in shots for key in shot):
+            values = [shot.get(key) for shot in shots]
+            if key in TrainConfig.model_fields and values.count(values[0]) == len(values):
+                self.put(key, values[0], entry)
+            elif key != "prompt":
+                self.leave(entry, "prompt_options")
+                return
 
     def family(self, value: Any, entry: Entry) -> None:
         # nothing is set: the base itself tells its family

@@ -24,12 +24,13 @@ from core.families import distilled, schedulers
 from core.families.base import ALL_PARTS, Family, Objective, Parts
 from core.families.components import lookup
 from core.families.loading import tell_numbers
-from core.families.registry import SPECS
+from core.families.registry import SPECS, STANDARD
 from core.hashes import data_hash, fingerprint, short_hash
 from core.inference.trash import TRASH
 from core.jobs.events import Event, Note
 from core.lora_files import formats, textual_inversion
 from core.lora_files.files import read_lora
+from core.lora_files.layers import kind_of
 from core.lora_files.library import Lora, checked
 from core.lora_files.metadata import BASE_KEY, CONFIG_KEY
 from core.objectives.diffusion import zero_terminal
@@ -312,13 +313,9 @@ class TrainedAs:
 def modules_in(path: Path, family: str = "") -> int:
     """The number of adapted layers in a file. A fused layer counts as the layers that it is made
     of."""
-    if formats.fuses(family):
-        return len(formats.read(path, family).layers)
-    files = path.rglob("*.safetensors") if path.is_dir() else [path]
-    # every layer has exactly one of these keys
-    return sum(k.endswith((".lora_down.weight", ".lora_A.weight", ".hada_w1_a", ".lokr_w1",
-                           ".lokr_w1_a", ".oft_blocks"))
-               for file in files for k in read_header(file).tensors)
+    layers = formats.read(path, family if family in SPECS else STANDARD.id).layers.values()
+    # whole differences are read by `convert` alone
+    return sum(kind_of(layer) != "full" for layer in layers)
 
 
 def save_png(image: Image.Image, path: Path, parameters: str,

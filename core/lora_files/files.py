@@ -67,10 +67,11 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError("lora_file.unreadable", file=path, reason=error) from None
     for key, tensor in tensors.items():
-        # torch has no isfinite for 8-bit floats
-        wide = tensor.float() if tensor.is_floating_point() else tensor
+        # torch can't compute with 8-bit floats; fp16 holds each of their values exactly
+        if tensor.is_floating_point() and tensor.element_size() == 1:
+            tensor = tensors[key] = tensor.half()
         # NaN in a LoRA makes every picture black.
-        if not bool(wide.isfinite().all()):
+        if not bool(tensor.isfinite().all()):
             raise UserError("lora_file.holds_nan", file=path, key=key)
     return tensors, header.metadata
 

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,7 @@ _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "ou
 _UNET = re.compile(r"^unet\.|(down|up|input|output)_blocks|mid_block|middle_block|text_model"
                    r"|text_encoder|^(base_model\.model\.)?encoder\.layers")
 _WRAPPER = "base_model.model."             # PeftModel around the real model
+_IN_BLOCKS = re.compile(r"block|layers\.|refiner|self_attn|mlp")
 # Keys that diffusers' loader takes as they are.
 _PEFT = re.compile(r"(unet|transformer|text_encoder(_[23])?)\..*\.(lora_[AB]\.weight"
                    r"|lora_magnitude_vector)$")
@@ -97,8 +98,10 @@ def read(path: Path, family: str = "") -> Lora:
         return replace(_gathered(tensors, naming, configs), metadata=metadata)
 
     # PEFT's folder, or one that holds such a folder for each part
+    # the denoiser's first: it tells the family
     folders = {"": path} if (path / CONFIG).is_file() else {
-        config.parent.name: config.parent for config in sorted(path.glob(f"*/{CONFIG}"))}
+        config.parent.name: config.parent for config in sorted(
+            path.glob(f"*/{CONFIG}"), key=lambda file: (file.parent.name[:4] == "text", file))}
     if not folders:
         raise UserError("lora_convert.no_adapter", folder=path)
     lora: Lora | None = None
@@ -110,7 +113,7 @@ def read(path: Path, family: str = "") -> Lora:
         except (OSError, ValueError, RecursionError) as error:
             raise UserError("lora_file.unreadable", file=folder / CONFIG, reason=error) from None
         tensors, metadata = files.read_lora(folder / WEIGHTS)
-        naming = lora.naming if lora else _naming(folder / WEIGHTS, family)
+        naming = lora.naming if lora else _naming(folder / WEIGHTS, family, folders)
         of_part = _gathered(tensors, naming, {part.name: config for part in naming},
                             next((part for part in naming if part.name == name), None))
         lora = lora or Lora({}, naming, metadata)
@@ -142,17 +145,26 @@ def for_diffusers(path: Path, family: str) -> dict[str, Tensor] | None:
     return spell(lora, "diffusers")
 
 
-def fuses(family: str) -> bool:
-    """Whether the original code has one matrix where diffusers has several."""
-    return any(len(rename.ours) > 1 for rename in naming(family)[0].renames)
+def beyond_kohya(lora: Lora) -> list[str]:
+    """The layers of a file in kohya's format that kohya's own scripts leave out in silence: those
+    outside of the model's blocks, such as conv_in, and those by LyCORIS' names."""
+    found = []
+    for part in lora.naming:
+        layers = lora.layers_of(part.name)
+        apart = native(part, layers)[1] if part.kohya_native else {}
+        found += [f"{part.name}.{inner}" for inner in layers
+                  if inner in apart or not _IN_BLOCKS.search(inner)]
+    return found
 
 
-def _naming(path: Path, family: str) -> Naming:
-    """The table of the file's family; a UNet's where the family can't be told, as for a tiny model.
-    Raises UserError for families without a table: their names would be guessed."""
+def _naming(path: Path, family: str, parts: Iterable[str] = ()) -> Naming:
+    """The table of the file's family; a UNet's, with all `parts` that have a folder, where the
+    family can't be told, as for a tiny model. Raises UserError for families without a table: their
+    names would be guessed."""
     family = family or files.describe(path).family
     if family == "unknown" and any(map(_UNET.search, read_header(path).tensors)):
-        family = STANDARD.id
+        family = next((spec.id for spec in SPECS.values() if {*parts, STANDARD.naming[0].name} <= {
+            "", *(part.name for part in spec.naming)}), STANDARD.id)
     if family not in SPECS:
         raise UserError("lora_convert.no_names", family=family, known=", ".join(SPECS))
     return SPECS[family].naming

@@ -6,6 +6,7 @@ the window imports this module.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 DOWN, UP, MID, ALPHA, DORA = ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha",
                               "dora_scale")
+LARGEST = 2**30                            # numbers in one matrix
+_CONV = re.compile(r"(^|\.)conv(\d|_in|_out)?$")
 Layer = dict[str, "Tensor"]                # lora_down.weight, lora_up.weight, alpha, hada_w1_a ...
 
 
@@ -112,6 +115,64 @@ def without_mid(layer: Layer) -> Layer:
     return {**rest, DOWN: down.to(layer[DOWN].dtype)}
 
 
+def as_product(path: str, layer: Layer) -> Layer:
+    """LoHa and LoKr as a plain product of exactly the same weight, in float32: the columns of a
+    Hadamard or Kronecker product are products of its factors' columns. Others stay as they are.
+    Raises UserError where the factors don't fit each other."""
+    kind = kind_of(layer)
+    if kind not in ("loha", "lokr"):
+        return layer
+    ends = {end: value.float() for end, value in layer.items()}
+    name = "hada" if kind == "loha" else kind
+    try:
+        factors = [_factor(ends, f"{name}_w{n}", f"{name}_t{n}", path) for n in (1, 2)]
+        up, down = (_hadamard if kind == "loha" else _kronecker)(*factors)
+    except (RuntimeError, ValueError, KeyError, IndexError):
+        raise UserError("lora_convert.misfit", layer=path) from None
+    lengths = {DORA: ends[DORA]} if DORA in ends else {}
+    return with_alpha({DOWN: down, UP: up.reshape(*up.shape, *[1] * (down.ndim - 2)), **lengths},
+                      scale_of(layer) * len(down))
+
+
+Factor = tuple["Tensor", "Tensor"]         # (out, r) and (r, in) or (r, in, height, width)
+
+
+def _hadamard(first: Factor, second: Factor) -> Factor:
+    import torch
+    if first[0].numel() * second[0].shape[1] > LARGEST:
+        raise ValueError
+    up = torch.einsum("oi,oj->oij", first[0], second[0]).flatten(1)
+    return up, torch.einsum("i...,j...->ij...", first[1], second[1]).flatten(0, 1)
+
+
+def _kronecker(first: Factor, second: Factor) -> Factor:
+    import torch
+    (up_1, down_1), (up_2, down_2) = first, second
+    # files come from anywhere: a small one may stand for more than memory
+    if up_1.numel() * up_2.numel() > LARGEST or down_1.numel() * down_2.numel() > LARGEST:
+        raise ValueError
+    down = torch.einsum("ai,bj...->abij...", down_1.flatten(1), down_2)
+    return torch.kron(up_1, up_2), down.flatten(2, 3).flatten(0, 1)
+
+
+def _factor(ends: Layer, name: str, core: str, path: str) -> Factor:
+    import torch
+    if name in ends:
+        whole = ends[name]
+        sides = whole.flatten(1).shape
+        narrow = torch.eye(min(sides))
+        return (narrow, whole) if sides[0] <= sides[1] else (
+            whole.flatten(1), narrow.reshape(-1, *whole.shape[1:]))
+    up, down = ends[f"{name}_a"], ends[f"{name}_b"]
+    if core in ends:
+        # Tucker: a core of ranks between the two
+        return up.T.contiguous(), torch.einsum("ijkl,jr->irkl", ends[core], down)
+    # files don't tell the size of a kernel whose rows lie flat: of UNets, these have 3 x 3
+    if _CONV.search(path) and down.shape[1] % 9 == 0:
+        down = down.reshape(len(down), -1, 3, 3)
+    return up, down
+
+
 def refuse_broken(lora: Lora, kinds: Iterable[str], to: str) -> None:
     """Raises UserError where a layer is incomplete, or is of none of the `kinds` that `to` has a
     place for."""
@@ -122,7 +183,8 @@ def refuse_broken(lora: Lora, kinds: Iterable[str], to: str) -> None:
         raise UserError("lora_file.lone_half", keys=", ".join(paths["broken"][:3]),
                         count=len(paths["broken"]))
     for kind in sorted(paths.keys() - set(kinds)):
-        raise UserError("lora_convert.no_room", kind=kind, to=to, count=len(paths[kind]),
+        code = to if to in ("merge", "resize") else "room"
+        raise UserError(f"lora_convert.no_{code}", kind=kind, to=to, count=len(paths[kind]),
                         example=paths[kind][0])
 
 

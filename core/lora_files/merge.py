@@ -7,7 +7,7 @@ lies nearer in the Frobenius norm).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from core.lora_files.layers import (
     UP,
     Layer,
     Lora,
+    as_product,
     kind_of,
     rank_of,
     refuse_broken,
@@ -28,6 +29,7 @@ from core.lora_files.layers import (
     without_mid,
 )
 
+WIDEST = 256                               # ranks of an exact sum of LoKr
 # Of the largest singular value: what is below is rounding of float32.
 _NEGLIGIBLE = 1e-7
 
@@ -57,12 +59,20 @@ class Resized:
 
 
 def resize(lora: Lora, cut: Cut) -> Resized:
-    """The nearest LoRA of lower rank, layer by layer; layers that are small enough stay as they
-    are. DoRA keeps its magnitudes. Raises UserError for kinds of layers that have no such form."""
-    refuse_broken(lora, {"lora", "dora"}, "resize")
+    """The nearest LoRA of lower rank, layer by layer; layers that are small enough, and whole
+    differences, stay as they are. DoRA keeps its magnitudes, LoHa and LoKr become plain LoRA.
+    Raises UserError for kinds of layers that have no such form."""
+    refuse_broken(lora, {"lora", "dora", "loha", "lokr", "full"}, "resize")
+    return _resized(lora, lora.layers.items(), cut)
+
+
+def _resized(lora: Lora, parts: Iterable[tuple[str, Layer]], cut: Cut) -> Resized:
     layers, kept_energy, whole_energy = {}, 0.0, 0.0
-    for path, layer in lora.layers.items():
-        layer = without_mid(layer)
+    for path, layer in parts:
+        if kind_of(layer) == "full":
+            layers[path] = layer
+            continue
+        layer = without_mid(as_product(path, layer))
         left, values, right = factors(layer[UP].flatten(1), layer[DOWN].flatten(1))
         rank, scale, count = rank_of(layer), scale_of(layer), cut.keep(values)
         energies = (values * scale).square()
@@ -76,7 +86,7 @@ def resize(lora: Lora, cut: Cut) -> Resized:
         layers[path] = layer
         kept_energy += float(energies[:count].sum())
         whole_energy += float(energies.sum())
-    ranks = [rank_of(layer) for layer in layers.values()]
+    ranks = [rank_of(layer) for layer in layers.values() if rank_of(layer)] or [0]
     return Resized(replace(lora, layers=layers), (min(ranks), max(ranks)),
                    kept_energy / whole_energy if whole_energy else 1.0)
 
@@ -107,29 +117,53 @@ def merge(loras: Sequence[tuple[Lora, float]], dtype: torch.dtype = torch.float3
     """The weighted sum of the deltas, exactly but for rounding to `dtype`: ranks are put side by
     side. Whole differences (of norms, biases) are added up.
 
-    Raises UserError for kinds of layers whose sum is of another form (DoRA, LoHa, LoKr, OFT)."""
-    merged = replace(loras[0][0], layers={}, bundled={}, unknown=(), metadata={})
+    Raises UserError for kinds of layers whose sum is of another form (DoRA, OFT), and for LoKr
+    whose exact sum would fill a disk."""
+    merged = _shell(loras)
+    for path, layer in _sums(loras, dtype):
+        if rank_of(layer) > WIDEST and any(kind_of(lora.layers[path]) == "lokr"
+                                           for lora, _ in loras if path in lora.layers):
+            raise UserError("lora_convert.wide", layer=path, rank=rank_of(layer))
+        merged.layers[path] = layer
+    return merged
+
+
+def merge_to(loras: Sequence[tuple[Lora, float]], cut: Cut) -> Resized:
+    """The nearest LoRA of lower rank to the sum; no more than one whole layer is in memory."""
+    return _resized(_shell(loras), _sums(loras, torch.float32), cut)
+
+
+def _shell(loras: Sequence[tuple[Lora, float]]) -> Lora:
+    shell = replace(loras[0][0], layers={}, bundled={}, unknown=(), metadata={})
     for lora, _ in loras:
-        refuse_broken(lora, {"lora", "full"}, "merge")
-        merged.bundled |= lora.bundled
-        merged.unknown += lora.unknown
+        refuse_broken(lora, {"lora", "loha", "lokr", "full"}, "merge")
+        shell.bundled |= lora.bundled
+        shell.unknown += lora.unknown
+    return shell
+
+
+def _sums(loras: Sequence[tuple[Lora, float]], dtype: torch.dtype) -> Iterator[tuple[str, Layer]]:
     for path in dict.fromkeys(path for lora, _ in loras for path in lora.layers):
-        layers = [(lora.layers[path], weight) for lora, weight in loras if path in lora.layers]
+        layers = [(without_mid(as_product(path, lora.layers[path])), weight)
+                  for lora, weight in loras if path in lora.layers]
         kinds = {kind_of(layer) for layer, _ in layers}
-        if len(kinds) > 1:
-            raise UserError("lora_convert.mixed", kinds=", ".join(sorted(kinds)), to="merge")
-        if kinds == {"full"}:
-            merged.layers[path] = _sum(path, layers, dtype)
+        if "full" in kinds:
+            # a product beside a whole difference becomes one, too
+            yield path, _sum(path, [(_whole(layer) if kind_of(layer) == "lora" else layer, weight)
+                                    for layer, weight in layers], dtype)
             continue
         # [up1 up2] @ [down1; down2] = up1 @ down1 + up2 @ down2, with the weights in the ups
-        plain = [(without_mid(layer), weight) for layer, weight in layers]
-        if len({(layer[DOWN].shape[1:], layer[UP].shape[0]) for layer, _ in plain}) > 1:
+        if len({(layer[DOWN].shape[1:], layer[UP].shape[0]) for layer, _ in layers}) > 1:
             raise UserError("lora_convert.other_shapes", layer=path)
-        ups = [layer[UP].float() * (weight * scale_of(layer)) for layer, weight in plain]
-        merged.layers[path] = with_alpha({
-            DOWN: torch.cat([layer[DOWN].float() for layer, _ in plain]).to(dtype),
+        ups = [layer[UP].float() * (weight * scale_of(layer)) for layer, weight in layers]
+        yield path, with_alpha({
+            DOWN: torch.cat([layer[DOWN].float() for layer, _ in layers]).to(dtype),
             UP: torch.cat(ups, 1).to(dtype)})
-    return merged
+
+
+def _whole(layer: Layer) -> Layer:
+    whole = layer[UP].float().flatten(1) @ layer[DOWN].float().flatten(1) * scale_of(layer)
+    return {"diff": whole.reshape(len(whole), *layer[DOWN].shape[1:])}
 
 
 def _sum(path: str, layers: Iterable[tuple[Layer, float]], dtype: torch.dtype) -> Layer:

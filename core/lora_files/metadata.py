@@ -17,10 +17,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from core import __version__
-from core.config import TrainConfig, dump_yaml
+from core.config import TrainConfig
 from core.families.registry import SPECS
 from core.hashes import legacy_hash
-from core.serialization import json_of
+from core.serialization import json_of, to_yaml
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,11 +117,28 @@ def build_metadata(facts: TrainFacts) -> dict[str, str]:
         base["ss_sd_model_hash"] = facts.base_short_hash
     if facts.base_sha256:
         base["ss_new_sd_model_hash"] = facts.base_sha256
-    ours = {VERSION_KEY: __version__, CONFIG_KEY: facts.config_text or dump_yaml(facts.config)}
+    ours = {VERSION_KEY: __version__, CONFIG_KEY: facts.config_text or shared_yaml(facts.config)}
     # a family's own keys come last: they may correct the others
     values = (NEVER | _run(facts) | _network(facts) | _data(facts) | base | _modelspec(facts)
               | ours | dict(facts.extra))
     return {key: _clean(str(value)) for key, value in values.items()}
+
+
+def shared_yaml(config: TrainConfig) -> str:
+    """The config as YAML for a file that strangers see: of whole paths the last name alone, unless
+    `metadata: full`."""
+    values = config.model_dump(exclude_defaults=True)
+    return to_yaml(values if config.metadata == "full" else _without_folders(values))
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    # C:\x\a.safetensors:0.8, \\server\x, ~/x, /x/own.py:Class, ../x
+    whole = isinstance(value, str) and re.match(r"[A-Za-z]:[\\/]|\\\\|[~/]|\.\.[\\/]", value)
+    return re.split(r"[\\/]", value.rstrip("\\/"))[-1] if whole else value
 
 
 def _run(facts: TrainFacts) -> dict[str, Any]:

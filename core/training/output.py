@@ -18,7 +18,7 @@ import torch
 
 from core import __version__, hashes, paths
 from core.adapters import base_loras, from_file, lora
-from core.config import dump_yaml, size_of
+from core.config import size_of
 from core.dataset import captions, images
 from core.dataset.buckets import Size
 from core.dataset.examples import Example
@@ -240,7 +240,7 @@ class OutputWriter:
         denoiser = self._base.parts.get("denoiser")
         native = trainer.parts.native_size
         return TrainFacts(
-            config=config.with_changes(output_name=name), config_text=dump_yaml(config),
+            config=config.with_changes(output_name=name), config_text=metadata.shared_yaml(config),
             description=f"LoRA Darkroom {__version__}", thumbnail=self._thumbnail(),
             base_version=spec.base_version, architecture=architecture,
             implementation=spec.implementation, prediction_type=trainer.parts.objective,
@@ -264,13 +264,15 @@ class OutputWriter:
             | lookup.metadata(trainer.parts.beside))
 
     def _thumbnail(self) -> bytes:
-        """WebP of the newest preview of this run, else of the first training picture; empty where
-        neither can be read."""
+        """WebP of the newest preview of this run, else with `metadata: full` of the first training
+        picture; empty where there is none that can be read."""
         try:
             # A run of the same name that was killed before its first checkpoint left pictures, too.
             previews = [(drawn_at, path) for path in checkpoint.previews_of(
                 self.output.folder, self.output.name)
                 if (drawn_at := path.stat().st_mtime) > self.began - CLOCKS_S]
+            if not previews and self.config.metadata == "public":
+                return b""
             path = max(previews)[1] if previews else self.trainer.examples.items[0].picture.path
             image = images.open_picture(path)
         except (OSError, UserError):

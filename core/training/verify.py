@@ -18,11 +18,13 @@ from PIL import Image
 
 from core.adapters import lora
 from core.config import GenerateConfig
+from core.errors import UserError
 from core.families.base import Family, Parts
 from core.families.loading import load_denoiser
+from core.families.registry import SPECS
 from core.inference import generate
 from core.jobs.events import Event, Phase
-from core.lora_files import textual_inversion
+from core.lora_files import formats, textual_inversion
 from core.lora_files.files import describe
 from core.lora_files.formats import weights_file
 from core.lora_files.library import Lora
@@ -47,6 +49,16 @@ def verify(path: Path, config: GenerateConfig | None, emit: Callable[[Event], No
     file = weights_file(path)
     info = describe(file)
     report: dict[str, Any] = {"file": str(path), "format": info.format, "family": info.family}
+    try:
+        found = formats.read(path, info.family if info.family in SPECS else "")
+    except UserError as error:
+        # of a family without a table nothing but keys is known
+        if config is not None or error.code != "lora_convert.no_names":
+            raise
+    else:
+        report["modules"] = len(found.layers)
+        if all(key.startswith(("lora_", "lycoris_")) for key in read_header(file).tensors):
+            report["kohya_unread"] = formats.beyond_kohya(found)
     if config is None:
         return report | {"ok": True, "keys": len(read_header(file).tensors), "drawn": False}
     studio = generate.PipelineSession(Path(config.base), config, emit)

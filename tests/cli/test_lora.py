@@ -116,12 +116,13 @@ def test_extract(run: Run, tmp_path: Path) -> None:  # noqa: F811
     (["resize", "style.safetensors", "--energy", "2"],
      "argument --energy: invalid share value: '2'"),
     (["convert", "loha.safetensors", "--to", "diffusers"], "loha"),
-    (["merge", "style.safetensors", "loha.safetensors"], "loha"),
+    (["merge", "style.safetensors", "oft.safetensors"], "oft"),
     (["convert", "style.safetensors", "--to", "kohya", "--family", "sd99"], "sd15")])
 def test_what_does_not_work_is_one_sentence(run: Run, style: Path, tmp_path: Path,  # noqa: F811
                                             argv: list[str], said: str) -> None:
-    formats.save(Lora({NAME: OTHER_KINDS["loha"]()}, SD1), "kohya",
-                 tmp_path / "loha.safetensors")
+    for kind in ("loha", "oft"):
+        formats.save(Lora({NAME: OTHER_KINDS[kind]()}, SD1), "kohya",
+                     tmp_path / f"{kind}.safetensors")
     files = {p.name for p in tmp_path.iterdir()}
     for language in ("en", "zh-CN"):
         told = run("lora", *argv, lang=language)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from core import i18n, importers
 from core.config import TrainConfig
+from core.config import other_names as tables
 from core.errors import UserError
-from core.importers import lines, load_train_config, tables
+from core.importers import lines, load_train_config
 from core.importers.reader import Left
 
 SCRIPTS = '''\
@@ -261,7 +262,7 @@ def test_onetrainer(tmp_path: Path) -> None:
         "epochs": 40, "batch_size": 4, "learning_rate": 3e-4, "lr_scheduler": "cosine",
         "lr_warmup_steps": 200, "lora_rank": 32, "lora_alpha": 1.0, "optimizer": "adamw",
         "weight_decay": 0.05, "gradient_checkpointing": True, "offload": 0.5,
-        "base_precision": "nf4", "min_snr_gamma": 4.0, "save_steps": 50}
+        "base_precision": "nf4", "min_snr_gamma": 4.0, "save_steps": 50, "keep_checkpoints": 0}
     assert imported.assumed == {"lora_alpha": 1.0}
     assert left(imported) == {
         "concepts.0.balancing": "repeats", "concepts.1.path": "second",
@@ -434,7 +435,7 @@ def test_files_beside_the_base(tmp_path: Path) -> None:
 
 
 # What each key of theirs means, in our words, where the names differ: from sd-scripts' and
-# OneTrainer's own help, written down apart from core/importers/tables.py.
+# OneTrainer's own help, written down apart from core/config/other_names.py.
 MEANINGS = {
     "pretrained_model_name_or_path": "base_model", "resolution": "max_resolution",
     "network_dim": "lora_rank", "factor": "lokr_factor",
@@ -448,22 +449,24 @@ MEANINGS = {
     "debiased_estimation_loss": "debiased_estimation", "alpha_mask": "masked_loss",
     "min_bucket_reso": "min_bucket_side", "max_bucket_reso": "max_bucket_side", "ae": "vae",
     "cache_latents_to_disk": "cache_to_disk", "vae_batch_size": "cache_batch_size",
-    "validate_every_n_steps": "validation_steps",
+    "validate_every_n_steps": "validation_steps", "dit": "base_model", "in_json": "metadata_path",
+    "sample_steps": "sample_inference_steps", "dropout": "lora_dropout",
+    "huber_delta": "huber_c", "denoiser.learning_rate": "learning_rate",
     "base_model_name": "base_model", "dropout_probability": "lora_dropout",
     "lora_model_name": "init_lora_weights", "learning_rate_cycles": "lr_cycles",
     "layer_offload_fraction": "offload", "clip_grad_norm": "max_grad_norm",
     "offset_noise_weight": "noise_offset", "masked_training": "masked_loss",
     "rescale_noise_scheduler_to_zero_terminal_snr": "zero_terminal_snr",
     "optimizer.weight_decay": "weight_decay", "optimizer.beta1": "adam_beta1",
-    "optimizer.beta2": "adam_beta2", "unet.learning_rate": "learning_rate",
-    "text_encoder.learning_rate": "text_encoder_lr", "vae.model_name": "vae",
-    "concepts.0.path": "train_data_dir", "concepts.0.image.enable_random_flip": "flip",
-    "concepts.0.text.enable_tag_shuffling": "shuffle_tags",
-    "concepts.0.text.keep_tags_count": "keep_tokens",
+    "optimizer.beta2": "adam_beta2", "vae.model_name": "vae",
+    "path": "train_data_dir", "image.enable_random_flip": "flip",
+    "text.enable_tag_shuffling": "shuffle_tags",
+    "text.keep_tags_count": "keep_tokens",
 }
 
 
-@pytest.mark.parametrize("table", [tables.KOHYA, tables.ONETRAINER], ids=["kohya", "onetrainer"])
+@pytest.mark.parametrize("table", [tables.KOHYA, tables.ONETRAINER, tables.ONETRAINER_CONCEPT],
+                         ids=["kohya", "onetrainer", "concept"])
 def test_every_key_goes_to_what_it_means(table: dict[str, str]) -> None:
     """A key that we call the same is the same; the others are those of MEANINGS."""
     wrong = {theirs: ours for theirs, ours in table.items()

@@ -150,6 +150,19 @@ def _(lab: Lab) -> None:
                for key in lab.other_run.tensors)
 
 
+@row("metadata")
+def _(lab: Lab) -> None:
+    """What strangers see: of paths the last name alone, and no training picture, unless asked."""
+    full = lab.run(metadata="full", max_train_steps=1, output_dir=str(lab.folder / "full"))
+    folder = str(Path(full.config.train_data_dir).parent)
+    assert folder in full.metadata["darkroom.config"]
+    assert "modelspec.thumbnail" in full.metadata
+    assert not any(folder in value for value in lab.plain_run.metadata.values())
+    assert f"train_data_dir: {Path(full.config.train_data_dir).name}\n" in (
+        lab.plain_run.metadata["darkroom.config"])
+    assert "modelspec.thumbnail" not in lab.plain_run.metadata
+
+
 @row("save_steps")
 def _(lab: Lab) -> None:
     assert [e.step for e in lab.other_run.events

@@ -93,10 +93,16 @@ def test_dora_keeps_magnitudes_in_a_lower_rank() -> None:
     assert rank_of(resized) == 2
 
 
-@pytest.mark.parametrize("kind", ["loha", "lokr", "oft", "full"])
-def test_other_kinds_have_no_lower_rank(kind: str) -> None:
-    with pytest.raises(UserError, match=kind):
-        resize(one(OTHER_KINDS[kind]()), Cut(1))
+def test_a_rotation_has_no_lower_rank() -> None:
+    with pytest.raises(UserError, match="oft"):
+        resize(one(OTHER_KINDS["oft"]()), Cut(1))
+
+
+def test_whole_differences_stay_beside_lower_ranks() -> None:
+    lora = Lora({NAME: OTHER_KINDS["full"](), "unet.conv_in": layer(4)}, SD1)
+    resized = resize(lora, Cut(2))
+    assert resized.lora.layers[NAME] is lora.layers[NAME]
+    assert resized.ranks == (2, 2)
 
 
 # --- merge -------------------------------------------------------------------------------------
@@ -135,9 +141,9 @@ def test_whole_differences_are_added_up() -> None:
 
 
 @pytest.mark.parametrize(("first", "second", "code"), [
-    (layer(2), OTHER_KINDS["loha"](), "lora_convert.no_room"),
-    (layer(2), layer(2, dora=True), "lora_convert.no_room"),
-    (layer(2), OTHER_KINDS["full"](), "lora_convert.mixed"),
+    (layer(2), OTHER_KINDS["oft"](), "lora_convert.no_merge"),
+    (layer(2), layer(2, dora=True), "lora_convert.no_merge"),
+    (OTHER_KINDS["loha"](), layer(2, out=7), "lora_convert.other_shapes"),
     (layer(2), layer(2, out=7), "lora_convert.other_shapes")])
 def test_what_has_no_sum_is_refused(first: Layer, second: Layer, code: str) -> None:
     with pytest.raises(UserError) as caught:

@@ -10,6 +10,7 @@ import json
 import re
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +31,10 @@ from core.lora_files.metadata import (
     facts_of,
     hashes,
     noted,
+    shared_yaml,
 )
 from core.safetensors_header import read_header
+from core.serialization import from_yaml
 
 CONFIG = TrainConfig(
     train_data_dir="./图片", base_model="./v1-5.safetensors", output_dir="./output/my_style",
@@ -321,3 +324,21 @@ def test_any_names_can_be_written(tmp_path_factory, folder, tag):
     assert describe(path).facts.description.encode()
     assert read_header(path).metadata.items() >= metadata.items()
     assert json.loads(metadata["ss_tag_frequency"]) == {folder: {tag: 1}}
+
+
+@pytest.mark.parametrize(("key", "value", "shown"), [
+    ("train_data_dir", "/x/jane doe/private", "private"),
+    ("train_data_dir", "C:\\Users\\jane\\cats\\", "cats"),
+    ("train_data_dir", "~/pictures/cats", "cats"), ("train_data_dir", "..\\jane\\cats", "cats"),
+    ("base_model", "\\\\server\\jane\\base.safetensors", "base.safetensors"),
+    ("base_loras", ["D:/jane/a.safetensors:0.5"], ["a.safetensors:0.5"]),
+    ("callbacks", ["/x/jane/own.py:Catch"], ["own.py:Catch"]),
+    ("text_encoders", ["/x/jane/clip_l.safetensors", "t5"], ["clip_l.safetensors", "t5"]),
+    # what is no whole path stays as it was written
+    ("base_model", "someone/stable-diffusion", "someone/stable-diffusion"),
+    ("train_data_dir", "./data/cats", "./data/cats"), ("trigger_word", "ohwx", "ohwx")])
+def test_strangers_see_no_whole_path(key: str, value: Any, shown: Any) -> None:
+    config = TrainConfig.model_validate({key: value})
+    assert from_yaml(shared_yaml(config)) == {key: shown}
+    full = config.with_changes(metadata="full")
+    assert from_yaml(shared_yaml(full)) == {key: value, "metadata": "full"}

@@ -305,6 +305,7 @@ def test_inference_draws_with_them(theirs: tuple[File, Path], base: Path) -> Non
     generate.load_adapter(pipe, path, "theirs", file.family)
     lora.use(pipe.components.values(), {"theirs": 1.0})
     assert lora.count(pipe.components.values(), "theirs") == len(file.wanted)
+    assert generate.modules_in(path, file.family) == len(file.wanted)
     for name, wanted in file.wanted.items():
         torch.testing.assert_close(added(layer_of(pipe, name)), wanted, rtol=1e-4, atol=1e-5)
 

@@ -179,15 +179,22 @@ MUTANTS = [
            ("dataset/test_captions.py::test_of_several_caption_columns_the_first_that_is_filled_counts",)),
 
     # --- other trainers' configs ---
-    Mutant("their-rank-is-our-alpha", "core/importers/tables.py",
+    Mutant("their-rank-is-our-alpha", "core/config/other_names.py",
            '"network_dim": "lora_rank", "network_alpha": "lora_alpha"',
            '"network_dim": "lora_alpha", "network_alpha": "lora_rank"', ("importers/test_importers.py",)),
-    Mutant("their-caption-dropout-is-ours-of-the-lora", "core/importers/tables.py",
+    Mutant("their-caption-dropout-is-ours-of-the-lora", "core/config/other_names.py",
            '"caption_dropout_rate": "caption_dropout"', '"caption_dropout_rate": "lora_dropout"',
            ("importers/test_importers.py::test_every_key_goes_to_what_it_means",)),
-    Mutant("their-first-beta-is-our-second", "core/importers/tables.py",
+    Mutant("their-first-beta-is-our-second", "core/config/other_names.py",
            '"optimizer.beta1": "adam_beta1"', '"optimizer.beta1": "adam_beta2"',
            ("importers/test_importers.py::test_every_key_goes_to_what_it_means",)),
+
+    Mutant("concept-that-is-off", "core/importers/onetrainer.py",
+           'concept.get("enabled", True) is False', "False",
+           ("importers/test_folders.py::test_concepts_are_read_by_their_switches",)),
+    Mutant("window-switches-ignored", "core/importers/reader.py",
+           "if name in names and switch in self.theirs)", "if False)",
+           ("importers/test_folders.py::test_keys_of_kohyas_window_act_with_their_switch",)),
 
     # --- the folder ---
     Mutant("repeat-folders-ignored", _DATASET,

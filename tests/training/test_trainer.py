@@ -218,7 +218,8 @@ output_dir: "./output/cyber_ink_lora"
 
 
 def test_the_file_reproduces_the_run(make: Make, tmp_path: Path) -> None:
-    result, _ = run(make(lr_scheduler="cosine", min_snr_gamma=5, noise_offset=0.05))
+    result, _ = run(make(lr_scheduler="cosine", min_snr_gamma=5, noise_offset=0.05,
+                         metadata="full"))
     config = load_train_config(Path(result["lora"]), {"output_dir": str(tmp_path / "again")})
     again, _ = run(config)
     first, second = load_file(result["lora"]), load_file(again["lora"])

@@ -32,4 +32,5 @@ SPEC = FamilySpec(
     model="Chroma", short_title="Chroma", file="denoiser", tokens=511,
     naming=NAMING, recognize=recognize, pipelines={"ChromaPipeline": "chroma"}, names_of="flux",
     distilled=DistilledSigns(words="flash"), lora_signs=((r"distilled_guidance_layer", None),),
-    metadata_names=("chroma",))
+    metadata_names=("chroma",),
+    trainer_names=("chroma", "chroma1", "chromalora"))

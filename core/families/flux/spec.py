@@ -92,4 +92,5 @@ SPEC = FamilySpec(
         "afc8e28272cd15db3919bacdb6918ce9c1ed22e96cb12c4d5ed0fba823529e38",
         "f5b59a26851551b67ae1fe58d32e76486e1e812def4696a4bea97f16604d40a3"), scale=0.3611),
     lora_signs=((r"double_blocks|single_blocks|single_transformer_blocks", None),),
-    metadata_names=("flux1", "flux-1"), trainer_names=("fluxlora", "fluxdev1"))
+    metadata_names=("flux1", "flux-1"),
+    trainer_names=("flux", "flux1", "fluxlora", "fluxdev1"))

@@ -51,4 +51,5 @@ SPEC = FamilySpec(
         # Files in the original code's names: by the sides of a single block's second matrix.
         (r"single_blocks[._]\d+[._]linear2\b.*(down|lora_A)", 12288),
         (r"single_blocks[._]\d+[._]linear2\b.*(down|lora_A)", 16384)),
-    metadata_names=("flux2", "flux-2"))
+    metadata_names=("flux2", "flux-2"),
+    trainer_names=("flux2", "flux2klein", "flux2lora"))

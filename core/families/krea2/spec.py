@@ -46,4 +46,5 @@ SPEC = FamilySpec(
     model="Krea2", short_title="Krea 2", file="denoiser", tokens=507,
     naming=NAMING, recognize=recognize, pipelines={"Krea2Pipeline": "krea2"},
     lora_signs=((r"txtfusion|text_fusion|blocks[._]\d+[._]attn[._](to_gate|w[qkvo])\b", None),),
-    metadata_names=("krea2", "krea-2"))
+    metadata_names=("krea2", "krea-2"),
+    trainer_names=("krea2", "krea2lora"))

@@ -54,4 +54,5 @@ SPEC = FamilySpec(
     lora_signs=(
         (r"(layers|refiner)[._]\d+[._](attn[._]to_|adaLN_modulation[._]1\.)", None),
         (r"(layers|refiner)[._]\d+[._](attention|feed_forward)[._].*(down|lora_A)", 2304)),
-    metadata_names=("lumina",))
+    metadata_names=("lumina",),
+    trainer_names=("lumina", "lumina2", "luminalora", "lumina2lora"))

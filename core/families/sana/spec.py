@@ -51,4 +51,5 @@ SPEC = FamilySpec(
     lora_signs=(
         (r"[._]ff[._]conv_(inverted|point)\b|attn1[._]to_[qkv]\.", 2240),
         (r"[._]ff[._]conv_(inverted|point)\b", None)),
-    metadata_names=("sana",))
+    metadata_names=("sana",),
+    trainer_names=("sana", "sanalora"))

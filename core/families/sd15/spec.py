@@ -32,4 +32,5 @@ SPEC = FamilySpec(
     lora_signs=(
         (r"attn2[._]to_[kv]\b.*(down|lora_A|weight$)", 768),
         (r"lora_te_.*[qkv]_proj.*down", 768)),
-    metadata_names=("sd_v1", "stable-diffusion-v1"), trainer_names=("sdlora", "stablediffusion15"))
+    metadata_names=("sd_v1", "stable-diffusion-v1"),
+    trainer_names=("sdlora", "sd1", "sd15", "stablediffusion15"))

@@ -31,4 +31,6 @@ SPEC = FamilySpec(
     lora_signs=(
         (r"attn2[._]to_[kv]\b.*(down|lora_A|weight$)", 1024),
         (r"lora_te_|text_encoder\..*[qkv]_proj.*(down|lora_A)", 1024)),
-    metadata_names=("sd_v2", "stable-diffusion-v2"))
+    metadata_names=("sd_v2", "stable-diffusion-v2"),
+    trainer_names=("sd2", "sd2lora", *(f"stablediffusion{version}" for version in (
+        "20", "20base", "21", "21base"))))

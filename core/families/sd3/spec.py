@@ -62,4 +62,5 @@ SPEC = FamilySpec(
         (r"joint_blocks", None),
         *((r"(^|\.)transformer_blocks[._]\d+[._](attn2?|ff(_context)?)[._].*(down|lora_A)", width)
           for width in (1536, 2432))),
-    metadata_names=("sd3", "stable-diffusion-3"), trainer_names=("sd3lora",))
+    metadata_names=("sd3", "stable-diffusion-3"),
+    trainer_names=("sd3", "sd3lora", "stablediffusion3", "stablediffusion35"))

@@ -48,4 +48,4 @@ SPEC = FamilySpec(
         (r"attn2[._]to_[kv]\b.*(down|lora_A|weight$)", 2048),
         (r"_blocks?[._].*[._]transformer_blocks[._][2-9][._]", None)),
     metadata_names=("sdxl", "stable-diffusion-xl"),
-    trainer_names=("sdxllora", "stablediffusionxl10base"))
+    trainer_names=("sdxl", "sdxllora", "stablediffusionxl10base"))

@@ -38,4 +38,5 @@ SPEC = FamilySpec(
     lora_signs=(
         (r"(layers|refiner)[._]\d+[._](attention[._]to_|adaLN_modulation[._]0\.)", None),
         (r"(layers|refiner)[._]\d+[._](attention|feed_forward)[._].*(down|lora_A)", 3840)),
-    metadata_names=("zimage", "z-image"))
+    metadata_names=("zimage", "z-image"),
+    trainer_names=("zimage", "zimagelora"))
