@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from core import families, i18n
-from core.cli.console import BAD_INPUT, FINE, add_argument, add_command, answer
+from core.cli.console import BAD_INPUT, FINE, add_argument, add_command, answer, model_path
 
 
 def add_commands(commands: Any) -> None:
     parser = add_command(commands, "families", families_command, answers=True,
                          line="families model.safetensors")
-    add_argument(parser, "file", "families_file", type=Path, nargs="?", metavar="FILE")
+    add_argument(parser, "file", "families_file", type=model_path, nargs="?", metavar="FILE")
 
 
 def families_command(options: argparse.Namespace) -> int:
@@ -26,7 +25,7 @@ def families_command(options: argparse.Namespace) -> int:
         return answer(options, {"ok": True, "families": rows}, table([
             (f"{row['id']}  ({row['title']}, {row['size']} px)", row["files"]) for row in rows]))
     from core.families.detection import identify
-    base = identify(options.file.expanduser())
+    base = identify(options.file)
     trains = base.family in families.SPECS
     lines = [i18n.tr("families.told", {"path": options.file, "found": base.description()})]
     if trains:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core import i18n
-from core.cli.console import Run, answer, argument_adder
+from core.cli.console import Run, answer, argument_adder, model_path
 from core.errors import UserError
 from core.safetensors_header import PICKLES, read_header
 
@@ -41,8 +41,8 @@ def add_actions(add: Callable[[str, Run, str], argparse.ArgumentParser]) -> None
     add_argument(resize, "--energy", type=share, default=1.0, metavar="SHARE")
     extract = add("extract", extract_command,
                   "lora extract tuned.safetensors base.safetensors --rank 32 --out style")
-    add_argument(extract, "tuned", type=Path, metavar="TUNED")
-    add_argument(extract, "base", type=Path, metavar="BASE")
+    add_argument(extract, "tuned", type=model_path, metavar="TUNED")
+    add_argument(extract, "base", type=model_path, metavar="BASE")
     add_argument(extract, "--rank", type=rank, required=True, metavar="N")
     add_argument(extract, "--conv-rank", type=int, metavar="N")
     for parser in (convert, merge, resize, extract):
@@ -85,10 +85,11 @@ def merge_command(options: argparse.Namespace) -> int:
     from core.lora_files import formats
     from core.lora_files import merge as lora_algebra
     from core.lora_files.files import describe
-    from core.lora_files.library import parse_lora
+    from core.lora_files.library import Tag, parse_lora, refuse_weights
     files, weights = [], []
     for text in options.files:
         name, weight = parse_lora(text)
+        refuse_weights([Tag(name, weight)])
         files.append(Path(name).expanduser())
         # without a weight: 1, as a sum is meant, not the library's weight for drawing
         weights.append(1.0 if name == text else weight)

@@ -6,6 +6,7 @@ Keys are lora-scripts' own. Form and documentation are built from each field's l
 from __future__ import annotations
 
 import re
+import secrets
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -35,13 +36,21 @@ def _plain_size(value: Any) -> Any:
         value = ",".join(map(str, value))
     if not isinstance(value, str) or not value.strip():
         return value or ""
-    numbers = re.fullmatch(r"\s*(\d+)\s*(?:[,x×*]\s*(\d+)\s*)?", value)
+    numbers = re.fullmatch(r"[\s\[(]*(\d+)(?:\s*[,，xX×*\s]\s*(\d+))?\s*(?:px)?[\s\])]*", value)
     if not numbers or not all(8 <= int(n) <= 16384 for n in numbers.groups() if n):
         raise PydanticCustomError("size", "expected 'width,height' in pixels")
     return f"{int(numbers[1])},{int(numbers[2] or numbers[1])}"
 
 
 Size = Annotated[str, BeforeValidator(_plain_size)]                 # "width,height" or ""
+
+
+def _any_seed(value: Any) -> Any:
+    """-1, as A1111 and ComfyUI call it, becomes one by chance."""
+    return secrets.randbelow(2**31) if str(value).strip().lower() in ("-1", "random") else value
+
+
+Seed = Annotated[int, BeforeValidator(_any_seed)]
 
 
 def _field(default: Any, level: str, help_: str, unit: str = "", **limits: Any) -> Any:
@@ -115,6 +124,8 @@ class TrainConfig(BaseModel):
         ge=1, le=12)
     shuffle_tags: bool = _field(False, "advanced", "shuffle comma-separated tags")
     keep_tokens: int = _field(0, "advanced", "leading tags never shuffled", ge=0)
+    enable_wildcard: bool = _field(
+        False, "advanced", "captions: each line is one of its own, {a|b} is one of them")
     flip: bool = _field(False, "advanced", "mirror pictures at random")
     validation_split: float = _field(0.0, "advanced", "share of pictures held out", ge=0, lt=1)
     seed: int = _field(42, "advanced", "same seed, same LoRA", ge=0, lt=2**63)
@@ -336,7 +347,7 @@ class GenerateConfig(BaseModel):
     prompt: str = ""
     negative: str = ""
     loras: list[str] = []                  # "file-or-name[:weight]"
-    seed: int = Field(default=42, ge=0, lt=2**63)
+    seed: Seed = Field(default=42, ge=0, lt=2**63)          # -1: any
     steps: int | None = Field(default=None, ge=1, le=1000)  # None: 25, of a distilled base 4 to 8
     cfg: float | None = Field(default=None, ge=0, le=50)    # None: the family's, or 1
     size: Size = ""                        # "W,H"; empty: the base's own

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from pathlib import Path
 from random import Random
 
+from core import prompt_markup
 from core.config import TrainConfig
+from core.text_encoding import decode_text
 
 MOST_SHUFFLES = 8               # caption variants kept for each picture when tags are shuffled
 
@@ -38,7 +42,9 @@ def split_tags(caption: str) -> list[str]:
 
 
 def with_trigger(caption: str, trigger: str) -> str:
-    """Puts the trigger first, unless the caption already has it as a whole word or phrase."""
+    """Puts the trigger first, unless the caption already has it as a whole word or phrase, or a
+    place for it."""
+    caption = prompt_markup.placed(caption, trigger)
     if not trigger.strip() or phrase(trigger).search(caption):
         return caption
     return ", ".join(filter(None, (trigger.strip(), caption.strip())))
@@ -59,21 +65,43 @@ def phrase(text: str) -> re.Pattern[str]:
 
 
 def shuffle_tags(caption: str, keep_tokens: int, rng: Random) -> str:
-    """Puts comma-separated tags in random order; the first `keep_tokens` stay in front."""
+    """Puts comma-separated tags in random order; the first `keep_tokens` stay in front. Where a
+    caption has kohya's ||| itself, what stands before the first and after a second one stays; tags
+    with ;;; between them stay together."""
     tags = split_tags(caption)
-    first, rest = tags[:keep_tokens], tags[keep_tokens:]
+    first, rest, last = tags[:keep_tokens], tags[keep_tokens:], list[str]()
+    if prompt_markup.SEPARATOR in caption:
+        first, rest, last = map(split_tags, [*caption.split(prompt_markup.SEPARATOR, 2), ""][:3])
     rng.shuffle(rest)
-    return ", ".join(first + rest)
+    return prompt_markup.joined(", ".join(first + rest + last))
 
 
-def variants(caption: str, config: TrainConfig, index: int) -> tuple[str, ...]:
+def lines_of(file: Path | None) -> list[str]:
+    """Returns the lines of a picture's own caption file; of other files none."""
+    if file is None or file.suffix.lower() not in (".txt", ".caption"):
+        return []
+    with contextlib.suppress(OSError, ValueError):
+        return [line for text in decode_text(file.read_bytes()).splitlines()
+                if (line := one_line(text))]
+    return []
+
+
+def variants(caption: str, config: TrainConfig, index: int, file: Path | None = None
+             ) -> tuple[str, ...]:
     """Returns the different texts that the picture at `index` trains with.
 
-    That is its caption, or with `shuffle_tags` up to MOST_SHUFFLES orders of its tags.
+    That is its caption; with `enable_wildcard` each line of its `file` with each alternative, with
+    `shuffle_tags` orders of its tags: up to MOST_SHUFFLES texts.
     """
     texts = [caption]
+    if config.enable_wildcard:
+        lines, first = lines_of(file) or texts, config.seed + index * MOST_SHUFFLES
+        texts = [prompt_markup.choose(lines[n % len(lines)], first + n)
+                 for n in range(MOST_SHUFFLES)]
     if config.shuffle_tags:
         rng = Random(f"{config.seed}-{index}")
-        texts = [shuffle_tags(caption, config.keep_tokens, rng) for _ in range(MOST_SHUFFLES)]
+        texts = [shuffle_tags(texts[n % len(texts)], config.keep_tokens, rng)
+                 for n in range(MOST_SHUFFLES)]
+    texts = [prompt_markup.joined(text) for text in texts]
     # The trigger word goes in front after the shuffling, so that it is never shuffled.
     return tuple(dict.fromkeys(with_trigger(text, config.trigger_word) for text in texts))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from core import hashes, plugins
+from core import hashes, plugins, prompt_markup
 from core.config import TrainConfig
 from core.dataset import buckets, captions, curation, image_folder, images, masks
 from core.dataset.batch_fallback import BatchFallback, Way
@@ -138,8 +138,9 @@ def _scan(config: TrainConfig, folder: Path, metadata: Path | None, native: int,
     for index, (picture, bucket, point) in enumerate(rows):
         own = picture.path if picture.has_alpha else None
         mask = (masks.find(picture.path, data.folder) or own) if config.masked_loss else None
-        texts = captions.variants(picture.caption, config, index)
+        texts = captions.variants(picture.caption, config, index, picture.caption_file)
         examples.append(Example(picture, bucket, texts, point, mask))
+    tell_markup((item.captions[0] for item in examples), config.trigger_word, emit)
     return data, examples
 
 
@@ -398,6 +399,15 @@ def say_too_long(family: Family, parts: Parts, texts: list[str],
         emit(Note(key="engine.caption_too_long", params={
             "count": len(too_long), "limit": limit, "tokens": tokens, "example": text[:80],
             "rest": unread(family, parts, text)[:200]}))
+
+
+def tell_markup(texts: Iterable[str], trigger: str, emit: Callable[[Event], None],
+                note: str = "engine.caption_markup") -> None:
+    """Reports markup of other programs that is read as it stands."""
+    found = [parts for text in texts if (parts := prompt_markup.unread_in(text, trigger))]
+    if found:
+        examples = dict.fromkeys(part for parts in found for part in parts.values())
+        emit(Note(key=note, params={"count": len(found), "parts": ", ".join([*examples][:4])}))
 
 
 def _batches(items: Sequence[_Item], size: int, missing: AbstractSet[_Item]) -> list[list[_Item]]:

@@ -70,12 +70,13 @@ def trimmed(row: Cond) -> Cond:
             else values for name, values in row.items()}
 
 
-def unread(family: Family, parts: Parts, text: str) -> str:
-    """Returns the end of a text that the base doesn't read, or "" where it reads all.
+def unread(family: Family, parts: Parts, text: str, limit: int | None = None) -> str:
+    """Returns the end of a text that the base doesn't read, or "" where it reads all. `limit`: of
+    tokens, where it isn't the base's.
 
     It begins with the word in which the limit lies.
     """
-    limit = family.token_limit(parts)
+    limit = family.token_limit(parts) if limit is None else limit
 
     def is_too_long(end: int) -> bool:
         return family.count_tokens(parts, [text[:end]])[0] > limit

@@ -7,6 +7,7 @@ and not at commas.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from core.families.registry import CHUNK
+from core.prompt_markup import CHUNK_END, Spans
 
 WHOLE = CHUNK + 2                           # with start and end
 
@@ -21,16 +23,36 @@ WHOLE = CHUNK + 2                           # with start and end
 def tokenize(tokenizer: Any, prompts: Sequence[str], most: int) -> Tensor:
     """Returns tokens (B, n * 77), on the CPU. The longest prompt decides the number n of chunks,
     the others end with empty ones. Of each prompt at most `most` tokens are read."""
-    texts = [ids[:most] for ids in tokenizer(
-        list(prompts), add_special_tokens=False, verbose=False).input_ids]
-    count = max(1, *(-(-len(ids) // CHUNK) for ids in texts))
-    first, last, pad = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return tokenize_spans(tokenizer, [[(prompt, 1.0)] for prompt in prompts], most)[0]
 
-    def row(ids: list[int]) -> list[int]:
-        chunks = [ids[n * CHUNK:(n + 1) * CHUNK] for n in range(count)]
-        return [token for chunk in chunks
-                for token in (first, *chunk, last, *[pad] * (CHUNK - len(chunk)))]
-    return torch.tensor([row(ids) for ids in texts])
+
+def tokenize_spans(tokenizer: Any, prompts: Sequence[Spans], most: int) -> tuple[Tensor, Tensor]:
+    """The same of prompts in spans of different weight, and the weight of each token (B, n * 77).
+    After a span CHUNK_END another chunk begins."""
+    ids = iter(tokenizer([text for spans in prompts for text, _ in spans],
+                         add_special_tokens=False, verbose=False).input_ids)
+    texts = [_chunks([(next(ids), span) for span in spans], most) for spans in prompts]
+    count = max(1, *map(len, texts))
+    first, last, pad = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    rows = [[[(first, 1.0), *chunk, (last, 1.0), *[(pad, 1.0)] * (CHUNK - len(chunk))]
+             for chunk in (*chunks, *[()] * (count - len(chunks)))] for chunks in texts]
+    pairs = torch.tensor([[*itertools.chain.from_iterable(row)] for row in rows],
+                         dtype=torch.float64)
+    return pairs[..., 0].long(), pairs[..., 1].float()
+
+
+def _chunks(spans: Sequence[tuple[list[int], tuple[str, float]]], most: int
+            ) -> list[list[tuple[int, float]]]:
+    """Tokens with their weights, in chunks, of which `most` // CHUNK are read."""
+    chunks: list[list[tuple[int, float]]] = [[]]
+    for ids, span in spans:
+        if span == CHUNK_END:
+            chunks.append([])
+        for token in ids:
+            if len(chunks[-1]) == CHUNK:
+                chunks.append([])
+            chunks[-1].append((token, span[1]))
+    return chunks[:most // CHUNK]
 
 
 def read(encoder: Any, ids: Tensor, layer: int = 0) -> tuple[Tensor, Any]:

@@ -24,6 +24,7 @@ from core.families.components.tokenizer_kinds import FILES, KINDS, MARKS
 from core.families.loading import CheckpointLayout, ComponentSpec
 from core.families.spec import FamilySpec, Part
 from core.families.timestep_sampling import TimestepSampling
+from core.prompt_markup import Spans
 from core.weights.precision import Precision
 
 LARGEST_SIDE = 8192                         # px; a config that says more is not believed
@@ -250,6 +251,22 @@ class UNetFamily(ComponentFamily):
         return {name: clip.tokenize(parts.text[_tokenizer_of(name)], prompts,
                                     parts.reading.max_tokens)
                 for name in self.tokenizers if name in parts.text}
+
+    def encode_spans(self, parts: Parts, prompts: Sequence[Spans]) -> Cond:
+        """Embeddings of B prompts whose parts weigh differently. As in ComfyUI, a token's states go
+        from those of an empty prompt to their own and, beyond a weight of 1, further."""
+        encoded = {name: clip.tokenize_spans(parts.text[_tokenizer_of(name)], prompts,
+                                             parts.reading.max_tokens)
+                   for name in self.tokenizers if name in parts.text}
+        with torch.no_grad():
+            cond = self.encode_tokens(parts, {name: ids for name, (ids, _) in encoded.items()})
+            nothing = self.encode_text(parts, [""])
+            for name, (_, weights) in encoded.items():
+                key = name.replace("text_encoder", "text")
+                empty = nothing[key].repeat(1, weights.shape[1] // clip.WHOLE, 1)
+                # exact for a weight of 1
+                cond[key] = torch.lerp(empty, cond[key], weights[..., None].to(cond[key]))
+        return cond
 
     def token_limit(self, parts: Parts) -> int:
         return parts.reading.max_tokens

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from core import prompt_markup
 from core.config import other_names as tables
 from core.config import resolve
 from core.importers import lines
@@ -287,6 +288,13 @@ class Kohya(Reader):
 
     def take_sample_width(self, value: Any, entry: Entry) -> None:
         self.put("sample_size", f"{value},{self.theirs.get('sample_height', value)}", entry)
+
+    def take_keep_tokens_separator(self, value: Any, entry: Entry) -> None:
+        """Those of kohya's own examples are obeyed wherever a caption has them."""
+        if not prompt_markup.KINDS["separator"].fullmatch(str(value)):
+            self.leave(entry, "value")
+
+    take_secondary_separator = take_keep_tokens_separator
 
     def take_resume(self, value: Any, entry: Entry) -> None:
         self.leave(entry, "state")

@@ -6,6 +6,7 @@ same prompt, LoRAs and seed give the same picture. The base is loaded once.
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -15,21 +16,19 @@ from typing import Any
 
 from PIL import Image
 
-from core import paths
+from core import paths, prompt_markup
 from core.config.draw import SHEET, DrawConfig
 from core.errors import UserError
 from core.inference import generate
-from core.inference.generate import PipelineSession
+from core.inference.generate import PipelineSession, SampleRequest
 from core.inference.grid import draw_sheet
 from core.jobs.control import Control
 from core.jobs.events import Event, Note, Phase, Sample
-from core.lora_files.library import Lora, Tag, find_lora, parse_lora, refuse_paths, split_prompt
+from core.lora_files import files, library
+from core.lora_files.library import Lora, Tag, find_lora, parse_lora, split_prompt
 
 TELL_S = 0.4                                # between two reports of progress
 _NUMBERED = re.compile(r"-(\d{6,})$")
-# Of A1111 and its extensions: emphasis, alternatives, wildcards, chunk breaks.
-_SYNTAX = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)|\(\([^()]*\)\)|\[[^\[\]]+\]|\{[^{}]*\|[^{}]*\}"
-                     r"|__[\w/*-]+__|\bBREAK\b|\\[()]")
 
 
 class _Stopped(Exception):
@@ -67,26 +66,27 @@ def draw(config: DrawConfig, emit: Callable[[Event], None], control: Control) ->
 
     Each picture is reported as it comes, as a Sample whose `step` is its column. Several columns
     end with a labelled sheet, whose column is SHEET (-1); with `sheet`, it alone is saved."""
-    prompt, loras = prompt_and_loras(config, emit)
+    prompt, negative, loras = texts_and_loras(config, emit)
     base = paths.DEMO / "base" if config.base == "demo" else Path(config.base).expanduser()
     columns, labels = columns_of(config, loras)
-    emit(Phase(name="load"))
     session = PipelineSession(base, config, emit)
+    session.check(itertools.chain(*columns))
+    emit(Phase(name="load"))
     session.load()
     session.read_as(config, loras)
     session.predict_as(config, loras)
-    request = session.shot(config, prompt)
+    request = replace(session.shot(config, prompt), negative=negative)
     # before the prompt is measured: the new words of a LoRA are tokens, too
     session.use(columns[0])
-    session.tell_unread(request)
+    session.tell_unread(chosen(request))
     progress = _Progress(config.count * len(columns) * request.steps, emit, control)
     progress.report()
     rows: list[tuple[int, list[Image.Image]]] = []
-    files: list[str] = []
+    drawn: list[str] = []
     state = "done"
     try:
         for number in range(config.count):
-            numbered = replace(request, seed=request.seed + number)
+            numbered = chosen(replace(request, seed=request.seed + number))
             rows.append((numbered.seed, []))
             for column, column_loras in enumerate(columns):
                 session.use(column_loras)
@@ -96,8 +96,9 @@ def draw(config: DrawConfig, emit: Callable[[Event], None], control: Control) ->
                 if not config.sheet:
                     path = generate.save_numbered(picture, Path(config.out),
                                                   session.describe(numbered, column_loras))
-                    emit(Sample(step=column, path=str(path), prompt=prompt, seed=numbered.seed))
-                    files.append(str(path))
+                    emit(Sample(step=column, path=str(path), prompt=numbered.prompt,
+                                seed=numbered.seed))
+                    drawn.append(str(path))
     except _Stopped:
         state = "stopped"
     complete = [(f"seed {seed}", row) for seed, row in rows if len(row) == len(columns)]
@@ -106,21 +107,30 @@ def draw(config: DrawConfig, emit: Callable[[Event], None], control: Control) ->
         path = generate.save_numbered(sheet, Path(config.out), session.describe(request, loras),
                                       "sheet-")
         emit(Sample(step=SHEET, path=str(path), prompt=prompt, seed=request.seed))
-        files += [str(path)] if config.sheet else []
-    return {"state": state, "files": files}
+        drawn += [str(path)] if config.sheet else []
+    return {"state": state, "files": drawn}
 
 
-def prompt_and_loras(config: DrawConfig, emit: Callable[[Event], None] = lambda event: None
-                     ) -> tuple[str, list[Lora]]:
-    """The prompt without its <lora:...> tags, and each LoRA once.
+def chosen(request: SampleRequest) -> SampleRequest:
+    """With one of each alternative {a|b}, as the seed says."""
+    return replace(request, prompt=prompt_markup.choose(request.prompt, request.seed),
+                   negative=prompt_markup.choose(request.negative, request.seed))
+
+
+def texts_and_loras(config: DrawConfig, emit: Callable[[Event], None] = lambda event: None
+                    ) -> tuple[str, str, list[Lora]]:
+    """The prompt without its <lora:...> tags, the negative prompt, and each LoRA once.
 
     The weight of a tag precedes that of the list `loras`; of several tags, the last one counts.
-    Parts of a prompt that have no effect are reported. Raises UserError for an unknown name."""
-    prompt, tags = split_prompt(config.prompt)
-    refuse_paths(tags)
+    Parts of a prompt that have no effect are reported. Raises UserError for an unknown name or a
+    weight that is none."""
+    prompt, tags = split_prompt(prompt_markup.cleaned(config.prompt))
+    negative, idle = split_prompt(prompt_markup.cleaned(config.negative))
+    library.refuse_paths(tags)
     mentions: dict[Path, list[Lora]] = {}
     # the tags come last, and the last mention wins
     for tag in [*(Tag(*parse_lora(text)) for text in config.loras), *tags]:
+        library.refuse_weights([tag])
         lora = find_lora(config.names.get(tag.name, tag.name), tag.weight)
         mentions.setdefault(lora.path, []).append(replace(lora, text=tag.text))
         if tag.unread:
@@ -130,9 +140,36 @@ def prompt_and_loras(config: DrawConfig, emit: Callable[[Event], None] = lambda 
             emit(Note(key="generate.lora_twice", params={
                 "name": path.stem, "tag": several[-1].tag,
                 "others": ", ".join(f"{lora.weight:g}" for lora in several[:-1])}))
-    if syntax := _SYNTAX.search(f"{prompt}\n{config.negative}"):
-        emit(Note(key="generate.plain_syntax", params={"part": syntax[0]}))
-    return prompt, [several[-1] for several in mentions.values()]
+    if idle:
+        emit(Note(key="generate.tag_in_negative", params={
+            "names": ", ".join(tag.name for tag in idle)}))
+    loras = [several[-1] for several in mentions.values()]
+    texts = [prompt, negative]
+    if any("trigger" in prompt_markup.found(text) for text in texts):
+        texts = [prompt_markup.placed(text, _trigger_of(loras)) for text in texts]
+    for text in texts:
+        _tell_markup(text, emit)
+    return texts[0], texts[1], loras
+
+
+def _trigger_of(loras: Sequence[Lora]) -> str:
+    """The word for [trigger] in a prompt: the first that a LoRA file tells."""
+    return next((word for lora in loras if lora.path.is_file()
+                 for word in files.describe(lora.path).facts.trigger_words), "")
+
+
+def _tell_markup(text: str, emit: Callable[[Event], None]) -> None:
+    """Reports what other programs would do with a prompt, and drawing doesn't. Raises UserError for
+    an emphasis whose weight is none."""
+    try:
+        prompt_markup.spans(text)
+    except prompt_markup.BadWeight as error:
+        raise UserError("generate.bad_weight", part=error, weight=str(error)) from None
+    known = prompt_markup.DRAWN | prompt_markup.BY_CLIP
+    if parts := prompt_markup.found(text, known):
+        emit(Note(key="generate.plain_syntax", params={"parts": ", ".join(parts.values())}))
+    if choice := prompt_markup.found(text).get("choice"):
+        emit(Note(key="generate.choice", params={"part": choice}))
 
 
 def columns_of(config: DrawConfig, loras: Sequence[Lora]) -> tuple[list[list[Lora]], list[str]]:
@@ -150,7 +187,7 @@ def columns_of(config: DrawConfig, loras: Sequence[Lora]) -> tuple[list[list[Lor
         weights, checkpoints = [], []
         try:
             if axis == "weights":
-                weights = [float(value) for value in values]
+                weights = [prompt_markup.number(value) for value in values]
             else:
                 checkpoints = [str(checkpoint_file(loras[0].path, int(value))) for value in values]
         except ValueError:

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,17 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from core import families, i18n, paths
+from core import families, i18n, paths, prompt_markup
 from core.adapters import from_file, lora
 from core.config import GenerateConfig, size_of
 from core.dataset.text_embeddings import reading_of, trimmed, unread, unused_of
 from core.errors import UserError
 from core.families import distilled, schedulers
 from core.families.base import ALL_PARTS, Family, Objective, Parts
+from core.families.common import UNetFamily
 from core.families.components import lookup
 from core.families.loading import tell_numbers
-from core.families.registry import SPECS, STANDARD
+from core.families.registry import CHUNK, SPECS, STANDARD
 from core.hashes import data_hash, fingerprint, short_hash
 from core.inference.trash import TRASH
 from core.jobs.events import Event, Note
@@ -87,13 +88,30 @@ class PipelineSession:
         return SampleRequest(prompt, config.negative, config.seed, steps, cfg, size, config.sampler)
 
     def tell_unread(self, shot: SampleRequest) -> None:
-        """Reports the end of a prompt that is beyond the base's token limit."""
+        """Reports the end of a prompt that is beyond the base's token limit, and weights that this
+        base's text encoders can't take."""
+        limit = self.family.token_limit(self.parts)
         for key, text in (("prompt", shot.prompt), ("negative", shot.negative)):
+            is_clip = isinstance(self.family, UNetFamily)
+            if not is_clip:
+                self._tell_markup(text)
             text = textual_inversion.expand(text, self._active_words)
-            if rest := unread(self.family, self.parts, text):
-                self._note(f"generate.{key}_too_long", rest=rest[:200],
-                           tokens=self.family.count_tokens(self.parts, [text])[0],
-                           limit=self.family.token_limit(self.parts))
+            sections = prompt_markup.sections(text) if is_clip else [text]
+            begin, total, rest = 0, 0, []
+            for section in sections:
+                tokens = self.family.count_tokens(self.parts, [section])[0]
+                rest.append(unread(self.family, self.parts, section, max(0, limit - begin)))
+                # BREAK leaves the rest of a chunk empty
+                begin, total = begin + max(1, -(-tokens // CHUNK)) * CHUNK, begin + tokens
+            if any(rest):
+                self._note(f"generate.{key}_too_long", tokens=total, limit=limit,
+                           rest=" BREAK ".join(filter(None, rest))[:200])
+
+    def _tell_markup(self, text: str) -> None:
+        others = frozenset(prompt_markup.KINDS) - prompt_markup.BY_CLIP
+        if parts := prompt_markup.found(text, others):
+            self._note("generate.not_by_this_base", parts=", ".join(parts.values()),
+                       family=self.family.spec.title)
 
     def read_as(self, config: GenerateConfig, loras: Sequence[Lora]) -> None:
         """Sets how prompts are read. Where the config leaves clip skip open, it is that of the
@@ -155,14 +173,18 @@ class PipelineSession:
         if self.distilled != "auto":
             self.parts.take_as(distilled.of(self.source, self.distilled))
 
+    def check(self, loras: Iterable[Lora]) -> None:
+        """Raises UserError for a LoRA of another family, by its header; needs no loaded base."""
+        if self.family.spec.id in families.SPECS:   # a family of the user's own may take any file
+            for path in {item.path: None for item in loras}:
+                checked(formats.weights_file(path), self.family.spec.id)
+
     def use(self, loras: Sequence[Lora]) -> None:
         """Switches to these LoRAs and reads new ones. Weight 0 switches a file off: the picture is
         the base's own, to the bit. Raises UserError for a file that doesn't fit the base."""
         family, components = self.family.spec.id, self.pipeline.components
         active = [item for item in loras if item.weight != 0 or item.text]
         for path in {item.path: None for item in active if item.path not in self._adapters}:
-            if family in families.SPECS:      # a family of the user's own may take any file
-                checked(formats.weights_file(path), family)
             name = load_adapter(self.pipeline, path, f"lora{len(self._adapters)}", family)
             found, expected = lora.count(components.values(), name), modules_in(path, family)
             if found < expected:
@@ -185,9 +207,10 @@ class PipelineSession:
         def on_step_end(_: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
             each_step()
             return values
-        texts = [textual_inversion.expand(text, self._active_words)
-                 for text in (shot.prompt, shot.negative)]
-        arguments = read_prompt(self.family, self.parts, self.precision, *texts)
+        prompt, negative = (textual_inversion.expand(text, self._active_words)
+                            for text in (shot.prompt, shot.negative))
+        arguments = read_prompt(self.family, self.parts, self.precision, prompt, negative,
+                                weighted=True)
         if shot.negative and not self._negative_unused_reported and (
                 shot.cfg <= 1 or not any("negative" in name for name in arguments)):
             self._negative_unused_reported = True
@@ -215,10 +238,15 @@ class PipelineSession:
 
 
 def read_prompt(family: Family, parts: Parts, precision: Precision, prompt: str,
-                negative: str = "") -> dict[str, Any]:
-    """The pipeline's arguments for a prompt, encoded as captions are (core/dataset/examples.py)."""
+                negative: str = "", weighted: bool = False) -> dict[str, Any]:
+    """The pipeline's arguments for a prompt, encoded as captions are (core/dataset/examples.py).
+    `weighted`: where CLIP reads it, its parts may have weights."""
+    texts = [prompt, negative]
+    spans = [prompt_markup.spans(text) if weighted else [(text, 1.0)] for text in texts]
     with torch.no_grad(), autocast(precision):
-        both = family.encode_text(parts, [prompt, negative])
+        both = (family.encode_spans(parts, spans)
+                if isinstance(family, UNetFamily) and spans != [[(text, 1.0)] for text in texts]
+                else family.encode_text(parts, texts))
         rows = [trimmed({name: value[n:n + 1].to(precision.compute)
                          for name, value in both.items()}) for n in range(2)]
         return family.prompt_arguments(*rows)

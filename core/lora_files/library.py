@@ -4,21 +4,24 @@ torch."""
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from core import i18n, paths
+from core import i18n, paths, prompt_markup
 from core.config import TrainConfig
 from core.errors import UserError
 from core.families import lora_signs
 from core.lora_files import files, formats
 
 DEFAULT_WEIGHT = 0.8
-TAG = re.compile(r"<lora:\s*([^:<>\s][^:<>]*)((?::[^:<>]*)*)>")
-_NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)\s*")
+# LyCORIS' own tag and what a Chinese keyboard or a slip makes of it are meant, too.
+_SIGNS = "<>＜＞《》〈〉:："
+TAG = re.compile(rf"[<＜《〈]\s*(?:lora|lyco)\s*[:：]\s*([^{_SIGNS}\s][^{_SIGNS}]*)"
+                 rf"((?:[:：][^{_SIGNS}]*)*)[>＞》〉]", re.IGNORECASE)
 STATE = "state.safetensors"                 # of a checkpoint's folder: no LoRA
 WORDS = "_emb.safetensors"                  # new words beside a LoRA
 
@@ -43,6 +46,7 @@ class Tag(NamedTuple):
     weight: float = DEFAULT_WEIGHT
     text: float | None = None               # weight in the text encoders; None: the same
     unread: str = ""                        # parts that mean nothing here, such as lbw=MIDD
+    bad: str | None = None                  # what stands for a weight and is none
 
 
 def split_prompt(prompt: str) -> tuple[str, list[Tag]]:
@@ -51,23 +55,44 @@ def split_prompt(prompt: str) -> tuple[str, list[Tag]]:
     for match in TAG.finditer(prompt):
         numbers: list[float] = []
         named: dict[str, float] = {}
-        unread = []
-        for part in match[2].split(":")[1:]:
+        unread, bad = [], None
+        for part in re.split("[:：]", match[2])[1:]:
             key, equals, value = part.strip().rpartition("=")
-            if not _NUMBER.fullmatch(value) or (equals and key not in ("te", "unet")) or (
-                    not equals and len(numbers) == 2):
+            # after a weight, other programs take names of blocks
+            if (key not in ("te", "unet") if equals else len(numbers) == 2 or (
+                    numbers and not prompt_markup.is_meant_as_number(value))):
                 unread.append(part.strip())
-            elif equals:
-                named[key] = float(value)
+                continue
+            try:
+                weight = prompt_markup.number(value)
+            except prompt_markup.BadWeight:
+                bad = value
             else:
-                numbers.append(float(value))
+                if equals:
+                    named[key] = weight
+                else:
+                    numbers.append(weight)
         # By A1111's rules: one number is the weight of all; of two, the first is the text
         # encoders'. te= and unet= override both.
         text = named.get("te", numbers[0] if numbers else DEFAULT_WEIGHT)
         weight = named.get("unet", numbers[1] if len(numbers) == 2 else text)
-        tags.append(Tag(match[1].strip(), weight, None if text == weight else text,
-                        ", ".join(filter(None, unread))))
+        tags.append(Tag(name_in(match), weight, None if text == weight else text,
+                        ", ".join(filter(None, unread)), bad))
     return re.sub(r"\s{2,}", " ", TAG.sub("", prompt)).strip(), tags
+
+
+def name_in(tag: re.Match[str]) -> str:
+    """The name that a match of TAG holds; some programs quote it, others write the file's."""
+    return re.sub(r"\.(safetensors|ckpt|pt)$", "", tag[1].strip(" \"'"))
+
+
+def refuse_weights(tagged: Iterable[Tag]) -> None:
+    """Raises UserError for a weight that is no number, or none that can be meant."""
+    for tag in tagged:
+        weights = (tag.weight, tag.weight if tag.text is None else tag.text)
+        if tag.bad is not None or not all(abs(one) <= prompt_markup.MOST_WEIGHT for one in weights):
+            raise UserError("generate.bad_weight", part=tag.name,
+                            weight=f"{weights[0]:g}" if tag.bad is None else tag.bad)
 
 
 def refuse_paths(tagged: Iterable[Tag]) -> None:
@@ -79,9 +104,10 @@ def refuse_paths(tagged: Iterable[Tag]) -> None:
 
 
 def prompts_of(config: TrainConfig) -> list[str]:
-    """The prompts of previews without their tags: previews are drawn with the adapter in training
-    alone."""
-    return [split_prompt(prompt)[0] for prompt in config.sample_prompts]
+    """The prompts of previews, with the trigger word in its place. Without their tags: previews are
+    drawn with the adapter in training alone."""
+    return [prompt_markup.placed(split_prompt(prompt_markup.joined(prompt))[0],
+                                 config.trigger_word) for prompt in config.sample_prompts]
 
 
 def parse_lora(text: str, default: float = DEFAULT_WEIGHT) -> tuple[str, float]:
@@ -90,14 +116,16 @@ def parse_lora(text: str, default: float = DEFAULT_WEIGHT) -> tuple[str, float]:
     try:
         return (name, float(weight)) if colon and name else (text, default)
     except ValueError:
-        return text, default
+        # a comma instead of the point is a weight that is refused, not a part of the name
+        return (name, math.nan) if re.fullmatch(r"[-+]?\d+,\d+", weight) else (text, default)
 
 
 def find_lora(name: str, weight: float) -> Lora:
     """A path, or a name looked up in ./output and the finished runs' folders.
 
-    Raises UserError `generate.unknown_lora` with the nearest names.
+    Raises UserError `generate.unknown_lora` with the nearest names, and for a weight that is none.
     """
+    refuse_weights([Tag(name, weight)])
     with contextlib.suppress(OSError, ValueError, RuntimeError):        # no path of this system
         direct = Path(name).expanduser()
         for path in (direct, direct.with_name(f"{direct.name}.safetensors")):

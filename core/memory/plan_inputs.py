@@ -120,8 +120,11 @@ def data_of(config: TrainConfig, pictures: Pictures, facts: Mapping[str, float],
     counts = chunks_of(tuple(texts), family, config.max_tokens)
     if config.shuffle_tags:
         free = (max(0, len(captions.split_tags(text)) - config.keep_tokens) for text in texts)
-        shuffles = [min(captions.MOST_SHUFFLES, factorial(min(tags, 4))) for tags in free]
+        shuffles = [captions.MOST_SHUFFLES if config.enable_wildcard else
+                    min(captions.MOST_SHUFFLES, factorial(min(tags, 4))) for tags in free]
         embeddings = 1 + sum(k * n for k, n in zip(shuffles, counts, strict=True))
+    elif config.enable_wildcard:
+        embeddings = 1 + captions.MOST_SHUFFLES * sum(counts)
     else:
         embeddings = sum(counts) + ("" not in texts)
     return Data(len(assigned) + config.reg_from_base, embeddings, batch, bucket,

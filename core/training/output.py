@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from core import __version__, hashes, paths
+from core import __version__, hashes, paths, prompt_markup
 from core.adapters import base_loras, from_file, lora
 from core.config import size_of
 from core.dataset import captions, images
@@ -344,7 +344,7 @@ def tag_frequency(pictures: Iterable[Picture]) -> Mapping[str, Mapping[str, int]
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for picture in pictures:
         counts[readable_name(picture.path.parent.name)].update(
-            map(str.lower, captions.split_tags(picture.caption)))
+            map(str.lower, captions.split_tags(prompt_markup.joined(picture.caption))))
     return counts
 
 

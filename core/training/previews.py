@@ -13,6 +13,7 @@ from core import paths
 from core.adapters import base_loras, lora
 from core.adapters.text_encoder import TextTraining
 from core.config import TrainConfig, size_of
+from core.dataset.examples import tell_markup
 from core.failures import one_line, ran_out
 from core.families import distilled
 from core.families.base import Cond, Family, Parts
@@ -38,6 +39,7 @@ class Previewer:
         if tags:
             emit(Note(key="engine.preview_tags", params={
                 "names": ", ".join(dict.fromkeys(tags)), "weight": config.sample_weight}))
+        tell_markup(prompts_of(config), config.trigger_word, emit, "engine.preview_markup")
 
     def draw(self, step: int, name: str, text: TextTraining | None = None) -> list[str]:
         """Draws a picture of each prompt and returns the files. Training's randomness and adapter

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from core import families, paths, plugins
+from core import families, paths, plugins, prompt_markup
 from core.config import COMPANIONS
 from core.config.draw import SHEET, DrawConfig
 from core.config.flat_yaml import first_problem
@@ -26,6 +26,8 @@ from gui.state.app_state import Snapshot, pictures_folder
 from gui.state.inference_files import InferenceFiles
 from gui.state.run_files import lora_file, lora_of
 
+# Where nobody names another.
+SEED = 42
 # Weights that are drawn side by side.
 SWEEP = (0.0, 0.4, 0.8, 1.0)
 # LoRAs of runs in the list of what can be added.
@@ -202,7 +204,7 @@ def typed(snap: Snapshot, choices: list[Choice]) -> dict[str, Any]:
     prompts, trigger = config.get("sample_prompts") or [], str(config.get("trigger_word") or "")
     demo = folder_of(base_of(snap, choices)) == paths.DEMO / "base"
     # None: the base's own number. The demo has none of its own.
-    defaults = {"prompt": prompts[0] if prompts else trigger, "negative": "", "seed": 42,
+    defaults = {"prompt": prompts[0] if prompts else trigger, "negative": "", "seed": SEED,
                 "steps": 16 if demo else None, "cfg": 1.5 if demo else None, "size": "",
                 "sampler": "auto", "clip_skip": None, "count": 1, "same_seed": True}
     return {key: snap.project.inference.get(key, usual) for key, usual in defaults.items()}
@@ -269,8 +271,9 @@ def again(view: JobView, changes: Mapping[str, Any]) -> DrawConfig:
 
 def _files_of_tags(prompt: str, known: Mapping[str, str]) -> dict[str, str]:
     """The files of the prompt's <lora:name> tags. Raises UserError for a name that nothing has."""
-    tags = library.split_prompt(prompt)[1]
+    tags = library.split_prompt(prompt_markup.cleaned(prompt))[1]
     library.refuse_paths(tags)
+    library.refuse_weights(tags)
     for tag in tags:
         # Names that the page doesn't know may still be files of the library.
         with contextlib.suppress(UserError):

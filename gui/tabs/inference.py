@@ -31,7 +31,9 @@ from gui.widgets.lora_list import lora_list, lora_names
 from gui.widgets.panel import panel
 from gui.widgets.picture_grid import neighbour
 
-DROPPED = [".png", ".safetensors"]
+DROPPED = [*png_info.SUFFIXES, ".safetensors"]
+# A picture's settings whose labels have another name.
+FIELDS = {"steps": "draw_steps", "sampler": "tab_inference.sampler"}
 KINDS = ("draw", "compare", "sweep", "checkpoints")
 
 
@@ -76,7 +78,8 @@ class Inference:
         inputs["negative"] = gr.Textbox(label=tr("negative"), max_lines=4, elem_id="negative")
         with gr.Row(elem_id="draw-numbers"):
             inputs["seed"] = gr.Number(
-                label=tr("seed"), precision=0, value=42, minimum=0, min_width=110, elem_id="seed")
+                label=tr("seed"), precision=0, value=request.SEED, minimum=-1, min_width=110,
+                elem_id="seed")
             with gr.Column(min_width=130, elem_id="seed-acts"):
                 self.dice = gr.Button(tr("new_seed"), size="sm", min_width=90, elem_id="dice")
                 inputs["same_seed"] = gr.Checkbox(label=tr("tab_inference.same_seed"), value=True,
@@ -239,18 +242,19 @@ class Inference:
         # A tag with two weights has no place in the list: it stays in the prompt.
         loras = {known[tag.name]: tag.weight for tag in library.split_prompt(picture.prompt)[1]
                  if tag.name in known and request.LEAST <= tag.weight <= request.MOST
-                 and tag.text is None}
+                 and tag.text is None and tag.bad is None}
 
-        prompt = library.TAG.sub(lambda tag: "" if known.get(tag[1].strip()) in loras else tag[0],
-                                 picture.prompt).strip()
-        values = {"prompt": prompt, "negative": picture.negative, "seed": picture.seed,
-                  "steps": picture.steps, "cfg": picture.cfg, "size": picture.size,
+        prompt = library.TAG.sub(
+            lambda tag: "" if known.get(library.name_in(tag)) in loras else tag[0],
+            picture.prompt).strip()
+        # What the picture doesn't tell is what it is without a word of it: nothing stays of the
+        # picture before.
+        values = {"prompt": prompt, "negative": picture.negative, "steps": picture.steps,
+                  "cfg": picture.cfg, "size": picture.size, "clip_skip": picture.clip_skip,
+                  "seed": request.SEED if picture.seed is None else picture.seed,
                   "sampler": picture.sampler or "auto", "same_seed": True, "count": 1}
         added = [Added(name, weight) for name, weight in loras.items()]
-        # Numbers that the picture doesn't tell stay as they are; without a word of CLIP skip it
-        # was drawn with none.
-        self._keep({key: value for key, value in values.items() if value is not None}
-                   | {"clip_skip": picture.clip_skip} | request.own_list(added, choices))
+        self._keep(values | request.own_list(added, choices))
         missing = [tag.name for tag in library.split_prompt(prompt)[1]
                    if tag.name not in request.names(choices)]
         tell = self.ctx.page.tell
@@ -259,6 +263,11 @@ class Inference:
             tell(tr("tab_inference.loras_missing", names=", ".join(missing)), kind="warning")
         if picture.unknown_sampler:
             tell(tr("tab_inference.other_sampler", name=picture.unknown_sampler), kind="warning")
+        if picture.not_told:
+            fields = ", ".join(tr(FIELDS.get(name, name)) for name in picture.not_told)
+            tell(tr("tab_inference.not_told", file=file, fields=fields), kind="warning")
+        if picture.beyond:
+            tell(tr("tab_inference.beyond", names=", ".join(picture.beyond)), kind="warning")
 
     # --- pictures ---
 

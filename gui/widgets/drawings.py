@@ -23,7 +23,7 @@ from gui.widgets.picture_grid import page_of, pager
 COMPARE = 2
 # What only says how a picture was drawn; any other note means that something had no effect.
 NEUTRAL_NOTES = ("families.companions_taken", "distilled.drawn", "generate.clip_skip",
-                 "generate.prediction", "generate.zero_snr")
+                 "generate.prediction", "generate.zero_snr", "generate.choice")
 
 
 # --- what can be pressed ---

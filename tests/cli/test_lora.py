@@ -99,6 +99,16 @@ def test_resize(run: Run, style: Path, tmp_path: Path) -> None:  # noqa: F811
     assert max(describe(tmp_path / "e.safetensors").ranks) < 4
 
 
+def test_demo_is_a_base_everywhere(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    told = run("families", "demo", "--json")
+    assert (told.code, told.json["family"]) == (0, "sd15")
+    for tuned, base in (("demo", "gone"), ("gone", "demo")):
+        told = run("lora", "extract", tuned, base, "--rank", "2", "--out", "found")
+        assert told.code == 2
+        assert "gone" in told.err
+        assert "at demo" not in told.err
+
+
 def test_extract(run: Run, tmp_path: Path) -> None:  # noqa: F811
     base, tuned, known = models(tmp_path, 2)
     told = run("lora", "extract", tuned, base, "--rank", "2", "--out", "found", "--json")
@@ -110,6 +120,8 @@ def test_extract(run: Run, tmp_path: Path) -> None:  # noqa: F811
 
 @pytest.mark.parametrize(("argv", "said"), [
     (["convert", "gone.safetensors", "--to", "peft"], "gone.safetensors"),
+    (["merge", "style.safetensors:nan", "style.safetensors:1"], "`nan`"),
+    (["merge", "style.safetensors:0,8", "style.safetensors:1"], "`nan`"),
     (["convert", "style.safetensors"], "--to"),
     (["resize", "style.safetensors"], "--energy"),
     (["resize", "style.safetensors", "--rank", "0"], "argument --rank: invalid rank value: '0'"),

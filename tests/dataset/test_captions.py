@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.config import TrainConfig
 from core.dataset.caption_files.tables import read_metadata
-from core.dataset.captions import one_line, shuffle_tags, split_tags, with_trigger
+from core.dataset.captions import one_line, shuffle_tags, split_tags, variants, with_trigger
 from core.errors import UserError
 from core.i18n import tr
 from core.serialization import readable_name
@@ -110,6 +111,32 @@ def test_shuffling_keeps_the_tags_and_the_leading_ones(
     assert Counter(shuffled) == Counter(tags)
     assert shuffled[:keep] == tags[:keep]
     assert shuffle_tags(", ".join(tags), keep, Random(seed)) == ", ".join(shuffled)
+
+
+@pytest.mark.parametrize(("caption", "first", "last", "moving"), [
+    ("1girl, frieren ||| sword, hat, standing", ["1girl", "frieren"], [], 3),
+    ("a|||b, c, d|||e, f", ["a"], ["e", "f"], 3),
+    ("||| b, c, d", [], [], 3), ("a, b |||", ["a", "b"], [], 0),
+    ("a ||| red hat;;;boots, d", ["a"], [], 3)])
+def test_kohya_s_separators_are_obeyed_and_never_learned(
+        caption: str, first: list[str], last: list[str], moving: int) -> None:
+    config = TrainConfig(shuffle_tags=True, keep_tokens=2)
+    texts = variants(caption, config, 0)
+    for tags in map(split_tags, texts):
+        assert tags[:len(first)] == first
+        assert tags[len(tags) - len(last):] == last
+        assert len(tags) == len(first) + len(last) + moving
+        assert not {"red hat", "boots"} & {*tags} or (
+            tags.index("boots") == tags.index("red hat") + 1)
+    assert (len(texts) > 1) == (moving > 1)
+    (plain,) = variants(caption, TrainConfig(), 0)
+    assert "|" not in plain + "".join(texts)
+    assert ";" not in plain + "".join(texts)
+
+
+def test_the_trigger_takes_its_place() -> None:
+    for trigger, text in (("mi4", "photo of mi4, hat"), ("", "photo of [trigger], hat")):
+        assert variants("photo of [trigger], hat", TrainConfig(trigger_word=trigger), 0) == (text,)
 
 
 def test_shuffling_shuffles() -> None:

@@ -376,6 +376,25 @@ def test_what_training_would_not_recognise_is_missing_or_fused(
         assert fused_with(caption, trigger) == ""
 
 
+def test_markup_of_other_programs_is_told(tmp_path: Path) -> None:
+    captioned(tmp_path, "(red hair:1.3), smile", "a cat BREAK a dog", "{red|blue} car", "__c__ x",
+              "miku, <lora:other:0.8>", "m1a ||| hat", "[trigger], tree", "ganyu (genshin impact)")
+    found = looked(tmp_path, trigger="m1a")
+    assert {one.name: one.code for one in found["caption_markup"].subjects} == {
+        f"{n}.png": f"checks.markup_{kind}" for n, kind in enumerate(
+            ("weight", "chunk", "choice", "wildcard", "lora"))}
+    assert "6.png" not in names(found["trigger_missing"])
+    without = looked(tmp_path)["caption_markup"].subjects
+    assert [one.code for one in without if one.name == "6.png"] == ["checks.markup_trigger"]
+
+
+def test_lines_that_may_be_captions_are_told(tmp_path: Path) -> None:
+    found = looked(captioned(tmp_path, "a red cat on a roof\na dog, hat\n", "cat\nhat\nroof",
+                             "a, b\n\n", "one line, only"))
+    assert {one.name: one.params["lines"] for one in found["caption_lines"].subjects} == {
+        "0.png": 2}
+
+
 def test_trigger_missing_and_fused(tmp_path: Path) -> None:
     captioned(tmp_path, "m1a, hat", "m1ahat, tree", "a tree")
     found = looked(tmp_path, trigger="m1a")

@@ -24,7 +24,7 @@ from core.families import clip
 from core.families.base import CropInfo, Family, Parts, Reading
 from core.families.loading import TOKENIZER
 from core.families.text import padded
-from core.inference import draw
+from core.inference import draw, generate
 from core.jobs.control import Control
 from core.jobs.events import Note
 from core.training.trainer import Trainer
@@ -281,3 +281,32 @@ def test_pictures_are_drawn_with_the_clip_skip_of_their_lora(base: Path, tmp_pat
     assert notes == ["generate.other_clip_skip"]
     both = [f"{loras[skip]}:0.5" for skip in ("2", "1")]
     assert drawn(base, tmp_path, loras=both)[2] == ["generate.other_clip_skip"]
+
+
+def test_weights_move_the_states_of_their_words(loaded: tuple[Family, Parts]) -> None:
+    """Of 1 nothing, of 0 to those of an empty prompt; BREAK begins another chunk."""
+    family, parts = loaded
+    parts.reading = Reading()
+
+    def states(prompt: str, weighted: bool = True) -> Tensor:
+        found: Tensor = generate.read_prompt(
+            family, parts, choose("fp32", "cpu"), prompt, weighted=weighted)["prompt_embeds"]
+        return found
+    plain, empty = states("big cat of trees"), states("")
+    assert torch.allclose(states("big (cat:1.0) of trees"), plain, atol=1e-5)
+    none, half, double = (states(f"big (cat:{weight}) of trees") for weight in (0, 0.5, 2))
+    second = (torch.arange(clip.WHOLE) == 2)[:, None]           # behind the start and "big"
+    for found, expected in ((none, empty), (half, (plain + empty) / 2),
+                            (double, 2 * plain - empty)):
+        assert torch.allclose(found, torch.where(second, expected, plain), atol=1e-5)
+    broken = states("big cat BREAK house")
+    assert broken.shape[1] == 2 * clip.WHOLE
+    assert torch.allclose(broken, torch.cat([states("big cat"), states("house")], 1), atol=1e-5)
+    both = generate.read_prompt(family, parts, choose("fp32", "cpu"), "big BREAK cat",
+                                "(house:1.3)", weighted=True)
+    assert both["negative_prompt_embeds"].shape == both["prompt_embeds"].shape
+    # a caption is read as it stands: the proof of a run compares what was learned
+    learned = family.prompt_arguments(*[family.encode_text(parts, ["(cat:1.5) BREAK", ""])] * 2)
+    assert torch.allclose(states("(cat:1.5) BREAK", weighted=False),
+                          learned["prompt_embeds"][:1], atol=1e-5)
+    assert states("cat " * 300 + "BREAK (house:1.2)").shape[1] == 225 // 75 * clip.WHOLE

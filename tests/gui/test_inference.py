@@ -174,7 +174,7 @@ def test_jobs(tmp_path: Path, own_home: Path) -> None:
     again = wanted.again(replace(other, config=config.model_dump()), {"vae": "/b.safetensors"})
     assert (again.vae, again.base, again.seed) == ("/b.safetensors", config.base, 5)
     for changes, code in (({"steps": 0}, "bad_steps"), ({"size": "x"}, "bad_size"),
-                          ({"cfg": 99}, "bad_cfg"), ({"seed": -1}, "bad_seed"),
+                          ({"cfg": 99}, "bad_cfg"), ({"seed": -2}, "bad_seed"),
                           ({"count": 0}, "bad_count")):
         with refused(f"tab_inference.{code}"):
             wanted.job(snap, desk(), "draw", values | changes)
@@ -344,7 +344,7 @@ def test_what_is_dropped_is_taken(tab: Any, app_state: AppState, own_home: Path,
     assert wanted.triggers(wanted.added(snap, found), found, tab.files) == ["inky"]
     assert "inky" in lora_list(tab.ctx, snap, tab.files)
 
-    from tests.inference.test_png_info import png
+    from tests.inference.test_png_info import comment, png
     picture = png(uploads / "2.png", parameters=(
         "a house <lora:ink:0.35> <lora:nobody:1>\nNegative prompt: rain\n"
         "Steps: 9, Sampler: Euler a, CFG scale: 3.5, Seed: 77, Size: 64x32"))
@@ -360,6 +360,19 @@ def test_what_is_dropped_is_taken(tab: Any, app_state: AppState, own_home: Path,
     tab.take("dropped", json.dumps([str(picture)]))
     snap = app_state.snapshot()
     assert wanted.typed(snap, wanted.lora_choices(snap, tab.files))["clip_skip"] == 2
+    # what a picture doesn't tell is said, and never that of the picture before
+    (uploads / "5.jpg").write_bytes(b"")
+    Image.new("RGB", (8, 8)).save(uploads / "5.jpg", exif=comment(
+        b"UNICODE\0" + "a boat\nSteps: 8, Denoising strength: 0.5".encode("utf-16-be")))
+    said = list[str]()
+    monkeypatch.setattr(tab.ctx.page, "tell", lambda text, **_: said.append(text))
+    tab.take("dropped", json.dumps([str(uploads / "5.jpg")]))
+    snap = app_state.snapshot()
+    assert wanted.typed(snap, wanted.lora_choices(snap, tab.files)) == {
+        "prompt": "a boat", "negative": "", "seed": wanted.SEED, "steps": 8, "cfg": None,
+        "size": "", "sampler": "auto", "count": 1, "same_seed": True, "clip_skip": None}
+    assert "Seed, Guidance (CFG), Width,height (px), Sampler" in said[1]
+    assert "denoising strength" in said[2]
     with refused("tab_inference.no_settings"):
         tab.take("dropped", json.dumps([str(png(uploads / "3.png"))]))
     before = app_state.projects.now

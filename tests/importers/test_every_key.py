@@ -79,6 +79,7 @@ KEYS: dict[str, tuple[Row, Row]] = {
                      ({"concepts": [{"path": "a", "text": {"enable_tag_shuffling": True}}]}, True)),
     "keep_tokens": (({"keep_tokens": 3}, 3),
                     ({"concepts": [{"path": "a", "text": {"keep_tags_count": 3}}]}, 3)),
+    "enable_wildcard": (({"enable_wildcard": True}, True), NONE),
     "flip": (({"flip_aug": True}, True),
              ({"concepts": [{"path": "a", "image": {"enable_random_flip": True}}]}, True)),
     "validation_split": (({"validation_split": 0.25}, 0.25), "it takes folders for it"),

@@ -174,6 +174,15 @@ def test_length_of_captions(tmp_path: Path, written_: str, taken: dict[str, int]
     assert ("max_token_length" in left(imported)) is (not taken)
 
 
+def test_kohyas_separators_and_wildcards(tmp_path: Path) -> None:
+    imported = importers.read(written(tmp_path, SCRIPTS + (
+        'keep_tokens_separator = "|||"\nsecondary_separator = ";;;"\nenable_wildcard = true\n')))
+    assert not {"keep_tokens_separator", "secondary_separator"} & {*left(imported)}
+    assert imported.values["enable_wildcard"] is True
+    other = importers.read(written(tmp_path, SCRIPTS + 'keep_tokens_separator = "#"\n'))
+    assert left(other)["keep_tokens_separator"] == "value"
+
+
 def test_sections_arguments_and_the_other_trainers_defaults(tmp_path: Path) -> None:
     imported = importers.read(written(tmp_path, SECTIONS))
     assert imported.values == {

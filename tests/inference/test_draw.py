@@ -87,30 +87,88 @@ def test_a_tag_s_weight_goes_before_the_list_s(tmp_path: Path) -> None:
             "mia": str(tmp_path / "mia.safetensors"), "wash": str(tmp_path / "ink.safetensors")},
         loras=[str(tmp_path / "mia.safetensors") + ":0.9"])
     told: list[Event] = []
-    prompt, loras = draw.prompt_and_loras(config, told.append)
-    assert prompt == "a cat"
+    prompt, negative, loras = draw.texts_and_loras(config, told.append)
+    assert (prompt, negative) == ("a cat", "")
     assert [(one.path.stem, one.weight) for one in loras] == [("mia", 0.2), ("ink", 0.4)]
     assert [(one.key, one.params["tag"], one.params["others"]) for one in told  # type: ignore
             ] == [("generate.lora_twice", "<lora:mia:0.2>", "0.9")]
 
 
 @pytest.mark.parametrize(("prompt", "part"), [
-    ("(a cat:1.4), ink", "(a cat:1.4)"), ("((best)) cat", "((best))"),
-    ("a [small] dog", "[small]"), ("{red|blue} cat", "{red|blue}"),
-    ("an __animal__", "__animal__"), ("a cat BREAK a dog", "BREAK"),
-    (r"ink \(style\)", r"\("), ("a cat (in a hat), {one}, snake_case_word", ""),
+    ("an __animal__", "__animal__"), ("a [cat:dog:0.5]", "[cat:dog:0.5]"),
+    ("a [cat|dog]", "[cat|dog]"), ("embedding:easynegative", "embedding:easynegative"),
+    ("(cat)1.3", ")1.3"), ("a cat++, x", "cat++"), ("a cat AND a dog", "AND"),
+    ("[trigger], a cat", "[trigger]"), ("<hypernet:x:1> cat", "<hypernet:x:1>"),
+    ("a cat <lora:ink:0.8", "<lora:ink:0.8"), ("lora：ink", "lora：ink"),
+    ("a cat (in a hat), {one}, snake_case_word", ""), ("(a cat:1.4) BREAK [x] ((y)) ||| z", ""),
+    (r"ink \(style\)", ""), ("# a note\ncat", ""), ("（红发：1.3），猫", ""),
 ])
 def test_other_programs_syntax_is_told(prompt: str, part: str) -> None:
     for words in ({"prompt": prompt}, {"negative": prompt}):
         told: list[Event] = []
-        draw.prompt_and_loras(DrawConfig(base="x", **words), told.append)
-        assert [one.params["part"] for one in told] == ([part] if part else [])  # type: ignore
+        draw.texts_and_loras(DrawConfig(base="x", **words), told.append)
+        assert [one.params["parts"] for one in told] == ([part] if part else [])  # type: ignore
+
+
+@pytest.mark.parametrize("words", [
+    {"prompt": "(cat:nan)"}, {"negative": "(cat:1e9)"}, {"prompt": "(cat:1,2)"},
+    {"prompt": "(cat:)"}, {"prompt": "<lora:mia:nan>"}, {"prompt": "<lora:mia:99>"},
+    {"prompt": "<lora:mia:>"}, {"loras": ["mia:nan"]}, {"loras": ["mia:0,8"]},
+    {"loras": ["mia:1e9"]}, {"prompt": "<lora:mia:0.5:inf>"}])
+def test_weights_that_are_none_are_refused(words: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "mia.safetensors").touch()
+    config = DrawConfig.model_validate({
+        "base": "x", "names": {"mia": str(tmp_path / "mia.safetensors")}} | words)
+    with pytest.raises(UserError) as caught:
+        draw.texts_and_loras(config)
+    assert caught.value.code == "generate.bad_weight"
+
+
+def test_weights_of_a_sheet_and_of_base_loras(tmp_path: Path) -> None:
+    from core.lora_files.library import Lora, find_lora, parse_lora
+    with pytest.raises(UserError) as caught:
+        draw.columns_of(DrawConfig(base="x", sheet="weights=0,nan"), [Lora(tmp_path, 1.0)])
+    assert caught.value.code == "generate.bad_sheet"
+    (tmp_path / "mia.safetensors").touch()
+    for weight in ("nan", "1e9", "0,8"):
+        with pytest.raises(UserError) as caught:
+            find_lora(*parse_lora(f"{tmp_path / 'mia'}:{weight}"))
+        assert caught.value.code == "generate.bad_weight"
+
+
+def test_tags_of_the_negative_prompt_are_told_and_go() -> None:
+    told: list[Event] = []
+    config = DrawConfig(base="x", negative="blur <lora:mia:1>")
+    assert draw.texts_and_loras(config, told.append) == ("", "blur", [])
+    assert [one.key for one in told] == ["generate.tag_in_negative"]  # type: ignore
+
+
+def test_a_lora_tells_the_word_for_its_place(tmp_path: Path) -> None:
+    from tests.tiny import tiny_lora
+    lora = tiny_lora(tmp_path / "mia.safetensors", metadata={"modelspec.trigger_phrase": "mi4"})
+    told: list[Event] = []
+    prompt, *_ = draw.texts_and_loras(
+        DrawConfig(base="x", prompt="[trigger], a cat", loras=[str(lora)]), told.append)
+    assert (prompt, told) == ("mi4, a cat", [])
+
+
+def test_each_seed_takes_one_alternative_and_weights_weigh(base: Path, tmp_path: Path) -> None:
+    told: list[Event] = []
+    draw.draw(settings(base, tmp_path, prompt="a {red|blue|green} (cat:1.5)", count=6, steps=1),
+              told.append, Control())
+    drawn = [event for event in told if isinstance(event, Sample)]
+    assert len({sample.prompt for sample in drawn}) > 1
+    for sample in drawn:
+        with Image.open(sample.path) as image:
+            assert image.text["parameters"].startswith(sample.prompt + "\n")
+        assert sample.prompt in {f"a {one} (cat:1.5)" for one in ("red", "blue", "green")}
+    assert "generate.choice" in [getattr(event, "key", "") for event in told]
 
 
 def test_what_a_tag_can_t_say_here_is_told(tmp_path: Path) -> None:
     (tmp_path / "mia.safetensors").touch()
     told: list[Event] = []
-    _, loras = draw.prompt_and_loras(DrawConfig(base="x", prompt="<lora:mia:1:lbw=MIDD>", names={
+    *_, loras = draw.texts_and_loras(DrawConfig(base="x", prompt="<lora:mia:1:lbw=MIDD>", names={
         "mia": str(tmp_path / "mia.safetensors")}), told.append)
     assert [(one.weight, one.text) for one in loras] == [(1.0, None)]
     assert [(one.key, one.params["part"]) for one in told  # type: ignore
@@ -156,10 +214,19 @@ def test_the_end_of_a_prompt_that_isn_t_read_is_told(base: Path, tmp_path: Path,
     assert note.params["tokens"] == 283  # type: ignore
 
 
+def test_what_stands_behind_too_many_breaks_is_told(base: Path, tmp_path: Path) -> None:
+    told: list[Event] = []
+    draw.draw(settings(base, tmp_path, steps=1, prompt="a BREAK (b:1.2) BREAK c BREAK two zebras"),
+              told.append, Control())
+    (note,) = [one for one in told if getattr(one, "key", "") == "generate.prompt_too_long"]
+    assert (note.params["rest"], note.params["limit"]) == ("two zebras", 225)  # type: ignore
+    assert 225 < note.params["tokens"] < 240  # type: ignore
+
+
 def test_tags_name_and_don_t_reach(tmp_path: Path) -> None:
     (tmp_path / "mia.safetensors").touch()
     with pytest.raises(UserError) as caught:
-        draw.prompt_and_loras(DrawConfig(base="x", prompt=f"<lora:{tmp_path / 'mia'}:1>"))
+        draw.texts_and_loras(DrawConfig(base="x", prompt=f"<lora:{tmp_path / 'mia'}:1>"))
     assert caught.value.code == "generate.lora_path"
 
 
@@ -204,6 +271,7 @@ def test_deleted_pictures_keep_their_numbers(tmp_path: Path) -> None:
 
 
 def test_sizes_that_can_t_be_drawn_and_loras_of_other_families(base: Path, tmp_path: Path) -> None:
+    told: list[Event] = []
     with pytest.raises(UserError, match="64 x 64") as caught:
         draw.draw(settings(base, tmp_path, size="66,65"), lambda event: None, Control())
     assert caught.value.code == "generate.bad_size"
@@ -213,8 +281,9 @@ def test_sizes_that_can_t_be_drawn_and_loras_of_other_families(base: Path, tmp_p
     save_file({f"lora_unet_double_blocks_0_img_attn_proj.lora_{end}.weight": torch.zeros(shape)
                for end, shape in (("down", (2, 3072)), ("up", (3072, 2)))}, other)
     with pytest.raises(UserError) as caught:
-        draw.draw(settings(base, tmp_path, loras=[str(other)]), lambda event: None, Control())
+        draw.draw(settings(base, tmp_path, loras=[str(other)]), told.append, Control())
     assert caught.value.code == "generate.other_family"
+    assert not any(isinstance(event, Phase) for event in told)      # before anything was loaded
 
 
 def test_a_preview_is_the_picture_that_generate_draws(base: Path, tmp_path: Path) -> None:

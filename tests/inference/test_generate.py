@@ -23,6 +23,7 @@ from core.training.run import train
 from core.training.verify import verify
 from core.weights.precision import choose
 from tests import tiny
+from tests.tiny import families as tiny_families
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,19 @@ def test_unknown_names_get_the_nearest(base: Path, lora: Path, tmp_path: Path,
         draw(base, tmp_path, sampler="eulr")
 
 
+def test_weights_of_a_base_that_can_t_take_them_are_told(tmp_path: Path) -> None:
+    told: list[Any] = []
+    source = tiny_families.base("sana", tmp_path / "sana")
+    session = generate.PipelineSession(source, DrawConfig(base=str(source), device="cpu"),
+                                       told.append)
+    session.load()
+    for prompt, parts in (("a (cat:1.3) BREAK [x]", "(cat:1.3), [x], BREAK"), ("a (cat)", "")):
+        told.clear()
+        session.tell_unread(session.shot(DrawConfig(base="x"), prompt))
+        assert [one.params["parts"] for one in told
+                if one.key == "generate.not_by_this_base"] == ([parts] if parts else [])
+
+
 @pytest.mark.parametrize(("prompt", "clean", "found"), [
     ("a <lora:ink:0.5> b", "a b", [("ink", 0.5)]),
     ("<lora:ink>", "", [("ink", 0.8)]),
@@ -147,7 +161,16 @@ def test_unknown_names_get_the_nearest(base: Path, lora: Path, tmp_path: Path,
     ("<lora:a:0.7:0.7>", "", [("a", 0.7)]),
     ("<lora:a:1:1:te=0>", "", [("a", 1.0, 0.0)]),
     ("<lora:a:1:lbw=MIDD>", "", [("a", 1.0, None, "lbw=MIDD")]),
-    ("<lora:a:strong>", "", [("a", 0.8, None, "strong")]),
+    ("<lora:a:strong>", "", [("a", 0.8, None, "", "strong")]),
+    ("<lora:a:1:IN02>", "", [("a", 1.0, None, "IN02")]),
+    ("<lora:a:1:MIDD>", "", [("a", 1.0, None, "MIDD")]),
+    ("<lora:a:>", "", [("a", 0.8, None, "", "")]),
+    ("<lora:a:nan>", "", [("a", 0.8, None, "", "nan")]),
+    ("<lora:a:1e9>", "", [("a", 0.8, None, "", "1e9")]),
+    ("<lora:a:0,8>", "", [("a", 0.8, None, "", "0,8")]),
+    ("x <LoRA: a : 0.5 > <lyco:b:1>", "x", [("a", 0.5), ("b", 1.0)]),
+    ("《lora：a：０.５》，＜lora:b＞", "，", [("a", 0.5), ("b", 0.8)]),
+    ('<lora:"a.safetensors":1>', "", [("a", 1.0)]),
     ("<lora:a:1:2:3>", "", [("a", 2.0, 1.0, "3")]),
 ])
 def test_prompt_tags(prompt: str, clean: str, found: list[Any]) -> None:
@@ -167,7 +190,7 @@ def test_a_tag_goes_there_and_back(parts: list[str]) -> None:
     """What was understood is written in A1111's form, and read as the same again."""
     (tag,) = library.split_prompt("<lora:" + ":".join(["ink", *parts]) + ">")[1]
     lora = library.Lora(Path("ink.safetensors"), tag.weight, tag.text)
-    assert library.split_prompt(lora.tag)[1] == [tag._replace(unread="")]
+    assert library.split_prompt(lora.tag)[1] == [tag._replace(unread="", bad=None)]
 
 
 @pytest.mark.parametrize(("text", "expected"), [

@@ -202,6 +202,17 @@ def _(lab: Lab) -> None:
         assert len(set(texts)) > 10
 
 
+@row("enable_wildcard")
+def _(lab: Lab) -> None:
+    """Each line and each alternative by itself; else all of it as one text."""
+    folder = tiny.pictures(lab.folder / "wildcard", 1)
+    next(folder.glob("*.png")).with_suffix(".txt").write_text("a {red|blue} cat\na dog, hat\n")
+    (plain,) = lab.found(train_data_dir=str(folder)).items
+    assert plain.captions == ("a {red|blue} cat, a dog, hat",)
+    (item,) = lab.found(train_data_dir=str(folder), enable_wildcard=True).items
+    assert {*item.captions} == {"a red cat", "a blue cat", "a dog, hat"}
+
+
 @row("caption_dropout")
 def _(lab: Lab) -> None:
     """The empty text's embedding, for that share of the samples; the picture's own for the rest."""

@@ -156,6 +156,13 @@ MUTANTS = [
     # --- captions ---
     Mutant("keep-tokens-ignored", _CAPTIONS, "tags[:keep_tokens], tags[keep_tokens:]", "[], tags",
            key("keep_tokens")),
+    Mutant("separator-ignored", _CAPTIONS, "if prompt_markup.SEPARATOR in caption:", "if False:",
+           ("dataset/test_captions.py::test_kohya_s_separators_are_obeyed_and_never_learned",)),
+    Mutant("separator-learned", _CAPTIONS, "[prompt_markup.joined(text) for text in texts]",
+           "texts", ("dataset/test_captions.py::"
+                     "test_kohya_s_separators_are_obeyed_and_never_learned",)),
+    Mutant("place-of-the-trigger-learned", _CAPTIONS, "prompt_markup.placed(caption, trigger)",
+           "caption", ("dataset/test_captions.py::test_the_trigger_takes_its_place",)),
     Mutant("trigger-behind", _CAPTIONS, "(trigger.strip(), caption.strip())",
            "(caption.strip(), trigger.strip())", key("trigger_word")),
     Mutant("trigger-twice", _CAPTIONS,

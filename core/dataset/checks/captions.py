@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from core import prompt_markup, threads
+from core.dataset import captions
 from core.dataset.captions import split_tags, with_trigger
 from core.dataset.checks.findings import Finding, Level, Subject, worst_first
 from core.dataset.crops import BaseFacts
@@ -40,6 +42,7 @@ def check_captions(names: Sequence[str], pictures: Sequence[Picture], facts: Bas
     yield from check_repeated(named)
     yield from check_length(named, facts, trigger)
     yield from check_encodings(named, encodings or {})
+    yield from check_markup(named, trigger)
     if trigger:
         yield from check_trigger(named, trigger)
     yield from check_tags(named, trigger)
@@ -106,11 +109,31 @@ def is_garbled(text: str) -> bool:
         return False
 
 
+# --- what other programs mean -----------------------------------------------------------------
+
+def check_markup(named: Named, trigger: str) -> Iterator[Finding]:
+    """Finds markup of other programs, which is learned as plain text."""
+    files = {picture.caption_file: name for name, picture in named
+             if picture.caption_file is not None}
+    lines = threads.in_order(captions.lines_of, files, "captions")
+    # A tag a line is a list; of whole captions, each may be meant as one.
+    several = [Subject(files[path], {"lines": len(found)})
+               for path, found in zip(files, lines, strict=True)
+               if len(found) > 1 and all(len(split_tags(one)) > 1 or len(one.split()) > TAG_WORDS
+                                         for one in found)]
+    yield from _finding("caption_lines", "note", several)
+    yield from _finding("caption_markup", "warning", [
+        Subject(name, {"part": part}, f"checks.markup_{kind}")
+        for name, picture in named
+        for kind, part in prompt_markup.unread_in(picture.caption, trigger).items()])
+
+
 # --- trigger word -----------------------------------------------------------------------------
 
 def check_trigger(named: Named, trigger: str) -> Iterator[Finding]:
-    without = [(name, picture.caption) for name, picture in named
-               if with_trigger(picture.caption, trigger) != picture.caption]
+    placed = [(name, prompt_markup.placed(picture.caption, trigger)) for name, picture in named]
+    without = [(name, caption) for name, caption in placed
+               if with_trigger(caption, trigger) != caption]
     fused = {name: word for name, caption in without if (word := fused_with(caption, trigger))}
     yield from _finding("trigger_fused", "warning",
                         [Subject(name, {"word": word}) for name, word in fused.items()],
@@ -135,7 +158,8 @@ def check_tags(named: Named, trigger: str) -> Iterator[Finding]:
     names_of: dict[str, list[str]] = {}
     captioned = 0
     for name, picture in named:
-        tags = dict.fromkeys(tag.casefold() for tag in split_tags(picture.caption))
+        tags = dict.fromkeys(tag.casefold() for tag in split_tags(
+            prompt_markup.joined(picture.caption)))
         captioned += bool(tags)
         for tag in tags:
             names_of.setdefault(tag, []).append(name)
