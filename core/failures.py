@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 from collections.abc import Iterator
+
+# What torch, the drivers' libraries, C++ and Rust say where memory runs out.
+_OF_THE_GPU = re.compile(
+    r"\b(CUDA|HIP|MPS|XPU|cudaMalloc)\b.*\bout of memory"
+    r"|\bcu(blas|dnn|solver|sparse|fft).*[_ ]alloc|cudaErrorMemoryAllocation|hipErrorOutOfMemory"
+    r"|Invalid buffer size", re.IGNORECASE)
+_OF_THE_COMPUTER = re.compile(
+    r"\bbad[_ ]alloc|DefaultCPUAllocator|alloc_cpu\.cpp|(can't|cannot|unable to|failed to) allocate"
+    r"|(not enough|insufficient|out of) memory|paging file is too small|\(os error (12|1455)\)",
+    re.IGNORECASE)
 
 
 def ran_out(error: BaseException) -> bool:
@@ -16,8 +27,8 @@ def gpu_memory(error: BaseException) -> bool:
     """Whether this error says that the GPU's memory ran out."""
     # Where torch is not loaded, none of its errors can be there: () matches nothing.
     torch_error = getattr(sys.modules.get("torch"), "OutOfMemoryError", ())
-    return isinstance(error, torch_error) or (isinstance(error, RuntimeError) and _says(
-        error, "CUDA out of memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))
+    return isinstance(error, torch_error) or (
+        isinstance(error, RuntimeError) and bool(_OF_THE_GPU.search(one_line(error))))
 
 
 def memory(error: BaseException) -> bool:
@@ -25,7 +36,7 @@ def memory(error: BaseException) -> bool:
     # winerror 1455: the paging file is too small
     return (isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM
             or getattr(error, "winerror", 0) == 1455
-            or _says(error, "DefaultCPUAllocator", "can't allocate memory", "not enough memory"))
+            or bool(_OF_THE_COMPUTER.search(one_line(error))))
 
 
 def disk_full(error: BaseException) -> bool:

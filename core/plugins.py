@@ -20,6 +20,7 @@ from typing import Any
 
 from core import i18n
 from core.errors import UserError
+from core.failures import ran_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,8 @@ class Extension:
         try:
             return function(*args, **options)
         except (Exception, SystemExit) as error:
-            # The run itself knows what to do when memory runs out. By name, without torch.
-            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            # The run itself knows what to do when memory runs out.
+            if ran_out(error):
                 raise
             raise self.failed(error) from error
 

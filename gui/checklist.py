@@ -36,8 +36,8 @@ def items(ctx: Context, snap: Snapshot) -> list[Item]:
     answer = snap.plan_state.answer
     if steps := answer.get("updates"):
         checks.append(Item("ok", ctx.tr("will_do_steps", steps=steps)))
-    if length := answer.get("length"):
-        checks.append(Item("warn", ctx.tr(length["key"], **length["params"])))
+    checks += [Item("warn", ctx.tr(remark["key"], **remark["params"]))
+               for remark in answer.get("remarks") or ()]
     return checks
 
 

@@ -34,8 +34,8 @@ LIGHT_MODULES = (
     "core.inference.grid", "core.inference.png_info", "core.inference.trash",
     "core.lora_files.export", "core.lora_files.files", "core.lora_files.formats",
     "core.lora_files.layers", "core.lora_files.library", "core.lora_files.metadata",
-    "core.memory.advisor", "core.memory.history", "core.memory.monitor", "core.memory.plan",
-    "core.memory.plan_inputs", "core.memory.relief", "core.memory.service",
+    "core.memory.advisor", "core.memory.course", "core.memory.history", "core.memory.monitor",
+    "core.memory.plan", "core.memory.plan_inputs", "core.memory.relief", "core.memory.service",
     "core.memory.troubleshooting", "core.training.callbacks", "core.weights.scaled_weights")
 LANGUAGES = ("en", "zh-CN")
 STRINGS = ROOT / "core" / "strings"

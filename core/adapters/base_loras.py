@@ -11,11 +11,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core import families
-from core.config import TrainConfig, resolve
+from core.config import TrainConfig
 from core.errors import Fix, UserError
 from core.families.registry import SPECS
 from core.hashes import data_hash
@@ -37,16 +36,6 @@ def loras_of(config: TrainConfig) -> list[Lora]:
     """The files of `base_loras`. Raises UserError for one that isn't there, with the nearest
     names."""
     return [find_lora(*parse_lora(text, WEIGHT)) for text in config.base_loras]
-
-
-def located(config: TrainConfig, folder: Path | None) -> TrainConfig:
-    """The config with the files that lie in `folder` by their full path."""
-    texts = []
-    for text in config.base_loras:
-        name, weight = parse_lora(text, WEIGHT)
-        path = resolve(name, folder)
-        texts.append(f"{path}:{weight:g}" if path.exists() else text)
-    return config if texts == config.base_loras else config.with_changes(base_loras=texts)
 
 
 def check(config: TrainConfig, family: str) -> None:

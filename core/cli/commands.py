@@ -22,7 +22,6 @@ from core.cli.console import FAILED, FINE, INTERRUPTED, add_argument, add_comman
 from core.errors import UserError
 
 if TYPE_CHECKING:
-    from core.config import TrainConfig
     from core.config.draw import DrawConfig
     from core.jobs.control import Control
     from core.jobs.events import Event
@@ -110,9 +109,10 @@ class _HelpWithKeys(argparse.Action):
 
 def demo_command(options: argparse.Namespace) -> int:
     from core.demo.run import run_demo
-    with console.job_terminal() as (terminal, control):
-        result = run_demo(options.out.expanduser().absolute(), terminal, control)
-    return _finish(result, control, options)
+    with console.unwatched():
+        with console.job_terminal() as (terminal, control):
+            result = run_demo(options.out.expanduser().absolute(), terminal, control)
+        return _finish(result, control, options)
 
 
 def train_command(options: argparse.Namespace) -> int:
@@ -133,7 +133,8 @@ def train_command(options: argparse.Namespace) -> int:
     if path and path.suffix.lower() in importers.FOREIGN:
         # what another trainer's config says and is not taken over, line by line
         print("\n".join(importers.report_lines(importers.read(path))), file=sys.stderr)
-    config = found_beside(config, path.parent if path else Path.cwd())
+    if path:
+        config = importers.located(config, path.parent)
     return console.run_job("train", config, config.name, options, _finish)
 
 
@@ -173,25 +174,6 @@ def overrides(pairs: Sequence[str]) -> dict[str, str]:
             raise UserError("commands.bad_set", given=pair)
         values[key.strip()] = value
     return values
-
-
-def found_beside(config: TrainConfig, folder: Path) -> TrainConfig:
-    """Paths that lie beside the YAML and not in the working folder, made absolute."""
-    from core.adapters import base_loras
-    from core.config import COMPANIONS, resolve
-    from core.importers import located
-
-    def absolute(path: str) -> str:
-        beside = resolve(path, folder)
-        changed = path and beside.exists() and beside != resolve(path, None)
-        return str(beside) if changed else path
-    before = {key: getattr(config, key) for key in (
-        "train_data_dir", "metadata_path", "base_model", "init_lora_weights", *COMPANIONS)}
-    after = {key: [absolute(path) for path in value] if isinstance(value, list) else absolute(value)
-             for key, value in before.items()}
-    changes = {key: value for key, value in after.items() if value != before[key]}
-    return base_loras.located(
-        located(config.with_changes(**changes) if changes else config, folder), folder)
 
 
 # --- pictures and files ---

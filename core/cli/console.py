@@ -15,7 +15,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from core import i18n, paths
 from core.errors import UserError
@@ -126,9 +126,12 @@ def guarded(call: Callable[[], int], argv: Sequence[str],
             code, exit_code = "commands.unexpected", FAILED
             sentence = tr("unexpected", reason=f"{type(error).__name__}: {error}")
         tell(sentence)
-        if "--debug" in argv or os.environ.get("DARKROOM_DEBUG") == "1":
-            traceback.print_exc()
-        print(sentence, file=sys.stderr)
+        # a log on a full disk: the exit code still says what was wrong
+        with contextlib.suppress(OSError):
+            if "--debug" in argv or os.environ.get("DARKROOM_DEBUG") == "1":
+                traceback.print_exc()
+            print(sentence, file=sys.stderr)
+        _settle(sys.stderr)
         if "--json" in argv:
             print_json({"ok": False, "fault": code, "message": sentence})
         return exit_code
@@ -143,11 +146,17 @@ def run_job(job: str, config: Any, name: str, options: argparse.Namespace, finis
     from core.config import dump_yaml
     from core.jobs import runs, worker
     folder = runs.create_run(job, dump_yaml(config), name, resumed_from=resumed_from, queued=False)
-    with job_terminal() as (terminal, control):
-        end = worker.run_job(job, config, folder, control, terminal)
-    result = {"run": folder.name, "state": end.state, **end.result}
-    if end.state != "failed":
-        return finish(result, control, options)
+    with unwatched():
+        with job_terminal() as (terminal, control):
+            end = worker.run_job(job, config, folder, control, terminal)
+        result = {"run": folder.name, "state": end.state, **end.result}
+        if end.state != "failed":
+            return finish(result, control, options)
+        return _failed(terminal, result, options)
+
+
+def _failed(terminal: Terminal, result: Mapping[str, Any], options: argparse.Namespace) -> int:
+    """Tells why a job failed and returns the exit code."""
     fault = terminal.fault
     code, params = (fault.code, fault.params) if fault else ("commands.unexpected", {})
     if fault and ("debug" in options or os.environ.get("DARKROOM_DEBUG") == "1"):
@@ -158,6 +167,34 @@ def run_job(job: str, config: Any, name: str, options: argparse.Namespace, finis
         print_json({"ok": False, **result, "fault": code, "message": sentence})
     # What a user can mend before the first step is bad input; all else is a run that failed.
     return FAILED if terminal.stepped or code.startswith(("jobs.", "commands.")) else BAD_INPUT
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Around a job and its answer: it has the exit code of its own work, also where nobody reads
+    what it writes any more, the terminal has closed, or the log's disk is full."""
+    from core.cli.progress import Steady
+    streams = sys.stdout, sys.stderr
+    steady: Any = [Steady(stream) for stream in streams]
+    sys.stdout, sys.stderr = steady
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        for stream in streams:
+            _settle(stream)
+
+
+def _settle(stream: TextIO | None) -> None:
+    """Drops what a stream can't take any more: Python would try once more when it exits, and make
+    an exit code of that."""
+    if stream is None:
+        return
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextlib.contextmanager

@@ -95,11 +95,11 @@ def _yaml_value(value: Any) -> str:
 # --- plan ---
 
 def plan_command(options: argparse.Namespace) -> int:
-    from core.cli.commands import found_beside, overrides
-    from core.importers import load_train_config
-    from core.memory import advisor, plan, plan_inputs
-    config = found_beside(load_train_config(options.config, overrides(options.set)),
-                          options.config.parent)
+    from core.cli.commands import overrides
+    from core.importers import load_train_config, located
+    from core.memory import advisor, course, plan, plan_inputs
+    config = located(load_train_config(options.config, overrides(options.set)),
+                     options.config.parent)
     if not config.base_model:
         raise UserError("engine.key_missing", key="base_model")
     base = plan_inputs.base_of(config.base_model, config.family)
@@ -111,12 +111,13 @@ def plan_command(options: argparse.Namespace) -> int:
         verdict = planned.verdict()
         nearest = None if verdict == "fits" else advisor.nearest_fit(
             config, base, machine, planner)
-    length = advisor.length(config, pictures.repeats) if pictures else None
+    remarks = [reason.text() for reason in course.remarks(
+        config, pictures.repeats, pictures.captions)] if pictures else []
     answer(options, {"ok": verdict != "too_big", **plan.as_dict(planned), "verdict": verdict,
-                     "length": length and length.text(), "lacking": advisor.lacking(planned),
+                     "remarks": remarks, "lacking": advisor.lacking(planned),
                      "nearest": nearest and {"changes": nearest[0],
                                              "needs_mb": round(nearest[1].needs_mb, 1)}},
-           [*_report(planned, verdict, nearest), *([length.text()] if length else [])])
+           [*_report(planned, verdict, nearest), *remarks])
     return FAILED if verdict == "too_big" else FINE
 
 

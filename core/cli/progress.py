@@ -82,20 +82,25 @@ class Terminal:
 
 class Steady:
     """A text file whose errors are ignored: a pipe that nobody reads any more, a terminal that
-    closed, a log on a full disk must not end the run."""
+    closed, a log on a full disk, no file at all must not end the run."""
 
-    def __init__(self, file: TextIO) -> None:
+    def __init__(self, file: TextIO | None) -> None:
         self.file = file
 
     def write(self, text: str) -> int:
-        # ValueError: the file is closed
-        with contextlib.suppress(OSError, ValueError):
-            self.file.write(text)
+        # AttributeError: there is none (`2>&-`); ValueError: it is closed
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.file.write(text)           # type: ignore[union-attr]
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self.file.flush()
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.file.flush()               # type: ignore[union-attr]
+
+    def isatty(self) -> bool:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return self.file.isatty()       # type: ignore[union-attr]
+        return False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)

@@ -3,6 +3,7 @@
 from core.config.flat_yaml import dump_yaml, parse_train_config, read_train_config, resolve
 from core.config.schema import (
     COMPANIONS,
+    INPUTS,
     OPTIMIZERS,
     PRODUCTS,
     AdapterKind,
@@ -11,6 +12,6 @@ from core.config.schema import (
     size_of,
 )
 
-__all__ = ["COMPANIONS", "OPTIMIZERS", "PRODUCTS", "AdapterKind", "GenerateConfig",
+__all__ = ["COMPANIONS", "INPUTS", "OPTIMIZERS", "PRODUCTS", "AdapterKind", "GenerateConfig",
            "TrainConfig", "dump_yaml", "parse_train_config", "read_train_config", "resolve",
            "size_of"]

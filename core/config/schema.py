@@ -315,7 +315,7 @@ class TrainConfig(BaseModel):
     @property
     def name(self) -> str:
         """The LoRA's file name without suffix."""
-        return self.output_name or Path(self.output_dir).name or "lora"
+        return lora_name(self.output_name, self.output_dir)
 
     @property
     def alpha(self) -> float:
@@ -335,7 +335,17 @@ class TrainConfig(BaseModel):
         return type(self).model_validate(self.model_dump() | changes)
 
 
+def lora_name(output_name: str, output_dir: str) -> str:
+    """The name that a run wants for its LoRA: its own, else its output folder's as far as every
+    system can have such a file."""
+    folder = paths.BAD_CHARACTERS.sub("_", Path(output_dir).name).strip(" .")
+    return output_name or (folder if paths.is_file_name(folder) else "lora")
+
+
 COMPANIONS = ("vae", "text_encoders", "tokenizer")      # keys that name files of the base
+# keys that name what is there already
+INPUTS = ("train_data_dir", "metadata_path", "reg_data_dir", "base_model", "init_lora_weights",
+          "resume", *COMPANIONS)
 
 
 class GenerateConfig(BaseModel):

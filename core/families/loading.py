@@ -21,6 +21,7 @@ from torch import nn
 from core import i18n, paths
 from core.config import schema
 from core.errors import UserError
+from core.failures import ran_out
 from core.families.base import Family
 from core.families.checkpoint_keys import Convert, Tensors, unchanged
 from core.families.components import lookup
@@ -173,7 +174,7 @@ def as_user_error(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)):
+        if isinstance(error, UserError) or ran_out(error):
             raise
         pickles = [p for p in path.glob("*/*") if p.suffix in PICKLES] if path.is_dir() else []
         # The library looked for .safetensors in vain: the folder has pickles in their place.

@@ -11,11 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from core import i18n, plugins
-from core.config import TrainConfig, dump_yaml, parse_train_config, read_train_config
+from core.config import (
+    INPUTS,
+    TrainConfig,
+    dump_yaml,
+    parse_train_config,
+    read_train_config,
+    resolve,
+)
 from core.errors import UserError
 from core.importers import kohya, lines, onetrainer
 from core.importers.reader import Imported, Reader
 from core.lora_files.files import read_config
+from core.lora_files.library import parse_lora
 
 FOREIGN = (".toml", ".json")                # suffixes of other trainers' configs
 EXTENSIONS = ("picture_processors", "callbacks", "optimizer", "adapter", "family")
@@ -84,22 +92,37 @@ def named_in(config: TrainConfig) -> list[tuple[str, str]]:
     return extensions
 
 
-def located(config: TrainConfig, folder: Path | None) -> TrainConfig:
-    """The config with the files that lie in `folder` by their full path, so that it means the
-    same from everywhere."""
+def located(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The config with all that lies in `folder`, the YAML's own, by its full path, so that it means
+    the same from everywhere: pictures, models, LoRAs, a checkpoint, the user's own code."""
     changes: dict[str, Any] = {}
-    for key in EXTENSIONS:
-        value = getattr(config, key)
-        new = _beside(value, folder) if isinstance(value, str) else [
-            _beside(name, folder) for name in value]
-        if new != value:
-            changes[key] = new
+    for keys, absolute in ((EXTENSIONS, _code), (INPUTS, _path), (("base_loras",), _lora)):
+        for key in keys:
+            value = getattr(config, key)
+            new = ([absolute(name, folder) for name in value] if isinstance(value, list)
+                   else absolute(value, folder) if isinstance(value, str) else value)
+            if new != value:
+                changes[key] = new
     return config.with_changes(**changes) if changes else config
 
 
-def _beside(name: str, folder: Path | None) -> str:
+def _code(name: str, folder: Path) -> str:
     module, colon, item = name.rpartition(":")
-    if not colon or folder is None or "\0" in module:
+    if not colon or "\0" in module:
         return name
     path = folder / (module if module.endswith(".py") else f"{module.replace('.', '/')}.py")
     return f"{path.absolute()}:{item}" if path.is_file() else name
+
+
+def _path(name: str, folder: Path) -> str:
+    # `demo` and a family's name are no files, nor is the number of a session
+    if not name or name == "demo" or name.isdigit() or "\0" in name:
+        return name
+    near = resolve(name, folder)
+    return str(near) if near.exists() and near != resolve(name, None) else name
+
+
+def _lora(text: str, folder: Path) -> str:
+    name, weight = parse_lora(text, 1.0)
+    path = resolve(name, folder)
+    return f"{path}:{weight:g}" if path.exists() else text

@@ -20,6 +20,7 @@ from core.adapters import from_file, lora
 from core.config import GenerateConfig, size_of
 from core.dataset.text_embeddings import reading_of, trimmed, unread, unused_of
 from core.errors import UserError
+from core.failures import ran_out
 from core.families import distilled, schedulers
 from core.families.base import ALL_PARTS, Family, Objective, Parts
 from core.families.common import UNetFamily
@@ -288,7 +289,7 @@ def load_adapter(pipeline: Any, path: Path, name: str, family: str = "") -> str:
                 pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name,
                                            local_files_only=True)
     except Exception as error:              # its key parsers raise nearly anything
-        if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        if ran_out(error):
             raise
         reason = (str(error).strip().splitlines() or ["?"])[0][:200]
         raise UserError("generate.lora_refused", file=path, keys=len(keys),

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -26,6 +27,7 @@ from pydantic import TypeAdapter
 from core import i18n, paths
 from core.config.flat_yaml import read_flat_yaml
 from core.errors import UserError
+from core.failures import one_line
 from core.jobs import events
 from core.jobs.control import Request
 from core.jobs.events import Checkpoint, Event, Faulted, Note, Sample, Step
@@ -163,6 +165,8 @@ def _longer(series: tuple[Point, ...], step: int, value: float | None) -> tuple[
     """The series with one more point; a value that is no number is left out."""
     if value is None or not math.isfinite(value):
         return series
+    if series and series[-1][0] >= step:            # the run went back to an earlier state
+        series = tuple(point for point in series if point[0] < step)
     longer = (*series, (step, value))
     return longer if len(longer) <= 2 * POINTS else thinned(longer, POINTS)
 
@@ -177,16 +181,22 @@ def _output_dir(cwd: str, config: dict[str, Any]) -> str:
 def create_run(job: str, config: str, name: str, *, resumed_from: str = "", cwd: str = "",
                queued: bool = True) -> Path:
     """Makes a run's folder and returns it. `queued` False: this process is about to run it itself
-    (worker.run_job). `config` is YAML, `cwd` where its relative paths start."""
+    (worker.run_job). `config` is YAML, `cwd` where its relative paths start. Raises UserError
+    `jobs.no_record` where our folder takes nothing."""
     folder = paths.runs_dir() / new_run_id(name)
-    folder.mkdir(parents=True)
-    paths.write_atomic(folder / CONFIG, config)
-    if not queued:
-        claim(folder)
-    facts = {"job": job, "name": name, "created": time.time(), "resumed_from": resumed_from,
-             "cwd": cwd or os.getcwd()}
-    # last, as from now on others see the run
-    paths.write_atomic(folder / RUN, json.dumps(facts, ensure_ascii=False))
+    try:
+        folder.mkdir(parents=True)
+        paths.write_atomic(folder / CONFIG, config)
+        if not queued:
+            claim(folder)
+        facts = {"job": job, "name": name, "created": time.time(), "resumed_from": resumed_from,
+                 "cwd": cwd or os.getcwd()}
+        # last, as from now on others see the run
+        paths.write_atomic(folder / RUN, json.dumps(facts, ensure_ascii=False))
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError("jobs.no_record", folder=paths.data_dir(),
+                        reason=one_line(error)) from error
     return folder
 
 
@@ -216,8 +226,9 @@ def send(view: JobView, request: Request) -> None:
 def resume_of(folder: Path, resume: bool | str) -> bool | str:
     """The value of the key `resume` that goes on with this run and no other of its name.
 
-    That is the number of its session, or True where its journal names none. `resume` is the run's
-    own value: if that is the folder of one checkpoint, and none was saved since, it stays.
+    That is the number of its session. `resume` is the run's own value, which stays where it had no
+    session yet, and so nothing to go on from; and where it is the folder of one checkpoint, and
+    none was saved since.
     """
     happened = tail(folder, 0)[0]
     if isinstance(resume, str) and not resume.isdigit() and not any(
@@ -225,7 +236,7 @@ def resume_of(folder: Path, resume: bool | str) -> bool | str:
         return resume
     sessions = [event.params["session"] for event in happened
                 if isinstance(event, Note) and "session" in event.params]
-    return str(sessions[-1]) if sessions else True
+    return str(sessions[-1]) if sessions else resume
 
 
 def log_tail(run_id: str, lines: int = 200) -> str:

@@ -216,7 +216,9 @@ def main(preload: Sequence[str] = ()) -> int:
         # not from the handler itself: the main thread may hold Control's lock right now
         threading.Thread(target=control.ask, args=("stop",), daemon=True).start()
 
-    signal.signal(signal.SIGTERM, on_terminate)
+    for name in ("SIGTERM", "SIGHUP"):                      # Windows has no SIGHUP
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), on_terminate)
     facts = from_json((folder / RUN).read_text("utf-8"))
     # relative paths mean what they meant where the run was started
     with contextlib.suppress(OSError):

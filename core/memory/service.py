@@ -1,8 +1,8 @@
 """The planning process: one JSON question a line on stdin, one JSON answer a line on stdout.
 
 A question: {"config": {TrainConfig}, "purpose", "language", "suggest": bool}. Its answer: {"plan",
-"verdict", "lacking", "nearest", "suggestion", "pictures", "updates", "length" (a sentence about
-too few or too many updates)}, as far as each is known; "remedies" alone where the question has a
+"verdict", "lacking", "nearest", "suggestion", "pictures", "updates", "remarks" (sentences
+of core/memory/course.py)}, as far as each is known; "remedies" alone where the question has a
 "symptom" (core/memory/troubleshooting.py); {"fault": {"code", "params"}} where it can't be
 answered. {"sizes": base} asks for a base's native side and step alone.
 
@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from core import families
 from core.config import TrainConfig
 from core.errors import UserError
 from core.families.detection import Base
-from core.memory import advisor, plan, plan_inputs, relief, troubleshooting
+from core.memory import advisor, course, plan, plan_inputs, relief, troubleshooting
 from core.system import processes
 
 LONGEST_S = 300.0                       # until a base's sizes are known, on a slow disk
@@ -97,9 +96,9 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     reply |= {"plan": plan.as_dict(planned), "verdict": verdict,
               "lacking": advisor.lacking(planned)}
     if pictures:
-        reply["updates"] = updates(config, pictures)
-        if reason := advisor.length(config, pictures.repeats):
-            reply["length"] = asdict(reason)
+        reply["updates"] = course.updates(config, pictures.repeats)
+        reply["remarks"] = [asdict(reason) for reason in course.remarks(
+            config, pictures.repeats, pictures.captions)]
     if verdict != "fits":
         nearest = advisor.nearest_fit(config, base, machine, planner)
         reply["nearest"] = nearest and {"changes": nearest[0],
@@ -116,17 +115,6 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
                                      planner)
         reply["suggestion"] = advisor.as_dict(suggestion, question.get("language"))
     return reply
-
-
-def updates(config: TrainConfig, pictures: plan_inputs.Pictures) -> int:
-    """Optimizer steps of the run, up to buckets that don't fill their last batch."""
-    if config.max_train_steps:
-        return config.max_train_steps
-    samples = sum(pictures.repeats)
-    if config.regularized:
-        samples += round(samples * config.reg_share / (1 - config.reg_share))
-    batches = ceil(samples / config.batch_size)
-    return config.epochs * ceil(batches / config.gradient_accumulation_steps)
 
 
 def main(_: Sequence[str] = ()) -> int:

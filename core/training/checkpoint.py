@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import glob
 import json
+import math
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ import safetensors.torch
 from torch import Tensor
 
 from core import paths
+from core.config.schema import lora_name
 from core.errors import UserError
 from core.serialization import from_json, json_object
 
@@ -52,6 +54,9 @@ class Position:
     place: dict[str, Any] | None = None  # sampler.Place in the data; None: of older versions
     start: dict[str, Any] | None = None  # the Place where these settings began
     order: str = ""                      # digest of all that decides the order from there on
+    starts: int = 0                      # how often the run had gone on before
+    objective: str = ""                  # what the base predicts; empty: of older versions
+    rate: float | None = None            # learning rate of the next update, as it was planned
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,18 +123,46 @@ def find(outputs: Iterable[Path], name: str, session: str = "") -> list[Path]:
     """The checkpoints called `name`, and those called `name-2` ... whose run wanted to be called
     `name` and found it taken; or, whatever they are called, those of a session. Newest first."""
     like_it = re.compile(rf"{re.escape(name)}(-\d+)?")
-    dated = []
+    found = []
     for path in (path for output in outputs for path in (output / FOLDER).glob("*")):
         m = _NAME.match(path.name)
         if m and (path / STATE).is_file() and (session or like_it.fullmatch(m["name"])):
             facts = position_of(path)
             config = facts.get("config")
             config = config if isinstance(config, dict) else {}
-            # A run without a name of its own is called as its output folder.
-            asked = str(config.get("output_name") or Path(str(config.get("output_dir", ""))).name)
+            asked = lora_name(str(config.get("output_name", "")),
+                              str(config.get("output_dir", "")))
             if facts.get("session") == session if session else name in (m["name"], asked):
-                dated.append((path.stat().st_mtime_ns, path))
-    return [path for _, path in sorted(dated, reverse=True)]
+                found.append(path)
+    return sorted(found, key=_age, reverse=True)
+
+
+def _age(path: Path) -> tuple[float, int, int]:
+    """Orders checkpoints by what they say of themselves: when their run began, how often it had
+    gone on, and the step. Folders' times change when they are copied or a clock is set back."""
+    facts, step = position_of(path), int(path.name.rpartition("-")[2])
+    try:
+        return float(facts["started"]), int(facts.get("starts", 0)), step
+    except (KeyError, TypeError, ValueError):
+        return math.inf, 0, step            # a torn one is tried first, and told
+
+
+def starts_of(folder: Path) -> int:
+    """How often a checkpoint's run had gone on before it."""
+    return _age(folder)[1]
+
+
+def newest_first(own: list[Path], torn: list[Path]) -> list[Path]:
+    """A run's checkpoints, and by their steps those that don't say any more what they are."""
+    latest = max(map(starts_of, own))
+    return sorted([*own, *torn], reverse=True, key=lambda path: (
+        latest if path in torn else starts_of(path), _age(path)[2]))
+
+
+def is_called(folder: Path, name: str) -> bool:
+    """Whether a checkpoint's folder has the name of this LoRA."""
+    m = _NAME.match(folder.name)
+    return m is not None and m["name"] == name
 
 
 def position_of(folder: Path) -> dict[str, Any]:
@@ -176,11 +209,11 @@ def prune(output: Path, name: str, session: str, keep: int, spare: set[int]) -> 
     0 keeps all."""
     if not keep:
         return
-    # Newest by the clock: a run that went back has higher steps that are older.
-    dated = [(path.stat().st_mtime_ns, step, path) for step in steps_of(output, name)
-             if session_of(path := folder_of(output, name, step)) == session]
-    for _, step, path in sorted(dated)[:-keep]:
-        if step not in spare:
+    # A run that went back has higher steps that are older.
+    own = [path for step in steps_of(output, name)
+           if session_of(path := folder_of(output, name, step)) == session]
+    for path in sorted(own, key=_age)[:-keep]:
+        if _age(path)[2] not in spare:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -200,3 +233,9 @@ def previews_of(output: Path, name: str) -> Iterator[Path]:
     form = re.compile(rf"{re.escape(name)}-\d{{6,}}-\d+(-\d+)?")
     return (path for path in (output / "samples").glob(f"{glob.escape(name)}-*.png")
             if form.fullmatch(path.stem))
+
+
+def step_of(preview: Path) -> int:
+    """The step at which a preview was drawn."""
+    found = re.fullmatch(r".+-(\d{6,})-\d+(-\d+)?", preview.stem)
+    return int(found[1]) if found else 0

@@ -68,7 +68,8 @@ class OutputWriter:
         self.last: Path | None = None
         self.best_loss: float | None = None
         self.best_step: int | None = None
-        self.before_s, self._since = 0.0, began     # s that earlier runs trained; Unix time
+        self.before_s, self._since = 0.0, began     # s that earlier starts trained; Unix time
+        self.starts = 0                             # how many earlier starts there were
         self._base = _BaseHash(trainer.family, trainer.parts.source)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Path] | None = None
@@ -84,7 +85,14 @@ class OutputWriter:
         self.best_loss, self.best_step = position.best_loss, position.best_step
         self.began, self.before_s = position.started, position.seconds
         self._since = time.time()
+        # More than any of its checkpoints has, also where it goes back to an older one.
+        self.starts = 1 + max(map(checkpoint.starts_of, self.output.checkpoints(
+            self.output.session)), default=0)
         return position.update
+
+    def seconds(self) -> float:
+        """How long the run has trained, its earlier starts included."""
+        return self.before_s + time.time() - self._since
 
     def remember(self, step: int, validation: float) -> None:
         """Remembers the step with the lowest validation loss."""
@@ -101,10 +109,12 @@ class OutputWriter:
         position = Position(
             update=step, name=self.output.name, config=self.config.model_dump(mode="json"),
             session=self.output.session, started=self.began,
-            seconds=self.before_s + time.time() - self._since,
+            seconds=self.seconds(),
             best_loss=self.best_loss, best_step=self.best_step, scaler=state.scaler,
             lowered=state.lowered, samples=sampler.samples_per_epoch,
             place=asdict(sampler.place(step)), start=asdict(sampler.start), order=sampler.order,
+            starts=self.starts, objective=self.trainer.parts.objective,
+            rate=self.trainer.planned_rate(step),
             base_loras=self.trainer.base_loras.labels, base=self._base.parts)
         if last:
             self._saved(self.output.somewhere(
@@ -238,10 +248,12 @@ class OutputWriter:
         if trainer.parts.objective == "epsilon":
             architecture = OF_EPSILON.get(architecture, architecture)
         denoiser = self._base.parts.get("denoiser")
-        native = trainer.parts.native_size
+        native, epoch = trainer.parts.native_size, int(sampler.epoch_of(step))
+        # A run that went on under a shorter plan has done more than it plans.
+        planned = max(trainer.total, step)
         return TrainFacts(
             config=config.with_changes(output_name=name), config_text=metadata.shared_yaml(config),
-            description=f"LoRA Darkroom {__version__}", thumbnail=self._thumbnail(),
+            description=f"LoRA Darkroom {__version__}", thumbnail=self._thumbnail(step),
             base_version=spec.base_version, architecture=architecture,
             implementation=spec.implementation, prediction_type=trainer.parts.objective,
             base_name=trainer.parts.source.name, base_sha256=self._base.sha256(),
@@ -253,9 +265,9 @@ class OutputWriter:
             clip_skip=config.clip_skip if spec.skips else None,
             max_token_length=config.max_tokens if spec.chunked and config.max_tokens > 75 else None,
             session_id=self.output.session, started_at=self.began, finished_at=time.time(),
-            batches_per_epoch=sampler.batches_per_epoch, planned_steps=trainer.total,
-            planned_epochs=-(-trainer.total // sampler.updates_per_epoch),
-            epoch=int(sampler.epoch_of(step)), step=step,
+            batches_per_epoch=sampler.batches_per_epoch, planned_steps=planned,
+            planned_epochs=max(-(-planned // sampler.updates_per_epoch), epoch),
+            epoch=epoch, step=step,
             optimizer=optimizers.describe(trainer.optimizer),
             mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(
                 trainer.precision.compute, "no"),
@@ -263,14 +275,15 @@ class OutputWriter:
             | base_loras.metadata(trainer.base_loras.labels)
             | lookup.metadata(trainer.parts.beside))
 
-    def _thumbnail(self) -> bytes:
-        """WebP of the newest preview of this run, else with `metadata: full` of the first training
-        picture; empty where there is none that can be read."""
+    def _thumbnail(self, step: int) -> bytes:
+        """WebP of the newest preview of this run up to this step, else with `metadata: full` of the
+        first training picture; empty where there is none that can be read."""
         try:
             # A run of the same name that was killed before its first checkpoint left pictures, too.
             previews = [(drawn_at, path) for path in checkpoint.previews_of(
                 self.output.folder, self.output.name)
-                if (drawn_at := path.stat().st_mtime) > self.began - CLOCKS_S]
+                if (drawn_at := path.stat().st_mtime) > self.began - CLOCKS_S
+                and checkpoint.step_of(path) <= step]
             if not previews and self.config.metadata == "public":
                 return b""
             path = max(previews)[1] if previews else self.trainer.examples.items[0].picture.path
@@ -312,15 +325,22 @@ def _is_same_lora(fresh: Path, path: Path) -> bool:
         return False
 
 
+def fingerprints(family: Family, source: Path) -> dict[str, str]:
+    """Fingerprints of the base's parts; of none that can't be read."""
+    parts = dict[str, str]()
+    with contextlib.suppress(OSError):
+        for part in PARTS:
+            parts[part] = fingerprint(family.weight_files(source, part))
+    return parts
+
+
 class _BaseHash:
     """Fingerprints of the base's parts, and the hashes of a single file. Those are computed in a
     thread beside the training, since gigabytes take seconds."""
 
     def __init__(self, family: Family, source: Path) -> None:
-        self._sha256, self.short, self.parts = "", "", dict[str, str]()
-        with contextlib.suppress(OSError):
-            for part in PARTS:
-                self.parts[part] = fingerprint(family.weight_files(source, part))
+        self._sha256 = self.short = ""
+        self.parts = fingerprints(family, source)
 
         def compute() -> None:
             # A base that is gone by now: the LoRA can do without.

@@ -8,6 +8,7 @@ runs that start at once each gets a name of its own; a claim that a dead process
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import platform
@@ -48,13 +49,30 @@ class Output:
     """
 
     def __init__(self, folder: Path, config: TrainConfig, emit: Callable[[Event], None]) -> None:
-        self.folder, self.spare = folder, spare_of(folder)
+        self.folder = folder
+        self._rescued = paths.data_dir() / "rescued"
+        self._mark = f"{folder.name[:40]}-{key(str(folder))[:8]}"
         self.config, self.emit = config, emit
         self.session = _new_session()
         self.name = ""
         self._claims: dict[Path, str] = {}          # file -> what we wrote into it
 
+    @property
+    def spare(self) -> Path:
+        """The folder for this run's last state where its own takes nothing any more."""
+        return self._rescued / f"{self._mark}-{self.session}"
+
+    def _folders(self) -> list[Path]:
+        """Where files of this folder's runs may lie: there, and in the runs' spare folders."""
+        return [self.folder, *self._rescued.glob(f"{glob.escape(self._mark)}*/")]
+
     def __enter__(self) -> Self:
+        # What killed runs were writing is cleared away first.
+        for name in {name for folder in self._folders()
+                     for name in checkpoint.half_written(folder)}:
+            if self.take(name):
+                self._sweep(name)
+                self._release(*self._claims.popitem())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -95,18 +113,18 @@ class Output:
 
     def take(self, name: str) -> bool:
         """Claims the name until the end of the run; False where a living process has it."""
-        for folder in (self.folder, self.spare):
-            path = folder / f".{name}.taken"
+        spare = self._rescued / f".{key(str(self.folder), name)[:20]}.taken"
+        for path in (self.folder / f".{name}.taken", spare):
             if path in self._claims:
                 return True
             try:
                 content = _claim(path)
             except OSError as error:
-                if folder == self.folder:
+                if path != spare:
                     reason = one_line(error)
                     continue
                 raise self._cant_save(reason) from None
-            if content and folder == self.spare and not self._claims:
+            if content and path == spare and not self._claims:
                 self.emit(Note(key="engine.output_elsewhere", params={
                     "folder": str(self.folder), "spare": str(self.spare), "reason": reason}))
             if content:
@@ -132,31 +150,23 @@ class Output:
     def checkpoints(self, session: str = "") -> list[Path]:
         """The checkpoints of this run's earlier starts, newest first: those whose config asked for
         this name, or those of a session."""
-        folders = (self.folder, self.spare)
-        # What killed runs were writing is cleared away before.
-        for name in {name for folder in folders for name in checkpoint.half_written(folder)}:
-            held = len(self._claims)
-            if self.take(name):
-                self._sweep(name)
-                if len(self._claims) > held:
-                    self._release(*self._claims.popitem())
-        return checkpoint.find(folders, self.config.name, session)
+        return checkpoint.find(self._folders(), self.config.name, session)
 
     def go_on_as(self, name: str, session: str) -> None:
         """Takes the name of an earlier start, or the next free one where others' checkpoints have
         that name by now. Raises UserError where that run is still going on."""
+        self.session = session
         if not self.take(name):
             raise UserError("engine.still_going", name=name, file=self.folder / f".{name}.taken")
-        self.session = session
         sessions = {checkpoint.session_of(checkpoint.folder_of(folder, name, step))
-                    for folder in (self.folder, self.spare)
+                    for folder in self._folders()
                     for step in checkpoint.steps_of(folder, name)} - {None}
         self.rename(name if sessions == {session} else "")
 
     def _sweep(self, name: str) -> None:
         """Deletes what a killed run of this name was writing; the name must be claimed."""
         half = re.compile(rf"\.{re.escape(name)}\.[^.]+\.tmp")
-        for folder in (self.folder, self.spare):
+        for folder in self._folders():
             checkpoint.sweep(folder, name)
             for path in folder.glob(".*.tmp"):
                 if half.fullmatch(path.name) and path.is_dir():
@@ -168,7 +178,7 @@ class Output:
             checkpoint.steps_of(folder, name)
             or textual_inversion.beside(folder / f"{name}.safetensors").exists()
             or any(os.path.lexists(folder / file_name(name, format_)) for format_ in formats)
-            for folder in (self.folder, self.spare))
+            for folder in self._folders())
 
     def _cant_save(self, reason: str) -> UserError:
         elsewhere = str(Path.home() / self.folder.name)
@@ -179,11 +189,6 @@ class Output:
 
 def _new_session() -> str:
     return str(uuid.uuid4().int % 10**10)
-
-
-def spare_of(output: Path) -> Path:
-    """The folder for a run's last state where its own takes nothing any more."""
-    return paths.data_dir() / "rescued" / f"{output.name}-{key(str(output))[:8]}"
 
 
 def _claim(path: Path) -> str:

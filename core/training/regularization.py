@@ -30,11 +30,12 @@ from core.weights.precision import Precision, free_memory
 
 
 def add(config: TrainConfig, examples: Examples, family: Family, parts: Parts,
-        precision: Precision, beside: Path | None, emit: Callable[[Event], None],
-        control: Control) -> None:
+        precision: Precision, emit: Callable[[Event], None], control: Control) -> None:
     """Adds regularisation pictures to `examples`, after drawing those that are missing. Raises
     UserError where a folder won't do, and Stopped."""
-    folders = [resolve(config.reg_data_dir, beside)] if config.reg_data_dir else []
+    folders = [resolve(config.reg_data_dir, None)] if config.reg_data_dir else []
+    if folders and not folders[0].is_dir():
+        raise UserError("engine.no_regular_folder", folder=folders[0])
     if config.reg_from_base:
         requests = shots(config, examples, family.spec.cfg, parts.distilled)
         folders.append(draw(config, requests, family, parts, precision, emit, control))

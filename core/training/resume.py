@@ -7,15 +7,18 @@ first.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from core.adapters import base_loras
 from core.config import TrainConfig
 from core.dataset.sampler import Place
-from core.errors import UserError
-from core.families.base import PARTS
+from core.errors import Fix, UserError
 from core.jobs.events import Event, Note
 from core.optim import optimizers
 from core.training import checkpoint, fallbacks
@@ -25,8 +28,16 @@ from core.training.output_names import Output
 if TYPE_CHECKING:
     from core.training.trainer import Trainer
 
+Changes = dict[str, tuple[Any, Any]]        # config key -> in the checkpoint, here
+NOTICEABLE = 0.1                            # of the full learning rate: a jump worth a note
+# Keys that decide which tensors there are and what they mean: others make another LoRA.
+REFUSED = ("adapter", "lora_rank", "lora_alpha", "target_modules", "conv_rank", "conv_alpha",
+           "block_ranks", "lokr_factor", "text_encoder_lr", "text_encoder_rank", "pivotal_tokens",
+           "prediction_type")
 # Keys that may differ between the starts of one run without any effect on what is learned.
-UNTOLD = frozenset({"resume", "output_dir", "output_name", "device"})
+FREE = frozenset({"resume", "output_dir", "output_name", "device", "save_steps", "keep_checkpoints",
+                  "save_format", "save_precision", "validation_steps", "cache_to_disk",
+                  "cache_batch_size", "callbacks", "base_loras_in_previews"})
 
 
 def choose(output: Output, config: TrainConfig, emit: Callable[[Event], None]) -> list[Path]:
@@ -37,22 +48,73 @@ def choose(output: Output, config: TrainConfig, emit: Callable[[Event], None]) -
     resume = config.resume
     if not isinstance(resume, str):
         checkpoints = output.checkpoints() if resume else []
-    elif ((exactly := Path(resume).expanduser().absolute()) / checkpoint.STATE).is_file():
-        checkpoints = [exactly]
     elif resume.isdigit():
         checkpoints = output.checkpoints(resume)
     else:
-        raise UserError("engine.no_such_checkpoint", given=resume, folder=output.folder)
+        given = Path(resume).expanduser().absolute()
+        # a file of a checkpoint stands for its folder
+        checkpoints = [path for path in (given, given.parent)
+                       if (path / checkpoint.STATE).is_file()][:1]
+        if not checkpoints:
+            raise UserError("engine.no_such_checkpoint", given=resume, folder=output.folder)
+        if not checkpoint.position_of(checkpoints[0]):
+            raise UserError("engine.bad_checkpoint", path=checkpoints[0], reason=checkpoint.STATE)
 
-    newest = next(filter(None, map(checkpoint.position_of, checkpoints)), None)
-    if newest is not None:
-        output.go_on_as(str(newest["name"]), str(newest["session"]))
-        return [path for path in checkpoints
-                if checkpoint.session_of(path) in (output.session, None)]
+    # Of several runs that wanted this name the newest one that these settings fit.
+    readable = list(filter(None, map(checkpoint.position_of, checkpoints)))
+    fitting = (one for one in readable if not _refused(one, config, ""))
+    if newest := next(fitting, readable[0] if readable else None):
+        name, session = str(newest["name"]), str(newest["session"])
+        own = [path for path in checkpoints if checkpoint.session_of(path) == session]
+        # Those of this name that can't be read are tried in their turn, and told.
+        torn = [path for path in checkpoints if checkpoint.session_of(path) is None
+                and checkpoint.is_called(path, name)]
+        output.go_on_as(name, session)
+        return checkpoint.newest_first(own, torn)
     if resume:
         emit(Note(key="engine.nothing_to_resume", params={"folder": str(output.folder)}))
     output.rename()
     return []
+
+
+def check(checkpoints: list[Path], config: TrainConfig, objective: str, base: Mapping[str, str]
+          ) -> None:
+    """Raises UserError, before anything is encoded, where what these hold means something else
+    now: another size or kind of adapter, another objective, another base."""
+    path = next(filter(checkpoint.position_of, checkpoints), None)
+    if path is None:
+        return
+    position = checkpoint.position_of(path)
+    lora = path / f"{path.name}.safetensors"
+    if refused := _refused(position, config, objective):
+        there = {key: old for key, (old, _) in refused.items()}
+        raise UserError("engine.other_adapter_keys", lora=lora, keys=_listed(refused), fixes=[
+            Fix("fixes.as_in_checkpoint", there | {"resume": True})])
+    parts = position.get("base")
+    denoiser = parts.get("denoiser", "") if isinstance(parts, dict) else ""
+    if denoiser not in ("", base.get("denoiser", "")):
+        raise UserError("engine.other_denoiser", lora=lora)
+    optimizers.check_same(_config_of(position)["optimizer"], config.optimizer)
+
+
+def _refused(position: Mapping[str, Any], config: TrainConfig, objective: str) -> Changes:
+    """The keys that make the checkpoint's weights mean something else. `objective`: what the base
+    predicts now; empty: not known yet."""
+    def meaning(values: Mapping[str, Any], objective: str) -> list[Any]:
+        rank, conv = values["lora_rank"], values["conv_rank"]
+        texts = bool(values["text_encoder_lr"])
+        return [values["adapter"], rank, (values["lora_alpha"] or rank) / rank,
+                values["target_modules"], conv, conv and (values["conv_alpha"] or conv) / conv,
+                values["block_ranks"], values["adapter"] == "lokr" and values["lokr_factor"],
+                texts, texts and (values["text_encoder_rank"] or rank), values["pivotal_tokens"],
+                objective]
+    there = objective and (position.get("objective") or objective)
+    before, now = _config_of(position), config.model_dump(mode="json")
+    different = [key for key, old, new in zip(
+        REFUSED, meaning(before, there), meaning(now, objective), strict=True) if old != new]
+    # `auto` says less than what it stands for
+    before["prediction_type"], now["prediction_type"] = there, objective
+    return {key: (before[key], now[key]) for key in different if before[key] != now[key]}
 
 
 def restore(checkpoints: list[Path], trainer: Trainer, output: Output, base: Mapping[str, str]
@@ -77,17 +139,11 @@ def restore(checkpoints: list[Path], trainer: Trainer, output: Output, base: Map
             output.start_anew()
         return None
 
-    optimizers.check_same(position.config.get("optimizer", "adamw"), trainer.config.optimizer)
     base_loras.refuse_others(trainer.base_loras.labels, position.base_loras,
                              position.config.get("base_loras", []))
     fallbacks.apply(trainer, position.lowered)
-    changed = differences(position.config, trainer.config)
-    try:
-        trainer.restore(state)
-    except UserError as fault:
-        if fault.code != "engine.other_adapter" or not changed:
-            raise
-        raise UserError("engine.other_adapter_keys", keys="; ".join(changed)) from fault
+    changed = _listed(_differences(asdict(position), trainer.config))
+    trainer.restore(state)
 
     if position.place is not None:
         place = Place(**position.place)
@@ -106,25 +162,47 @@ def restore(checkpoints: list[Path], trainer: Trainer, output: Output, base: Map
         "step": position.update, "samples": place.samples, "path": str(path)}))
     if changed:
         trainer.emit(Note(key="engine.resumed_otherwise", params={
-            "keys": "; ".join(changed), "samples": place.samples,
+            "keys": changed, "samples": place.samples,
             "left": max(0, trainer.total - position.update)}))
     known = position.order.split(" ")[0]
     if known != whole.data if known else position.samples not in (0, whole.samples_per_epoch):
         trainer.emit(Note(key="engine.other_pictures", params={
             "here": whole.samples_per_epoch, "there": position.samples}))
-    for part in PARTS:
+    for part in ("vae", "text"):
         if position.base.get(part, "") not in ("", base.get(part, "")):
             trainer.emit(Note(key=f"engine.other_{part}"))
+    # A schedule is stretched over the whole run: another length moves the rate.
+    rate = trainer.planned_rate(position.update)
+    share = rate / trainer.config.learning_rate
+    if (position.rate is not None and position.update < trainer.total and abs(
+            share - position.rate / _config_of(asdict(position))["learning_rate"]) > NOTICEABLE):
+        trainer.emit(Note(key="engine.rate_jumps", params={
+            "there": f"{position.rate:.3g}", "here": f"{rate:.3g}",
+            "scheduler": trainer.config.lr_scheduler}))
     return path, position
 
 
-def differences(before: Mapping[str, Any], config: TrainConfig) -> list[str]:
-    """'batch_size: 2 -> 4' for each key that differs; a key that an older version didn't know
-    counts as its default."""
-    now = config.model_dump(mode="json")
-    defaults = TrainConfig().model_dump(mode="json")
-    return [f"{key}: {_short(old)} -> {_short(value)}" for key, value in now.items()
-            if key not in UNTOLD and (old := before.get(key, defaults[key])) != value]
+def _differences(position: Mapping[str, Any], config: TrainConfig) -> Changes:
+    """The keys that differ and have an effect on what is learned."""
+    before, now = _config_of(position), config.model_dump(mode="json")
+    return {key: (before[key], value) for key, value in now.items() if before[key] != value
+            and key not in FREE and not key.startswith("sample_")}
+
+
+def _config_of(position: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's config; a key that an older version didn't know counts as its default."""
+    there = position.get("config")
+    known = {key: value for key, value in (there if isinstance(there, dict) else {}).items()
+             if key in TrainConfig.model_fields}
+    with contextlib.suppress(ValidationError):          # damaged
+        return TrainConfig.model_validate(known).model_dump(mode="json")
+    return TrainConfig().model_dump(mode="json")
+
+
+def _listed(changes: Changes) -> str:
+    """'batch_size: 2 -> 4; seed: 1 -> 2'"""
+    return "; ".join(f"{key}: {_short(old)} -> {_short(new)}"
+                     for key, (old, new) in changes.items())
 
 
 def _short(value: Any) -> str:

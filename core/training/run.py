@@ -30,7 +30,7 @@ from core.objectives.diffusion import zero_terminal
 from core.training import base_check, preflight, regularization, resume, rng
 from core.training.callbacks import Callbacks
 from core.training.memory_guard import MemoryGuard, memory_data
-from core.training.output import OutputWriter
+from core.training.output import OutputWriter, fingerprints
 from core.training.output_names import Output
 from core.training.previews import Previewer
 from core.training.progress import ProgressMeter
@@ -42,24 +42,21 @@ from core.weights.precision import choose, free_memory
 Emit = Callable[[Event], None]
 
 
-def train(config: TrainConfig, emit: Emit, control: Control,
-          beside: Path | None = None) -> dict[str, Any]:
+def train(config: TrainConfig, emit: Emit, control: Control) -> dict[str, Any]:
     """Runs a training from a folder of pictures to a proven LoRA file.
 
-    `beside` is the folder that relative paths are looked up in first (the config's own).
     Returns the facts for the summary. Raises UserError for whatever a user can mend.
     """
-    config = base_loras.located(importers.located(config, beside), beside)
     folder = Path(config.output_dir).expanduser().absolute()
     with (Callbacks(config.callbacks, emit, control) as callbacks,
           Output(folder, config, callbacks) as output):
-        result = _train(output, config, callbacks, control, beside)
+        result = _train(output, config, callbacks, control)
         callbacks.state = "unproven" if result["state"] == "unproven" else "done"
         return result
 
 
-def _train(output: Output, config: TrainConfig, emit: Callbacks, control: Control,
-           beside: Path | None) -> dict[str, Any]:
+def _train(output: Output, config: TrainConfig, emit: Callbacks, control: Control
+           ) -> dict[str, Any]:
     """Everything before the first update; TrainingRun does the rest."""
     began = time.time()
     checkpoints = resume.choose(output, config, emit)
@@ -72,9 +69,9 @@ def _train(output: Output, config: TrainConfig, emit: Callbacks, control: Contro
     if not config.base_model:
         raise UserError("engine.key_missing", key="base_model")
     source = (paths.DEMO / "base" if config.base_model == "demo"
-              else resolve(config.base_model, beside))
+              else resolve(config.base_model, None))
     kind = families.detect(source) if config.family == "auto" else config.family
-    family = families.get(kind, lookup.files_from_config(config, beside))
+    family = families.get(kind, lookup.files_from_config(config))
     base_loras.check(config, kind)
     precision = choose(config.precision, config.device, families.outgrows_fp16(kind))
     tell_numbers(config.precision, kind, precision, emit)
@@ -82,6 +79,8 @@ def _train(output: Output, config: TrainConfig, emit: Callbacks, control: Contro
     parts.beside = lookup.announce(family, source, emit)
     if config.prediction_type != "auto" and parts.flow is None:
         parts.objective = config.prediction_type
+    if checkpoints:
+        resume.check(checkpoints, config, parts.objective, fingerprints(family, source))
     preflight.tell_distilled(config, parts, emit)
     preflight.tell_unused(config, family, parts.flow, emit)
     if config.zero_terminal_snr and parts.flow is None:
@@ -91,16 +90,17 @@ def _train(output: Output, config: TrainConfig, emit: Callbacks, control: Contro
     # before the denoiser comes.
     if not config.train_data_dir:
         raise UserError("engine.key_missing", key="train_data_dir")
-    examples = find(config, resolve(config.train_data_dir, beside),
-                    resolve(config.metadata_path, beside) if config.metadata_path else None,
+    examples = find(config, resolve(config.train_data_dir, None),
+                    resolve(config.metadata_path, None) if config.metadata_path else None,
                     parts.native_size, parts.bucket_step, emit)
-    preflight.tell_length(config, examples, emit)
+    preflight.tell_course(config, examples, emit)
     try:
         if config.regularized:
-            regularization.add(config, examples, family, parts, precision, beside, emit, control)
+            regularization.add(config, examples, family, parts, precision, emit, control)
         guard = MemoryGuard(config, Base.of(source, kind), precision.device,
                             memory_data(examples.items, config, kind), emit)
         guard.announce()
+        preflight.tell_room(guard.plan, config, output)
         Encoder(family, source, precision, config, emit, control).fill(
             examples, prompts_of(config))
         lookup.tell_scale(parts.beside, examples.latents, config.masked_loss, emit)
@@ -146,7 +146,7 @@ class TrainingRun:
             if self.control.stopping:
                 if done:
                     self.writer.checkpoint(done, last=True)
-                return {"state": "stopped", "steps": done, "seconds": time.time() - self.began,
+                return {"state": "stopped", "steps": done, "seconds": self.writer.seconds(),
                         "checkpoint": str(self.writer.last) if self.writer.last else None,
                         "base": self.base}
             done = self._update(done, progress)
@@ -223,7 +223,7 @@ class TrainingRun:
         for key, params in said_first({**result, "proof": proof}):
             self.emit(Note(key=key, params=dict(params)))
         return {**result, "name": writer.output.name, "steps": done,
-                "seconds": time.time() - self.began, "best": writer.best(),
+                "seconds": writer.seconds(), "best": writer.best(),
                 "samples": self.samples, "proof": proof, "base": self.base,
                 "base_loras": trainer.base_loras.labels or None,
                 "companions": lookup.summary(trainer.parts.beside), "checkpoints": writer.kept(),

@@ -19,7 +19,6 @@ from core.config import TrainConfig
 from core.dataset.examples import Examples, say_too_long
 from core.dataset.sampler import Batch, BucketSampler, Place, Regular
 from core.dataset.text_embeddings import reading_of
-from core.errors import Fix, UserError
 from core.families.base import Cond, Family, Parts
 from core.families.registry import naming
 from core.jobs.control import Control
@@ -59,9 +58,6 @@ class Trainer:
         # Text encoders that learn stay in memory; the cache needed them only for a moment.
         self.text: TextTraining | None = None
         if config.trains_text:
-            if not family.spec.text_targets:
-                raise UserError("engine.no_text_training", family=family.spec.title, fixes=[
-                    Fix("fixes.no_text_training", {"text_encoder_lr": 0, "pivotal_tokens": 0})])
             parts.text = family.load(parts.source, precision, frozenset({"text"})).text
             say_too_long(family, parts, examples.captions(), emit)
             self.text = TextTraining(config, family, parts, precision)
@@ -105,12 +101,10 @@ class Trainer:
             self.examples.texts = self.text.rest(self.examples.captions(*prompts_of(self.config)))
             free_memory()
 
-        shift = self._schedule_shift
-        rate = optimizers.rate(self.config, max(0, number + shift), self.total + shift)
         # Less where the run has lowered its learning rate.
         usual = self.config.learning_rate
-        rate *= float(min(1.0, self.lowered.get("learning_rate", usual) / usual))
-        optimizers.set_rate(self.optimizer, rate)
+        lowered = float(min(1.0, self.lowered.get("learning_rate", usual) / usual))
+        optimizers.set_rate(self.optimizer, self.planned_rate(number) * lowered)
 
         # Dropout masks are the only use of torch's own generator: seeded by the update's number,
         # they are the same in a resumed run.
@@ -269,6 +263,11 @@ class Trainer:
         self.total = config.max_train_steps or self.sampler.updates_until(config.epochs)
         unbroken = config.max_train_steps or config.epochs * self.sampler.updates_per_epoch
         self._schedule_shift = unbroken - self.total
+
+    def planned_rate(self, number: int) -> float:
+        """The learning rate of update `number` by the config's schedule."""
+        shift = self._schedule_shift
+        return optimizers.rate(self.config, max(0, number + shift), self.total + shift)
 
     def new_sampler(self, config: TrainConfig, start: Place | None = None) -> BucketSampler:
         """The order in which a run with this config sees the pictures."""

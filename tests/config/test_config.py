@@ -162,3 +162,13 @@ def test_what_is_wrong_with_a_value_is_told_in_the_users_language(line: str, say
 def test_resume_is_a_switch_a_session_or_a_folder(text: str, value: bool | str) -> None:
     assert parse_train_config(f"resume: {text}", "x.yaml").resume == value
     assert type(parse_train_config("", "x.yaml", {"resume": text}).resume) is type(value)
+
+
+@pytest.mark.parametrize(("folder", "name"), [
+    ("out/my_style", "my_style"), ("./output/", "output"), ("..", "lora"), (".", "lora"),
+    ("/", "lora"), ("", "lora"), ("out/a:b?", "a_b_"), ("out/NUL", "lora"), ("out/水墨.", "水墨"),
+    ("out/" + "x" * 250, "lora")])
+def test_a_lora_without_a_name_is_called_as_its_folder(folder: str, name: str) -> None:
+    """As far as every system can have such a file."""
+    assert TrainConfig(output_dir=folder).name == name
+    assert TrainConfig(output_dir=folder, output_name="own").name == "own"

@@ -48,7 +48,7 @@ def make(base: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
 
 def run(config: TrainConfig, beside: Path) -> tuple[dict[str, Any], list[Event]]:
     events: list[Event] = []
-    return train(config, events.append, Control(), beside), events
+    return train(importers.located(config, beside), events.append, Control()), events
 
 
 # --- the guide --------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_an_own_optimizer_resumes(make: Any, tmp_path: Path) -> None:
         # not at the checkpoint's event: its writer is a thread that may come after the last step
         if isinstance(event, Step) and event.step == 2:
             control.ask("stop")
-    train(config.with_changes(save_steps=2), stop, control, tmp_path)
+    train(importers.located(config.with_changes(save_steps=2), tmp_path), stop, control)
     rest, _ = run(config.with_changes(resume=True), tmp_path)
     one, two = load_file(whole["lora"]), load_file(rest["lora"])
     assert all(torch.equal(one[k], two[k]) for k in one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -482,3 +483,34 @@ def test_every_key_goes_to_what_it_means(table: dict[str, str]) -> None:
              if ours != (theirs if theirs in TrainConfig.model_fields
                          else MEANINGS.get(theirs, theirs))}
     assert wrong == {}
+
+
+# --- files beside the YAML ---
+
+NAMES_FILES = {"base_model", "train_data_dir", "metadata_path", "reg_data_dir", "vae",
+               "text_encoders", "tokenizer", "init_lora_weights", "base_loras", "resume"}
+
+
+@pytest.mark.parametrize("key", sorted(NAMES_FILES))
+def test_whatever_lies_beside_the_yaml_is_found(tmp_path: Path, key: str) -> None:
+    """Alike for every key; what isn't there, is absolute or is no path stays as it is."""
+    (tmp_path / "d" / "it").mkdir(parents=True)
+    many = isinstance(TrainConfig.model_fields[key].default, list)
+
+    def found(value: str) -> str:
+        config = TrainConfig.model_validate({key: [value] if many else value})
+        after = getattr(importers.located(config, tmp_path / "d"), key)
+        return str(after[0] if many else after)
+    weight = ":1" if key == "base_loras" else ""
+    assert found("./it") == str(tmp_path / "d" / "it") + weight
+    for other in ("./elsewhere", "demo", "shipped", "12345678", str(tmp_path / "nothing")):
+        assert found(other) == other
+    if key == "base_loras":
+        assert found("it:0.5") == str(tmp_path / "d" / "it") + ":0.5"
+
+
+def test_no_key_that_names_files_is_forgotten() -> None:
+    """What a user reads as a file or folder, but for where the results go."""
+    said = {key for key, field in TrainConfig.model_fields.items()
+            if re.search(r"\b(files?|folder|LoRAs)\b", field.description or "")}
+    assert said - NAMES_FILES <= {"output_dir", "output_name", "save_precision", "save_format"}

@@ -284,7 +284,7 @@ def test_resume_is_a_new_run_that_knows_the_old_one(manager, tmp_path, monkeypat
     view = until(lambda: (v := manager.view(new)).started and v)
     assert new != old
     assert (view.resumed_from, view.name) == (old, "mine")
-    assert view.config == load_run(old).config | {"resume": True}
+    assert view.config == load_run(old).config      # it had saved nothing of its own
     assert view.output_dir == load_run(old).output_dir == str(tmp_path / "out")
     manager.stop(new)
     view = manager.wait(new, 10)

@@ -415,8 +415,8 @@ def test_a_dead_runs_preview_is_not_the_loras_thumbnail(config: TrainConfig, tmp
 def test_a_checkpoint_replaces_and_deletes_only_its_own_runs(tmp_path: Path) -> None:
     state = checkpoint.State(1, {"a": torch.zeros(3)}, {}, {})
 
-    def save(step: int, session: str) -> Path:
-        position = checkpoint.Position(step, "ink", {}, session, 0.0, 0.0)
+    def save(step: int, session: str, starts: int = 0) -> Path:
+        position = checkpoint.Position(step, "ink", {}, session, 0.0, 0.0, starts=starts)
         return checkpoint.save(tmp_path, position, state, lambda path: None)
     other = [save(step, "other") for step in (1, 2, 3)]
     mine = [save(step, "mine") for step in (4, 5, 6)]
@@ -425,8 +425,7 @@ def test_a_checkpoint_replaces_and_deletes_only_its_own_runs(tmp_path: Path) -> 
     checkpoint.prune(tmp_path, "ink", "mine", 1, set())
     assert [path for path in (*other, *mine) if path.exists()] == [*other, mine[-1]]
     assert save(6, "mine") == mine[-1]
-    went_back = save(4, "mine")                 # newest by the clock, not by the step
-    os.utime(mine[-1], (1, 1))
+    went_back = save(4, "mine", 1)              # newest by its start, not by the step
     checkpoint.prune(tmp_path, "ink", "mine", 1, set())
     assert went_back.exists()
     assert not mine[-1].exists()

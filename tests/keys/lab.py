@@ -129,7 +129,7 @@ class Lab:
         family, precision, parts = self.parts(config.precision)
         found = self.found(**changes)
         if config.regularized:
-            regularization.add(config, found, family, parts, precision, None, lambda event: None,
+            regularization.add(config, found, family, parts, precision, lambda event: None,
                                Control())
         Encoder(family, self.base, precision, config, lambda event: None, Control()).fill(
             found, config.sample_prompts)

@@ -5,7 +5,7 @@ from tests.mutants import Mutant, key
 _ADAPTER_FILE, _LORA_FILE, _FORMATS = ("core/adapters/from_file.py", "core/lora_files/files.py",
                                        "core/lora_files/formats.py")
 _LAYERS, _NAMING = "core/lora_files/layers.py", "core/families/layer_names.py"
-_METADATA = "core/lora_files/metadata.py"
+_METADATA, _RESUME = "core/lora_files/metadata.py", "core/training/resume.py"
 _SAVING, _CHECKPOINT = "core/training/output.py", "core/training/checkpoint.py"
 _VERIFY = "core/training/verify.py"
 _HEADER, _LOADING, _COMMON = ("core/safetensors_header.py", "core/families/loading.py",
@@ -87,8 +87,7 @@ MUTANTS = [
     Mutant("repeats-uncounted", _SAVING, "counts[item.bucket] += item.picture.repeats",
            "counts[item.bucket] += 1",
            ("training/test_output.py::test_metadata_counts_what_was_learned",)),
-    Mutant("epoch-of-metadata", _SAVING, "epoch=int(sampler.epoch_of(step)), step=step,",
-           "epoch=0, step=step,",
+    Mutant("epoch-of-metadata", _SAVING, "epoch=epoch, step=step,", "epoch=0, step=step,",
            ("training/test_output.py::test_metadata_counts_what_was_learned",)),
     Mutant("proof-at-another-weight", _VERIFY, "    lora.set_weight(parts.denoiser, 1.0)\n",
            "    lora.set_weight(parts.denoiser, 0.8)\n",
@@ -151,12 +150,19 @@ MUTANTS = [
            '_PARTS = ("adapter", "random")',
            ("training/test_trainer.py::test_resume_equals_an_unbroken_run",
             "adapters/test_text_encoder.py::test_resume_with_everything_on_equals_an_unbroken_run")),
-    Mutant("checkpoint-of-the-oldest", _CHECKPOINT, "sorted(dated, reverse=True)]",
-           "sorted(dated)]", ("training/test_output.py::test_the_newest_checkpoint_is_found",)),
+    Mutant("checkpoint-of-the-oldest", _CHECKPOINT, "sorted(found, key=_age, reverse=True)",
+           "sorted(found, key=_age)", ("training/test_output.py::test_the_newest_checkpoint_is_found",)),
     Mutant("checkpoint-of-any-run", _CHECKPOINT, "(session or like_it.fullmatch(m[\"name\"]))", "True",
            ("training/test_output.py::test_the_newest_checkpoint_is_found",)),
-    Mutant("prunes-the-newest", _CHECKPOINT, "in sorted(dated)[:-keep]:", "in sorted(dated)[keep:]:",
-           key("keep_checkpoints")),
+    Mutant("prunes-the-newest", _CHECKPOINT, "in sorted(own, key=_age)[:-keep]:",
+           "in sorted(own, key=_age)[keep:]:", key("keep_checkpoints")),
+    Mutant("resumes-another-meaning", _RESUME, '(values["lora_alpha"] or rank) / rank', "1.0",
+           ("training/test_resume.py::test_what_would_mean_something_else_is_refused",)),
+    Mutant("goes-on-upon-another-base", _RESUME, 'if denoiser not in ("", base',
+           'if not denoiser and denoiser not in ("", base',
+           ("training/test_resume.py::test_a_base_that_was_changed_meanwhile_is_told",)),
+    Mutant("goes-on-from-what-it-left", _SAVING, "self.starts = 1 + max(", "self.starts = 0 * max(",
+           ("training/test_resume.py::test_a_run_goes_on_by_what_checkpoints_say",)),
     Mutant("prunes-other-runs", _CHECKPOINT, "folder_of(output, name, step)) == session]",
            "folder_of(output, name, step)) is not None]", _OWN),
     Mutant("replaces-other-runs", _CHECKPOINT, "not in (position.session, None):",
@@ -164,7 +170,7 @@ MUTANTS = [
     Mutant("another-lora-of-a-like-name", _CHECKPOINT,
            'else name in (m["name"], asked)', "else True",
            ("jobs/test_names.py::test_the_name_of_another_lora_is_not_ours",)),
-    Mutant("prunes-the-spared", _CHECKPOINT, "        if step not in spare:\n",
+    Mutant("prunes-the-spared", _CHECKPOINT, "        if _age(path)[2] not in spare:\n",
            "        if True:\n",
            ("training/test_step.py::test_the_best_step_is_the_one_of_the_lowest_loss",)),
     Mutant("resumes-at-the-start", _SAVING, "        return position.update\n",

@@ -8,6 +8,7 @@ import pickle
 import struct
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,15 +19,18 @@ from transformers import CLIPTextModel
 
 from core import families
 from core.adapters import from_file, lora
+from core.config import TrainConfig
 from core.dataset.image_folder import Picture
 from core.errors import UserError
 from core.families import schedulers
 from core.families.loading import ComponentSpec, dtype_of
 from core.importers import load_train_config
+from core.jobs.events import Event, Note
 from core.lora_files import textual_inversion
 from core.safetensors_header import read_header, read_scalars
-from core.training import checkpoint
+from core.training import checkpoint, preflight
 from core.training.output import tag_frequency
+from core.training.output_names import Output
 from core.weights.precision import Precision
 from tests.keys.lab import Lab, started
 
@@ -51,17 +55,42 @@ def test_words_of_two_encoders_have_the_communitys_names(tmp_path: Path) -> None
 # --- checkpoints ---
 
 def test_the_newest_checkpoint_is_found(tmp_path: Path) -> None:
-    """By its time, of the runs of this name and their numbered successors only."""
-    made = ["ink-000300", "ink-2-000100", "ink-000200", "inkwell-000900", "other-000100"]
-    for age, name in enumerate(reversed(made)):
+    """By what it says of its run, of the runs of this name and their numbered successors only;
+    the times of folders say nothing."""
+    made = {"ink-000300": (5, 1), "ink-000400": (5, 0), "ink-2-000100": (4, 9),
+            "ink-000200": (3, 0), "inkwell-000900": (9, 0), "other-000100": (9, 0)}
+    for age, (name, (began, starts)) in enumerate(made.items()):
         folder = tmp_path / checkpoint.FOLDER / name
         folder.mkdir(parents=True)
         wanted = name[:-7] if name != "ink-2-000100" else "ink"
         (folder / "state.json").write_text(json.dumps({
-            "name": name[:-7], "session": "1", "config": {"output_name": wanted}}))
+            "name": name[:-7], "session": str(began), "started": began, "starts": starts,
+            "config": {"output_name": wanted}}))
         os.utime(folder, (1_000_000 + age, 1_000_000 + age))
     found = [path.name for path in checkpoint.find([tmp_path], "ink")]
-    assert found == ["ink-000300", "ink-2-000100", "ink-000200"]
+    assert found == ["ink-000300", "ink-000400", "ink-2-000100", "ink-000200"]
+
+
+@pytest.mark.parametrize(("changes", "megabytes", "told"), [
+    ({"save_steps": 1, "keep_checkpoints": 3}, 4e9, True), ({"save_steps": 1}, 4e-3, False),
+    ({"keep_checkpoints": 10**9}, 4e9, False)])
+def test_a_disk_with_little_room_is_told(tmp_path: Path, changes: dict[str, Any], megabytes: float,
+                                         told: bool) -> None:
+    """By what the plan says of checkpoints; without `save_steps` there is a single one."""
+    events: list[Event] = []
+    config = TrainConfig(output_dir=str(tmp_path / "not" / "there"), **changes)
+    planned: Any = SimpleNamespace(disk={"cache": 1e12, "checkpoints": megabytes, "lora": 0.1})
+    with Output(Path(config.output_dir), config, events.append) as output:
+        preflight.tell_room(planned, config, output)
+        preflight.tell_room(None, config, output)
+    assert [event.key for event in events if isinstance(event, Note)] == [
+        "engine.little_room"] * told
+
+
+def test_text_encoders_that_cant_learn_are_refused_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        preflight.tell_unused(TrainConfig(text_encoder_lr=1e-4), families.get("flux"), None, print)
+    assert caught.value.fixes[0].changes == {"text_encoder_lr": 0, "pivotal_tokens": 0}
 
 
 def test_a_snapshot_is_nobody_elses(lab: Lab) -> None:

@@ -36,7 +36,7 @@ def added(config: TrainConfig, control: Control | None = None) -> tuple[Examples
     parts = family.load(Path(config.base_model), precision, frozenset())
     examples = find(config, Path(config.train_data_dir), None, parts.native_size,
                     parts.bucket_step, events.append)
-    regularization.add(config, examples, family, parts, precision, None, events.append,
+    regularization.add(config, examples, family, parts, precision, events.append,
                        control or Control())
     return examples, events
 

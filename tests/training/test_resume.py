@@ -24,8 +24,9 @@ from core.dataset.examples import Encoder, find
 from core.errors import UserError
 from core.jobs import runs, worker
 from core.jobs.control import Control
-from core.jobs.events import Checkpoint, Event, JobEnded, Note, Step
+from core.jobs.events import Checkpoint, Event, JobEnded, Note, Phase, Step
 from core.jobs.outcome import said_first
+from core.safetensors_header import read_header
 from core.training import checkpoint
 from core.training.run import train
 from core.training.trainer import Trainer
@@ -167,12 +168,106 @@ def trainer_of(config: TrainConfig) -> Trainer:
 
 
 def test_what_is_learned_otherwise_is_told(config: TrainConfig) -> None:
+    """And what has no effect on it is not: the same alpha and objective by their names, previews,
+    checkpoints."""
     run(config, stop=2)
-    _, events = run(config.with_changes(resume=True, prediction_type="v_prediction",
-                                        lora_alpha=1.0, caption_dropout=0.5, epochs=1))
-    keys = told(events, "engine.resumed_otherwise")[0]["keys"]
-    assert keys == ("epochs: 3 -> 1; lora_alpha: - -> 1.0; caption_dropout: 0.0 -> 0.5; "
-                    "prediction_type: auto -> v_prediction")
+    _, events = run(config.with_changes(
+        resume=True, prediction_type="epsilon", lora_alpha=2.0, caption_dropout=0.5, epochs=1,
+        save_steps=2, keep_checkpoints=5, sample_every=7, sample_prompts=["a"], sample_cfg=3))
+    assert told(events, "engine.resumed_otherwise")[0]["keys"] == (
+        "epochs: 3 -> 1; lora_alpha: - -> 2.0; caption_dropout: 0.0 -> 0.5; "
+        "prediction_type: auto -> epsilon")
+
+
+OTHERS = [({"lora_rank": 4}, "lora_rank: 2 -> 4"), ({"lora_alpha": 1}, "lora_alpha: - -> 1.0"),
+          ({"adapter": "rslora"}, "adapter: lora -> rslora"),
+          ({"target_modules": "attention+ff"}, "target_modules: attention -> attention+ff"),
+          ({"conv_rank": 2}, "conv_rank: 0 -> 2"),
+          ({"block_ranks": {"attn2": 0}}, "block_ranks: - -> {'attn2': 0}"),
+          ({"text_encoder_lr": 1e-4}, "text_encoder_lr: 0.0 -> 0.0001"),
+          ({"pivotal_tokens": 2, "trigger_word": "x"}, "pivotal_tokens: 0 -> 2"),
+          ({"prediction_type": "v_prediction"}, "prediction_type: epsilon -> v_prediction"),
+          ({"lora_rank": 4, "lora_alpha": 2}, "lora_rank: 2 -> 4; lora_alpha: - -> 2.0")]
+
+
+def test_what_would_mean_something_else_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+    """Before anything is encoded, with the checkpoint's own values as the fix; each finished file
+    stays as it was."""
+    run(config.with_changes(epochs=1))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    for changes, keys in OTHERS:
+        events: list[Event] = []
+        with pytest.raises(UserError) as caught:
+            train(config.with_changes(resume=True, **changes), events.append, Control())
+        fault = caught.value
+        assert (fault.code, fault.params["keys"]) == ("engine.other_adapter_keys", keys)
+        assert Path(fault.params["lora"]).is_file()
+        assert not [event for event in events if isinstance(event, Phase | Step)]
+        assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*")
+                if path.is_file()} == before
+    fixed = config.with_changes(**{**changes, **fault.fixes[0].changes, "epochs": 2})
+    assert (run(fixed)[0]["state"], fault.fixes[0].changes["resume"]) == ("done", True)
+
+
+def test_a_run_goes_on_by_what_checkpoints_say(config: TrainConfig, tmp_path: Path) -> None:
+    """Not by the times of their folders, nor by the step alone: a run that went back to an earlier
+    checkpoint goes on from there, and deletes what it left behind first."""
+    run(config, stop=6)
+    folder = tmp_path / "out" / "checkpoints"
+    for number, path in enumerate(sorted(folder.glob("ink-*"), reverse=True)):
+        os.utime(path, (1.7e9 + number, 1.7e9 + number))
+
+    def found() -> list[str]:
+        return [path.name[-1] for path in checkpoint.find([tmp_path / "out"], "ink")]
+    assert found() == ["6", "5", "4", "3", "2", "1"]
+    shutil.copytree(folder, tmp_path / "all")
+    run(config.with_changes(resume=str(folder / "ink-000002"), seed=3), stop=3)
+    for step in (4, 5, 6):                  # `stop` deletes them
+        shutil.copytree(tmp_path / "all" / f"ink-00000{step}", folder / f"ink-00000{step}")
+    assert found() == ["3", "6", "5", "4", "2", "1"]
+    _, events = run(config.with_changes(resume=True, seed=3, keep_checkpoints=2), stop=4)
+    assert told(events, "engine.resumed")[0]["step"] == 3
+    assert found()[0] == "4"
+    assert {"4"} <= set(found()) <= {"3", "4"}
+
+
+def test_of_two_runs_of_a_name_the_one_that_fits_goes_on(config: TrainConfig) -> None:
+    """The later one is of another rank: it is not this config's, and stays as it is."""
+    run(config, stop=2)
+    other, _ = run(config.with_changes(lora_rank=4, epochs=1))
+    content = Path(other["lora"]).read_bytes()
+    result, events = run(config.with_changes(resume=True))
+    assert told(events, "engine.resumed")[0]["path"].endswith("ink-000002")
+    assert (result["name"], Path(other["lora"]).name) == ("ink", "ink-2.safetensors")
+    assert Path(other["lora"]).read_bytes() == content
+
+
+def test_facts_are_of_the_whole_run(config: TrainConfig) -> None:
+    """Steps, seconds and metadata after a resume to more, and to fewer, steps."""
+    first, _ = run(config.with_changes(max_train_steps=4))
+    more, events = run(config.with_changes(max_train_steps=7, resume=True))
+    assert more["steps"] == 7
+    assert more["seconds"] > first["seconds"]
+    assert [e.step for e in events if isinstance(e, Step)][-1] == 7
+    fewer, _ = run(config.with_changes(max_train_steps=2, resume=True, save_format="peft"))
+    for result, steps in ((first, 4), (more, 7), (fewer, 7)):
+        file = result.get("lora") or result["nothing"]["file"]
+        metadata = read_header(next(iter(sorted(Path(file).glob("*.safetensors"))), Path(file))
+                               ).metadata
+        assert metadata["ss_steps"] == metadata["ss_max_train_steps"] == str(steps)
+        assert metadata["ss_epoch"] == str(steps // 6)
+        assert metadata["ss_num_epochs"] == str(-(-steps // 6))
+
+
+def test_a_rate_that_jumps_is_told(config: TrainConfig) -> None:
+    cosine = config.with_changes(lr_scheduler="cosine", max_train_steps=4)
+    run(cosine)
+    _, events = run(cosine.with_changes(resume=True, max_train_steps=8), stop=5)
+    note = told(events, "engine.rate_jumps")[0]
+    assert (note["there"], note["here"], note["scheduler"]) == ("0", "0.0005", "cosine")
+    for changes in ({}, {"learning_rate": 1e-4}):       # told as such
+        _, events = run(cosine.with_changes(resume=True, max_train_steps=8, **changes), stop=6)
+        assert not told(events, "engine.rate_jumps")
 
 
 # --- nothing left to do ---
@@ -187,10 +282,15 @@ def test_a_base_that_was_changed_meanwhile_is_told(config: TrainConfig, tmp_path
     config = config.with_changes(base_model=str(base))
     run(config, stop=1)
     _, events = run(config.with_changes(resume=True), stop=2)
-    changed = ("denoiser", "vae", "text")
+    changed = ("vae", "text")
     assert not any(told(events, f"engine.other_{one}") for one in changed)
     weights = load_file(base / file)
     save_file({name: one * 1.01 for name, one in weights.items()}, base / file, {"format": "pt"})
+    if part == "denoiser":                  # nothing else fits what was learned
+        with pytest.raises(UserError) as caught:
+            run(config.with_changes(resume=True))
+        assert caught.value.code == "engine.other_denoiser"
+        return
     _, events = run(config.with_changes(resume=True), stop=3)
     assert [one for one in changed if told(events, f"engine.other_{one}")] == [part]
 
@@ -364,11 +464,3 @@ def test_a_terminal_that_closes_saves_the_run(config: TrainConfig, tmp_path: Pat
     view = runs.list_runs()[0]
     assert view.state == "stopped"
     assert Path(view.result["checkpoint"]).is_dir()
-
-
-def test_another_rank_is_refused_by_its_name(config: TrainConfig) -> None:
-    run(config, stop=2)
-    with pytest.raises(UserError) as caught:
-        run(config.with_changes(resume=True, lora_rank=4))
-    assert caught.value.code == "engine.other_adapter_keys"
-    assert caught.value.params["keys"] == "lora_rank: 2 -> 4"

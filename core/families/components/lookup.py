@@ -59,14 +59,12 @@ class UsedComponent:
     other_model: str = ""                   # title of the model that it was made for, if another
 
 
-def files_from_config(config: TrainConfig | GenerateConfig, beside: Path | None = None
-                      ) -> ComponentFiles:
-    """The files that a config names; relative paths begin beside the config file. Raises UserError
-    where one isn't there."""
+def files_from_config(config: TrainConfig | GenerateConfig) -> ComponentFiles:
+    """The files that a config names. Raises UserError where one isn't there."""
     def existing(key: str, value: str) -> Path | None:
         if not value:
             return None
-        path = resolve(value, beside)
+        path = resolve(value, None)
         if not path.exists() or (path.is_dir() and key != "tokenizer"):
             raise UserError("families.companion_not_there", key=key, path=path)
         return path
