@@ -19,6 +19,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent
+# The user's PYTHONSAFEPATH keeps Python from looking beside this file.
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+from core.system import surroundings  # noqa: E402
+
 ROOMS = ("core.cli.commands", "core.cli.config", "core.cli.plan",
          "core.cli.dataset", "core.cli.models", "core.cli.families",
          "captioner.cli", "gui.cli")              # each has add_commands(subparsers)
@@ -32,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 fine, 1 a run failed, 2 bad input,
     130 Ctrl+C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    surroundings.settle(str(ROOT))
     # bootstrap started us in the right environment, and the first process waits for us
     nested = RESTARTED in os.environ
     for name, value in QUIET_THREADS.items():
@@ -117,6 +123,8 @@ def _packages_for(argv: list[str]) -> tuple[str, str]:
 def run(argv: list[str]) -> int:
     """Runs a command of the user, or one by which the program starts a process of its own. The
     packages are here."""
+    surroundings.settle(str(ROOT))
+    surroundings.own_modules()
     from core.system.processes import run_inner
     if (code := run_inner(argv)) is not None:
         return code

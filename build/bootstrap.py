@@ -270,6 +270,9 @@ def _install(root: Path, extra: str, versions: str = "") -> None:
     _stamp(root, {**stamp, "state": "installing", "versions": which})
     try:
         installed = install(root, extras, which, index, why)
+        # By its own word, not by the installer's, whose settings may lead elsewhere.
+        if not complete(root, extras):
+            raise Stop("not_there", path=root / ".venv")
     except KeyboardInterrupt:
         raise Stop("interrupted", 130) from None
     except Stop as stop:

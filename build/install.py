@@ -6,6 +6,7 @@ The lock is build/lock/*.txt: every package's version and hashes, for all system
 
 from __future__ import annotations
 
+import ast
 import collections
 import contextlib
 import functools
@@ -38,9 +39,11 @@ from repair import torch_source, why_failed
 LOCK = "build/lock/{}.txt"
 HASHED = ["--require-hashes", "--no-deps"]      # a lock lists all: there is nothing to resolve
 SETUPTOOLS = (77,)                              # as pyproject.toml's [build-system]
-# The user's settings of pip that would install elsewhere than into .venv; pip takes "" for unset.
-ELSEWHERE = {"PIP_USER": "0", "PIP_REQUIRE_HASHES": "", "PIP_TARGET": "", "PIP_PREFIX": "",
-             "PIP_ROOT": "", "PIP_DRY_RUN": "", "PIP_NO_DEPS": "", "PIP_NO_BUILD_ISOLATION": ""}
+# The user's settings of pip and uv that would install elsewhere than into .venv, or something else.
+# Those that say where packages come from count: mirrors, certificates, constraints.
+ELSEWHERE = ("user", "require-hashes", "target", "prefix", "root", "dry-run", "no-deps",
+             "no-build-isolation", "python", "platform", "python-version", "implementation", "abi",
+             "requirement", "editable", "system-python", "no-build", "break-system-packages")
 
 
 def install(root: Path, extras: list[str], versions: str, index: str, why: str) -> str:
@@ -149,10 +152,40 @@ def own_torch(root: Path, pinned: str, tool: str) -> str:
         return match.group(1) if match else ""
     command = [str(python_of(root / ".venv")), "-m", "pip", "index", "versions", "torch"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                          stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONUTF8": "1"})
+                          stdin=subprocess.DEVNULL, env=surroundings(command[0]))
     match = re.search(rf"(?<![\d.]){re.escape(pinned.partition('==')[2])}\+[\w.]+",
                       done.stdout.decode("utf-8", "replace"))
     return match.group() if match else ""
+
+
+@functools.lru_cache(maxsize=None)     # noqa: UP033 (Python 3.8)
+def surroundings(python: str) -> dict[str, str]:
+    """The environment in which an installer works on .venv alone. Settings of pip's files that
+    lead elsewhere can't be unset: the others are then given as variables, and no file is read."""
+    ours = {name: value for name, value in os.environ.items()
+            if _setting(name) not in ELSEWHERE}
+    ours["PYTHONUTF8"] = "1"
+    plain = {name: value for name, value in ours.items()
+             if name == "PIP_CONFIG_FILE" or not name.startswith("PIP_")}
+    listed = subprocess.run([python, "-m", "pip", "config", "list"], stdout=subprocess.PIPE,
+                            stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, env=plain)
+    found = {}
+    for line in listed.stdout.decode("utf-8", "replace").splitlines():
+        key, _, value = line.partition("=")
+        section, _, name = key.partition(".")
+        if section in ("global", "install") and value[:1] in ("'", '"'):
+            found[name] = str(ast.literal_eval(value))
+    if not set(found) & set(ELSEWHERE):
+        return ours
+    given = {"PIP_" + name.upper().replace("-", "_"): value for name, value in found.items()
+             if name not in ELSEWHERE}
+    return {**given, **ours, "PIP_CONFIG_FILE": os.devnull}
+
+
+def _setting(variable: str) -> str:
+    """'require-hashes' of PIP_REQUIRE_HASHES, or of UV_REQUIRE_HASHES; "": it is of neither."""
+    tool, _, name = variable.partition("_")
+    return name.lower().replace("_", "-") if tool in ("PIP", "UV") else ""
 
 
 class Lacking(Stop):
@@ -172,7 +205,7 @@ def run(root: Path, what: list[str], tool: str) -> None:
     is_terminal = getattr(sys.stderr, "isatty", lambda: False)()
     catch = tool == "pip" or not is_terminal
     process = subprocess.Popen(command, cwd=str(root), stdout=_stderr(),
-                               env={**os.environ, **ELSEWHERE, "PYTHONUTF8": "1"},
+                               env=surroundings(python),
                                stderr=subprocess.PIPE if catch else None)
     # pip lists all hashes of a package before its error.
     last: collections.deque[str] = collections.deque(maxlen=400)

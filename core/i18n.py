@@ -16,7 +16,7 @@ import yaml
 STRINGS = Path(__file__).parent / "strings"
 LANGUAGES = ("en", "zh-CN")
 # Control characters: ESC starts terminal commands, bidi overrides reverse what is read.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # The C loader takes a tenth of the time; some builds of PyYAML lack it.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -57,6 +57,11 @@ def translator(subject: str) -> Callable[..., str]:
     return tr_of_subject
 
 
+def printable(text: str) -> str:
+    """The text without control characters, which would command the terminal that shows it."""
+    return CONTROL.sub("�", text)
+
+
 def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The known words that look most like `word`, best first: for "did you mean"."""
     return difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
@@ -74,7 +79,7 @@ class _Params(dict[str, Any]):
         value = super().__getitem__(key)
         if isinstance(value, Mapping) and "say" in value:
             return tr(value["say"], value, self.lang)
-        return _CONTROL.sub("�", str(value)) if isinstance(value, (str, Path)) else value
+        return printable(str(value)) if isinstance(value, (str, Path)) else value
 
     def __missing__(self, key: str) -> str:
         return "{" + key + "}"

@@ -57,6 +57,29 @@ def _home(folder: str) -> Path | None:
     return Path(home) / folder if home else None
 
 
+def is_ours(name: object) -> bool:
+    """Whether a path lies in one of the folders that we write to."""
+    return isinstance(name, str) and any(
+        Path(name).absolute().is_relative_to(folder.absolute())
+        for folder in (data_dir(), cache_dir(), log_dir()))
+
+
+def keep_private() -> None:
+    """Makes the folders of records, prompts and pictures readable for their owner alone, as far as
+    they are ours. A folder that the user named keeps its own rights; ours in it don't."""
+    whole = _home("") is None
+    folders = [data_dir(), cache_dir(), log_dir()] if whole else [
+        data_dir() / name for name in ("runs", "projects", "pictures", "cache", "logs")]
+    if os.name == "nt":
+        return
+    for folder in folders:
+        # Of another user, or on a disk that knows no rights: it stays as it is.
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if folder.stat().st_mode & 0o077:
+                folder.chmod(0o700)
+
+
 def runs_dir() -> Path:
     return data_dir() / "runs"
 
@@ -66,6 +89,11 @@ def mark(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):
         (folder / MARK).touch()
+
+
+def expanded(name: str) -> Path:
+    """A path as users write it, `~` filled in. Never raises: of a user who isn't there it stays."""
+    return Path(os.path.expanduser(name))
 
 
 def is_file_name(name: str) -> bool:
@@ -78,9 +106,10 @@ def is_file_name(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def atomic(path: Path, put: Callable[[Path, Path], object] | None = None) -> Iterator[Path]:
+def atomic(path: Path, put: Callable[[Path, Path], object] | None = None,
+           private: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is synced and renamed over `path`, or
-    put there by `put(temporary, path)`.
+    put there by `put(temporary, path)`. `private`: other users of the computer can't read it.
 
     After a crash at any moment `path` holds either its old content or its whole new content.
     """
@@ -93,7 +122,8 @@ def atomic(path: Path, put: Callable[[Path, Path], object] | None = None) -> Ite
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         # mkstemp makes a file that only its owner can read; others may read what users write
-        os.chmod(temporary, 0o666 & ~umask())
+        if not private:
+            os.chmod(temporary, 0o666 & ~umask())
         (put or os.replace)(temporary, path)
         # without it a power cut may lose the new name, though the content is on the disk
         sync_folder(path.parent)

@@ -1,18 +1,20 @@
 """The user's own code, named in the YAML as `module:object`. It is looked for beside the YAML, then
 among the installed modules. Whatever fails in it becomes a UserError with its file and line.
 
-Without torch. An extension is one file or an installed module. It runs with the user's rights, so
-configs inside LoRA files, which people pass on, may not name any.
+Without torch. An extension is one file or an installed module. It runs with the user's rights: by
+the user's start of a job alone, never by a plan (`asleep`), and configs inside LoRA files, which
+people pass on, may not name any.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -78,6 +80,20 @@ class Guarded:
         return guarded
 
 
+_asleep = False
+
+
+@contextlib.contextmanager
+def asleep() -> Iterator[None]:
+    """While it lasts no extension is loaded or run: of a config that was only looked at."""
+    global _asleep
+    before, _asleep = _asleep, True
+    try:
+        yield
+    finally:
+        _asleep = before
+
+
 def is_named(value: str) -> bool:
     """Whether a config's value names an extension."""
     return ":" in value
@@ -97,6 +113,8 @@ def load(name: str, key: str) -> Extension:
     module, colon, item = name.rpartition(":")
     if not colon or not module or not item.isidentifier():
         raise UserError("extensions.bad_name", key=key, name=name)
+    if _asleep:
+        raise UserError("extensions.asleep", key=key, name=name)
     file = _source(module)
     if file is None:
         raise UserError("extensions.missing", key=key, name=name, module=module, folder=Path.cwd())
@@ -119,6 +137,9 @@ def _source(module: str) -> Path | None:
     if module.endswith(".py"):
         path = Path(module).absolute()
         return path if path.is_file() else None
+    # To find a module in a package, Python runs the package.
+    if _asleep and "." in module:
+        return None
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError, AttributeError):

@@ -116,7 +116,7 @@ def construct(node: yaml.Node) -> Any:
         raise BadYaml(getattr(error, "problem", None) or error, mark.line + 1) from None
     except ValueError as error:
         raise BadYaml(error, node.start_mark.line + 1) from None
-    except (TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+    except (TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         raise BadYaml("a value that its tag doesn't allow, or nested too deeply",
                       node.start_mark.line + 1) from None
 

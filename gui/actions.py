@@ -179,7 +179,7 @@ def number(id: str) -> int:
 def absolute(text: str) -> Path:
     """The path that was typed. Raises UserError for a relative one: users don't know the working
     folder of the window."""
-    path = Path(text.strip().strip('"')).expanduser()
+    path = paths.expanded(text.strip().strip('"'))
     if not path.is_absolute():
         raise UserError("gui.not_absolute", folder=text)
     return path
@@ -201,7 +201,7 @@ def keep_drawing(app_state: AppState, values: Mapping[str, Any]) -> None:
 
 def choose_to_compare(ctx: Context, id: str) -> None:
     """Adds a run to the two that are compared, or takes it away again; "": no run any more."""
-    before = list(map(str, ctx.app_state.projects.now.tabs.get("runs", {}).get("compare", [])))
+    before = list(map(str, ctx.app_state.projects.now.state("runs", compare=[])["compare"]))
     chosen = [run for run in before if run != id] + [id] * (id not in before)
     keep(ctx.app_state, "runs", compare=chosen[-2:] if id else [])
 

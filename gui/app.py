@@ -12,6 +12,7 @@ from gui.html import ASSETS
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+import json
 import threading
 from collections.abc import Callable
 
@@ -58,8 +59,9 @@ def build(ctx: Context, page: Page) -> gr.Blocks:
     return blocks
 
 
-def application(app_state: AppState) -> FastAPI:
-    """All pages and routes; every argument to Gradio stands here."""
+def application(app_state: AppState, heads: dict[str, str]) -> FastAPI:
+    """All pages and routes; every argument to Gradio stands here. `heads` gets what comes first
+    into each page's <head>, where Gradio's own would come late, and by a script."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     add_routes(app, app_state)
     add_dataset_routes(app, app_state)
@@ -67,6 +69,8 @@ def application(app_state: AppState) -> FastAPI:
         page = Page()
         ctx = Context(app_state, language, page)
         add_live_route(app, ctx, page)
+        heads[f"/{language}/"] = HEAD.replace("LANGUAGE", language).replace(
+            "LOST", json.dumps(ctx.tr("lost")))
         gr.mount_gradio_app(
             app, build(ctx, page), path=f"/{language}",
             server_name="127.0.0.1", footer_links=[], run_history=False, show_error=False,
@@ -75,7 +79,6 @@ def application(app_state: AppState) -> FastAPI:
             max_file_size="2gb", ssr_mode=False, enable_monitoring=False, pwa=False,
             mcp_server=False, theme=theme(),
             css_paths=[ASSETS / "style.css", ASSETS / "panels.css"],
-            head=HEAD.replace("LANGUAGE", language).replace("LOST", ctx.tr("lost")),
             app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None})
     return app
 
@@ -104,7 +107,7 @@ def add_pages(served: Served, jobs: JobManager | None = None, planning: Planning
     os.chdir(empty)
 
     app_state = AppState(jobs or JobManager(), planning)
-    served.attach(application(app_state), app_state)
+    served.attach(application(app_state, served.guard.heads), app_state)
 
     def warm_up() -> None:
         app_state.jobs.warm()

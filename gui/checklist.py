@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from core import i18n
+from core import i18n, paths
 from core.base_models import search
 from core.errors import UserError
 from core.units import gigabytes
@@ -38,6 +39,8 @@ def items(ctx: Context, snap: Snapshot) -> list[Item]:
         checks.append(Item("ok", ctx.tr("will_do_steps", steps=steps)))
     checks += [Item("warn", ctx.tr(remark["key"], **remark["params"]))
                for remark in answer.get("remarks") or ()]
+    checks += [Item("warn", ctx.tr("plan.not_counted", key=key, name=name))
+               for key, name in answer.get("not_counted", {}).items()]
     return checks
 
 
@@ -55,7 +58,7 @@ def _pictures(ctx: Context, snap: Snapshot) -> Item:
     folder = snap.config.train_data_dir
     if not folder:
         return Item("bad", ctx.tr("no_folder"))
-    if not Path(folder).expanduser().is_dir():
+    if not os.path.isdir(paths.expanded(folder)):
         return Item("bad", ctx.tr("folder_missing", folder=folder))
     answer, question = snap.plan_state.answer, snap.plan_state.question.get("config", {})
     # The planner counts; its answer may still be about another folder.
@@ -80,7 +83,7 @@ def _base(ctx: Context, snap: Snapshot) -> Item:
         return Item("bad", ctx.error_text(error))
     # A family that the user names may be one of the user's own: then the base is taken as it is.
     if snap.config.family == "auto" and base != "demo":
-        path = Path(base).expanduser()
+        path = paths.expanded(base)
         # The absence of a file is told above already.
         with contextlib.suppress(OSError):
             if reason := _unfit(path, path.stat().st_mtime_ns, ctx.language):

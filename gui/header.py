@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from core.units import gigabytes
-from gui.html import bar, button, duration, esc
+from gui.html import bar, button, card, duration, esc
 from gui.state.app_state import Context, Gauge, Snapshot, Updates
 from gui.widgets.close_dialog import close_dialog
 from gui.widgets.panel import panel
@@ -20,6 +20,12 @@ class Header:
 
     def paint(self, snap: Snapshot) -> Updates:
         return {self.panel: header(self.ctx, snap), self.dialog: close_dialog(self.ctx, snap)}
+
+    def damaged_tab(self, name: str, error: Exception) -> str:
+        """The message that a tab can't be shown."""
+        tr = self.ctx.tr
+        return card("fault", tr("tab_broken", tab=tr(f"tab_{name}")),
+                    tr("tab_broken_why", reason=f"{type(error).__name__}: {error}"))
 
     def act(self, act: str, id: str) -> Updates | None:
         """Buttons of the header and of the dialog."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import secrets
 import socket
 import threading
 import time
@@ -19,10 +18,11 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from core import i18n
 from gui.html import ASSETS
-from gui.security import Guard, Receive, Scope, Send, answer
+from gui.security import Guard, Receive, Scope, Send, answer_page
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Without a page and without a run for so many seconds the app ends.
 QUIET_S = 60.0
+# A request's first lines come at once: from this machine.
+HEADER_S = 20.0
 # Pages ask once a second: they get to show the end.
 FAREWELL_S = 2.0
 # A header of pages that are not the app's; its value: waiting | fault.
@@ -47,7 +49,7 @@ class Front:
         self.seen = threading.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await answer(send, 200, page(self.fault).encode("utf-8", "replace"), [
+        await answer_page(send, page(self.fault), headers=[
             (b"content-type", b"text/html; charset=utf-8"),
             (WAITING.encode(), b"fault" if self.fault else b"waiting")])
         if self.fault:
@@ -66,7 +68,7 @@ def page(fault: str = "") -> str:
 
 @dataclass(slots=True)
 class Served:
-    """A running server. `url` opens a page once; whoever has it has the token."""
+    """A running server."""
 
     guard: Guard
     server: _Server
@@ -81,7 +83,8 @@ class Served:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/?token={self.guard.token}"
+        """An address that opens a page once: another one each time."""
+        return self.guard.address()
 
     @property
     def app_state(self) -> AppState:
@@ -137,6 +140,33 @@ class Served:
             self.state.close()
 
 
+class _Patient(H11Protocol):
+    """uvicorn's connection, which is closed where a request isn't told of within HEADER_S: whoever
+    sends halves of requests would hold as many connections as there can be."""
+
+    _giving_up: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._wait()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._wait()
+
+    def _wait(self) -> None:
+        asked = self.cycle is not None and not self.cycle.response_complete
+        if asked and self._giving_up:
+            self._giving_up.cancel()
+            self._giving_up = None
+        elif not asked and not self._giving_up:
+            self._giving_up = self.loop.call_later(HEADER_S, self.transport.close)
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server, which remembers the event loop that it runs in."""
 
@@ -160,10 +190,12 @@ def listen(port: int = 0, focus: Callable[[], bool] = bool) -> Served:
         listener.close()
         raise
     port, front = listener.getsockname()[1], Front()
-    guard = Guard(front, secrets.token_urlsafe(32), port)
-    guard.answers["/focus"] = lambda: json.dumps({"native": focus()}).encode()
+    guard = Guard(front, port)
+    # A second start shows our window, or a page in the browser, whose command line all can read.
+    guard.answers["/focus"] = lambda: json.dumps({
+        "native": focus(), "url": guard.address(), "shown": guard.address_to_show()}).encode()
     server = _Server(uvicorn.Config(
-        guard, log_level="warning", access_log=False, timeout_graceful_shutdown=2,
+        guard, http=_Patient, log_level="warning", access_log=False, timeout_graceful_shutdown=2,
         server_header=False, ws="none", lifespan="off", log_config=None))
     thread = threading.Thread(target=server.run, args=[[listener]], daemon=True, name="server")
     thread.start()

@@ -17,14 +17,14 @@ import threading
 import time
 from typing import Any
 from unittest import mock
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import psutil
 from filelock import FileLock, Timeout
 
 from core import i18n, paths
 from core.errors import UserError
-from core.system import logs, message_box, processes
+from core.system import logs, message_box, processes, surroundings
 from core.workspace import settings
 from gui.server import Served, listen
 from gui.state.desktop import WebviewWindow
@@ -48,12 +48,13 @@ def open_window(port: int = 0, show: bool = True) -> int:
         paths.data_dir().mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _error_of(error) from None
+    paths.keep_private()
     lock = _lock()
     if lock is None:
-        url = _running()
-        print(tr("already", url=url))
-        if show and not _brought_forward(url) and not message_box.browse(url):
-            raise UserError("window.no_browser", url=url)
+        first = _asked_for_page(_running())
+        print(tr("already", url=first["url"]))
+        if show and not first["native"] and not message_box.browse(first["shown"]):
+            raise UserError("window.no_browser", url=first["url"])
         return 0
     with lock:
         logs.begin()
@@ -87,7 +88,7 @@ def _lock() -> FileLock | None:
 
 def _error_of(error: OSError) -> UserError:
     """The reason why the data folder can't be used."""
-    if error.errno == errno.ENOSPC:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError("window.disk_full", folder=paths.data_dir())
     return UserError("window.folder_locked", folder=error.filename or paths.data_dir(),
                      reason=error.strerror or error)
@@ -102,12 +103,11 @@ def _serve(port: int, show: bool) -> int:
     file = paths.data_dir() / ADDRESS
     try:
         try:
-            paths.write_atomic(file, json.dumps({"url": served.url, "pid": os.getpid()}))
+            with paths.atomic(file, private=True) as temporary:
+                temporary.write_text(json.dumps({
+                    "url": served.url, "cookie": served.guard.secret, "pid": os.getpid()}))
         except OSError as error:
             raise _error_of(error) from None
-        # It holds the token: other users of this computer must not read it.
-        with contextlib.suppress(OSError):
-            os.chmod(file, 0o600)
         return start.run()
     except KeyboardInterrupt:
         print(tr("closed"))
@@ -131,7 +131,7 @@ class _Start:
         """Blocks until the window is closed, or nobody is left. Returns the exit code."""
         self._maker.start()
         if not self._native():
-            if self.show and not message_box.browse(self.served.url):
+            if self.show and not message_box.browse(self.served.guard.address_to_show()):
                 text = tr("no_browser", url=self.served.url)
                 print(text, flush=True)
                 # Without a terminal nobody sees it.
@@ -157,7 +157,9 @@ class _Start:
             print(tr("open", url=self.served.url), flush=True)
         except BaseException as raised:
             _log.exception("no pages")
-            error = _error_of(raised) if isinstance(raised, OSError) else raised
+            # Of other files it is said as of a package: whose they are, nobody knows here.
+            error = _error_of(raised) if isinstance(raised, OSError) and (
+                raised.errno == errno.ENOSPC or paths.is_ours(raised.filename)) else raised
             if isinstance(error, UserError):
                 text = i18n.tr(error.code, error.params, _language())
             else:
@@ -219,36 +221,37 @@ def pages() -> Any:
         if isinstance(item, type):
             raise OSError
         return find(item)
-    with mock.patch.object(inspect, "getfile", nowhere):
+    with mock.patch.object(inspect, "getfile", nowhere), surroundings.no_network():
         from gui import app
     return app
 
 
-def _running() -> str:
-    """The address of the server that holds the lock, which may be starting just now. Raises
-    UserError where it has none in PATIENCE_S."""
+def _running() -> dict[str, Any]:
+    """What the server told of itself that holds the lock; it may be starting just now. Raises
+    UserError where it tells nothing in PATIENCE_S."""
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            server = json.loads((paths.data_dir() / ADDRESS).read_text("utf-8"))
+            known = json.loads((paths.data_dir() / ADDRESS).read_text("utf-8"))
             # The file of a server that was killed is still there.
-            if psutil.pid_exists(int(server["pid"])):
-                return str(server["url"])
+            if psutil.pid_exists(int(known["pid"])) and urlsplit(str(known["url"])).port:
+                return {"url": str(known["url"]), "cookie": str(known["cookie"])}
         time.sleep(0.2)
     raise UserError("window.starting")
 
 
-def _brought_forward(url: str) -> bool:
-    """Whether the first start has a native window, which it brings to the front. Raises UserError
-    where it doesn't answer."""
-    parts = urlsplit(url)
-    token = parse_qs(parts.query)["token"][0]
-    connection = http.client.HTTPConnection("127.0.0.1", parts.port, timeout=PATIENCE_S)
+def _asked_for_page(known: dict[str, Any]) -> dict[str, Any]:
+    """Whether the first start has a native window, which it brings to the front ("native"), and
+    addresses that open a page of it: "url", and "shown" for a browser's command line. Raises
+    UserError where it doesn't answer."""
+    place = urlsplit(known["url"])
+    connection = http.client.HTTPConnection("127.0.0.1", place.port, timeout=PATIENCE_S)
     try:
         connection.request("POST", "/focus", headers={
-            "Host": parts.netloc, "Cookie": f"darkroom_{parts.port}={token}"})
-        return bool(json.loads(connection.getresponse().read())["native"])
-    except (OSError, ValueError, KeyError, http.client.HTTPException):
-        raise UserError("window.hangs", url=url) from None
+            "Host": place.netloc, "Cookie": f"darkroom_{place.port}={known['cookie']}"})
+        told = json.loads(connection.getresponse().read())
+        return {name: told[name] for name in ("native", "url", "shown")}
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
+        raise UserError("window.hangs", url=f"http://{place.netloc}/") from None
     finally:
         connection.close()

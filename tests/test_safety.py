@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -218,13 +219,63 @@ def test_a_link_to_what_never_ends(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 def test_mutated_files_of_every_kind(tmp_path: Path) -> None:
-    """A short run in a process of its own: it listens to everything that is opened."""
+    """In a process of its own: it listens to everything that is opened."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz", "--files", "150", "--seed", "7", "--keep",
-         str(tmp_path / "broken")], capture_output=True, text=True, timeout=280, check=False,
+        [sys.executable, "-m", "tests.fuzz", "--files", "3300", "--seed", "7", "--keep",
+         str(tmp_path / "broken")], capture_output=True, text=True, timeout=900, check=False,
         cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert int(re.search(r"^(\d+) files in", done.stdout, re.M)[1]) >= 3200
     assert "0 broken something" in done.stdout
+
+
+ESCAPES = ("a \x1b[2Jcat", "\x1b]0;title\x07, dog", "\x9b31mred", "back\x08\x08", "\u202egnp",
+           "bell\x07", "bare\rover")
+DANGER = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+@pytest.mark.parametrize("line", [
+    "captions stats {folder}", "captions stats {folder} --json", "captions filter cat {folder}",
+    "captions apply {folder} --rule replace:cat=>dog --dry-run", "dataset check {folder}",
+    "dataset check {folder} --json", "lora info {lora}", "lora info {lora} --json",
+    "config import {toml}", "train --config {yaml}", "plan --config {yaml}", "runs list",
+    "runs show {run}", "runs show {run} --json"])
+def test_no_command_passes_control_characters_on(
+        line: str, tmp_path: Path, own_home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of captions, tags, metadata, keys, names of runs; as JSON they are whole."""
+    import launcher
+    from core.jobs import runs
+    from core.jobs.events import Captioned, Faulted, JobEnded
+    from core.jobs.journal import Journal
+    folder, said = tmp_path / "p", ", ".join(ESCAPES)
+    folder.mkdir()
+    for name in ("a", "b", "c\x1b[2J\u202e"):
+        Image.effect_noise((64, 64), 60).convert("RGB").save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(said, "utf-8", newline="")
+    files = {"toml": f'network_dim = 8\n"{said.encode("unicode_escape").decode()}" = 5'
+                     .replace("\\x", "\\u00"),
+             "yaml": f"base_model: demo\n{json.dumps(said)}: 5\n"}
+    for suffix, text in files.items():
+        (tmp_path / f"x.{suffix}").write_text(text, "utf-8")
+    save_file({"lora_unet_a.lora_down.weight": torch.ones(4, 8),
+               "lora_unet_a.lora_up.weight": torch.ones(8, 4)}, tmp_path / "x.safetensors",
+              {"ss_output_name": said, "modelspec.title": said, "ss_tag_frequency": json.dumps(
+                  {"x": {said: 3}})})
+    run = runs.create_run("caption", "{}", said, queued=False)
+    with Journal(run) as journal:
+        for event in (Captioned(path=said, caption=said), Faulted(
+                code="jobs.crash", params={"reason": said}, fixes=[], details=said),
+                JobEnded(state="failed", result={})):
+            journal.append(event)
+    places = {name: str(tmp_path / f"x.{name}") for name in files}
+    given = [word.format(folder=folder, run=run.name, lora=tmp_path / "x.safetensors", **places)
+             for word in line.split()]
+    launcher.run(given)
+    out, err = capfd.readouterr()
+    assert "usage:" not in err
+    assert not DANGER.findall(out + err)
+    if "--json" in given:
+        json.loads(out.splitlines()[-1])
 
 
 def test_names_cant_steer_the_terminal() -> None:

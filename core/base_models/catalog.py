@@ -20,6 +20,7 @@ import yaml
 from core import paths
 from core.base_models.download import TIMEOUT_S, File, network_errors
 from core.errors import UserError
+from core.system import surroundings
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -79,12 +80,14 @@ def known(repo: str) -> Entry | None:
 def describe(repo: str, mirror: str = "", revision: str = "") -> Offer:
     """Asks the hub, or a mirror of it, for the exact files, sizes and licence.
 
-    Raises UserError: `hub.bad_name`, `hub.not_found`, `hub.gated`, `hub.offline`,
+    Raises UserError: `hub.bad_name`, `hub.not_found`, `hub.gated`, `hub.offline`, `hub.socks`,
     `hub.unreachable`, `hub.only_pickles` ... The user's token never goes to a mirror.
     """
     from huggingface_hub import HfApi
     if not REPOSITORY.fullmatch(repo):
         raise UserError("hub.bad_name", name=repo)
+    if proxy := surroundings.unusable_proxy():
+        raise UserError("hub.socks", proxy=proxy)
     # an empty entry for what the catalogue doesn't have
     entry = known(repo) or Entry(repo, "", 0, "", (), {})
     source = checked_source(mirror)

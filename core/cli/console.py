@@ -105,7 +105,33 @@ def model_path(name: str) -> Path:
 def guarded(call: Callable[[], int], argv: Sequence[str],
             tell: Callable[[str], object] = bool) -> int:
     """Runs a command and returns its exit code. An error becomes one sentence on stderr, which
-    `tell` gets too."""
+    `tell` gets too. What it prints holds no control characters of other people's files."""
+    with (contextlib.redirect_stdout(Printable.over(sys.stdout)),
+          contextlib.redirect_stderr(Printable.over(sys.stderr))):
+        return _guarded(call, argv, tell)
+
+
+class Printable:
+    """A text file that shows control characters as signs; a pipe may end in a terminal, too.
+    `beneath` takes what is meant for the terminal itself."""
+
+    def __init__(self, beneath: Any) -> None:
+        self.beneath = beneath
+
+    @staticmethod
+    def over(file: Any) -> Any:
+        """A program without a console has no streams."""
+        return file if file is None or isinstance(file, Printable) else Printable(file)
+
+    def write(self, text: str) -> int:
+        self.beneath.write(i18n.printable(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.beneath, name)
+
+
+def _guarded(call: Callable[[], int], argv: Sequence[str], tell: Callable[[str], object]) -> int:
     try:
         return call()
     except SystemExit as ended:
@@ -145,6 +171,7 @@ def run_job(job: str, config: Any, name: str, options: argparse.Namespace, finis
     else about it. `finish` answers where the job did not fail."""
     from core.config import dump_yaml
     from core.jobs import runs, worker
+    paths.keep_private()
     folder = runs.create_run(job, dump_yaml(config), name, resumed_from=resumed_from, queued=False)
     with unwatched():
         with job_terminal() as (terminal, control):
@@ -261,7 +288,9 @@ def print_json(facts: Mapping[str, Any]) -> None:
             return value.item()
         return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
-    print(json.dumps(facts, ensure_ascii=False, default=plain), flush=True)
+    # Inside its strings only: as the same characters, for whoever reads JSON.
+    text = json.dumps(facts, ensure_ascii=False, default=plain)
+    print(i18n.CONTROL.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text), flush=True)
 
 
 def fact_lines(facts: Mapping[str, Any], group: str) -> list[str]:

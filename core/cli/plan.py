@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core import i18n
+from core import i18n, plugins
 from core.cli.console import FAILED, FINE, add_command, answer, argument_adder
 from core.errors import UserError
 from core.families.registry import STANDARD
@@ -102,9 +102,10 @@ def plan_command(options: argparse.Namespace) -> int:
                      options.config.parent)
     if not config.base_model:
         raise UserError("engine.key_missing", key="base_model")
-    base = plan_inputs.base_of(config.base_model, config.family)
-    machine = _machine(options.vram_gb, config.device)
-    with _patience():
+    config, code = plan_inputs.without_code(config)
+    with _patience(), plugins.asleep():
+        base = plan_inputs.base_of(config.base_model, config.family)
+        machine = _machine(options.vram_gb, config.device)
         pictures = plan_inputs.pictures_of(config) if config.train_data_dir else None
         planner = plan_inputs.BatchPlanner(base, machine, pictures)
         planned = planner(config)
@@ -114,10 +115,12 @@ def plan_command(options: argparse.Namespace) -> int:
     remarks = [reason.text() for reason in course.remarks(
         config, pictures.repeats, pictures.captions)] if pictures else []
     answer(options, {"ok": verdict != "too_big", **plan.as_dict(planned), "verdict": verdict,
-                     "remarks": remarks, "lacking": advisor.lacking(planned),
+                     "remarks": remarks, "not_counted": code, "lacking": advisor.lacking(planned),
                      "nearest": nearest and {"changes": nearest[0],
                                              "needs_mb": round(nearest[1].needs_mb, 1)}},
-           [*_report(planned, verdict, nearest), *remarks])
+           [*_report(planned, verdict, nearest), *remarks,
+            *(i18n.tr("plan.not_counted", {"key": key, "name": name})
+              for key, name in code.items())])
     return FAILED if verdict == "too_big" else FINE
 
 
@@ -176,6 +179,8 @@ def presets_command(options: argparse.Namespace) -> int:
     from core.workspace import presets
     machine = plan_inputs.machine_here()
     listed = presets.list_presets(family=options.family)
+    for fault in presets.unusable():
+        print(fault, file=sys.stderr)
     if not listed:
         raise presets.no_family(options.family)
     facts, rows = [], []

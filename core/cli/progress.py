@@ -32,7 +32,9 @@ class Terminal:
 
     def __init__(self, file: TextIO | None = None, every_s: float = EVERY_S) -> None:
         # rich asks for a TextIO; Steady passes on what it lacks itself
-        steady: Any = Steady(file or sys.stderr)
+        file = file or sys.stderr
+        # Bars are drawn by the terminal's commands; what others wrote is checked by each line.
+        steady: Any = Steady(getattr(file, "beneath", file))
         console = Console(file=steady, highlight=False, soft_wrap=True)
         plain = Lines(console, every_s)
         self.screen: Bars | Lines = Bars(console) if console.is_terminal else plain
@@ -128,7 +130,7 @@ class Bars:
                              count=counted(done, total), facts=facts)
 
     def write_line(self, text: str) -> None:
-        self.progress.console.print(Text(text))
+        self.progress.console.print(Text(i18n.printable(text)))
 
     def close(self) -> None:
         self._finish()
@@ -165,7 +167,8 @@ class Lines:
         self.waiting = ""
 
     def write_line(self, text: str) -> None:
-        self.console.print(Text(f"{time.strftime('%H:%M:%S')}  {text}"))
+        line = f"{time.strftime('%H:%M:%S')}  {text}"
+        self.console.print(Text(i18n.printable(line)))
 
 
 def step_facts(step: events.Step, loss: float | None) -> str:

@@ -4,6 +4,8 @@ UserError that names the file, the line and the key.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from core import i18n
+from core import i18n, paths
 from core.config.other_names import BY_ITSELF, EPOCHS, ours
 from core.config.schema import TrainConfig
 from core.errors import UserError
@@ -62,11 +64,11 @@ def dump_yaml(config: BaseModel) -> str:
 def resolve(path: str, beside: Path | None) -> Path:
     """The absolute path that a user means. A relative one starts in the config's folder `beside`
     if something is there, else in the working folder."""
-    given = Path(path).expanduser()
+    given = paths.expanded(path)
     if given.is_absolute() or beside is None:
         return given.absolute()
     near = beside / given
-    return (near if near.exists() else given).absolute()
+    return (near if os.path.exists(near) else given).absolute()
 
 
 def read_flat_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
@@ -165,6 +167,21 @@ def first_message(error: ValidationError) -> str:
     """The same in pydantic's own English: 'needs.vram_gb: Input should be a valid number'."""
     details = error.errors()[0]
     return f"{'.'.join(map(str, details['loc']))}: {_message(details)}"
+
+
+def usable(model: type[Config], data: Mapping[Any, Any]) -> tuple[Config, str]:
+    """What of the data can be used, and what is wrong with the rest ("": nothing): one wrong value
+    must not cost the user all the others."""
+    try:
+        return model.model_validate(data), ""
+    except ValidationError as error:
+        wrong = {details["loc"][0] for details in error.errors() if details["loc"]}
+        kept = {key: value for key, value in data.items()
+                if isinstance(key, str) and key not in wrong}
+        with contextlib.suppress(ValidationError):
+            return model.model_validate(kept), first_message(error)
+        # Values that don't go together.
+        return model(), first_message(error)
 
 
 # pydantic's kinds of error that have the same sentence here

@@ -318,7 +318,10 @@ def known_sizes(base: Base) -> dict[str, float] | None:
 def _read(path: Path) -> dict[str, float] | None:
     with contextlib.suppress(OSError, ValueError):
         figures: dict[str, float] = from_json(path.read_text("utf-8"))
-        return figures
+        # Someone's hand or a bad disk: it is traced anew.
+        if isinstance(figures, dict) and all(isinstance(figure, int | float)
+                                             for figure in figures.values()):
+            return figures
     return None
 
 

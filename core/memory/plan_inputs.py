@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import shutil
 import sys
 from collections import Counter
@@ -14,10 +15,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import factorial
 from pathlib import Path
+from typing import Any
 
 from PIL import ExifTags, Image
 
-from core import families, i18n, paths, threads
+from core import families, i18n, paths, plugins, threads
 from core.config import TrainConfig
 from core.dataset import captions, curation, image_folder
 from core.dataset.buckets import BucketRule, Size
@@ -29,6 +31,20 @@ from core.lora_files.library import prompts_of
 from core.memory import plan
 from core.memory.plan import Data, Machine, Plan
 from core.system import gpu, machine
+
+# --- the config ---
+
+def without_code(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
+    """The config as a plan may count it, and what it doesn't count: the code that `adapter` and
+    `optimizer` name runs by the user's start alone. The usual ones stand in its place."""
+    named = {key: value for key in ("adapter", "optimizer")
+             if "." in (value := getattr(config, key)) or plugins.is_named(value)}
+    if not named:
+        return config, {}
+    usual: dict[str, Any] = {key: TrainConfig.model_fields[key].default for key in named}
+    usual |= {"optimizer_args": {}} if "optimizer" in named else {}
+    return config.with_changes(**usual), named
+
 
 # --- the machine and the base ---
 
@@ -49,8 +65,8 @@ def base_of(name: str, family: str = "auto") -> Base:
     """`demo`, a folder, a file, or a family's id for its standard shapes. Raises UserError."""
     if name == "demo":
         return Base.of(paths.DEMO / "base", family)
-    path = Path(name).expanduser()
-    if path.exists():
+    path = paths.expanded(name)
+    if os.path.exists(path):
         return Base.of(path, family)
     if name in families.SPECS:
         return Base.of(_shapes(name), name)

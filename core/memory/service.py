@@ -2,7 +2,8 @@
 
 A question: {"config": {TrainConfig}, "purpose", "language", "suggest": bool}. Its answer: {"plan",
 "verdict", "lacking", "nearest", "suggestion", "pictures", "updates", "remarks" (sentences
-of core/memory/course.py)}, as far as each is known; "remedies" alone where the question has a
+of core/memory/course.py), "not_counted" (config keys that name code, which a plan never runs)}, as
+far as each is known; "remedies" alone where the question has a
 "symptom" (core/memory/troubleshooting.py); {"fault": {"code", "params"}} where it can't be
 answered. {"sizes": base} asks for a base's native side and step alone.
 
@@ -25,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from core import families
+from core import families, plugins
 from core.config import TrainConfig
 from core.errors import UserError
 from core.families.detection import Base
@@ -72,10 +73,10 @@ def sizes_beside(base: Base) -> dict[str, float]:
 
 
 def _answer(question: dict[str, Any]) -> dict[str, Any]:
-    config = TrainConfig.model_validate(question["config"])
+    config, code = plan_inputs.without_code(TrainConfig.model_validate(question["config"]))
     base = plan_inputs.base_of(config.base_model or next(iter(families.SPECS)), config.family)
     machine = plan_inputs.machine_here(config.device)
-    reply: dict[str, Any] = {}
+    reply: dict[str, Any] = {"not_counted": code} if code else {}
     pictures = None
     if config.train_data_dir:
         try:
@@ -136,6 +137,8 @@ def main(_: Sequence[str] = ()) -> int:
             question = json.loads(line)
         except ValueError:
             continue
-        output.write(json.dumps(answer(question), ensure_ascii=True, default=str) + "\n")
+        with plugins.asleep():
+            reply = answer(question)
+        output.write(json.dumps(reply, ensure_ascii=True, default=str) + "\n")
         output.flush()
     return 0

@@ -32,8 +32,8 @@ def command(name: str, *arguments: str) -> list[str]:
 
 def environment(**more: str) -> dict[str, str]:
     """A child's environment, in which it finds our modules and writes UTF-8."""
-    path = filter(None, [str(paths.ROOT), os.environ.get("PYTHONPATH")])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONIOENCODING": "utf-8", **more}
+    # What the user's own PYTHONPATH names comes behind (core/system/surroundings.py).
+    return {**os.environ, "PYTHONPATH": str(paths.ROOT), "PYTHONIOENCODING": "utf-8", **more}
 
 
 def run_inner(argv: Sequence[str]) -> int | None:

@@ -37,7 +37,7 @@ REFUSED = ("adapter", "lora_rank", "lora_alpha", "target_modules", "conv_rank", 
 # Keys that may differ between the starts of one run without any effect on what is learned.
 FREE = frozenset({"resume", "output_dir", "output_name", "device", "save_steps", "keep_checkpoints",
                   "save_format", "save_precision", "validation_steps", "cache_to_disk",
-                  "cache_batch_size", "callbacks", "base_loras_in_previews"})
+                  "cache_batch_size", "callbacks", "base_loras_in_previews", "metadata"})
 
 
 def choose(output: Output, config: TrainConfig, emit: Callable[[Event], None]) -> list[Path]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,20 +70,33 @@ class Preset(BaseModel):
 
 def list_presets(lang: str | None = None, family: str | None = None) -> list[Preset]:
     """All presets, the app's and the user's (<data>/presets/<family>/*.yaml), by family, memory
-    needed and title. Raises UserError for a file that can't be used."""
-    presets = []
+    needed and title. A file of the user's that can't be used is left out (`unusable`)."""
+    return sorted((preset for preset in _read_all()[0] if family in (None, preset.family)),
+                  key=lambda preset: (preset.family, preset.needs.vram_gb,
+                                      preset.localized("title", lang), preset.purpose))
+
+
+def unusable() -> list[UserError]:
+    """The fault of each file among the user's presets that can't be used."""
+    return _read_all()[1]
+
+
+def _read_all() -> tuple[list[Preset], list[UserError]]:
+    """Raises UserError for one of the app's own presets that can't be used."""
+    presets, faults = [], []
     # the user's first, so that they win where titles are the same
     for folder in (user_folder(), paths.PRESETS):
         for path in sorted(folder.glob("*/*.yaml")):
             try:
-                preset = _read(path, paths.stamp(path))
-            except (OSError, ValueError) as error:
-                raise UserError("presets.unreadable", file=path,
-                                reason=_first_line(error)) from None
-            if preset is not None and family in (None, preset.family):
-                presets.append(preset)
-    return sorted(presets, key=lambda preset: (
-        preset.family, preset.needs.vram_gb, preset.localized("title", lang), preset.purpose))
+                if (preset := _read(path, paths.stamp(path))) is not None:
+                    presets.append(preset)
+            except (OSError, ValueError, UserError) as error:
+                fault = error if isinstance(error, UserError) else UserError(
+                    "presets.unreadable", file=path, reason=_first_line(error))
+                if folder == paths.PRESETS:
+                    raise fault from None
+                faults.append(fault)
+    return presets, faults
 
 
 def find(name: str, family: str, purpose: str = PURPOSE) -> Preset:
@@ -123,7 +137,7 @@ def family_of(base_model: str, beside: Path | None = None, family: str = "auto")
     if base_model == "demo" or base_model in families.SPECS:
         return base_model
     path = resolve(base_model, beside)
-    if path.exists() and path.samefile(paths.DEMO / "base"):
+    if os.path.exists(path) and path.samefile(paths.DEMO / "base"):
         return "demo"
     if family in families.SPECS:
         detection.expect(path, family)
@@ -132,7 +146,7 @@ def family_of(base_model: str, beside: Path | None = None, family: str = "auto")
         return families.detect(path)
     except UserError:
         # a family that the user wrote may read any file
-        if plugins.is_named(family) and path.exists():
+        if plugins.is_named(family) and os.path.exists(path):
             return family
         raise
 

@@ -6,6 +6,7 @@ family default -> preset -> suggestion, if applied -> own edits (core/workspace/
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from core import paths, serialization
 from core.config import TrainConfig
+from core.config.flat_yaml import usable
 from core.errors import UserError
 from core.workspace import presets
 
@@ -32,7 +34,7 @@ class Project(BaseModel):
     advised: dict[str, Any] = {}         # values of the suggestion that was applied
     run: str = ""                        # id of the run that is shown; "": the form is
     inference: dict[str, Any] = {}       # the last prompt, seed, ...
-    tabs: dict[str, Any] = {}            # the state of other tabs, by tab
+    tabs: dict[str, dict[str, Any]] = {}     # the state of other tabs, by tab
 
     def data(self, output: Path) -> dict[str, Any]:
         """The config's data. LoRAs go to a folder in `output` unless an edit says otherwise."""
@@ -56,6 +58,13 @@ class Project(BaseModel):
                          if preset.slug == self.preset), None)
         except UserError:
             return None
+
+    def state(self, tab: str, **usual: Any) -> dict[str, Any]:
+        """A tab's values, the usual ones for what it lacks. Values of another type don't count:
+        the file may have been edited by hand."""
+        kept = self.tabs.get(tab, {})
+        return {key: kept[key] if isinstance(kept.get(key), type(value)) else value
+                for key, value in usual.items()}
 
     def sources(self) -> dict[str, str]:
         """Who decides a key: own | advised | preset. Other keys have their defaults."""
@@ -109,24 +118,50 @@ class Projects:
         with self._lock:
             new = change(self.now)
             if new != self.now:
-                data = new.model_dump(exclude_defaults=True) | {"name": new.name}
-                paths.write_atomic(_folder() / f"{new.name}.yaml", serialization.to_yaml(data))
+                _write(new)
                 self.now, self.version = new, self.version + 1
             return new
 
     def _read(self, name: str) -> Project:
-        """The project of a file. One that can't be read is renamed, and the project is new."""
+        """What can be used of a project's file. A damaged one is renamed, so that it is not lost
+        with the next change."""
         file = _folder() / f"{name}.yaml"
+        project, reason = Project(name=name), ""
         try:
             data = serialization.from_yaml(file.read_text("utf-8"))
-            return Project.model_validate({**data, "name": name})
+            project, reason = usable(Project, {**data, "name": name})
+            project, wrong = _checked(project)
+            reason = reason or wrong
         except FileNotFoundError:
-            return Project(name=name)
+            pass
         except (OSError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[0]
+        if reason:
             self.broken = UserError("window.project_broken", file=file, reason=reason, name=name,
                                     aside=paths.set_aside(file).name)
-            return Project(name=name)
+            with contextlib.suppress(OSError):
+                _write(project)
+        return project
+
+
+def _checked(project: Project) -> tuple[Project, str]:
+    """The project without edits that no config can have, and what is wrong with them: with one of
+    them no other could be made. What was meant for a field stands there as typed."""
+    config, reason = usable(TrainConfig, project.advised | project.edits)
+    if not reason:
+        return project, ""
+    kept = config.model_fields_set
+    typed = {key: str(value) for key, value in project.edits.items()
+             if key in TrainConfig.model_fields and key not in kept}
+    return project.model_copy(update={
+        "edits": {key: value for key, value in project.edits.items() if key in kept},
+        "advised": {key: value for key, value in project.advised.items() if key in kept},
+        "invalid": typed | project.invalid}), reason
+
+
+def _write(project: Project) -> None:
+    data = project.model_dump(exclude_defaults=True) | {"name": project.name}
+    paths.write_atomic(_folder() / f"{project.name}.yaml", serialization.to_yaml(data))
 
 
 def checked_name(name: str) -> str:

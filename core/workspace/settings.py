@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from core import i18n, paths, serialization
-from core.config.flat_yaml import dump_yaml, first_message
+from core.config.flat_yaml import dump_yaml, usable
 from core.errors import UserError
 
 FILE = "settings.yaml"
@@ -47,7 +47,7 @@ class Settings(BaseModel):
     def output_folder(self) -> Path:
         """Where LoRAs go: the setting, else the user's documents, as they are the user's files."""
         if self.output_root:
-            return Path(self.output_root).expanduser()
+            return paths.expanded(self.output_root)
         if paths.data_dir() == Path(platformdirs.user_data_dir(paths.APP, appauthor=False)):
             return Path(platformdirs.user_documents_dir()) / paths.APP
         # DARKROOM_HOME is set: a portable install keeps everything in one folder
@@ -100,14 +100,7 @@ def _load() -> tuple[Settings, str]:
         return Settings(), ""
     if not isinstance(data, dict):
         return Settings(), "line 1: not `key: value`"
-    try:
-        return Settings.model_validate(data), ""
-    except ValidationError as error:
-        # One wrong value must not cost the user all the others.
-        wrong = {details["loc"][0] for details in error.errors() if details["loc"]}
-        usable = {key: value for key, value in data.items()
-                  if isinstance(key, str) and key not in wrong}
-        return Settings.model_validate(usable), first_message(error)
+    return usable(Settings, data)
 
 
 def write(settings: Settings) -> None:

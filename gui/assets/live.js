@@ -172,6 +172,10 @@ window.darkroom = (() => {
     if (button && !button.disabled) copy(button);
   });
 
+  document.addEventListener('input', ({target: box}) => {     // the slider of a comparison
+    if (box.matches('.compare > input')) box.parentElement.style.setProperty('--at', `${box.value}%`);
+  });
+
   // What is typed stays until it is saved: a refill waits, one that was on its way is undone.
   document.addEventListener('input', ({target: box}) => {
     if (box.matches('textarea, input:not([type=range], [type=checkbox], [type=radio])')
@@ -217,4 +221,3 @@ window.darkroom = (() => {
   poll();
   return {mount, poll, say};
 })();
-dispatchEvent(new Event('darkroom'));         // whoever was there first waits for it

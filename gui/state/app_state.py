@@ -27,6 +27,7 @@ from core.jobs.runs import JobView
 from core.memory import plan, plan_inputs
 from core.system import gpu
 from core.system.gpu import GpuInfo
+from core.workspace import presets
 from core.workspace.project import Project, Projects
 from core.workspace.settings import Settings, SettingsFile
 from gui.state.base_models import BaseModels, BasesState
@@ -110,6 +111,8 @@ class AppState:
         # Counts how often the inputs of all pages had to be set anew.
         self.fills = 0
         self._touched = 0
+        # Messages about damaged files that were read.
+        self._dismissed: set[str] = set()
         self._shared: dict[Any, Any] = {}
         self._making = threading.Lock()
         self.bases = BaseModels(self.touch)
@@ -151,11 +154,13 @@ class AppState:
     @property
     def broken(self) -> list[UserError]:
         """A message for each of our own files that was found damaged."""
-        return [error for error in (self.settings.broken, self.projects.broken) if error]
+        return [error for error in (self.settings.broken, self.projects.broken,
+                                    *presets.unusable())
+                if error and str(error) not in self._dismissed]
 
     def dismiss(self) -> None:
         """Puts the messages about damaged files away."""
-        self.settings.broken = self.projects.broken = None
+        self._dismissed |= set(map(str, self.broken))
         self.touch()
 
     def running(self) -> list[str]:

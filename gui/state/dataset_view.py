@@ -228,7 +228,7 @@ class DatasetView:
               after_s: float) -> None:
         if superseded.wait(after_s):
             return
-        folder = Path(question.folder).expanduser().absolute()
+        folder = paths.expanded(question.folder).absolute()
         for step in STEPS:
             if step not in self._todo or control.stopping:
                 continue
@@ -258,7 +258,7 @@ class DatasetView:
                    looked=f"{time.time_ns():x}")
 
     def _captions(self, question: Question, folder: Path, control: Control) -> None:
-        store = Store(folder, Path(question.metadata).expanduser() if question.metadata else None)
+        store = Store(folder, paths.expanded(question.metadata) if question.metadata else None)
         locked = {name: entry.locked for name, entry in store.entries.items() if entry.locked}
         with self._lock:
             if not control.stopping:
@@ -277,7 +277,7 @@ class DatasetView:
                 self._tell(control, done=event.done, total=event.total)
         report = dataset_report.check(
             folder, facts_of(question), trigger=question.trigger, emit=emit, control=control,
-            metadata=Path(question.metadata).expanduser() if question.metadata else None,
+            metadata=paths.expanded(question.metadata) if question.metadata else None,
             purpose=PURPOSES.get(question.purpose, ""),
             crop_about="subject" if question.crop_about == "subject" else "center")
         self._tell(control, report=report)
@@ -305,9 +305,10 @@ def facts_of(question: Question) -> BaseFacts:
     config = TrainConfig.model_validate(dict(question.rule))
     if not question.base:
         return crops.assumed_facts(config)
-    source = paths.DEMO / "base" if question.base == "demo" else Path(question.base)
+    source = paths.DEMO / "base" if question.base == "demo" else paths.expanded(
+        question.base)
     try:
-        return crops.base_facts(source.expanduser(), sizes_beside, config)
+        return crops.base_facts(source, sizes_beside, config)
     except UserError as error:
         return crops.assumed_facts(config, error)
     except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
@@ -324,7 +325,7 @@ def caption_job(snap: Snapshot) -> JobView | None:
 
 
 def absolute(folder: str) -> str:
-    return str(Path(folder).expanduser().absolute()) if folder else ""
+    return str(paths.expanded(folder).absolute()) if folder else ""
 
 
 def _question(snap: Snapshot) -> Question | None:

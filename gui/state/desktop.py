@@ -67,7 +67,7 @@ class Desktop:
 
 def open_folder(folder: Path) -> None:
     """Opens a folder in the system's file manager. Raises UserError where either is missing."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError("close.folder_gone", folder=folder)
     if sys.platform == "win32":
         os.startfile(folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def bases(snap: Snapshot, choices: list[Choice]) -> list[str]:
 
 def folder_of(base: str) -> Path:
     """The path of a base as the project names it."""
-    return paths.DEMO / "base" if base == "demo" else Path(base).expanduser()
+    return paths.DEMO / "base" if base == "demo" else paths.expanded(base)
 
 
 def triggers(loras: list[Added], choices: list[Choice], files: InferenceFiles) -> list[str]:
@@ -207,7 +208,11 @@ def typed(snap: Snapshot, choices: list[Choice]) -> dict[str, Any]:
     defaults = {"prompt": prompts[0] if prompts else trigger, "negative": "", "seed": SEED,
                 "steps": 16 if demo else None, "cfg": 1.5 if demo else None, "size": "",
                 "sampler": "auto", "clip_skip": None, "count": 1, "same_seed": True}
-    return {key: snap.project.inference.get(key, usual) for key, usual in defaults.items()}
+    # The project's file may have been edited by hand: a number field takes numbers only.
+    kept = {key: value for key, value in snap.project.inference.items() if key in defaults
+            and isinstance(value, float | int if defaults[key] is None else type(defaults[key]))
+            and not (isinstance(value, float) and not isfinite(value))}
+    return defaults | kept
 
 
 # --- the job ---

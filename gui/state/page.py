@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextvars
 import json
+import logging
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,17 +21,16 @@ from pydantic import ValidationError
 from core.errors import UserError
 from core.serialization import json_of
 from gui.state import form
+from gui.state.app_state import Snapshot
 
 if TYPE_CHECKING:
-    from gui.state.app_state import Context, Snapshot, Tab, Updates
+    from gui.state.app_state import Context, Tab, Updates
 
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-# Gradio adds a page's scripts by itself: a panel may be there before gui/assets/live.js is.
-READY = ("const ready = act => window.darkroom ? act()"
-         " : addEventListener('darkroom', act, {once: true});")
-_SHOW_MESSAGES = (f"{READY} watch('value', () => {{ const news = JSON.parse(props.value || '[]');"
-                  " ready(() => window.darkroom.say(news)); });")
+_SHOW_MESSAGES = ("watch('value', () => window.darkroom.say("
+                  "JSON.parse(props.value || '[]')));")
 
+_log = logging.getLogger(__name__)
 Handler = Callable[..., "Updates | None"]
 # What a page's components show: their marks by id.
 Seen = dict[str, str]
@@ -82,10 +83,16 @@ class Page:
     def _painted(self, snap: Snapshot) -> tuple[dict[str, str], Updates]:
         """-> panels by name; updates of other components."""
         updates: Updates = dict(self.header.paint(snap))
-        panels = {}
+        panels, faults = {}, ""
         for name, tab in self.tabs:
-            panels[f"tab-{name}-button"] = tab.label(snap)
-            updates |= tab.paint(snap)
+            try:
+                panels[f"tab-{name}-button"] = tab.label(snap)
+                updates |= tab.paint(snap)
+            except Exception as error:
+                # Something of the user's that nobody foresaw must not take the other tabs down.
+                _log.exception("tab %s", name)
+                faults += self.header.damaged_tab(name, error)
+        updates[self.header.panel] += faults
         rest = {}
         for component, value in updates.items():
             if isinstance(component, gr.HTML):
@@ -95,13 +102,21 @@ class Page:
         return panels, rest
 
     def _filled(self, snap: Snapshot) -> Updates:
-        return {component: value for _, tab in self.tabs
-                for component, value in tab.fill(snap).items()}
+        updates: Updates = {}
+        for name, tab in self.tabs:
+            try:
+                updates |= tab.fill(snap)
+            except Exception:
+                # Its painting, which needs the same, tells it.
+                _log.exception("tab %s", name)
+        return updates
 
     def wire(self, ctx: Context, load: Any) -> None:
         """Called once, inside gr.Blocks, when everything is built; `load`: the Blocks' own."""
-        snap = ctx.app_state.snapshot()
-        painted, filled = list(self._painted(snap)[1]), list(self._filled(snap))
+        # All that is ever painted: a project that can't be shown now is followed by others.
+        snaps = (Snapshot(), ctx.app_state.snapshot())
+        painted = list({one: 0 for snap in snaps for one in self._painted(snap)[1]})
+        filled = list({one: 0 for snap in snaps for one in self._filled(snap)})
         self.close = ctx.tr("close")
         messages = gr.HTML("", visible="hidden", js_on_load=_SHOW_MESSAGES)
         # What a page shows is known by the page alone: an answer may be lost on its way.
@@ -148,7 +163,7 @@ class Page:
                 self.tell(ctx.tr("no_access", reason=str(error)), ctx.tr("not_done"), "warning")
             if fill and before != (app_state.projects.now, app_state.settings.now):
                 app_state.filled()
-            return [json.dumps(messages) if messages else gr.skip(),
+            return [_carried(messages) if messages else gr.skip(),
                     *(updates.get(component, gr.skip()) for component in outputs)]
 
         def act_panel(event: gr.EventData, *values: Any) -> Any:
@@ -156,6 +171,12 @@ class Page:
             return act(str(data.get("act", "")), str(data.get("id", "")), *values)
 
         return act_panel if panel else act
+
+
+def _carried(messages: list[dict[str, str]]) -> str:
+    """The messages as JSON. Gradio takes a gr.HTML's value for HTML even where it is hidden, and
+    they quote other people's files: nothing of it may be a tag."""
+    return re.sub("[<>&]", lambda sign: f"\\u{ord(sign[0]):04x}", json.dumps(messages))
 
 
 def _mark(text: str) -> str:

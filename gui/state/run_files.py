@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from core.jobs.events import Checkpoint
@@ -19,7 +20,7 @@ def lora_of(view: JobView) -> int | None:
 def folder_of(view: JobView) -> Path:
     """The output folder of a run; before it exists, the folder of the run's record."""
     output = Path(view.output_dir)
-    return output if view.output_dir and output.is_dir() else view.folder
+    return output if view.output_dir and os.path.isdir(output) else view.folder
 
 
 def lora_file(point: Checkpoint) -> Path:

@@ -6,6 +6,7 @@ What its panels' buttons do stands in gui/actions.py.
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 import gradio as gr
@@ -105,7 +106,7 @@ class Parameters:
     def paint(self, snap: Snapshot) -> Updates:
         ctx, shown = self.ctx, snap.shown
         cards = presets_of_base(snap)
-        removed = str(snap.project.tabs.get("presets", {}).get("removed", ""))
+        removed = snap.project.state("presets", removed="")["removed"]
         return {self.setup: gr.update(visible=shown is None),
                 self.welcome: first_start(ctx, snap, cards),
                 self.base: gr.update(choices=bases(ctx, snap)),
@@ -192,7 +193,7 @@ def presets_of_base(snap: Snapshot) -> list[presets.Preset]:
 def bases(ctx: Context, snap: Snapshot) -> list[tuple[str, str]]:
     """(name, path) of the demo's base, those of earlier runs that are still there, those found."""
     used = dict.fromkeys(str(view.config.get("base_model", "")) for view in snap.runs)
-    here = [path for path in used if path not in ("", "demo") and Path(path).exists()]
+    here = [path for path in used if path not in ("", "demo") and os.path.exists(path)]
     here += [str(model.path) for model in snap.bases.found if not model.reason]
     return [(ctx.tr("base_demo"), "demo"),
             *((Path(path).name, path) for path in dict.fromkeys(here))]

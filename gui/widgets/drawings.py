@@ -156,11 +156,10 @@ def slider(ctx: Context, view: JobView) -> str:
     sides = [esc(ctx.tr("weight_n", weight=f"{weight:g}")) for weight in weights]
     images = "".join(f'<img src="/picture/{esc(view.id)}/{samples[n]}?full=1" alt="{sides[n]}">'
                      for n in (0, 1))
-    move = "this.parentElement.style.setProperty('--at', this.value + '%')"
     return (f'<div class="compare {_scaling(view)}" data-key="{esc(view.id)}">{images}<u></u>'
             f'<span class="left">{sides[0]}</span><span class="right">{sides[1]}</span>'
             f'<input type="range" min="0" max="100" value="50" '
-            f'aria-label="{esc(ctx.tr("compare_label"))}" oninput="{move}"></div>')
+            f'aria-label="{esc(ctx.tr("compare_label"))}"></div>')
 
 
 def _scaling(view: JobView) -> str:

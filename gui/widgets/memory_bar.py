@@ -30,6 +30,14 @@ def grouped(plan: Mapping[str, Any]) -> dict[str, float]:
 def memory_bar(ctx: Context, plan: Mapping[str, Any], held: float = 0.0,
                pending: bool = False) -> str:
     """`plan`: core.memory.plan.as_dict's. `held`: what the run holds now, MiB; 0: not known."""
+    try:
+        return _drawn(ctx, plan, held, pending)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        # A run of another version of the app, or a record that was edited.
+        return small(ctx.tr("plan_unreadable"))
+
+
+def _drawn(ctx: Context, plan: Mapping[str, Any], held: float, pending: bool) -> str:
     needs, free = plan["needs_mb"], plan["machine"]["free_mb"]
     scale = max(needs, plan["machine"]["total_mb"]) or 1.0
     # What is measured counts for more than what was planned.

@@ -6,9 +6,9 @@ where it was.
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
-from core import families
+from core import families, paths
 from core.memory.plan import Machine
 from core.units import gigabytes
 from core.workspace import presets
@@ -57,7 +57,7 @@ def _folders(ctx: Context, snap: Snapshot) -> str:
                          ("output", str(snap.settings.output_folder))):
         # An output folder is made by the first run, pictures are not.
         absent = "not_there" if kind == "pictures" else "is_made"
-        there = Path(folder).expanduser().is_dir()
+        there = os.path.isdir(paths.expanded(folder))
         state = "later" if not folder else "is_there" if there else absent
         choose = button(tr("close.choose_folder"), f"native_{kind}") if snap.native else ""
         rows += (f'<tr><th>{esc(tr(f"first_start.{kind}"))}</th><td>'

@@ -7,7 +7,6 @@ from typing import Any
 import gradio as gr
 
 from gui.html import ASSETS
-from gui.state.page import READY
 
 
 def panel(name: str, js: str = "", dense: bool = False, **more: Any) -> gr.HTML:
@@ -17,6 +16,6 @@ def panel(name: str, js: str = "", dense: bool = False, **more: Any) -> gr.HTML:
     `dense`: small buttons and rows."""
     body = (ASSETS / f"{js or 'panel'}.js").read_text("utf-8")
     after = ", fresh" if js else ""
-    script = f"{body}\n{READY}\nready(() => window.darkroom.mount(element, {name!r}{after}));"
+    script = f"{body}\nwindow.darkroom.mount(element, {name!r}{after});"
     return gr.HTML("", elem_id=name, js_on_load=script, elem_classes=["panel", *["dense"] * dense],
                    **more)

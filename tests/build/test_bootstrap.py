@@ -113,7 +113,7 @@ def make_checkout(root: Path) -> Path:
     lock(root, base=[DEP], test=[DEP, EXTRA])
     for name in ("launcher.py", "build/bootstrap.py", "build/environment.py",
                  "build/install.py", "build/messages.py", "build/repair.py",
-                 "core/system/message_box.py",
+                 "core/system/message_box.py", "core/system/surroundings.py",
                  "core/strings/en/bootstrap.yaml", "core/strings/zh-CN/bootstrap.yaml"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REAL / name, root / name)
@@ -627,6 +627,52 @@ def test_settings_of_pip_that_lead_elsewhere_are_overruled(tmp_path: Path, wheel
     assert not [name for name in away if Path(away[name]).exists()]
 
 
+@pytest.mark.parametrize("lines", [
+    ["user = true"], ["target = {away}"], ["prefix = {away}", "no-deps = true"],
+    ["require-hashes = true", "dry-run = true", "root = {away}"],
+    ["platform = win_amd64", "python = /usr/bin/false"]])
+def test_files_of_pip_that_lead_elsewhere_are_overruled(tmp_path: Path, wheels: Path,
+                                                        lines: list[str]) -> None:
+    """Where its packages come from still counts."""
+    root = make_checkout(tmp_path / "c")
+    text = "\n".join(["[global]", "no-index = true", f"find-links =\n    {wheels}", "[install]",
+                      *lines]).format(away=tmp_path / "away")
+    (tmp_path / "pip.conf").write_text(text)
+    env = surroundings(wheels, PIP_CONFIG_FILE=str(tmp_path / "pip.conf"), PIP_PYTHON="/nowhere",
+                       PIP_PLATFORM="win_amd64", PIP_REQUIREMENT=str(tmp_path / "none.txt"))
+    del env["PIP_FIND_LINKS"], env["PIP_NO_INDEX"]
+    done = start(root, env, "3")
+    assert done.returncode == 3, done.stderr
+    assert version_of(root, "darkroom_dep") == "1.5"
+    assert not (tmp_path / "away").exists()
+
+
+def test_another_pythons_packages_dont_count_as_installed(tmp_path: Path, wheels: Path) -> None:
+    root = make_checkout(tmp_path / "c")
+    info = tmp_path / "other" / "darkroom_dep-9.9.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: darkroom_dep\nVersion: 1.5\n")
+    (tmp_path / "other" / "darkroom_dep.py").write_text("raise ImportError('of another Python')")
+    for _ in range(2):
+        done = start(root, surroundings(wheels, PYTHONPATH=str(tmp_path / "other")), "3")
+        assert done.returncode == 3, done.stderr
+    assert version_of(root, "darkroom_dep") == "1.5"
+    assert done.stderr == ""                            # nothing is installed twice
+
+
+def test_it_is_ready_when_all_is_there(tmp_path: Path, wheels: Path) -> None:
+    """Not when the installer says so."""
+    root = make_checkout(tmp_path / "c")
+    install = root / "build" / "install.py"
+    install.write_text(install.read_text("utf-8").replace(
+        "def run(root", "def run(*_): pass\ndef really_run(root"), "utf-8")
+    done = start(root, surroundings(wheels), "3")
+    assert done.returncode == 1
+    assert messages.tr("not_there", path=root / ".venv") in done.stderr
+    assert "Installed in" not in done.stderr
+    assert stamp(root)["state"] == "installing"
+
+
 @pytest.mark.parametrize("given", [["--help"], ["--new"], ["--app", "--test"], ["--nonsense"]])
 def test_a_setup_that_is_not_understood_installs_nothing(checkout: Path, wheels: Path,
                                                          given: list[str]) -> None:
@@ -985,14 +1031,17 @@ def test_old_python_uses_an_environment_that_is_there(checkout: Path, wheels: Pa
 
 @pytest.mark.parametrize("name", ["launcher.py", "build/bootstrap.py", "build/environment.py",
                                   "build/install.py", "build/messages.py", "build/repair.py",
-                                  "core/system/message_box.py"])
+                                  "core/system/message_box.py",
+                                  "core/system/surroundings.py"])
 def test_old_pythons_can_read_it(name: str) -> None:
     tree = ast.parse((REAL / name).read_text("utf-8"), feature_version=(3, 8))
     assert not [node for node in ast.walk(tree) if type(node).__name__ == "Match"]
     top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     modules = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
     modules |= {str(node.module) for node in top if isinstance(node, ast.ImportFrom)}
-    allowed = sys.stdlib_module_names | {"environment", "install", "messages", "repair"}
+    allowed = sys.stdlib_module_names | {"environment", "install", "messages", "repair", "core"}
+    assert not [module for module in modules
+                if module.startswith("core") and module not in ("core.system", "core")]
     assert not {module.split(".")[0] for module in modules} - allowed
     assert "tomllib" not in modules
 

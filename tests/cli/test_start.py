@@ -65,6 +65,17 @@ class Desk:
                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd=self.folder,
                                 stderr=subprocess.PIPE, env=self.env | env)
 
+    def broken(self, **packages: str) -> subprocess.Popen[str]:
+        """A start that finds these packages broken."""
+        for name, code in packages.items():
+            (self.folder / "shadow" / name).mkdir(parents=True)
+            (self.folder / "shadow" / name / "__init__.py").write_text(code)
+        code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(self.folder / 'shadow')!r}]; "
+                "import launcher; sys.exit(launcher.main([]))")
+        return subprocess.Popen([sys.executable, "-c", code], text=True, cwd=self.folder,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, env=self.env)
+
     def ended(self, *argv: str, **env: str) -> tuple[int, str, str]:
         """-> exit code, stdout, stderr, which never shows a traceback."""
         process = self.start(*argv, **env)
@@ -82,11 +93,23 @@ def desk(tmp_path: Path, own_home: Path) -> Desk:
     return Desk(tmp_path, own_home)
 
 
-def fetch(url: str) -> tuple[str, str]:
-    """-> what sort of page, its text; with the cookie, as a browser does."""
-    opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
-    with opener.open(url, timeout=30) as answer:
-        return answer.headers.get(WAITING, ""), answer.read().decode("utf-8")
+class Browser:
+    """Keeps the cookie."""
+
+    def __init__(self) -> None:
+        self.opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+
+    def fetch(self, url: str) -> tuple[str, str]:
+        """-> what sort of page, its text."""
+        with self.opener.open(url, timeout=30) as answer:
+            return answer.headers.get(WAITING, ""), answer.read().decode("utf-8")
+
+    def live(self, url: str) -> str:
+        """All that the page's panels show."""
+        question = urllib.request.Request(url.split("?")[0] + "en/live", b"{}",
+                                          {"content-type": "application/json"})
+        with self.opener.open(question, timeout=30) as answer:
+            return str(answer.read().decode("utf-8"))
 
 
 # --- one start from its first page to its violent end ---
@@ -101,30 +124,33 @@ def test_a_start_shows_something_at_once_and_a_killed_one_leaves_nothing_but_its
     runs.claim(run, trainer.pid, dedicated=True)
     first = desk.start()
     try:
-        url = desk.page()
-        kind, text = fetch(url)
+        url, browser = desk.page(), Browser()
+        # All users can read a browser's command line.
+        assert "token" not in url
+        kind, text = browser.fetch(url)
         assert kind == "waiting"
         assert "starting" in text
         assert "正在启动" in text
         assert psutil.Process(first.pid).cpu_times().user < 2.0       # 0.5 s is usual
         with pytest.raises(urllib.error.HTTPError):
-            urllib.request.urlopen(url.split("?")[0], timeout=30)
+            Browser().fetch(url)                                # it was open once
         known = json.loads((desk.home / "window.json").read_text())
         assert known["pid"] == first.pid
         assert (desk.home / "window.json").stat().st_mode & 0o077 == 0
 
         assert first.stdout is not None
-        assert url in first.stdout.readline()                   # told when the pages are there
-        kind, text = fetch(url)
+        told = first.stdout.readline().split()[-1]              # when the pages are there
+        assert told.startswith(url + "?token=")
+        kind, text = browser.fetch(url)
         assert kind == ""
         assert "gradio" in text
-        told = live(url)
+        told = browser.live(url)
         assert "settings.yaml.broken" in told
         assert "goes-on" in told
         code, out, _ = desk.ended()
         assert code == 0
-        assert url in out
         assert desk.browsed.read_text().split() == [url, url]
+        assert "gradio" in Browser().fetch(out.split()[-1])[1]  # the address that it told
         children = until(lambda: psutil.Process(first.pid).children(recursive=True))
     finally:
         first.kill()
@@ -137,25 +163,7 @@ def test_a_start_shows_something_at_once_and_a_killed_one_leaves_nothing_but_its
         assert "LoRA Darkroom 0." in (desk.home / "logs" / "app.log").read_text()
 
 
-def live(url: str) -> str:
-    """All that the page's panels show."""
-    opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
-    opener.open(url, timeout=30).close()
-    question = urllib.request.Request(url.split("?")[0] + "en/live", b"{}",
-                                      {"content-type": "application/json"})
-    with opener.open(question, timeout=30) as answer:
-        return str(answer.read().decode("utf-8"))
-
-
 # --- what can be in the way ---
-
-def shadowed(desk: Desk, **packages: str) -> str:
-    """PYTHONPATH on which these packages are broken."""
-    for name, code in packages.items():
-        (desk.folder / "shadow" / name).mkdir(parents=True)
-        (desk.folder / "shadow" / name / "__init__.py").write_text(code)
-    return f"{desk.folder / 'shadow'}{os.pathsep}{ROOT}"
-
 
 # What pywebview does where the system lacks a web view.
 NO_VIEW = """
@@ -172,10 +180,10 @@ def start(**k): raise RuntimeError("You must have either QT or GTK installed")
 @posix
 def test_a_broken_package_is_told_in_the_window(desk: Desk) -> None:
     """Of no web view either: the browser takes over, and shows what is wrong."""
-    path = shadowed(desk, gradio="raise ImportError('DLL load failed')", webview=NO_VIEW)
-    process = desk.start(PYTHONPATH=path, DARKROOM_LANG="zh-CN")
-    url = desk.page()
-    text = until(lambda: (found := fetch(url))[0] == "fault" and found)[1]
+    desk.env["DARKROOM_LANG"] = "zh-CN"
+    process = desk.broken(gradio="raise ImportError('DLL load failed')", webview=NO_VIEW)
+    url, browser = desk.page(), Browser()
+    text = until(lambda: (found := browser.fetch(url))[0] == "fault" and found)[1]
     assert "launcher.py repair" in text
     assert "DLL load failed" in text
     out, err = process.communicate(timeout=60)
@@ -195,10 +203,9 @@ def test_no_browser_is_told_with_the_address(desk: Desk, number: int, parent: st
     request.getfixturevalue(parent)
     del desk.env["BROWSER"]
     desk.tool("xdg-open", "exit 3")
-    process = desk.start(PYTHONPATH=shadowed(desk, gradio="import time; time.sleep(60)",
-                                             webview=NO_VIEW))
+    process = desk.broken(gradio="import time; time.sleep(60)", webview=NO_VIEW)
     told = until(lambda: desk.told.exists() and desk.told.read_text())
-    assert json.loads((desk.home / "window.json").read_text())["url"] in told
+    assert Browser().fetch(told.split(": ")[1].strip())[0] == "waiting"
     process.send_signal(number)                     # while the pages are being made, too
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
@@ -277,7 +284,10 @@ def test_a_port_that_is_taken_is_named(own_home: Path) -> None:
     assert not (own_home / "window.json").exists()
 
 
-@pytest.mark.parametrize("known", ["", "{torn", '{"url": "http://x/", "pid": 999999999}'])
+@pytest.mark.parametrize("known", ["", "{torn", "[]", "7",
+                                   '{"url": "http://x:1/", "cookie": "x", "pid": 999999999}',
+                                   '{"url": 7, "cookie": "x", "pid": 1}', '{"pid": "x"}',
+                                   '{"url": "http://x:y/", "cookie": "x", "pid": 1}'])
 def test_a_first_start_without_an_address(own_home: Path, known: str,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window, "PATIENCE_S", 0.3)
@@ -294,8 +304,9 @@ def test_a_first_start_that_hangs_is_named(own_home: Path, monkeypatch: pytest.M
     held = window._lock()
     assert held is not None
     with held, socket.create_server(("127.0.0.1", 0)) as deaf:
-        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/?token=x"
-        (own_home / "window.json").write_text(json.dumps({"url": url, "pid": os.getpid()}))
+        known = {"url": f"http://127.0.0.1:{deaf.getsockname()[1]}/", "cookie": "x",
+                 "pid": os.getpid()}
+        (own_home / "window.json").write_text(json.dumps(known))
         with pytest.raises(UserError) as caught:
             window.open_window()
     assert caught.value.code == "window.hangs"

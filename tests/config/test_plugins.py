@@ -22,6 +22,7 @@ from core.importers import load_train_config
 from core.jobs.control import Control
 from core.jobs.events import Event, Note, Step
 from core.lora_files.metadata import CONFIG_KEY
+from core.memory import service
 from core.training.run import train
 from core.weights.precision import choose
 from tests import tiny
@@ -142,6 +143,43 @@ def test_a_variant_is_part_of_the_plan(make: Any, tmp_path: Path) -> None:
     parameters = [next(e.plan["parameters"] for e in told if hasattr(e, "plan"))
                   for told in (events, frozen)]
     assert parameters[1] < parameters[0]
+
+
+@pytest.mark.parametrize("keys", [
+    {"adapter": "{file}:vary"}, {"optimizer": "{file}:vary"}, {"optimizer": "pack.own.vary"},
+    {"adapter": "pack.own:vary", "optimizer": "pack.own:vary"}, {"family": "{file}:vary"},
+    {"family": "pack.own:vary"}, {"callbacks": ["{file}:vary"]},
+    {"picture_processors": ["pack.own:vary"]}])
+def test_no_plan_runs_a_configs_code(keys: dict[str, Any], tmp_path: Path,
+                                     monkeypatch: pytest.MonkeyPatch,
+                                     capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor the package around it. What isn't counted is said, by the command and to the window."""
+    ran = tmp_path / "RAN"
+    mark = f"open({str(ran)!r}, 'a').write('x')\ndef vary(*_): pass\n"
+    (tmp_path / "pack").mkdir()
+    for name in ("evil.py", "pack/__init__.py", "pack/own.py"):
+        (tmp_path / name).write_text(mark)
+    monkeypatch.syspath_prepend(tmp_path)
+    tiny.pictures(tmp_path / "pictures")
+    written = {key: [name.format(file=tmp_path / "evil.py") for name in value]
+               if isinstance(value, list) else value.format(file=tmp_path / "evil.py")
+               for key, value in keys.items()}
+    (tmp_path / "their.yaml").write_text(json.dumps({
+        "base_model": "demo", "train_data_dir": str(tmp_path / "pictures"), **written}))
+    code = launcher.run(["plan", "--config", str(tmp_path / "their.yaml"), "--json"])
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    question = {"config": load_train_config(tmp_path / "their.yaml").model_dump(mode="json"),
+                "purpose": "style", "language": "en"}
+    with plugins.asleep():
+        reply = service.answer(question)
+    assert not ran.exists()
+    if "family" in keys:
+        assert (code, said["fault"]) == (2, "extensions.asleep")
+        assert reply["fault"]["code"] == "extensions.asleep"
+    else:
+        counted = {key for key in keys if key not in ("callbacks", "picture_processors")}
+        assert set(said["not_counted"]) == set(reply.get("not_counted", {})) == counted
+        assert reply["plan"]["needs_mb"] > 0
 
 
 def test_an_own_optimizer_resumes(make: Any, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,14 +15,18 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from core import paths
 from core.jobs import runs
 from core.jobs.events import Checkpoint, Sample
 from core.jobs.journal import Journal
 from core.jobs.manager import JobManager
-from gui import server
+from gui import security, server
 from gui.app import serve
 from gui.server import Served
+from gui.state.page import _carried
 from gui.state.plan_client import Planning
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,13 +62,72 @@ def ask(served: Served, path: str, method: str = "GET", body: bytes | None = Non
     connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
     sent = {"Host": f"127.0.0.1:{served.port}"}
     if cookie:
-        sent["Cookie"] = f"{served.guard.cookie}={served.guard.token}"
+        sent["Cookie"] = f"{served.guard.cookie}={served.guard.secret}"
     sent |= {name.replace("_", "-"): value for name, value in headers.items()}
     connection.request(method, path, body, sent)
     answer = connection.getresponse()
     found = answer.status, answer.read(), {k.lower(): v for k, v in answer.getheaders()}
     connection.close()
     return found
+
+
+def door() -> Iterator[tuple[int, str, str, dict[str, str]]]:
+    """(status, method, path, headers): all that may knock. {here} is our host and port, {port}
+    our port, {cookie} our cookie; without a cookie named, the right one is shown."""
+    ways = ("/en/", "/en/config", "/live.js", "/en/gradio_api/upload", "/en/live", "/focus")
+    for path in ways:
+        for host in ("evil.example", "evil.example:{port}", "127.0.0.1.evil.example:{port}",
+                     "127.0.0.1", "127.0.0.1:1", "localhost", "0.0.0.0:{port}", "[::1]:{port}",
+                     "127.1:{port}", "2130706433:{port}", "127.0.0.1:{port}.", "LOCALHOST:{port}"):
+            yield 400, "GET", path, {"Host": host}
+        for origin in ("https://evil.example", "null", "http://127.0.0.1:1", "https://{here}",
+                       "http://localhost.evil.example:{port}", "http://{here}.evil.example",
+                       "file://", "http://127.0.0.1"):
+            yield 403, "POST", path, {"Origin": origin}
+        for site in ("cross-site", "same-site", "nonsense"):
+            yield 403, "GET", path, {"Sec-Fetch-Site": site}
+        for cookie in ("", "x=y", "darkroom_{port}=", "darkroom_{port}=wrong",
+                       "darkroom_1={secret}", "darkroom={secret}", "{cookie}x",
+                       "darkroom_{port}=\xff", "\x01={secret}"):
+            yield 403, "GET", path, {"Cookie": cookie}
+        for token in ("", "wrong", "{secret}", "%00", "../"):       # the cookie's is no token
+            yield 403, "GET", f"{path}?token={token}", {"Cookie": ""}
+        yield 403, "POST", f"{path}?token={{secret}}", {"Cookie": ""}
+    for path in ("/en/gradio_api/file=", "/en/file=", "/file=", "/zh-CN/gradio_api/file="):
+        for file in ("/etc/passwd", "../../../../etc/passwd", "..%2f..%2fsettings.yaml", "~/.ssh",
+                     "%2Fetc%2Fpasswd", "C:%5CWindows%5Cwin.ini", "//etc/passwd", "file:///etc/x",
+                     "{home}/settings.yaml", "{home}/window.json", "{home}/runs",
+                     "{root}/README.md", "http://127.0.0.1:{port}/focus", "."):
+            yield 404, "GET", path + file, {}
+    for path in ("/nothing", "/en/../etc", "/docs", "/openapi.json", "/redoc", "/en/docs",
+                 "/en/gradio_api/runs", "/picture/../0",
+                 "/lora/%2e%2e/0", "/picture/x/-1", "/language/xx", "/theme/pink",
+                 "/en/gradio_api/proxy=https://evil.example"):
+        yield 404, "GET", path, {}
+    for path in ("/en/", "/zh-CN/", "/en/config", "/live.js", "/favicon.ico"):
+        for good in ({}, {"Host": "localhost:{port}"}, {"Sec-Fetch-Site": "none"},
+                     {"Sec-Fetch-Site": "same-origin", "Origin": "http://{here}"},
+                     {"Cookie": "other=1; {cookie}; more=2"}):
+            yield 200, "GET", path, good
+
+
+def test_the_door(served: Served) -> None:
+    (Path(os.environ["DARKROOM_HOME"]) / "settings.yaml").touch()
+    names = {"here": f"127.0.0.1:{served.port}", "port": str(served.port),
+             "secret": served.guard.secret, "home": os.environ["DARKROOM_HOME"],
+             "cookie": f"{served.guard.cookie}={served.guard.secret}", "root": str(ROOT)}
+    wrong, checks = [], list(door())
+    assert len(checks) >= 115
+    for status, method, path, headers in checks:
+        sent = {name.replace("-", "_"): value.format(**names) for name, value in headers.items()}
+        found, body, told = ask(served, path.format(**names), method,
+                                b"" if method == "POST" else None, **sent)
+        # 403 and 404 both refuse a file; 422 a number that is none.
+        fine = found == status or (status == 404 and found in (403, 405, 422, 400))
+        if not fine or b"root:" in body or "content-security-policy" not in told or (
+                status != 200 and "set-cookie" in told):
+            wrong.append((status, found, method, path, headers))
+    assert not wrong
 
 
 @pytest.mark.parametrize("path", PAGES)
@@ -73,14 +137,71 @@ def test_nothing_answers_without_the_token(served: Served, path: str) -> None:
     assert ask(served, f"{path}?token=wrong", cookie=False)[0] == 403
 
 
-def test_the_token_becomes_a_cookie_and_leaves_the_address(served: Served) -> None:
-    status, _, headers = ask(served, f"/?a=1&token={served.guard.token}", cookie=False)
+def test_a_token_opens_the_door_once_and_leaves_the_address(served: Served) -> None:
+    token = served.url.partition("token=")[2]
+    status, _, headers = ask(served, f"/?a=1&token={token}", cookie=False)
     assert status == 303
     assert headers["location"] == "/?a=1"
     assert "HttpOnly" in headers["set-cookie"]
     assert "SameSite=Strict" in headers["set-cookie"]
-    evil = ask(served, f"//evil.example/?token={served.guard.token}", cookie=False)[2]
-    assert evil["location"].startswith("/evil.example")      # a path here, not a host elsewhere
+    assert token not in headers["set-cookie"]
+    assert ask(served, f"/?token={token}", cookie=False)[0] == 403
+    # Once more from the same browser: its history, a terminal.
+    status, _, headers = ask(served, f"/en/?token={token}")
+    assert (status, headers["location"]) == (303, "/en/")
+    assert ask(served, "/focus", "POST")[0] == 200
+
+
+@pytest.mark.parametrize("path", ["//evil.example/", "///evil.example", "/\\\\evil.example/",
+                                  "/%5C%5Cevil.example/", "/%2F%2Fevil.example/", "/@evil.example/",
+                                  "/https:/evil.example/"])
+def test_no_redirect_leaves_the_site(served: Served, path: str) -> None:
+    target = ask(served, f"{path}?token={served.url.partition('token=')[2]}",
+                 cookie=False)[2]["location"]
+    assert re.match(r"/[^/\\\s]", target)
+    assert "\\" not in target
+
+
+@pytest.mark.parametrize("sign", ["%00", "%09", "%0A", "%0D", "%0D%0Aset-cookie:%20x=1", "%1B",
+                                  "%7F"])
+def test_control_characters_are_no_path(served: Served, sign: str) -> None:
+    for path in (f"/{sign}", f"/{sign}/evil.example", f"/en/{sign}", f"/picture/{sign}/0"):
+        assert ask(served, path)[0] == 400
+        assert ask(served, f"{path}?token={served.url.partition('token=')[2]}",
+                   cookie=False)[0] == 400
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells whose it is")
+def test_a_browsers_command_line_opens_the_door_once_and_to_its_user_only(
+        served: Served) -> None:
+    shown = served.guard.address_to_show()
+    assert shown == f"http://127.0.0.1:{served.port}/"
+    for site in ("cross-site", "same-site"):            # a page elsewhere can't use it up
+        assert ask(served, "/", cookie=False, Sec_Fetch_Site=site)[0] == 403
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(security, "_TRUSTED", {os.getuid() + 1})
+        assert ask(served, "/", cookie=False)[0] == 403         # of another user
+        assert ask(served, "/en/config")[0] == 403              # though the cookie be right
+    assert ask(served, "/", "POST", cookie=False)[0] == 403
+    assert ask(served, "/en/", cookie=False)[0] == 403
+    status, _, headers = ask(served, "/", cookie=False)
+    assert (status, headers["location"]) == (303, "/")
+    assert served.guard.secret in headers["set-cookie"]
+    assert ask(served, "/", cookie=False)[0] == 403
+
+
+@pytest.mark.skipif(os.name == "nt" or os.getuid() != 0, reason="another user is needed")
+@pytest.mark.parametrize("family", ["127.0.0.1", "::ffff:127.0.0.1"])
+def test_another_user_is_refused_whatever_he_knows(served: Served, family: str) -> None:
+    """By a socket of either address family."""
+    code = ("import encodings.idna, http.client, os, sys\nos.setuid(65534)\n"
+            "c = http.client.HTTPConnection(sys.argv[1], int(sys.argv[2]), timeout=20)\n"
+            "c.request('GET', '/en/config', headers={'Host': '127.0.0.1:' + sys.argv[2], "
+            "'Cookie': sys.argv[3]})\nprint(c.getresponse().status)")
+    done = subprocess.run([sys.executable, "-c", code, family, str(served.port),
+                           f"{served.guard.cookie}={served.guard.secret}"],
+                          capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "403", done.stderr
 
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "", "127.0.0.1:1",
@@ -135,6 +256,12 @@ def test_only_loopback_listens(served: Served) -> None:
 
 def test_answers_forbid_what_a_page_does_not_need(served: Served) -> None:
     headers = ask(served, "/en/")[2]
+    policy = headers["content-security-policy"].split("; ")
+    scripts = next(line for line in policy if line.startswith("script-src"))
+    assert re.fullmatch(r"script-src 'self' 'nonce-[\w-]{20,}' 'unsafe-eval'", scripts)
+    assert ask(served, "/en/")[2]["content-security-policy"] != headers["content-security-policy"]
+    assert "nonce" not in ask(served, "/en/config")[2]["content-security-policy"]
+    assert headers["cache-control"] == "no-store"
     assert "default-src 'self'" in headers["content-security-policy"]
     assert "frame-ancestors 'none'" in headers["content-security-policy"]
     assert headers["x-frame-options"] == "DENY"
@@ -233,7 +360,7 @@ class Silent(Planning):
 server = serve(jobs=JobManager(dispatch=False), planning=Silent(), warm=False)
 import http.client
 c = http.client.HTTPConnection('127.0.0.1', server.port, timeout=20)
-c.request('GET', '/en/', headers={'Cookie': f'{server.guard.cookie}={server.guard.token}'})
+c.request('GET', '/en/', headers={'Cookie': f'{server.guard.cookie}={server.guard.secret}'})
 assert c.getresponse().status == 200
 server.close()
 heavy = {'torch', 'diffusers', 'transformers', 'peft', 'torchvision'} & set(sys.modules)
@@ -253,3 +380,67 @@ def test_the_port_that_is_wanted_is_taken_or_named(served: Served) -> None:
     assert caught.value.code == "window.port_taken"
 
 
+
+
+def test_the_page_asks_not_to_be_translated(served: Served) -> None:
+    for path in ("/en/", "/zh-CN/"):
+        page = ask(served, path)[1].decode()
+        assert '<meta name="google" content="notranslate">' in page
+        # First of all scripts, and with the page's nonce each.
+        assert page.index("documentElement.translate = false") < page.index("gradio_config")
+        assert len(re.findall(r"<script nonce=", page)) == page.count("<script") > 5
+
+
+def test_half_a_request_is_not_waited_for(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever holds connections would shut others out; a whole one is answered beside them."""
+    monkeypatch.setattr(server, "HEADER_S", 0.3)
+    place = "127.0.0.1", served.port
+    halves = [b"", b"GET", b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: "]
+    held = [socket.create_connection(place, timeout=20) for _ in range(40)]
+    for number, one in enumerate(held):
+        one.sendall(halves[number % len(halves)])
+    assert ask(served, "/en/config")[0] == 200
+    assert all(one.recv(100) == b"" for one in held)    # closed by the server
+    for one in held:
+        one.close()
+    # Half of a second request on a connection that had one.
+    with socket.create_connection(place, timeout=20) as one:
+        one.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HT")
+        answer = b""
+        while part := one.recv(1000):
+            answer += part
+        assert answer.startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_records_are_for_their_owner_alone(tmp_path: Path, named: bool,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.name == "nt":
+        pytest.skip("Windows keeps users' folders apart itself")
+    home = tmp_path / "home"
+    if named:
+        monkeypatch.setenv("DARKROOM_HOME", str(home))
+    else:
+        monkeypatch.delenv("DARKROOM_HOME")
+        monkeypatch.setattr(paths, "data_dir", lambda: home)
+        monkeypatch.setattr(paths, "cache_dir", lambda: tmp_path / "cache")
+        monkeypatch.setattr(paths, "log_dir", lambda: tmp_path / "log")
+    (home / "runs").mkdir(parents=True, mode=0o755)
+    home.chmod(0o755)
+    paths.keep_private()
+    modes = {folder.name: folder.stat().st_mode & 0o777 for folder in (home, home / "runs")}
+    # A folder that the user named keeps its own rights.
+    assert modes == ({"home": 0o755, "runs": 0o700} if named else {"home": 0o700, "runs": 0o755})
+    private = home / "secret.json"
+    with paths.atomic(private, private=True) as temporary:
+        temporary.write_text("x")
+    assert private.stat().st_mode & 0o777 == 0o600
+
+
+@given(st.lists(st.fixed_dictionaries({
+    "text": st.text(st.sampled_from("<>&'\"/ab\\\u2028\x00字")), "kind": st.just("info")}),
+    max_size=3))
+def test_messages_travel_as_no_tag(messages: list[dict[str, str]]) -> None:
+    carried = _carried(messages)
+    assert not set("<>&") & set(carried)
+    assert json.loads(carried) == messages

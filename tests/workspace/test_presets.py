@@ -276,18 +276,20 @@ def test_own_presets_stand_beside_ours(own_home: Path) -> None:
     ({"set": 3}, "set"), ({"more": 1}, "more"), ({"set": {"lora_rank": 0}}, "lora_rank"),
     ({"title": "x"}, "title")])
 def test_broken_preset_is_named(own_home: Path, changes: dict[str, Any], what: str) -> None:
+    """And the others are there all the same."""
+    others = presets.list_presets()
     path = write_own(own_home, **changes)
-    with pytest.raises(UserError) as caught:
-        presets.list_presets()
-    assert caught.value.code == "presets.bad"
-    assert str(path) in str(caught.value)
-    assert what in str(caught.value)
+    [fault] = presets.unusable()
+    assert fault.code == "presets.bad"
+    assert str(path) in str(fault)
+    assert what in str(fault)
+    assert presets.list_presets() == others
 
 
-def test_torn_preset_is_named(own_home: Path) -> None:
-    write_own(own_home).write_bytes(b"title: {en: 'x'\nset: [")
-    with pytest.raises(UserError, match=r"mine\.yaml can't be read"):
-        presets.list_presets()
+@pytest.mark.parametrize("content", [b"title: {en: 'x'\nset: [", b"\xff\xfe\x00", b"set: !!int x"])
+def test_torn_preset_is_named(own_home: Path, content: bytes) -> None:
+    write_own(own_home).write_bytes(content)
+    assert "mine.yaml can't be read" in str(presets.unusable()[0])
 
 
 # --- laid over a config ---

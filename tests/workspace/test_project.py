@@ -124,3 +124,11 @@ def test_loras_go_to_the_user_or_stay_with_a_portable_install(
     assert settings.Settings(output_root="/x/y").output_folder == Path("/x/y")
     monkeypatch.delenv("DARKROOM_HOME")
     assert paths.data_dir() not in settings.Settings().output_folder.parents
+
+
+@pytest.mark.parametrize("value", ["!!float ''", "!!int ''", "!!bool x", "!!timestamp x",
+                                   "!!null x", "!!float x", "!!int 0x", "!!binary ''"])
+def test_a_tag_that_its_value_does_not_allow(own_home: Path, value: str) -> None:
+    """PyYAML itself fails at some of them in its own ways."""
+    (own_home / settings.FILE).write_text(f"welcomed: true\nmirror: {value}\n")
+    assert isinstance(SettingsFile().now.mirror, str)

@@ -21,7 +21,7 @@ NAMES = ("A", "B")
 def compare(ctx: Context, snap: Snapshot) -> str:
     """Empty until two runs are chosen that are still there."""
     tr = ctx.tr
-    chosen = snap.project.tabs.get("runs", {}).get("compare", [])
+    chosen = snap.project.state("runs", compare=[])["compare"]
     views = list(filter(None, (snap.run(str(id)) for id in chosen)))
     if len(views) < 2:
         return small(tr("run_history.one_more") if views else "", status=True)

@@ -18,15 +18,15 @@ def history(ctx: Context, snap: Snapshot) -> str:
     """The queue, and the trainings; drawings stand in the Inference tab."""
     tr = ctx.tr
     views = [view for view in snap.runs if view.job == "train" and view.state != "queued"]
-    state = snap.project.tabs.get("runs", {})
-    removed, undo = str(state.get("removed", "")), ""
+    state = snap.project.state("runs", removed="", page=0, compare=[])
+    removed, undo = state["removed"], ""
     if records.can_restore(removed):
         undo = (f'<p class="small" role="status">{esc(tr("run_history.removed"))} '
                 f'{button(tr("run_history.undo"), "restore", removed, kind="link")}</p>')
     if not views:
         return _queue(ctx, snap) + undo
-    page, pages = page_of(len(views), int(state.get("page", 0)), PER_PAGE)
-    compared = [str(id) for id in state.get("compare", [])]
+    page, pages = page_of(len(views), state["page"], PER_PAGE)
+    compared = [str(id) for id in state["compare"]]
     rows = "".join(_row(ctx, view, snap, compared) for view in views[page * PER_PAGE:][:PER_PAGE])
     pager = ""
     if pages > 1:
