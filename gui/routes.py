@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 
 from fastapi import FastAPI, HTTPException
@@ -110,7 +111,7 @@ def _run(app_state: AppState, run_id: str) -> JobView:
 
 
 def _file(files: list[Path], number: int) -> Path:
-    if not 0 <= number < len(files) or not files[number].is_file():
+    if not 0 <= number < len(files) or not os.path.isfile(files[number]):
         raise HTTPException(404)
     return files[number]
 

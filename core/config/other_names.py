@@ -12,9 +12,9 @@ KOHYA = {key: key for key in (
     "train_data_dir", "max_resolution", "output_dir", "output_name", "conv_alpha", "rank_dropout",
     "module_dropout", "gradient_accumulation_steps", "gradient_checkpointing", "seed",
     "max_grad_norm", "keep_tokens", "enable_wildcard", "min_snr_gamma", "noise_offset",
-    "multires_noise_iterations", "multires_noise_discount", "ip_noise_gamma", "zero_terminal_snr", "loss_type", "huber_c",
-    "huber_schedule", "masked_loss", "reg_data_dir", "prior_loss_weight", "bucket_no_upscale",
-    "vae", "validation_split", "weight_decay")} | {
+    "multires_noise_iterations", "multires_noise_discount", "ip_noise_gamma", "zero_terminal_snr",
+    "loss_type", "huber_c", "huber_schedule", "masked_loss", "reg_data_dir",
+    "prior_loss_weight", "bucket_no_upscale", "vae", "validation_split", "weight_decay")} | {
     "pretrained_model_name_or_path": "base_model", "resolution": "max_resolution",
     "network_dim": "lora_rank", "network_alpha": "lora_alpha", "network_dropout": "lora_dropout",
     "conv_dim": "conv_rank", "factor": "lokr_factor", "lokr_factor": "lokr_factor",

@@ -1,7 +1,8 @@
 """The events of a job: frozen dataclasses, one JSON line each.
 
 The worker emits them, events.jsonl keeps them, the command line and the window read them.
-Unknown kinds and unknown fields in a line are ignored, so that an older app reads a newer run.
+Unknown kinds and unknown fields in a line are ignored, so that an older app reads a newer run;
+types are checked when a line is read, so that a damaged one harms no reader.
 """
 
 from __future__ import annotations
@@ -10,17 +11,55 @@ import functools
 import json
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import TypeAdapter
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError
 
+from core.errors import Fix
 from core.serialization import from_json
+
+# A later Unix time than that of the year 2900 can't be shown on every system.
+MOST_TIME = 3e10
+Time = Annotated[float, Field(ge=0, le=MOST_TIME)]
+
+
+class _Machine(BaseModel, allow_inf_nan=False):
+    total_mb: float
+    free_mb: float
+
+
+class _Plan(BaseModel, allow_inf_nan=False):
+    """What readers take from a plan for granted."""
+
+    machine: _Machine
+    needs_mb: float
+    peak: str
+    verdict: Literal["fits", "tight", "too_big"]
+    phases: dict[str, dict[str, float]]
+    outside: dict[str, float]
+
+
+class _Result(BaseModel, allow_inf_nan=False):
+    """What readers take from a result for granted, where it is there."""
+
+    seconds: float = 0.0
+    samples: list[str] = []
+    memory: dict[str, Any] | None = None
+
+
+def _as(kind: type[BaseModel]) -> AfterValidator:
+    def check(value: dict[str, Any]) -> dict[str, Any]:
+        if value:
+            kind.model_validate(value)
+        return value
+
+    return AfterValidator(check)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     kind: ClassVar[str] = ""
-    at: float = field(default_factory=time.time)      # Unix time, s
+    at: Time = field(default_factory=time.time)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +82,8 @@ class Phase(Event):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned(Event):
     kind = "plan"
-    plan: dict[str, Any]                              # as core.memory.plan.as_dict gives it
+    # as core.memory.plan.as_dict gives it
+    plan: Annotated[dict[str, Any], _as(_Plan)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +139,7 @@ class Faulted(Event):
     kind = "fault"
     code: str
     params: dict[str, Any] = field(default_factory=dict)
-    fixes: list[dict[str, Any]] = field(default_factory=list)
+    fixes: list[Fix] = field(default_factory=list)
     details: str = ""                                 # traceback, for "copy diagnostics"
 
 
@@ -107,7 +147,7 @@ class Faulted(Event):
 class JobEnded(Event):
     kind = "ended"
     state: str                                        # done | stopped | failed
-    result: dict[str, Any] = field(default_factory=dict)
+    result: Annotated[dict[str, Any], _as(_Result)] = field(default_factory=dict)
 
 
 KINDS: dict[str, type[Event]] = {c.kind: c for c in (
@@ -120,13 +160,20 @@ def to_line(event: Event) -> str:
 
 
 def from_line(line: str) -> Event | None:
-    """The event of a line. None for a torn line, for values of other types than the event's, and
-    for a kind that this version doesn't know."""
+    """The event of a line. A field whose value has another type than the event's counts as not
+    there. None for a torn line, for one that lacks a field, and for a kind that this version
+    doesn't know."""
     try:
         data = from_json(line)
-        event: Event = _adapter(data.pop("kind")).validate_python(data)
+        adapter = _adapter(data.pop("kind"))
+        try:
+            event: Event = adapter.validate_python(data)
+        except ValidationError as error:
+            damaged = {detail["loc"][0] for detail in error.errors(include_url=False)}
+            sound = {key: value for key, value in data.items() if key not in damaged}
+            event = adapter.validate_python({"at": 0.0, **sound})
         return event
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError):
         return None
 
 

@@ -30,6 +30,11 @@ from core.jobs.journal import CONFIG, LOG, Journal
 from core.jobs.runs import JobView
 
 _log = logging.getLogger(__name__)
+# Past runs whose charts and pictures are read before the first page; older ones follow by and by,
+# so that thousands of them don't hold up a start.
+NEWEST = 50
+_GONE_S = 60.0                            # so long after its end a worker's process has gone
+_SLICE_S = 0.03                           # of each poll, for reading older runs
 
 
 @dataclass(slots=True)
@@ -37,6 +42,7 @@ class _Run(runs.Seen):
     stopping_since: float = 0.0           # time.monotonic(); 0: it was not asked to stop
     terminated: bool = False
     settled: bool = False                 # nothing will change any more
+    glanced: bool = False                 # it ended long ago, and its charts are not read yet
 
 
 class JobManager(contextlib.AbstractContextManager["JobManager"]):
@@ -62,6 +68,7 @@ class JobManager(contextlib.AbstractContextManager["JobManager"]):
         # Guards _views and version; never held for long, as readers wait for it.
         self._changed = threading.Condition()
         self._views: dict[str, JobView] = {}
+        self._glanced: list[str] = []     # ids of old runs yet to be read, the next one last
         self._wake = threading.Event()
         self._closed = False
         self._refresh()
@@ -76,6 +83,10 @@ class JobManager(contextlib.AbstractContextManager["JobManager"]):
             return runs.newest_first(self._views.values())
 
     def view(self, run_id: str) -> JobView:
+        run = self._runs.get(run_id)
+        if run and run.glanced:
+            with self._acting:
+                self._look(run)
         with self._changed:
             if run_id not in self._views:
                 raise runs.unknown(run_id, list(self._views))
@@ -179,6 +190,7 @@ class JobManager(contextlib.AbstractContextManager["JobManager"]):
                             self._escalate(run)
                     if self._dispatch:
                         self._start_next()
+                    self._read_older()
             except Exception:
                 # a full disk, a folder deleted by hand: it may pass
                 _log.exception("the job thread goes on after an error")
@@ -189,9 +201,19 @@ class JobManager(contextlib.AbstractContextManager["JobManager"]):
     def _refresh(self) -> None:
         """Looks at every run that may have changed, other processes' runs too."""
         ids = runs.run_ids(self._runs)
-        for run_id in ids:
+        before = time.time() - _GONE_S
+        for place, run_id in enumerate(ids, start=1 - len(ids)):
             if run_id not in self._runs:
-                self._runs[run_id] = _Run(runs.blank(paths.runs_dir() / run_id))
+                folder = paths.runs_dir() / run_id
+                view = runs.glance(folder) if place <= -NEWEST else None
+                if view and 0 < view.ended < before:
+                    self._runs[run_id] = _Run(view, settled=True, glanced=True)
+                    self._glanced.append(run_id)
+                    with self._changed:
+                        self._views[run_id] = view
+                        self._mark_change()
+                else:
+                    self._runs[run_id] = _Run(runs.blank(folder))
             if not self._runs[run_id].settled:
                 self._look(self._runs[run_id])
         # folders that a user deleted
@@ -201,8 +223,18 @@ class JobManager(contextlib.AbstractContextManager["JobManager"]):
                 del self._views[run_id]
                 self._mark_change()
 
+    def _read_older(self) -> None:
+        """Reads runs that were only glanced at, as many as a slice of time allows."""
+        until = time.monotonic() + _SLICE_S
+        while self._glanced and time.monotonic() < until:
+            run = self._runs.get(self._glanced.pop())
+            if run and run.glanced:
+                self._look(run)
+
     def _look(self, run: _Run) -> JobView:
         """Reads on in a run and publishes its view."""
+        if run.glanced:
+            run.folded, run.glanced, run.settled = runs.blank(run.folded.folder), False, False
         view = runs.observe(run)
         if view.over:
             # A run that is over holds its GPU memory until its process has gone; one that hangs in

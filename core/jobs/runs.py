@@ -28,10 +28,10 @@ from core import i18n, paths
 from core.config.flat_yaml import read_flat_yaml
 from core.errors import UserError
 from core.failures import one_line
-from core.jobs import events
+from core.jobs import events, journal
 from core.jobs.control import Request
-from core.jobs.events import Checkpoint, Event, Faulted, Note, Sample, Step
-from core.jobs.journal import CONFIG, LOG, Point, append_line, new_run_id, tail, thinned
+from core.jobs.events import MOST_TIME, Checkpoint, Event, Faulted, Note, Sample, Step
+from core.jobs.journal import CONFIG, EVENTS, LOG, Point, append_line, new_run_id, tail, thinned
 from core.serialization import from_json, json_object
 from core.system import logs
 
@@ -139,8 +139,8 @@ def _changes(view: JobView, event: Event) -> dict[str, Any]:
         case events.Planned():
             return working | {"plan": event.plan}
         case Step():
-            numbers = asdict(event)
-            del numbers["at"], numbers["validation"]
+            numbers = {name: getattr(event, name) for name in Step.__slots__}
+            del numbers["validation"]
             return working | numbers | {
                 "losses": _longer(view.losses, event.step, event.loss),
                 "validations": _longer(view.validations, event.step, event.validation)}
@@ -201,8 +201,9 @@ def create_run(job: str, config: str, name: str, *, resumed_from: str = "", cwd:
 
 
 def list_runs() -> list[JobView]:
-    """All runs, newest first."""
-    return newest_first(observe(Seen(blank(paths.runs_dir() / run_id))) for run_id in run_ids())
+    """All runs, newest first. Those that have ended are read as `glance` reads them."""
+    folders = [paths.runs_dir() / run_id for run_id in run_ids()]
+    return newest_first(glance(folder) or observe(Seen(blank(folder))) for folder in folders)
 
 
 def load_run(run_id: str) -> JobView:
@@ -251,7 +252,8 @@ def run_ids(known: Container[str] = ()) -> list[str]:
         names = os.listdir(root)
     except FileNotFoundError:
         return []
-    return sorted(name for name in names if name in known or (root / name / RUN).exists())
+    return sorted(name for name in names if name in known or any(
+        (root / name / file).exists() for file in (RUN, EVENTS)))
 
 
 def newest_first(views: Iterable[JobView]) -> list[JobView]:
@@ -276,16 +278,36 @@ class Seen:
 
 def blank(folder: Path) -> JobView:
     """The view of a run before its first event, from run.json and config.yaml."""
+    return _blank(folder, next(iter(journal.ends(folder)), None))
+
+
+def _blank(folder: Path, first: Event | None) -> JobView:
     kinds: dict[str, Any] = {"job": str, "name": str, "cwd": str, "resumed_from": str,
                              "created": (int, float)}
     facts: dict[str, Any] = {"job": "", "name": folder.name} | {
         key: value for key, value in json_object(folder / RUN).items()
         if isinstance(value, kinds.get(key, ()))}
+    if not 0 <= facts.get("created", 0) <= MOST_TIME:
+        facts["created"] = 0.0
     config: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, UserError):
-        config = read_flat_yaml((folder / CONFIG).read_text("utf-8"), CONFIG)[0]
+    # a run that has started tells its config in its first event, in a hundredth of YAML's time
+    if not isinstance(first, events.JobStarted):
+        with contextlib.suppress(OSError, ValueError, UserError):
+            config = read_flat_yaml((folder / CONFIG).read_text("utf-8"), CONFIG)[0]
     return JobView(id=folder.name, folder=folder, config=config,
                    output_dir=_output_dir(facts.get("cwd", ""), config), **facts)
+
+
+def glance(folder: Path) -> JobView | None:
+    """The view of a run that has ended by the two ends of its journal, without its charts,
+    pictures and notes: thousands are read in a second. None for a run that hasn't ended."""
+    news = journal.ends(folder)
+    if not (news and isinstance(news[-1], events.JobEnded)):
+        return None
+    view, changes = _blank(folder, news[0]), dict[str, Any]()
+    for event in news:
+        changes |= _changes(view, event)
+    return replace(view, updated=news[-1].at, **changes)
 
 
 def observe(seen: Seen) -> JobView:
@@ -297,6 +319,10 @@ def observe(seen: Seen) -> JobView:
     alive = seen.child.poll() is None if seen.child else process_of(owner) is not None
     news, seen.offset = tail(folder, seen.offset)
     view = seen.folded = fold_all(seen.folded, news)
+    if not view.job and owner is None:
+        # neither what was to be done is known nor that it began
+        return replace(view, state="interrupted", fault=Faulted(
+            at=view.created, code="jobs.damaged", params={"path": str(folder / RUN)}))
     if view.over or (owner is None and (view.state == "queued" or owner_of(folder))):
         return view
     if alive and owner:

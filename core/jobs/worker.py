@@ -265,7 +265,7 @@ def faulted(error: BaseException, config: Any = None) -> Faulted:
                 params = {"file": str(getattr(cause, "filename", None)
                                       or getattr(config, "output_dir", None) or "?")}
                 break
-    return Faulted(code=code, params=params, fixes=[asdict(fix) for fix in fixes],
+    return Faulted(code=code, params=params, fixes=list(fixes),
                    details="".join(traceback.format_exception(error)))
 
 

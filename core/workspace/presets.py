@@ -29,7 +29,6 @@ from core.memory import advisor
 from core.memory.plan import Machine, Verdict
 
 PURPOSE = "style"               # where none is named
-CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)   # GB, as they are sold
 NOMINAL = 0.95                  # share of its nominal size that a card really has
 
 
@@ -215,8 +214,8 @@ def needs_of(mb: float, card: bool) -> Needs:
     """The smallest card that is sold and has this much free, or this much RAM."""
     if not card:
         return Needs(vram_gb=0, ram_gb=round(mb / 1024, 1))
-    fitting = (gb for gb in CARDS if advisor.card_of(gb).free_mb >= mb)
-    return Needs(vram_gb=next(fitting, CARDS[-1]), ram_gb=0)
+    fitting = (gb for gb in advisor.CARDS_GB if advisor.card_of(gb).free_mb >= mb)
+    return Needs(vram_gb=next(fitting, advisor.CARDS_GB[-1]), ram_gb=0)
 
 
 def rename_user_preset(preset: Preset, title: str) -> None:

@@ -4,6 +4,7 @@ were drawn and those deleted, which one is shown large. One for all pages; nothi
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import threading
 import time
@@ -100,7 +101,7 @@ class InferenceFiles:
         if self._pictures[0] != key:
             self._pictures = (key, [
                 (view, number) for view in drawings for number in reversed(range(len(view.samples)))
-                if Path(view.samples[number].path).is_file()])
+                if os.path.isfile(view.samples[number].path)])
         return self._pictures[1]
 
     def delete(self, file: Path) -> None:

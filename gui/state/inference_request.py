@@ -7,6 +7,7 @@ and the job that it makes. Pure: a snapshot in, values out.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -89,7 +90,7 @@ def _of_runs(snap: Snapshot) -> Iterator[Choice]:
         others = [point for point in reversed(view.checkpoints) if point.step != newest.step]
         for point in [newest, *others]:
             file = lora_file(point)
-            if str(file) not in seen and file.is_file():
+            if str(file) not in seen and os.path.isfile(file):
                 seen.add(str(file))
                 yield Choice(str(file), view, point.step,
                              "final" if point.final else "best" if point.best else "")
@@ -116,7 +117,7 @@ def used(snap: Snapshot) -> dict[str, str]:
     """LoRAs of earlier drawings that are still there, by name: those added by path among them."""
     files = dict.fromkeys(library.parse_lora(text)[0] for view in snap.runs
                           if view.job == "generate" for text in view.config.get("loras") or ())
-    return {Path(file).stem: file for file in files if Path(file).is_file()}
+    return {Path(file).stem: file for file in files if os.path.isfile(file)}
 
 
 def checkpoints(snap: Snapshot, file: str) -> list[Choice]:
@@ -226,7 +227,7 @@ def job(snap: Snapshot, files: InferenceFiles, kind: str, values: Mapping[str, A
     if kind != "draw" and not loras:
         raise UserError("gui.no_lora")
     for lora in loras:
-        if not Path(lora.file).is_file():
+        if not os.path.isfile(lora.file):
             raise UserError("tab_inference.lora_gone", file=lora.file)
     prompt = str(values.get("prompt") or "")
     data = {"base": base, "prompt": prompt, "negative": values.get("negative") or "",
@@ -300,9 +301,17 @@ def _checked(data: dict[str, Any]) -> DrawConfig:
 
 def total_of(view: JobView) -> int:
     """Pictures that a drawing makes, sheets aside."""
-    config = view.config
-    columns = max(len(config.get("weights") or ()), len(config.get("checkpoints") or ()), 1)
-    return int(config.get("count") or 1) * (columns if config.get("loras") else 1)
+    config = _config_of(view)
+    columns = max(len(config.weights), len(config.checkpoints), 1)
+    return config.count * (columns if config.loras else 1)
+
+
+def _config_of(view: JobView) -> DrawConfig:
+    try:
+        return DrawConfig.model_validate(view.config)
+    except ValidationError:
+        # the record of an older version, or a damaged one
+        return DrawConfig(base="")
 
 
 # --- and back from a picture ---
@@ -310,14 +319,14 @@ def total_of(view: JobView) -> int:
 def loras_of(view: JobView, number: int) -> list[Added]:
     """The LoRAs of one picture; the first as the picture's column has it."""
     # The step of a drawn picture is its column in the comparison.
-    config, column = view.config, view.samples[number].step
-    loras = [Added(*library.parse_lora(text)) for text in config.get("loras") or []]
-    weights, points = config.get("weights") or [], config.get("checkpoints") or []
+    config, column = _config_of(view), view.samples[number].step
+    loras = [Added(*library.parse_lora(text)) for text in config.loras]
+    weights, points = config.weights, config.checkpoints
     if loras and column != SHEET:
         if column < len(weights):
-            loras[0] = Added(loras[0].file, float(weights[column]))
+            loras[0] = Added(loras[0].file, weights[column])
         elif column < len(points):
-            loras[0] = Added(str(points[column]), loras[0].weight)
+            loras[0] = Added(points[column], loras[0].weight)
     return loras
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 from core import paths
@@ -151,7 +152,7 @@ def slider(ctx: Context, view: JobView) -> str:
     # Reversed: of two pictures of a column the first counts.
     samples = {sample.step: n for n, sample in reversed(list(enumerate(view.samples)))}
     if len(weights) != COMPARE or not {0, 1} <= samples.keys() or not all(
-            Path(view.samples[samples[side]].path).is_file() for side in (0, 1)):
+            os.path.isfile(view.samples[samples[side]].path) for side in (0, 1)):
         return ""
     sides = [esc(ctx.tr("weight_n", weight=f"{weight:g}")) for weight in weights]
     images = "".join(f'<img src="/picture/{esc(view.id)}/{samples[n]}?full=1" alt="{sides[n]}">'

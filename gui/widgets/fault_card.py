@@ -24,8 +24,7 @@ def fault_card(ctx: Context, view: JobView, log: str = "") -> str:
     tr, fault = ctx.tr, view.fault
     if fault is None:
         return ""
-    fixes = [button(tr(f"fixes.{fix['key']}") if "." not in fix["key"]
-                    else tr(fix["key"], **fix.get("params", {})),
+    fixes = [button(tr(f"fixes.{fix.key}") if "." not in fix.key else tr(fix.key, **fix.params),
                     "fix", f"{view.id}/{number}", kind="primary" if number == 0 else "", once=True)
              for number, fix in enumerate(fault.fixes)]
     if view.checkpoints and view.job == "train":
@@ -53,7 +52,7 @@ def chosen_fix(ctx: Context, id: str) -> tuple[JobView, dict[str, Any]]:
     view = ctx.app_state.jobs.view(run_id)
     if view.fault is None or not number.isdigit() or int(number) >= len(view.fault.fixes):
         raise UserError("gui.no_fix")
-    changes: dict[str, Any] = view.fault.fixes[int(number)]["changes"]
+    changes: dict[str, Any] = view.fault.fixes[int(number)].changes
     # The project keeps which files belong to its base, so that it is asked once only. A training
     # names its base `base_model`, a drawing `base`.
     companions = {key: value for key, value in changes.items() if key in COMPANIONS}

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from core import i18n
 from core.config import TrainConfig
-from core.errors import UserError
+from core.errors import Fix, UserError
 from core.jobs.events import Checkpoint, Faulted, Note, Sample
 from core.jobs.manager import JobManager
 from core.jobs.runs import ENDED, JobView
@@ -163,8 +163,8 @@ def test_phases_tell_where_a_run_is(ctx: Context, tmp_path: Path) -> None:
 def test_a_fault_is_a_card_with_its_fixes_and_no_traceback_first(
         ctx: Context, tmp_path: Path) -> None:
     fault = Faulted(code="jobs.out_of_gpu_memory", params={"reason": "CUDA out of memory"},
-                    fixes=[{"key": "smaller_batch", "changes": {"batch_size": 1}},
-                           {"key": "checkpointing", "changes": {"gradient_checkpointing": True}}],
+                    fixes=[Fix("smaller_batch", {"batch_size": 1}),
+                           Fix("checkpointing", {"gradient_checkpointing": True})],
                     details="Traceback (most recent call last): boom")
     shown = view(tmp_path, state="failed", fault=fault, step=1)
     text = fault_card(ctx, shown)

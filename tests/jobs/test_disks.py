@@ -77,7 +77,7 @@ def run(spoil=lambda: None, **changes):
     view = load_run(folder.name)
     return {"state": end.state, "notes": notes, "lora": end.result.get("lora"),
             "fault": view.fault.code if view.fault else None,
-            "fixes": [fix["changes"] for fix in view.fault.fixes] if view.fault else []}
+            "fixes": [fix.changes for fix in view.fault.fixes] if view.fault else []}
 def fill():
     try:
         (disk / "filler").write_bytes(bytes(10**8))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.jobs import journal
-from core.jobs.events import Checkpoint, JobEnded, Note, Step
+from core.jobs.events import Checkpoint, JobEnded, Note, Step, to_line
 from core.jobs.journal import EVENTS, Journal, new_run_id, read, tail, thinned
 
 
@@ -227,3 +227,32 @@ def test_a_damaged_record_harms_no_other(file: str, content: str) -> None:
     (ill / "events.jsonl").unlink(missing_ok=True)
     (ill / "events.jsonl").mkdir()
     assert load_run(ill.name).id == ill.name
+
+
+def test_a_huge_journal_is_read_in_blocks_and_without_most_steps(tmp_path, monkeypatch):
+    """What happens once is never left out, nor the newest step; a chart has points enough."""
+    events = []
+    for step in range(1, 3001):
+        events.append(Step(step=step, total=3000, epoch=0.5, loss=1 / step, lr=1e-4,
+                           steps_per_s=1.0, eta_s=1.0,
+                           validation=0.5 if step % 1000 == 500 else None))
+        if step % 500 == 0:
+            events.append(Checkpoint(step=step, path=f"{step}.safetensors"))
+    (tmp_path / EVENTS).write_text("".join(to_line(event) + "\n" for event in events))
+    size = (tmp_path / EVENTS).stat().st_size
+    whole, offset = tail(tmp_path, 0)
+    assert (whole, offset) == (events, size)
+    monkeypatch.setattr(journal, "_DENSE", size // 10)
+    monkeypatch.setattr(journal, "_BLOCK", size // 7)
+    read_events, offset = tail(tmp_path, 0)
+    assert offset == size
+    assert [e for e in read_events if isinstance(e, Checkpoint)] == [
+        e for e in events if isinstance(e, Checkpoint)]
+    steps = [event for event in read_events if isinstance(event, Step)]
+    assert 250 < len(steps) < 320
+    assert [step.step for step in steps if step.validation] == [500, 1500, 2500]
+    assert steps[-1].step == 3000
+    # what comes later is read whole again, also a line longer than a block
+    with (tmp_path / EVENTS).open("a") as file:
+        file.write(to_line(Note(key="a", params={"x": "y" * size})) + "\n")
+    assert [event.kind for event in tail(tmp_path, offset)[0]] == ["note"]

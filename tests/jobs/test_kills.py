@@ -125,3 +125,32 @@ def test_fifty_kills_cost_nothing(precision: str, warm: Warm, base: Path, tmp_pa
                                   own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(warm, base, tmp_path, own_home, precision=precision)
     kill_and_compare(rig, monkeypatch, 50, random.randrange(10**9))
+
+
+# What a checkpoint has to hold beside the weights of a plain run.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ema": {"ema_decay": 0.9, "shuffle_tags": True},
+    "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0, "lr_warmup_steps": 3},
+    "schedulefree": {"optimizer": "schedulefree", "lr_scheduler": "constant", "sample_every": 3},
+    "dora": {"adapter": "dora", "gradient_accumulation_steps": 2},
+    "text": {"text_encoder_lr": 1e-4, "trigger_word": "inkring", "pivotal_tokens": 1},
+    "reg": {"reg_data_dir": "p", "ema_decay": 0.9},
+    "bf16": {"precision": "bf16", "gradient_checkpointing": True},
+    "adafactor": {"optimizer": "adafactor", "loss_type": "huber", "multires_noise_iterations": 4},
+    "came": {"optimizer": "came", "adapter": "pissa", "text_encoder_lr": 1e-4,
+             "text_encoder_stop": 5, "lr_scheduler": "cosine_with_restarts", "lr_cycles": 2},
+    "schedulefree text": {"optimizer": "schedulefree", "lr_scheduler": "constant",
+                          "ema_decay": 0.9, "text_encoder_lr": 1e-4},
+    "lokr": {"adapter": "lokr", "optimizer": "lion", "learning_rate": 1e-4},
+    "adamw8bit": {"optimizer": "adamw8bit", "reg_from_base": 2, "trigger_word": "inkring"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kills_cost_no_variant_anything(variant: str, warm: Warm, base: Path, tmp_path: Path,
+                                        own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = dict(VARIANTS[variant])
+    if "reg_data_dir" in changes:
+        changes["reg_data_dir"] = str(tiny.pictures(tmp_path / "reg", 4))
+    kill_and_compare(Rig(warm, base, tmp_path, own_home, **changes), monkeypatch, 6, 20_261_130)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from core import i18n
 from core.config import TrainConfig
-from core.errors import UserError
+from core.errors import Fix, UserError
 from core.jobs import runs, worker
 from core.jobs.control import Control
 from core.jobs.events import (
@@ -135,7 +135,7 @@ def test_a_fault_crosses_the_process(manager):
     view = manager.wait(manager.start(config("fault", 9)), 20)
     assert (view.state, view.step, view.fault.code) == ("failed", 2, "config.missing")
     assert view.fault.params == {"file": "画/no.yaml", "folder": "/x"}
-    assert view.fault.fixes == [{"key": "smaller", "changes": {"lora_rank": 4}, "params": {}}]
+    assert view.fault.fixes == [Fix("smaller", {"lora_rank": 4})]
     assert "Traceback" in (view.folder / LOG).read_text("utf-8")
 
 
@@ -603,8 +603,8 @@ def test_faults_are_told_apart():
 def test_memory_fixes_keep_the_effective_batch(batch, accumulation, then):
     settings = config(batch_size=batch, gradient_accumulation_steps=accumulation)
     smaller, lighter = worker.faulted(MemoryError(), settings).fixes
-    assert tuple(smaller["changes"].values()) == then
-    assert settings.with_changes(**smaller["changes"], **lighter["changes"])
+    assert tuple(smaller.changes.values()) == then
+    assert settings.with_changes(**smaller.changes, **lighter.changes)
 
 
 # --- fold ---
