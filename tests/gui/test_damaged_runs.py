@@ -19,6 +19,7 @@ from core.jobs import history, manager
 from core.jobs.journal import CONFIG, EVENTS
 from core.jobs.manager import JobManager
 from core.jobs.runs import RUN, create_run, list_runs, load_run
+from gui import actions
 from gui.app import build
 from gui.state.app_state import AppState, Context
 from gui.state.page import Page
@@ -133,6 +134,24 @@ def test_a_run_whose_facts_are_damaged_is_listed_and_can_be_removed(
         if view.over:
             history.remove(view)
     assert [view.id for view in list_runs()] == [ill.name] * known
+
+
+def test_the_window_lists_a_damaged_record_and_removes_it(own_home: Path) -> None:
+    folder = create_run("train", "base_model: demo\n", "ill")
+    (folder / RUN).write_text("[]")
+    jobs = JobManager(dispatch=False, poll_s=100)
+    state = AppState(jobs, Silent())
+    page = Page()
+    ctx = Context(state, "en", page)
+    build(ctx, page)
+    try:
+        panels = page._painted(state.snapshot())[0]
+        assert f'data-act="remove" data-id="{folder.name}"' in "".join(panels.values())
+        actions.act(ctx, "remove", folder.name)
+        jobs._refresh()
+        assert jobs.views() == []
+    finally:
+        state.close()
 
 
 def test_an_old_run_is_glanced_at_and_read_when_it_is_looked_at(

@@ -17,7 +17,8 @@ SIGNS = {"done": "✓", "unproven": "⚠", "failed": "✖", "interrupted": "⚠"
 def history(ctx: Context, snap: Snapshot) -> str:
     """The queue, and the trainings; drawings stand in the Inference tab."""
     tr = ctx.tr
-    views = [view for view in snap.runs if view.job == "train" and view.state != "queued"]
+    # a damaged record tells no job, and can be removed here
+    views = [view for view in snap.runs if view.job in ("train", "") and view.state != "queued"]
     state = snap.project.state("runs", removed="", page=0, compare=[])
     removed, undo = state["removed"], ""
     if records.can_restore(removed):
