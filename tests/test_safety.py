@@ -30,7 +30,7 @@ from core.errors import UserError
 from core.families.detection import Base
 from core.importers import load_train_config
 from core.inference import generate
-from core.inference.draw import prompt_and_loras
+from core.inference.draw import texts_and_loras
 from core.lora_files import files
 from core.lora_files.library import find_lora
 from core.safetensors_header import read_header
@@ -164,7 +164,7 @@ def test_names_that_are_no_names(name: str, tmp_path: Path) -> None:
         assert code_of(lambda: checked_name(name)) == "gui.bad_name"
     if not set(name) & set(":<>\n") and name == name.strip():
         drawn = DrawConfig(base="x", prompt=f"a <lora:{name}:1>")
-        assert code_of(lambda: prompt_and_loras(drawn)) == "generate.lora_path"
+        assert code_of(lambda: texts_and_loras(drawn)) == "generate.lora_path"
     assert code_of(lambda: find_lora(name, 1.0)) == "generate.unknown_lora"
 
 

@@ -210,8 +210,9 @@ def typed(snap: Snapshot, choices: list[Choice]) -> dict[str, Any]:
                 "steps": 16 if demo else None, "cfg": 1.5 if demo else None, "size": "",
                 "sampler": "auto", "clip_skip": None, "count": 1, "same_seed": True}
     # The project's file may have been edited by hand: a number field takes numbers only.
+    kinds = dict.fromkeys(("steps", "cfg", "clip_skip"), float | int | None)
     kept = {key: value for key, value in snap.project.inference.items() if key in defaults
-            and isinstance(value, float | int if defaults[key] is None else type(defaults[key]))
+            and isinstance(value, kinds.get(key, type(defaults[key])))
             and not (isinstance(value, float) and not isfinite(value))}
     return defaults | kept
 

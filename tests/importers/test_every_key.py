@@ -240,7 +240,8 @@ def test_every_key_that_is_read_has_a_hint() -> None:
     without = {name for name in theirs() if not other_names.ours(name)}
     assert {name for name in without if not name.startswith(("flux1_", "sd3_", "text_encoder_"))
             and not name.endswith("_unit")} == {
-        "base_weights_multiplier", "enable_base_weight", "enable_block_weights", "enable_preview",
+        "base_weights_multiplier", "enable_base_weight", "keep_tokens_separator",
+        "secondary_separator", "enable_block_weights", "enable_preview",
         "randomly_choice_prompt", "dynamic_timestep_shifting", "loss_weight_strength",
         "lr_warmup", "mse_strength", "network_args", "network_train_unet_only",
         "noise_offset_type", "num_repeats", "sdxl", "validation"}

@@ -513,4 +513,5 @@ def test_no_key_that_names_files_is_forgotten() -> None:
     """What a user reads as a file or folder, but for where the results go."""
     said = {key for key, field in TrainConfig.model_fields.items()
             if re.search(r"\b(files?|folder|LoRAs)\b", field.description or "")}
-    assert said - NAMES_FILES <= {"output_dir", "output_name", "save_precision", "save_format"}
+    assert said - NAMES_FILES <= {"output_dir", "output_name", "save_precision", "save_format",
+                                  "metadata"}

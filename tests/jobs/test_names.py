@@ -404,7 +404,8 @@ def test_a_dead_runs_preview_is_not_the_loras_thumbnail(config: TrainConfig, tmp
     old.parent.mkdir(parents=True)
     Image.new("RGB", (64, 64), (255, 0, 255)).save(old)
     os.utime(old, (time.time() - 3600,) * 2)
-    result = train(config.with_changes(sample_prompts=[], max_train_steps=1), silent, Control())
+    result = train(config.with_changes(sample_prompts=[], max_train_steps=1, metadata="full"),
+                   silent, Control())
     assert Path(result["lora"]).name == "ink.safetensors"
     url = read_header(Path(result["lora"])).metadata["modelspec.thumbnail"]
     with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as thumbnail:

@@ -245,9 +245,13 @@ def test_of_two_runs_of_a_name_the_one_that_fits_goes_on(config: TrainConfig) ->
 def test_facts_are_of_the_whole_run(config: TrainConfig) -> None:
     """Steps, seconds and metadata after a resume to more, and to fewer, steps."""
     first, _ = run(config.with_changes(max_train_steps=4))
+    position = checkpoint.position_of(
+        Path(first["lora"]).parent / "checkpoints" / "ink-000004")
+    assert position and 0 < position["seconds"] <= first["seconds"]
+    began = time.time()
     more, events = run(config.with_changes(max_train_steps=7, resume=True))
     assert more["steps"] == 7
-    assert more["seconds"] > first["seconds"]
+    assert position["seconds"] < more["seconds"] < position["seconds"] + time.time() - began
     assert [e.step for e in events if isinstance(e, Step)][-1] == 7
     fewer, _ = run(config.with_changes(max_train_steps=2, resume=True, save_format="peft"))
     for result, steps in ((first, 4), (more, 7), (fewer, 7)):
