@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from captioner import edit_cli
 from captioner.edit_cli import add_argument, add_rules, change_line, rules_of_lines, tr
+from core import paths
 from core.cli import console
 from core.cli.console import FINE, INTERRUPTED, add_command, answer
 from core.errors import UserError
@@ -133,7 +134,7 @@ def _config(options: argparse.Namespace, folder: Path, more: dict[str, Any]) -> 
 
 
 def _absolute(path: Path) -> str:
-    return str(path.expanduser().absolute())
+    return str(paths.expanded(path).absolute())
 
 
 def _models(arguments: Sequence[str], captioner: str) -> dict[str, str]:

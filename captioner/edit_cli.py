@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core import i18n
+from core import i18n, paths
 from core.cli import console
 from core.cli.console import FINE, answer
 from core.errors import UserError
@@ -83,7 +83,7 @@ def _outliers(options: argparse.Namespace) -> int:
     from captioner.config import CaptionConfig
     from captioner.outliers import find_outliers
     from core.cli.progress import Terminal
-    config = CaptionConfig(folder=str(options.folder.expanduser().absolute()),
+    config = CaptionConfig(folder=str(paths.expanded(options.folder).absolute()),
                            models={"clip": options.model})
     with Terminal() as terminal:
         count, finding = find_outliers(config, options.purpose, terminal)

@@ -33,10 +33,10 @@ class Progress:
                 if "action" in data:
                     self.action = int(data["action"])
                     continue
-                tags = tuple(Tag(name, float(score), category)
+                tags = tuple(Tag(str(name), float(score), str(category))
                              for name, score, category in data["tags"])
                 self._remembered[data["name"]] = (data["size"], data["mtime_ns"], data["sha256"],
-                                                  Description(data["sentence"], tags))
+                                                  Description(str(data["sentence"]), tags))
 
     def recall(self, name: str, picture: Path) -> Description | None:
         """The picture's description, or None if the file holds another picture by now."""

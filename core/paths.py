@@ -91,7 +91,7 @@ def mark(folder: Path) -> None:
         (folder / MARK).touch()
 
 
-def expanded(name: str) -> Path:
+def expanded(name: str | Path) -> Path:
     """A path as users write it, `~` filled in. Never raises: of a user who isn't there it stays."""
     return Path(os.path.expanduser(name))
 

@@ -63,3 +63,13 @@ def test_what_can_t_be_read_is_set_aside_never_lost(tmp_path: Path) -> None:
         paths.set_aside(tmp_path / "x.yaml")
     assert sorted(p.read_text() for p in tmp_path.iterdir()) == ["first", "second"]
     assert not (tmp_path / "x.yaml").exists()
+
+
+def test_nothing_raises_for_a_user_who_isn_t_there() -> None:
+    """`Path.expanduser` does, so all paths that users write go through `expanded`."""
+    assert paths.expanded("~nobody-at-all/x") == Path("~nobody-at-all/x")
+    assert paths.expanded(Path("~/x")) == Path.home() / "x"
+    used = [file for room in (paths.ROOT / name for name in ("core", "captioner", "gui"))
+            for file in room.rglob("*.py")
+            if ".expanduser()" in file.read_text("utf-8")]
+    assert used == []

@@ -15,6 +15,7 @@ from pathlib import Path
 from captioner.captions.edits import Place, Swap
 from captioner.captions.table import HEADER, Table
 from captioner.config import WriteTo
+from core import paths
 from core.dataset import image_folder
 from core.dataset.caption_files.places import SIDECARS
 from core.dataset.caption_files.reader import caption_in
@@ -54,7 +55,7 @@ class Store:
                  write_to: WriteTo = "auto") -> None:
         """Raises UserError where there are no pictures, a table can't be read, or training would
         read another place before `write_to`."""
-        self.folder = Path(os.path.abspath(folder.expanduser()))
+        self.folder = Path(os.path.abspath(paths.expanded(folder)))
         reader = _Reader(self.folder, metadata, write_to)
         self.tables = reader.tables
         self.entries = reader.entries()
@@ -128,7 +129,7 @@ class _Stored:
 class _Reader:
     def __init__(self, folder: Path, metadata: Path | None, write_to: WriteTo) -> None:
         self.folder, self.write_to = folder, write_to
-        self.metadata = metadata and Path(os.path.abspath(metadata.expanduser()))
+        self.metadata = metadata and Path(os.path.abspath(paths.expanded(metadata)))
         if self.metadata and self.metadata.suffix.lower() not in (".csv", ".tsv", ".txt",
                                                                   *JSON_SUFFIXES):
             raise UserError("captions.table_suffix", file=self.metadata)

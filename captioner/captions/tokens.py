@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from captioner.captions.rules import MaxTokens, Rule
+from core import paths
 from core.dataset.crops import TokenCounter
 
 
@@ -20,8 +20,8 @@ def counter(base: str = "") -> Callable[[str], int]:
     if base:
         from core import families
         from core.weights import precision
-        family = families.get(families.detect(Path(base).expanduser()))
-        parts = family.skeleton(Path(base).expanduser(), precision.choose("fp32", "cpu"),
+        family = families.get(families.detect(paths.expanded(base)))
+        parts = family.skeleton(paths.expanded(base), precision.choose("fp32", "cpu"),
                                 only=frozenset({"text"}))
         count = functools.partial(family.count_tokens, parts)
     return functools.lru_cache(maxsize=65536)(lambda text: count([text])[0])

@@ -38,7 +38,7 @@ _HEAD = re.compile(rb'\{"do":"(\w+)","id":(\d+)[,}]')
 
 def state_dir(folder: Path) -> Path:
     """Where a dataset folder's history and progress are kept. Links to the folder share it."""
-    real = os.path.realpath(folder.expanduser())
+    real = os.path.realpath(paths.expanded(folder))
     # A readable name for people who look into the data folder, and a hash that is unique.
     slug = re.sub(r"[^a-z0-9]+", "-", os.path.basename(real).lower())[:32].strip("-")
     key = sha256(os.fsencode(real)).hexdigest()[:16]
@@ -68,7 +68,7 @@ class History:
     """
 
     def __init__(self, folder: Path, most_bytes: int = MOST_BYTES) -> None:
-        self.folder = Path(os.path.abspath(folder.expanduser()))
+        self.folder = Path(os.path.abspath(paths.expanded(folder)))
         self.state = state_dir(folder)
         self.file = self.state / "history.jsonl"
         self.most_bytes = most_bytes

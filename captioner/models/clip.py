@@ -32,6 +32,7 @@ from torch import Tensor
 from captioner.base import Description
 from captioner.config import CaptionConfig
 from captioner.models import tagging, weights
+from core import paths
 from core.dataset.cache import Cache, key
 from core.errors import UserError
 from core.hashes import fingerprint
@@ -55,7 +56,7 @@ class ClipTagger:
         self.config = config
         self.name = config.models.get("clip", "demo")
         self.most = config.most_tags or MOST_TAGS
-        self.user_vocabulary = (tagging.load_vocabulary(Path(config.vocabulary).expanduser())
+        self.user_vocabulary = (tagging.load_vocabulary(paths.expanded(config.vocabulary))
                                 if config.vocabulary else None)
 
     # --- loading ---

@@ -273,7 +273,8 @@ def _message(answer: dict[str, Any]) -> tuple[dict[str, Any], str, str]:
     try:
         choice = answer["choices"][0]
         message = choice.get("message") or {"content": choice["text"]}
-        content = message["content"] if "content" in message else message["refusal"]
+        # A filter leaves it out.
+        content = message.get("content")
     except (KeyError, IndexError, TypeError, AttributeError):
         raise UserError("endpoint.other_format", answer=json.dumps(answer)[:200]) from None
     return message, joined(content), str(choice.get("finish_reason"))

@@ -28,7 +28,7 @@ class Answer:
 
 def read(answer: str) -> Answer:
     """The caption in a model's answer, and whether it may be no caption."""
-    text = without_thoughts(printable(answer)).strip()[:MOST]
+    text = without_thoughts(printable(re.sub("<br ?/?>", " ", answer))).strip()[:MOST]
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+(?=\n|[ \t])", "", text))
     plural = _PLURAL.search(_FIRST_ITEM.split(text)[0]) is not None
     before = None
@@ -39,7 +39,8 @@ def read(answer: str) -> Answer:
         if text[:1] in tuple("{[(") and (inner := _of_json(text)) is not None:
             text = inner
         text = _bare(text)
-    broken = re.match(r"\{\s*[\"']?\w[^\"'\n]*[\"']?\s*:\s*[\"'\[{]", text)
+    broken = re.match(r"(?:<tool_call>\s*)?\{\s*[\"']?\w[^\"'\n]*[\"']?\s*:\s*[\"'\[{n]|"
+                      r"(?:null|none|n/a)\Z", text, re.IGNORECASE)
     doubt: Doubt = "unclear" if broken else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(lines) > 1 and len(set(lines)) == 1:
@@ -50,8 +51,11 @@ def read(answer: str) -> Answer:
         # Numbered sentences: parts of one description, or three to choose from?
         doubt = "unclear" if sentences and lines[0][0].isdigit() else doubt
         text = " ".join(items) if sentences else ", ".join(items)
-    elif re.fullmatch(r"[^;,.!?:\n]{1,40}(?:;[^;,.!?:\n]{1,40}){2,}", text):
-        text = ", ".join(part.strip() for part in text.split(";"))
+    elif found := re.fullmatch(r"[^;；|,.!?:\n]{1,40}([;；|])[^;；|,.!?:\n]{1,40}"
+                               r"(?:\1[^;；|,.!?:\n]{1,40})+", text):
+        text = ", ".join(part.strip() for part in text.split(found[1]))
+    elif re.fullmatch(r"""([`"'])[^`"'\n]+\1(?:,\s*\1[^`"'\n]+\1)+,?""", text):
+        text = text.replace(text[0], "")
     elif re.fullmatch(r"(?:#[^\s#]{2,}[\s,]*){2,}", text):
         text = ", ".join(re.findall(r"#([^\s#,]+)", text))
     text, endless = _without_loop(one_line(text))
@@ -67,9 +71,9 @@ def read(answer: str) -> Answer:
 # --- signs, marks and thoughts ----------------------------------------------------------------
 
 # Terminal sequences, control characters but line ends and tabs, signs that turn the reading
-# direction, halves of characters (no file can hold them), byte order marks.
-_SIGNS = re.compile("\x1b\\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e"
-                    "\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]")
+# direction or have no width, halves of characters (no file can hold them), byte order marks.
+_SIGNS = re.compile("\x1b\\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b"
+                    "\u2060\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
 def printable(text: str) -> str:
@@ -84,7 +88,8 @@ _NAMES = (r"(?:think|thinking|thoughts?|reasoning|reason|reflection|analysis|scr
 _OPENS = (rf"<\|?{_NAMES}\|?>|◁{_NAMES}▷|(?-i:\[THINK\])|<\|begin_of_thought\|>|"
           r"<\|start_thinking\|>|<unused94>(?:thought)?|\AThinking\.\.\.\n")
 _CLOSES = (rf"<\|?/{_NAMES}\|?>|<\|/?end_{_NAMES}\|>|◁/{_NAMES}▷|(?-i:\[/THINK\])|"
-           r"<\|end_of_thought\|>|<\|end_thinking\|>|<unused95>|\n\.\.\.done thinking\.")
+           r"<\|end_of_thought\|>|<\|end_thinking\|>|<unused95>|\n\.\.\.done thinking\.|"
+           r"\[BEGIN FINAL RESPONSE\]")
 # gpt-oss and Gemma speak in channels; only the final one is for others. Servers that swallow the
 # marks leave their words behind.
 _CHANNELS = re.compile(r"<\|?channel\|?>\s*(?:analysis|commentary|thought)\b.*?"
@@ -96,13 +101,16 @@ _TURN = re.compile(r"(?:<\|(?:im_start|start_header_id|start|turn)\|?>|<start_of
                    r"<\|channel\|>\s*final\b[^<\n]{0,20}(?:<\|constrain\|>\w+)?\s*", re.IGNORECASE)
 # What follows the end of a turn is a turn that the model makes up.
 _OVER = re.compile(r"(?<=\S)\s*(?:<\|(?:im_end|eot_id|end|return|endoftext|end_of_text|eom_id|user|"
-                   r"end_response)\|>|<end_of_(?:turn|utterance)>|</s>|<eos>|<turn\|>|\[/?INST\]|"
-                   r"<｜end▁of▁sentence｜>).*\Z", re.DOTALL | re.IGNORECASE)
+                   r"end_response)\|>|<end_of_(?:turn|utterance)>|</s>|<eos>|<turn\|>|"
+                   r"\[(?:/?INST|end of text|END FINAL RESPONSE)\]|<｜end▁of▁sentence｜>).*\Z",
+                   re.DOTALL | re.IGNORECASE)
 _INNER = re.compile(r"<(answer|final_answer|caption|description|response|output|solution)>(.*?)"
                     r"(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 _MARKS = re.compile(r"<\|[\w:/. -]{1,40}\|>|<｜[^｜<>]{1,40}｜>|"
                     r"</?(?:s|bos|eos|pad|unk|image|img|assistant)>|\[/?(?:INST|OUT|ASSISTANT)\]|"
-                    r"<(?:start|end)_of_turn>", re.IGNORECASE)
+                    r"<(?:start|end)_of_turn>|</?(?:b|i|em|strong|span|ul|ol)>",
+                    re.IGNORECASE)
+_LINES = re.compile(r"</?(?:p|li|div|h[1-6]) ?/?>", re.IGNORECASE)
 
 
 def without_thoughts(text: str) -> str:
@@ -117,7 +125,7 @@ def without_thoughts(text: str) -> str:
     text = _OVER.sub("", _TURN.sub("", text))
     if inner := _INNER.findall(text):
         text = inner[-1][1]
-    return _SWALLOWED.sub("", _MARKS.sub("", text))
+    return _SWALLOWED.sub("", _LINES.sub("\n", _MARKS.sub("", text)))
 
 
 # --- what is around a caption -----------------------------------------------------------------
@@ -134,7 +142,8 @@ _POLITE = re.compile(
     r"(?:sure(?: thing)?|certainly|of course|okay|ok|absolutely|alright|got it|no problem|great|"
     r"(?:i'd|i would) be (?:happy|glad) to (?:help|assist|describe)[^.!:\n]{0,60}|"
     r"(?:thank you|thanks) for (?:sharing|providing|the)[^.!:\n]{0,60}|"
-    r"好的|好|当然(?:可以)?|没问题)(?:[,.!:，。！：]+\s*|\s+[—–-]+\s+|\s*\n+)", re.IGNORECASE)
+    r"(?:(?:hi|hello|hey)(?: there)?|[您你]好)(?=[!！])|好的|好|当然(?:可以)?|没问题)"
+    r"(?:[,.!:，。！：]+\s*|\s+[—–-]+\s+|\s*\n+)", re.IGNORECASE)
 # "Here is a short caption for the image:" and its like. They are short and end in a colon.
 _INTRODUCTION = re.compile(
     rf"(?:(?:(?:based on|looking at)[^:.\n]{{0,60}}, )?(?:here(?:'s| is| are)|below (?:is|are))\b"
@@ -143,11 +152,11 @@ _INTRODUCTION = re.compile(
     rf"(?:this is|the following is) {_WHICH}*{_KIND}\b[^:.\n]{{0,60}}|"
     rf"{_WHICH}{{0,4}}{_KIND}(?: (?:for|of|could be|would be|might be)\b[^:.\n]{{0,40}})?|"
     r"(?:以下|下面|这)(?:是|为)[^：:。\n]{0,30}|"
-    r"(?:图片|图像|画面|这张图)?的?(?:描述|说明|标题|标签|标注|提示词|输出|回答|答案)"
-    r"(?:如下|是)?)\s*[:：]\s*|\A【[^】\n]{1,10}】\s*", re.IGNORECASE)
+    r"(?:这[张幅]|该|本)?(?:图片|图像|画面|图)?(?:内容)?的?(?:描述|说明|标题|标签|标注|提示词|输出|回答|答案)"
+    r"(?:如下|是)?)\s*[:：]\s*(?:[|>]-?\n\s*)?|\A【[^】\n]{1,10}】\s*", re.IGNORECASE)
 # A first line of talk, with more after it: it may be bolder, as a plain caption has no second.
 _ABOUT = (r"\b(?:caption|describ|description|prompt|tags|keywords|image|picture|photo|help)|"
-          r"描述|标注|图")
+          r"描述|标注|图|\bbild|описани|説明|설명")
 _FIRST_LINE = re.compile(
     rf"\A(?:json|(?:title|标题)[:：][^\n]*|[^\n]{{0,100}}(?:{_ABOUT})[^\n.!?]{{0,80}}[:：]|"
     rf"#{{1,6}} [^\n]{{1,80}}|\*\*[^*\n]{{1,80}}(?<![.!?。！？])\*\*:?|(?:sure|certainly|of course|"
@@ -161,6 +170,7 @@ _OFFER = (r"(?:(?:please )?let me know|(?:please )?feel free to|would you like|d
           r"if you (?:need|want)|(?:i )?hope (?:this|that|it) |i can also |"
           r"(?:please )?don't hesitate|how can i |how does (?:this|that) |"
           r"does (?:this|that) (?:work|help)|希望(?:这|以上|对|能)|如果[您你]|如需|请告诉我|"
+          r"\((?:word count|\d+ (?:words|characters|tokens)\b)|"
           r"请随时|需要我|是否需要|还有什么|有什么需要|[您你]?还需要)")
 _LAST_WORDS = re.compile(
     rf"(?:(?<=\n)|(?<=[.!?…] )|(?<=[.!?][\"”'*)] )|(?<=[。！？]))\s*{_OFFER}.*\Z",
@@ -173,7 +183,7 @@ _LAST_LINE = re.compile(
 _RULE = re.compile(r"^[ \t]*(?:-{3,}|\*{3,}|_{3,})[ \t]*$", re.MULTILINE)
 _MARKUP = re.compile(r"\*\*(?=\S)(.+?)\*\*|(?<!\w)__(?=\S)([^_\n]+)__(?!\w)|"
                      r"(?<![\w*])\*([^\W_][^*\n]*)\*(?![\w*])")
-_BULLET = re.compile(r"^\s*(?:[-*•–·]|\d{1,2}[.)、])\s*(?=\S)(?!\d)")
+_BULLET = re.compile(r"^\s*(?:[-*•–·]|\d{1,2}[.)、])(?:\s+(?=\S)|(?=[^\s\d]))")
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "「": "」", "『": "』", "«": "»", "`": "`",
            "_": "_"}
 
@@ -181,7 +191,7 @@ _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "「": "」", "『": 
 def _unwrapped(text: str) -> str:
     """Without code fence, chat and markup around it, one layer of each."""
     if fenced := _FENCE.search(text):
-        text = fenced[2]
+        return fenced[2].strip()
     text = _RULE.sub("", text).strip()
     for last in (_LAST_WORDS, _LAST_LINE):
         found = last.search(_straight(text))
@@ -193,7 +203,7 @@ def _unwrapped(text: str) -> str:
         found = first.match(_straight(text))
         # Politeness goes only where more follows it, so that a caption of one word stays.
         if found and text[found.end():].strip(" *"):
-            text = text[found.end():].lstrip()
+            return text[found.end():].lstrip()
     return text
 
 
@@ -229,7 +239,8 @@ _OR = re.compile(r"\n\s*\**(?:or|alternatively|another option|或者|或)\b\**[^
 _FIRST_ITEM = re.compile(r"^\s*(?:[-*•]|1[.)、])\s*\S", re.MULTILINE)
 _ITEM = re.compile(r"\s*(?:[-*•]|1[.)、])\s*(.*?)(?=^\s*(?:[-*•]|2[.)、]))",
                    re.DOTALL | re.MULTILINE)
-_SECTION = re.compile(r"^[ \t]*(?:#{1,6} |[-*•] )?\**(title|caption|description|"
+_SECTION = re.compile(r"^[ \t]*(?:#{1,6} |[-*•] )?\**(?:(?:short|brief|"
+                      r"long|detailed|full) )?(title|caption|description|"
                       r"(?:positive )?prompt|tags|keywords|alt text|negative prompt|标题|描述|"
                       r"标签|提示词|关键词)\**[ \t]*(?:[:：]\**|$)", re.IGNORECASE | re.MULTILINE)
 # By what says most of a picture.
@@ -283,7 +294,7 @@ def _said(value: Any) -> str | None:
             if key in plain and (found := plain[key]):
                 several = key in ("captions", "descriptions", "options") and isinstance(found, list)
                 return _said(found[0] if several else found)
-        return _said(next(iter(value.values()))) if len(value) == 1 else None
+        return _said(*value.values()) if len(value) == 1 and "error" not in value else None
     if isinstance(value, list | tuple) and value:
         items = [_said(item) for item in value]
         if len(items) == 1:
@@ -299,12 +310,16 @@ def _said(value: Any) -> str | None:
 _END = re.compile(r"[.!?。！？][\"'”’」』)]*(?=\s|$|(?<=[。！？]))")
 # Only at the start of an answer: "sorry" may be written on a picture. Apostrophes are straight.
 _PICTURE = r"(?:image|picture|photo|attachment|file)"
-_REFUSAL = re.compile("|".join((
+_REFUSAL = re.compile(r"(?:(?:but|well|however|hm+|oh|oops|hi|hello|[您你]好)\b[,.!…，！ ]+)?"
+                      "(?:" + "|".join((
     # that it can't, won't, or isn't made for it
     r"i(?:'m| am) (?:(?:very|really|so|truly) )?(?:sorry|unable|afraid)",
     r"i(?:'m| am) (?:not (?:able|comfortable|seeing)|(?:just |only )?an? (?:ai|text|language))",
     r"i (?:can(?:not|'t| not)|do not|don't|won't|will not|couldn't|could not|did not|didn't)\b",
-    r"i (?:see no|must decline|have to decline|need (?:the|an?|to see|you to))\b",
+    r"i(?:'m going to| will| must|) (?:have to |must )?(?:decline|pass)\b|my (?:guidelines|policy|"
+    r"policies|programming)\b|(?:api |server |internal )?error:|\[redacted\]|"
+    r"content (?:is |was )?(?:not allowed|blocked|filtered)",
+    r"i (?:see no|need (?:the|an?|to see|you to))\b",
     r"(?:i )?apologi[sz]e|(?:my )?apologies|sorry(?:[,.!]| but| i\b| for| about)",
     r"as an? (?:ai|artificial|large|language|text)\b|unfortunately,? (?:i|the|no|it|this|we)\b",
     r"(?:in order )?to (?:describe|help|caption|write|provide|create)[^.\n]{0,50}, (?:i|please)\b",
@@ -322,14 +337,14 @@ _REFUSAL = re.compile("|".join((
     rf"the {_PICTURE} (?:you|has(?: no|n')t|was(?: no|n')t|did(?: no|n')t|could(?: no|n')t|"
     rf"can(?:no|')t|failed|is missing|is not (?:visible|available|attached))",
     # the same in other languages
-    r"(?:很|非常|十分)?抱歉|对不起|對不起|不好意思|作为(?:一个|一名)?(?:ai|人工智能|大?语言模型)",
+    r"(?:很|非常|十分)?抱歉|对不起|對不起|不好意思|(?:作为|我(?:只)?是)(?:一个|一名)?(?:ai|人工智能|大?语言模型)",
     r"(?:目前|暂时)?我?(?:目前|暂时)?(?:无法|無法|不能|没法|沒辦法)(?:直接)?(?:查看|看到|看见|识别|識別|"
     r"描述|处理|處理|提供|协助|回答|访问|打开|分析|生成|满足|为)",
     r"我?(?:看不到|看不见|没有?看到|並未看到|并未看到|没有收到|未收到|没有检测到|未检测到)",
     r"[您你](?:似乎|好像)?还?(?:没有|并未|未|忘记)|请[您你]?[先重新再]*(?:上传|提供|发送|附上|分享)",
     r"請[您你]?[先重新再]*(?:上傳|提供)|(?:该|此|这个)?(?:图片|内容|请求)(?:违反|涉及敏感|包含敏感|未上传|无法)",
-    r"申し訳|すみません|죄송|es tut mir leid|je suis désolée?|lo siento|mi dispiace|desculpe")),
-    re.IGNORECASE)
+    r"根据(?:相关|有关|我的)|申し訳|すみません|죄송|es tut mir leid|je suis désolée?|lo siento|"
+    r"mi dispiace|desculpe|извините|к сожалению,? я|я не могу")) + ")", re.IGNORECASE)
 
 
 def is_refusal(text: str) -> bool:

@@ -182,7 +182,7 @@ class Server:
         if status in (400, 403, 422, 451) and _FILTERED.search(answer):
             return UserError("endpoint.filtered", reason=reason)
         if status in (401, 403):
-            return UserError("endpoint.key", address=self.address, variable=KEY)
+            return UserError("endpoint.key", variable=KEY, **told)
         code = ("endpoint.no_route" if status in (404, 405) else
                 "endpoint.context" if _CONTEXT.search(answer) else "endpoint.refuses")
         return Refused(code, answer, model="", **told)
@@ -195,6 +195,8 @@ class Server:
             page = re.match(r"\s*(<!doctype|<html)", start, re.IGNORECASE)
             raise UserError("endpoint.web_page" if page else "endpoint.not_json",
                             address=self.address, answer=start) from None
+        if isinstance(answer, list) and answer and isinstance(answer[0], dict):
+            answer = {"data": answer, **answer[0]} if "error" in answer[0] else {"data": answer}
         if not isinstance(answer, dict):
             raise UserError("endpoint.other_format", answer=str(answer)[:200])
         # Some servers report an error with status 200.
@@ -287,7 +289,7 @@ def address_of(text: str) -> str:
     Raises UserError `endpoint.bad_address`.
     """
     address = text.strip() if "://" in text else f"http://{text.strip()}"
-    address = address.rstrip("/").removesuffix("/chat/completions")
+    address = re.sub(r"/(?:(?:chat/)?completions|models|responses)/*$", "", address).rstrip("/")
     try:
         parts = urlsplit(address)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

@@ -34,6 +34,7 @@ CATEGORIES = {0: "general", 4: "character"}     # ratings (9) and all others are
 GENERAL, CHARACTER = 0.35, 0.85                 # thresholds as published with the models
 PACKAGE = "onnxruntime"
 SIDE = 448                              # px, where a model takes any size and its config says none
+LARGEST_SIDE = 4096
 # Of normalized inputs, where the config says nothing: -1..1.
 MEAN, STD = 0.5, 0.5
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
@@ -175,11 +176,14 @@ def preprocessing(folder: Path) -> tuple[int, npt.NDArray[np.float32], npt.NDArr
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
             data = from_json((folder / name).read_text("utf-8"))
             found |= data | dict(data.get("pretrained_cfg") or {})
-    size, mean, std = (found.get("input_size"), found.get("mean", found.get("image_mean")),
-                       found.get("std", found.get("image_std")))
+    size = found.get("input_size") or found.get("size")
+    mean = found.get("mean", found.get("image_mean"))
+    std = found.get("std", found.get("image_std"))
     # By channel, as the pixels are.
     by_channel = (3, 1, 1)
-    side = size[-1] if isinstance(size, list) and size and isinstance(size[-1], int) else SIDE
+    side = (size[-1] if isinstance(size, list) and size else
+            size.get("height") if isinstance(size, dict) else None)
+    side = side if isinstance(side, int) and 0 < side <= LARGEST_SIDE else SIDE
     with contextlib.suppress(TypeError, ValueError):
         return (side, np.array(mean, np.float32).reshape(by_channel),
                 np.array(std, np.float32).reshape(by_channel))

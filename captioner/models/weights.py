@@ -18,7 +18,7 @@ def find(captioner: str, name: str, repository: str = "") -> Path:
     """
     if name == "demo":
         return paths.DEMO / "captioners" / captioner
-    folder = Path(name).expanduser()
+    folder = paths.expanded(name)
     if folder.is_dir():
         return folder.absolute()
     repository = repository or name

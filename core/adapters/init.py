@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from core import paths
 from core.adapters import lora
 from core.config import TrainConfig
 from core.errors import Fix, UserError
@@ -33,7 +33,7 @@ def start(models: Mapping[str, nn.Module], config: TrainConfig, spec: FamilySpec
     that aren't targets."""
     if config.adapter not in ("lora", "rslora"):
         raise UserError("lora_init.other_adapter", adapter=config.adapter)
-    path = Path(config.init_lora_weights).expanduser()
+    path = paths.expanded(config.init_lora_weights)
     file = formats.read(path, spec.id)
     parts = {part.name: part for part in file.naming}
     modules = {f"{part}.{parts[part].unrooted(name)}": module for part, model in models.items()

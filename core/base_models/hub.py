@@ -39,7 +39,7 @@ def local(name: str, needs: Sequence[str] = ()) -> Path | None:
     """
     if not name:
         return None
-    path = Path(name).expanduser()
+    path = paths.expanded(name)
     if path.exists():
         return path.absolute()
     return next((_usable(folder, name) for folder in _folders(name, needs)

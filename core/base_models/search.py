@@ -16,7 +16,7 @@ from pathlib import Path
 
 import platformdirs
 
-from core import families, i18n
+from core import families, i18n, paths
 from core.base_models import catalog
 from core.errors import UserError
 from core.families import detection
@@ -96,7 +96,7 @@ def usual_places(extra: Sequence[str] = ()) -> list[Path]:
     and of other programs that exist."""
     from huggingface_hub.constants import HF_HUB_CACHE
     # each snapshot of the hub's cache lies three folders below
-    folders = [*(Path(folder).expanduser() for folder in extra if folder.strip()),
+    folders = [*(paths.expanded(folder) for folder in extra if folder.strip()),
                catalog.models_dir(), Path(HF_HUB_CACHE),
                *(root / inner for root in installed() for inner in INSIDE)]
     # A folder under two names counts once, by its first name: the last one written wins in a dict.

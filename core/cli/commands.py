@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core import i18n
+from core import i18n, paths
 from core.cli import console
 from core.cli import lora as lora_commands
 from core.cli.console import FAILED, FINE, INTERRUPTED, add_argument, add_command, answer, tr
@@ -111,7 +111,7 @@ def demo_command(options: argparse.Namespace) -> int:
     from core.demo.run import run_demo
     with console.unwatched():
         with console.job_terminal() as (terminal, control):
-            result = run_demo(options.out.expanduser().absolute(), terminal, control)
+            result = run_demo(paths.expanded(options.out).absolute(), terminal, control)
         return _finish(result, control, options)
 
 
@@ -281,10 +281,10 @@ def runs_stop_command(options: argparse.Namespace) -> int:
 def _run_id(text: str) -> str:
     """A run's id, from its unambiguous beginning or end, or from `last`."""
     from core.jobs import runs
-    ids = [view.id for view in runs.list_runs()]
-    if text == "last" and ids:
-        return ids[0]
-    fitting = [run_id for run_id in ids if run_id.startswith(text) or run_id.endswith(text)]
+    if text == "last" and (views := runs.list_runs()):
+        return views[0].id
+    fitting = [run_id for run_id in runs.run_ids()
+               if run_id.startswith(text) or run_id.endswith(text)]
     return fitting[0] if len(fitting) == 1 else text
 
 

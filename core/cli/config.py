@@ -25,7 +25,7 @@ def add_commands(commands: Any) -> None:
 def import_command(options: argparse.Namespace) -> int:
     from core import importers, paths
     imported = importers.read(options.file)
-    out = (options.out or options.file.with_suffix(".yaml")).expanduser()
+    out = paths.expanded(options.out or options.file.with_suffix(".yaml"))
     out = paths.create(out, lambda path: path.write_text(importers.to_yaml(imported), "utf-8"))
     print("\n".join(importers.report_lines(imported)), file=sys.stderr)
     facts = {"ok": True, "file": out, "kind": imported.kind, "values": imported.values,

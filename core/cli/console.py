@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -97,7 +98,7 @@ def add_common(parser: argparse.ArgumentParser, answers: bool) -> None:
 
 def model_path(name: str) -> Path:
     """The path of a base model as --base takes it; `demo` is the built-in one."""
-    return paths.DEMO / "base" if name == "demo" else Path(name).expanduser()
+    return paths.DEMO / "base" if name == "demo" else paths.expanded(name)
 
 
 # --- one sentence instead of a traceback ---
@@ -148,6 +149,10 @@ def _guarded(call: Callable[[], int], argv: Sequence[str], tell: Callable[[str],
     except Exception as error:
         if isinstance(error, UserError):
             code, sentence, exit_code = error.code, str(error), BAD_INPUT
+        elif isinstance(error, OSError) and (
+                error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)):
+            code, exit_code = "gui.no_access", FAILED
+            sentence = i18n.tr(code, {"reason": error})
         else:
             code, exit_code = "commands.unexpected", FAILED
             sentence = tr("unexpected", reason=f"{type(error).__name__}: {error}")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core import i18n
+from core import i18n, paths
 from core.cli.console import Run, answer, argument_adder, model_path
 from core.errors import UserError
 from core.safetensors_header import PICKLES, read_header
@@ -90,7 +90,7 @@ def merge_command(options: argparse.Namespace) -> int:
     for text in options.files:
         name, weight = parse_lora(text)
         refuse_weights([Tag(name, weight)])
-        files.append(Path(name).expanduser())
+        files.append(paths.expanded(name))
         # without a weight: 1, as a sum is meant, not the library's weight for drawing
         weights.append(1.0 if name == text else weight)
     loras = [formats.read(path) for path in files]
@@ -161,7 +161,7 @@ def _save(lora: Lora, options: argparse.Namespace, to: str, source: Path, mark: 
     import torch
 
     from core.lora_files import formats
-    out = options.out.expanduser() if options.out else source.with_name(f"{source.stem}-{mark}")
+    out = paths.expanded(options.out) if options.out else source.with_name(f"{source.stem}-{mark}")
     suffix = out.suffix.lower() == ".safetensors"
     # peft's format is a folder, the others are files
     if to == "peft" and suffix:

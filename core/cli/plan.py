@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core import i18n, plugins
+from core import i18n, paths, plugins
 from core.cli.console import FAILED, FINE, add_command, answer, argument_adder
 from core.errors import UserError
 from core.families.registry import STANDARD
@@ -73,8 +73,8 @@ def _yaml_lines(suggestion: Suggestion, options: argparse.Namespace) -> list[str
     # `--base sdxl` names a family, no file: the user fills in a base of it
     base = "" if options.base in families.SPECS else options.base
     if base not in ("", "demo"):
-        base = str(Path(base).expanduser().absolute())
-    folder = str(options.data.expanduser().absolute()) if options.data else ""
+        base = str(paths.expanded(base).absolute())
+    folder = str(paths.expanded(options.data).absolute()) if options.data else ""
     lines = []
     for key, value, hint in (("base_model", base, "yaml_base"),
                              ("train_data_dir", folder, "yaml_data"),

@@ -73,7 +73,7 @@ def _change(folder: Path, change: Callable[[Choices], Choices]) -> Choices:
     # The window and the command line may both be at work on the same folder.
     with FileLock(f"{path}.lock"):
         new = change(load(folder))
-        data = {"folder": os.path.realpath(folder.expanduser()),
+        data = {"folder": os.path.realpath(paths.expanded(folder)),
                 "left_out": sorted(new.left_out), "focus": dict(sorted(new.focus.items()))}
         text = json.dumps(data, ensure_ascii=False, indent=1)
         paths.write_atomic(path, text.encode("utf-8", "replace"))
@@ -81,7 +81,7 @@ def _change(folder: Path, change: Callable[[Choices], Choices]) -> Choices:
 
 
 def _file(folder: Path) -> Path:
-    real = os.path.normcase(os.path.realpath(folder.expanduser()))
+    real = os.path.normcase(os.path.realpath(paths.expanded(folder)))
     name = hashlib.sha256(os.fsencode(real)).hexdigest()[:20]
     return paths.data_dir() / "datasets" / f"{name}.json"
 

@@ -116,9 +116,9 @@ def scan(folder: Path, metadata: Path | None = None,
     files, in order, in another way (see core/dataset/checks/image_stats.py); its generator is
     closed at the end. Raises UserError where nothing is found.
     """
-    folder = Path(os.path.abspath(folder.expanduser()))
+    folder = Path(os.path.abspath(paths.expanded(folder)))
     tree = walk(folder)
-    files = tree.caption_files_of(metadata and Path(os.path.abspath(metadata.expanduser())))
+    files = tree.caption_files_of(metadata and Path(os.path.abspath(paths.expanded(metadata))))
     texts = read_captions(tree, files, explicit=metadata is not None)
     wanted = [path for path in tree.pictures if tree.name(path) not in left_out]
     if count := len(tree.pictures) - len(wanted):

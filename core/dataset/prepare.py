@@ -63,8 +63,8 @@ def prepare(folder: Path, out: Path, options: Options, *, facts: BaseFacts | Non
     `facts` are needed for `options.crop`. Raises UserError where `out` won't do and where it can't
     be written; image_stats.Stopped where the user stops before the first copy.
     """
-    folder = Path(os.path.abspath(folder.expanduser()))
-    out = Path(os.path.abspath(out.expanduser()))
+    folder = Path(os.path.abspath(paths.expanded(folder)))
+    out = Path(os.path.abspath(paths.expanded(out)))
     # Real paths: a copy inside of the original folder would itself be copied the next time.
     real_out = Path(os.path.realpath(out))
     if real_out.is_relative_to(os.path.realpath(folder)):

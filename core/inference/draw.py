@@ -67,7 +67,7 @@ def draw(config: DrawConfig, emit: Callable[[Event], None], control: Control) ->
     Each picture is reported as it comes, as a Sample whose `step` is its column. Several columns
     end with a labelled sheet, whose column is SHEET (-1); with `sheet`, it alone is saved."""
     prompt, negative, loras = texts_and_loras(config, emit)
-    base = paths.DEMO / "base" if config.base == "demo" else Path(config.base).expanduser()
+    base = paths.DEMO / "base" if config.base == "demo" else paths.expanded(config.base)
     columns, labels = columns_of(config, loras)
     session = PipelineSession(base, config, emit)
     session.check(itertools.chain(*columns))

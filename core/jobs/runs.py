@@ -7,6 +7,7 @@ app all read the same picture from it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -379,9 +380,15 @@ def write_owner(folder: Path, owner: Owner) -> None:
     paths.write_atomic(folder / OWNER, json.dumps(asdict(owner)))
 
 
+@functools.cache
+def _owner_type() -> TypeAdapter[Owner]:
+    # as dear as reading a hundred records
+    return TypeAdapter(Owner)
+
+
 def owner_of(folder: Path) -> Owner | None:
     try:
-        return TypeAdapter(Owner).validate_python(from_json((folder / OWNER).read_text("utf-8")))
+        return _owner_type().validate_python(from_json((folder / OWNER).read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -63,7 +63,7 @@ def place_of(root: Path) -> Place | None:
 def target_folder(typed: str, program: str) -> Path:
     """The folder for LoRAs that a typed path means: a program's own folder, or one within it.
     Raises UserError where there is none."""
-    folder = Path(typed.strip().strip('"')).expanduser()
+    folder = paths.expanded(typed.strip().strip('"'))
     if not typed.strip() or not folder.is_absolute() or not folder.is_dir():
         raise UserError("tab_inference.no_folder", folder=typed.strip() or "-")
     # the program's folder, or already the one for LoRAs

@@ -127,7 +127,7 @@ def find_lora(name: str, weight: float) -> Lora:
     """
     refuse_weights([Tag(name, weight)])
     with contextlib.suppress(OSError, ValueError, RuntimeError):        # no path of this system
-        direct = Path(name).expanduser()
+        direct = paths.expanded(name)
         for path in (direct, direct.with_name(f"{direct.name}.safetensors")):
             if path.is_file() or (path / formats.CONFIG).is_file():
                 return Lora(path.absolute(), weight)

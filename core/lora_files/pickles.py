@@ -64,7 +64,7 @@ def convert(source: Path, out: Path) -> Path:
             tensor.clone(memory_format=torch.contiguous_format))
     if not tensors:
         raise UserError("lora_convert.pickle_empty", file=source)
-    return paths.create(out.expanduser().with_suffix(".safetensors"),
+    return paths.create(paths.expanded(out).with_suffix(".safetensors"),
                         lambda path: save_file(tensors, path, {"format": "pt"}))
 
 

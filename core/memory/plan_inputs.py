@@ -104,11 +104,11 @@ class Pictures:
 
 def pictures_of(config: TrainConfig) -> Pictures:
     """A config's folders. Raises UserError as `pictures_in` does."""
-    metadata = Path(config.metadata_path).expanduser() if config.metadata_path else None
-    pictures = pictures_in(Path(config.train_data_dir).expanduser(), metadata)
+    metadata = paths.expanded(config.metadata_path) if config.metadata_path else None
+    pictures = pictures_in(paths.expanded(config.train_data_dir), metadata)
     if not config.reg_data_dir:
         return pictures
-    regular = pictures_in(Path(config.reg_data_dir).expanduser())
+    regular = pictures_in(paths.expanded(config.reg_data_dir))
     return replace(pictures, captions=pictures.captions + regular.captions, regular=regular.sizes)
 
 

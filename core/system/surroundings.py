@@ -17,11 +17,15 @@ from importlib.util import find_spec
 OWN_MODULES = "DARKROOM_PYTHONPATH"
 # Settings of other apps that share a library with us: Gradio's, its server's, a notebook's.
 _OTHERS = ("GRADIO_", "UVICORN_")
-_OTHER_NAMES = ("FORWARDED_ALLOW_IPS", "WEB_CONCURRENCY", "MPLBACKEND")
+# SSLKEYLOGFILE: of a network analyst; each connection fails where its file can't be written.
+_OTHER_NAMES = ("FORWARDED_ALLOW_IPS", "WEB_CONCURRENCY", "MPLBACKEND", "SSLKEYLOGFILE")
+# Whole numbers, or the hub's library can't be imported.
+_NUMBERS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")
 # Python's own that change what it finds or runs: of another Python, or left by a debugging session.
 _PYTHON = ("PYTHONHOME", "PYTHONSTARTUP", "PYTHONINSPECT", "PYTHONOPTIMIZE", "PYTHONWARNINGS",
            "PYTHONSAFEPATH", "PYTHONPLATLIBDIR", "PYTHONBREAKPOINT", "__PYVENV_LAUNCHER__")
-# Certificates of an environment that is gone (conda leaves them): without, the system's are taken.
+# Certificates of an environment that is gone (conda leaves them), or files that hold none: without,
+# the system's are taken.
 _CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
                  "PIP_CERT", "PIP_CLIENT_CERT", "NODE_EXTRA_CA_CERTS")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
@@ -34,8 +38,16 @@ def settle(root: str) -> None:
         if name.startswith(_OTHERS) or name in _OTHER_NAMES or name in _PYTHON:
             del os.environ[name]
     for name in _CERTIFICATES:
-        if name in os.environ and not os.path.exists(os.environ[name]):
+        if name in os.environ and not _holds_certificates(os.environ[name]):
             del os.environ[name]
+    for name in _NUMBERS:
+        if not os.environ.get(name, "1").isdigit():
+            del os.environ[name]
+    try:
+        os.getcwd()
+    except OSError:
+        # The terminal's folder has been deleted: whole paths work from anywhere.
+        os.chdir(root)
     _python_path(root)
     _proxies()
 
@@ -43,11 +55,12 @@ def settle(root: str) -> None:
 def _python_path(root: str) -> None:
     """Takes away what `PYTHONPATH` names, another Python's numpy perhaps, and keeps it in a
     variable of our own for `own_modules`, also of children."""
-    named = [folder for variable in ("PYTHONPATH", OWN_MODULES)
-             for folder in os.environ.pop(variable, "").split(os.pathsep) if folder]
+    # Python reads "." and nothing between two colons as the working folder, and keeps that.
+    named = [os.path.abspath(folder) for variable in ("PYTHONPATH", OWN_MODULES)
+             if (value := os.environ.pop(variable, "")) for folder in value.split(os.pathsep)]
     own = list(dict.fromkeys(folder for folder in named if not _same(folder, root)))
     sys.path[:] = [root, *(folder for folder in sys.path
-                           if folder not in own and not _same(folder, root))]
+                           if os.path.abspath(folder) not in own and not _same(folder, root))]
     if own:
         os.environ[OWN_MODULES] = os.pathsep.join(own)
 
@@ -56,6 +69,15 @@ def own_modules() -> None:
     """Has modules found that the user's `PYTHONPATH` names, behind our packages: extensions."""
     sys.path += [folder for folder in os.environ.get(OWN_MODULES, "").split(os.pathsep)
                  if folder and folder not in sys.path]
+
+
+def _holds_certificates(path: str) -> bool:
+    """Whether it is a folder, or a file with a certificate."""
+    try:
+        with open(path, "rb") as file:
+            return b"-----BEGIN" in file.read()
+    except OSError:
+        return os.path.isdir(path)
 
 
 def _same(one: str, other: str) -> bool:
@@ -75,6 +97,11 @@ def _proxies() -> None:
 def _unknown(proxy: str | None) -> bool:
     """Whether a proxy is of a kind that can't be used here: SOCKS without its package."""
     kind = (proxy or "").partition("://")[0].lower() if "://" in (proxy or "") else "http"
+    try:
+        # It raises for what is no number.
+        _ = urllib.parse.urlsplit(proxy if "://" in (proxy or "") else f"http://{proxy}").port
+    except ValueError:
+        return True
     return bool(proxy) and kind not in ("http", "https", *(
         ("socks5", "socks5h") if find_spec("socksio") else ()))
 
@@ -83,9 +110,9 @@ def unusable_proxy() -> str:
     """'ALL_PROXY=socks5://...': a proxy of the environment that downloads can't use; '': none."""
     for name in (*_PROXIES[:3], *(name.upper() for name in _PROXIES[:3])):
         if _unknown(proxy := os.environ.get(name)):
-            parts = urllib.parse.urlsplit(proxy or "")
+            scheme, sign, place = (proxy or "").rpartition("://")
             # Without the password: this is told.
-            return f"{name}={parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+            return f"{name}={scheme}{sign}{place.rpartition('@')[2]}"
     return ""
 
 

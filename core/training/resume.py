@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from core import paths
 from core.adapters import base_loras
 from core.config import TrainConfig
 from core.dataset.sampler import Place
@@ -51,7 +52,7 @@ def choose(output: Output, config: TrainConfig, emit: Callable[[Event], None]) -
     elif resume.isdigit():
         checkpoints = output.checkpoints(resume)
     else:
-        given = Path(resume).expanduser().absolute()
+        given = paths.expanded(resume).absolute()
         # a file of a checkpoint stands for its folder
         checkpoints = [path for path in (given, given.parent)
                        if (path / checkpoint.STATE).is_file()][:1]

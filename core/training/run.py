@@ -47,7 +47,7 @@ def train(config: TrainConfig, emit: Emit, control: Control) -> dict[str, Any]:
 
     Returns the facts for the summary. Raises UserError for whatever a user can mend.
     """
-    folder = Path(config.output_dir).expanduser().absolute()
+    folder = paths.expanded(config.output_dir).absolute()
     with (Callbacks(config.callbacks, emit, control) as callbacks,
           Output(folder, config, callbacks) as output):
         result = _train(output, config, callbacks, control)

@@ -161,6 +161,10 @@ class Page:
                 self.tell(form.error_text(ctx, error), ctx.tr("not_done"), "warning")
             except OSError as error:
                 self.tell(ctx.tr("no_access", reason=str(error)), ctx.tr("not_done"), "warning")
+            except Exception as error:
+                _log.exception("handler")
+                self.tell(ctx.tr("unforeseen", reason=f"{type(error).__name__}: {error}"),
+                          ctx.tr("not_done"), "warning")
             if fill and before != (app_state.projects.now, app_state.settings.now):
                 app_state.filled()
             return [_carried(messages) if messages else gr.skip(),

@@ -13,6 +13,7 @@ from captioner.captions.rule_parser import parse, parse_line
 from captioner.captions.rules import Change, MaxTokens, Rule, preview, with_trigger_rule
 from captioner.captions.undo import Outcome
 from captioner.config import CaptionConfig
+from core import paths
 from core.base_models import hub
 from core.base_models.catalog import catalogue
 from core.errors import UserError
@@ -281,7 +282,7 @@ def config_of(options: dict[str, Any], dataset: DatasetView, trigger: str,
         folder=str(state.folder), captioner="+".join(name for name, _, _ in pairs),
         models={name: model for name, _, model in pairs if name != "endpoint"},
         existing=options["existing"], trigger_word=trigger, endpoint=options["endpoint"],
-        metadata_path=str(Path(metadata).expanduser().absolute()) if metadata else "",
+        metadata_path=str(paths.expanded(metadata).absolute()) if metadata else "",
         only=list(state.training) if state.training != state.names else [])
 
 

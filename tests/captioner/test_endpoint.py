@@ -242,6 +242,7 @@ def test_faults_of_one_picture_are_named() -> None:
     ("localhost:1234", "http://localhost:1234/v1"),
     ("http://127.0.0.1:11434/", "http://127.0.0.1:11434/v1"),
     ("http://127.0.0.1:8080/v1/chat/completions", "http://127.0.0.1:8080/v1"),
+    ("http://127.0.0.1:8080/v1/models/", "http://127.0.0.1:8080/v1"),
     ("https://box.lan/openai/v1", "https://box.lan/openai/v1"),
     ("[::1]:80", "http://[::1]:80/v1")])
 def test_addresses(written: str, address: str) -> None:

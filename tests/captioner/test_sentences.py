@@ -35,7 +35,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ('"{}"', "“{}”", "**{}**", "「{}」", "`{}`", "_{}_"),
     ("Caption: {}", "**Caption:** {}", "Image description:\n{}", "描述：{}", "Final answer: {}",
      "## Image Description\n\n{}", "**Description**\n{}", "Output: {}", "图片描述：\n{}", "> {}",
-     "【描述】{}", "输出：{}", "Here’s a caption: {}", "Title: Red disc\n{}"),
+     "【描述】{}", "输出：{}", "这张图片的描述如下：{}", "caption: |\n  {}", "<p>{}</p>",
+     "Hier ist die Bildbeschreibung:\n\n{}", "Вот описание изображения:\n\n{}",
+     "こちらが画像の説明です：\n{}",
+     "Here’s a caption: {}", "Title: Red disc\n{}"),
     ("```\n{}\n```", "```text\n{}\n```", "- {}", "{}\n\n---\n\nNote: it is short.",
      "Option 1: {}\n\nOption 2: Another picture.", "{}\n\nOr:\n\nAnother picture.",
      "**Option A (short):**\n{}\n\n**Option B (long):**\nAnother picture.",
@@ -50,7 +53,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
      "Here you go:\n{}"),
     ("{}\n\nLet me know if you'd like a different style!", "{}\n\nWould you like me to adjust it?",
      "{}\n\nI hope this helps! 😊", "{}\n\nFeel free to ask.\nI can also make it longer.",
-     "{}\n\n希望这对您有帮助！", "{}\n\nThis caption captures the mood.", "{}\n\n(12 words)", 
+     "{}\n\n希望这对您有帮助！", "{}\n\nThis caption captures the mood.", "{}\n\n(12 words)",
      "{}\n\n#art #red_disc",
      "{}\n\nIf you need anything else, just ask.", "{}\n\n如果您需要修改，请告诉我。"),
     ("<think>The user wants\na caption. Sure!</think>\n\n{}",
@@ -62,7 +65,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
      "<|message|>{}<|return|>", "analysisWe need a caption.assistantfinal{}",
      "<|begin_of_thought|>Red<|end_of_thought|>\n<|begin_of_solution|>{}<|end_of_solution|>",
      "<|START_THINKING|>Red<|END_THINKING|><|START_RESPONSE|>{}<|END_RESPONSE|>",
-     "Thinking...\nIt is red.\n...done thinking.\n\n{}", "<reasoning>a</reasoning>\n{}"),
+     "Thinking...\nIt is red.\n...done thinking.\n\n{}", "<reasoning>a</reasoning>\n{}",
+     "My steps: red.\n[BEGIN FINAL RESPONSE]\n{}\n[END FINAL RESPONSE]"),
     ("{}<|im_end|>\n<|im_start|>user\nAnd now?", "<|im_start|>assistant\n{}<|im_end|>", "{}</s>",
      "{}<|eot_id|>", "<|start_header_id|>assistant<|end_header_id|>\n\n{}", "{}<|endoftext|>",
      "<start_of_turn>model\n{}<end_of_turn>", "{}<|end|>", "<|begin_of_box|>{}<|end_of_box|>",
@@ -106,6 +110,13 @@ def test_words_of_talk_within_a_caption_stay(words: list[str], end: str) -> None
 
 
 @pytest.mark.parametrize(("said", "caption"), [
+    ("1. 1girl\n2. solo\n3. long hair", "1girl, solo, long hair"),
+    ("- 1girl\n- solo", "1girl, solo"), ("`1girl`, `solo`", "1girl, solo"),
+    ('"1girl", "long hair"', "1girl, long hair"), ("1girl | solo | hat", "1girl, solo, hat"),
+    ("A red<br>circle, \u200b<b>bold</b>", "A red circle, bold"),
+    (f"Short caption: Red disc\n\nDetailed caption: {GOOD}", GOOD),
+    (f"Sure!\n\nBrief description: Red disc\nLong description: {GOOD}", GOOD),
+    (f"{GOOD} (12 words)", GOOD), ("<ul><li>1girl</li><li>solo</li></ul>", "1girl, solo"),
     ("- red circle\n- white table\n- flat style", "red circle, white table, flat style"),
     ("red circle\nwhite table\nflat style", "red circle, white table, flat style"),
     ("1. red circle\n2. white table", "red circle, white table"),
@@ -141,6 +152,7 @@ def test_captions_in_json(value: object) -> None:
 
 @pytest.mark.parametrize("said", [
     '{"a": "red", "b": "blue"}', '{"caption": "A red cir',
+    '{"caption": null}', '{"error": "no image"}', "N/A", '<tool_call>{"name": "caption"}',
     '{caption: "A red circle."}', '[{"bbox_2d": [1], "label": ""}, 3, {}]',
     "1. The circle is red.\n2. The circle lies on a table.", "!!!!!!!!!!!!!!!!!!!!!!!!", "...", "-",
     "红色" * 40, "a red circle and " * 18])
@@ -175,6 +187,10 @@ def test_a_model_that_repeats_itself_is_heard_once(start: str, round_: str, time
     "抱歉，我不能描述。", "对不起，我无法查看图片。", "我看不到图片，请重新上传。", "请上传图片。",
     "您似乎没有上传图片", "作为一个AI语言模型，我不能", "無法識別這張圖片", "申し訳ありません",
     "Es tut mir leid, das kann ich nicht.", '{"caption": "I\'m sorry, I can\'t."}',
+    "Извините, я не могу описать это.", "I'm going to have to pass on this one.", "[REDACTED]",
+    "My guidelines prevent me from describing this.", "Error: failed to process image",
+    "您好，我是AI助手，无法查看图片。", "根据相关规定，该图片不适宜描述。",
+    "Hi! I can’t see images.",
     "<think>No.</think>I’m sorry, I can’t assist with that request.", "**I'm sorry**, but no."])
 def test_refusals(text: str) -> None:
     assert sentences.read(text).doubt == "refused"

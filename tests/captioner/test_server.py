@@ -83,6 +83,8 @@ def error(status: int, message: str, **more: Any) -> tuple[int, Any]:
     (error(500, "CUDA error"), "endpoint.fails"), ((0, b""), "endpoint.breaks"),
     ((200, b"{"), "endpoint.not_json"), ((200, b"<html>a page"), "endpoint.web_page"),
     (chat("", "content_filter"), "endpoint.filtered"),
+    ((200, {"choices": [{"finish_reason": "content_filter: PROHIBITED_CONTENT",
+                         "message": {"role": "assistant"}}]}), "endpoint.filtered"),
     (chat("A red", "content_filter"), "endpoint.filtered"), (chat(None), "endpoint.empty"),
     (chat(None, refusal="I can't help."), "endpoint.refused"),
     (chat("", reasoning_content="The user wants"), "endpoint.unclear"),
@@ -420,6 +422,11 @@ def test_a_server_whose_models_are_all_blind() -> None:
             loaded(script)
         # A name counts more than what the server says, but is warned of.
         assert [note.key for note in loaded(script, "tiny-vl").notes] == ["endpoint.may_be_blind"]
+
+
+def test_a_list_of_models_without_an_object_around_it() -> None:
+    with scripted(get=lambda path: (200, [{"id": "a-vl"}])) as script:
+        assert loaded(script).model == "a-vl"
 
 
 def test_of_loaded_models_in_lm_studio_the_first_that_sees() -> None:

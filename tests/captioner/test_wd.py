@@ -215,13 +215,15 @@ def test_shapes_and_kinds_of_inputs(tmp_path: Path, shape: list[int | str], kind
 
 @pytest.mark.parametrize("text", [
     '{"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 2, 4], "input_size": [3, 32, 32]}}',
-    '{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 4]}', '{"pretrained_cfg": 3}', "[]", "{"])
+    '{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 4]}', '{"pretrained_cfg": 3}', "[]", "{",
+    '{"size": {"height": 32, "width": 32}}', '{"input_size": [3, 0, 0]}',
+    '{"input_size": [3, 99999999, 99999999]}'])
 def test_the_config_beside_it_says_how_pixels_are_normalized(tmp_path: Path, text: str) -> None:
     folder = other_tagger(tmp_path / "other", ["N", 3, "H", "W"])
     (folder / "config.json").write_text(text)
     tagger = opened(folder, tag_threshold=0.0, character_threshold=0.0)
     mean, std = ([.1, .2, .3], [1, 2, 4]) if "0.1" in text else ([.5] * 3, [.5] * 3)
-    assert tagger.side == (32 if "input_size" in text else wd.SIDE)
+    assert tagger.side == (32 if "32" in text else wd.SIDE)
     means = (np.array(COLOUR, np.float32) / 255 - mean) / std
     assert scores_of(tagger, Image.new("RGB", (20, 20), COLOUR)) == pytest.approx(
         wanted_scores(means), abs=1e-4)

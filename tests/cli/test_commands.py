@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -108,6 +109,20 @@ def test_the_unforeseen(capsys: pytest.CaptureFixture[str]) -> None:
         "Run the command again with --debug and report what it shows.\n")
     assert console.guarded(fail, ["--json"]) == 1
     assert json.loads(capsys.readouterr().out)["fault"] == "commands.unexpected"
+
+
+def test_a_file_that_cant_be_used_is_nothing_unforeseen(capsys: pytest.CaptureFixture[str],
+                                                        tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("a file")
+    assert console.guarded(lambda: len(os.listdir(tmp_path / "home")), []) == 1
+    told = capsys.readouterr().err
+    assert f"{tmp_path}/home" in told
+    assert "unforeseen" not in told
+
+    def fill() -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert console.guarded(fill, []) == 1
+    assert "unforeseen" not in capsys.readouterr().err
 
 
 def test_ctrl_c_outside_a_job(capsys: pytest.CaptureFixture[str]) -> None:

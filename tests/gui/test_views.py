@@ -417,6 +417,17 @@ def test_faults_of_handlers_become_messages(ctx: Context) -> None:
     assert _messages.get() == [told]
 
 
+def test_what_a_handler_didnt_foresee_is_told_and_logged(
+        ctx: Context, caplog: pytest.LogCaptureFixture) -> None:
+    def fails() -> None:
+        raise RuntimeError("<i>of nobody")
+    said, *_ = ctx.page._handled(ctx, fails, [], False, False)()
+    (told,) = json.loads(said)
+    assert "RuntimeError: <i>of nobody" in told["text"]
+    assert "<" not in said
+    assert "of nobody" in caplog.text
+
+
 def test_pages_are_sent_what_they_lack(ctx: Context) -> None:
     from gui.app import build
     page: Any = ctx.page

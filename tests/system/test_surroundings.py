@@ -40,7 +40,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     "GRADIO_SERVER_PORT", "GRADIO_SERVER_NAME", "GRADIO_ROOT_PATH", "GRADIO_TEMP_DIR",
     "GRADIO_SHARE", "GRADIO_ALLOWED_PATHS", "GRADIO_ANYTHING_NEW", "UVICORN_PORT", "MPLBACKEND",
     "WEB_CONCURRENCY", "FORWARDED_ALLOW_IPS", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONINSPECT",
-    "PYTHONOPTIMIZE", "PYTHONWARNINGS", "PYTHONSAFEPATH"])
+    "PYTHONOPTIMIZE", "PYTHONWARNINGS", "PYTHONSAFEPATH", "SSLKEYLOGFILE"])
 def test_settings_of_other_programs_go(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "1")
     surroundings.settle(str(ROOT))
@@ -63,9 +63,24 @@ def test_certificates_that_are_gone_go(name: str, tmp_path: Path,
     monkeypatch.setenv(name, str(tmp_path / "gone.pem"))
     surroundings.settle(str(ROOT))
     assert name not in os.environ
-    monkeypatch.setenv(name, str(tmp_path))
+    (tmp_path / "empty.pem").write_text("no certificate")
+    (tmp_path / "own.pem").write_text("mine\n-----BEGIN CERTIFICATE-----\n")
+    for kept in (tmp_path, tmp_path / "own.pem"):
+        monkeypatch.setenv(name, str(kept))
+        surroundings.settle(str(ROOT))
+        assert os.environ[name] == str(kept)
+    monkeypatch.setenv(name, str(tmp_path / "empty.pem"))
     surroundings.settle(str(ROOT))
-    assert os.environ[name] == str(tmp_path)
+    assert name not in os.environ
+
+
+def test_times_that_are_no_numbers_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub can't be imported with them."""
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "30s")
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "30")
+    surroundings.settle(str(ROOT))
+    assert "HF_HUB_ETAG_TIMEOUT" not in os.environ
+    assert os.environ["HF_HUB_DOWNLOAD_TIMEOUT"] == "30"
 
 
 def told(code: str, **env: str) -> tuple[str, list[str], dict[str, str]]:
@@ -92,6 +107,36 @@ def test_modules_on_pythonpath_come_behind_ours(tmp_path: Path) -> None:
     assert "site-packages" in file
     assert where[-2:] == [str(tmp_path), str(tmp_path / "gone")]
     assert "PYTHONPATH" not in env
+
+
+@pytest.mark.parametrize("named", [".", "", ".{}gone", "{}gone"])
+def test_the_working_folder_on_pythonpath_comes_behind_ours(named: str, tmp_path: Path) -> None:
+    """`PYTHONPATH=$PYTHONPATH:more` names it, too, where there was none before."""
+    (tmp_path / "yaml.py").write_text("raise ImportError('of the working folder')")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launcher.py"), "--version"], cwd=tmp_path, text=True,
+        capture_output=True, env={**os.environ, "PYTHONPATH": named.format(os.pathsep),
+                                  "DARKROOM_RESTARTED": sys.prefix})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a working folder can't be removed there")
+def test_a_working_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    before = Path.cwd()
+    os.chdir(tmp_path / "gone")
+    try:
+        (tmp_path / "gone").rmdir()
+        surroundings.settle(str(ROOT))
+        assert Path.cwd() == ROOT
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.parametrize("proxy", ["127.0.0.1:x", "http://proxy:80a/", "C:\\proxy"])
+def test_a_proxy_without_a_port_cant_be_used(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", proxy)
+    assert surroundings.unusable_proxy().startswith(f"https_proxy={proxy}")
 
 
 @pytest.mark.parametrize("proxy", SOCKS)
