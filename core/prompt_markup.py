@@ -17,6 +17,7 @@ Spans = list[tuple[str, float]]             # texts, each with its weight
 
 SEPARATOR = "|||"                           # kohya's keep_tokens_separator: what stays | what moves
 CHUNK_END = ("", 0.0)                       # a span: the rest is read from the next 75 tokens on
+MOST_SHOWN = 80                             # letters of a part in a sentence
 MOST_WEIGHT = 10.0                          # of an emphasis or a LoRA; more is a slip
 
 _STRONGER = 1.1                             # a pair of brackets, as in A1111
@@ -33,15 +34,20 @@ _WIDE = re.compile(r"[(（]([^()（）]*)[:：]\s*([-+\d.０-９．]+)\s*[)）]"
 
 # What it is -> how it looks. The earlier ones take their letters from the later ones.
 KINDS = {
+    # all of a picture's settings, or options as Midjourney and kohya's samples have them
+    "settings": re.compile(r"\A\s*\{\s*\"\w+\"\s*:.*|\bNegative prompt:|\bSteps: \d+, \w+.*|"
+                           r"(?<![^\s,])(?:--|—)(?:[cdghlnpqsvw]|ar|neg|no|niji|seed|steps|sref|style"
+                           r"|stylize)\s+[\w:.-]+", re.DOTALL),
     "trigger": _TRIGGER,
     "separator": re.compile(r"\|\|\||;;;"),
     "lora": re.compile(r"[<＜《〈(（\[]?\s*\b(?:lora|lyco|hypernet)\s*[:：=]"
-                       r"[^,，<>()\n]*[>＞》〉)）\]]?", re.IGNORECASE),
+                       r"[^,，<>()\n]*[>＞》〉)）\]]?|<[a-z]+:[^<>]+>", re.IGNORECASE),
     "embedding": re.compile(r"[(（]?\bembedding\s*[:：]\s*[^\s,，]+", re.IGNORECASE),
     "choice": _CHOICE,
     "wildcard": re.compile(r"__[\w/*~-]*[^\W_][\w/*~-]*?__"),
     "schedule": re.compile(_SCHEDULE),
-    "appended": re.compile(r"\)(?:[\d.]+\b|\++|-+)|\b(?![cC]\+\+)\w+(?:\+\+|--)(?=[\s,，]|$)"),
+    "appended": re.compile(r"[(（][^()（）]*\w[:：]\d*[.,]?\d+(?![^()（）]*[)）])|"
+                           r"\)(?:[\d.]+\b|\++|-+)|\b(?![cC]\+\+)\w+(?:\+\+|--)(?=[\s,，]|$)"),
     "weight": re.compile(rf"[(（][^()（）]*[:：]\s*(?:{_NUMBER})\s*[)）]", re.IGNORECASE),
     "brackets": re.compile(r"\(\([^()]*\)\)|\[[^\[\]]*\w[^\[\]]*\]"),
     "escape": re.compile(r"\\[()\[\]{}]"),
@@ -63,7 +69,7 @@ def found(text: str, but: Collection[str] = ()) -> dict[str, str]:
     parts: dict[str, str] = {}
     for kind, pattern in KINDS.items():
         if match := pattern.search(text):
-            parts[kind] = " ".join(match[0].split())
+            parts[kind] = " ".join(match[0].split())[:MOST_SHOWN]
             text = pattern.sub(" , ", text)
     return {kind: part for kind, part in parts.items() if kind not in but}
 

@@ -34,6 +34,9 @@ _WIDE_PUNCTUATION = {**dict.fromkeys("，。、", 3.5),
                      **dict.fromkeys("（）「」『』《》！？：；“”‘’…—·　～", 5.0)}
 
 
+_LATIN_VOWELS = "aeiouyäöüéèáàóíêâúôîåøæûïëãõìòùœýÿąęěůőűıăėųįūāīē"
+
+
 def _alphabet(codec: str, rarity: float, order: str, first: float = 3.0, step: float = 0.1,
               vowels: str = "", latin: bool = True) -> Language:
     costs = {letter: first + step * rank for rank, letter in enumerate(order)}
@@ -42,7 +45,7 @@ def _alphabet(codec: str, rarity: float, order: str, first: float = 3.0, step: f
     upper = {letter.upper(): cost + 1.5 for letter, cost in lower.items()
              if len(letter.upper()) == 1}
     return Language(codec, rarity, _PUNCTUATION | upper | lower, latin=latin,
-                    vowels=vowels or "aeiouyäöüéèáàóíêâúôîåøæûïëãõìòùœýÿąęěůőűıă")
+                    vowels=vowels or _LATIN_VOWELS * latin)
 
 
 def _signs(codec: str, rarity: float, order: str, common: frozenset[str], plain: float,
@@ -123,10 +126,16 @@ LANGUAGES = (
     _alphabet("cp1250", 4.5, "áéöőüóíúű"),                            # Hungarian
     _alphabet("cp1250", 5, "ăîâşţ"),                                # Romanian
     _alphabet("cp1254", 3.5, "ıüşçöğâîû"),                          # Turkish
-    _alphabet("cp1251", 1.5, "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфъёіїєґў", 2.2, 0.07,
-              "аеёиоуыэюяіїє", latin=False),
+    _alphabet("cp1257", 7.5, "ėšžųąčįęūāīēļņģķõäöü"),                  # the Baltic
+    *(_alphabet(codec, rarity, "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфъё" + more, 2.2, 0.07,
+                "аеёиоуыэюяіїє", latin=False)
+      for codec, rarity, more in (("cp1251", 1.5, "іїєґў"), ("cp866", 6, ""))),
     _alphabet("cp1253", 3, "αοιετσνηυρπκμλςωδγχθφάίόέήύώβξζψϊϋ", 2.2, 0.07,
               "αοιεηυωάίόέήύώϊϋ", latin=False),
+    _alphabet("cp1256", 4, "اليمنوةتربعدسفهكقحجشصخطغذثزضىءأإؤئآ", 2.2, 0.07,
+              latin=False),                                         # Arabic
+    _alphabet("cp874", 4, "านรอกเงมยลวดทสตะปบคหแจพชขใไโผซถศฟ่้ิีึืุูั็์ำๆ", 2.2, 0.07,
+              latin=False),                                         # Thai
     _signs("gb18030", 0, _SIMPLE + _BOTH, _GB, 8.5),
     _signs("cp932", 1, _KANJI, _JIS, 10, kana=True),
     _signs("big5", 0.5, _TRADITIONAL + _BOTH, _BIG5, 9),
@@ -136,6 +145,8 @@ LANGUAGES = (
     Language("utf-8-broken", 4, {"\ufffd": 14.0}, other=4.0),
 )
 TITLES = {"cp1252": "Windows-1252", "cp1250": "Windows-1250", "cp1251": "Windows-1251",
-          "cp1253": "Windows-1253", "cp1254": "Windows-1254", "gb18030": "GB18030",
-          "cp932": "Shift_JIS", "big5": "Big5", "cp949": "CP949", "euc_jp": "EUC-JP",
+          "cp1253": "Windows-1253", "cp1254": "Windows-1254", "cp1256": "Windows-1256",
+          "cp1257": "Windows-1257", "cp874": "Windows-874", "cp866": "CP866",
+          "gb18030": "GB18030", "cp932": "Shift_JIS", "big5": "Big5",
+          "cp949": "CP949", "euc_jp": "EUC-JP",
           "utf-16": "UTF-16", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16", "utf-32": "UTF-32"}

@@ -10,15 +10,17 @@ from core import prompt_markup
 from core.prompt_markup import CHUNK_END, BadWeight, Spans
 
 SAMPLES = {
+    "settings": ['{"prompt": "a|b"}', "a cat --ar 3:2", "a cat --n bad, worse --s 20",
+                 "Negative prompt: bad", "Steps: 20, Sampler: Euler a, Seed: 1"],
     "trigger": ["[trigger], a cat", "a [Trigger]"],
     "separator": ["1girl ||| hat", "a;;;b"],
     "lora": ["x <lora:ink:0.8>", "<lyco:ink>", "<hypernet:a:1>", "<lora:ink:0.8",
-             "《lora：墨：0.8》"],
+             "《lora：墨：0.8》", "<loha:ink:1>", "<wildcard:hats>", "<random:a|b>"],
     "embedding": ["embedding:easynegative", "(embedding:bad_hands:1.2)"],
     "choice": ["{red|blue} car", "{2$$a|b|c}", "{0.3::a|b}"],
     "wildcard": ["__colour__ dress", "__hair/colour-*__", "__a__"],
     "schedule": ["[cat:dog:0.5]", "[cat:10]", "[:dog:.3]", "[cat|dog]"],
-    "appended": ["(cat)1.3", "(red hair)++", "cat++, dog", "cat--"],
+    "appended": ["(cat)1.3", "(red hair)++", "cat++, dog", "cat--", "a (red:1.3 cat"],
     "weight": ["(red hair:1.3), smile", "（红发：1.3）", "(x: .7 )", "(x:nan)", "(x:1e9)"],
     "brackets": ["((best quality))", "a [small] dog"],
     "escape": [r"ganyu \(genshin impact\)"],
@@ -28,7 +30,8 @@ SAMPLES = {
 }
 PLAIN = ["ganyu (genshin impact)", ":(, >:), :], ^_^, (o)_(o), |_|, =_=, +_+, \\||/, \\o/",
          "re:zero, c++, 3:4", "snake_case_word, __", "{one}", "[], ( )", "breakfast AND",
-         "#compass", "a lorax, explore: here", "AND", "a well-known, half-open--door"]
+         "#compass", "a lorax, explore: here", "AND", "a well-known, half-open--door",
+         "steps: two, a stair", "a house -- a big one", "a cat —a dog"]
 
 
 def test_each_kind_has_its_samples() -> None:

@@ -57,6 +57,9 @@ TEXTS = {
         "příliš žluťoučký kůň", "szép lány, hosszú haj, őszi erdő"],
     "cp1254": [
         "güneşli gün", "mavi gözlü kız, uzun saçlı", "ağaç"],
+    "cp1256": ["قطة تجلس على السرير", "فتاة", "لوحة زيتية, بحر"],
+    "cp866": ["девушка в красном платье", "кот сидит на столе", "зима, снег"],
+    "cp874": ["ผู้หญิงสวย ยิ้ม", "แมวสีขาว", "เด็กผู้หญิง, ผมยาว"],
 }
 EACH = [(encoding, text) for encoding, texts in TEXTS.items() for text in texts]
 
@@ -138,7 +141,7 @@ def test_utf_16_of_both_byte_orders(encoding: str, text: str) -> None:
 
 @pytest.mark.parametrize("data", [
     bytes(range(256)), b"\x89PNG\r\n\x1a\n\0\0", b"\xff\xfe\x00", b"\xef\xbb\xbf\xff",
-    b"\x81\x98\xff", "猫".encode("utf-16-le") + b"\0\0", b"a cat\0", b"\0\0\0\0"])
+    b"\x81\x98\xdb\xb2\xff", "猫".encode("utf-16-le") + b"\0\0", b"a cat\0", b"\0\0\0\0"])
 def test_what_is_no_text_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - the reason depends on the data
         decode_text(data)
@@ -154,7 +157,8 @@ def test_utf_8_that_was_cut_is_told(cut: int) -> None:
 
 
 @pytest.mark.parametrize(("text", "encoding"), [
-    ("ä", "cp1252"), ("а", "cp1251"), ("貓", "big5"), ("봄", "cp949"), ("лес", "cp1251")])
+    ("ä", "cp1252"), ("а", "cp1251"), ("貓", "big5"), ("봄", "cp949"), ("лес", "cp1251"),
+    ("mergaitė su skrybėle, žalias", "cp1257"), ("ילדה עם כובע", "cp1255")])
 def test_what_could_be_two_encodings_is_told(text: str, encoding: str) -> None:
     assert read(text.encode(encoding)).doubt
 

@@ -37,7 +37,8 @@ _IGNORED = re.compile(r"\..*|_left_out|__macosx", re.IGNORECASE)
 _OF_SYSTEMS = re.compile(r"@eadir|#recycle|#snapshot|@recycle|@recently-snapshot|\$recycle\.bin|"
                          r"recycler|system volume information|lost\+found", re.IGNORECASE)
 # Beside kohya's `N_name` folders, or beside the img that holds them.
-_KOHYA = re.compile(r"regs?|regulari[sz]ation(_images)?|class_images|logs?|models?", re.IGNORECASE)
+_KOHYA = re.compile(r"regs?|regulari[sz]ation(_images)?|class_images|logs?|models?|"
+                    r"samples?|outputs?", re.IGNORECASE)
 _IMG = ("img", "image", "images", "train")
 _WEIGHTS = (".safetensors", ".ckpt", ".pt")
 _MASKS = re.compile(r"masks?|.*[_-]masks?", re.IGNORECASE)

@@ -23,8 +23,10 @@ _TEXT = ("populated_text", "text", "t5xxl", "text_g", "clip_g", "clip_l", "text_
          "string", "value", "conditioning")
 _PART = re.compile(r"(string|text|prompt|conditioning|str|input)_?([a-d]|\d{1,2}|to|from)")
 _LORA = re.compile(r"lora(_name)?(_?\d*)")
-_STRENGTHS = ("strength_model", "model_weight", "model_str", "lora_wt", "lora_weight", "strength",
-              "weight")
+_STRENGTHS = ("strength_model", "lora_model_strength", "model_weight", "model_str", "lora_wt",
+              "lora_weight", "strength", "weight")
+# Inputs by which more than texts and LoRAs steers a picture.
+_STEERED = ("control_net", "ipadapter", "style_model", "pulid", "instantid")
 
 
 def drawn(graph: Mapping[str, Any]) -> tuple[Inputs, tuple[str, ...]] | None:
@@ -64,7 +66,9 @@ class _Graph:
             beyond.append("denoise")
         width, height = size or (None, None)
         loras, clips = self.loras(inputs)
-        layer = self.number(self.anywhere("stop_at_clip_layer"), ("stop_at_clip_layer",))
+        beyond += [name for name in _STEERED if self.anywhere(name) is not None]
+        layer = next((found for name in ("stop_at_clip_layer", "clip_skip") if (
+            found := self.number(self.anywhere(name), (name,))) is not None), None)
         return {
             "prompt": self.text(positive, "positive"), "width": width, "height": height,
             "negative_prompt": self.text(inputs.get("negative"), "negative"),

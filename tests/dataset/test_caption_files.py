@@ -64,6 +64,7 @@ def told(data: Dataset) -> set[str]:
     ({"IMG 1.txt": " ", "IMG 1.caption": "", "IMG 1.tags": "cat"}, "cat"),
     ({"IMG 1.txt": "first", "IMG 1.caption": "second", "IMG 1.json": '"third"'}, "first"),
     ({"IMG 1.json": '{"caption": "a cat"}'}, "a cat"),
+    ({"IMG 1.txt": '{\n "caption": "a cat"\n}\n'}, "a cat"),
     ({"IMG 1.json": '{"Prompt": "a cat", "tags": ["x"]}'}, "a cat"),
     ({"IMG 1.json": '{"caption": null, "tags": ["cat", "mat", 3]}'}, "cat, mat"),
     ({"IMG 1.json": '["cat", "mat"]'}, "cat, mat"), ({"IMG 1.json": '"a cat"'}, "a cat"),
@@ -183,7 +184,9 @@ def test_a_table_is_not_written_in_another_reading(make: Make) -> None:
     assert (at / "metadata.csv").read_bytes() == table
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfea\0b", bytes(range(256)), b"cat\0"])
+@pytest.mark.parametrize("content", [b"\xff\xfea\0b", bytes(range(256)), b"cat\0",
+                                     rb"{\rtf1\ansi a cat\par}", b"<html><body>a cat</body></html>",
+                                     b'{"caption": "a cat",}'])
 def test_what_is_no_text_is_told_once(make: Make, content: bytes) -> None:
     at = make("1.png", **{"1.txt": content})
     for problems in (scan(at).problems, Store(at).problems):

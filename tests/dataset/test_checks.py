@@ -354,7 +354,13 @@ def test_only_damaged_text_is_garbled(text: str) -> None:
     assert is_garbled(once) == (once != text)
 
 
-@pytest.mark.parametrize("text", ["Ünïcödé naïve façade", "一只猫", "Ñandú", "æøå", "日本語"])
+@pytest.mark.parametrize("text", ["cats &amp; dogs", "&#39;90s", r"caf\u00e9", "锟斤拷, 猫"])
+def test_signs_of_other_formats_are_garbled(text: str) -> None:
+    assert is_garbled(text)
+
+
+@pytest.mark.parametrize("text", ["cats & dogs; fish", r"\o/ \u", "Ünïcödé naïve façade", "一只猫",
+                                  "Ñandú", "æøå", "日本語"])
 def test_true_letters_are_not_garbled(text: str) -> None:
     assert not is_garbled(text)
 

@@ -127,6 +127,7 @@ def test_what_is_no_picture_of_the_user_is_ignored(tmp_path: Path) -> None:
     (("img/10_sks dog/2.png", "reg/1_dog/x.png"), "kohya_left_out"),
     (("train/3_a/2.png", "regularization/x.png"), "kohya_left_out"),
     (("10_dog/2.png", "model/sample/x.png"), "kohya_left_out"),
+    (("image/10_dog/2.png", "samples/x.png"), "kohya_left_out"),
     (("@eaDir/1.png/SYNOPHOTO_THUMB_XL.png", "sub/@eaDir/x.png"), "system_left_out"),
     (("#recycle/x.png",), "system_left_out"), (("$RECYCLE.BIN/S-1/x.png",), "system_left_out"),
     (("@Recycle/x.png",), "system_left_out")])

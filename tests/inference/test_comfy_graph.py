@@ -50,7 +50,8 @@ FLUX = {
     "12": node("UNETLoader", unet_name="flux1-dev.safetensors")}
 EFFICIENT = {
     "1": node("Efficient Loader", ckpt_name="x.safetensors", positive="a cat", negative="bad",
-              empty_latent_width=512, empty_latent_height=768, lora_stack=["9", 0], clip_skip=-2),
+              empty_latent_width=512, empty_latent_height=768, lora_stack=["9", 0], clip_skip=-2,
+              lora_name="own.safetensors", lora_model_strength=0.6, lora_clip_strength=0.6),
     "2": node("KSampler (Efficient)", seed=5, steps=20, cfg=8.0, sampler_name="euler",
               scheduler="normal", denoise=1.0, model=["1", 0], positive=["1", 1],
               negative=["1", 2], latent_image=["1", 3]),
@@ -70,7 +71,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "KSamplerAdvanced": (graph(_3=node(
         "KSamplerAdvanced", **{k: v for k, v in graph()["3"]["inputs"].items() if k != "seed"},
         noise_seed=5, start_at_step=0)), {}),
-    "efficiency nodes": (EFFICIENT, {"prompt": "a cat <lora:a:0.5>"}),
+    "efficiency nodes": (EFFICIENT, {"prompt": "a cat <lora:a:0.5> <lora:own:0.6>",
+                                    "clip_skip": 2}),
     "a seed node": (graph(_3=sampler(seed=["31", 0]),
                           _31=node("Seed (rgthree)", seed=4242)), {"seed": 4242}),
     "a seed that nobody knows": (graph(_3=sampler(seed=["31", 0]), _31=node(
@@ -93,7 +95,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
                     {"negative": ""}),
     "ControlNet": (graph(_3=sampler(positive=["9", 0], negative=["9", 1]), _9=node(
         "ControlNetApplyAdvanced", strength=1.0, positive=["6", 0], negative=["7", 0],
-        control_net=["8", 0], image=["2", 0])), {}),
+        control_net=["8", 0], image=["2", 0])), {"beyond": ("control_net",)}),
     "two conditionings": (graph(_3=sampler(positive=["9", 0]), _9=node(
         "ConditioningConcat", conditioning_to=["6", 0], conditioning_from=["10", 0]),
         _10=node("CLIPTextEncode", text="a hat", clip=["4", 1])),

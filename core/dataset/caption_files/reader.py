@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from core.text_encoding import Decoder, Reading
 LARGEST = 2**26                             # bytes of a file that may be a caption or a table
 # Keys of a picture's .json; a description may be anything that somebody wrote about a picture.
 JSON_KEYS = ("caption", "captions", "prompt", "text", "tags")
+# What word processors and browsers save as .txt; and answers of models, saved as they came.
+_DOCUMENT = re.compile(r"\s*(\{\\rtf|<!doctype html|<html|<\?xml)", re.IGNORECASE)
+_JSON = re.compile(r'\s*\{\s*"\w+"\s*:.*\}\s*\Z', re.DOTALL)
 
 
 class CaptionFiles:
@@ -93,7 +97,9 @@ def _content(file: Path) -> bytes | OSError:
 
 def caption_in(file: Path, text: str) -> str:
     """Returns the caption in the text of a sidecar. Raises ValueError where it is damaged."""
-    if file.suffix.lower() != ".json":
+    if match := _DOCUMENT.match(text):
+        raise ValueError(f"it begins with {match[1]}: a document, no plain text")
+    if file.suffix.lower() != ".json" and not _JSON.match(text):
         return one_line(text)
     data = from_json(text)
     if isinstance(data, dict):

@@ -97,9 +97,10 @@ def check_encodings(named: Named, encodings: Mapping[Path, str]) -> Iterator[Fin
 def is_garbled(text: str) -> bool:
     """Whether a text was once decoded wrongly.
 
-    Then it has replacement characters, or UTF-8 that was read as Windows-1252, such as "cafÃ©".
+    Then it has replacement characters, signs of HTML or JSON such as &amp; and \\u00e9, or UTF-8
+    that was read as Windows-1252, such as "cafÃ©".
     """
-    if "\ufffd" in text:
+    if re.search(r"\ufffd|锟斤拷|&(amp|quot|apos|lt|gt|nbsp|#\d{2,5});|\\u[0-9a-f]{4}", text):
         return True
     if text.isascii():
         return False
