@@ -69,6 +69,10 @@ def _read(path: Path, stamp: tuple[int, int, int]) -> Header:
             # no safetensors file: say what it is, as far as the first bytes tell
             if is_pickle(head) or path.suffix.lower() in PICKLES:
                 raise UserError("lora_file.pickle", file=path)
+            if (text := head.lstrip()[:8].lower()).startswith((b"<!docty", b"<html", b"<?xml")):
+                raise UserError("lora_file.web_page", file=path)
+            if text == b"version ":
+                raise UserError("lora_file.git_pointer", file=path)
             if len(head) < 9:
                 raise UserError("lora_file.truncated", file=path, size=len(head), needed=9)
             if length > MAX_HEADER:

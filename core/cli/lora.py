@@ -48,6 +48,7 @@ def add_actions(add: Callable[[str, Run, str], argparse.ArgumentParser]) -> None
     for parser in (convert, merge, resize, extract):
         add_argument(parser, "--out", type=Path, metavar="FILE")
         add_argument(parser, "--precision", choices=tuple(PRECISIONS))
+        add_argument(parser, "--metadata", choices=("public", "full"), default="public")
 
 
 # argparse makes its sentence of a ValueError: "invalid rank value: '0'" names the function.
@@ -161,6 +162,7 @@ def _save(lora: Lora, options: argparse.Namespace, to: str, source: Path, mark: 
     import torch
 
     from core.lora_files import formats
+    from core.lora_files.metadata import shared
     out = paths.expanded(options.out) if options.out else source.with_name(f"{source.stem}-{mark}")
     suffix = out.suffix.lower() == ".safetensors"
     # peft's format is a folder, the others are files
@@ -174,6 +176,8 @@ def _save(lora: Lora, options: argparse.Namespace, to: str, source: Path, mark: 
     elif to != "peft" and not suffix:
         out = out.with_name(f"{out.name}.safetensors")
     dtype = getattr(torch, PRECISIONS[options.precision]) if options.precision else None
+    if options.metadata == "public":
+        lora.metadata = shared(lora.metadata)
     path = formats.save(lora, to, out, dtype)
     if to == "kohya" and (unread := formats.beyond_kohya(lora)):
         print(tr("kohya_unread", count=len(unread), layers=", ".join(unread[:3])), file=sys.stderr)

@@ -36,7 +36,7 @@ ONETRAINER = {
     "base_model_name": "base_model", "lora_rank": "lora_rank", "lora_alpha": "lora_alpha",
     "dropout_probability": "lora_dropout", "lora_model_name": "init_lora_weights",
     "epochs": "epochs", "batch_size": "batch_size", "seed": "seed",
-    "gradient_accumulation_steps": "gradient_accumulation_steps", "learning_rate": "learning_rate",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
     "learning_rate_cycles": "lr_cycles", "layer_offload_fraction": "offload",
     "clip_grad_norm": "max_grad_norm", "offset_noise_weight": "noise_offset",
     "masked_training": "masked_loss", "unmasked_weight": "unmasked_weight",
@@ -62,8 +62,10 @@ ADAPTERS = {                               # network_module, algo, LoRA_type, pe
     "oft2": "oft", "standard": "lora", "kohyalocon": "lora", "lycorislocon": "lora",
     "lycorisloha": "loha", "lycorislokr": "lokr", "lycorisdiagoft": "oft", "flux1": "lora",
     "flux1oft": "oft"}
-TARGETS = {"attnonly": "attention", "attnmlp": "attention+ff", "full": "all-linear",
-           "fulllin": "all-linear", "blocks": "all-linear"}
+# OneTrainer's layer_filter, parts of names; and the names of its presets, in files of them alone.
+FILTERS = {r"(attn\d?|attention(refiner)?)+|attnonly": "attention",
+           r"(attn\d?|attentionrefiner)+(ff(net)?|(img|txt|proj)mlp|feedforwardrefiner)+|attnmlp":
+           "attention+ff", r"attentions|(single)?(transformerblocks?)+|layers|blocks": "all-linear"}
 PRECISIONS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16", "float": "fp32", "float32": "fp32",
               "float16": "fp16", "bfloat16": "bf16", "fp32": "fp32"}
 BASE_PRECISIONS = {"nfloat4": "nf4", "int8": "int8", "intw8a8": "int8", "float8": "fp8",
@@ -81,13 +83,11 @@ KOHYA_CHOICES: dict[str, tuple[str, dict[str, str]]] = {
     "lr_scheduler": ("lr_scheduler", SCHEDULES), "mixed_precision": ("precision", PRECISIONS),
     "save_precision": ("save_precision", PRECISIONS), "algo": ("adapter", ADAPTERS),
     "lycoris_algo": ("adapter", ADAPTERS),
-    "LoRA_type": ("adapter", ADAPTERS), "sample_sampler": ("sample_sampler", SAMPLERS),
-    "preset": ("target_modules", TARGETS), "LyCORIS_preset": ("target_modules", TARGETS)}
+    "LoRA_type": ("adapter", ADAPTERS), "sample_sampler": ("sample_sampler", SAMPLERS)}
 ONETRAINER_CHOICES: dict[str, tuple[str, dict[str, str]]] = {
     "optimizer.optimizer": ("optimizer", OPTIMIZERS), "train_dtype": ("precision", PRECISIONS),
     "learning_rate_scheduler": ("lr_scheduler", SCHEDULES), "peft_type": ("adapter", ADAPTERS),
-    "output_dtype": ("save_precision", PRECISIONS),
-    "layer_filter_preset": ("target_modules", TARGETS)}
+    "output_dtype": ("save_precision", PRECISIONS)}
 # Their key -> our key and its value where theirs is on.
 KOHYA_SWITCHES = {"fp8_base": ("base_precision", "fp8"), "fp8_scaled": ("base_precision", "fp8"),
                   "v_parameterization": ("prediction_type", "v_prediction")}
@@ -146,7 +146,8 @@ ONETRAINER_ACT_WITH: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("peft_type", "^lora$", ("lora_decompose", "lora_decompose_output_axis",
                              "lora_decompose_norm_epsilon")),
     ("masked_training", "true", ("unmasked_weight", "unmasked_probability",
-                                 "normalize_masked_area_loss")))
+                                 "normalize_masked_area_loss")),
+    ("huber_strength", "[1-9]", ("huber_delta",)))
 
 # Our key for those of theirs that have a rule of their own in core/importers: hints in our YAML.
 BY_RULE = {
@@ -163,7 +164,8 @@ BY_RULE = {
     "samples": "sample_prompts", "positive_prompts": "sample_prompts",
     "prompt_file": "sample_prompts", "sample_width": "sample_size", "sample_height": "sample_size",
     "network_args_custom": "adapter", "optimizer_args_custom": "optimizer_args",
-    "is_reg": "reg_data_dir",
+    "is_reg": "reg_data_dir", "preset": "target_modules", "LyCORIS_preset": "target_modules",
+    "layer_filter": "target_modules", "layer_filter_preset": "target_modules",
     "max_token_length": "max_tokens", "timestep_distribution": "timestep_sampling",
     "weighting_scheme": "timestep_sampling",
     "discrete_flow_shift": "flow_shift", "timestep_shift": "flow_shift", "shift": "flow_shift",
@@ -210,6 +212,19 @@ BY_ITSELF = frozenset((
     "aspect_ratio_bucketing", "__version", "name", "backup_before_save", "secrets", "compile",
     "save_skip_first", "frames", "gradient_checkpointing_offload", "cache_directory",
     "tokenizer_cache_dir", "flash_attn", "split_attn", "weight_dtype", "fallback_train_dtype",
-    "optimizer_defaults", "sample_image_format", "rolling_backup"))
+    "optimizer_defaults", "sample_image_format", "rolling_backup", "rolling_backup_count",
+    "backup_after", "backup_after_unit", "sample_video_format", "sample_audio_format",
+    "samples_to_tensorboard", "fused_gradient_reduce", "async_gradient_reduce",
+    "enable_async_offloading", "enable_activation_offloading", "enable_autocast_cache",
+    "lora_weight_dtype", "no_half_vae", "sdxl_no_half_vae", "dynamo_backend", "dynamo_mode",
+    "t5xxl_dtype", "cloud"))
+ZERO_IS_OFF = frozenset((
+    "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "vae_batch_size", "save_every_n_epochs",
+    "sample_every_n_epochs", "save_n_epoch_ratio", "save_last_n_epochs"))
+# Values that change nothing.
+NEUTRAL = {"max_timestep": 1000, "max_noising_strength": 1.0, "vb_loss_strength": 1.0,
+           "caption_separator": ", ", "train_blocks": "all", "model_list": "custom",
+           "lora_decompose_norm_epsilon": True, "bundle_additional_embeddings": True,
+           "image.enable_crop_jitter": True}
 EPOCHS = frozenset(("save_every_n_epochs", "sample_every_n_epochs", "save_n_epoch_ratio",
                     "save_last_n_epochs"))

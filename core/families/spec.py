@@ -118,5 +118,7 @@ class FamilySpec:
     # Beginnings of ss_base_model_version and modelspec.architecture.
     metadata_names: tuple[str, ...] = ()
     trainer_names: tuple[str, ...] = ()     # in other trainers' configs, letters and digits only
+    # target_modules that train what kohya's and musubi's networks do.
+    kohya_targets: str | tuple[str, ...] = "all-linear"
     distilled: DistilledSigns = DistilledSigns()
     vae: VaeSigns | None = None

@@ -11,6 +11,7 @@ from typing import Any
 from core import prompt_markup
 from core.config import other_names as tables
 from core.config import resolve
+from core.errors import UserError
 from core.importers import lines
 from core.importers.lines import Entry, Lines
 from core.importers.reader import Imported, Reader, absent, number, plain
@@ -36,34 +37,56 @@ class Kohya(Reader):
 
     def entries(self, data: Mapping[str, Any], line_of: Lines) -> Iterable[Entry]:
         """The keys that others depend on come first."""
-        first = ("max_train_steps", "network_module", "LoRA_type")
+        first = ("max_train_steps", "lr_warmup_steps", "network_module", "LoRA_type")
         return sorted(lines.entries(data, line_of), key=lambda entry: entry.keys[-1] not in first)
 
     def finish(self) -> None:
+        # of the configs of other programs, which have a key or two of the same name
+        unknown = sum(left.why == "unknown" for left in self.result.left)
+        if unknown > 3 * max(1, len(self.result.values)):
+            raise UserError("config_import.not_settings", file=self.result.file)
         # a key that is left out has another default there than here
         self.assume("network_dim")
         self.assume("network_alpha")
         if self.result.values.get("save_steps"):
             self.assume("save_last_n_steps")
-        if plain(self.theirs.get("network_module")) == "lycoriskohya":
-            self.lycoris()
+        self.layers()
         if not {"epochs", "max_train_steps"} & self.result.values.keys():
             self.assume("max_train_epochs")
         if "unet_lr" not in self.theirs:
             self.assume("learning_rate")
 
-    def lycoris(self) -> None:
-        """Its preset `full`, taken where none is named, trains the convolutions at the same rank
-        where conv_dim is left out."""
-        values = self.result.values
-        presets = dict(_pairs(self.theirs.get("network_args", "")))
-        presets |= dict(_pairs(self.theirs.get("network_args_custom", "")))
-        if presets.get("preset", "full") != "full":
-            return
-        values.setdefault("target_modules", "all-linear")
-        if "conv_dim" not in presets and "conv_rank" not in values:
-            values["conv_rank"] = self.result.assumed["conv_dim"] = values["lora_rank"]
-            values["conv_alpha"] = values["lora_alpha"]
+    def layers(self) -> None:
+        """A network trains all layers in the model's blocks; OFT, and a preset of LyCORIS, only
+        those of attention. LyCORIS' preset `full`, taken where none is named, trains the
+        convolutions too, at the same rank where conv_dim is left out; its others don't."""
+        values, assumed = self.result.values, self.result.assumed
+        network = dict(_pairs(self.theirs.get("network_args", "")))
+        network |= dict(_pairs(self.theirs.get("network_args_custom", "")))
+        module = str(self.theirs.get("network_module", ""))
+        if "target_modules" not in values:
+            found = "attention" if module.startswith("networks.oft") and str(
+                network.get("enable_all_linear")).lower() != "true" else (
+                self.spec.kohya_targets if self.spec else "all-linear")
+            values["target_modules"] = found if isinstance(found, str) else list(found)
+            assumed["target_modules"] = found if isinstance(found, str) else ", ".join(found)
+        preset = network.get("preset", self.theirs.get("LyCORIS_preset", "full"))
+        if preset != "full" and self.acts("LyCORIS_preset") and self.acts("preset"):
+            values.pop("conv_rank", None)
+            values.pop("conv_alpha", None)
+        elif module == "lycoris.kohya" and not {"conv_dim", "conv_rank"} & {*network, *values} and (
+                "lora_rank" in values):
+            values["conv_rank"] = assumed["conv_dim"] = values["lora_rank"]
+            if "lora_alpha" in values:
+                values["conv_alpha"] = values["lora_alpha"]
+
+    def take_preset(self, value: Any, entry: Entry) -> None:
+        if plain(value) == "attnonly":
+            self.put("target_modules", "attention", entry)
+        elif plain(value) not in ("full", "fulllin", "attnmlp", "unettransformeronly"):
+            self.leave(entry, "value")
+
+    take_LyCORIS_preset = take_preset
 
     # rates
 
@@ -99,8 +122,8 @@ class Kohya(Reader):
     take_lr_warmup_steps = Reader.warm_up
 
     def take_lr_warmup(self, value: Any, entry: Entry) -> None:
-        """kohya_ss gives it in percent."""
-        if share := number(value):
+        """kohya_ss gives it in percent, where it gives no steps."""
+        if (share := number(value)) and not number(self.theirs.get("lr_warmup_steps")):
             self.warm_up(share / 100, entry)
 
     def take_base_weights(self, value: Any, entry: Entry) -> None:
@@ -162,7 +185,7 @@ class Kohya(Reader):
         else:
             self.leave(entry, "value")
 
-    take_model_train_type = Reader.family
+    take_model_train_type = take_model_type = Reader.family
 
     def take_sdxl(self, value: Any, entry: Entry) -> None:
         if value:
@@ -172,7 +195,11 @@ class Kohya(Reader):
         if value:
             self.family("sd2-lora", entry)
 
-    take_flux1_checkbox = take_sd3_checkbox = Reader.read_with_another_key
+    def take_flux1_checkbox(self, value: Any, entry: Entry) -> None:
+        if value:
+            self.family(entry.keys[-1].removesuffix("_checkbox"), entry)
+
+    take_sd3_checkbox = take_flux1_checkbox
     take_noise_offset_type = take_enable_preview = Reader.read_with_another_key
     take_enable_base_weight = take_enable_block_weights = Reader.read_with_another_key
     take_sample_height = take_randomly_choice_prompt = Reader.read_with_another_key

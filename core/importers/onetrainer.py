@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ NO_FLOWS = ("stablediffusion15", "stablediffusion2", "stablediffusionxl")
 # Parts of models. Every saved config has all of them, whichever its model has.
 PARTS = ("unet", "prior", "transformer")
 TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
-OTHER_PARTS = ("decoder", "decoder_text_encoder", "decoder_vqgan", "effnet_encoder")
+OTHER_PARTS = ("decoder", "decoder_text_encoder", "decoder_vqgan", "effnet_encoder", "embedding")
 
 
 class OneTrainer(Reader):
@@ -43,6 +44,9 @@ class OneTrainer(Reader):
             elif (key in PARTS and isinstance(value, dict) and "train" in value) or (
                     key in OTHER_PARTS):
                 continue
+            elif key == "vae" and isinstance(value, dict):
+                named = (key, "model_name")
+                yield Entry(named, value.get(named[1]), line_of.get(named, 1))
             elif key in known and key not in ("concepts", "samples"):
                 yield from lines.entries(value, line_of, (key,))
             else:
@@ -56,6 +60,39 @@ class OneTrainer(Reader):
     def finish(self) -> None:
         for name in self.defaults:
             self.assume(name)
+        if "target_modules" not in self.result.values and not self.theirs.get("layer_filter"):
+            self.every_layer()
+
+    def every_layer(self) -> None:
+        """Its default: all linear layers and convolutions, those outside of blocks too."""
+        values = self.result.values
+        values["target_modules"] = "all-linear"
+        if self.convolutional:
+            values |= {f"conv_{end}": values[f"lora_{end}"] for end in ("rank", "alpha")
+                       if f"lora_{end}" in values}
+        key = ("layer_filter_preset",)
+        entry = Entry(key, "full", self.lines.get(key, 1))
+        self.leave(entry, "layers")
+
+    @property
+    def convolutional(self) -> bool:
+        return plain(self.theirs.get("model_type", "")).startswith(NO_FLOWS)
+
+    def take_layer_filter(self, value: Any, entry: Entry) -> None:
+        """Parts of layers' names, or regular expressions; the preset is their name."""
+        kind = next((kind for pattern, kind in tables.FILTERS.items() if re.fullmatch(
+            pattern, plain(value))), "")
+        # of a UNet `attentions`, which holds proj_in and proj_out as well
+        if plain(value) == "attnmlp" and self.convolutional:
+            kind = "all-linear"
+        if kind:
+            self.put("target_modules", kind, entry)
+        else:
+            self.leave(entry, "value")
+
+    def take_layer_filter_preset(self, value: Any, entry: Entry) -> None:
+        if not self.theirs.get("layer_filter") and plain(value) not in ("full", "custom"):
+            self.take_layer_filter(value, entry)
 
     def dispatch(self, name: str, entry: Entry) -> None:
         head, _, key = name.partition(".")
@@ -94,7 +131,9 @@ class OneTrainer(Reader):
             "prompt": str(shot.get("prompt", "")),
             "sample_size": f"{shot.get('width', 512)},{shot.get('height', 512)}",
             "sample_inference_steps": shot.get("diffusion_steps", 20),
-            "sample_cfg": shot.get("cfg_scale", 7.0)} for shot in shots], entry)
+            "sample_cfg": shot.get("cfg_scale", 7.0),
+            **({"negative_prompt": shot["negative_prompt"]} if shot.get("negative_prompt") else {})}
+            for shot in shots], entry)
 
     def beside(self, value: Any) -> Path | None:
         """Another file of OneTrainer's, if it is there. Its path starts in OneTrainer's folder:
@@ -102,6 +141,10 @@ class OneTrainer(Reader):
         folder, name = self.result.file.absolute().parent, str(value).replace("\\", "/")
         return next((folder / name for folder in (folder, folder.parent, Path())
                      if "\0" not in name and (folder / name).is_file()), None)
+
+    def take_learning_rate(self, value: Any, entry: Entry) -> None:
+        if not number(self.theirs.get("denoiser.learning_rate")):
+            self.put("learning_rate", value, entry)
 
     take_model_type = Reader.family
 
@@ -173,7 +216,7 @@ class OneTrainer(Reader):
     def take_timestep_distribution(self, value: Any, entry: Entry) -> None:
         """Of flows: what noise schedules draw is uniform here. Its normal distribution of the
         logit has the mean noising_bias and the deviation noising_weight + 1."""
-        if plain(self.theirs.get("model_type", "")).startswith(NO_FLOWS):
+        if self.convolutional:
             if value != "UNIFORM":
                 self.leave(entry, "value")
             return
@@ -217,6 +260,7 @@ class OneTrainer(Reader):
     take_noising_bias = take_noising_weight = take_loss_weight_strength = take_timestep_shift
     take_ema_decay = take_save_every_unit = take_sample_after_unit = take_timestep_shift
     take_validate_after_unit = take_validation = take_weight_dtype = take_timestep_shift
+    take_layer_filter_regex = take_timestep_shift
     take_text_encoder = take_text_encoder_2 = take_text_encoder_3 = take_timestep_shift
     take_text_encoder_4 = take_timestep_shift
 
@@ -249,8 +293,9 @@ class Concepts(Reader):
         return self.result
 
     def dispatch(self, name: str, entry: Entry) -> None:
-        # of the many ways to change a picture, those that are on are told
-        if name in self.table or name in self.special:
+        # of the many ways to change pictures and texts, those that are on are told
+        if name in self.table or name in self.special or (
+                entry.value is True and "enable_" in name):
             super().dispatch(name, entry)
 
     def take_balancing(self, value: Any, entry: Entry) -> None:
@@ -261,7 +306,7 @@ class Concepts(Reader):
         if number(value) != 1:
             self.leave(entry, "unknown")
 
-    take_text_variations = take_image_variations
+    take_text_variations = take_loss_weight = take_image_variations
 
     def take_text__prompt_source(self, value: Any, entry: Entry) -> None:
         """`sample`: a text beside each picture; else one text for all, or the files' names."""

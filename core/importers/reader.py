@@ -15,6 +15,7 @@ from core import i18n
 from core.config import TrainConfig
 from core.config import other_names as tables
 from core.families.registry import SPECS
+from core.families.spec import FamilySpec
 from core.importers import lines
 from core.importers.lines import Entry, Lines
 
@@ -55,6 +56,11 @@ def plain(value: Any) -> str:
     return re.sub(r"[^a-z0-9+]", "", str(value).lower())
 
 
+def is_off(value: Any) -> bool:
+    """Whether an option is off, so that nothing is lost without it."""
+    return value in (0, False) or plain(value) in ("0", "none", "never", "off", "no", "false")
+
+
 def absent(value: Any) -> bool:
     return value is None or value in ("", [], {})
 
@@ -74,6 +80,7 @@ class Reader:
     def __init__(self, path: Path, kind: str) -> None:
         self.result = Imported(path, kind)
         self.theirs: dict[str, Any] = {}        # values by the other trainer's keys
+        self.spec: FamilySpec | None = None     # of the family that the file names
         self.special: dict[str, Callable[[Any, Entry], None]] = {
             name.removeprefix("take_").replace("__", "."): getattr(self, name)
             for name in dir(self) if name.startswith("take_")}
@@ -94,7 +101,7 @@ class Reader:
         return entry.name
 
     def dispatch(self, name: str, entry: Entry) -> None:
-        if not self.acts(name):
+        if not self.acts(name) or (name in tables.ZERO_IS_OFF and is_off(entry.value)):
             return
         if method := self.special.get(name):
             method(entry.value, entry)
@@ -107,8 +114,7 @@ class Reader:
             self.put(self.table.get(name, name), entry.value, entry)
         elif name in tables.EPOCHS:
             self.leave(entry, "epochs")
-        # an option that is off loses nothing
-        elif entry.value not in (0, False) and entry.value != "0":
+        elif not is_off(entry.value) and tables.NEUTRAL.get(name) != entry.value:
             self.leave(entry, "by_itself" if name.split(".")[0] in tables.BY_ITSELF else "unknown")
 
     def acts(self, name: str) -> bool:
@@ -163,8 +169,10 @@ class Reader:
                 return
 
     def family(self, value: Any, entry: Entry) -> None:
-        # nothing is set: the base itself tells its family
-        if not any(plain(value) in spec.trainer_names for spec in SPECS.values()):
+        # no key is set: the base itself tells its family
+        self.spec = next((spec for spec in SPECS.values() if plain(value) in spec.trainer_names),
+                         None)
+        if self.spec is None:
             self.leave(entry, "family")
 
     def warm_up(self, value: Any, entry: Entry) -> None:

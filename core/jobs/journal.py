@@ -103,13 +103,13 @@ def ends(folder: Path) -> list[Event]:
             first, after = file.readline(_BLOCK), file.tell()
             size = file.seek(0, os.SEEK_END)
             file.seek(max(after, size - _ENDS))
-            last = file.read().decode("utf-8", "replace").split("\n")[-8:]
+            last = file.read().decode("utf-8", "replace").split("\n")
     except OSError:
         return []
     # what is cut in two at the beginning is no event; of Steps the last one is enough
-    steps = [number for number, line in enumerate(last) if line.startswith(_STEP)][:-1]
-    lines = [first.decode("utf-8", "replace"),
-             *(line for number, line in enumerate(last) if number not in steps)]
+    steps = [line for line in last if line.startswith(_STEP)][-1:]
+    lines = [first.decode("utf-8", "replace"), *steps,
+             *(line for line in last[-8:] if not line.startswith(_STEP))]
     return [event for line in lines if (event := from_line(line))]
 
 

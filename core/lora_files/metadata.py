@@ -6,6 +6,7 @@ All values are strings. Keys that would say something untrue of this trainer are
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import math
@@ -20,7 +21,7 @@ from core import __version__
 from core.config import TrainConfig
 from core.families.registry import SPECS
 from core.hashes import legacy_hash
-from core.serialization import json_of, to_yaml
+from core.serialization import from_json, from_yaml, json_of, to_yaml
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,9 +132,27 @@ def shared_yaml(config: TrainConfig) -> str:
     return to_yaml(values if config.metadata == "full" else _without_folders(values))
 
 
+def shared(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Any trainer's metadata for a file that strangers see: of whole paths the last name alone, and
+    no thumbnail, which may be a training picture."""
+    found = {key: text for key, text in metadata.items() if key != "modelspec.thumbnail"}
+    for key, text in found.items():
+        read, write = (from_yaml, to_yaml) if key == CONFIG_KEY else (
+            (from_json, json.dumps) if text.startswith(("{", "[")) else (str, str))
+        # a value that can't be read stays; so does what people write to people
+        with contextlib.suppress(ValueError):
+            value = read(text)
+            told = _without_folders(value)
+            if told != value and not key.startswith(("modelspec.", "ss_training_comment")):
+                found[key] = write(told)
+    return found
+
+
 def _without_folders(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_folders(item) for key, item in value.items()}
+        # folders are also the names of what is known of them
+        return {_without_folders(key) if isinstance(item, dict) else key: _without_folders(item)
+                for key, item in value.items()}
     if isinstance(value, list):
         return [_without_folders(item) for item in value]
     # C:\x\a.safetensors:0.8, \\server\x, ~/x, /x/own.py:Class, ../x

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from core.errors import UserError
 from core.families.sd15.spec import NAMING as SD1
@@ -35,6 +35,42 @@ def style(tmp_path: Path) -> Path:
         "ss_base_model_version": "sd_v1", "ss_network_dim": "4",
         "modelspec.trigger_phrase": "inkwash"})
     return formats.save(lora, "kohya", tmp_path / "style.safetensors")
+
+
+SECRET = {                                  # what a file of another trainer tells of its owner
+    "ss_sd_model_name": "/home/ann lee/models/base.safetensors",
+    "ss_dataset_dirs": '{"D:\\\\ann\\\\cats": {"n_repeats": 2}}',
+    "ss_datasets": '[{"subsets": [{"image_dir": "C:/Users/ann/cats", "caption_prefix": "a/b"}]}]',
+    "ot_config": '{"base_model_name": "~/ann/base", "concepts": [{"path": "/mnt/ann/x"}]}',
+    "darkroom.config":
+        "train_data_dir: /home/ann/cats\nbase_loras:\n- /home/ann/a.safetensors:0.5\n",
+    "modelspec.thumbnail": "data:image/jpeg;base64,ann", "ss_vae_name": "~/ann/v",
+    "broken": "[/home"}
+
+
+@pytest.mark.parametrize("verb", [["convert", "--to", "comfyui"], ["convert", "--to", "peft"],
+                                  ["resize", "--rank", 2], ["merge", "--rank", 2]])
+@pytest.mark.parametrize("asked", ["public", "full"])
+def test_a_new_file_tells_nothing_of_its_owner(
+        run: Run, style: Path, tmp_path: Path, verb: list[Any], asked: str) -> None:  # noqa: F811
+    source, free = tmp_path / "owned.safetensors", {"modelspec.description": "~/ is my home",
+                                                    "ss_training_comment": "/r/cats"}
+    save_file(load_file(style), source, read_header(style).metadata | SECRET | free)
+    told = run("lora", verb[0], source, *verb[1:], "--json", "--metadata", asked)
+    assert told.code == 0
+    found = read_header(formats.weights_file(Path(told.json["file"]))).metadata
+    assert free.items() <= found.items()
+    if asked == "full":
+        assert verb[0] == "merge" or SECRET.items() <= found.items()
+        return
+    assert not [key for key, text in found.items() if "ann" in text]
+    assert found["ss_sd_model_name"] == "base.safetensors"
+    assert found["ss_dataset_dirs"] == '{"cats": {"n_repeats": 2}}'
+    assert '"image_dir": "cats", "caption_prefix": "a/b"' in found["ss_datasets"]
+    if verb[0] != "merge":                  # which keeps what is true of the sum
+        assert found["darkroom.config"] == (
+            "train_data_dir: cats\nbase_loras:\n- a.safetensors:0.5\n")
+        assert found["broken"] == "[/home"
 
 
 def test_convert_there_and_back(run: Run, style: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -289,6 +289,9 @@ def test_a_lora_loads_into_a_base_that_is_kept_in_int8(
 
 def test_presets_of_targets_exist(loaded: tuple[Family, Parts]) -> None:
     family, parts = loaded
+    targets = family.spec.kohya_targets
+    assert lora.resolve_targets(
+        targets if isinstance(targets, str) else list(targets), family.spec, parts.denoiser)
     counts = [len(lora.resolve_targets(preset, family.spec, parts.denoiser))
               for preset in family.spec.lora_presets]
     assert counts == sorted(counts)

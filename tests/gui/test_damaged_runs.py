@@ -104,6 +104,7 @@ def test_a_sample_of_damaged_journals_is_painted(own_home: Path) -> None:
 
 
 @pytest.mark.thorough
+@pytest.mark.timeout(1200)            # a minute or two on a quiet machine
 def test_every_damaged_journal_is_painted(own_home: Path) -> None:
     broken = list(broken_events())
     assert len(broken) > 4000
@@ -163,7 +164,11 @@ def test_an_old_run_is_glanced_at_and_read_when_it_is_looked_at(
     for number in range(3):
         folder = create_run("train", "base_model: demo\n", f"run {number}")
         (folder / CONFIG).write_text("\0")          # YAML is not needed for a run that has begun
-        (folder / EVENTS).write_text("".join(json.dumps(line) + "\n" for line in EVENTS_OF_A_RUN))
+        # between the last step and the end come files, notes and phases
+        *begun, ended = EVENTS_OF_A_RUN
+        saving = [{"kind": "phase", "at": 3.0, "name": "save", "done": 0, "total": 0, "eta_s": 0.0}]
+        (folder / EVENTS).write_text("".join(
+            json.dumps(line) + "\n" for line in [*begun, *saving * 20, ended]))
         folders.append(folder.name)
     glanced = {view.id: view for view in list_runs()}
     with JobManager(dispatch=False, poll_s=100) as jobs:

@@ -45,7 +45,8 @@ KEYS: dict[str, tuple[Row, Row]] = {
     "lora_dropout": (({"network_dropout": 0.3}, 0.3), ({"dropout_probability": 0.3}, 0.3)),
     "target_modules": (({"network_module": "lycoris.kohya",
                          "network_args": ["preset=attn-only"]}, "attention"),
-                       ({"layer_filter_preset": "attn-mlp"}, "attention+ff")),
+                       ({"model_type": "QWEN", "layer_filter": "attn,img_mlp,txt_mlp"},
+                        "attention+ff")),
     "init_lora_weights": (({"network_weights": "a"}, "a"), ({"lora_model_name": "a"}, "a")),
     "base_loras": (({"base_weights": ["a"], "base_weights_multiplier": [0.5]}, ["a:0.5"]), NONE),
     "adapter": (({"network_module": "networks.loha"}, "loha"), ({"peft_type": "LOHA"}, "loha")),
@@ -199,7 +200,8 @@ def test_every_key_of_ours_has_a_row() -> None:
 @pytest.mark.parametrize("key", sorted(KEYS))
 def test_each_key_from_each_trainer(tmp_path: Path, key: str) -> None:
     for row, base in zip(KEYS[key], ({"mem_eff_attn": False}, {
-            "training_method": "LORA", "model_type": "STABLE_DIFFUSION_15"}), strict=True):
+            "training_method": "LORA", "model_type": "STABLE_DIFFUSION_15",
+            "layer_filter": "attentions"}), strict=True):
         if not isinstance(row, str):
             theirs, value = row
             found = imported(tmp_path, base | theirs)
@@ -211,7 +213,8 @@ def test_each_key_from_each_trainer(tmp_path: Path, key: str) -> None:
 def test_each_family_from_each_trainer(tmp_path: Path, family: str) -> None:
     kohya, onetrainer = FAMILIES[family]
     assert not imported(tmp_path, {"network_dim": 4} | kohya).left
-    assert not imported(tmp_path, {"training_method": "LORA", "model_type": onetrainer}).left
+    assert not imported(tmp_path, {"training_method": "LORA", "model_type": onetrainer,
+                               "layer_filter": "attn"}).left
 
 
 @pytest.mark.parametrize("data", [
@@ -240,10 +243,10 @@ def test_every_key_that_is_read_has_a_hint() -> None:
     without = {name for name in theirs() if not other_names.ours(name)}
     assert {name for name in without if not name.startswith(("flux1_", "sd3_", "text_encoder_"))
             and not name.endswith("_unit")} == {
-        "base_weights_multiplier", "enable_base_weight", "keep_tokens_separator",
-        "secondary_separator", "enable_block_weights", "enable_preview",
-        "randomly_choice_prompt", "dynamic_timestep_shifting", "loss_weight_strength",
-        "lr_warmup", "mse_strength", "network_args", "network_train_unet_only",
+        "base_weights_multiplier", "enable_base_weight", "enable_block_weights", "enable_preview",
+        "randomly_choice_prompt", "dynamic_timestep_shifting", "keep_tokens_separator",
+        "layer_filter_regex", "loss_weight_strength", "lr_warmup", "secondary_separator",
+        "mse_strength", "network_args", "network_train_unet_only",
         "noise_offset_type", "num_repeats", "sdxl", "validation"}
 
 

@@ -13,7 +13,7 @@ from core.config.flat_yaml import parse_train_config
 from core.errors import UserError
 
 OT = {"training_method": "LORA", "model_type": "STABLE_DIFFUSION_15", "lora_rank": 4,
-      "lora_alpha": 4, "epochs": 2}
+      "lora_alpha": 4, "epochs": 2, "layer_filter": "attn"}
 
 
 def imported(tmp_path: Path, data: Any, name: str = "a") -> importers.Imported:
@@ -118,7 +118,7 @@ GUI = {"network_dim": 8, "network_alpha": 4, "epoch": 2, "learning_rate": 1e-4}
     ({"LoRA_type": "Kohya LoCon", "conv_dim": 2, "conv_alpha": 1},
      {"adapter": "lora", "conv_rank": 2, "conv_alpha": 1.0}),
     ({"LoRA_type": "LyCORIS/LoKr", "factor": 4, "conv_dim": 2, "LyCORIS_preset": "attn-mlp"},
-     {"adapter": "lokr", "lokr_factor": 4, "conv_rank": 2, "target_modules": "attention+ff"}),
+     {"adapter": "lokr", "lokr_factor": 4, "target_modules": "all-linear"}),
     ({"LoRA_type": "LyCORIS/LoHa", "factor": 4, "LyCORIS_preset": "attn-only"},
      {"adapter": "loha", "target_modules": "attention"}),
     ({"LoRA_type": "Standard", "noise_offset_type": "Original", "noise_offset": 0.05,
@@ -136,9 +136,45 @@ def test_keys_of_kohyas_window_act_with_their_switch(tmp_path: Path, more: dict[
                                                      values: dict[str, Any]) -> None:
     found = imported(tmp_path, GUI | more)
     own = {key: value for key, value in found.values.items()
-           if key not in ("lora_rank", "lora_alpha", "epochs", "learning_rate")}
+           if key in values or key not in ("lora_rank", "lora_alpha", "epochs", "learning_rate",
+                                           "target_modules")}
     assert own == values
     assert not found.left
+
+
+@pytest.mark.parametrize(("more", "warm_up"), [
+    ({"lr_warmup": 10, "lr_warmup_steps": 0}, 160), ({"lr_warmup": 10, "lr_warmup_steps": 7}, 7),
+    ({"lr_warmup": 0, "lr_warmup_steps": 0}, 0)])
+def test_kohyas_window_counts_the_warm_up_in_percent(tmp_path: Path, more: dict[str, int],
+                                                     warm_up: int) -> None:
+    found = imported(tmp_path, GUI | {"max_train_steps": 1600} | more)
+    assert found.values["lr_warmup_steps"] == warm_up
+
+
+@pytest.mark.parametrize("data", [
+    GUI | {"loraplus_lr_ratio": 0, "vae_batch_size": 0, "sample_every_n_epochs": 0,
+           "save_last_n_epochs": "0", "max_timestep": 1000, "caption_separator": ", "},
+    OT | {"huber_strength": 0.0, "huber_delta": 1.0, "loss_scaler": "NONE", "vb_loss_strength": 1.0,
+          "vae": {"model_name": "", "train": True, "weight_dtype": "FLOAT_32"},
+          "embedding": {"placeholder": "<embedding>"}}])
+def test_what_is_off_or_changes_nothing_is_no_loss(tmp_path: Path, data: dict[str, Any]) -> None:
+    found = imported(tmp_path, data)
+    assert not found.left
+    assert not {"lora_plus_ratio", "cache_batch_size", "huber_c"} & {*found.values}
+
+
+def test_what_is_on_in_concepts_and_samples_is_told(tmp_path: Path) -> None:
+    found = imported(tmp_path, OT | {
+        "learning_rate": 1e-4, "unet": {"train": True, "learning_rate": 5e-5},
+        "concepts": [{"path": "p", "loss_weight": 0.5, "text": {"enable_tag_shuffling": True},
+                      "image": {"enable_random_flip": True, "enable_random_rotate": True,
+                                "enable_random_hue": False}}],
+        "samples": [{"prompt": "a cat", "negative_prompt": "bad"}]})
+    assert (found.values["flip"], found.values["shuffle_tags"]) == (True, True)
+    assert found.values["learning_rate"] == 5e-5    # a part's own comes before that of all
+    assert dict(told(found)) == {
+        "concepts.0.loss_weight": "unknown", "concepts.0.image.enable_random_rotate": "unknown",
+        "samples": "prompt_options"}
 
 
 LS = {"network_dim": 8, "network_alpha": 4, "max_train_epochs": 2, "unet_lr": 1e-4}
@@ -147,8 +183,7 @@ LS = {"network_dim": 8, "network_alpha": 4, "max_train_epochs": 2, "unet_lr": 1e
 @pytest.mark.parametrize(("more", "values"), [
     ({"network_module": "lycoris.kohya", "lycoris_algo": "lokr", "lokr_factor": 4, "conv_dim": 4,
       "conv_alpha": 1, "network_args_custom": ["preset=attn-mlp"]},
-     {"adapter": "lokr", "lokr_factor": 4, "conv_rank": 4, "conv_alpha": 1.0,
-      "target_modules": "attention+ff"}),
+     {"adapter": "lokr", "lokr_factor": 4, "target_modules": "all-linear"}),
     ({"network_module": "networks.lora", "lycoris_algo": "lokr", "lokr_factor": 4},
      {"adapter": "lora"}),
     ({"enable_base_weight": False, "base_weights": "a.safetensors"}, {}),
@@ -165,8 +200,8 @@ LS = {"network_dim": 8, "network_alpha": 4, "max_train_epochs": 2, "unet_lr": 1e
 def test_the_page_of_lora_scripts(tmp_path: Path, more: dict[str, Any],
                                   values: dict[str, Any]) -> None:
     found = imported(tmp_path, LS | more)
-    assert {key: value for key, value in found.values.items() if key not in (
-        "lora_rank", "lora_alpha", "epochs", "learning_rate")} == values
+    assert {key: value for key, value in found.values.items() if key in values or key not in (
+        "lora_rank", "lora_alpha", "epochs", "learning_rate", "target_modules")} == values
     assert not found.left
 
 
@@ -219,6 +254,59 @@ def test_lycoris_trains_convolutions_unless_told_otherwise(tmp_path: Path) -> No
     found = imported(tmp_path, text.replace("lycoris.kohya", "networks.lora")
                      + 'network_args = ["algo=loha", "conv_dim=2"]\n')
     assert (found.values["adapter"], found.values["conv_rank"]) == ("lora", 2)
+
+
+DOUBLE = "norm1_context.linear"
+
+
+@pytest.mark.parametrize(("data", "targets"), [
+    ({}, "all-linear"), ({"LoRA_type": "Standard"}, "all-linear"),
+    ({"network_module": "networks.lora", "model_train_type": "sdxl-lora"}, "all-linear"),
+    ({"network_module": "networks.lora_flux"}, [DOUBLE, "norm.linear", "proj_mlp", "to_add_out"]),
+    ({"network_module": "networks.lora_flux", "model_type": "chroma"}, "all-linear"),
+    ({"LoRA_type": "Flux1", "flux1_checkbox": True}, [DOUBLE, "norm.linear"]),
+    ({"LoRA_type": "Standard", "sd3_checkbox": True}, [DOUBLE, "add_q_proj"]),
+    ({"network_module": "networks.lora_qwen_image"}, "attention+ff"),
+    ({"network_module": "networks.lora_zimage"}, "attention+ff"),
+    ({"network_module": "networks.lora_lumina"}, "all-linear"),
+    ({"network_module": "networks.oft"}, "attention"),
+    ({"network_module": "networks.oft", "network_args": ["enable_all_linear=True"]}, "all-linear"),
+    ({"network_module": "lycoris.kohya", "network_args": ["preset=full-lin"]}, "all-linear"),
+    ({"LoRA_type": "LyCORIS/LoHa", "LyCORIS_preset": "attn-only"}, "attention")])
+def test_a_network_trains_all_layers_of_the_blocks(tmp_path: Path, data: dict[str, Any],
+                                                   targets: str | list[str]) -> None:
+    found = imported(tmp_path, GUI | data)
+    if isinstance(targets, str):
+        assert found.values["target_modules"] == targets
+    else:
+        assert {*targets} < {*found.values["target_modules"]}
+        assert "context_embedder" not in found.values["target_modules"]
+    assert ("target_modules" in found.assumed) == (data.get("LyCORIS_preset") != "attn-only")
+
+
+@pytest.mark.parametrize(("more", "values", "left"), [
+    ({"layer_filter": ""}, {"target_modules": "all-linear", "conv_rank": 4, "conv_alpha": 4.0},
+     "layers"),
+    ({"layer_filter": "", "layer_filter_preset": "full", "model_type": "FLUX_DEV_1"},
+     {"target_modules": "all-linear"}, "layers"),
+    ({"layer_filter": "attentions", "layer_filter_preset": "attn-mlp",
+      "layer_filter_regex": False}, {"target_modules": "all-linear"}, ""),
+    ({"layer_filter": "", "layer_filter_preset": "attn-mlp"}, {"target_modules": "all-linear"}, ""),
+    ({"layer_filter": "attn"}, {"target_modules": "attention"}, ""),
+    ({"layer_filter": "attn,ff.net", "model_type": "FLUX_DEV_1"},
+     {"target_modules": "attention+ff"}, ""),
+    ({"layer_filter": "^(?=.*attention)(?!.*refiner).*,^(?=.*feed_forward)(?!.*refiner).*",
+      "layer_filter_regex": True, "model_type": "Z_IMAGE"}, {"target_modules": "attention+ff"}, ""),
+    ({"layer_filter": "transformer_block", "model_type": "QWEN"},
+     {"target_modules": "all-linear"}, ""),
+    ({"layer_filter": "down_blocks.1", "layer_filter_preset": "custom"}, {}, "value")])
+def test_onetrainers_layer_filter(tmp_path: Path, more: dict[str, Any], values: dict[str, Any],
+                                  left: str) -> None:
+    """Without one it trains every layer, which is told."""
+    found = imported(tmp_path, OT | more)
+    assert {key: value for key, value in found.values.items()
+            if key in ("target_modules", "conv_rank", "conv_alpha")} == values
+    assert [why for _, why in told(found)] == [left] * bool(left)
 
 
 DATASETS = [

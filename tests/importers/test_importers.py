@@ -150,7 +150,7 @@ def test_lora_scripts(tmp_path: Path) -> None:
         "lr_scheduler": "constant", "lr_warmup_steps": 20, "optimizer": "adamw8bit",
         "lora_rank": 32, "lora_alpha": 16.0, "shuffle_tags": True, "keep_tokens": 1, "seed": 1337,
         "precision": "bf16", "noise_offset": 0.05, "min_snr_gamma": 5.0, "clip_skip": 2,
-        **has(adapter="lora", prior_loss_weight=1.0)}
+        "target_modules": "all-linear", **has(adapter="lora", prior_loss_weight=1.0)}
     why = left(imported)
     assert why["save_every_n_epochs"] == "epochs"
     assert why["xformers"] == "by_itself"
@@ -159,7 +159,7 @@ def test_lora_scripts(tmp_path: Path) -> None:
     assert "text_encoder_lr" not in why               # only the UNet is trained
     for one in imported.left:                         # the line is the key's own
         assert SCRIPTS.splitlines()[one.line - 1].startswith(one.key)
-    assert imported.assumed == {}
+    assert imported.assumed == {"target_modules": "all-linear"}
     config = load_train_config(path, {"epochs": "3"})
     assert (config.epochs, config.lora_rank, config.name) == (3, 32, "aki")
 
@@ -189,9 +189,10 @@ def test_sections_arguments_and_the_other_trainers_defaults(tmp_path: Path) -> N
     assert imported.values == {
         "base_model": "base.safetensors", "lora_rank": 8, "lora_alpha": 1, "max_train_steps": 500,
         "learning_rate": 2e-4, "lr_warmup_steps": 50, "weight_decay": 0.02, "adam_beta1": 0.9,
+        "target_modules": "all-linear",
         "adam_beta2": 0.99, **has(adapter="lora", conv_rank=4, conv_alpha=2.0,
                                   optimizer_args={"decouple": True})}
-    assert imported.assumed == {"network_alpha": 1}
+    assert imported.assumed == {"network_alpha": 1, "target_modules": "all-linear"}
     why = left(imported)
     assert why["training.optimizer_type"] == "value"
     assert why["additional_network.network_args.block_dims"] == "unknown"
@@ -272,12 +273,13 @@ def test_onetrainer(tmp_path: Path) -> None:
         "epochs": 40, "batch_size": 4, "learning_rate": 3e-4, "lr_scheduler": "cosine",
         "lr_warmup_steps": 200, "lora_rank": 32, "lora_alpha": 1.0, "optimizer": "adamw",
         "weight_decay": 0.05, "gradient_checkpointing": True, "offload": 0.5,
-        "base_precision": "nf4", "min_snr_gamma": 4.0, "save_steps": 50, "keep_checkpoints": 0}
+        "base_precision": "nf4", "min_snr_gamma": 4.0, "save_steps": 50, "keep_checkpoints": 0,
+        "target_modules": "all-linear", "conv_rank": 32, "conv_alpha": 1.0}
     assert imported.assumed == {"lora_alpha": 1.0}
     assert left(imported) == {
         "concepts.0.balancing": "repeats", "concepts.1.path": "second",
         "optimizer.fused": "unknown", "gradient_checkpointing": "unknown",
-        "dataloader_threads": "by_itself", "prior": "unknown"}
+        "dataloader_threads": "by_itself", "prior": "unknown", "layer_filter_preset": "layers"}
 
 
 def test_our_own_keys_in_toml_and_json(tmp_path: Path) -> None:
@@ -341,6 +343,20 @@ def test_what_is_no_config_is_one_sentence(tmp_path: Path, name: str, text: str 
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("data", [
+    {"3": {"class_type": "KSampler", "inputs": {"seed": 1, "steps": 20, "cfg": 8, "denoise": 1}}},
+    {"job": "extension", "config": {"name": "x", "process": [
+        {"type": "sd_trainer", "network": {"type": "lora", "linear": 16}, "device": "cuda"}]}},
+    {"--model_type": "lora", "--lora_rank": 16, "--resolution": 512, "--optimizer": "adamw_bf16"},
+    'output_dir = "/x"\ndataset = "d.toml"\nepochs = 9\n[model]\ntype = "sdxl"\n'
+    '[adapter]\ntype = "lora"\nrank = 32\n'])
+def test_other_programs_settings_are_no_kohya(tmp_path: Path, data: dict[str, Any] | str) -> None:
+    """ComfyUI, ai-toolkit, SimpleTuner, diffusion-pipe: not kohya's defaults with nothing else."""
+    with pytest.raises(UserError) as caught:
+        importers.read(written(tmp_path, data))
+    assert caught.value.code == "config_import.not_settings"
+
+
 json_value = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner,
@@ -361,7 +377,13 @@ def test_any_values_are_carried_over_or_listed(tmp_path: Path, data: dict[str, A
         data = {**data, kind: [{"subsets": [data]}] if kind == "datasets" else "LORA"}
     path = tmp_path / "a.json"
     path.write_text(json.dumps(data, indent=1), "utf-8")
-    imported = importers.read(path)
+    try:
+        imported = importers.read(path)
+    except UserError as error:
+        # nearly all of its keys are another program's
+        if error.code != "config_import.not_settings":
+            raise
+        return
     TrainConfig.model_validate(imported.values)
     last = len(path.read_text("utf-8").splitlines())
     assert all(1 <= one.line <= last for one in imported.left)
@@ -424,9 +446,8 @@ def test_kohyas_noise_levels(tmp_path: Path, text: str, values: dict[str, Any]) 
      ["timestep_distribution"])])
 def test_onetrainers_noise_levels(tmp_path: Path, more: dict[str, Any], values: dict[str, Any],
                                   left: list[str]) -> None:
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps({"training_method": "LORA", "__version": 10, **more}), "utf-8")
-    found = importers.read(path)
+    found = importers.read(written(tmp_path, {
+        "training_method": "LORA", "layer_filter": "attn", **more}))
     assert {key: value for key, value in found.values.items()
             if key.startswith(("timestep", "logit", "flow"))} == values
     assert [one.key for one in found.left] == left

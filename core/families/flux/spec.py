@@ -93,4 +93,6 @@ SPEC = FamilySpec(
         "f5b59a26851551b67ae1fe58d32e76486e1e812def4696a4bea97f16604d40a3"), scale=0.3611),
     lora_signs=((r"double_blocks|single_blocks|single_transformer_blocks", None),),
     metadata_names=("flux1", "flux-1"),
+    kohya_targets=(*JOINT, *JOINT_FF, "proj_mlp", "proj_out", "norm1.linear",
+                   "norm1_context.linear", "norm.linear"),
     trainer_names=("flux", "flux1", "fluxlora", "fluxdev1"))

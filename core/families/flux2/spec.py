@@ -52,4 +52,5 @@ SPEC = FamilySpec(
         (r"single_blocks[._]\d+[._]linear2\b.*(down|lora_A)", 12288),
         (r"single_blocks[._]\d+[._]linear2\b.*(down|lora_A)", 16384)),
     metadata_names=("flux2", "flux-2"),
+    kohya_targets="attention+ff",
     trainer_names=("flux2", "flux2klein", "flux2lora"))

@@ -43,4 +43,5 @@ SPEC = FamilySpec(
         # Attention alone: a block beyond the last that Flux.1 has of them.
         (r"transformer_blocks[._](19|[2-5]\d)[._]attn[._](to|add)_[qkv].*(down|lora_A)", 3072)),
     metadata_names=("qwen_image", "qwen-image"),
+    kohya_targets="attention+ff",
     trainer_names=("qwen", "qwenimage", "qwenimagelora"))

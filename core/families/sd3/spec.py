@@ -63,4 +63,5 @@ SPEC = FamilySpec(
         *((r"(^|\.)transformer_blocks[._]\d+[._](attn2?|ff(_context)?)[._].*(down|lora_A)", width)
           for width in (1536, 2432))),
     metadata_names=("sd3", "stable-diffusion-3"),
+    kohya_targets=(*JOINT, *JOINT_FF, "norm1.linear", "norm1_context.linear"),
     trainer_names=("sd3", "sd3lora", "stablediffusion3", "stablediffusion35"))

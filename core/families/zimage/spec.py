@@ -39,4 +39,5 @@ SPEC = FamilySpec(
         (r"(layers|refiner)[._]\d+[._](attention[._]to_|adaLN_modulation[._]0\.)", None),
         (r"(layers|refiner)[._]\d+[._](attention|feed_forward)[._].*(down|lora_A)", 3840)),
     metadata_names=("zimage", "z-image"),
+    kohya_targets="attention+ff",
     trainer_names=("zimage", "zimagelora"))
