@@ -13,13 +13,10 @@ from core.config import other_names as tables
 from core.config import resolve
 from core.errors import UserError
 from core.importers import lines
+from core.importers.kohya_values import literal, pairs, several, shot
 from core.importers.lines import Entry, Lines
 from core.importers.reader import Imported, Reader, absent, number, plain
 from core.serialization import json_of
-
-_OPTIONS = re.compile(r"\s--([a-z]+)(?=\s|$)")        # kohya's prompts: `a cat --w 512 --n blurry`
-# Of a prompt's options those that have a key here; of two, a size is made.
-_SHOTS = {"s": "sample_inference_steps", "l": "sample_cfg"}
 
 
 class Kohya(Reader):
@@ -61,8 +58,8 @@ class Kohya(Reader):
         those of attention. LyCORIS' preset `full`, taken where none is named, trains the
         convolutions too, at the same rank where conv_dim is left out; its others don't."""
         values, assumed = self.result.values, self.result.assumed
-        network = dict(_pairs(self.theirs.get("network_args", "")))
-        network |= dict(_pairs(self.theirs.get("network_args_custom", "")))
+        network = dict(pairs(self.theirs.get("network_args", "")))
+        network |= dict(pairs(self.theirs.get("network_args_custom", "")))
         module = str(self.theirs.get("network_module", ""))
         if "target_modules" not in values:
             found = "attention" if module.startswith("networks.oft") and str(
@@ -128,8 +125,8 @@ class Kohya(Reader):
 
     def take_base_weights(self, value: Any, entry: Entry) -> None:
         """LoRAs on the base. Their multipliers are another list, which may be shorter."""
-        files = _several(value)
-        multipliers = _several(self.theirs.get("base_weights_multiplier", []))
+        files = several(value)
+        multipliers = several(self.theirs.get("base_weights_multiplier", []))
         try:
             weights = [*map(float, multipliers), *[1.0] * len(files)]
         except (TypeError, ValueError):
@@ -177,7 +174,7 @@ class Kohya(Reader):
     def take_dora_wd(self, value: Any, entry: Entry) -> None:
         if str(value).lower() != "true":
             return
-        algo = dict(_pairs(self.theirs.get("network_args", ""))).get("algo", "lora")
+        algo = dict(pairs(self.theirs.get("network_args", ""))).get("algo", "lora")
         kind = tables.ADAPTERS.get(plain(self.theirs.get("LoRA_type", algo)))
         # LoHa and LoKr have no such form here
         if kind == "lora":
@@ -279,7 +276,7 @@ class Kohya(Reader):
 
     def take_network_args(self, value: Any, entry: Entry) -> None:
         # the algorithm before its variant
-        for key, text in sorted(_pairs(value), key=lambda pair: pair[0] == "dora_wd"):
+        for key, text in sorted(pairs(value), key=lambda pair: pair[0] == "dora_wd"):
             self.dispatch({"dropout": "network_dropout"}.get(key, key),
                           Entry((*entry.keys, key), text, entry.line))
 
@@ -287,14 +284,14 @@ class Kohya(Reader):
 
     def take_optimizer_args(self, value: Any, entry: Entry) -> None:
         rest = {}
-        for key, text in _pairs(value):
+        for key, text in pairs(value):
             if key == "weight_decay":
                 self.put("weight_decay", text, entry)
             elif key == "betas" and len(numbers := re.findall(r"[\d.eE-]+", text)) == 2:
                 self.put("adam_beta1", numbers[0], entry)
                 self.put("adam_beta2", numbers[1], entry)
             else:
-                rest[key] = _literal(text)
+                rest[key] = literal(text)
         if rest:
             self.put("optimizer_args", rest, Entry(entry.keys, rest, entry.line))
 
@@ -308,7 +305,7 @@ class Kohya(Reader):
             if file.suffix != ".txt" or not file.is_file():
                 return self.leave(entry, "file")
             text = lines.text_of(file)
-        self.prompts([_shot(line) for line in map(str.strip, text.splitlines())
+        self.prompts([shot(line) for line in map(str.strip, text.splitlines())
                       if line and not line.startswith("#")], entry)
 
     take_prompt_file = take_positive_prompts = take_sample_prompts
@@ -393,43 +390,3 @@ class Dataset(Kohya):
             self.put("metadata_path", value, entry)
         else:
             self.leave(entry, "value")
-
-
-def _shot(line: str) -> dict[str, Any]:
-    """One line of kohya's prompts by our keys; options that have none keep their letters."""
-    prompt, *rest = _OPTIONS.split(f" {line}")
-    options = {key: value.strip() for key, value in zip(rest[::2], rest[1::2], strict=True)}
-    shot: dict[str, Any] = {"prompt": prompt.strip()}
-    if {"w", "h"} <= options.keys():
-        shot["sample_size"] = f"{options.pop('w')},{options.pop('h')}"
-    return shot | {_SHOTS.get(key, f"--{key}"): value for key, value in options.items()}
-
-
-def _pairs(value: Any) -> list[tuple[str, str]]:
-    """["conv_dim=4", "algo=loha"], or kohya_ss' one line of them."""
-    parts = value if isinstance(value, list) else re.findall(r"[^\s=]+=\S+", str(value))
-    return [(key.strip(), text.strip()) for part in parts
-            for key, equals, text in [str(part).partition("=")] if equals]
-
-
-def _literal(text: str) -> Any:
-    """A Python literal as kohya reads it; other words stay text."""
-    lowered = text.lower()
-    if lowered in ("true", "false", "none"):
-        return {"true": True, "false": False, "none": None}[lowered]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _several(value: Any) -> list[Any]:
-    """A list; or text with one item a line, or on one line between spaces, as on kohya's command
-    line."""
-    if isinstance(value, list):
-        return value
-    text = str(value)
-    return [line.strip() for line in text.splitlines() if line.strip()] if (
-        "\n" in text.strip()) else text.split()
