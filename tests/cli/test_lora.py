@@ -38,12 +38,12 @@ def style(tmp_path: Path) -> Path:
 
 
 SECRET = {                                  # what a file of another trainer tells of its owner
-    "ss_sd_model_name": "/home/ann lee/models/base.safetensors",
+    "ss_sd_model_name": "/srv/ann lee/models/base.safetensors",
     "ss_dataset_dirs": '{"D:\\\\ann\\\\cats": {"n_repeats": 2}}',
     "ss_datasets": '[{"subsets": [{"image_dir": "C:/ann/cats", "caption_prefix": "a/b"}]}]',
     "ot_config": '{"base_model_name": "~/ann/base", "concepts": [{"path": "/mnt/ann/x"}]}',
     "darkroom.config":
-        "train_data_dir: /home/ann/cats\nbase_loras:\n- /home/ann/a.safetensors:0.5\n",
+        "train_data_dir: /srv/ann/cats\nbase_loras:\n- /srv/ann/a.safetensors:0.5\n",
     "modelspec.thumbnail": "data:image/jpeg;base64,ann", "ss_vae_name": "~/ann/v",
     "broken": "[/home"}
 
