@@ -292,6 +292,7 @@ def read_captions(tree: Tree, files: CaptionFiles, explicit: bool = False) -> di
     for file in files.tables:
         texts = _captions_of(tree, files, file, explicit) | texts
     unused = 0
+    second: list[Path] = []                     # captions beside the one that is read
     unreadable: dict[Path, UserError] = {}
     for path, sidecars in files.sidecars.items():
         if path in texts:
@@ -301,19 +302,25 @@ def read_captions(tree: Tree, files: CaptionFiles, explicit: bool = False) -> di
         # An empty sidecar stands for the caption where no other one is filled.
         if sidecars:
             tree.caption_files[path] = sidecars[0]
+        known = ""
         for file in sidecars:
             try:
                 caption = files.caption(file)
             except UserError as fault:
                 unreadable[file] = fault
                 continue
-            if caption:
-                texts[path], tree.caption_files[path] = caption, file
-                break
+            if caption and not known:
+                known = texts[path] = caption
+                tree.caption_files[path] = file
+            elif caption and caption != known:
+                second.append(file)
     for file, why in unreadable.items():
         tree.report(file, why.code, **why.params)
     if unused:
         tree.report(tree.folder, "dataset.sidecars_unused", count=unused)
+    if second:
+        tree.report(tree.folder, "dataset.captions_second", count=len(second),
+                    names=_listed(tree, second))
     _report_shared(tree, files)
     if files.unused:
         tree.report(tree.folder, "dataset.texts_unused", count=len(files.unused),

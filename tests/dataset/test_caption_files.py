@@ -62,7 +62,6 @@ def told(data: Dataset) -> set[str]:
     ({"img 1.cap": "a cat"}, "a cat"), ({"IMG 1.JPG.txt": "a cat"}, "a cat"),
     ({"img 1.jpg.caption": "a cat"}, "a cat"),
     ({"IMG 1.txt": " ", "IMG 1.caption": "", "IMG 1.tags": "cat"}, "cat"),
-    ({"IMG 1.txt": "first", "IMG 1.caption": "second", "IMG 1.json": '"third"'}, "first"),
     ({"IMG 1.json": '{"caption": "a cat"}'}, "a cat"),
     ({"IMG 1.txt": '{\n "caption": "a cat"\n}\n'}, "a cat"),
     ({"IMG 1.json": '{"Prompt": "a cat", "tags": ["x"]}'}, "a cat"),
@@ -97,6 +96,15 @@ def test_texts_of_no_picture_are_named(make: Make) -> None:
     assert problem.params["count"] == 4
     assert problem.params["names"] == "4.txt, captions.csv, captions/1.txt, train.parquet"
     assert [one.code for one in Store(at).problems].count("dataset.texts_unused") == 1
+
+
+def test_a_second_caption_that_says_something_else_is_named(make: Make) -> None:
+    at = make("a.png", "b.png", "c.png", **{
+        "a.txt": "a cat", "a.caption": "a dog", "a.json": '"a fox"', "b.txt": "a hen",
+        "b.caption": "a hen", "c.txt": "", "c.caption": "a cow"})
+    assert captions(at) == {"a.png": "a cat", "b.png": "a hen", "c.png": "a cow"}
+    problem, = [one for one in scan(at).problems if one.code == "dataset.captions_second"]
+    assert (problem.params["count"], problem.params["names"]) == (2, "a.caption, a.json")
 
 
 @given(st.lists(st.from_regex(r"\A(IMG_|image \(|猫|)[0-9]{1,4}\)?\Z"), unique_by=fold, max_size=9))

@@ -355,7 +355,8 @@ def test_sidecars_and_their_order(tmp_path: Path) -> None:
     assert found(data) == {"1_token/a.png": "text of a", "1_token/b.png": "caption of b",
                            "1_token/c.png": "caption of c", "1_token/d.png": "1girl, solo",
                            "1_token/e.png": "token"}
-    assert codes(data) == {}
+    # a.caption says something else than a.txt
+    assert [problem.code for problem in data.problems] == ["dataset.captions_second"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gb18030"])
