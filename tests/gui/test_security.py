@@ -114,8 +114,8 @@ def door() -> Iterator[tuple[int, str, str, dict[str, str]]]:
 def test_the_door(served: Served) -> None:
     (Path(os.environ["DARKROOM_HOME"]) / "settings.yaml").touch()
     names = {"here": f"127.0.0.1:{served.port}", "port": str(served.port),
-             "secret": served.guard.secret, "home": os.environ["DARKROOM_HOME"],
-             "cookie": f"{served.guard.cookie}={served.guard.secret}", "root": str(ROOT)}
+             "secret": served.guard.secret, "home": quote(os.environ["DARKROOM_HOME"]),
+             "cookie": f"{served.guard.cookie}={served.guard.secret}", "root": quote(str(ROOT))}
     wrong, checks = [], list(door())
     assert len(checks) >= 115
     for status, method, path, headers in checks:
