@@ -141,7 +141,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
              "text_encoder_stop": 5, "lr_scheduler": "cosine_with_restarts", "lr_cycles": 2},
     "schedulefree text": {"optimizer": "schedulefree", "lr_scheduler": "constant",
                           "ema_decay": 0.9, "text_encoder_lr": 1e-4},
-    "lokr": {"adapter": "lokr", "optimizer": "lion", "learning_rate": 1e-4},
+    "lokr": {"adapter": "lokr", "lora_dropout": 0.0, "optimizer": "lion", "learning_rate": 1e-4},
     "adamw8bit": {"optimizer": "adamw8bit", "reg_from_base": 2, "trigger_word": "inkring"},
 }
 
