@@ -152,14 +152,14 @@ def own_torch(root: Path, pinned: str, tool: str) -> str:
         return match.group(1) if match else ""
     command = [str(python_of(root / ".venv")), "-m", "pip", "index", "versions", "torch"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                          stdin=subprocess.DEVNULL, env=surroundings(command[0]))
+                          stdin=subprocess.DEVNULL, env=environment_of(command[0]))
     match = re.search(rf"(?<![\d.]){re.escape(pinned.partition('==')[2])}\+[\w.]+",
                       done.stdout.decode("utf-8", "replace"))
     return match.group() if match else ""
 
 
 @functools.lru_cache(maxsize=None)     # noqa: UP033 (Python 3.8)
-def surroundings(python: str) -> dict[str, str]:
+def environment_of(python: str) -> dict[str, str]:
     """The environment in which an installer works on .venv alone. Settings of pip's files that
     lead elsewhere can't be unset: the others are then given as variables, and no file is read."""
     ours = {name: value for name, value in os.environ.items()
@@ -205,7 +205,7 @@ def run(root: Path, what: list[str], tool: str) -> None:
     is_terminal = getattr(sys.stderr, "isatty", lambda: False)()
     catch = tool == "pip" or not is_terminal
     process = subprocess.Popen(command, cwd=str(root), stdout=_stderr(),
-                               env=surroundings(python),
+                               env=environment_of(python),
                                stderr=subprocess.PIPE if catch else None)
     # pip lists all hashes of a package before its error.
     last: collections.deque[str] = collections.deque(maxlen=400)

@@ -28,7 +28,7 @@ from captioner.captions.tokens import tokens_of
 from captioner.captions.undo import Action, History
 from captioner.config import CaptionConfig
 from captioner.models.interrogate import combine
-from captioner.models.sentences import printable
+from captioner.models.sentences import without_signs
 from captioner.pipeline import KINDS, describe_all, each_of, in_order
 from captioner.progress import Progress
 from core import i18n
@@ -341,7 +341,7 @@ class _Job:
         if self.config.underscores:
             about = About(scores={tag_key(tag): 1.0 for tag in tags})
             tags = [Underscores("underscores").change(tag, about) for tag in tags]
-        return one_line(printable(join([description.sentence.strip(), *tags])))
+        return one_line(without_signs(join([description.sentence.strip(), *tags])))
 
     def _count(self) -> None:
         self.done += 1

@@ -13,6 +13,7 @@ import asyncio
 import os
 import re
 import secrets
+import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -35,6 +36,10 @@ _POLICY = ("default-src 'self'; script-src 'self'{nonce} 'unsafe-eval'; "
            "media-src 'self' blob:; worker-src 'self' blob:; connect-src 'self' data: blob:; "
            "frame-src 'none'; object-src 'none'; base-uri 'self'; form-action 'self'; "
            "frame-ancestors 'none'")
+# Where Linux tells whose a connection is.
+_SOCKETS = ("/proc/net/tcp", "/proc/net/tcp6")
+# A browser that starts for the first time takes its time.
+_EXPECTED_S = 60.0
 # Addresses that may be open at a time: each start of the app beside this one takes one.
 _TOKENS = 16
 _REFUSED = ("<!doctype html><meta charset=utf-8><title>LoRA Darkroom</title>"
@@ -63,7 +68,8 @@ class Guard:
         # When the last request ended: if `pages` is 0, no page is open since then.
         self.quiet_since = time.monotonic()
         self._tokens: list[str] = []
-        self._expected = False
+        # Until when the browser that was just opened may come without a token; time.monotonic().
+        self._expected_until = 0.0
 
     def address(self) -> str:
         """An address that opens a page once, wherever it is opened."""
@@ -73,9 +79,9 @@ class Guard:
     def address_to_show(self) -> str:
         """An address for a browser's command line, which all users of the computer can read: it
         holds no secret where the system tells whose a connection is."""
-        if not sys.platform.startswith("linux"):
+        if not any(os.access(table, os.R_OK) for table in _SOCKETS):
             return self.address()
-        self._expected = True
+        self._expected_until = time.monotonic() + _EXPECTED_S
         return f"http://127.0.0.1:{self.port}/"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,7 +112,7 @@ class Guard:
             return 400
         own_site = headers.get("sec-fetch-site", "none") in ("none", "same-origin")
         own_origin = "origin" not in headers or headers["origin"] in self.origins
-        own_user = _user_of(scope.get("client"), self.port) in _TRUSTED
+        own_user = _user_of(scope) in _TRUSTED
         return None if own_site and own_origin and own_user else 403
 
     def _has_cookie(self, headers: dict[str, str]) -> bool:
@@ -122,8 +128,9 @@ class Guard:
         found = next((token for token in self._tokens if _same(given, token)), None)
         if found:
             self._tokens.remove(found)
-        elif self._expected and scope["path"] == "/" and not self._has_cookie(_headers(scope)):
-            self._expected = False
+        elif (time.monotonic() < self._expected_until and scope["path"] == "/"
+              and _user_of(scope) is not None and not self._has_cookie(_headers(scope))):
+            self._expected_until = 0.0
             return True
         return found is not None
 
@@ -165,19 +172,28 @@ class Guard:
 _TRUSTED = {None, 0, os.getuid() if hasattr(os, "getuid") else None}
 
 
-def _user_of(client: tuple[str, int] | None, port: int) -> int | None:
-    """The id of the user whose program has connected; None: the system doesn't tell."""
-    if client is None or not sys.platform.startswith("linux"):
-        return None
-    # Programs of both address families reach us: their sockets stand in the second table.
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+def _user_of(scope: Scope) -> int | None:
+    """The id of the user whose program sent a request, as its connection tells (gui/server.py)."""
+    user: int | None = scope.get("state", {}).get("user")
+    return user
+
+
+def user_of(client: tuple[str, int], server: tuple[str, int]) -> int | None:
+    """The id of the user whose program holds the end `client` of a connection to us; None: the
+    system doesn't tell. Both ends are compared whole: another user may have the same port at
+    another address of this computer."""
+    ends = tuple(f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}"
+                 for host, port in (client, server))
+    # Programs of both address families reach us: their sockets stand in the second table, with
+    # the same address at its end.
+    for table in _SOCKETS:
         try:
             rows = Path(table).read_text("ascii").splitlines()[1:]
         except OSError:
             continue
         for row in rows:
             _, local, remote, _, _, _, _, user, *_ = row.split()
-            if local.endswith(f":{client[1]:04X}") and remote.endswith(f":{port:04X}"):
+            if local.endswith(ends[0]) and remote.endswith(ends[1]):
                 return int(user)
     return None
 

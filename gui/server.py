@@ -22,7 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from core import i18n
 from gui.html import ASSETS
-from gui.security import Guard, Receive, Scope, Send, answer_page
+from gui.security import Guard, Receive, Scope, Send, answer_page, user_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -148,6 +148,9 @@ class _Patient(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # Once a connection: the tables of sockets are long, and no other user gets into one.
+        client, server = (transport.get_extra_info(name) for name in ("peername", "sockname"))
+        self.app_state = {**self.app_state, "user": user_of(client, server) if client else None}
         self._wait()
 
     def data_received(self, data: bytes) -> None:
@@ -192,8 +195,13 @@ def listen(port: int = 0, focus: Callable[[], bool] = bool) -> Served:
     port, front = listener.getsockname()[1], Front()
     guard = Guard(front, port)
     # A second start shows our window, or a page in the browser, whose command line all can read.
-    guard.answers["/focus"] = lambda: json.dumps({
-        "native": focus(), "url": guard.address(), "shown": guard.address_to_show()}).encode()
+    def told_of_focus() -> bytes:
+        native = focus()
+        # an address for a browser only where one will be opened: it is good for anyone a while
+        return json.dumps({"native": native, "url": guard.address(),
+                           "shown": "" if native else guard.address_to_show()}).encode()
+
+    guard.answers["/focus"] = told_of_focus
     server = _Server(uvicorn.Config(
         guard, http=_Patient, log_level="warning", access_log=False, timeout_graceful_shutdown=2,
         server_header=False, ws="none", lifespan="off", log_config=None))

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from core import i18n, paths
 from core.errors import UserError
+from core.failures import disk_full
 from core.system import logs, message_box, processes, surroundings
 from core.workspace import settings
 from gui.server import Served, listen
@@ -80,7 +81,7 @@ def _lock() -> FileLock | None:
     except Timeout:
         return None
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EROFS) or not path.exists():
+        if disk_full(error) or error.errno == errno.EROFS or not path.exists():
             raise _error_of(error) from None
         raise UserError("window.lock_broken", file=path, reason=error.strerror) from None
     return lock
@@ -88,7 +89,7 @@ def _lock() -> FileLock | None:
 
 def _error_of(error: OSError) -> UserError:
     """The reason why the data folder can't be used."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if disk_full(error):
         return UserError("window.disk_full", folder=paths.data_dir())
     return UserError("window.folder_locked", folder=error.filename or paths.data_dir(),
                      reason=error.strerror or error)
@@ -159,7 +160,7 @@ class _Start:
             _log.exception("no pages")
             # Of other files it is said as of a package: whose they are, nobody knows here.
             error = _error_of(raised) if isinstance(raised, OSError) and (
-                raised.errno == errno.ENOSPC or paths.is_ours(raised.filename)) else raised
+                disk_full(raised) or paths.is_ours(raised.filename)) else raised
             if isinstance(error, UserError):
                 text = i18n.tr(error.code, error.params, _language())
             else:

@@ -28,7 +28,7 @@ class Answer:
 
 def read(answer: str) -> Answer:
     """The caption in a model's answer, and whether it may be no caption."""
-    text = without_thoughts(printable(re.sub("<br ?/?>", " ", answer))).strip()[:MOST]
+    text = without_thoughts(without_signs(re.sub("<br ?/?>", " ", answer))).strip()[:MOST]
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+(?=\n|[ \t])", "", text))
     plural = _PLURAL.search(_FIRST_ITEM.split(text)[0]) is not None
     before = None
@@ -76,7 +76,7 @@ _SIGNS = re.compile("\x1b\\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9
                     "\u2060\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
-def printable(text: str) -> str:
+def without_signs(text: str) -> str:
     """The text without control characters, which no caption holds and no file should."""
     return _SIGNS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
 

@@ -32,7 +32,7 @@ def command(name: str, *arguments: str) -> list[str]:
 
 def environment(**more: str) -> dict[str, str]:
     """A child's environment, in which it finds our modules and writes UTF-8."""
-    # What the user's own PYTHONPATH names comes behind (core/system/surroundings.py).
+    # The user's own PYTHONPATH travels in DARKROOM_PYTHONPATH (core/system/surroundings.py).
     return {**os.environ, "PYTHONPATH": str(paths.ROOT), "PYTHONIOENCODING": "utf-8", **more}
 
 

@@ -75,7 +75,7 @@ def _holds_certificates(path: str) -> bool:
     """Whether it is a folder, or a file with a certificate."""
     try:
         with open(path, "rb") as file:
-            return b"-----BEGIN" in file.read()
+            return any(line.startswith(b"-----BEGIN") for line in file)
     except OSError:
         return os.path.isdir(path)
 
@@ -95,14 +95,16 @@ def _proxies() -> None:
 
 
 def _unknown(proxy: str | None) -> bool:
-    """Whether a proxy is of a kind that can't be used here: SOCKS without its package."""
-    kind = (proxy or "").partition("://")[0].lower() if "://" in (proxy or "") else "http"
+    """Whether a proxy can't be used here: SOCKS without its package, or no address."""
+    if not proxy:
+        return False
     try:
+        parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
         # It raises for what is no number.
-        _ = urllib.parse.urlsplit(proxy if "://" in (proxy or "") else f"http://{proxy}").port
+        _ = parts.port
     except ValueError:
         return True
-    return bool(proxy) and kind not in ("http", "https", *(
+    return parts.scheme not in ("http", "https", *(
         ("socks5", "socks5h") if find_spec("socksio") else ()))
 
 

@@ -69,33 +69,29 @@ class Preset(BaseModel):
 
 def list_presets(lang: str | None = None, family: str | None = None) -> list[Preset]:
     """All presets, the app's and the user's (<data>/presets/<family>/*.yaml), by family, memory
-    needed and title. A file of the user's that can't be used is left out (`unusable`)."""
-    return sorted((preset for preset in _read_all()[0] if family in (None, preset.family)),
+    needed and title. A file of the user's that can't be used is left out (`unusable`). Raises
+    UserError for one of the app's own."""
+    presets, faults = _read_all()
+    for fault in faults:
+        if fault.params["file"].is_relative_to(paths.PRESETS):
+            raise fault
+    return sorted((preset for preset in presets if family in (None, preset.family)),
                   key=lambda preset: (preset.family, preset.needs.vram_gb,
                                       preset.localized("title", lang), preset.purpose))
 
 
 def unusable() -> list[UserError]:
-    """The fault of each file among the user's presets that can't be used."""
+    """The fault of each file of presets that can't be used."""
     return _read_all()[1]
 
 
 def _read_all() -> tuple[list[Preset], list[UserError]]:
-    """Raises UserError for one of the app's own presets that can't be used."""
-    presets, faults = [], []
+    """-> presets, and a fault for each file that can't be used."""
     # the user's first, so that they win where titles are the same
-    for folder in (user_folder(), paths.PRESETS):
-        for path in sorted(folder.glob("*/*.yaml")):
-            try:
-                if (preset := _read(path, paths.stamp(path))) is not None:
-                    presets.append(preset)
-            except (OSError, ValueError, UserError) as error:
-                fault = error if isinstance(error, UserError) else UserError(
-                    "presets.unreadable", file=path, reason=_first_line(error))
-                if folder == paths.PRESETS:
-                    raise fault from None
-                faults.append(fault)
-    return presets, faults
+    found = [_read(path, paths.stamp(path)) for folder in (user_folder(), paths.PRESETS)
+             for path in sorted(folder.glob("*/*.yaml"))]
+    return ([preset for preset in found if isinstance(preset, Preset)],
+            [fault for fault in found if isinstance(fault, UserError)])
 
 
 def find(name: str, family: str, purpose: str = PURPOSE) -> Preset:
@@ -150,20 +146,23 @@ def family_of(base_model: str, beside: Path | None = None, family: str = "auto")
         raise
 
 
+# Pages ask at each painting: a fault is kept as well.
 @functools.lru_cache(maxsize=1024)
-def _read(path: Path, stamp: tuple[int, int, int]) -> Preset | None:
-    """A preset, read again where its file has changed. None: the file is a plain config, such as
-    the demo's."""
-    data = serialization.from_yaml(serialization.decode_text(path.read_bytes()))
-    if not isinstance(data, dict) or "set" not in data:
-        return None
+def _read(path: Path, stamp: tuple[int, int, int]) -> Preset | UserError | None:
+    """A preset or why it is none, read again where its file has changed. None: the file is a plain
+    config, such as the demo's."""
     try:
+        data = serialization.from_yaml(serialization.decode_text(path.read_bytes()))
+        if not isinstance(data, dict) or "set" not in data:
+            return None
         preset = Preset.model_validate({"path": path, **data})
         TrainConfig.model_validate(preset.set)
+        return preset
     except (ValidationError, TypeError) as error:
         reason = first_message(error) if isinstance(error, ValidationError) else _first_line(error)
-        raise UserError("presets.bad", file=path, reason=reason) from None
-    return preset
+        return UserError("presets.bad", file=path, reason=reason)
+    except (OSError, ValueError) as error:
+        return UserError("presets.unreadable", file=path, reason=_first_line(error))
 
 
 def _first_line(error: Exception) -> str:

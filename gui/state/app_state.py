@@ -160,7 +160,8 @@ class AppState:
 
     def dismiss(self) -> None:
         """Puts the messages about damaged files away."""
-        self._dismissed |= set(map(str, self.broken))
+        self.settings.broken = self.projects.broken = None
+        self._dismissed |= set(map(str, presets.unusable()))
         self.touch()
 
     def running(self) -> list[str]:
