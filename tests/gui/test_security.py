@@ -188,6 +188,22 @@ def test_a_browsers_command_line_opens_the_door_once_and_to_its_user_only(
     assert (status, headers["location"]) == (303, "/")
     assert served.guard.secret in headers["set-cookie"]
     assert ask(served, "/", cookie=False)[0] == 403
+    served.guard.address_to_show()
+    with pytest.MonkeyPatch.context() as patch:
+        now = time.monotonic()
+        patch.setattr(time, "monotonic", lambda: now + 61)      # no browser came
+        assert ask(served, "/", cookie=False)[0] == 403
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells whose it is")
+def test_whose_a_connection_is_by_both_whole_addresses() -> None:
+    """Another user may hold the same port at another address of this computer."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    with listener, socket.create_connection(listener.getsockname()) as client:
+        ours, theirs = client.getsockname(), listener.getsockname()
+        assert security.user_of(ours, theirs) == os.getuid()
+        assert security.user_of(("127.0.0.2", ours[1]), theirs) is None
+        assert security.user_of(ours, ("127.0.0.2", theirs[1])) is None
 
 
 @pytest.mark.skipif(os.name == "nt" or os.getuid() != 0, reason="another user is needed")
