@@ -28,7 +28,7 @@ def gpu_memory(error: BaseException) -> bool:
     # Where torch is not loaded, none of its errors can be there: () matches nothing.
     torch_error = getattr(sys.modules.get("torch"), "OutOfMemoryError", ())
     return isinstance(error, torch_error) or (
-        isinstance(error, RuntimeError) and bool(_OF_THE_GPU.search(one_line(error))))
+        isinstance(error, RuntimeError) and bool(_OF_THE_GPU.search(_flat(error))))
 
 
 def memory(error: BaseException) -> bool:
@@ -36,7 +36,7 @@ def memory(error: BaseException) -> bool:
     # winerror 1455: the paging file is too small
     return (isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM
             or getattr(error, "winerror", 0) == 1455
-            or bool(_OF_THE_COMPUTER.search(one_line(error))))
+            or bool(_OF_THE_COMPUTER.search(_flat(error))))
 
 
 def disk_full(error: BaseException) -> bool:
@@ -59,6 +59,11 @@ def one_line(error: BaseException) -> str:
     """'ValueError: its text', at most 300 characters of it."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def _flat(error: BaseException) -> str:
+    """The whole text: compiled code's errors name their cause at the end."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _says(error: BaseException, *texts: str) -> bool:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from core.text_letters import ASCII, LANGUAGES, TITLES, Language
+from core.text_letters import ASCII, TITLES, Language, languages
 
 # UTF-32's mark begins as UTF-16's does, and is looked for first.
 _BOMS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
@@ -145,12 +145,12 @@ def _looks_misread(text: str, data: bytes) -> bool:
 
 def _costs(data: bytes) -> dict[str, float]:
     """What a file costs in each encoding, plain ASCII of its length being 0."""
-    totals = [language.rarity for language in LANGUAGES]
+    totals = [language.rarity for language in languages()]
     for word in _WORDS.findall(data[:LONGEST_SAMPLE]):
         if not word.isascii():
             totals = [sum(pair) for pair in zip(totals, _word_costs(word), strict=True)]
     costs: dict[str, float] = {}
-    for language, total in zip(LANGUAGES, totals, strict=True):
+    for language, total in zip(languages(), totals, strict=True):
         costs[language.codec] = min(total, costs.get(language.codec, total))
     return costs
 
@@ -158,7 +158,7 @@ def _costs(data: bytes) -> dict[str, float]:
 @functools.lru_cache(maxsize=2**14)
 def _word_costs(word: bytes) -> list[float]:
     return [UNREADABLE if (text := _decoded(word, language.codec)) is None
-            else _cost(text, language) - ASCII * len(word) for language in LANGUAGES]
+            else _cost(text, language) - ASCII * len(word) for language in languages()]
 
 
 def _cost(word: str, language: Language) -> float:

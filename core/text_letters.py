@@ -4,6 +4,7 @@ core.text_encoding. The signs are those that captions and everyday texts use mos
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 # One letter in how many: natural logarithms, by which encodings are compared.
@@ -108,42 +109,46 @@ _HANGUL = """
 몽환판중근현재골버택와옥절탑돌담벽천막텐트캠핑축결혼졸업티
 """
 
-_BIG5, _GB = _half("big5", range(0xa4, 0xc7), range(0x40, 0xff)), _half(
-    "gb2312", range(0xb0, 0xd8), range(0xa1, 0xff))
-_JIS, _KS = _half("cp932", range(0x88, 0x99), range(0x40, 0xfd)), _half(
-    "euc_kr", range(0xb0, 0xc9), range(0xa1, 0xff))
+@functools.cache
+def languages() -> tuple[Language, ...]:
+    """All of them; made when a text asks that is not UTF-8."""
+    big5_half, gb_half = _half("big5", range(0xa4, 0xc7), range(0x40, 0xff)), _half(
+        "gb2312", range(0xb0, 0xd8), range(0xa1, 0xff))
+    jis_half, ks_half = _half("cp932", range(0x88, 0x99), range(0x40, 0xfd)), _half(
+        "euc_kr", range(0xb0, 0xc9), range(0xa1, 0xff))
+    return (
+        _alphabet("cp1252", 0, "äüöß"),                                 # German
+        _alphabet("cp1252", 0, "éèàêçâîôûïëùœæüñ"),                     # French, Catalan
+        _alphabet("cp1252", 0, "íóáéñúü"),                              # Spanish
+        _alphabet("cp1252", 0.5, "ãçáéíóõêâúàôü"),                      # Portuguese
+        _alphabet("cp1252", 0.5, "àèéìòùî"),                            # Italian
+        _alphabet("cp1252", 0.5, "äåöøæéüë"),                           # the north, Dutch
+        _alphabet("cp1252", 3, "áéíóúýðþæö"),                           # Icelandic
+        _alphabet("cp1250", 4.5, "ąęłóśżćńź"),                            # Polish
+        _alphabet("cp1250", 4.5, "íáéěčřšžýůúťďňóľôĺŕäđć", vowels="aeiouyáéěíóúůýôäřrl"),
+        _alphabet("cp1250", 4.5, "áéöőüóíúű"),                            # Hungarian
+        _alphabet("cp1250", 5, "ăîâşţ"),                                # Romanian
+        _alphabet("cp1254", 3.5, "ıüşçöğâîû"),                          # Turkish
+        _alphabet("cp1257", 7.5, "ėšžųąčįęūāīēļņģķõäöü"),                  # the Baltic
+        *(_alphabet(codec, rarity, "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфъё" + more, 2.2, 0.07,
+                    "аеёиоуыэюяіїє", latin=False)
+          for codec, rarity, more in (("cp1251", 1.5, "іїєґў"), ("cp866", 6, ""))),
+        _alphabet("cp1253", 3, "αοιετσνηυρπκμλςωδγχθφάίόέήύώβξζψϊϋ", 2.2, 0.07,
+                  "αοιεηυωάίόέήύώϊϋ", latin=False),
+        _alphabet("cp1256", 4, "اليمنوةتربعدسفهكقحجشصخطغذثزضىءأإؤئآ", 2.2, 0.07,
+                  latin=False),                                         # Arabic
+        _alphabet("cp874", 4, "านรอกเงมยลวดทสตะปบคหแจพชขใไโผซถศฟ่้ิีึืุูั็์ำๆ", 2.2, 0.07,
+                  latin=False),                                         # Thai
+        _signs("gb18030", 0, _SIMPLE + _BOTH, gb_half, 8.5),
+        _signs("cp932", 1, _KANJI, jis_half, 10, kana=True),
+        _signs("big5", 0.5, _TRADITIONAL + _BOTH, big5_half, 9),
+        _signs("cp949", 0.5, _HANGUL, ks_half, 9),
+        _signs("euc_jp", 8, _KANJI, jis_half, 10, kana=True),
+        # UTF-8 with a broken place: the signs are sure, what is broken is dear.
+        Language("utf-8-broken", 4, {"\ufffd": 14.0}, other=4.0),
+    )
 
-LANGUAGES = (
-    _alphabet("cp1252", 0, "äüöß"),                                 # German
-    _alphabet("cp1252", 0, "éèàêçâîôûïëùœæüñ"),                     # French, Catalan
-    _alphabet("cp1252", 0, "íóáéñúü"),                              # Spanish
-    _alphabet("cp1252", 0.5, "ãçáéíóõêâúàôü"),                      # Portuguese
-    _alphabet("cp1252", 0.5, "àèéìòùî"),                            # Italian
-    _alphabet("cp1252", 0.5, "äåöøæéüë"),                           # the north, Dutch
-    _alphabet("cp1252", 3, "áéíóúýðþæö"),                           # Icelandic
-    _alphabet("cp1250", 4.5, "ąęłóśżćńź"),                            # Polish
-    _alphabet("cp1250", 4.5, "íáéěčřšžýůúťďňóľôĺŕäđć", vowels="aeiouyáéěíóúůýôäřrl"),
-    _alphabet("cp1250", 4.5, "áéöőüóíúű"),                            # Hungarian
-    _alphabet("cp1250", 5, "ăîâşţ"),                                # Romanian
-    _alphabet("cp1254", 3.5, "ıüşçöğâîû"),                          # Turkish
-    _alphabet("cp1257", 7.5, "ėšžųąčįęūāīēļņģķõäöü"),                  # the Baltic
-    *(_alphabet(codec, rarity, "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфъё" + more, 2.2, 0.07,
-                "аеёиоуыэюяіїє", latin=False)
-      for codec, rarity, more in (("cp1251", 1.5, "іїєґў"), ("cp866", 6, ""))),
-    _alphabet("cp1253", 3, "αοιετσνηυρπκμλςωδγχθφάίόέήύώβξζψϊϋ", 2.2, 0.07,
-              "αοιεηυωάίόέήύώϊϋ", latin=False),
-    _alphabet("cp1256", 4, "اليمنوةتربعدسفهكقحجشصخطغذثزضىءأإؤئآ", 2.2, 0.07,
-              latin=False),                                         # Arabic
-    _alphabet("cp874", 4, "านรอกเงมยลวดทสตะปบคหแจพชขใไโผซถศฟ่้ิีึืุูั็์ำๆ", 2.2, 0.07,
-              latin=False),                                         # Thai
-    _signs("gb18030", 0, _SIMPLE + _BOTH, _GB, 8.5),
-    _signs("cp932", 1, _KANJI, _JIS, 10, kana=True),
-    _signs("big5", 0.5, _TRADITIONAL + _BOTH, _BIG5, 9),
-    _signs("cp949", 0.5, _HANGUL, _KS, 9),
-    _signs("euc_jp", 8, _KANJI, _JIS, 10, kana=True),
-    # UTF-8 with a broken place: the signs are sure, what is broken is dear.
-    Language("utf-8-broken", 4, {"\ufffd": 14.0}, other=4.0),
-)
+
 TITLES = {"cp1252": "Windows-1252", "cp1250": "Windows-1250", "cp1251": "Windows-1251",
           "cp1253": "Windows-1253", "cp1254": "Windows-1254", "cp1256": "Windows-1256",
           "cp1257": "Windows-1257", "cp874": "Windows-874", "cp866": "CP866",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from core import i18n, paths
 from core.errors import UserError
+from core.failures import disk_full
 
 if TYPE_CHECKING:
     from core.cli.progress import Terminal
@@ -144,13 +145,13 @@ def _guarded(call: Callable[[], int], argv: Sequence[str], tell: Callable[[str],
     except BrokenPipeError:
         # `darkroom runs list | head`: the reader has enough. Python would complain once more when
         # it flushes stdout at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _settle(sys.stdout)
         return FINE
     except Exception as error:
         if isinstance(error, UserError):
             code, sentence, exit_code = error.code, str(error), BAD_INPUT
         elif isinstance(error, OSError) and (
-                error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)):
+                error.filename or disk_full(error) or error.errno == errno.EROFS):
             code, exit_code = "gui.no_access", FAILED
             sentence = i18n.tr(code, {"reason": error})
         else:
@@ -163,8 +164,10 @@ def _guarded(call: Callable[[], int], argv: Sequence[str], tell: Callable[[str],
                 traceback.print_exc()
             print(sentence, file=sys.stderr)
         _settle(sys.stderr)
-        if "--json" in argv:
-            print_json({"ok": False, "fault": code, "message": sentence})
+        with contextlib.suppress(OSError):
+            if "--json" in argv:
+                print_json({"ok": False, "fault": code, "message": sentence})
+        _settle(sys.stdout)
         return exit_code
 
 

@@ -6,6 +6,7 @@ TrainConfig itself, so that a key which it learns later is carried over from the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,14 +116,15 @@ def _code(name: str, folder: Path) -> str:
 
 
 def _path(name: str, folder: Path) -> str:
-    # `demo` and a family's name are no files, nor is the number of a session
+    # `demo` is no file, nor is the number of a session
     if not name or name == "demo" or name.isdigit() or "\0" in name:
         return name
     near = resolve(name, folder)
-    return str(near) if near.exists() and near != resolve(name, None) else name
+    return str(near) if os.path.exists(near) and near != resolve(name, None) else name
 
 
 def _lora(text: str, folder: Path) -> str:
-    name, weight = parse_lora(text, 1.0)
+    name, _ = parse_lora(text, 1.0)
     path = resolve(name, folder)
-    return f"{path}:{weight:g}" if path.exists() else text
+    # the weight stays as it was written, right or wrong
+    return f"{path}{text[len(name):]}" if os.path.exists(path) else text

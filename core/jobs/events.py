@@ -23,12 +23,12 @@ MOST_TIME = 3e10
 Time = Annotated[float, Field(ge=0, le=MOST_TIME)]
 
 
-class _Machine(BaseModel, allow_inf_nan=False):
+class _Machine(BaseModel, allow_inf_nan=False, defer_build=True):
     total_mb: float
     free_mb: float
 
 
-class _Plan(BaseModel, allow_inf_nan=False):
+class _Plan(BaseModel, allow_inf_nan=False, defer_build=True):
     """What readers take from a plan for granted."""
 
     machine: _Machine
@@ -39,7 +39,7 @@ class _Plan(BaseModel, allow_inf_nan=False):
     outside: dict[str, float]
 
 
-class _Result(BaseModel, allow_inf_nan=False):
+class _Result(BaseModel, allow_inf_nan=False, defer_build=True):
     """What readers take from a result for granted, where it is there."""
 
     seconds: float = 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -125,11 +126,16 @@ def build_metadata(facts: TrainFacts) -> dict[str, str]:
     return {key: _clean(str(value)) for key, value in values.items()}
 
 
+# Keys of a config whose values are words, whatever they begin with: `/imagine a cat`.
+_TEXTS = ("sample_prompts", "trigger_word", "pivotal_init")
+
+
 def shared_yaml(config: TrainConfig) -> str:
     """The config as YAML for a file that strangers see: of whole paths the last name alone, unless
     `metadata: full`."""
     values = config.model_dump(exclude_defaults=True)
-    return to_yaml(values if config.metadata == "full" else _without_folders(values))
+    return to_yaml(values if config.metadata == "full" else {
+        key: value if key in _TEXTS else _without_folders(value) for key, value in values.items()})
 
 
 def shared(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -150,9 +156,16 @@ def shared(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def _without_folders(value: Any) -> Any:
     if isinstance(value, dict):
-        # folders are also the names of what is known of them
-        return {_without_folders(key) if isinstance(item, dict) else key: _without_folders(item)
-                for key, item in value.items()}
+        found: dict[Any, Any] = {}
+        for key, item in value.items():
+            # folders are also the names of what is known of them; two may end alike
+            name = short = _without_folders(key) if isinstance(item, dict) else key
+            for number in itertools.count(2):
+                if name not in found:
+                    break
+                name = f"{short} ({number})"
+            found[name] = _without_folders(item)
+        return found
     if isinstance(value, list):
         return [_without_folders(item) for item in value]
     # C:\x\a.safetensors:0.8, \\server\x, ~/x, /x/own.py:Class, ../x

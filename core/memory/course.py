@@ -32,11 +32,14 @@ NEEDS = {
 WITHIN = ("save_steps", "validation_steps", "text_encoder_stop")
 
 
-def remarks(config: TrainConfig, repeats: Sequence[int], captions: Sequence[str]) -> list[Reason]:
-    """What to say before the start. `repeats` and `captions`: of each picture that is learned."""
+def remarks(config: TrainConfig, repeats: Sequence[int], captions: Sequence[str],
+            held_out: int = 0) -> list[Reason]:
+    """What to say before the start. `repeats` and `captions`: of each picture that is learned, or
+    of all, as long as none is held out yet; `held_out`: how many others are."""
     length = advisor.length(config, repeats)
     return [*([length] if length else []), *_idle(config),
-            *_course(config, updates(config, repeats)), *_pictures(config, repeats, captions)]
+            *_course(config, updates(config, repeats)),
+            *_pictures(config, repeats, captions, held_out)]
 
 
 def updates(config: TrainConfig, repeats: Sequence[int]) -> int:
@@ -75,13 +78,13 @@ def _course(config: TrainConfig, total: int) -> Iterator[Reason]:
         yield Reason("advisor.short_cycles", {"cycles": cycles, "total": total})
 
 
-def _pictures(config: TrainConfig, repeats: Sequence[int], captions: Sequence[str]
-              ) -> Iterator[Reason]:
+def _pictures(config: TrainConfig, repeats: Sequence[int], captions: Sequence[str],
+              held_out: int) -> Iterator[Reason]:
     # a trigger word may come first
     most = max((len(split_tags(text)) for text in captions), default=0) + bool(config.trigger_word)
     if config.shuffle_tags and most - config.keep_tokens < 2:
         yield Reason("advisor.nothing_to_shuffle", {"keep": config.keep_tokens})
     if config.batch_size > sum(repeats):
         yield Reason("advisor.large_batch", {"batch": config.batch_size, "samples": sum(repeats)})
-    if config.validation_split and len(repeats) < 2:
+    if config.validation_split and len(repeats) + held_out < 2:
         yield Reason("advisor.none_held_out", {})

@@ -140,7 +140,8 @@ def find(outputs: Iterable[Path], name: str, session: str = "") -> list[Path]:
 def _age(path: Path) -> tuple[float, int, int]:
     """Orders checkpoints by what they say of themselves: when their run began, how often it had
     gone on, and the step. Folders' times change when they are copied or a clock is set back."""
-    facts, step = position_of(path), int(path.name.rpartition("-")[2])
+    facts, named = position_of(path), _NAME.match(path.name)
+    step = facts.get("update", int(named["step"]) if named else 0)
     try:
         return float(facts["started"]), int(facts.get("starts", 0)), step
     except (KeyError, TypeError, ValueError):

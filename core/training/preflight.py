@@ -3,7 +3,6 @@ what of the settings can't act with these pictures in so many updates."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 
 from core.config import TrainConfig
@@ -17,6 +16,7 @@ from core.jobs.events import Event, Note
 from core.memory import course
 from core.memory.plan import Plan
 from core.objectives.flow import without_effect
+from core.system.machine import disk_free
 from core.training.output_names import Output
 
 NOT_FOR_FLOWS = ("min_snr_gamma", "debiased_estimation", "zero_terminal_snr", "loss_type",
@@ -57,7 +57,8 @@ def tell_course(config: TrainConfig, examples: Examples, emit: Emit) -> None:
     """Says what of the settings can't act with these pictures in a run of this length."""
     chosen = [examples.items[i].picture for i in examples.trained()]
     for reason in course.remarks(config, [picture.repeats for picture in chosen],
-                                 [picture.caption for picture in chosen]):
+                                 [picture.caption for picture in chosen],
+                                 len(examples.held_out)):
         emit(Note(key=reason.key, params=dict(reason.params)))
 
 
@@ -69,9 +70,8 @@ def tell_room(planned: Plan | None, config: TrainConfig, output: Output) -> None
     if not config.save_steps:
         states /= config.keep_checkpoints + 1 if config.keep_checkpoints else 10
     needs = states + planned.disk["lora"]
-    near = next(path for path in (output.folder, *output.folder.parents) if path.exists())
-    free = shutil.disk_usage(near).free / 2**20
-    if free < needs:
+    free = disk_free(output.folder)
+    if free is not None and free < needs:
         output.emit(Note(key="engine.little_room", params={
             "folder": str(output.folder), "free": f"{free:.1f}", "needs": f"{needs:.1f}",
             "spare": str(output.spare)}))

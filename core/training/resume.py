@@ -86,11 +86,12 @@ def check(checkpoints: list[Path], config: TrainConfig, objective: str, base: Ma
     if path is None:
         return
     position = checkpoint.position_of(path)
-    lora = path / f"{path.name}.safetensors"
+    # the folder may have been renamed
+    lora = path / f"{position['name']}-{position['update']:06d}.safetensors"
     if refused := _refused(position, config, objective):
         there = {key: old for key, (old, _) in refused.items()}
         raise UserError("engine.other_adapter_keys", lora=lora, keys=_listed(refused), fixes=[
-            Fix("fixes.as_in_checkpoint", there | {"resume": True})])
+            Fix("fixes.as_in_checkpoint", there | {"resume": config.resume})])
     parts = position.get("base")
     denoiser = parts.get("denoiser", "") if isinstance(parts, dict) else ""
     if denoiser not in ("", base.get("denoiser", "")):

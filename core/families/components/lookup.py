@@ -9,6 +9,7 @@ holds the answer.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ def files_from_config(config: TrainConfig | GenerateConfig) -> ComponentFiles:
         if not value:
             return None
         path = resolve(value, None)
-        if not path.exists() or (path.is_dir() and key != "tokenizer"):
+        if not os.path.exists(path) or (path.is_dir() and key != "tokenizer"):
             raise UserError("families.companion_not_there", key=key, path=path)
         return path
 
