@@ -134,6 +134,7 @@ class _Reader:
                                                                   *JSON_SUFFIXES):
             raise UserError("captions.table_suffix", file=self.metadata)
         self.tables: dict[Path, Table] = {}
+        self._table_locks: dict[Path, str] = {}
         self.tree = image_folder.walk(folder)
         self.files = self.tree.caption_files_of(self.metadata)
         # What training would say of them; a table that the user names may be yet to come.
@@ -165,7 +166,7 @@ class _Reader:
             there = next((one for one in places if one.place == place), None)
             locked = there.locked if there else ""
             if place.kind == "row" and place.file in self.tables:
-                locked = locked or self._table_lock(place.file)
+                locked = locked or self._table_locks[place.file]
             name = self.tree.name(path)
             entries[name] = Entry(path, name, home.caption if home else "",
                                   home.place if home else None, place,
@@ -184,12 +185,18 @@ class _Reader:
         for file in self.files.tables:
             try:
                 data = self.files.content(file)
-                table = self.tables[file] = Table(file, data, self.files.text_of_table(file))
+                text = self.files.text_of_table(file)
+                table = self.tables[file] = Table(file, data, text)
             except FileNotFoundError:
                 # The user named a table that doesn't exist yet.
                 continue
             except (OSError, ValueError) as error:
                 raise UserError("dataset.metadata_unreadable", file=file, reason=error) from None
+            alone = read(data)
+            # Why no row can be written: it would be written back in another reading, or ...
+            in_doubt = alone.text != text or (alone.doubt and alone.encoding != "utf-8")
+            self._table_locks[file] = ("in_doubt" if in_doubt else
+                                       "whole_json" if table.syntax.whole else "")
             records = [record for record in table.records if record.name]
             matches = self.files.index.match([record.name for record in records], file.parent)
             for record, pictures in zip(records, matches, strict=True):
@@ -199,15 +206,6 @@ class _Reader:
                     yield path, _Stored(Place(file, "row", record.name), record.raw.encode(),
                                         record.caption, locked)
 
-    def _table_lock(self, file: Path) -> str:
-        """Why no row of a table can be written: a key of captions.yaml."""
-        table, text = self.tables[file], self.files.text_of_table(file)
-        alone = read(self.files.content(file))
-        # It would be written back in another reading.
-        if alone.text != text or (alone.doubt and alone.encoding != "utf-8"):
-            return "in_doubt"
-        return "whole_json" if table.syntax.whole else ""
-
     def _read_sidecar(self, file: Path) -> _Stored:
         place = Place(file)
         try:
@@ -215,7 +213,7 @@ class _Reader:
         except OSError:
             return _Stored(place, b"", "", "not_readable")
         try:
-            reading = self.files.decoder.read(content)
+            reading = self.files.reading(file)
             in_doubt = reading.doubt and reading.encoding != "utf-8"
             return _Stored(place, content, caption_in(file, reading.text),
                            "in_doubt" if in_doubt else "")

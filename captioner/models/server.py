@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import ipaddress
-import json
 import os
 import re
 import ssl
@@ -24,6 +23,7 @@ import httpx
 
 from core.errors import UserError
 from core.jobs.events import Note
+from core.serialization import from_json
 
 KEY = "DARKROOM_ENDPOINT_KEY"
 # Bytes: more than any answer has, little enough to hold in memory.
@@ -166,7 +166,7 @@ class Server:
         status = response.status_code
         answer = reason = data[:LONGEST_REASON].decode("utf-8", "replace")
         with contextlib.suppress(ValueError):
-            reason = _error_message(json.loads(reason))
+            reason = _error_message(from_json(reason))
         reason = " ".join(re.sub(r"<[^>]*>", " ", reason).split())[:200] or "?"
         told: dict[str, Any] = {"address": self.address, "status": status, "reason": reason}
         if status == 402 or (status in (400, 403, 429) and _UNPAID.search(answer)):
@@ -189,8 +189,8 @@ class Server:
 
     def _parsed(self, data: bytes) -> dict[str, Any]:
         try:
-            answer = _streamed(data, self.address) if _STREAM.match(data) else json.loads(data)
-        except (ValueError, RecursionError):
+            answer = _streamed(data, self.address) if _STREAM.match(data) else from_json(data)
+        except ValueError:
             start = data[:60].decode("utf-8", "replace").strip()
             page = re.match(r"\s*(<!doctype|<html)", start, re.IGNORECASE)
             raise UserError("endpoint.web_page" if page else "endpoint.not_json",
@@ -227,7 +227,7 @@ def _streamed(data: bytes, address: str) -> dict[str, Any]:
     for line in re.split(r"\r\n|\r|\n", data.decode("utf-8", "replace")):
         if not line.startswith("data:") or (event := line[5:].strip()) in ("", "[DONE]"):
             continue
-        one = json.loads(event)
+        one = from_json(event)
         if not isinstance(one, dict) or one.get("error"):
             return one if isinstance(one, dict) else {}
         for choice in (one.get("choices") or [])[:1]:

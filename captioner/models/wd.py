@@ -26,7 +26,7 @@ from captioner.config import CaptionConfig
 from core.base_models import hub
 from core.errors import UserError
 from core.jobs.events import Note
-from core.serialization import from_json
+from core.serialization import json_object
 
 DEFAULT_MODEL = "SmilingWolf/wd-vit-tagger-v3"
 FILES = ("model.onnx", "selected_tags.csv")
@@ -173,9 +173,9 @@ def preprocessing(folder: Path) -> tuple[int, npt.NDArray[np.float32], npt.NDArr
     transformers'), else the usual ones."""
     found: dict[str, Any] = {}
     for name in ("config.json", "preprocessor_config.json"):
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-            data = from_json((folder / name).read_text("utf-8"))
-            found |= data | dict(data.get("pretrained_cfg") or {})
+        data = json_object(folder / name)
+        inner = data.get("pretrained_cfg")
+        found |= data | (inner if isinstance(inner, dict) else {})
     size = found.get("input_size") or found.get("size")
     mean = found.get("mean", found.get("image_mean"))
     std = found.get("std", found.get("image_std"))

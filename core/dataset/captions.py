@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from pathlib import Path
+from collections.abc import Sequence
 from random import Random
 
 from core import prompt_markup
 from core.config import TrainConfig
-from core.text_encoding import decode_text
 
 MOST_SHUFFLES = 8               # caption variants kept for each picture when tags are shuffled
 
@@ -76,26 +74,16 @@ def shuffle_tags(caption: str, keep_tokens: int, rng: Random) -> str:
     return prompt_markup.joined(", ".join(first + rest + last))
 
 
-def lines_of(file: Path | None) -> list[str]:
-    """Returns the lines of a picture's own caption file; of other files none."""
-    if file is None or file.suffix.lower() not in (".txt", ".caption"):
-        return []
-    with contextlib.suppress(OSError, ValueError):
-        return [line for text in decode_text(file.read_bytes()).splitlines()
-                if (line := one_line(text))]
-    return []
-
-
-def variants(caption: str, config: TrainConfig, index: int, file: Path | None = None
-             ) -> tuple[str, ...]:
+def variants(caption: str, config: TrainConfig, index: int,
+             lines: Sequence[str] = ()) -> tuple[str, ...]:
     """Returns the different texts that the picture at `index` trains with.
 
-    That is its caption; with `enable_wildcard` each line of its `file` with each alternative, with
-    `shuffle_tags` orders of its tags: up to MOST_SHUFFLES texts.
+    That is its caption; with `enable_wildcard` each of its file's `lines` with each alternative,
+    with `shuffle_tags` orders of its tags: up to MOST_SHUFFLES texts.
     """
     texts = [caption]
     if config.enable_wildcard:
-        lines, first = lines_of(file) or texts, config.seed + index * MOST_SHUFFLES
+        lines, first = lines or texts, config.seed + index * MOST_SHUFFLES
         texts = [prompt_markup.choose(lines[n % len(lines)], first + n)
                  for n in range(MOST_SHUFFLES)]
     if config.shuffle_tags:

@@ -138,7 +138,7 @@ def _scan(config: TrainConfig, folder: Path, metadata: Path | None, native: int,
     for index, (picture, bucket, point) in enumerate(rows):
         own = picture.path if picture.has_alpha else None
         mask = (masks.find(picture.path, data.folder) or own) if config.masked_loss else None
-        texts = captions.variants(picture.caption, config, index, picture.caption_file)
+        texts = captions.variants(picture.caption, config, index, picture.lines)
         examples.append(Example(picture, bucket, texts, point, mask))
     tell_markup((item.captions[0] for item in examples), config.trigger_word, emit)
     return data, examples

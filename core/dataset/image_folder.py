@@ -58,6 +58,8 @@ class Picture:
     has_alpha: bool                         # some pixel is not opaque
     # The sidecar or metadata file that holds the caption.
     caption_file: Path | None = field(default=None, compare=False)
+    # The lines of that sidecar, where it has several.
+    lines: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ class Dataset:
     pictures: tuple[Picture, ...]           # by relative path, 2 before 10
     problems: tuple[Problem, ...]
     folder: Path
-    # Caption files in another encoding than UTF-8, by its name.
+    # Caption files that aren't in UTF-8, or may not be, and the name of their encoding.
     encodings: dict[Path, str] = field(default_factory=dict, compare=False)
 
     @property
@@ -139,7 +141,7 @@ def scan(folder: Path, metadata: Path | None = None,
                 tree.report(path, look.code, **look.params)
             else:
                 pictures.append(Picture(path, texts.get(path, ""), tree.repeats[path.parent], *look,
-                                        tree.caption_files.get(path)))
+                                        tree.caption_files.get(path), tree.lines.get(path, ())))
             progress(done, len(tree.pictures))
     if not pictures:
         first = next(problem for problem in tree.problems if problem.skipped)
@@ -163,6 +165,7 @@ class Tree:
     caption_files: dict[Path, Path] = field(default_factory=dict)   # by picture
     systems: list[Path] = field(default_factory=list)           # of drives and recycle bins
     problems: list[Problem] = field(default_factory=list)
+    lines: dict[Path, tuple[str, ...]] = field(default_factory=dict)    # see Picture
     encodings: dict[Path, str] = field(default_factory=dict)        # see Dataset
 
     def caption_files_of(self, metadata: Path | None) -> CaptionFiles:
@@ -312,6 +315,8 @@ def read_captions(tree: Tree, files: CaptionFiles, explicit: bool = False) -> di
             if caption and not known:
                 known = texts[path] = caption
                 tree.caption_files[path] = file
+                if len(lines := files.lines(file)) > 1:
+                    tree.lines[path] = lines
             elif caption and caption != known:
                 second.append(file)
     for file, why in unreadable.items():

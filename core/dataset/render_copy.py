@@ -13,6 +13,7 @@ from PIL import Image
 
 from core.dataset import images
 from core.dataset.buckets import Point, Size
+from core.dataset.caption_files.places import PLAIN
 from core.dataset.captions import one_line
 from core.dataset.checks import measures
 from core.dataset.checks.report import CropAbout
@@ -157,7 +158,7 @@ def caption_of(picture: Picture) -> tuple[str, str] | None:
     file = picture.caption_file
     if file is None:
         return None
-    if file.suffix.lower() in (".txt", ".caption", ".tags", ".cap"):
+    if file.suffix.lower() in PLAIN:
         # Where it can't be read, the scan has said so: dataset.caption_unreadable.
         with contextlib.suppress(OSError, ValueError):
             text = read(file.read_bytes()).text

@@ -20,10 +20,11 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from core import serialization
+from core import text_encoding
 from core.errors import UserError
 from core.families.schedulers import SAMPLERS
 from core.inference import comfy_graph
+from core.serialization import from_json
 
 Number = TypeVar("Number", int, float)
 
@@ -136,7 +137,7 @@ def _decoded(value: Any) -> str:
                    key=lambda text: sum(map(str.isascii, text))).strip("\ufeff\0")
     if isinstance(value, bytes):
         with contextlib.suppress(ValueError):
-            return serialization.decode_text(value.removeprefix(b"ASCII\0\0\0")).strip("\0 ")
+            return text_encoding.read(value.removeprefix(b"ASCII\0\0\0")).text.strip("\0 ")
     with contextlib.suppress(UnicodeError):
         # some write UTF-8 where PNG's plain texts are Latin-1
         value = value.encode("latin-1").decode() if isinstance(value, str) else ""
@@ -146,8 +147,8 @@ def _decoded(value: Any) -> str:
 def _json(text: str) -> Any:
     """The value of a JSON text; the text itself where it is none."""
     try:
-        return json.loads(text) if text.lstrip()[:1] in ("{", "[") else text
-    except (ValueError, RecursionError):
+        return from_json(text) if text.lstrip()[:1] in ("{", "[") else text
+    except ValueError:
         return text
 
 

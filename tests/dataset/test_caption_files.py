@@ -107,6 +107,25 @@ def test_a_second_caption_that_says_something_else_is_named(make: Make) -> None:
     assert (problem.params["count"], problem.params["names"]) == (2, "a.caption, a.json")
 
 
+def test_the_lines_of_a_file_are_read_as_its_caption_is(make: Make) -> None:
+    """For `enable_wildcard`: by the folder's encoding; a JSON and a table have none."""
+    at = make("1.png", "2.png", "3.png", "4.png", "5.png", **{
+        "1.txt": "女孩, 红发\n男孩, 黑发".encode("gb18030"),
+        "2.txt": '{\n "caption": "a red cat"\n}\n',
+        "3.tags": "a, b\nc, d", "4.txt": "one line", "metadata.csv": "file_name,text\n5.png,x\n"})
+    pictures = scan(at).pictures
+    assert [picture.lines for picture in pictures] == [
+        ("女孩, 红发", "男孩, 黑发"), (), ("a, b", "c, d"), (), ()]
+    assert [picture.caption for picture in pictures] == [
+        "女孩, 红发, 男孩, 黑发", "a red cat", "a, b, c, d", "one line", "x"]
+
+
+def test_a_json_of_other_keys_in_a_text_is_its_caption(make: Make) -> None:
+    at = make("1.png", "2.png", **{"1.txt": '{"description": "a red cat"}',
+                                  "2.txt": '{"mood": "calm"}'})
+    assert captions(at) == {"1.png": "a red cat", "2.png": '{"mood": "calm"}'}
+
+
 @given(st.lists(st.from_regex(r"\A(IMG_|image \(|猫|)[0-9]{1,4}\)?\Z"), unique_by=fold, max_size=9))
 def test_natural_order(stems: list[str]) -> None:
     ordered = sorted(stems, key=natural)

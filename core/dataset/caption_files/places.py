@@ -16,7 +16,8 @@ from typing import Any
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.json", "metadata.tsv")
 # Caption files of single pictures, in the order in which they are read.
-SIDECARS = (".txt", ".caption", ".caption.txt", ".tags", ".cap", ".json")
+PLAIN = (".txt", ".caption", ".caption.txt", ".tags", ".cap")
+SIDECARS = (*PLAIN, ".json")
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".xlsx", ".xls", ".ods",
           ".parquet", ".arrow")
 _OF_NO_PICTURE = re.compile(r"(readme|licen[cs]e|notice)\b.*|requirements.*\.txt", re.IGNORECASE)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from core.dataset.caption_files.places import Index, caption_places, metadata_files, unused
+from core.dataset.caption_files.places import (
+    PLAIN,
+    Index,
+    caption_places,
+    metadata_files,
+    unused,
+)
 from core.dataset.caption_files.tables import (
     Record,
     caption_of_object,
@@ -42,20 +50,32 @@ class CaptionFiles:
         for file in (*self.tables, *(file for own in self.sidecars.values() for file in own)):
             if file not in self._contents:
                 self._contents[file] = _content(file)
-        self.decoder = Decoder(data for data in self._contents.values() if isinstance(data, bytes))
+        self._decoder = Decoder(data for data in self._contents.values() if isinstance(data, bytes))
+        self._readings: dict[Path, Reading | ValueError] = {}
 
-    @property
+    @functools.cached_property
     def odd(self) -> dict[Path, Reading]:
         """The files that aren't in UTF-8 or whose encoding is in doubt."""
-        return {file: reading for file, data in self._contents.items()
-                if (reading := self._try(data)) and (
-                    reading.doubt or not reading.encoding.startswith("utf-8"))}
+        odd = {}
+        for file in self._contents:
+            with contextlib.suppress(OSError, ValueError):
+                reading = self.reading(file)
+                if reading.doubt or not reading.encoding.startswith("utf-8"):
+                    odd[file] = reading
+        return odd
 
-    def _try(self, data: bytes | OSError) -> Reading | None:
-        try:
-            return self.decoder.read(data) if isinstance(data, bytes) else None
-        except ValueError:
-            return None
+    def reading(self, file: Path) -> Reading:
+        """Returns a file's text as all of the folder's files together have it read. Raises OSError,
+        and ValueError where it is no text."""
+        if file not in self._readings:
+            try:
+                self._readings[file] = self._decoder.read(self.content(file))
+            except ValueError as error:
+                self._readings[file] = error
+        reading = self._readings[file]
+        if isinstance(reading, ValueError):
+            raise reading
+        return reading
 
     def content(self, file: Path) -> bytes:
         """Returns a file's bytes. Raises OSError."""
@@ -67,14 +87,21 @@ class CaptionFiles:
     def caption(self, file: Path) -> str:
         """Returns the caption in a sidecar. Raises UserError where it can't be read."""
         try:
-            return caption_in(file, self.decoder.read(self.content(file)).text)
+            return caption_in(file, self.reading(file).text)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError("dataset.caption_unreadable", file=file.name, reason=reason) from None
 
+    def lines(self, file: Path) -> tuple[str, ...]:
+        """Returns the lines of a sidecar that can be read, each as a caption; a .json has one."""
+        text = self.reading(file).text
+        if not file.name.lower().endswith(PLAIN) or _JSON.match(text):
+            return (caption_in(file, text),)
+        return tuple(line for raw in text.splitlines() if (line := one_line(raw)))
+
     def text_of_table(self, file: Path) -> str:
         """Returns a table's text. Raises UserError where it can't be read."""
-        return text_of_table(file, lambda: self.content(file), self.decoder.read)
+        return text_of_table(file, lambda: self.content(file), lambda _: self.reading(file))
 
     def rows(self, file: Path) -> tuple[list[tuple[Record, list[Path]]], list[UserError]]:
         """Returns a table's rows with the pictures that they name, and what is wrong with it.
@@ -102,6 +129,9 @@ def caption_in(file: Path, text: str) -> str:
     if file.suffix.lower() != ".json" and not _JSON.match(text):
         return one_line(text)
     data = from_json(text)
+    if isinstance(data, dict) and file.suffix.lower() != ".json":
+        # written as text: it is the caption itself where no key tells one
+        return caption_of_object(data) or one_line(text)
     if isinstance(data, dict):
         return caption_of_object(data, JSON_KEYS)
     return json_caption(data) if isinstance(data, list | str) else ""

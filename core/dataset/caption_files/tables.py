@@ -288,13 +288,14 @@ class Json:
                      and isinstance(value[0], dict)]
             data = lists[0] if len(lists) == 1 and len(data) < 5 else data
         pairs = data.items() if isinstance(data, dict) else enumerate(data)
-        at = 0
+        at, line, escaped = 0, 1, "\\u" in text
         for key, value in pairs:
             # The place of each row, for people: that of its name, which is written before it.
             name = key if isinstance(key, str) else _named(value)
-            found = text.find(json.dumps(name, ensure_ascii="\\u" in text), at) if name else -1
-            at = max(at, found)
-            record = Record("", "", text.count("\n", 0, at) + 1)
+            found = text.find(json.dumps(name, ensure_ascii=escaped), at) if name else -1
+            if found > at:
+                line, at = line + text.count("\n", at, found), found
+            record = Record("", "", line)
             try:
                 record.name, record.caption = (json_row(value) if isinstance(key, int)
                                                else (key, _caption_of_entry(value)))

@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from core import prompt_markup, threads
-from core.dataset import captions
+from core import prompt_markup
 from core.dataset.captions import split_tags, with_trigger
 from core.dataset.checks.findings import Finding, Level, Subject, worst_first
 from core.dataset.crops import BaseFacts
@@ -114,14 +113,10 @@ def is_garbled(text: str) -> bool:
 
 def check_markup(named: Named, trigger: str) -> Iterator[Finding]:
     """Finds markup of other programs, which is learned as plain text."""
-    files = {picture.caption_file: name for name, picture in named
-             if picture.caption_file is not None}
-    lines = threads.in_order(captions.lines_of, files, "captions")
     # A tag a line is a list; of whole captions, each may be meant as one.
-    several = [Subject(files[path], {"lines": len(found)})
-               for path, found in zip(files, lines, strict=True)
-               if len(found) > 1 and all(len(split_tags(one)) > 1 or len(one.split()) > TAG_WORDS
-                                         for one in found)]
+    several = [Subject(name, {"lines": len(picture.lines)}) for name, picture in named
+               if picture.lines and all(len(split_tags(one)) > 1 or len(one.split()) > TAG_WORDS
+                                        for one in picture.lines)]
     yield from _finding("caption_lines", "note", several)
     yield from _finding("caption_markup", "warning", [
         Subject(name, {"part": part}, f"checks.markup_{kind}")
